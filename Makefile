@@ -1,0 +1,44 @@
+# `make setup` once, then `make demo`. Every other target sets itself up first.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.step1x-edit-installed
+# A package index for torch alone: `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`
+# saves the CUDA download on a machine without a GPU.
+TORCH_INDEX ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix train clean
+
+help:  ## Say what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## Create .venv and install the project with everything needed to develop it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## Edit a bundled photograph and say where the pictures lie
+	$(BIN)/step1x-edit demo
+
+test: setup  ## Run the tests (CPU)
+	$(BIN)/python -m pytest
+
+check: setup  ## Lint, check the format, the types and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: setup  ## Apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+train: setup  ## Train the embedded demo checkpoint anew
+	$(BIN)/python scripts/train_demo.py
+
+clean:  ## Remove the environment and the caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
