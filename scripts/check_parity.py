@@ -1,0 +1,666 @@
+"""Compare the network with recorded numbers of the reference implementation.
+
+    python scripts/check_parity.py DIR [--case NAME]
+
+DIR holds golden cases: a JSON sidecar each, which names its kind, sizes, files and tensors. Every
+case is run and reported in one line: name, largest absolute difference, tolerance, verdict. The
+exit status is 1 if any case fails or has a kind that is not known here.
+
+A case fails as well when an expected tensor is missing, has another shape, holds a NaN, or is
+declared in the sidecar but never looked at. Weights in the diffusers layout may be replaced by
+`weights_diffusers_sha256` in the sidecar: then the translated tensors are compared by hash.
+
+What cannot be checked: the token ids of the `split_string_v1` cases need the tokenizer of
+Qwen2.5-VL, which is not here. Checked are the pieces, and that the recorded ids of the pieces come
+together to the recorded sequence, its window and its mask by our rules. Columns of the `sizing`
+cases about the thinker of v1.2 are left out until that exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from step1x_edit.checkpoints import keymap
+from step1x_edit.model import conditioner, flow, latents
+from step1x_edit.model.blocks import timestep_embedding
+from step1x_edit.model.config import (
+    V1_0,
+    V1_1,
+    V1_2,
+    ConnectorConfig,
+    GuidanceRule,
+    ModelConfig,
+    TransformerConfig,
+)
+from step1x_edit.model.connector import Connector, masked_mean
+from step1x_edit.model.rope import apply_rope, rope_table
+from step1x_edit.model.transformer import Transformer
+
+EXACT = 0.0
+FLOAT64_ROUNDING = 1e-12
+ONE_ROUNDING = 1e-5  # elementwise float32: machines may add up or fuse in another order
+NETWORK = 5e-5
+LOOP = 1e-3
+
+PRESETS = {preset.version: preset for preset in (V1_0, V1_1, V1_2)}
+NOT_BUILT = (
+    "denoise_loop_t2i",
+    "dit_forward_v1_2",
+    "lora_merge",
+    "split_string_v1_2",
+    "v1_2_position_ids",
+    "v1_2_rules",
+)
+
+
+@dataclass
+class Case:
+    """A golden case and what has been found out about it so far."""
+
+    path: Path
+    differences: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By the name of what was compared: difference and tolerance."""
+
+    @cached_property
+    def sidecar(self) -> dict[str, Any]:
+        """The case in words: kind, sizes, files, tensors."""
+        sidecar: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        return sidecar
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Inputs and expected outputs."""
+        return (
+            self.load("io") if "files" in self.sidecar else load_file(self.beside(".safetensors"))
+        )
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of a table. Raises ValueError if there are none."""
+        rows: list[dict[str, Any]] = self.sidecar["rows"]
+        if not rows:
+            raise ValueError("the table is empty")
+        return rows
+
+    @property
+    def atol(self) -> float:
+        """What the makers of the case hold for a fair tolerance."""
+        return float(self.sidecar.get("check", {}).get("suggested_atol", math.inf))
+
+    def beside(self, suffix: str) -> Path:
+        return self.path.with_suffix(suffix)
+
+    def load(self, role: str) -> dict[str, Tensor]:
+        """Read one of the case's files, in float32 if it is stored in less."""
+        tensors = load_file(self.path.parent / self.sidecar["files"][role])
+        return {
+            name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def other(self, name: str) -> Case:
+        """Return another case of the same directory, whose weights this one uses."""
+        return Case(self.path.parent / f"{name}.json")
+
+    def expect(self, name: str, actual: Tensor, tolerance: float) -> None:
+        """Compare with an expected tensor of the case."""
+        self.compare(name, actual, self.tensors[name], tolerance)
+
+    def compare(self, name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+        """Note the largest absolute difference; nan for different shapes."""
+        difference = math.nan
+        if actual.shape == expected.shape:
+            difference = (actual.double() - expected.double()).abs().max().item()
+        self.note(name, difference, tolerance)
+
+    def same(self, name: str, actual: object, expected: object) -> None:
+        """Note whether two plain values are equal."""
+        self.note(name, 0.0 if actual == expected else math.inf, EXACT)
+
+    def note(self, name: str, difference: float, tolerance: float) -> None:
+        """Keep the worst difference under a name."""
+        before = self.differences.get(name, (0.0, tolerance))[0]
+        # max() would lose a nan on the right
+        worst = difference if math.isnan(difference) else max(before, difference)
+        self.differences[name] = (worst, tolerance)
+
+    def failures(self) -> list[str]:
+        """Name what is wrong; empty if the case passes."""
+        wrong = [
+            f"{name} differs by {difference:.3g}"
+            for name, (difference, tolerance) in self.differences.items()
+            if not difference <= tolerance  # a nan is not
+        ]
+        ignored = [name for name in self.outputs() if name not in self.differences]
+        return wrong + [f"{name} was not compared" for name in ignored]
+
+    def outputs(self) -> list[str]:
+        """Names of the expected tensors, by the sidecar and by the file."""
+        if "files" not in self.sidecar:
+            return []
+        return [name for name in {**self.tensors, **self.sidecar["tensors"]} if name[:4] == "out."]
+
+
+Check = Callable[[Case], None]
+
+
+# ----------------------------------------------------------------------------- tables and rules
+
+
+def check_pack(case: Case) -> None:
+    rows, cols = (side // 2 for side in case.sidecar["latent_hw"])
+    latent, packed = case.tensors["latent"], case.tensors["packed"]
+    case.expect("packed", latents.pack(latent), EXACT)
+    case.expect("latent", latents.unpack(packed, rows, cols), EXACT)
+
+
+def check_rope(case: Case) -> None:
+    sidecar = case.sidecar
+    versions = [name.removesuffix(".ids") for name in case.sidecar["tensors"] if ".ids" in name]
+    for version in versions:
+        offset = PRESETS[version].reference_offset
+        text = torch.zeros(sidecar["text_tokens"], 3)
+        rows, cols = sidecar["grid_hw"]
+        ids = torch.cat([text, latents.image_position_ids(rows, cols, offset)])
+        table = rope_table(ids, sidecar["axes_dim"], sidecar["theta"])
+        case.expect(f"{version}.ids", ids, EXACT)
+        case.expect(f"{version}.cos", table.real, EXACT)
+        case.expect(f"{version}.sin", table.imag, EXACT)
+        for name in ("q", "k"):
+            if f"{version}.{name}_rot" not in case.sidecar["tensors"]:
+                continue
+            rotated = apply_rope(case.tensors[name].transpose(1, 2), table).transpose(1, 2)
+            case.expect(f"{version}.{name}_rot", rotated, ONE_ROUNDING)
+
+
+def check_schedule(case: Case) -> None:
+    for row in case.rows:
+        num_steps, num_tokens = row["num_steps"], row["image_seq_len"]
+        timesteps = flow.schedule(num_steps, num_tokens)
+        case.note("mu", abs(flow.mu(num_tokens) - row["mu"]), FLOAT64_ROUNDING)
+        case.compare("timesteps", timesteps, torch.tensor(row["timesteps"]), EXACT)
+        fork_timesteps = torch.tensor(row["fork_timesteps"]) / 1000
+        case.compare("fork_timesteps", timesteps[:-1], fork_timesteps, min(case.atol, 1e-6))
+        for name, rule in (("official", GuidanceRule.OFFICIAL), ("fork", GuidanceRule.ALWAYS)):
+            damped = sum(bool(flow.is_damped(t, rule)) for t in timesteps[:-1].tolist())
+            case.same(f"power_rule_steps_{name}", damped, row[f"power_rule_steps_{name}"])
+
+
+def check_cfg_combine(case: Case) -> None:
+    cond, uncond = case.tensors["cond"], case.tensors["uncond"]
+    scale = case.sidecar["cfg_guidance"]
+    _same_damping_constants(case, case.sidecar["threshold"])
+    direction = cond - uncond
+    norm = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    case.expect("diff_norm", norm, ONE_ROUNDING)
+    case.expect("norm_divisor", flow.norm_divisor(direction), ONE_ROUNDING)
+    for column, rule in (
+        ("official_rule", GuidanceRule.OFFICIAL),
+        ("fork_rule", GuidanceRule.ALWAYS),
+    ):
+        for t, outcome in case.sidecar[column].items():
+            velocity = flow.guide(cond, uncond, scale, float(t), rule)
+            expected = case.tensors[f"expected_{outcome}"]
+            case.compare(f"{column} at {t}", velocity, expected, ONE_ROUNDING)
+    case.expect(
+        "expected_plain", flow.guide(cond, uncond, scale, 1.0, GuidanceRule.NEVER), ONE_ROUNDING
+    )
+    case.expect(
+        "expected_power", flow.guide(cond, uncond, scale, 0.0, GuidanceRule.ALWAYS), ONE_ROUNDING
+    )
+
+
+def check_sizing(case: Case) -> None:
+    for row in case.rows:
+        width, height = row["input_wh"]
+        size = latents.fit_size(width, height, row["size_level"], V1_1.size_multiple)
+        rows, cols = size[1] // V1_1.vae_scale, size[0] // V1_1.vae_scale
+        case.same("resized_wh", list(size), row["resized_wh"])
+        case.same("latent_hw", [rows, cols], row["latent_hw"])
+        case.same("target_tokens", rows * cols // 4, row["target_tokens"])
+        case.same("output_wh", [width, height], row["output_wh"])
+
+        v1, v1_2 = V1_1.conditioner, V1_2.conditioner
+        rounded = conditioner.round_to_factor(*size)
+        seen = conditioner.vlm_image_size(*rounded, v1.min_pixels, v1.max_pixels)
+        grid = [seen[1] // 14, seen[0] // 14]
+        case.same("v1_vlm_fetch_wh", list(rounded), row["v1_vlm_fetch_wh"])
+        case.same("v1_vlm_processor_wh", list(seen), row["v1_vlm_processor_wh"])
+        case.same("v1_image_grid_hw", grid, row["v1_image_grid_hw"])
+        case.same("v1_image_tokens", grid[0] * grid[1] // 4, row["v1_image_tokens"])
+        if "v1_2_vlm_processor_wh" in row:
+            seen = conditioner.vlm_image_size(*size, v1_2.min_pixels, v1_2.max_pixels)
+            case.same("v1_2_vlm_processor_wh", list(seen), row["v1_2_vlm_processor_wh"])
+            tokens = seen[0] * seen[1] // 28**2
+            case.same("v1_2_image_tokens", tokens, row["v1_2_image_tokens"])
+
+
+# `:Picture 1: <|vision_start|>`, the part of the chat text between the cut and the picture, and
+# the tokens that frame it, in the vocabulary of Qwen2.5-VL.
+KEPT_HEAD = [25, 24669, 220, 16, 25, 220, 151652]
+IMAGE_PAD, VISION_END = 151655, 151653
+QUOTES = (2073, 854)
+
+
+def check_split_string_v1(case: Case) -> None:
+    config = V1_1.conditioner
+    sidecar = case.sidecar
+    case.same("drop_tokens", config.prefix_length, sidecar["drop_tokens"])
+    case.same("max_length", config.text_length, sidecar["max_length"])
+    case.same("prefix_chars", len(config.prompt_prefix), sidecar["prefix_chars"])
+    head_chars = len(conditioner.render_head(config)) - len(config.prompt_prefix)
+    case.same("template_head_chars", head_chars, sidecar["template_head_chars"])
+    for row in case.rows:
+        text = conditioner.render_chat(row["prompt"], config)
+        first, *pieces = conditioner.split_quotes(text, config.quote_start, config.quote_characters)
+        tail = first.partition("<|vision_end|>")[2]
+        case.same("first_piece_tail", tail, row["first_piece_tail"])
+        case.same("pieces", pieces, row["pieces"])
+        case.same("number of piece_token_ids", len(row["piece_token_ids"]), len(pieces))
+        _check_recorded_ids(case, row)
+
+
+def _check_recorded_ids(case: Case, row: Mapping[str, Any]) -> None:
+    """Put the recorded ids of the pieces together by our rules."""
+    config = V1_1.conditioner
+    for ids in row["piece_token_ids"]:
+        stripped = conditioner.strip_wrapping_quotes([QUOTES[0], *ids, QUOTES[1]], QUOTES)
+        case.same("stripped piece_token_ids", stripped, ids)
+        case.same("piece_token_ids", conditioner.strip_wrapping_quotes(ids, QUOTES), ids)
+
+    image_tokens = math.prod(row["image_grid_hw"]) // 4
+    case.same("image_tokens", image_tokens, row["image_tokens"])
+    spelled = [token for ids in row["piece_token_ids"] for token in ids]
+    after = row["ids_after_vision_end"]
+    plain = row["ids_after_vision_end_without_rule"]
+    # The tokenizer is not here, so the first piece's own ids are taken from the record.
+    first_piece = after[: len(after) - len(spelled)] if spelled else plain
+    if spelled:
+        shared = max(len(first_piece) - 2, 0)  # the quote that opens may change its last tokens
+        case.same("ids_after_vision_end_without_rule", plain[:shared], first_piece[:shared])
+
+    prefix = [-1] * config.prefix_length
+    picture = [*prefix, *KEPT_HEAD, *[IMAGE_PAD] * image_tokens, VISION_END]
+    spelled_text = [-1, VISION_END, *first_piece, *spelled]
+    whole = conditioner.join_at([*picture, *plain], spelled_text, VISION_END)
+    case.same("ids_after_vision_end", whole[len(picture) :], after)
+    case.same("total_len", len(whole), row["total_len"])
+    case.same("id0_count_in_total", whole.count(0), row["id0_count_in_total"])
+
+    states = torch.tensor(whole, dtype=torch.float64).view(1, -1, 1)
+    window = conditioner.keep_window(
+        states, torch.tensor([len(whole)]), config.prefix_length, config.text_length
+    )
+    kept_len = int(window.prompt_mask.sum())
+    kept = [int(token) for token in window.prompt_embeds[0, :kept_len, 0]]
+    case.same("kept_len", kept_len, row["kept_len"])
+    case.same("kept_first_ids", kept[: len(row["kept_first_ids"])], row["kept_first_ids"])
+    case.same("kept_last_ids", kept[-len(row["kept_last_ids"]) :], row["kept_last_ids"])
+    case.same("truncated", len(whole) - config.prefix_length > config.text_length, row["truncated"])
+
+
+# ----------------------------------------------------------------------------- the network
+
+
+def connector_config(config: Mapping[str, Any]) -> ConnectorConfig:
+    """Read the sizes of a connector from a sidecar."""
+    return ConnectorConfig(
+        in_features=config["connector_in"],
+        hidden_size=config["connector_hidden"],
+        num_heads=config["connector_heads"],
+        depth=config["connector_depth"],
+        has_scale_factor=PRESETS[config["version"]].transformer.connector.has_scale_factor,
+    )
+
+
+def transformer_config(config: Mapping[str, Any]) -> TransformerConfig:
+    """Read the sizes of a transformer from a sidecar; what it leaves out is as published."""
+    published = TransformerConfig()
+    return TransformerConfig(
+        in_channels=config.get("in_channels", published.in_channels),
+        out_channels=config.get("out_channels", published.out_channels),
+        hidden_size=config["hidden"],
+        num_heads=config["heads"],
+        axes_dim=tuple(config["axes_dim"]),
+        theta=config.get("theta", published.theta),
+        depth=config["depth"],
+        depth_single=config["depth_single"],
+        mlp_ratio=config.get("mlp_ratio", published.mlp_ratio),
+        vec_in_dim=config.get("vec_in_dim", published.vec_in_dim),
+        connector=connector_config(config),
+    )
+
+
+def build(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> Transformer:
+    """Make a transformer from official tensors, with or without the factor of v1.0."""
+    has_factor = keymap.SCALE_FACTOR in tensors
+    sizes = dict(vars(config)) | {
+        "connector": ConnectorConfig(**vars(config.connector) | {"has_scale_factor": has_factor})
+    }
+    transformer = Transformer(TransformerConfig(**sizes))
+    transformer.load_state_dict(tensors)
+    return transformer.eval()
+
+
+def transformer_tensors(case: Case) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the weights in the official layout, from each layout in which the case has them."""
+    official = case.load("weights_official")
+    yield "official", official
+    links = keymap.transformer_links(transformer_config(case.sidecar["config"]))
+    translated = keymap.to_diffusers(keymap.fold_scale_factor(official), links)
+    diffusers = _check_layout(case, translated)
+    yield "diffusers", keymap.to_official(diffusers, links)
+
+
+def _check_layout(case: Case, translated: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compare translated weights with the recorded ones; return the recorded, if they are there."""
+    if "weights_diffusers" in case.sidecar["files"]:
+        recorded = case.load("weights_diffusers")
+        case.same("diffusers names", translated.keys(), recorded.keys())
+        for name, tensor in recorded.items():
+            case.compare("diffusers weights", translated[name], tensor, EXACT)
+        return recorded
+    hashes = case.sidecar["weights_diffusers_sha256"]
+    dtype = getattr(torch, case.sidecar.get("weights_dtype", "float32").split()[0])
+    found = {name: sha256(tensor.to(dtype)) for name, tensor in translated.items()}
+    case.same("diffusers weights", found, hashes)
+    return translated
+
+
+def sha256(tensor: Tensor) -> str:
+    """Return the hash of a tensor's bytes, as they stand in a safetensors file."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def check_connector_forward(case: Case) -> None:
+    config = connector_config(case.sidecar["config"])
+    weights = {
+        name.removeprefix("connector."): tensor for name, tensor in case.load("weights").items()
+    }
+    connector = Connector(config, vec_dim=weights["global_proj_out.bias"].shape[0]).eval()
+    connector.load_state_dict(weights)
+    x, t, mask = (case.tensors[f"in.{name}"] for name in ("x", "t", "mask"))
+    tolerance = min(NETWORK, case.atol)
+    with Recorder(connector) as recorded:
+        text, vector = connector(x, mask, t.unsqueeze(0))
+    case.expect("out.encoder_hidden_states", text.squeeze(0), tolerance)
+    case.expect("out.global_out", vector, tolerance)
+
+    found = {
+        "timestep_sinusoid": timestep_embedding(t),
+        "masked_mean": masked_mean(x, mask),
+        "t_embedder": recorded["S.t_embedder"].squeeze(0),
+        "c_embedder": recorded["S.c_embedder"],
+        "input_embedder": recorded["S.input_embedder"],
+    }
+    for i in range(config.depth):
+        block = recorded[f"S.individual_token_refiner.blocks.{i}"]
+        found[f"block.{i}"] = block.squeeze(0)
+    _expect_intermediates(case, found, tolerance)
+
+
+def check_dit_forward(case: Case) -> None:
+    config = transformer_config(case.sidecar["config"])
+    inputs = {name.removeprefix("in."): t for name, t in case.tensors.items() if name[:3] == "in."}
+    tolerance = min(NETWORK, case.atol)
+    preset = PRESETS[case.sidecar["config"]["version"]]
+    batch, text_tokens = inputs["mask"].shape
+    rows, cols = case.sidecar["grid_hw"]
+    ids = latents.image_position_ids(rows, cols, preset.reference_offset)
+    case.expect("in.img_ids", ids.expand(batch, -1, -1), EXACT)
+    for layout, tensors in transformer_tensors(case):
+        transformer = build(config, tensors)
+        with Recorder(transformer) as recorded:
+            velocity = transformer(
+                inputs["img"],
+                inputs["img_ids"],
+                inputs["llm_embedding"],
+                inputs["mask"],
+                inputs["timesteps"],
+                inputs["txt_ids"],
+            )
+        case.expect("out.pred", velocity, tolerance)
+        case.compare(f"{layout} layout", velocity, case.tensors["out.pred"], tolerance)
+        rope = transformer.rope(ids, text_tokens).squeeze(0)
+        if "out.pe_cos" in case.outputs():
+            case.expect("out.pe_cos", rope.real, EXACT)
+            case.expect("out.pe_sin", rope.imag, EXACT)
+        found = {
+            "connector.encoder_hidden_states": recorded["connector"][0].squeeze(0),
+            "connector.global_out": recorded["connector"][1],
+            "img_in": recorded["img_in"],
+            "time_in": recorded["time_in"].squeeze(0),
+            "vector_in": recorded["vector_in"],
+            "txt_in": recorded["txt_in"].squeeze(0),
+        }
+        for i in range(config.depth):
+            found[f"double_blocks.{i}.img"], found[f"double_blocks.{i}.txt"] = recorded[
+                f"double_blocks.{i}"
+            ]
+        for i in range(config.depth_single):
+            found[f"single_blocks.{i}"] = recorded[f"single_blocks.{i}"]
+        _expect_intermediates(case, found, tolerance)
+
+
+def check_denoise_loop(case: Case) -> None:
+    """Sample as the pipeline does: prologue for all steps, then the core with both branches."""
+    sidecar = case.sidecar
+    preset: ModelConfig = PRESETS[sidecar["config"]["version"]]
+    weights = case.other(sidecar["weights_from"]).load("weights_official")
+    transformer = build(transformer_config(sidecar["config"]), weights)
+    tolerance = min(LOOP, case.atol)
+    _same_damping_constants(case, sidecar["timesteps_truncate"])
+
+    rows, cols = (side // 2 for side in sidecar["latent_hw"])
+    start = latents.pack(case.tensors["in.latent"])
+    reference = latents.pack(case.tensors["in.ref_latent"])
+    prompt_embeds, mask = case.tensors["in.llm_embedding"], case.tensors["in.mask"]
+    ids = latents.image_position_ids(rows, cols, preset.reference_offset)
+    batch, num_tokens = prompt_embeds.shape[0], start.shape[1]
+    case.expect("in.packed", torch.cat([start, reference], 1).expand(batch, -1, -1), EXACT)
+    case.expect("in.img_ids", ids.expand(batch, -1, -1), EXACT)
+
+    schedule = flow.schedule(sidecar["steps"], num_tokens)
+    timesteps = schedule.tolist()
+    case.same("schedule", timesteps, sidecar["schedule"])
+    prologue = transformer.prologue(prompt_embeds, mask, schedule[:-1])
+    rope = transformer.rope(ids, prompt_embeds.shape[1])
+
+    def sample(rule: GuidanceRule) -> tuple[Tensor, Tensor, Tensor]:
+        x, states, velocities = start, [], []
+        for i, (t, t_next) in enumerate(itertools.pairwise(timesteps)):
+            tokens = torch.cat([x, reference], dim=1).expand(batch, -1, -1)
+            velocity = transformer.core(tokens, prologue[i], rope)
+            states.append(x[0])
+            velocities.append(velocity)
+            cond, uncond = velocity[:, :num_tokens].chunk(2)
+            guided = flow.guide(cond, uncond, sidecar["cfg_guidance"], t, rule)
+            x = flow.euler_step(x, guided, t, t_next)
+        return x, torch.stack(states), torch.stack(velocities)
+
+    official = GuidanceRule.OFFICIAL
+    damped = [flow.is_damped(t, official) for t in timesteps[:-1]]
+    case.same("branch_power_rule", damped, sidecar["branch_power_rule"])
+    final, states, velocities = sample(official)
+    case.expect("out.final_packed", final, tolerance)
+    case.expect("out.final_latent", latents.unpack(final, rows, cols), tolerance)
+    if "out.states_packed" in case.outputs():
+        case.expect("out.states_packed", states, tolerance)
+    if "out.preds_full" in case.outputs():
+        case.expect("out.preds_full", velocities, tolerance)
+    final, _, _ = sample(GuidanceRule.ALWAYS)
+    case.expect("out.final_packed_fork_semantics", final, tolerance)
+
+
+def check_vae(case: Case) -> None:
+    config = case.sidecar["config"]
+    widths = [config["ch"] * factor for factor in config["ch_mult"]]
+    levels, layers = len(widths), config["num_res_blocks"]
+    case.same("scale_factor", config["scale_factor"], V1_1.latent_scale)
+    case.same("shift_factor", config["shift_factor"], V1_1.latent_shift)
+    official = case.load("weights_official")
+    links = keymap.vae_links(widths, layers)
+    diffusers = _check_layout(case, keymap.to_diffusers(official, links))
+    again = keymap.to_official(diffusers, links)
+    for name, tensor in official.items():
+        case.compare("official weights", again[name], tensor, EXACT)
+
+    vae = AutoencoderKL(
+        block_out_channels=widths,
+        layers_per_block=layers,
+        latent_channels=config["z_channels"],
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+    vae.load_state_dict(diffusers)
+    tolerance = min(NETWORK, case.atol)
+    posterior = vae.encode(case.tensors["in.image"]).latent_dist
+    scaled_mean = V1_1.latent_scale * (posterior.mode() - V1_1.latent_shift)
+    z = case.tensors["in.latent"] / V1_1.latent_scale + V1_1.latent_shift
+    case.expect("out.moments", posterior.parameters, tolerance)
+    case.expect("out.latent_mean_scaled", scaled_mean, tolerance)
+    case.expect("out.std", posterior.std, tolerance)
+    case.expect("out.decoded", vae.decode(z).sample, tolerance)
+
+
+class Recorder:
+    """Keeps the output of every module, by its name, while it is entered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.outputs: dict[str, Any] = {}
+        self.handles = [
+            child.register_forward_hook(self._hook(name)) for name, child in module.named_modules()
+        ]
+
+    def __enter__(self) -> dict[str, Any]:
+        return self.outputs
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            self.outputs[name] = output
+
+        return keep
+
+
+def _expect_intermediates(case: Case, found: Mapping[str, Tensor], tolerance: float) -> None:
+    """Compare those that the case has; the rest was left out to save space."""
+    for name in case.outputs():
+        if name.startswith("out.inter."):
+            case.expect(name, found[name.removeprefix("out.inter.")], tolerance)
+
+
+def _same_damping_constants(case: Case, threshold: float) -> None:
+    case.same("threshold", threshold, flow.DAMPED_ABOVE)
+    case.same("power", case.sidecar["power"], flow.DAMPING_POWER)
+
+
+CHECKS: Mapping[str, Check] = {
+    "cfg_combine": check_cfg_combine,
+    "connector_forward": check_connector_forward,
+    "denoise_loop": check_denoise_loop,
+    "dit_forward": check_dit_forward,
+    "pack": check_pack,
+    "rope": check_rope,
+    "schedule": check_schedule,
+    "sizing": check_sizing,
+    "split_string_v1": check_split_string_v1,
+    "vae": check_vae,
+}
+
+
+# ----------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line of the report."""
+
+    name: str
+    verdict: str
+    difference: float = 0.0
+    tolerance: float = 0.0
+    problems: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        if self.verdict == "SKIP":
+            return f"{self.name:28} {'':24} SKIP  {'; '.join(self.problems)}"
+        numbers = f"{self.difference:10.3g}  <= {self.tolerance:<10.3g}"
+        shown = "; ".join(self.problems[:3]) + (" ..." if len(self.problems) > 3 else "")
+        return f"{self.name:28} {numbers} {self.verdict}  {shown}".rstrip()
+
+
+def run_case(path: Path) -> Outcome:
+    """Check one case. Whatever is wrong with its files makes it fail."""
+    case = Case(path)
+    try:
+        kind = case.sidecar["kind"]
+        if kind in NOT_BUILT:
+            return Outcome(path.stem, "SKIP", problems=[f"{kind} is not built yet"])
+        if kind not in CHECKS:
+            return Outcome(path.stem, "FAIL", math.nan, problems=[f"unknown kind {kind}"])
+        with torch.no_grad():
+            CHECKS[kind](case)
+        problems = case.failures()
+    except Exception as error:  # noqa: BLE001 - a damaged case must fail, not end the report
+        text = " ".join(str(error).split())[:200]
+        return Outcome(path.stem, "FAIL", math.nan, problems=[f"{type(error).__name__}: {text}"])
+    if not case.differences:
+        return Outcome(path.stem, "FAIL", math.nan, problems=["nothing was compared"])
+    difference, tolerance = worst(case.differences.values())
+    return Outcome(path.stem, "FAIL" if problems else "PASS", difference, tolerance, problems)
+
+
+def worst(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Return the largest difference, of those beyond their tolerance if there are any."""
+
+    def badness(pair: tuple[float, float]) -> tuple[bool, float]:
+        difference, tolerance = pair
+        size = math.inf if math.isnan(difference) else difference
+        return not difference <= tolerance, size
+
+    by_tolerance = sorted(differences, key=lambda pair: pair[1], reverse=True)
+    return max(by_tolerance, key=badness)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare the network with recorded numbers.")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a directory of golden cases")
+    parser.add_argument("--case", metavar="NAME", help="run this case only")
+    arguments = parser.parse_args(argv)
+    paths = sorted(arguments.directory.glob(f"{arguments.case or '*'}.json"))
+    if not paths:
+        print(f"no case {arguments.case or ''} in {arguments.directory}", file=sys.stderr)
+        return 1
+    verdicts = []
+    for path in paths:
+        outcome = run_case(path)
+        print(outcome, flush=True)
+        verdicts.append(outcome.verdict)
+    counts = ", ".join(f"{verdicts.count(name)} {name}" for name in ("PASS", "FAIL", "SKIP"))
+    print(counts)
+    return 1 if "FAIL" in verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: recognising, reading and translating them."""
