@@ -1,0 +1,354 @@
+"""The conditioner: Qwen2.5-VL reads picture and instruction, its hidden states steer the edit.
+
+It knows chat text, token ids and hidden states; it knows nothing about latents or steps.
+What a checkpoint fixes by number comes from its `ConditionerConfig`, and token ids come from its
+tokenizer, so that the real models and the embedded demo run through the same lines.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from step1x_edit.model.config import ConditionerConfig
+
+VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    VISION_START,
+    VISION_END,
+    IMAGE_PAD,
+)
+"""The tokens of the chat text; a small vocabulary begins with them in this order: 0 pads."""
+
+PAD_ID = 0
+"""The reference masks ids > 0. In Qwen's vocabulary id 0 is "!", which is masked as well."""
+
+PATCH_SIZE, MERGE_SIZE = 14, 2
+FACTOR = PATCH_SIZE * MERGE_SIZE
+"""Side in pixels of the square that becomes one image token."""
+
+PIXELS_BEFORE_PROCESSOR = (4 * FACTOR**2, 16384 * FACTOR**2)
+
+DEMO_CONDITIONER = ConditionerConfig(
+    prompt_prefix="User Prompt:",
+    prefix_length=0,  # depends on the vocabulary: see measure_prefix_length
+    text_length=48,
+    quote_characters="",  # it cannot draw letters, and an apostrophe would spell out the rest
+    fixed_image_size=56,
+)
+"""The embedded checkpoint: a short instruction and four image tokens."""
+
+
+class VlmImage(NamedTuple):
+    """A picture as Qwen2.5-VL takes it."""
+
+    pixel_values: Tensor  # (patches, 3·2·14·14)
+    grid_thw: Tensor  # (1, 3), in patches of 14 pixels
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens after the 2×2 merge."""
+        return int(self.grid_thw.prod()) // MERGE_SIZE**2
+
+
+class PromptEncoding(NamedTuple):
+    """The conditioner's output; the mask is 1 at real positions, padded rows are zero."""
+
+    prompt_embeds: Tensor  # (B, L, C), or (L, C) for one prompt
+    prompt_mask: Tensor  # (B, L), or (L)
+
+
+class Conditioner:
+    """Turns a picture and an instruction into hidden states of the vision-language model."""
+
+    def __init__(
+        self, vlm: Qwen2_5_VLModel, tokenizer: Tokenizer, config: ConditionerConfig
+    ) -> None:
+        self.vlm = vlm
+        self.tokenizer = tokenizer
+        self.config = config
+        self.vision_end_id = _special_id(tokenizer, VISION_END)
+        self.image_pad_id = _special_id(tokenizer, IMAGE_PAD)
+        self.wrapping_quotes = _quote_ids(tokenizer)
+        if not config.is_padded:
+            raise ValueError("the conditioner of v1.2 is not supported yet")
+        measured = measure_prefix_length(tokenizer, config)
+        if measured != config.prefix_length:
+            raise ValueError(
+                f"the chat text has {measured} tokens to drop, the checkpoint says "
+                f"{config.prefix_length}"
+            )
+
+    @torch.inference_mode()
+    def encode(self, prompt: str, image: npt.NDArray[np.uint8]) -> PromptEncoding:
+        """The states for one prompt and one RGB picture, (L, C) and (L)."""
+        embeds, mask = self.encode_many([prompt], image)
+        return PromptEncoding(embeds[0], mask[0])
+
+    @torch.inference_mode()
+    def encode_many(self, prompts: Sequence[str], image: npt.NDArray[np.uint8]) -> PromptEncoding:
+        """The states for several prompts about the same picture, which is looked at only once."""
+        vlm_image = self.prepare_image(image)
+        features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
+        ids, lengths = pad_ids([self.tokenize(prompt, vlm_image.num_tokens) for prompt in prompts])
+        count = len(prompts)
+        return self.encode_ids(
+            ids, lengths, features.repeat(count, 1), vlm_image.grid_thw.repeat(count, 1)
+        )
+
+    def prepare_image(self, image: npt.NDArray[np.uint8]) -> VlmImage:
+        """Resize and cut an (H, W, 3) picture into patches, on the CPU."""
+        height, width = image.shape[:2]
+        side = self.config.fixed_image_size
+        size = (side, side) if side else round_to_factor(width, height)
+        picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+        patches = _image_processor(self.config)(picture, return_tensors="pt")
+        return VlmImage(patches["pixel_values"], patches["image_grid_thw"])
+
+    def tokenize(self, prompt: str, num_image_tokens: int) -> list[int]:
+        """The ids of the whole chat text, with the quoted letters of the prompt spelled out."""
+        text = render_chat(prompt, self.config)
+        ids = self._ids(text.replace(IMAGE_PAD, IMAGE_PAD * num_image_tokens, 1))
+        if not self.config.quote_characters:
+            return ids
+        spelled: list[int] = []
+        for piece in split_quotes(text, self.config.quote_start, self.config.quote_characters):
+            spelled += strip_wrapping_quotes(self._ids(piece), self.wrapping_quotes)
+        return join_at(ids, spelled, self.vision_end_id)
+
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """The vision tower's tokens of all pictures in a row, (tokens, C). Gradients flow."""
+        device = self.vlm.device
+        vision = self.vlm.get_image_features(pixel_values.to(device), grid_thw.to(device))
+        return torch.cat(tuple(vision.pooler_output))
+
+    def encode_ids(
+        self, input_ids: Tensor, lengths: Tensor, image_features: Tensor, grid_thw: Tensor
+    ) -> PromptEncoding:
+        """The batched core, differentiable: training calls it without `torch.inference_mode`.
+
+        `input_ids` (B, S) is padded on the right and `lengths` (B) says how far each row is real
+        (`pad_ids` makes both). Row b's picture is `grid_thw[b]`; `image_features` holds the tokens
+        of all rows' pictures in the order of the batch, as `encode_images` returns them for the
+        rows' patches concatenated. Attention is causal, so a row does not depend on its padding.
+        """
+        device = self.vlm.device
+        input_ids, lengths = input_ids.to(device), lengths.to(device)
+        is_image = self._image_positions(input_ids, grid_thw)  # (B, S)
+        mask = (input_ids > PAD_ID).long()  # (B, S)
+        embeds = self.vlm.get_input_embeddings()(input_ids)  # (B, S, C)
+        embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds))
+        positions, _ = self.vlm.get_rope_index(
+            input_ids, is_image.int(), image_grid_thw=grid_thw, attention_mask=mask
+        )
+        # The reference ran on a transformers that gave masked positions the rotary position 1.
+        positions = positions.masked_fill(mask == 0, 1)  # (3, B, S)
+        states = self.vlm.language_model(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state  # (B, S, C)
+        return keep_window(states, lengths, self.config.prefix_length, self.config.text_length)
+
+    def _image_positions(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
+        """Where the picture's tokens stand; an image token typed in the prompt is none of them."""
+        is_pad = input_ids == self.image_pad_id
+        tokens = grid_thw.to(input_ids.device).prod(-1, keepdim=True) // MERGE_SIZE**2
+        return is_pad & (is_pad.cumsum(-1) <= tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def render_head(config: ConditionerConfig) -> str:
+    """The chat text up to and including the prefix, the same for every prompt."""
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{config.prompt_prefix}"
+    )
+
+
+def render_chat(prompt: str, config: ConditionerConfig) -> str:
+    """Qwen2.5-VL's chat template for one user turn of prefix, picture and prompt."""
+    return (
+        f"{render_head(config)}Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}"
+        f"{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def measure_prefix_length(tokenizer: Tokenizer, config: ConditionerConfig) -> int:
+    """How many leading tokens are dropped: head and prefix without their last token, a colon."""
+    head = tokenizer.encode(render_head(config), add_special_tokens=False).ids
+    whole = tokenizer.encode(render_chat("", config), add_special_tokens=False).ids
+    if whole[: len(head)] != head:
+        raise ValueError("the prefix does not end at a token boundary in this vocabulary")
+    return len(head) - 1
+
+
+def split_quotes(text: str, quote_start: int, quote_characters: str) -> list[str]:
+    """Cut a text so that each quoted character is a piece of its own, wrapped as “c”.
+
+    Quotes count from behind `quote_start` on. The apostrophe is one of v1's quote characters, and a
+    quote that never closes spells the rest of the text, special tokens included: the models were
+    trained and are run that way.
+    """
+    pieces: list[str] = []
+    piece, is_quoted = "", False
+    straight = text.translate(dict.fromkeys(map(ord, quote_characters), '"'))
+    for index, character in enumerate(straight):
+        is_quote = character == '"' and index > quote_start
+        if is_quote and not is_quoted:
+            pieces.append(piece + character)
+            piece, is_quoted = "", True
+        elif is_quote:
+            piece, is_quoted = character, False
+        elif is_quoted:
+            pieces.append(f"“{character}”")
+        else:
+            piece += character
+    return [*pieces, piece] if piece else pieces
+
+
+def strip_wrapping_quotes(ids: list[int], quotes: tuple[int, int] | None) -> list[int]:
+    """Drop the pair of quotes around a spelled character, if both stayed tokens of their own.
+
+    A character that merges with a quote (A, a full stop) keeps both: a habit of the reference.
+    """
+    return ids[1:-1] if quotes and ids and (ids[0], ids[-1]) == quotes else ids
+
+
+def join_at(first: list[int], second: list[int], mark: int) -> list[int]:
+    """The first list up to its first mark, the second from its first mark on."""
+    return first[: first.index(mark)] + second[second.index(mark) :]
+
+
+def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """A (B, S) tensor of ids, padded on the right, and the (B) lengths of its rows."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), PAD_ID)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+def keep_window(
+    states: Tensor, lengths: Tensor, prefix_length: int, text_length: int
+) -> PromptEncoding:
+    """Drop the prefix, cut or zero-pad to the text length; the mask marks what is real."""
+    kept = states[:, prefix_length : prefix_length + text_length]  # (B, ≤L, C)
+    kept = F.pad(kept, (0, 0, 0, text_length - kept.shape[1]))  # (B, L, C)
+    place = torch.arange(text_length, device=states.device)
+    mask = (place < (lengths - prefix_length).unsqueeze(-1)).to(states.dtype)  # (B, L)
+    return PromptEncoding(kept * mask.unsqueeze(-1), mask)
+
+
+def round_to_factor(width: int, height: int) -> tuple[int, int]:
+    """The first of two resizes: each side to the nearest multiple of 28 (halves to even)."""
+    low, high = PIXELS_BEFORE_PROCESSOR
+    sides = [max(FACTOR, round(side / FACTOR) * FACTOR) for side in (width, height)]
+    return _limit_pixels((width, height), (sides[0], sides[1]), low, high)
+
+
+def vlm_image_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The size in which the processor hands an already rounded picture to the vision tower."""
+    sides = [round(side / FACTOR) * FACTOR for side in (width, height)]
+    return _limit_pixels((width, height), (sides[0], sides[1]), min_pixels, max_pixels)
+
+
+def small_vlm_config(
+    tokenizer: Tokenizer,
+    *,
+    hidden_size: int = 128,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    feed_forward_size: int = 320,
+    vision_hidden_size: int = 64,
+    vision_layers: int = 2,
+    vision_heads: int = 4,
+    vision_feed_forward_size: int = 128,
+) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of the given small sizes for a tokenizer that has the chat's special tokens."""
+    rotary = hidden_size // num_heads // 2
+    spatial = rotary * 3 // 8  # the 7B model splits its 64 pairs into 16 + 24 + 24
+    ids = {name: _special_id(tokenizer, name) for name in SPECIAL_TOKENS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": hidden_size,
+            "intermediate_size": feed_forward_size,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [rotary - 2 * spatial, spatial, spatial],
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": vision_feed_forward_size,
+            "num_heads": vision_heads,
+            "out_hidden_size": hidden_size,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "fullatt_block_indexes": [vision_layers - 1],
+        },
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids["<|endoftext|>"],  # no videos: an id that never occurs in a chat text
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+    )
+
+
+def _limit_pixels(
+    original: tuple[int, int], rounded: tuple[int, int], low: int, high: int
+) -> tuple[int, int]:
+    """Keep the rounded size if its area is within bounds, else rescale the original's sides."""
+    if min(original) * 200 < max(original):
+        raise ValueError(f"a picture of {original[0]}×{original[1]} is too narrow for the model")
+    area = rounded[0] * rounded[1]
+    if low <= area <= high:
+        return rounded
+    limit, snap = (high, math.floor) if area > high else (low, math.ceil)
+    ratio = math.sqrt(original[0] * original[1] / limit)
+    width, height = (max(FACTOR, snap(side / ratio / FACTOR) * FACTOR) for side in original)
+    return width, height
+
+
+def _image_processor(config: ConditionerConfig) -> Qwen2VLImageProcessorPil:
+    """The PIL processor: the torchvision one resamples slightly differently from the reference."""
+    if config.fixed_image_size:
+        pixels = config.fixed_image_size**2
+        return Qwen2VLImageProcessorPil(min_pixels=pixels, max_pixels=pixels)
+    return Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+
+
+def _special_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no token {token}")
+    return int(found)
+
+
+def _quote_ids(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids of “ and ” (2073 and 854 in Qwen's vocabulary), if each is one token."""
+    opening, closing = (tokenizer.encode(quote, add_special_tokens=False).ids for quote in "“”")
+    return (opening[0], closing[0]) if len(opening) == len(closing) == 1 else None

@@ -1,0 +1,348 @@
+"""Checkpoints: every layout gives the same network, and damage is told in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from step1x_edit.checkpoints.keymap import to_diffusers, to_official, transformer_links, vae_links
+from step1x_edit.checkpoints.read import Checkpoint, Release, read_checkpoint, write_demo
+from step1x_edit.errors import CheckpointError
+from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from tiny import VAE, a_picture, tiny_pipeline
+
+REQUEST = EditRequest(a_picture(), "make it night", num_steps=2, size_level=64)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> EditPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def originals(pipeline: EditPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same network in all three layouts, one folder each."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_demo(folder / "demo", pipeline)
+    write_official(folder / "official", pipeline)
+    write_diffusers(folder / "diffusers", pipeline)
+    return folder
+
+
+@pytest.fixture
+def copies(originals: Path, tmp_path: Path) -> Path:
+    """The same, to be damaged."""
+    return Path(shutil.copytree(originals, tmp_path / "copies"))
+
+
+def write_official(folder: Path, pipeline: EditPipeline) -> None:
+    folder.mkdir()
+    vae = to_official(pipeline.vae.state_dict(), tiny_vae_links())
+    save(vae, folder / "vae.safetensors")
+    save(pipeline.transformer.state_dict(), folder / "step1x-edit.safetensors")
+    vlm_folder = folder / "Qwen"
+    vlm_folder.mkdir()
+    # The names that Qwen2.5-VL was published with, which the library has renamed since.
+    vlm = {
+        f"model.{name.removeprefix('language_model.')}" if name.startswith("lang") else name: tensor
+        for name, tensor in pipeline.conditioner.vlm.state_dict().items()
+    }
+    vocabulary, width = vlm["model.embed_tokens.weight"].shape
+    save(
+        {**vlm, "lm_head.weight": torch.zeros(vocabulary, width)}, vlm_folder / "model.safetensors"
+    )
+    pipeline.conditioner.vlm.config.save_pretrained(vlm_folder)
+    pipeline.conditioner.tokenizer.save(str(vlm_folder / "tokenizer.json"))
+
+
+def write_diffusers(folder: Path, pipeline: EditPipeline) -> None:
+    links = transformer_links(pipeline.config.transformer)
+    transformer = to_diffusers(pipeline.transformer.state_dict(), links)
+    names = sorted(transformer)
+    for name in ("transformer", "vae", "text_encoder", "processor"):
+        (folder / name).mkdir(parents=True)
+    for shard in range(2):
+        part = {name: transformer[name] for name in names[shard::2]}
+        save(part, folder / "transformer" / f"model-{shard + 1}-of-2.safetensors")
+    save(pipeline.vae.state_dict(), folder / "vae" / "model.safetensors")
+    pipeline.conditioner.vlm.save_pretrained(folder / "text_encoder")
+    pipeline.conditioner.tokenizer.save(str(folder / "processor" / "tokenizer.json"))
+
+
+def tiny_vae_links() -> list:
+    return vae_links(VAE["block_out_channels"], VAE["layers_per_block"])
+
+
+def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
+    )
+
+
+def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Checkpoint:
+    """Read with the tiny sizes in the place of the published ones."""
+    transformer = pipeline.config.transformer
+    connector = dataclasses.replace(transformer.connector, has_scale_factor=True)
+    v1_0 = dataclasses.replace(
+        pipeline.config,
+        transformer=dataclasses.replace(transformer, connector=connector),
+        reference_offset=(0.0, 0.0, 0.0),
+    )
+    releases = {"v1.0": Release(v1_0, VAE), "v1.1": Release(pipeline.config, VAE)}
+    return read_checkpoint(path, dtype=torch.float32, version=version, releases=releases)
+
+
+def picture(pipeline: EditPipeline) -> np.ndarray:
+    *_, edited = pipeline.edit(REQUEST)
+    return edited.image
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "version"),
+    [
+        ("demo", "demo", "tiny"),
+        ("official", "Step1X-Edit v1.1", "v1.1"),
+        ("official/step1x-edit.safetensors", "Step1X-Edit v1.1", "v1.1"),
+        ("diffusers", "Step1X-Edit v1.1", "v1.1"),
+    ],
+)
+def test_every_layout_gives_the_same_picture(
+    originals: Path, pipeline: EditPipeline, place: str, name: str, version: str
+) -> None:
+    checkpoint = read(originals / place, pipeline)
+
+    assert (checkpoint.name, checkpoint.version) == (name, version)
+    assert picture(checkpoint.pipeline).tobytes() == picture(pipeline).tobytes()
+
+
+def test_the_recogniser_is_part_of_the_demo(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(labels=("night", "unknown"))
+    write_demo(tmp_path, pipeline)
+
+    recogniser = read_checkpoint(tmp_path).pipeline.recogniser
+
+    assert recogniser is not None
+    assert recogniser.labels == ("night", "unknown")
+    assert torch.equal(recogniser.weight, pipeline.recogniser.weight)
+
+
+def test_a_demo_is_stored_in_bfloat16_and_computes_in_float32(originals: Path) -> None:
+    stored = load_file(originals / "demo" / "model.safetensors")
+
+    checkpoint = read_checkpoint(originals / "demo")
+
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert checkpoint.pipeline.transformer.img_in.weight.dtype == torch.float32
+
+
+def test_real_models_compute_in_bfloat16_but_for_the_autoencoder(
+    originals: Path, pipeline: EditPipeline
+) -> None:
+    releases = {"v1.1": Release(pipeline.config, VAE)}
+
+    read = read_checkpoint(originals / "official", releases=releases).pipeline
+
+    assert read.transformer.img_in.weight.dtype == torch.bfloat16
+    assert read.conditioner.vlm.dtype == torch.bfloat16
+    assert read.vae.dtype == torch.float32
+    difference = picture(read).astype(int) - picture(pipeline)
+    assert np.abs(difference).mean() < 8
+
+
+def test_a_scale_factor_makes_it_v1_0(copies: Path, pipeline: EditPipeline) -> None:
+    file = copies / "official" / "step1x-edit.safetensors"
+    save({**load_file(file), "connector.scale_factor": torch.tensor([-0.9])}, file)
+
+    checkpoint = read(copies / "official", pipeline)
+
+    assert checkpoint.version == "v1.0"
+    assert picture(checkpoint.pipeline).tobytes() != picture(pipeline).tobytes()
+
+
+def test_of_several_transformers_the_wanted_or_the_newest_is_read(
+    copies: Path, pipeline: EditPipeline
+) -> None:
+    file = copies / "official" / "step1x-edit.safetensors"
+    older = {**load_file(file), "connector.scale_factor": torch.tensor([-0.9])}
+    save(older, file.with_name("zzz.safetensors"))
+
+    assert read(copies / "official", pipeline).version == "v1.1"
+    assert read(copies / "official", pipeline, version="v1.0").version == "v1.0"
+    assert read(copies / "official" / "zzz.safetensors", pipeline).version == "v1.0"
+
+
+def test_float8_weights_are_widened(copies: Path, pipeline: EditPipeline) -> None:
+    file = copies / "official" / "step1x-edit.safetensors"
+    save({name: t.to(torch.float8_e4m3fn) for name, t in load_file(file).items()}, file)
+
+    checkpoint = read(copies / "official", pipeline)
+
+    weight = checkpoint.pipeline.transformer.img_in.weight
+    assert weight.dtype == torch.float32
+    torch.testing.assert_close(weight, pipeline.transformer.img_in.weight, atol=0.02, rtol=0.1)
+
+
+def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors)
+    save(tensors, file)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
+    "a missing tensor": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(file, lambda tensors: tensors.pop("img_in.bias")),
+        "the transformer misses tensors img_in.bias",
+    ),
+    "an unknown tensor": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(file, lambda tensors: tensors.update(extra=torch.zeros(1))),
+        "the transformer has unknown tensors extra",
+    ),
+    "a wrong shape": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(file, lambda tensors: tensors.update({"img_in.bias": torch.ones(3)})),
+        "img_in.bias of shape (3,) instead of (32,)",
+    ),
+    "a truncated file": (
+        "official",
+        "step1x-edit.safetensors",
+        truncate,
+        "step1x-edit.safetensors",
+    ),
+    "no autoencoder": ("official", "vae.safetensors", Path.unlink, "no autoencoder"),
+    "an incomplete autoencoder": (
+        "official",
+        "vae.safetensors",
+        lambda file: change(file, lambda tensors: tensors.pop("decoder.conv_in.bias")),
+        "decoder.conv_in.bias",
+    ),
+    "no conditioner": ("official", "Qwen", shutil.rmtree, "no folder with Qwen2.5-VL"),
+    "no tokenizer": ("official", "Qwen/tokenizer.json", Path.unlink, "no tokenizer.json"),
+    "a conditioner without weights": (
+        "official",
+        "Qwen/model.safetensors",
+        Path.unlink,
+        "cannot read the conditioner",
+    ),
+    "an incomplete conditioner": (
+        "official",
+        "Qwen/model.safetensors",
+        lambda file: change(file, lambda tensors: tensors.pop("model.norm.weight")),
+        "the conditioner misses tensors",
+    ),
+    "a tokenizer of another model": (
+        "official",
+        "Qwen/tokenizer.json",
+        lambda file: file.write_text(file.read_text("utf-8").replace("vision_end", "other")),
+        "vision_end",
+    ),
+    "a missing shard": (
+        "diffusers",
+        "transformer/model-2-of-2.safetensors",
+        Path.unlink,
+        "misses tensors",
+    ),
+    "an empty folder": ("diffusers", "vae/model.safetensors", Path.unlink, "no safetensors in"),
+    "no weights": ("demo", "model.safetensors", Path.unlink, "model.safetensors"),
+    "a demo without an autoencoder": (
+        "demo",
+        "model.safetensors",
+        lambda file: change(
+            file,
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if name[:3] == "vae"],
+        ),
+        "the autoencoder misses tensors",
+    ),
+    "a tensor of no part": (
+        "demo",
+        "model.safetensors",
+        lambda file: change(file, lambda tensors: tensors.update({"lora.w": torch.ones(1)})),
+        "unknown tensors lora",
+    ),
+    "a config that is not JSON": (
+        "demo",
+        "config.json",
+        lambda file: file.write_text("{"),
+        "config.json",
+    ),
+    "a config without sizes": (
+        "demo",
+        "config.json",
+        lambda file: file.write_text('{"format": 1}'),
+        "config.json is not valid",
+    ),
+    "a config of the future": (
+        "demo",
+        "config.json",
+        lambda file: file.write_text('{"format": 2}'),
+        "format 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_told_in_one_line(copies: Path, pipeline: EditPipeline, damage: str) -> None:
+    layout, place, break_it, message = DAMAGES[damage]
+    break_it(copies / layout / place)
+
+    with pytest.raises(CheckpointError) as raised:
+        read(copies / layout, pipeline)
+
+    told = str(raised.value)
+    assert told.startswith("Manager not initialized: ")
+    assert message in told
+    assert "\n" not in told
+    assert len(told) <= 500
+
+
+def test_v1_2_is_recognised_and_refused(copies: Path, pipeline: EditPipeline) -> None:
+    change(
+        copies / "diffusers" / "transformer" / "model-1-of-2.safetensors",
+        lambda tensors: tensors.update({"text_token_mapping.weight": torch.ones(1)}),
+    )
+
+    with pytest.raises(CheckpointError, match=r"v1\.2, which is not supported yet"):
+        read(copies / "diffusers", pipeline)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin"])
+def test_pickled_weights_are_refused(tmp_path: Path, pipeline: EditPipeline, name: str) -> None:
+    (tmp_path / name).touch()
+
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(CheckpointError, match=f"{name}.*only safetensors"):
+            read(path, pipeline)
+
+
+def test_a_place_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        read_checkpoint(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no Step1X-Edit transformer"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_demo_config_can_be_read_by_people(originals: Path) -> None:
+    config = json.loads((originals / "demo" / "config.json").read_text("utf-8"))
+
+    assert config["format"] == 1
+    assert config["model"]["conditioner"]["prompt_prefix"] == "Edit the picture:"
+    assert config["vae"]["latent_channels"] == 16

@@ -1,0 +1,188 @@
+"""The pipeline: its stages, its steps and what a seed promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from step1x_edit.model.flow import guide, schedule
+from step1x_edit.model.latents import image_position_ids
+from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest, Progress
+from tiny import a_picture, tiny_pipeline
+
+REQUEST = EditRequest(
+    a_picture(), "make it night", num_steps=3, guidance_scale=6.0, size_level=64, seed=7
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> EditPipeline:
+    return tiny_pipeline()
+
+
+def picture(pipeline: EditPipeline, request: EditRequest) -> np.ndarray:
+    *_, edited = pipeline.edit(request)
+    assert isinstance(edited, Edited)
+    return edited.image
+
+
+def test_an_edit_reports_each_step_and_ends_with_the_picture(pipeline: EditPipeline) -> None:
+    *progress, edited = pipeline.edit(REQUEST)
+
+    assert progress == [
+        Progress("encoding", 0, 1),
+        Progress("denoising", 1, 3),
+        Progress("denoising", 2, 3),
+        Progress("denoising", 3, 3),
+        Progress("decoding", 0, 1),
+    ]
+    assert isinstance(edited, Edited)
+    assert edited.image.dtype == np.uint8
+    assert edited.image.shape == (48, 64, 3)  # 60 × 40 at about 64² pixels, in multiples of 16
+    assert edited.label is None
+
+
+def test_closing_the_generator_stops_the_work(pipeline: EditPipeline) -> None:
+    steps = 0
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    hook = pipeline.transformer.img_in.register_forward_hook(count)
+    try:
+        events = pipeline.edit(REQUEST)
+        while next(events) != Progress("denoising", 1, 3):
+            pass
+        events.close()
+    finally:
+        hook.remove()
+
+    assert steps == 1
+
+
+def test_the_callers_own_code_does_not_run_in_inference_mode(pipeline: EditPipeline) -> None:
+    for _ in pipeline.edit(REQUEST):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(pipeline: EditPipeline) -> None:
+    first = picture(pipeline, REQUEST)
+
+    assert picture(pipeline, REQUEST).tobytes() == first.tobytes()
+    assert picture(pipeline, dataclasses.replace(REQUEST, seed=8)).tobytes() != first.tobytes()
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_both_prompts_matter_under_guidance(pipeline: EditPipeline, field: str) -> None:
+    other = dataclasses.replace(REQUEST, **{field: "a scene"})
+
+    assert picture(pipeline, other).tobytes() != picture(pipeline, REQUEST).tobytes()
+
+
+def test_without_guidance_the_negative_prompt_does_not_matter(pipeline: EditPipeline) -> None:
+    plain = dataclasses.replace(REQUEST, guidance_scale=1.0)
+    other = dataclasses.replace(plain, negative_prompt="a scene")
+
+    assert picture(pipeline, plain).tobytes() == picture(pipeline, other).tobytes()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
+def test_the_loop_agrees_with_one_written_from_the_training_forward(
+    pipeline: EditPipeline, guidance_scale: float
+) -> None:
+    request = dataclasses.replace(REQUEST, guidance_scale=guidance_scale)
+    config = pipeline.config
+    with torch.inference_mode():
+        encoded = pipeline.encode(request)
+        start = pipeline.start(encoded, request.seed)
+        *_, end = pipeline.denoise(encoded, start, request)
+
+        ids = image_position_ids(encoded.rows, encoded.columns, config.reference_offset)
+        number = encoded.rows * encoded.columns
+        times = schedule(request.num_steps, number)
+
+        def velocity(branch: int) -> torch.Tensor:
+            predicted = pipeline.transformer(
+                torch.cat([latents, encoded.reference], dim=1),
+                ids,
+                encoded.prompt.prompt_embeds[branch : branch + 1],
+                encoded.prompt.prompt_mask[branch : branch + 1],
+                t.view(1),
+            )
+            return predicted[:, :number]
+
+        latents = start.latents
+        for t, t_next in itertools.pairwise(times):
+            v = velocity(0)
+            if guidance_scale != 1.0:
+                v = guide(v, velocity(1), guidance_scale, float(t), config.guidance_rule)
+            latents = latents + (t_next - t) * v
+
+    assert encoded.reference.abs().max() > 0
+    torch.testing.assert_close(end.latents, latents, atol=2e-5, rtol=0)
+
+
+def test_the_loop_goes_on_from_any_step(pipeline: EditPipeline) -> None:
+    with torch.inference_mode():
+        encoded = pipeline.encode(REQUEST)
+        first, _, last = pipeline.denoise(encoded, pipeline.start(encoded, 7), REQUEST)
+        *_, resumed = pipeline.denoise(encoded, first, REQUEST)
+
+    assert resumed.step == 3
+    assert torch.equal(resumed.latents, last.latents)
+
+
+def test_the_loop_can_compute_in_bfloat16() -> None:
+    pipeline = tiny_pipeline()
+    exact = picture(pipeline, REQUEST).astype(int)
+
+    pipeline.transformer.bfloat16()
+
+    assert np.abs(picture(pipeline, REQUEST) - exact).mean() < 8
+
+
+def test_numbers_that_are_not_finite_are_an_error() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.transformer.img_in.bias[0] = torch.nan
+
+    with pytest.raises(FloatingPointError):
+        picture(pipeline, REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"image": a_picture(900, 2)}, "too narrow"), ({"num_steps": 0}, "num_steps")],
+)
+def test_a_request_that_cannot_be_met_is_refused(
+    pipeline: EditPipeline, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        picture(pipeline, dataclasses.replace(REQUEST, **changes))
+
+
+def test_a_recogniser_names_the_edit() -> None:
+    pipeline = tiny_pipeline(labels=("night", "unknown"))
+    assert pipeline.recogniser is not None
+    pipeline.recogniser.weight.zero_()
+    pipeline.recogniser.bias.copy_(torch.tensor([0.0, 1.0]))
+
+    *_, edited = pipeline.edit(REQUEST)
+
+    assert isinstance(edited, Edited)
+    assert edited.label == "unknown"
+    assert pipeline.recognise("make it night", a_picture()) == "unknown"
+
+
+def test_only_a_checkpoint_with_a_recogniser_recognises(pipeline: EditPipeline) -> None:
+    assert pipeline.recognise("make it night", a_picture()) is None
+
+
+def test_the_transformer_sees_the_picture(pipeline: EditPipeline) -> None:
+    other = dataclasses.replace(REQUEST, image=255 - a_picture())
+
+    assert picture(pipeline, other).tobytes() != picture(pipeline, REQUEST).tobytes()
