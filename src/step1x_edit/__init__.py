@@ -1,0 +1,65 @@
+"""Edit pictures by saying what to change, with the open model Step1X-Edit.
+
+Importing this package imports nothing else: each public name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from step1x_edit.errors import Step1XEditError
+    from step1x_edit.images import read_edit_record
+    from step1x_edit.schemas import (
+        BatchAnswer,
+        BatchRequest,
+        EditAnswer,
+        EditRecord,
+        EditRequest,
+        ErrorAnswer,
+        GpuAnswer,
+        StatusAnswer,
+    )
+    from step1x_edit.service import EditService, build_service
+    from step1x_edit.settings import Settings, load_settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchAnswer",
+    "BatchRequest",
+    "EditAnswer",
+    "EditRecord",
+    "EditRequest",
+    "EditService",
+    "ErrorAnswer",
+    "GpuAnswer",
+    "Settings",
+    "StatusAnswer",
+    "Step1XEditError",
+    "__version__",
+    "build_service",
+    "load_settings",
+    "read_edit_record",
+]
+
+_HOMES: Final = {
+    "EditService": "service",
+    "Settings": "settings",
+    "Step1XEditError": "errors",
+    "build_service": "service",
+    "load_settings": "settings",
+    "read_edit_record": "images",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'schemas')}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

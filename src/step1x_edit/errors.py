@@ -1,0 +1,225 @@
+"""Every failure a caller can meet, as one tree.
+
+    Step1XEditError
+    ├── InvalidParameterError         invalid_parameter     Invalid parameter: …
+    ├── ImageFileNotFoundError        file_not_found        Image file not found: …
+    ├── PathNotAllowedError           path_not_allowed      Path not allowed: …
+    ├── ImageError
+    │   ├── UnsupportedImageError     unsupported_image     Unsupported image format: …
+    │   ├── CorruptImageError         corrupt_image         Cannot read image: …
+    │   ├── ImageTooLargeError        image_too_large       Image too large: …
+    │   ├── ImageTooSmallError        image_too_small       Image too small: …
+    │   └── ImageAspectError          image_aspect          Image too elongated: …
+    ├── OutputError
+    │   ├── OutputExistsError         output_exists         Output already exists: …
+    │   └── OutputNotWritableError    output_not_writable   Cannot write output: …
+    │       └── NoSpaceError          no_space              Cannot write output: …
+    ├── ServerBusyError               queue_full            Server busy: …
+    ├── ShuttingDownError             shutting_down         Server shutting down
+    ├── OutOfMemoryError              out_of_memory         CUDA out of memory: …
+    ├── ModelUnavailableError         model_unavailable     Manager not initialized: …
+    │   └── CheckpointError           model_unavailable     Manager not initialized: …
+    ├── EditCancelledError            cancelled             Cancelled
+    ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
+    ├── SettingsError                 invalid_settings      Invalid settings: …
+    └── InternalError                 internal              Internal error: …
+
+`str(error)` is the whole sentence for the user: one line of bounded length that begins as the
+tree says. This module knows nothing about protocols; the faces turn `code` into theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+_MEMORY_ADDRESS = re.compile(r"0x[0-9a-fA-F]{8,}")
+
+
+class Step1XEditError(Exception):
+    """The root: a failure that can be told to the caller in one sentence.
+
+    `detail` follows the beginning of the class. A detail that already starts with this beginning
+    is the whole sentence, so that an error can be rebuilt from its text on another machine.
+    """
+
+    code: ClassVar[str] = "internal"
+    beginning: ClassVar[str] = "Internal error"
+    retryable: ClassVar[bool] = False
+    """Whether the same call may succeed later without being changed."""
+    max_length: ClassVar[int] = 500
+
+    def __init__(self, detail: str = "", *, retry_after_s: float | None = None) -> None:
+        if detail.startswith(self.beginning):
+            sentence = detail
+        else:
+            sentence = f"{self.beginning}: {detail}" if detail else self.beginning
+        super().__init__(_one_line(sentence, self.max_length))
+        self.retry_after_s = retry_after_s
+
+
+class InvalidParameterError(Step1XEditError):
+    """A parameter is unknown, missing, of the wrong kind or out of range."""
+
+    code = "invalid_parameter"
+    beginning = "Invalid parameter"
+
+
+class ImageFileNotFoundError(Step1XEditError):
+    """There is no readable regular file at the given path."""
+
+    code = "file_not_found"
+    beginning = "Image file not found"
+
+
+class PathNotAllowedError(Step1XEditError):
+    """The path leads outside the allowed folders, or to something that is not a plain file."""
+
+    code = "path_not_allowed"
+    beginning = "Path not allowed"
+
+
+class ImageError(Step1XEditError):
+    """The file was found but its picture cannot be edited."""
+
+    code = "corrupt_image"
+    beginning = "Cannot read image"
+
+
+class UnsupportedImageError(ImageError):
+    """The content is none of the formats that we decode."""
+
+    code = "unsupported_image"
+    beginning = "Unsupported image format"
+
+
+class CorruptImageError(ImageError):
+    """The content is damaged or cut short."""
+
+    code = "corrupt_image"
+    beginning = "Cannot read image"
+
+
+class ImageTooLargeError(ImageError):
+    """The file or its picture exceeds the configured limits."""
+
+    code = "image_too_large"
+    beginning = "Image too large"
+
+
+class ImageTooSmallError(ImageError):
+    """The picture has too few pixels to be edited."""
+
+    code = "image_too_small"
+    beginning = "Image too small"
+
+
+class ImageAspectError(ImageError):
+    """One side is so much longer than the other that nothing would be left of the shorter one."""
+
+    code = "image_aspect"
+    beginning = "Image too elongated"
+
+
+class OutputError(Step1XEditError):
+    """The result cannot be put where it was asked for."""
+
+    code = "output_not_writable"
+    beginning = "Cannot write output"
+
+
+class OutputExistsError(OutputError):
+    """The output name is taken and overwriting was not asked for, or it is an input."""
+
+    code = "output_exists"
+    beginning = "Output already exists"
+
+
+class OutputNotWritableError(OutputError):
+    """The folder or the file system refuses the output."""
+
+    retryable = True
+
+
+class NoSpaceError(OutputNotWritableError):
+    """The disk or the quota is full."""
+
+    code = "no_space"
+
+
+class ServerBusyError(Step1XEditError):
+    """The queue is full; `retry_after_s` says when to come back."""
+
+    code = "queue_full"
+    beginning = "Server busy"
+    retryable = True
+
+
+class ShuttingDownError(Step1XEditError):
+    """The server is stopping and takes no more work."""
+
+    code = "shutting_down"
+    beginning = "Server shutting down"
+    retryable = True
+
+
+class OutOfMemoryError(Step1XEditError):
+    """The edit does not fit; a smaller `size_level` may."""
+
+    code = "out_of_memory"
+    beginning = "CUDA out of memory"
+
+
+class ModelUnavailableError(Step1XEditError):
+    """There is no model that could serve: nothing usable to load, or the engine is down."""
+
+    code = "model_unavailable"
+    beginning = "Manager not initialized"
+    retryable = True
+
+
+class CheckpointError(ModelUnavailableError):
+    """The checkpoint is missing, damaged or of an unknown kind; waiting does not help."""
+
+    retryable = False
+
+
+class EditCancelledError(Step1XEditError):
+    """The caller withdrew the edit."""
+
+    code = "cancelled"
+    beginning = "Cancelled"
+    retryable = True
+
+
+class DeadlineExceededError(Step1XEditError):
+    """The edit took longer than it was given."""
+
+    code = "deadline_exceeded"
+    beginning = "Deadline exceeded"
+    retryable = True
+
+
+class SettingsError(Step1XEditError):
+    """The configuration does not allow a start; the sentence lists everything that is wrong."""
+
+    code = "invalid_settings"
+    beginning = "Invalid settings"
+    max_length = 5000  # read by the operator at the terminal, who wants all mistakes at once
+
+
+class InternalError(Step1XEditError):
+    """A mistake of ours."""
+
+
+def _one_line(text: str, max_length: int) -> str:
+    """Make `text` safe to print: one line, printable, without memory addresses, bounded."""
+    text = _MEMORY_ADDRESS.sub("0x…", text)
+    text = "".join(map(_printable, text)).strip()
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode("ascii")

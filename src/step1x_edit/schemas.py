@@ -1,0 +1,531 @@
+"""Every request and every answer; the only home of names, ranges, defaults and descriptions.
+
+The annotated types (`NumSteps`, `Seed`, …) are used as they are by the request models, by the MCP
+tools and by the settings; `PARAMETERS` says the same to faces that need plain numbers, such as
+the command line. Values are read leniently where callers are sloppy ("28", 28.0, a list encoded
+as JSON), which never shows in the JSON schema. This module knows nothing about who is asking.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
+from typing_extensions import Self
+
+from step1x_edit.errors import InvalidParameterError, Step1XEditError
+
+Size = Literal[512, 768, 1024]
+Location = Literal["Unloaded", "CPU", "GPU"]
+
+DEFAULT_NUM_STEPS: Final = 28
+DEFAULT_GUIDANCE_SCALE: Final = 6.0
+DEFAULT_SIZE_LEVEL: Final[Size] = 1024
+MAX_SEED: Final = 2**32 - 1
+MAX_PROMPT_LENGTH: Final = 4000
+MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
+
+
+# --- reading leniently ---------------------------------------------------------------------------
+
+
+def _whole_number(value: object) -> object:
+    if isinstance(value, bool):  # a bool is an int to Python, a mistake to us
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    return value
+
+
+def _choice(value: object) -> object:
+    """Read "768" and 768.0 as 768; the list of choices decides about the rest."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    try:
+        number = float(value) if isinstance(value, str | float) else math.nan
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else value
+
+
+def _path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _listed(value: object) -> object:
+    """Read a list that arrives encoded as JSON, as language models like to send it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            decoded = json.loads(value)
+        except ValueError:
+            return value
+        return decoded if isinstance(decoded, list) else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text_or_list(value: object) -> object:
+    value = _listed(value)
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("text_or_list", "must be a text or a list of texts")
+    return value
+
+
+def _plain_text(value: str) -> str:
+    if "\0" in value:
+        raise PydanticCustomError("plain_text", "must not contain a NUL character")
+    return value
+
+
+def _drawn_if_negative(value: int | None) -> int | None:
+    return None if value == -1 else value
+
+
+# --- parameters ----------------------------------------------------------------------------------
+# Constraints stand before the readers: the other way round they would not reach the JSON schema.
+
+_PathText = Annotated[
+    str,
+    Field(min_length=1, max_length=MAX_PATH_LENGTH),
+    AfterValidator(_plain_text),
+    BeforeValidator(_path),
+]
+_PromptText = Annotated[str, Field(max_length=MAX_PROMPT_LENGTH), AfterValidator(_plain_text)]
+_SeedNumber = Annotated[int, Field(ge=-1, le=MAX_SEED), BeforeValidator(_whole_number)]
+
+ImagePath = Annotated[_PathText, Field(description="Path of the image to edit")]
+Prompt = Annotated[
+    _PromptText,
+    Field(
+        description="What to change, in plain words, such as 'add a red hat'; "
+        "an empty text leaves the picture as it is"
+    ),
+]
+OutputPath = Annotated[
+    _PathText | None,
+    Field(
+        description="Where to save the result; the suffix (.png, .jpg, .webp, .avif, .tiff, .bmp) "
+        "chooses the format. Default: <name>_edited beside the input"
+    ),
+]
+NumSteps = Annotated[
+    int,
+    Field(ge=10, le=50, description="Denoising steps: more is slower and finer"),
+    BeforeValidator(_whole_number),
+]
+GuidanceScale = Annotated[
+    float,
+    Field(
+        ge=1.0,
+        le=15.0,
+        allow_inf_nan=False,
+        description="How strongly the picture follows the prompt",
+    ),
+    BeforeValidator(_number),
+]
+SizeLevel = Annotated[
+    Size,
+    Field(
+        description="Working resolution: the edit runs at about this many pixels squared; "
+        "the result has the input's size"
+    ),
+    BeforeValidator(_choice),
+]
+Seed = Annotated[
+    _SeedNumber | None,
+    AfterValidator(_drawn_if_negative),
+    Field(
+        description="Start of the random numbers: the same seed gives the same picture. "
+        "Left out or -1, one is drawn and reported"
+    ),
+]
+Overwrite = Annotated[bool, Field(description="Replace the output file if it exists already")]
+NegativePrompt = Annotated[
+    _PromptText, Field(description="What the picture should not show, such as 'blurry'")
+]
+ImagePaths = Annotated[
+    list[_PathText],
+    Field(min_length=1, description="Paths of the images to edit"),
+    BeforeValidator(_listed),
+]
+Prompts = Annotated[
+    _PromptText | list[_PromptText],
+    Field(description="What to change: one text for all images, or a list with one per image"),
+    BeforeValidator(_text_or_list),
+]
+OutputDir = Annotated[
+    _PathText | None,
+    Field(description="Folder for the results, created if missing. Default: beside each input"),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EditRequest(_Request):
+    """One picture to edit."""
+
+    image_path: ImagePath
+    prompt: Prompt
+    output_path: OutputPath = None
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    seed: Seed = None
+    overwrite: Overwrite = False
+    negative_prompt: NegativePrompt = ""
+
+
+class BatchRequest(_Request):
+    """Several pictures to edit with the same parameters."""
+
+    image_paths: ImagePaths
+    prompts: Prompts
+    output_dir: OutputDir = None
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    seed: Seed = None
+    overwrite: Overwrite = False
+    negative_prompt: NegativePrompt = ""
+
+    @model_validator(mode="after")
+    def _one_prompt_per_image(self) -> Self:
+        if isinstance(self.prompts, list) and len(self.prompts) != len(self.image_paths):
+            raise PydanticCustomError(
+                "prompt_count",
+                "prompts must be one text or a list of {images}, one for each of image_paths, "
+                "got {prompts}",
+                {"images": len(self.image_paths), "prompts": len(self.prompts)},
+            )
+        return self
+
+    def prompt_of_each(self) -> list[str]:
+        """The prompt of each image, in order."""
+        if isinstance(self.prompts, str):
+            return [self.prompts] * len(self.image_paths)
+        return list(self.prompts)
+
+
+class EditRecord(_Request):
+    """What a picture was made with, written into its file so that the edit can be replayed."""
+
+    software: Literal["step1x-edit"] = "step1x-edit"
+    model: str
+    prompt: Prompt
+    negative_prompt: NegativePrompt = ""
+    num_steps: NumSteps
+    guidance_scale: GuidanceScale
+    size_level: SizeLevel
+    seed: _SeedNumber
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+class _Answer(BaseModel):
+    """An answer; optional fields that say nothing are left out of its dictionary."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain JSON values, in the order of the contract."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class EditMetadata(_Answer):
+    """With what, where and by which model the picture was edited."""
+
+    prompt: str
+    num_steps: int
+    guidance_scale: float
+    size_level: int
+    seed: int
+    gpu_location: Location
+    gpu_memory_gb: float
+    model: str | None = None
+    device: str | None = None
+    width: int | None = None
+    height: int | None = None
+    negative_prompt: str | None = None
+    warning: str | None = None
+
+
+class EditAnswer(_Answer):
+    """One picture was edited and saved."""
+
+    status: Literal["success"] = "success"
+    message: str = "Image edited successfully"
+    output_path: str
+    processing_time: float
+    metadata: EditMetadata
+
+
+class ErrorAnswer(_Answer):
+    """The call failed; `error` is one sentence that says what to change."""
+
+    status: Literal["error"] = "error"
+    error: str
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def of(cls, error: Step1XEditError) -> ErrorAnswer:
+        """The answer that tells `error`."""
+        return cls(error=str(error), code=error.code, retry_after_s=error.retry_after_s)
+
+
+class BatchItem(_Answer):
+    """What became of one input of a batch."""
+
+    input: str
+    result: EditAnswer | ErrorAnswer
+
+
+class BatchSummary(_Answer):
+    """How many inputs a batch had and what became of them."""
+
+    total: int
+    successes: int
+    failures: int
+
+
+class BatchAnswer(_Answer):
+    """What became of a batch; `partial` when some items failed, `error` when all did."""
+
+    status: Literal["success", "partial", "error"]
+    message: str
+    error: str | None = None
+    results: list[BatchItem]
+    summary: BatchSummary
+
+    @classmethod
+    def of(cls, items: Sequence[BatchItem]) -> BatchAnswer:
+        """Count the items and say how the batch as a whole went."""
+        total = len(items)
+        successes = sum(isinstance(item.result, EditAnswer) for item in items)
+        failures = total - successes
+        message = f"Processed {total} images: {successes} succeeded, {failures} failed"
+        if failures == 0:
+            status: Literal["success", "partial", "error"] = "success"
+        else:
+            status = "partial" if successes else "error"
+        return cls(
+            status=status,
+            message=message,
+            error=message if status == "error" else None,
+            results=list(items),
+            summary=BatchSummary(total=total, successes=successes, failures=failures),
+        )
+
+
+class GpuStatistics(_Answer):
+    """How often the model changed its place since the start."""
+
+    total_loads: int = 0
+    gpu_to_cpu: int = 0
+    cpu_to_gpu: int = 0
+    full_releases: int = 0
+
+
+class GpuStatus(_Answer):
+    """Where the model is and what it occupies; times in seconds, memory in GiB."""
+
+    model_location: Location
+    idle_time: float
+    idle_timeout: int | float  # int first: 60 stays 60 in JSON
+    gpu_memory_allocated_gb: float
+    gpu_memory_reserved_gb: float
+    auto_monitor_running: bool
+    statistics: GpuStatistics
+    model: str | None = None
+    device: str | None = None
+    queue_length: int | None = None
+
+
+class StatusAnswer(_Answer):
+    """The answer of `get_gpu_status`."""
+
+    status: Literal["success"] = "success"
+    gpu_status: GpuStatus
+
+
+class GpuAnswer(_Answer):
+    """The answer of `offload_gpu` and `release_gpu`."""
+
+    status: Literal["success"] = "success"
+    message: str
+    gpu_status: GpuStatus
+
+
+# --- what is allowed, in plain values -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What the schema says about one parameter, for faces that show it and for error sentences."""
+
+    name: str
+    kind: str
+    description: str
+    default: Any
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[int | str, ...] = ()
+    max_length: int | None = None
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words: "between 10 and 50", "512, 768 or 1024", or nothing."""
+        if self.choices:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}" if others else last
+        if self.minimum is not None and self.maximum is not None:
+            return f"between {_plain(self.minimum)} and {_plain(self.maximum)}"
+        if self.minimum is not None:
+            return f"at least {_plain(self.minimum)}"
+        return "" if self.maximum is None else f"at most {_plain(self.maximum)}"
+
+
+def parameters_of(model: type[BaseModel]) -> dict[str, Parameter]:
+    """The parameters of a model by name, derived from its JSON schema."""
+    properties: dict[str, dict[str, Any]] = model.model_json_schema()["properties"]
+    return {name: _parameter(name, schema) for name, schema in properties.items()}
+
+
+def _parameter(name: str, schema: Mapping[str, Any]) -> Parameter:
+    options = schema.get("anyOf", [])
+    values = next((option for option in options if option["type"] != "null"), schema)
+    return Parameter(
+        name=name,
+        kind=values.get("type", ""),
+        description=schema.get("description", ""),
+        default=schema.get("default"),
+        minimum=values.get("minimum"),
+        maximum=values.get("maximum"),
+        choices=tuple(values.get("enum", ())),
+        max_length=values.get("maxLength"),
+    )
+
+
+PARAMETERS: Final[Mapping[str, Parameter]] = {
+    **parameters_of(BatchRequest),
+    **parameters_of(EditRequest),
+}
+
+
+# --- what is wrong, in plain words ----------------------------------------------------------------
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:
+    """Make a request of `values`, or raise InvalidParameterError."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise invalid_parameter(error) from None
+
+
+def invalid_parameter(
+    error: ValidationError, parameters: Mapping[str, Parameter] = PARAMETERS
+) -> InvalidParameterError:
+    """Say in plain words what pydantic found wrong with a call."""
+    return InvalidParameterError("; ".join(complaints(error, parameters)))
+
+
+def complaints(error: ValidationError, parameters: Mapping[str, Parameter]) -> list[str]:
+    """One sentence for each wrong parameter, in the order of the call."""
+    found: dict[object, ErrorDetails] = {}
+    for details in error.errors(include_url=False):
+        name = details["loc"][0] if details["loc"] else None
+        # A choice of types complains once for each; the deepest complaint is the fitting one.
+        if name not in found or len(details["loc"]) > len(found[name]["loc"]):
+            found[name] = details
+    return [_complaint(details, parameters) for details in found.values()]
+
+
+def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> str:
+    if not details["loc"]:
+        return details["msg"]
+    name = str(details["loc"][0])
+    parameter = parameters.get(name, Parameter(name, kind="", description="", default=None))
+    label = parameter.name + "".join(
+        f"[{index}]" for index in details["loc"][1:] if isinstance(index, int)
+    )
+    kind, got = details["type"], f", got {_shown(details['input'])}"
+    match kind:
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"{_shown(name)} is unknown{_suggestion(name, parameters)}"
+        case "missing" | "missing_argument" | "missing_keyword_only_argument":
+            return f"{label} is missing"
+        case "greater_than_equal" | "less_than_equal" | "literal_error" if parameter.range:
+            return f"{label} must be {parameter.range}{got}"
+        case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
+            return f"{label} must be {_worded('a whole number', parameter)}{got}"
+        case "finite_number" if parameter.kind == "integer":
+            return f"{label} must be {_worded('a whole number', parameter)}{got}"
+        case "float_type" | "float_parsing" | "finite_number":
+            return f"{label} must be {_worded('a number', parameter)}{got}"
+        case "string_type":
+            return f"{label} must be a text{got}"
+        case "string_unicode":
+            return f"{label} must be valid Unicode text"
+        case "string_too_long":
+            limit = details["ctx"]["max_length"]
+            return f"{label} must have at most {limit} characters, got {len(details['input'])}"
+        case "string_too_short" | "too_short":
+            return f"{label} must not be empty"
+        case "bool_type" | "bool_parsing":
+            return f"{label} must be true or false{got}"
+        case "list_type":
+            return f"{label} must be a list of texts{got}"
+        case "text_or_list" | "plain_text":
+            return f"{label} {details['msg']}"
+    return f"{label} is not valid{got}"
+
+
+def _worded(kind: str, parameter: Parameter) -> str:
+    return parameter.range if parameter.choices else f"{kind} {parameter.range}".rstrip()
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if float(number).is_integer() else str(number)
+
+
+def _shown(value: object, width: int = 60) -> str:
+    """A value of the caller, quoted and cut, so that a sentence stays a sentence."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a huge number"  # Python refuses to write out very long integers
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,180 @@
+"""What the operator decides: read from flags, environment and `.env`, in this order.
+
+This is the only reader of the environment. Every name is also the name of the variable, in upper
+case. A value that cannot be right stops the start; whether a checkpoint lies at `MODEL_PATH` is
+the state of a disk and not a setting, so it is told to whoever asks for an edit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from step1x_edit.errors import SettingsError
+from step1x_edit.schemas import (
+    DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_NUM_STEPS,
+    DEFAULT_SIZE_LEVEL,
+    GuidanceScale,
+    NumSteps,
+    Parameter,
+    SizeLevel,
+    complaints,
+    parameters_of,
+)
+
+MEGA: Final = 1_000_000
+MEBI: Final = 1024 * 1024
+
+
+def _lower(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _upper(value: object) -> object:
+    return value.strip().upper() if isinstance(value, str) else value
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise PydanticCustomError(
+            "plain_text", "must be auto, cpu, cuda or cuda:N, got '{value}'", {"value": value}
+        )
+    return value
+
+
+def local_folders() -> tuple[Path, ...]:
+    """Where callers on this machine may read and write by default: home, here, temp."""
+    return (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))
+
+
+class Settings(BaseSettings):
+    """All settings of the server and the command line, checked."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_file_encoding="utf-8",
+        env_ignore_empty=True,
+        extra="ignore",  # the environment and .env hold the names of other programs as well
+        frozen=True,
+    )
+
+    model_path: Annotated[
+        Path | None, Field(description="Checkpoint to load; unset: the embedded demo checkpoint")
+    ] = None
+    model_version: Annotated[
+        Literal["auto", "demo", "v1.0", "v1.1", "v1.2"],
+        Field(description="Version that the checkpoint must have; auto: recognise it"),
+        BeforeValidator(_lower),
+    ] = "auto"
+    gpu_idle_timeout: Annotated[
+        int, Field(ge=0, description="Seconds without use until the model leaves the GPU; 0: never")
+    ] = 60
+    gpu_release_timeout: Annotated[
+        int, Field(ge=0, description="Seconds without use until the model is released; 0: never")
+    ] = 0
+    device: Annotated[
+        str,
+        Field(description="Where to compute: auto, cpu, cuda or cuda:N"),
+        AfterValidator(_known_device),
+        BeforeValidator(_lower),
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "bf16"],
+        Field(description="Number format of the weights; auto: exact and right for the device"),
+        BeforeValidator(_lower),
+    ] = "auto"
+    allowed_dirs: Annotated[
+        tuple[Path, ...],
+        NoDecode,
+        Field(
+            default_factory=local_folders,
+            description=f"Folders to read and write in, separated by '{os.pathsep}'; "
+            "unset: home, start folder, temp folder",
+        ),
+    ]
+    max_queue: Annotated[int, Field(ge=1, description="Edits that may wait")] = 32
+    max_upload_mb: Annotated[int, Field(ge=1, description="Largest input file in MiB")] = 32
+    # Pillow itself refuses pictures of twice its own limit, 178 megapixels.
+    max_megapixels: Annotated[
+        int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")
+    ] = 50
+    edit_timeout: Annotated[int, Field(ge=1, description="Seconds that one edit may take")] = 900
+    default_num_steps: NumSteps = DEFAULT_NUM_STEPS
+    default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        Field(description="What is worth a line in the log"),
+        BeforeValidator(_upper),
+    ] = "INFO"
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest input picture in pixels."""
+        return self.max_megapixels * MEGA
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest input file in bytes."""
+        return self.max_upload_mb * MEBI
+
+    @field_validator("model_path", mode="after")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
+
+    @field_validator("allowed_dirs", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except ValueError:
+                raise PydanticCustomError("plain_text", "is not a list") from None
+        return [part for part in value.split(os.pathsep) if part.strip()]
+
+    @field_validator("allowed_dirs", mode="after")
+    @classmethod
+    def _folders(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+        folders = tuple(path.expanduser().resolve() for path in paths)
+        for folder in folders:
+            if not folder.is_dir():
+                raise PydanticCustomError(
+                    "plain_text", "holds {folder}, which is not a folder", {"folder": str(folder)}
+                )
+        return folders
+
+
+_NAMES: Final[Mapping[str, Parameter]] = {
+    name: replace(parameter, name=name.upper())
+    for name, parameter in parameters_of(Settings).items()
+}
+
+
+def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
+    """Read the settings; `overrides` (flags, by field name) win, those that are None are left out.
+
+    Raises SettingsError with everything that is wrong in one sentence.
+    """
+    given = {name: value for name, value in (overrides or {}).items() if value is not None}
+    if unknown := given.keys() - Settings.model_fields.keys():
+        raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsError("; ".join(complaints(error, _NAMES))) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env cannot be read ({type(error).__name__})") from None

@@ -1,0 +1,393 @@
+"""Pictures keep what must survive an edit, and nothing hostile gets past the header."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms
+
+from step1x_edit.errors import (
+    CorruptImageError,
+    ImageAspectError,
+    ImageError,
+    ImageTooLargeError,
+    ImageTooSmallError,
+    InvalidParameterError,
+    UnsupportedImageError,
+)
+from step1x_edit.images import (
+    OUTPUT_FORMATS,
+    PREVIEW_BASE64_BYTES,
+    Limits,
+    Picture,
+    check_encodable,
+    decode,
+    encode,
+    preview,
+    read_edit_record,
+    restore,
+)
+from step1x_edit.schemas import EditRecord
+
+LIMITS = Limits(max_bytes=32 * 2**20, max_pixels=50_000_000)
+INPUT_FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"]
+WITH_EXIF = ["PNG", "JPEG", "WEBP", "AVIF", "TIFF"]
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+RECORD = EditRecord(
+    model="demo",
+    prompt="add a red hat 🎩 加一顶红帽子\n“please”",
+    negative_prompt="blurry",
+    num_steps=28,
+    guidance_scale=6.0,
+    size_level=512,
+    seed=2**32 - 1,
+)
+
+
+def photograph(width: int = 96, height: int = 64) -> Image.Image:
+    """Smooth shapes with a bright corner at the top left, so that turning shows."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    pixels = np.stack([np.sin(5 * x + y), np.cos(4 * y), x * y], axis=-1) * 60 + 100
+    pixels[: height // 3, : width // 4] = (250, 30, 30)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def saved(image: Image.Image, name: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def exif_with(tags: dict[int, object]) -> Image.Exif:
+    exif = Image.Exif()
+    exif.update(tags)
+    return exif
+
+
+def distance(left: np.ndarray, right: np.ndarray) -> float:
+    return float(np.abs(left.astype(float) - right.astype(float)).mean())
+
+
+# --- decoding ---
+
+
+@pytest.mark.parametrize("name", INPUT_FORMATS)
+def test_every_input_format_is_read(name: str) -> None:
+    image = photograph()
+    options = {"quality": 95} if name in ("JPEG", "WEBP", "AVIF") else {}
+    picture = decode(saved(image, name, **options), LIMITS)
+    assert picture.pixels.shape == (64, 96, 3)
+    assert picture.pixels.dtype == np.uint8
+    assert picture.pixels.flags.writeable
+    assert picture.alpha is None
+    assert distance(picture.pixels, np.array(image)) < 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", WITH_EXIF)
+def test_orientation_is_applied(name: str, orientation: int) -> None:
+    upright = photograph()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright if orientation == 1 else upright.transpose(undo[orientation])
+    tags = {ExifTags.Base.Orientation: orientation}
+    options = {"quality": 95} if name in ("JPEG", "WEBP", "AVIF") else {}
+    picture = decode(saved(stored, name, exif=exif_with(tags), **options), LIMITS)
+    assert (picture.width, picture.height) == upright.size
+    assert distance(picture.pixels, np.array(upright)) < 6
+    for suffix in (".png", ".jpg", ".tiff", ".avif", ".webp"):
+        again = opened(encode(picture, suffix))
+        assert again.size == upright.size
+        assert again.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def test_only_the_first_picture_of_an_animation_is_taken() -> None:
+    first, second = Image.new("RGB", (32, 32), RED), Image.new("RGB", (32, 32), BLUE)
+    for name in ("GIF", "WEBP", "PNG", "TIFF"):
+        data = saved(first, name, save_all=True, append_images=[second])
+        assert distance(decode(data, LIMITS).pixels, np.array(first)) < 6
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
+    values = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (32, 1))
+    picture = decode(saved(Image.fromarray(values), "PNG"), LIMITS)
+    assert picture.pixels[0, 0].tolist() == [0, 0, 0]
+    assert picture.pixels[0, 32].tolist() == pytest.approx([130] * 3, abs=2)
+    assert picture.pixels[0, 63].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    image = Image.new("RGB", (32, 32), WHITE)
+    image.paste((0, 0, 0), (0, 0, 16, 32))
+    data = saved(image.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+    pixels = decode(data, LIMITS).pixels
+    assert pixels.shape == (32, 32, 3)
+    assert pixels[0, 0].max() < 60
+    assert pixels[0, 31].min() > 250
+
+
+def test_float_pixels_are_refused_with_advice() -> None:
+    image = Image.fromarray(np.ones((32, 32), np.float32))
+    with pytest.raises(UnsupportedImageError, match="8 or 16 bits"):
+        decode(saved(image, "TIFF"), LIMITS)
+
+
+def test_a_profile_for_other_colours_is_dropped() -> None:
+    rgb_profile_on_grey = saved(Image.new("L", (32, 32), 90), "PNG", icc_profile=SRGB)
+    assert decode(rgb_profile_on_grey, LIMITS).icc_profile is None
+
+
+def test_alpha_is_set_aside_and_hidden_colour_becomes_white() -> None:
+    image = photograph().convert("RGBA")
+    image.paste((0, 255, 0, 0), (40, 40, 51, 64))
+    image.paste((0, 255, 0, 128), (51, 40, 64, 64))
+    for name in ("PNG", "TIFF", "WEBP"):
+        options = {"lossless": True, "exact": True} if name == "WEBP" else {}
+        picture = decode(saved(image, name, **options), LIMITS)
+        assert picture.alpha is not None
+        assert picture.alpha[50, 50] == 0
+        assert picture.alpha[50, 51] == 128
+        assert picture.alpha[0, 0] == 255
+        assert picture.pixels[50, 50].tolist() == [255, 255, 255]
+        assert picture.pixels[50, 51].tolist() == [0, 255, 0]
+
+
+def test_palette_transparency_is_alpha() -> None:
+    image = Image.new("P", (32, 32), 0)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((3, 3), 1)
+    picture = decode(saved(image, "GIF", transparency=1), LIMITS)
+    assert picture.alpha is not None
+    assert picture.alpha[3, 3] == 0
+    assert picture.alpha[0, 0] == 255
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.6, 0.9, 0.95])
+@pytest.mark.parametrize("name", INPUT_FORMATS)
+def test_a_truncated_file_is_an_error(name: str, share: float) -> None:
+    data = saved(Image.fromarray(noise(64, 64)), name)
+    with pytest.raises((CorruptImageError, UnsupportedImageError)) as caught:
+        decode(data[: int(len(data) * share)], LIMITS)
+    assert "0x" not in str(caught.value)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [7072, 10_000, 60_000])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_by_its_header(side: int) -> None:
+    with pytest.raises(ImageTooLargeError, match=r"^Image too large: .*50 megapixels"):
+        decode(png_header(side, side), LIMITS)
+
+
+def test_a_long_file_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ImageTooLargeError, match=r"^Image too large: 2 MB, at most 1 MB"):
+        decode(b"\0" * 2 * 2**20, Limits(max_bytes=2**20, max_pixels=10))
+
+
+@pytest.mark.parametrize("size", [(17 * 16, 16), (16, 17 * 16), (10_000, 1)])
+def test_an_extreme_aspect_ratio_is_refused_in_words(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageAspectError, match=r"^Image too elongated: .*16 times"):
+        decode(saved(Image.new("RGB", size), "PNG"), LIMITS)
+
+
+def test_the_smallest_picture_has_16_pixels_a_side() -> None:
+    assert decode(saved(Image.new("RGB", (16, 16)), "PNG"), LIMITS).width == 16
+    with pytest.raises(ImageTooSmallError, match="15×16 pixels"):
+        decode(saved(Image.new("RGB", (15, 16)), "PNG"), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        b"%PDF-1.4",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b'{"detail":"Not Found"}',
+        b"P6 32 32 255\n" + bytes(32 * 32 * 3),
+    ],
+)
+def test_what_is_not_on_the_list_is_unsupported(data: bytes) -> None:
+    with pytest.raises(UnsupportedImageError, match=r"^Unsupported image format: "):
+        decode(data, LIMITS)
+
+
+def test_content_decides_the_format_of_a_phone_picture() -> None:
+    data = saved(photograph(), "MPO", save_all=True, append_images=[photograph()])
+    assert decode(data, LIMITS).width == 96
+
+
+def test_damaged_bytes_never_raise_anything_but_image_errors() -> None:
+    random = np.random.default_rng(3)
+    for name in INPUT_FORMATS:
+        sound = saved(photograph(), name)
+        for _ in range(40):
+            data = bytearray(sound)
+            for position in random.integers(0, len(data), 6):
+                data[position] = random.integers(0, 256)
+            with contextlib.suppress(ImageError):
+                decode(bytes(data), LIMITS)
+
+
+# --- restoring and encoding ---
+
+
+def test_the_result_has_the_exact_size_of_the_input() -> None:
+    source = decode(saved(photograph(97, 61), "PNG"), LIMITS)
+    assert restore(noise(768, 480), source).pixels.shape == (61, 97, 3)
+
+
+def test_restoring_does_not_resample_a_fitting_picture() -> None:
+    edited = noise(96, 64)
+    source = decode(saved(photograph(96, 64), "PNG"), LIMITS)
+    assert np.array_equal(restore(edited, source).pixels, edited)
+
+
+@pytest.mark.parametrize("suffix", OUTPUT_FORMATS)
+def test_every_output_format_shows_the_same_picture(suffix: str) -> None:
+    picture = Picture(np.array(photograph()))
+    again = opened(encode(picture, suffix))
+    assert distance(np.array(again.convert("RGB")), picture.pixels) < 3
+    assert again.format == OUTPUT_FORMATS[suffix].name
+
+
+@pytest.mark.parametrize("suffix", OUTPUT_FORMATS)
+def test_equal_pictures_give_equal_bytes(suffix: str) -> None:
+    picture = Picture(noise(64, 48), icc_profile=SRGB)
+    assert encode(picture, suffix, RECORD) == encode(picture, suffix, RECORD)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".avif", ".tiff"])
+def test_alpha_is_kept(suffix: str) -> None:
+    image = photograph().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    source = decode(saved(image, "PNG"), LIMITS)
+    again = opened(encode(restore(noise(192, 128), source), suffix))
+    assert again.mode == "RGBA"
+    assert distance(np.array(again.getchannel("A")), np.array(image.getchannel("A"))) < 2
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".bmp"])
+def test_without_room_for_alpha_the_picture_is_laid_on_white(suffix: str) -> None:
+    picture = Picture(np.zeros((32, 32, 3), np.uint8), alpha=np.zeros((32, 32), np.uint8))
+    assert np.array(opened(encode(picture, suffix)).convert("RGB")).min() > 250
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff"])
+def test_the_colour_profile_is_kept(suffix: str) -> None:
+    source = decode(saved(photograph(), "JPEG", icc_profile=SRGB), LIMITS)
+    result = restore(noise(192, 128), source)
+    assert opened(encode(result, suffix)).info["icc_profile"] == SRGB
+
+
+def test_a_damaged_profile_is_not_passed_on() -> None:
+    source = decode(saved(photograph(), "PNG", icc_profile=b"no profile" * 20), LIMITS)
+    assert source.icc_profile is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff"])
+def test_the_place_is_dropped_and_the_camera_is_kept(suffix: str) -> None:
+    exif = exif_with({ExifTags.Base.Make: "Leica", ExifTags.Base.ImageDescription: "secret words"})
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (47.0, 22.0, 0.0)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.BodySerialNumber] = "123456"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FNumber] = 2.8
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0secret words"
+    source = decode(saved(photograph(), "JPEG", exif=exif, comment=b"secret words"), LIMITS)
+    data = encode(source, suffix, RECORD)
+    kept = opened(data).getexif()
+    assert kept[ExifTags.Base.Make] == "Leica"
+    assert float(kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FNumber]) == pytest.approx(2.8)
+    assert not kept.get_ifd(ExifTags.IFD.GPSInfo)
+    assert ExifTags.Base.BodySerialNumber not in kept.get_ifd(ExifTags.IFD.Exif)
+    assert b"secret words" not in data
+
+
+def test_a_tag_of_unreasonable_length_is_dropped() -> None:
+    data = saved(photograph(), "JPEG", exif=exif_with({ExifTags.Base.Artist: "secret" * 500}))
+    assert b"secret" not in encode(decode(data, LIMITS), ".jpg")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_unreadable_exif_does_not_spoil_a_picture() -> None:
+    data = saved(photograph(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff garbage")
+    assert decode(data, LIMITS).width == 96
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff"])
+def test_the_record_of_the_edit_can_be_read_back(suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"edited{suffix}"
+    file.write_bytes(encode(Picture(noise(32, 32)), suffix, RECORD))
+    assert read_edit_record(file) == RECORD
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff"])
+def test_the_longest_prompts_fit_into_the_file(suffix: str) -> None:
+    record = RECORD.model_copy(update={"prompt": "字" * 4000, "negative_prompt": "é" * 4000})
+    assert read_edit_record(encode(Picture(noise(32, 32)), suffix, record)) == record
+
+
+def test_a_picture_made_elsewhere_has_no_record() -> None:
+    assert read_edit_record(saved(photograph(), "JPEG")) is None
+    assert read_edit_record(b"no picture") is None
+
+
+def test_a_record_of_an_input_does_not_leak_into_the_next_result() -> None:
+    source = decode(encode(Picture(noise(32, 32)), ".jpg", RECORD), LIMITS)
+    assert read_edit_record(encode(source, ".jpg")) is None
+
+
+def test_a_format_that_cannot_hold_the_picture_is_refused_beforehand() -> None:
+    long = Picture(np.zeros((2, 16_384, 3), np.uint8))
+    check_encodable(long, ".png")
+    with pytest.raises(InvalidParameterError, match="16383 pixels per side"):
+        check_encodable(long, ".webp")
+
+
+@pytest.mark.parametrize("size", [(2000, 1500), (512, 512), (90, 60)])
+def test_the_preview_stays_small(size: tuple[int, int]) -> None:
+    data = preview(Picture(noise(*size)))
+    image = opened(data)
+    assert image.format == "JPEG"
+    assert max(image.size) <= min(512, max(size))
+    assert len(base64.b64encode(data)) <= PREVIEW_BASE64_BYTES

@@ -1,0 +1,131 @@
+"""Settings come from flags, environment and .env; what is wrong is said all at once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from step1x_edit.errors import SettingsError
+from step1x_edit.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings but those of the test."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
+    assert load_settings().model_dump() == {
+        "model_path": None,
+        "model_version": "auto",
+        "gpu_idle_timeout": 60,
+        "gpu_release_timeout": 0,
+        "device": "auto",
+        "precision": "auto",
+        "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
+        "max_queue": 32,
+        "max_upload_mb": 32,
+        "max_megapixels": 50,
+        "edit_timeout": 900,
+        "default_num_steps": 28,
+        "default_guidance_scale": 6.0,
+        "default_size_level": 1024,
+        "log_level": "INFO",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("MODEL_PATH", "~/models", Path.home() / "models"),
+        ("MODEL_PATH", "", None),
+        ("MODEL_VERSION", "V1.1", "v1.1"),
+        ("GPU_IDLE_TIMEOUT", "300", 300),
+        ("GPU_RELEASE_TIMEOUT", "600", 600),
+        ("DEVICE", "cuda:1", "cuda:1"),
+        ("PRECISION", "bf16", "bf16"),
+        ("MAX_QUEUE", "2", 2),
+        ("MAX_UPLOAD_MB", "5", 5),
+        ("MAX_MEGAPIXELS", "12", 12),
+        ("EDIT_TIMEOUT", "60", 60),
+        ("DEFAULT_NUM_STEPS", "20", 20),
+        ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
+        ("DEFAULT_SIZE_LEVEL", "512", 512),
+        ("LOG_LEVEL", "debug", "DEBUG"),
+    ],
+)
+def test_every_setting_is_read_from_the_environment(
+    name: str, value: str, read: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert getattr(load_settings(), name.lower()) == read
+
+
+def test_flags_win_over_the_environment_and_this_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("MAX_QUEUE=1\nGPU_IDLE_TIMEOUT=1\nEDIT_TIMEOUT=1\nOTHER='x y'\n")
+    monkeypatch.setenv("MAX_QUEUE", "2")
+    monkeypatch.setenv("GPU_IDLE_TIMEOUT", "2")
+    settings = load_settings({"max_queue": 3, "gpu_idle_timeout": None})
+    assert (settings.max_queue, settings.gpu_idle_timeout, settings.edit_timeout) == (3, 2, 1)
+
+
+def test_limits_are_told_in_bytes_and_pixels() -> None:
+    settings = load_settings({"max_upload_mb": 2, "max_megapixels": 3})
+    assert (settings.max_bytes, settings.max_pixels) == (2 * 2**20, 3_000_000)
+
+
+@pytest.mark.parametrize("form", ["{0}" + os.pathsep + "{1}", '["{0}", "{1}"]'])
+def test_allowed_folders_are_a_list(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = (tmp_path / "a b", tmp_path / "c,d")
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setenv("ALLOWED_DIRS", form.format(*(folder.as_posix() for folder in folders)))
+    assert load_settings().allowed_dirs == folders
+
+
+def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {
+        "GPU_IDLE_TIMEOUT": "-5",
+        "MODEL_VERSION": "v9",
+        "DEVICE": "tpu",
+        "PRECISION": "fp8",
+        "ALLOWED_DIRS": "/nope",
+        "MAX_QUEUE": "many",
+        "MAX_MEGAPIXELS": "1000",
+        "EDIT_TIMEOUT": "0",
+        "DEFAULT_NUM_STEPS": "5",
+        "DEFAULT_GUIDANCE_SCALE": "nan",
+        "DEFAULT_SIZE_LEVEL": "600",
+        "LOG_LEVEL": "loud",
+    }
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    sentence = str(caught.value)
+    assert sentence.startswith("Invalid settings: ")
+    assert [name for name in wrong if name not in sentence] == []
+    assert "DEFAULT_NUM_STEPS must be between 10 and 50, got '5'" in sentence
+    assert "ALLOWED_DIRS holds /nope, which is not a folder" in sentence
+    assert "pydantic" not in sentence
+
+
+def test_a_flag_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(TypeError, match="nope"):
+        load_settings({"nope": 1})
+
+
+def test_an_unreadable_file_of_settings_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"MAX_QUEUE=\xff\xfe")
+    with pytest.raises(SettingsError, match="env cannot be read"):
+        load_settings()
