@@ -80,18 +80,10 @@ class Settings(BaseSettings):
     gpu_idle_timeout: Annotated[
         int, Field(ge=0, description="Seconds without use until the model leaves the GPU; 0: never")
     ] = 60
-    gpu_release_timeout: Annotated[
-        int, Field(ge=0, description="Seconds without use until the model is released; 0: never")
-    ] = 0
     device: Annotated[
         str,
         Field(description="Where to compute: auto, cpu, cuda or cuda:N"),
         AfterValidator(_known_device),
-        BeforeValidator(_lower),
-    ] = "auto"
-    precision: Annotated[
-        Literal["auto", "bf16"],
-        Field(description="Number format of the weights; auto: exact and right for the device"),
         BeforeValidator(_lower),
     ] = "auto"
     allowed_dirs: Annotated[

@@ -41,15 +41,6 @@ FACTOR = PATCH_SIZE * MERGE_SIZE
 
 PIXELS_BEFORE_PROCESSOR = (4 * FACTOR**2, 16384 * FACTOR**2)
 
-DEMO_CONDITIONER = ConditionerConfig(
-    prompt_prefix="User Prompt:",
-    prefix_length=0,  # depends on the vocabulary: see measure_prefix_length
-    text_length=48,
-    quote_characters="",  # it cannot draw letters, and an apostrophe would spell out the rest
-    fixed_image_size=56,
-)
-"""The embedded checkpoint: a short instruction and four image tokens."""
-
 
 class VlmImage(NamedTuple):
     """A picture as Qwen2.5-VL takes it."""

@@ -233,17 +233,32 @@ V1_2 = ModelConfig(
 )
 """November 2025, with thinking and reflection; the preview of September has the same sizes."""
 
-DEMO_TRANSFORMER = TransformerConfig(
-    in_channels=192,
-    out_channels=192,
-    hidden_size=256,
-    num_heads=4,
-    axes_dim=(8, 28, 28),
-    depth=1,
-    depth_single=4,
-    connector=ConnectorConfig(in_features=128, hidden_size=128, num_heads=4),
+DEMO = ModelConfig(
+    version="demo",
+    transformer=TransformerConfig(
+        in_channels=192,
+        out_channels=192,
+        hidden_size=256,
+        num_heads=4,
+        axes_dim=(8, 28, 28),
+        depth=1,
+        depth_single=4,
+        connector=ConnectorConfig(in_features=128, hidden_size=128, num_heads=4),
+    ),
+    conditioner=ConditionerConfig(
+        prompt_prefix="User Prompt:",
+        prefix_length=35,  # in the vocabulary that was trained with it
+        text_length=48,
+        quote_characters="",  # it cannot draw letters, and an apostrophe would spell out the rest
+        fixed_image_size=56,
+    ),
+    reference_offset=(1.0, 1.0, 1.0),
+    latent_channels=48,
+    vae_scale=16,
+    latent_scale=1.0,
+    latent_shift=0.0,
 )
-"""Sizes of the embedded demo checkpoint, whose other numbers stand in its own config.json."""
+"""The embedded checkpoint: the architecture of v1.1 in 8 million parameters."""
 
 TINY = ModelConfig(
     version="tiny",

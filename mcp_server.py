@@ -1,0 +1,37 @@
+"""MCP over stdio: `python3 mcp_server.py`. Every byte on stdout is protocol, from the first on."""
+
+import os
+
+# Whatever is printed from here on must not reach the client.
+_wire = os.dup(1)
+os.dup2(2, 1)
+
+import sys  # noqa: E402
+from importlib.util import find_spec  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+_VENV = Path(__file__).resolve().parent / ".venv"
+_VENV_PYTHON = _VENV / "bin" / "python"
+
+if (
+    __name__ == "__main__"
+    and find_spec("step1x_edit") is None
+    and _VENV_PYTHON.exists()
+    and Path(sys.prefix) != _VENV
+):  # started with the system's python3, as MCP clients do, while `make setup` installed us in .venv
+    os.dup2(_wire, 1)
+    os.execv(_VENV_PYTHON, [str(_VENV_PYTHON), *sys.argv])  # noqa: S606
+
+from step1x_edit.interfaces.mcp import (  # noqa: E402
+    build_mcp,
+    keep_stdout_for_protocol,
+    run_stdio,
+    start_service,
+)
+
+keep_stdout_for_protocol(_wire)
+service = start_service()
+mcp = build_mcp(service)
+
+if __name__ == "__main__":
+    run_stdio(mcp, service)

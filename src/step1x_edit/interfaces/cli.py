@@ -1,0 +1,296 @@
+"""The command line: progress on stderr, results on stdout, exit codes 0, 1, 2 (usage) and 130.
+
+Flags are the parameter names of the operations with dashes; what they allow is said once, in
+`schemas`. Commands import what they need when they run, so that `--help` is there at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from step1x_edit.errors import InvalidParameterError, SettingsError, Step1XEditError
+from step1x_edit.schemas import PARAMETERS, EditAnswer, ErrorAnswer
+
+if TYPE_CHECKING:
+    from step1x_edit.service import EditService, FinishedEdit
+    from step1x_edit.settings import Settings
+    from step1x_edit.worker import Progress
+
+T = TypeVar("T")
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="step1x-edit",
+    help="Edit pictures by saying what to change, on this machine, with the model Step1X-Edit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _option(name: str, *flags: str) -> Any:
+    """A flag for a parameter, described as the schema describes it."""
+    parameter = PARAMETERS[name]
+    notes = [parameter.range] if parameter.range and name != "seed" else []
+    if parameter.default not in (None, "", False):
+        notes.append(f"default {parameter.default}")
+    told = f" ({'; '.join(notes)})" if notes else ""
+    return typer.Option(*flags, help=parameter.description + told)
+
+
+def _argument(name: str) -> Any:
+    return typer.Argument(help=PARAMETERS[name].description, show_default=False)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON")]
+
+
+@app.command()
+def edit(
+    image: Annotated[str, _argument("image_path")],
+    prompt: Annotated[str, _argument("prompt")],
+    output: Annotated[str | None, _option("output_path")] = None,
+    num_steps: Annotated[int | None, _option("num_steps")] = None,
+    guidance_scale: Annotated[float | None, _option("guidance_scale")] = None,
+    size_level: Annotated[int | None, _option("size_level")] = None,
+    seed: Annotated[int | None, _option("seed")] = None,
+    overwrite: Annotated[bool, _option("overwrite", "--overwrite")] = False,
+    negative_prompt: Annotated[str | None, _option("negative_prompt")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Edit one image as the prompt says and save the result as a new file."""
+    arguments = {
+        "image_path": image,
+        "prompt": prompt,
+        "output_path": output,
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "size_level": size_level,
+        "seed": seed,
+        "overwrite": overwrite,
+        "negative_prompt": negative_prompt,
+    }
+    with _told_failures(as_json):
+        with _service(_settings()) as service:
+            answer = _edit(service, arguments).answer
+        if as_json:
+            _print_json(answer.to_dict())
+        else:
+            _print_edit(answer)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Say where the model is and what it occupies."""
+    with _told_failures(as_json), _service(_settings()) as service:
+        answer = service.status()
+        if as_json:
+            _print_json(answer.to_dict())
+            return
+        for name, value in answer.gpu_status.to_dict().items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {count}" for key, count in value.items())
+            out.print(f"{name:<26} {value}", markup=False)
+
+
+@app.command()
+def mcp() -> None:
+    """Serve the tools to an MCP client over stdin and stdout."""
+    wire = os.dup(1)  # whatever is printed from here on must not reach the client
+    os.dup2(2, 1)
+    from step1x_edit.interfaces.mcp import (
+        build_mcp,
+        keep_stdout_for_protocol,
+        run_stdio,
+        start_service,
+    )
+
+    keep_stdout_for_protocol(wire)
+    service = start_service()
+    run_stdio(build_mcp(service), service)
+
+
+DEMO_PROMPTS = {
+    "night": "change to night scene",
+    "black-and-white": "turn it into a black and white photo",
+    "winter": "make it look like winter",
+    "purple": "give it a purple tint",
+    "inverted": "invert the colors",
+}
+DEMO_PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for the pictures, created if missing")
+    ] = Path("demo-output"),
+    num_steps: Annotated[int | None, _option("num_steps")] = None,
+    size_level: Annotated[int, _option("size_level")] = 768,
+    seed: Annotated[int, _option("seed")] = 0,
+) -> None:
+    """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
+    with _told_failures(as_json=False):
+        settings = _settings().model_copy(update={"model_path": None, "model_version": "auto"})
+        output_dir = output_dir.expanduser().resolve()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        before = output_dir / "before.jpg"
+        before.write_bytes(DEMO_PHOTO.read_bytes())
+        results = {}
+        with _service(settings) as service:
+            for name, prompt in DEMO_PROMPTS.items():
+                arguments = {
+                    "image_path": before,
+                    "prompt": prompt,
+                    "output_path": output_dir / f"after-{name}.jpg",
+                    "num_steps": num_steps,
+                    "size_level": size_level,
+                    "seed": seed,
+                    "overwrite": True,
+                }
+                results[prompt] = Path(_edit(service, arguments, label=prompt).answer.output_path)
+        from step1x_edit.interfaces.comparison import draw_comparison
+
+        comparison = output_dir / "side-by-side.jpg"
+        draw_comparison({"before": before, **results}, comparison)
+        _print_demo(before, results, comparison)
+
+
+def _print_demo(before: Path, results: Mapping[str, Path], comparison: Path) -> None:
+    out.print(f"before        {before}", markup=False)
+    for prompt, path in results.items():
+        out.print(f"after         {path}   ({prompt})", markup=False)
+    out.print(f"side by side  {comparison}", markup=False)
+    out.print(
+        f"""
+Go on:
+  your own picture    {_command("step1x-edit")} edit photo.jpg "make it a night scene"
+  an MCP client       let it start: {_command("step1x-edit")} mcp   (mcp_config.json is an example)
+  the real model      set MODEL_PATH to a folder with Step1X-Edit v1.0 or v1.1; the embedded
+                      demo checkpoint knows edits of the whole picture, no objects""",
+        markup=False,
+    )
+
+
+def _command(name: str) -> Path | str:
+    """How to type a command that lies beside our interpreter, maybe not on the PATH."""
+    path = Path(sys.executable).parent / name
+    return path if path.exists() else name
+
+
+# --- running an operation ------------------------------------------------------------------------
+
+
+def _settings() -> Settings:
+    from step1x_edit.settings import load_settings
+
+    settings = load_settings()
+    logging.basicConfig(
+        level=max(logging.WARNING, logging.getLevelName(settings.log_level)),
+        format="%(message)s",
+        handlers=[RichHandler(console=err, show_path=False)],
+    )
+    return settings
+
+
+@contextlib.contextmanager
+def _service(settings: Settings) -> Iterator[EditService]:
+    from step1x_edit.service import build_service
+
+    service = build_service(settings)
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def _edit(
+    service: EditService, arguments: Mapping[str, object], label: str = "edit"
+) -> FinishedEdit:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    request = service.read_edit(given)
+    with _progress_bar(label) as show:
+        return asyncio.run(service.edit(request, show))
+
+
+@contextlib.contextmanager
+def _progress_bar(label: str) -> Iterator[Callable[[Progress], Awaitable[None]]]:
+    """A bar on stderr: one step of denoising is one step of the bar."""
+    with ProgressBar(
+        TextColumn("{task.fields[label]}", markup=False),
+        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        console=err,
+        transient=not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("starting", total=None, label=label)
+
+        async def show(event: Progress) -> None:
+            bar.update(task, description=event.text)
+            if event.phase == "denoising":
+                bar.update(task, total=event.total, completed=event.step)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _told_failures(as_json: bool) -> Iterator[None]:
+    """Turn our errors into one sentence and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except Step1XEditError as error:
+        if as_json:
+            _print_json(ErrorAnswer.of(error).to_dict())
+        else:
+            err.print(str(error), style="red", markup=False)
+        is_usage = isinstance(error, InvalidParameterError | SettingsError)
+        raise typer.Exit(USAGE if is_usage else FAILED) from None
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    typer.echo(json.dumps(answer, ensure_ascii=False, indent=2))
+
+
+def _print_edit(answer: EditAnswer) -> None:
+    metadata = answer.metadata
+    err.print(
+        f"{metadata.model} on {metadata.device}, {answer.processing_time:.1f} s, "
+        f"seed {metadata.seed}",
+        markup=False,
+    )
+    if metadata.warning is not None:
+        err.print(f"Warning: {metadata.warning}", style="yellow", markup=False)
+    typer.echo(answer.output_path)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

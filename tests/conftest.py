@@ -1,0 +1,46 @@
+"""What several tests share: a photograph, and the service with a fake worker behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fakes import FakeWorker
+from step1x_edit.engine import Engine
+from step1x_edit.files import FileAccess
+from step1x_edit.service import EditService
+from step1x_edit.settings import Settings
+
+MakeService = Callable[..., EditService]
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A small picture with colours that differ everywhere."""
+    path = tmp_path / "photo.png"
+    y, x = np.mgrid[0:48, 0:64]
+    pixels = np.stack([x * 4, y * 5, 255 - x * 2], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def make_service(tmp_path: Path) -> Iterator[MakeService]:
+    """Build services that read and write in the test's folder."""
+    services: list[EditService] = []
+
+    def make(worker: FakeWorker | None = None, **settings: object) -> EditService:
+        chosen = worker or FakeWorker()
+        checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
+        files = FileAccess(checked.allowed_dirs, checked.max_bytes)
+        engine = Engine(lambda: chosen, max_queue=checked.max_queue)
+        services.append(EditService(engine, files, checked, draw_seed=lambda: 1234))
+        return services[-1]
+
+    yield make
+    for service in services:
+        service.close()

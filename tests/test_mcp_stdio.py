@@ -1,0 +1,292 @@
+"""The stdio server as a client meets it: a process, its two pipes, and nothing else on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastmcp import Client
+from fastmcp.client.transports import PythonStdioTransport
+from mcp import ClientSession, StdioServerParameters
+from mcp.client.stdio import stdio_client
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SERVER = ROOT / "mcp_server.py"
+
+PATIENCE_S = 60  # a bound on hangs, not a measurement: the machine may be busy
+
+HELLO = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "1"},
+    },
+}
+READY = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+
+
+def environment(**settings: str) -> dict[str, str]:
+    return {**os.environ, "MODEL_PATH": "", **settings}
+
+
+def start(
+    tmp_path: Path, command: tuple[str, ...] = (str(SERVER),), **settings: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment(**settings),
+    )
+
+
+def say(process: subprocess.Popen[str], *messages: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    for message in messages:
+        process.stdin.write(json.dumps(message) + "\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """The next answer, passing over notifications."""
+    assert process.stdout is not None
+    while True:
+        message: dict[str, Any] = json.loads(process.stdout.readline())
+        if "id" in message:
+            return message
+
+
+def call(number: int, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    params = {"name": tool, "arguments": arguments}
+    return {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params}
+
+
+@pytest.fixture
+async def client(tmp_path: Path) -> AsyncIterator[Client[PythonStdioTransport]]:
+    transport = PythonStdioTransport(
+        SERVER, python_cmd=sys.executable, cwd=str(tmp_path), env=environment(), keep_alive=False
+    )
+    async with Client(transport) as client:
+        yield client
+
+
+async def failure(client: Client[Any], tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Call a tool that must fail; both halves of its answer must say the same."""
+    result = await client.call_tool(tool, arguments, raise_on_error=False)
+    assert result.is_error
+    assert json.loads(result.content[0].text) == result.structured_content
+    assert result.structured_content is not None
+    assert result.structured_content["status"] == "error"
+    return result.structured_content
+
+
+async def test_the_tools_carry_the_names_defaults_and_ranges_of_the_contract(
+    client: Client[Any],
+) -> None:
+    tools = {tool.name: tool for tool in await client.list_tools()}
+
+    edit = tools["edit_image"].input_schema
+    properties = edit["properties"]
+    assert list(properties)[:7] == [
+        "image_path",
+        "prompt",
+        "output_path",
+        "num_steps",
+        "guidance_scale",
+        "size_level",
+        "seed",
+    ]
+    assert edit["required"] == ["image_path", "prompt"]
+    assert edit["additionalProperties"] is False
+    steps, guidance = properties["num_steps"], properties["guidance_scale"]
+    assert (steps["default"], steps["minimum"], steps["maximum"]) == (28, 10, 50)
+    assert (guidance["default"], guidance["minimum"], guidance["maximum"]) == (6.0, 1.0, 15.0)
+    assert properties["size_level"]["default"] == 1024
+    assert properties["size_level"]["enum"] == [512, 768, 1024]
+    assert properties["seed"]["default"] is None
+    assert all(property_.get("description") for property_ in properties.values())
+    status = tools["get_gpu_status"]
+    assert status.input_schema["properties"] == {}
+    assert status.annotations is not None
+    assert status.annotations.read_only_hint
+
+
+async def test_status_before_the_first_edit(client: Client[Any]) -> None:
+    result = await client.call_tool("get_gpu_status", {})
+
+    assert json.loads(result.content[0].text) == result.structured_content
+    gpu_status = result.structured_content["gpu_status"]
+    assert gpu_status["model_location"] == "Unloaded"
+    assert gpu_status["idle_timeout"] == 60
+    assert gpu_status["gpu_memory_allocated_gb"] == 0
+    assert gpu_status["statistics"] == {
+        "total_loads": 0,
+        "gpu_to_cpu": 0,
+        "cpu_to_gpu": 0,
+        "full_releases": 0,
+    }
+
+
+async def test_every_failure_has_the_shape_of_the_contract(client: Client[Any]) -> None:
+    picture = {"image_path": "a.png", "prompt": "x"}
+    for arguments, beginning in [
+        (picture | {"image_path": "missing.jpg"}, "Image file not found: missing.jpg"),
+        (picture | {"num_steps": 5}, "Invalid parameter: num_steps must be"),
+        (picture | {"num_steps": True}, "Invalid parameter: num_steps must be"),
+        (picture | {"guidance_scale": "nan"}, "Invalid parameter: guidance_scale must be"),
+        (picture | {"size_level": 100}, "Invalid parameter: size_level must be 512, 768 or 1024"),
+        (picture | {"hat": "red"}, "Invalid parameter: 'hat' is unknown"),
+        ({"prompt": "x"}, "Invalid parameter: image_path is missing"),
+        (picture | {"image_path": "/etc/hostname"}, "Path not allowed: "),
+    ]:
+        answer = await failure(client, "edit_image", arguments)
+
+        assert answer["error"].startswith(beginning)
+        assert "\n" not in answer["error"]
+        assert len(answer["error"]) <= 500
+
+
+async def test_status_refuses_arguments(client: Client[Any]) -> None:
+    answer = await failure(client, "get_gpu_status", {"verbose": True})
+
+    assert answer["error"].startswith("Invalid parameter: 'verbose' is unknown")
+
+
+@pytest.mark.timeout(300)  # imports torch
+async def test_a_model_path_that_leads_nowhere_is_told_by_the_first_edit(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    transport = PythonStdioTransport(
+        SERVER,
+        python_cmd=sys.executable,
+        cwd=str(tmp_path),
+        env=environment(MODEL_PATH=str(tmp_path / "nowhere")),
+        keep_alive=False,
+    )
+    async with Client(transport) as client:
+        answer = await failure(client, "edit_image", {"image_path": "a.png", "prompt": "x"})
+
+    assert answer["error"].startswith("Manager not initialized: ")
+    assert answer["code"] == "model_unavailable"
+    assert not (tmp_path / "a_edited.png").exists()
+
+
+async def test_the_official_client_session_is_served(tmp_path: Path) -> None:
+    server = StdioServerParameters(
+        command=sys.executable, args=[str(SERVER)], cwd=tmp_path, env=environment()
+    )
+    async with stdio_client(server) as streams, ClientSession(*streams) as session:
+        await session.initialize()
+        result = await session.call_tool("edit_image", {"image_path": "no.png", "prompt": "x"})
+
+    assert result.is_error
+    assert result.structured_content["error"] == "Image file not found: no.png"
+
+
+def test_the_handshake_does_not_wait_for_torch(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    say(process, HELLO)
+    hello = hear(process)
+    say(process, READY, call(2, "get_gpu_status", {}))
+    status = hear(process)
+    maps = Path(f"/proc/{process.pid}/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    process.communicate(timeout=PATIENCE_S)
+
+    assert hello["result"]["serverInfo"]["name"] == "step1x-edit"
+    assert "instructions" in hello["result"]
+    assert status["result"]["structuredContent"]["status"] == "success"
+    assert "libtorch" not in loaded
+
+
+def test_the_command_line_starts_the_same_server(tmp_path: Path) -> None:
+    process = start(tmp_path, ("-m", "step1x_edit.interfaces.cli", "mcp"))
+
+    say(process, HELLO, READY, call(2, "get_gpu_status", {}))
+
+    assert hear(process)["result"]["serverInfo"]["name"] == "step1x-edit"
+    assert hear(process)["result"]["structuredContent"]["status"] == "success"
+    rest, _ = process.communicate(timeout=PATIENCE_S)
+    assert rest == ""
+    assert process.returncode == 0
+
+
+def test_nothing_but_protocol_is_on_stdout_even_if_imports_print(tmp_path: Path) -> None:
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    (noise / "sitecustomize.py").write_text(
+        "import builtins, os, sys\n"
+        "real = builtins.__import__\n"
+        "def noisy(name, *args, **kwargs):\n"
+        "    if name.startswith(('fastmcp', 'step1x_edit')):\n"
+        "        print('stray line')\n"
+        "        os.write(1, b'stray bytes\\n')\n"
+        "    return real(name, *args, **kwargs)\n"
+        "builtins.__import__ = noisy\n"
+    )
+    process = start(tmp_path, PYTHONPATH=str(noise))
+
+    say(process, HELLO)
+    assert hear(process)["id"] == 1
+    rest, log = process.communicate(timeout=PATIENCE_S)
+
+    assert all(json.loads(line)["jsonrpc"] == "2.0" for line in rest.splitlines())
+    assert "stray bytes" in log
+
+
+@pytest.mark.parametrize("end", ["eof", "SIGTERM", "SIGINT"])
+def test_the_process_leaves_when_told(tmp_path: Path, end: str) -> None:
+    process = start(tmp_path)
+    say(process, HELLO)
+    hear(process)
+
+    if end == "eof":
+        assert process.stdin is not None
+        process.stdin.close()
+    else:
+        process.send_signal(getattr(signal, end))
+
+    assert process.wait(timeout=PATIENCE_S) == (130 if end == "SIGINT" else 0)
+
+
+def test_wrong_settings_stop_the_start_with_one_message(tmp_path: Path) -> None:
+    process = start(tmp_path, MAX_QUEUE="none", DEVICE="toaster")
+    out, log = process.communicate(timeout=PATIENCE_S)
+
+    assert process.returncode == 1
+    assert out == ""
+    assert log.startswith("Invalid settings: ")
+    assert "MAX_QUEUE" in log
+    assert "DEVICE" in log
+    assert "Traceback" not in log
+
+
+def test_the_defaults_of_the_operator_show_in_the_schema(tmp_path: Path) -> None:
+    async def steps() -> int:
+        transport = PythonStdioTransport(
+            SERVER,
+            python_cmd=sys.executable,
+            cwd=str(tmp_path),
+            env=environment(DEFAULT_NUM_STEPS="12"),
+            keep_alive=False,
+        )
+        async with Client(transport) as client:
+            tools = {tool.name: tool for tool in await client.list_tools()}
+        default: int = tools["edit_image"].input_schema["properties"]["num_steps"]["default"]
+        return default
+
+    assert asyncio.run(steps()) == 12
