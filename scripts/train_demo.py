@@ -1,0 +1,1205 @@
+"""Trains the demo checkpoint from nothing: `python scripts/train_demo.py`.
+
+Stages, each kept in the work folder, so that an interrupted run goes on where it stopped:
+
+    vae          closed-form start, then gradient descent on crops
+    text         byte-level BPE and a tiny Qwen2.5-VL, trained to tell the edits apart
+    latents      crops and their exact edits, encoded once
+    transformer  starts as an exact identity editor, learns the edits through the guided velocity
+    decoder      the autoencoder's decoder alone, on latents as the transformer makes them
+    export       one safetensors file, config and tokenizer in src/step1x_edit/model/demo/
+
+`--stages vae,text` runs some of them, `--smoke` runs ten steps of each at toy size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+# Spinning threads eat the other core's time on small machines; to be set before torch starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLModel
+
+import demo_prompts
+from demo_data import (
+    EDITS,
+    HELD_OUT_PHOTOS,
+    TRAINING_PHOTOS,
+    TRAINING_TEXTURES,
+    draw_picture,
+    load_photo,
+    random_crop,
+    recolour,
+    resize,
+)
+from step1x_edit.checkpoints.read import DEMO_FOLDER, write_demo
+from step1x_edit.model.blocks import timestep_embedding
+from step1x_edit.model.conditioner import (
+    SPECIAL_TOKENS,
+    Conditioner,
+    measure_prefix_length,
+    pad_ids,
+    render_chat,
+    small_vlm_config,
+)
+from step1x_edit.model.config import DEMO, TransformerConfig
+from step1x_edit.model.flow import add_noise, guide, shift, velocity_target
+from step1x_edit.model.latents import image_position_ids, pack, unpack
+from step1x_edit.model.pipeline import EditPipeline, Recogniser
+from step1x_edit.model.rope import apply_rope, rope_table
+from step1x_edit.model.transformer import Transformer
+
+VAE_CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 5,
+    "up_block_types": ["UpDecoderBlock2D"] * 5,
+    "block_out_channels": [16, 32, 64, 128, 128],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "latent_channels": 48,
+    "mid_block_add_attention": False,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
+
+WHITENING = 0.65
+"""Exponent of the latent whitening: 1 gives every channel unit variance, 0 keeps the picture's own.
+In between, the channels that matter most to the eye (the cell's mean colour) stand out from the
+noise earlier and weigh more."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures in memory
+# ------------------------------------------------------------------------------------------------
+
+
+class Gallery:
+    """All training pictures; draws augmented crops."""
+
+    def __init__(self, seed: int, drawn: int, drawn_size: int = 384) -> None:
+        self.photos = [load_photo(*place) for place in TRAINING_PHOTOS.values()]
+        self.textures = [load_photo(*place) for place in TRAINING_TEXTURES.values()]
+        rng = np.random.default_rng(seed)
+        self.drawn = [draw_picture(rng, drawn_size, self.photos) for _ in range(drawn)]
+
+    def crop(
+        self, rng: np.random.Generator, size: int, scales: tuple[float, float] = (0.4, 2.5)
+    ) -> np.ndarray:
+        kind = rng.uniform()
+        if kind < 0.60:
+            source = self.photos[int(rng.integers(len(self.photos)))]
+        elif kind < 0.68:
+            source = self.textures[int(rng.integers(len(self.textures)))] * rng.uniform(
+                0.5, 1, 3
+            ).astype(np.float32)
+        else:
+            source = self.drawn[int(rng.integers(len(self.drawn)))]
+        crop = random_crop(rng, source, size, scales)
+        return recolour(rng, crop) if rng.uniform() < 0.8 else crop
+
+
+def to_batch(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures in 0..1 to (B, 3, H, W) in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().mul(2).sub(1)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB for pictures in -1..1."""
+    return float(-10 * torch.log10(((a.clamp(-1, 1) - b) / 2).pow(2).mean() + 1e-12))
+
+
+# ------------------------------------------------------------------------------------------------
+# Autoencoder: closed-form start
+# ------------------------------------------------------------------------------------------------
+
+
+def space_to_depth_weight(rows: Tensor, channels_in: int, channels_out: int) -> Tensor:
+    """A 3x3 stride-2 kernel whose output is `rows` times the 2x2 cell (channel order c, dy, dx)."""
+    weight = torch.zeros(channels_out, channels_in, 3, 3)
+    cell = rows.reshape(rows.shape[0], -1, 2, 2)
+    weight[: cell.shape[0], : cell.shape[1], :2, :2] = cell
+    return weight
+
+
+@torch.no_grad()
+def start_vae(gallery: Gallery, seed: int, crops: int) -> AutoencoderKL:
+    """An autoencoder that encodes by nested principal components and decodes by least squares."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(**VAE_CONFIG)
+    rng = np.random.default_rng(seed)
+    pictures = to_batch([gallery.crop(rng, 128) for _ in range(crops)])
+
+    for module in vae.modules():
+        if module.__class__.__name__ == "ResnetBlock2D":
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+            if module.conv_shortcut is not None:
+                shortcut = module.conv_shortcut
+                nn.init.normal_(shortcut.weight, std=0.02)
+                nn.init.zeros_(shortcut.bias)
+                keep = min(shortcut.weight.shape[:2])
+                shortcut.weight[:keep] = 0
+                shortcut.weight[:keep, :keep] = torch.eye(keep)[..., None, None]
+
+    encoder, decoder = vae.encoder, vae.decoder
+    nn.init.normal_(encoder.conv_in.weight, std=0.02)
+    nn.init.zeros_(encoder.conv_in.bias)
+    encoder.conv_in.weight[:3] = 0
+    encoder.conv_in.weight[range(3), range(3), 1, 1] = 1.0
+
+    # Encoder: every downsampling keeps the first principal components of 2x2 cells.
+    features, levels = pictures, [pictures]
+    for index, keep in enumerate((12, 32, 64, 48)):
+        cells = F.pixel_unshuffle(features, 2)  # (B, 4C, H/2, W/2)
+        flat = cells.permute(0, 2, 3, 1).reshape(-1, cells.shape[1])
+        mean = flat.mean(0) if index == 3 else torch.zeros(cells.shape[1])
+        centred = (flat - mean).double()
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(flat))
+        order = values.argsort(descending=True)[:keep]
+        rows = vectors[:, order].T
+        if index == 3:
+            rows = rows * (values[order].clamp_min(1e-8) ** (-WHITENING / 2))[:, None]
+            spread = ((flat - mean).double() @ rows.T).pow(2).mean().sqrt()
+            rows = rows / spread
+        rows = rows.float()
+        features = torch.einsum("kc,bchw->bkhw", rows, cells - mean[:, None, None])
+        levels.append(features)
+        conv = encoder.down_blocks[index].downsamplers[0].conv
+        nn.init.normal_(conv.weight, std=0.02)
+        nn.init.zeros_(conv.bias)
+        known = cells.shape[1] // 4
+        if index < 3:
+            conv.weight[:keep] = space_to_depth_weight(rows, conv.in_channels, conv.out_channels)[
+                :keep
+            ]
+        else:
+            # silu(z) - silu(-z) = z: each latent rides as a pair; constants steady the group norm.
+            conv.weight.zero_()
+            full = space_to_depth_weight(
+                torch.cat([rows, -rows]), conv.in_channels, conv.out_channels
+            )
+            order_out = pair_layout(48, 128, 4)
+            conv.weight[order_out] = full[:96]
+            conv.bias[order_out] = torch.cat([-(rows @ mean), rows @ mean])
+            constants = [c for c in range(128) if c not in set(order_out.tolist())]
+            conv.bias[constants] = CONSTANT * torch.tensor([1.0, -1.0]).repeat(16)
+        assert known <= conv.in_channels
+    pairs = pair_layout(48, 128, 4)
+    encoder.conv_out.weight.zero_()
+    encoder.conv_out.bias.zero_()
+    for latent in range(48):
+        encoder.conv_out.weight[latent, pairs[latent], 1, 1] = 1.0
+        encoder.conv_out.weight[latent, pairs[48 + latent], 1, 1] = -1.0
+    encoder.conv_out.bias[48:] = -6.0
+    captured = capture(encoder, encoder.conv_norm_out, pictures[:64])
+    match_norm(encoder.conv_norm_out, captured)
+
+    # Decoder: least squares from the upsampled features to the components one level finer.
+    latents = vae.encode(pictures).latent_dist.mode()
+    error = (latents - levels[4]).pow(2).mean().sqrt() / levels[4].std()
+    print(f"encoder against its closed form: relative error {float(error):.4f}")
+    nn.init.normal_(decoder.conv_in.weight, std=0.02)
+    nn.init.zeros_(decoder.conv_in.bias)
+    decoder.conv_in.weight[:48] = 0
+    decoder.conv_in.weight[range(48), range(48), 1, 1] = 1.0
+    features = latents
+    for index in range(4):
+        target = levels[3 - index]
+        conv = decoder.up_blocks[index].upsamplers[0].conv
+        upsampled = F.interpolate(features, scale_factor=2.0, mode="nearest")
+        kernel, bias = least_squares_conv(upsampled, target)
+        nn.init.normal_(conv.weight, std=0.02)
+        nn.init.zeros_(conv.bias)
+        keep = target.shape[1]
+        conv.weight[:keep] = 0
+        conv.weight[:keep, : kernel.shape[1]] = kernel
+        conv.bias[:keep] = bias
+        features = F.conv2d(upsampled, kernel, bias, padding=1)
+        fit = (features - target).pow(2).mean().sqrt() / target.std()
+        print(f"decoder level {index}: relative error {float(fit):.3f}")
+    # The last 16 channels: the three colours and their mean as +/- pairs, the rest constant.
+    last = decoder.up_blocks[4].resnets[0].conv_shortcut
+    nn.init.zeros_(last.weight)
+    signals = torch.eye(3)
+    signals = torch.cat([signals, signals.mean(0, keepdim=True)])
+    for group in range(4):
+        last.weight[4 * group, :3, 0, 0] = signals[group]
+        last.weight[4 * group + 1, :3, 0, 0] = -signals[group]
+        last.bias[4 * group + 2] = CONSTANT
+        last.bias[4 * group + 3] = -CONSTANT
+    nn.init.zeros_(decoder.conv_out.weight)
+    nn.init.zeros_(decoder.conv_out.bias)
+    for colour in range(3):
+        decoder.conv_out.weight[colour, 4 * colour, 1, 1] = 1.0
+        decoder.conv_out.weight[colour, 4 * colour + 1, 1, 1] = -1.0
+    captured = capture(decoder, decoder.conv_norm_out, latents[:64])
+    match_norm(decoder.conv_norm_out, captured)
+    return vae
+
+
+CONSTANT = 6.0
+
+
+def pair_layout(signals: int, channels: int, groups: int) -> Tensor:
+    """Channel numbers for +z (first half) and -z (second half), spread over the norm groups."""
+    per_group, width = 2 * signals // groups, channels // groups
+    plus, minus = [], []
+    for group in range(groups):
+        base = group * width
+        plus += range(base, base + per_group // 2)
+        minus += range(base + per_group // 2, base + per_group)
+    return torch.tensor(plus + minus)
+
+
+@torch.no_grad()
+def capture(module: nn.Module, norm: nn.GroupNorm, inputs: Tensor) -> Tensor:
+    """What arrives at `norm` when `module` sees `inputs`."""
+    seen: list[Tensor] = []
+    handle = norm.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    module(inputs)
+    handle.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+def match_norm(norm: nn.GroupNorm, arriving: Tensor) -> None:
+    """Sets scale and bias so that the norm gives back, on average, what arrives."""
+    grouped = arriving.unflatten(1, (norm.num_groups, -1))
+    deviation = grouped.var((2, 3, 4), correction=0).sqrt().mean(0)
+    mean = grouped.mean((0, 2, 3, 4))
+    width = norm.num_channels // norm.num_groups
+    norm.weight.copy_(deviation.repeat_interleave(width))
+    norm.bias.copy_(mean.repeat_interleave(width))
+
+
+def least_squares_conv(
+    inputs: Tensor, target: Tensor, ridge: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """The 3x3 convolution with bias that best turns `inputs` into `target` away from the border."""
+    channels = inputs.shape[1]
+    gram = torch.zeros(channels * 9 + 1, channels * 9 + 1, dtype=torch.float64)
+    cross = torch.zeros(channels * 9 + 1, target.shape[1], dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(len(inputs))[: max(40, 12000 // inputs.shape[-1] ** 2)]
+    for index in chosen:
+        patches = F.unfold(inputs[index : index + 1], 3)[0].T  # (positions, 9C), without padding
+        wanted = target[index, :, 1:-1, 1:-1].flatten(1).T
+        if len(patches) > 1500:
+            pick = torch.from_numpy(rng.permutation(len(patches))[:1500])
+            patches, wanted = patches[pick], wanted[pick]
+        patches = torch.cat([patches, torch.ones(len(patches), 1)], 1).double()
+        gram += patches.T @ patches
+        cross += patches.T @ wanted.double()
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    solution = torch.linalg.solve(gram, cross).float()
+    return solution[:-1].T.reshape(-1, channels, 3, 3), solution[-1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Autoencoder: training
+# ------------------------------------------------------------------------------------------------
+
+
+def held_out_pictures(level: int) -> dict[str, Tensor]:
+    """The photographs never trained on, at the size the pipeline would show the model."""
+    out = {}
+    for name, place in HELD_OUT_PHOTOS.items():
+        photo = load_photo(*place)
+        height, width = photo.shape[:2]
+        scale = level / (height * width) ** 0.5
+        size = round(width * scale / 32) * 32, round(height * scale / 32) * 32
+        out[name] = to_batch([resize(photo, *size)])
+    return out
+
+
+@torch.no_grad()
+def reconstruction(vae: AutoencoderKL, level: int) -> dict[str, float]:
+    return {
+        name: round(psnr(vae.decode(vae.encode(p).latent_dist.mode()).sample, p), 2)
+        for name, p in held_out_pictures(level).items()
+    }
+
+
+def picture_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Absolute, squared, gradient and coarse absolute error."""
+    difference = out - target
+    loss = difference.abs().mean() + 4 * difference.pow(2).mean()
+    loss = loss + 0.25 * (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean())
+    return loss + 0.5 * F.avg_pool2d(difference, 4).abs().mean()
+
+
+class Average:
+    """Exponential moving average of a module's weights."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in module.state_dict().items():
+            self.values[key].lerp_(value, 1 - decay)
+
+
+def progress_rate(step: int, steps: int, started: float, minutes: float) -> float:
+    """How far a run is (0..1) when it is bounded both in steps and in minutes."""
+    spent = (time.monotonic() - started) / 60 / minutes if minutes else 0.0
+    return max(step / steps, spent)
+
+
+def edited_crop(
+    gallery: Gallery, rng: np.random.Generator, size: int, share: float = 0.35
+) -> np.ndarray:
+    """A crop; by `share` one of its exact edits, so that the decoder knows what edits look like."""
+    crop = gallery.crop(rng, size)
+    if rng.uniform() < share:
+        crop = list(EDITS.values())[int(rng.integers(len(EDITS)))](crop)
+    return crop
+
+
+def train_vae(
+    work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, start_crops: int
+) -> None:
+    path = work / "vae.pt"
+    if path.exists():
+        vae = AutoencoderKL(**VAE_CONFIG)
+        vae.load_state_dict(torch.load(path))
+    else:
+        vae = start_vae(gallery, seed, start_crops)
+        print("start", reconstruction(vae.eval(), 512), flush=True)
+    vae = vae.to(memory_format=torch.channels_last).train()
+    average = Average(vae, 0.995)
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=1e-4)
+    rng = np.random.default_rng(seed + int(path.exists()))
+    started, step = time.monotonic(), 0
+    while (done := progress_rate(step, steps, started, minutes)) < 1:
+        rate = 5e-4 * min(1, (step + 1) / 60) * (1 - done) ** 0.7 + 1e-6
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        batch = to_batch([edited_crop(gallery, rng, 128) for _ in range(8)]).to(
+            memory_format=torch.channels_last
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(batch).latent_dist.mode()
+            noisy = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.08))
+            out = vae.decode(noisy).sample
+        size_penalty = (latents.float().pow(2).mean((0, 2, 3)) - 4).clamp_min(0).mean()
+        loss = picture_loss(out.float(), batch) + 1e-3 * size_penalty
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        average.update(vae, step)
+        step += 1
+        if step % 200 == 0:
+            torch.save(average.values, path)
+            judge = AutoencoderKL(**VAE_CONFIG)
+            judge.load_state_dict(average.values)
+            seconds = (time.monotonic() - started) / step
+            print(
+                f"vae {step} {seconds:.2f}s loss {float(loss):.4f}",
+                reconstruction(judge.eval(), 512),
+                flush=True,
+            )
+    torch.save(average.values, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Text: vocabulary, the tiny Qwen2.5-VL, the recogniser
+# ------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(prompts: list[str]) -> Tokenizer:
+    """A byte-level BPE; the chat's special tokens come first, in their fixed order."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [*prompts, render_chat("", DEMO.conditioner)],
+        trainers.BpeTrainer(
+            vocab_size=1536,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer
+
+
+def new_conditioner(tokenizer: Tokenizer) -> Conditioner:
+    length = measure_prefix_length(tokenizer, DEMO.conditioner)
+    config = replace(DEMO.conditioner, prefix_length=length)
+    return Conditioner(Qwen2_5_VLModel(small_vlm_config(tokenizer)), tokenizer, config)
+
+
+def new_recogniser(conditioner: Conditioner) -> Recogniser:
+    return Recogniser(conditioner.vlm.config.text_config.hidden_size, demo_prompts.LABELS)
+
+
+def masked_mean(embeds: Tensor, mask: Tensor) -> Tensor:
+    """(B, L, C) and (B, L) to (B, C)."""
+    weight = mask.unsqueeze(-1).float()
+    return (embeds.float() * weight).sum(1) / weight.sum(1)
+
+
+class Pictures:
+    """Small pictures as the vision tower takes them, with the colour under each image token."""
+
+    def __init__(
+        self, conditioner: Conditioner, gallery: Gallery, rng: np.random.Generator, count: int
+    ) -> None:
+        crops = [gallery.crop(rng, 112) for _ in range(count)]
+        prepared = [conditioner.prepare_image((crop * 255).astype(np.uint8)) for crop in crops]
+        self.patches = torch.stack([image.pixel_values for image in prepared])
+        self.grid = prepared[0].grid_thw
+        self.tokens = prepared[0].num_tokens
+        self.colours = F.adaptive_avg_pool2d(to_batch(crops), 2).flatten(2).mT  # (count, 4, 3)
+
+
+def encode_prompts(
+    conditioner: Conditioner, pictures: Pictures, prompts: list[str], which: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeds (B, L, C), mask (B, L), image features (B, 4, C): prompts about pictures `which`."""
+    # What lies behind the kept window cannot change it: attention looks back only.
+    seen = conditioner.config.prefix_length + conditioner.config.text_length
+    ids, lengths = pad_ids(
+        [conditioner.tokenize(prompt, pictures.tokens)[:seen] for prompt in prompts]
+    )
+    grid = pictures.grid.repeat(len(prompts), 1)
+    features = conditioner.encode_images(pictures.patches[which].flatten(0, 1), grid)
+    encoded = conditioner.encode_ids(ids, lengths, features, grid)
+    return encoded.prompt_embeds, encoded.prompt_mask, features.unflatten(0, (len(prompts), -1))
+
+
+def train_text(
+    work: Path, gallery: Gallery, seed: int, steps: int, corpus: int, judged: int
+) -> None:
+    """Trains vision-language model and recogniser together to tell which edit a prompt asks for."""
+    torch.manual_seed(seed)
+    rng, words = np.random.default_rng(seed), random.Random(seed)
+    path = work / "text.pt"
+    if path.exists():
+        conditioner, recogniser = load_text(work)
+        words.seed(seed + 1)
+    else:
+        tokenizer = train_tokenizer([prompt for prompt, _ in demo_prompts.corpus(corpus, seed)])
+        tokenizer.save(str(work / "tokenizer.json"))
+        conditioner = new_conditioner(tokenizer)
+        recogniser = new_recogniser(conditioner)
+    labels = demo_prompts.LABELS
+    width = conditioner.vlm.config.text_config.hidden_size
+    last_head, colour_head = nn.Linear(width, len(labels)), nn.Linear(width, 3)
+    model = nn.ModuleDict(
+        {"vlm": conditioner.vlm, "recogniser": recogniser, "last": last_head, "colour": colour_head}
+    )
+    pictures = Pictures(conditioner, gallery, rng, 128)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)
+    average = Average(model, 0.995)
+    shares = np.array([4.0 if label == "unknown" else 1.0 for label in labels])
+    started = time.monotonic()
+    for step in range(steps):
+        rate = (
+            1.5e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
+        )
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        truth = rng.choice(len(labels), 64, p=shares / shares.sum())
+        prompts = [demo_prompts.sample_prompt(labels[label], words) for label in truth]
+        which = rng.integers(len(pictures.patches), size=64)
+        embeds, mask, features = encode_prompts(conditioner, pictures, prompts, which.tolist())
+        target = torch.from_numpy(truth)
+        mean = masked_mean(embeds, mask)
+        last = embeds[torch.arange(64), mask.sum(1).long() - 1]
+        loss = F.cross_entropy(recogniser(mean), target, label_smoothing=0.05)
+        loss = loss + 0.5 * F.cross_entropy(last_head(last), target, label_smoothing=0.05)
+        loss = loss + 0.2 * F.mse_loss(colour_head(features), pictures.colours[which])
+        # Prompts of one edit should look alike to the transformer, whatever their wording.
+        centres = torch.zeros(len(labels), width).index_reduce(
+            0, target, mean.detach(), "mean", include_self=False
+        )
+        loss = loss + 0.05 * (mean - centres[target]).pow(2).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        average.update(model, step)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            seconds = (time.monotonic() - started) / (step + 1)
+            print(
+                f"text {step + 1} {seconds:.2f}s loss {float(loss.detach()):.3f}",
+                flush=True,
+            )
+    model.load_state_dict(average.values)
+    torch.save({"vlm": conditioner.vlm.state_dict(), "recogniser": recogniser.state_dict()}, path)
+    known = [
+        (demo_prompts.sample_prompt(label, words), label) for label in labels for _ in range(judged)
+    ]
+    for name, pairs in (
+        ("known words", known),
+        ("held-out words", demo_prompts.evaluation_set(judged, seed + 1)),
+    ):
+        report_recogniser(name, conditioner, recogniser, pictures, pairs)
+
+
+@torch.inference_mode()
+def report_recogniser(
+    name: str,
+    conditioner: Conditioner,
+    recogniser: Recogniser,
+    pictures: Pictures,
+    pairs: list[tuple[str, str]],
+) -> None:
+    labels = list(demo_prompts.LABELS)
+    found: list[str] = []
+    for start in range(0, len(pairs), 64):
+        part = [prompt for prompt, _ in pairs[start : start + 64]]
+        embeds, mask, _ = encode_prompts(
+            conditioner, pictures, part, [i % 128 for i in range(len(part))]
+        )
+        found += [labels[i] for i in recogniser(masked_mean(embeds, mask)).argmax(-1)]
+    truth = [label for _, label in pairs]
+    right = np.mean([a == b for a, b in zip(found, truth, strict=True)])
+    refused = [a == "unknown" for a, b in zip(found, truth, strict=True) if b == "unknown"]
+    wrongly = [a == "unknown" for a, b in zip(found, truth, strict=True) if b != "unknown"]
+    print(
+        f"recogniser, {name}: accuracy {right:.3f}, unknown recall {np.mean(refused):.3f}, "
+        f"known edits called unknown {np.mean(wrongly):.3f} ({len(pairs)} prompts)",
+        flush=True,
+    )
+
+
+def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
+    conditioner = new_conditioner(Tokenizer.from_file(str(work / "tokenizer.json")))
+    state = torch.load(work / "text.pt")
+    conditioner.vlm.load_state_dict(state["vlm"])
+    recogniser = new_recogniser(conditioner)
+    recogniser.load_state_dict(state["recogniser"])
+    return conditioner, recogniser
+
+
+# ------------------------------------------------------------------------------------------------
+# Latents: crops and their exact edits, encoded once
+# ------------------------------------------------------------------------------------------------
+
+
+def load_vae(work: Path) -> AutoencoderKL:
+    vae = AutoencoderKL(**VAE_CONFIG)
+    vae.load_state_dict(torch.load(work / "vae.pt"))
+    return vae.eval().to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def cache_latents(
+    work: Path, gallery: Gallery, seed: int, chunks: int, crops: int, edits: int
+) -> None:
+    """Writes chunks of float16 latents (crops, 1 + edits, 48, 16, 16), the crop itself first."""
+    vae = load_vae(work)
+    names = list(EDITS)
+    for chunk in range(chunks):
+        path = work / f"latents_{chunk:03d}.pt"
+        if path.exists():
+            continue
+        rng = np.random.default_rng([seed, 7, chunk])
+        latents, which = [], []
+        for _ in range(crops):
+            crop = gallery.crop(rng, 256)
+            chosen = rng.permutation(len(names))[:edits]
+            batch = to_batch([crop, *(EDITS[names[i]](crop) for i in chosen)])
+            latents.append(
+                vae.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mode().half()
+            )
+            which.append(chosen)
+        torch.save(
+            {"latents": torch.stack(latents), "edits": torch.from_numpy(np.stack(which))}, path
+        )
+        print(f"latents {chunk + 1}/{chunks}", flush=True)
+
+
+class LatentCache:
+    """All chunks written so far, in memory; picks up new ones when asked."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.chunks: dict[Path, dict[str, Tensor]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        for path in sorted(self.work.glob("latents_*.pt")):
+            if path not in self.chunks:
+                self.chunks[path] = torch.load(path)
+
+    def sample(self, rng: np.random.Generator, size: int, edit: bool) -> tuple[Tensor, Tensor, int]:
+        """Reference and target (48, size, size) and the number of the edit, -1 for unchanged."""
+        chunk = list(self.chunks.values())[int(rng.integers(len(self.chunks)))]
+        row = int(rng.integers(len(chunk["latents"])))
+        column = 1 + int(rng.integers(chunk["edits"].shape[1])) if edit else 0
+        y, x = (int(v) for v in rng.integers(0, 16 - size + 1, 2))
+        crop = chunk["latents"][row][:, :, y : y + size, x : x + size].float()
+        return crop[0], crop[column], int(chunk["edits"][row][column - 1]) if edit else -1
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformer: start as an exact identity editor
+# ------------------------------------------------------------------------------------------------
+
+SPARE = 6.0
+"""Constant in the hidden channels that no latent uses. It keeps the deviation inside LayerNorm
+nearly the same for all tokens, so that the norm is nearly linear."""
+
+
+@torch.no_grad()
+def start_transformer(seed: int, latent_deviation: float) -> Transformer:
+    """A transformer that predicts (x_t - reference) / t: the velocity of an unchanged picture.
+
+    Its last block holds copy heads: queries and keys are constants, so that only their rotation
+    differs, and the scores peak where a reference token stands at the same place. The final norm's
+    scale is fitted to 1/t.
+    """
+    torch.manual_seed(seed)
+    config = DEMO.transformer
+    model = Transformer(config)
+    width, channels, head = config.hidden_size, config.in_channels, config.head_dim
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 1:
+            nn.init.ones_(parameter)
+        elif "mod.lin" in name or "modulation.lin" in name:
+            nn.init.normal_(parameter, std=0.004)
+        else:
+            nn.init.normal_(parameter, std=min(0.06, parameter.shape[1] ** -0.5))
+    model.vector_in.out_layer.weight.mul_(
+        0.03
+    )  # the prompt must not disturb the fit of 1/t at first
+    model.img_in.weight.zero_()
+    model.img_in.weight[:channels] = torch.eye(channels)
+    spare = torch.arange(width - channels)
+    model.img_in.bias[channels:] = SPARE * (1 - 2 * (spare % 2)).float()
+    deviation = math.sqrt((channels * latent_deviation**2 + len(spare) * SPARE**2) / width)
+
+    query, key = copy_vectors(config)
+    for block in model.double_blocks:
+        for stream in (block.img_attn, block.txt_attn):
+            stream.proj.weight.mul_(0.15)
+        for part in (block.img_mlp, block.txt_mlp):
+            part[2].weight.mul_(0.15)
+        for modulation in (block.img_mod, block.txt_mod):
+            modulation.lin.bias.unflatten(0, (6, width))[[2, 5]] = 0.5
+        set_copy_head(block.img_attn.qkv, block.img_attn.norm, 0, query, key, width, head)
+    for index, block in enumerate(model.single_blocks):
+        is_last = index == config.depth_single - 1
+        block.linear2.weight.mul_(0.1)
+        block.modulation.lin.bias.unflatten(0, (3, width))[2] = 1.0 if is_last else 0.5
+        for number in range(3 if is_last else 1):
+            set_copy_head(block.linear1, block.norm, number, query, key, width, head)
+        if is_last:
+            block.modulation.lin.weight.zero_()
+            values = block.linear1.weight[2 * width : 2 * width + channels]
+            values.zero_()
+            values[:, :channels] = torch.eye(channels)
+            block.linear2.weight[:, :channels] = 0
+            block.linear2.weight[:channels] *= 0.1
+            block.linear2.weight[:channels, :channels] = -deviation * torch.eye(channels)
+    model.final_layer.linear.weight.zero_()
+    model.final_layer.linear.weight[:, :channels] = torch.eye(channels)
+    fit_final_scale(model, deviation_of_difference(latent_deviation, width, channels))
+    return model
+
+
+def copy_vectors(config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """A query and a key whose score, once rotated by place, peaks at the reference's offset."""
+    key = torch.zeros(config.head_dim)
+    start = 0
+    for axis, size in enumerate(config.axes_dim):
+        pairs = 1 if axis == 0 else 4  # fewer frequencies would repeat within a large picture
+        key[start : start + 2 * pairs : 2] = 1.4 if axis == 0 else 1.0
+        start += size
+    # score = q R(p_q)^T R(p_k) k: a query turned ahead by the offset meets the key exactly there.
+    table = rope_table(torch.ones(1, len(config.axes_dim)), config.axes_dim, config.theta)[
+        None, None
+    ]
+    return apply_rope(key[None, None, None], table).flatten(), key
+
+
+@torch.no_grad()
+def set_copy_head(
+    projection: nn.Linear,
+    norm: nn.Module,
+    number: int,
+    query: Tensor,
+    key: Tensor,
+    width: int,
+    head: int,
+) -> None:
+    for offset, vector in ((0, query), (width, key)):
+        rows = slice(offset + number * head, offset + (number + 1) * head)
+        projection.weight[rows] = 0
+        projection.bias[rows] = vector
+    # The scale is shared by all heads of the block; large only where the copy heads use it.
+    used = (key.abs() + torch.roll(key.abs(), 1)) > 0
+    norm.query_norm.scale[used] = 3.6
+    norm.key_norm.scale[used] = 3.6
+
+
+def deviation_of_difference(
+    latent_deviation: float, width: int, channels: int
+) -> Callable[[Tensor], Tensor]:
+    """Deviation inside the final norm at t: x_t - reference has power t² (1 + deviation²)."""
+
+    def at(t: Tensor) -> Tensor:
+        power = channels * t**2 * (1 + latent_deviation**2) + (width - channels) * SPARE**2
+        return (power / width).sqrt()
+
+    return at
+
+
+@torch.enable_grad()
+def fit_final_scale(model: Transformer, deviation: Callable[[Tensor], Tensor]) -> None:
+    """Fits time embedder and final modulation so that the final norm divides by t."""
+    modules = [model.time_in, model.final_layer.adaLN_modulation]
+    optimiser = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=3e-3)
+    steps = 1200
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / steps) + 1e-6
+        t = torch.rand(256) ** 1.5 * 0.98 + 0.02
+        vec = model.time_in(timestep_embedding(t))
+        shift, scale = model.final_layer.adaLN_modulation[1](F.silu(vec)).chunk(2, -1)
+        wanted = (deviation(t) / t)[:, None]
+        error = ((1 + scale) / wanted - 1).pow(2).mean() + shift.pow(2).mean()
+        loud = (vec.pow(2).mean() - 1).clamp_min(0)  # every other modulation hears this vector too
+        optimiser.zero_grad()
+        (error + 0.1 * loud).backward()
+        optimiser.step()
+    print(f"final scale against 1/t: relative error {float(error.detach()) ** 0.5:.4f}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Transformer: training through the guided velocity
+# ------------------------------------------------------------------------------------------------
+
+
+class PromptCache:
+    """Embeddings of many prompts, each about one of a few pictures, and of the empty prompt."""
+
+    def __init__(self, work: Path, gallery: Gallery, seed: int, per_label: int) -> None:
+        self.source = work / "text.pt"
+        self.written = self.source.stat().st_mtime
+        conditioner, _ = load_text(work)
+        pictures = Pictures(conditioner, gallery, np.random.default_rng(seed), 128)
+        words = random.Random(seed + 5)
+        self.rows: dict[str, list[int]] = {}
+        prompts: list[str] = []
+        for label in (*EDITS, "identity", "unknown"):
+            count = per_label * (6 if label == "unknown" else 1)
+            self.rows[label] = list(range(len(prompts), len(prompts) + count))
+            prompts += [demo_prompts.sample_prompt(label, words, None) for _ in range(count)]
+        which = [i % 128 for i in range(len(prompts))]
+        self.which = which
+        self.embeds, self.mask = self._encode(conditioner, pictures, prompts, which)
+        self.empty_embeds, self.empty_mask = self._encode(
+            conditioner, pictures, [""] * 128, list(range(128))
+        )
+
+    def is_stale(self) -> bool:
+        """Whether the text encoder has been trained further in the meantime."""
+        return self.source.stat().st_mtime != self.written
+
+    @torch.inference_mode()
+    def _encode(
+        self, conditioner: Conditioner, pictures: Pictures, prompts: list[str], which: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        parts = [
+            encode_prompts(conditioner, pictures, prompts[i : i + 128], which[i : i + 128])[:2]
+            for i in range(0, len(prompts), 128)
+        ]
+        return torch.cat([p[0] for p in parts]).clone(), torch.cat([p[1] for p in parts]).clone()
+
+    def sample(self, rng: np.random.Generator, label: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Embeds and mask of a prompt that asks for `label`, then those of the empty prompt."""
+        if label == "empty":
+            picture = int(rng.integers(128))
+            empty = self.empty_embeds[picture], self.empty_mask[picture]
+            return *empty, *empty
+        row = self.rows[label][int(rng.integers(len(self.rows[label])))]
+        picture = self.which[row]
+        return (
+            self.embeds[row],
+            self.mask[row],
+            self.empty_embeds[picture],
+            self.empty_mask[picture],
+        )
+
+
+def training_batch(
+    latents: LatentCache, prompts: PromptCache, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """References, targets, prompts, places, timesteps and guidance scales of one step."""
+    side = int(rng.choice([4, 6, 8], p=[0.25, 0.35, 0.4]))
+    count = {4: 19, 6: 13, 8: 8}[side]
+    names = list(EDITS)
+    reference, target, conditions = [], [], []
+    is_unchanged = torch.zeros(count, dtype=torch.bool)
+    for index in range(count):
+        unchanged = rng.uniform() < 0.14
+        is_unchanged[index] = unchanged
+        ref, out, edit = latents.sample(rng, 2 * side, not unchanged)
+        reference.append(ref)
+        target.append(out)
+        label = (
+            str(rng.choice(["empty", "identity", "unknown", "unknown"]))
+            if unchanged
+            else names[edit]
+        )
+        conditions.append(prompts.sample(rng, label))
+    ids = image_position_ids(side, side, DEMO.reference_offset).repeat(count, 1, 1)
+    for index in range(count):
+        if rng.uniform() < 0.25:
+            stride, move = (
+                float(rng.integers(1, 4)),
+                torch.from_numpy(rng.integers(0, 25, 2)).float(),
+            )
+            offset = torch.cat([torch.zeros(side * side, 1), torch.ones(side * side, 1)])
+            grid = ids[index, :, 1:] - offset
+            ids[index, :, 1:] = (grid if stride == 1 else grid * stride) + move + offset
+    u = (torch.arange(count) + torch.from_numpy(rng.uniform(size=count)).float()) / count
+    t = shift(
+        u[torch.from_numpy(rng.permutation(count))].clamp(1e-3, 1), int(rng.integers(256, 1200))
+    ).clamp(0.02, 1)
+    if rng.uniform() < 0.5:
+        t[0] = 1.0
+    is_six = torch.from_numpy(rng.uniform(size=count)) < 0.5
+    scale = torch.where(is_six, 6.0, torch.from_numpy(rng.uniform(1.5, 10, count)).float())
+    parts = [torch.stack(part) for part in zip(*conditions, strict=True)]
+    return {
+        "reference": pack(torch.stack(reference)),
+        "target": pack(torch.stack(target)),
+        "embeds": torch.cat([parts[0], parts[2]]),
+        "mask": torch.cat([parts[1], parts[3]]),
+        "ids": ids,
+        "t": t,
+        "scale": scale,
+        "weight": torch.where(is_six, 1.0, 0.5),
+        "is_unchanged": is_unchanged,
+    }
+
+
+def guided_loss(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss on the guided velocity, and the mean squared error of the latents it implies."""
+    t, scale = batch["t"][:, None, None], batch["scale"][:, None, None]
+    noise = torch.randn_like(batch["target"])
+    x = add_noise(batch["target"], noise, t)
+    velocity = velocity_target(batch["target"], noise)
+    tokens = torch.cat([x, batch["reference"]], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        both = model(
+            tokens.repeat(2, 1, 1),
+            batch["ids"].repeat(2, 1, 1),
+            batch["embeds"],
+            batch["mask"],
+            batch["t"].repeat(2),
+            num_wanted=x.shape[1],
+        )
+    cond, uncond = both.float().chunk(2)
+    guided = guide(cond, uncond, scale, t)
+    balance = batch["t"].pow(2) / (batch["t"].pow(2) + 0.15**2)
+    error = (guided - velocity).pow(2).mean((1, 2))
+    # The mean colour of a token decides whether flat areas look flat.
+    cell = (guided - velocity).unflatten(-1, (-1, 4)).mean(-1).pow(2).mean((1, 2))
+    loss = (balance * batch["weight"] * (error + 0.5 * cell)).mean()
+    plain = (uncond - velocity).pow(2).mean((1, 2)) * balance
+    loss = loss + (plain * batch["is_unchanged"]).mean()
+    loss = loss + 0.05 * ((cond - velocity).pow(2).mean((1, 2)) * balance).mean()
+    return loss, (error * batch["t"].pow(2)).mean().detach()
+
+
+def transformer_optimisers(model: Transformer) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, Adam for the rest, slow where the identity lives."""
+    muon, adam, slow = [], [], []
+    for name, parameter in model.named_parameters():
+        inside = "blocks" in name and "mod" not in name and not name.startswith("connector")
+        if inside and parameter.ndim == 2:
+            muon.append(parameter)
+        elif parameter.ndim < 2 or name.startswith(("img_in", "final_layer")):
+            slow.append(parameter)
+        else:
+            adam.append(parameter)
+    return [
+        torch.optim.Muon(
+            muon, lr=1e-3, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [{"params": adam, "lr": 8e-4}, {"params": slow, "lr": 2.4e-4}],
+            betas=(0.9, 0.97),
+            weight_decay=0.0,
+        ),
+    ]
+
+
+def train_transformer(
+    work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, per_label: int
+) -> None:
+    path = work / "transformer.pt"
+    latents = LatentCache(work)
+    first = next(iter(latents.chunks.values()))["latents"]
+    model = start_transformer(seed, float(first.float().std()))
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+    prompts = PromptCache(work, gallery, seed, per_label)
+    rng = np.random.default_rng([seed, int(path.exists())])
+    torch.manual_seed(seed + 1)
+    optimisers = transformer_optimisers(model)
+    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    average = Average(model, 0.997)
+    started, step, running = time.monotonic(), 0, 0.0
+    while (done := progress_rate(step, steps, started, minutes)) < 1:
+        factor = min(1, (step + 1) / 50) * min(1, (1 - done) / 0.65)
+        for optimiser, base in zip(optimisers, rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, base, strict=True):
+                group["lr"] = rate * factor
+        loss, error = guided_loss(model, training_batch(latents, prompts, rng))
+        for optimiser in optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        average.update(model, step)
+        running = float(error) if step == 0 else 0.99 * running + 0.01 * float(error)
+        step += 1
+        if step % 100 == 0 or step in (1, 20):
+            seconds = (time.monotonic() - started) / step
+            print(
+                f"transformer {step} {seconds:.2f}s loss {float(loss):.3f} x0 error {running:.4f}",
+                flush=True,
+            )
+        if step % 200 == 0:
+            torch.save(average.values, path)
+            latents.refresh()
+            if prompts.is_stale():
+                prompts = PromptCache(work, gallery, seed, per_label)
+    torch.save(average.values, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Decoder: what it will really be given
+# ------------------------------------------------------------------------------------------------
+
+
+def load_transformer(work: Path) -> Transformer:
+    model = Transformer(DEMO.transformer)
+    model.load_state_dict(torch.load(work / "transformer.pt"))
+    return model.eval()
+
+
+@torch.no_grad()
+def estimated_latents(
+    model: Transformer,
+    prompts: PromptCache,
+    rng: np.random.Generator,
+    reference: Tensor,
+    target: Tensor,
+    labels: list[str],
+) -> Tensor:
+    """The target latents as the transformer guesses them from noise, with its own errors."""
+    rows, columns = reference.shape[2] // 2, reference.shape[3] // 2
+    parts = [
+        torch.stack(part)
+        for part in zip(*(prompts.sample(rng, label) for label in labels), strict=True)
+    ]
+    t = torch.from_numpy(rng.uniform(0.1, 0.6, len(labels))).float()
+    clean = pack(target)
+    x = add_noise(clean, torch.randn_like(clean), t[:, None, None])
+    tokens = torch.cat([x, pack(reference)], 1)
+    ids = image_position_ids(rows, columns, DEMO.reference_offset)
+    with torch.autocast("cpu", torch.bfloat16):
+        both = model(
+            tokens.repeat(2, 1, 1),
+            ids,
+            torch.cat([parts[0], parts[2]]),
+            torch.cat([parts[1], parts[3]]),
+            t.repeat(2),
+            num_wanted=x.shape[1],
+        )
+    cond, uncond = both.float().chunk(2)
+    estimate = x - t[:, None, None] * guide(cond, uncond, 6.0, t[:, None, None])
+    return unpack(estimate, rows, columns)
+
+
+def train_decoder(
+    work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, per_label: int
+) -> None:
+    """Trains the decoder alone: on clean latents, on noisy ones, on the transformer's own."""
+    path = work / "vae_final.pt"
+    vae = load_vae(work)
+    if path.exists():
+        vae.load_state_dict(torch.load(path))
+    transformer, prompts = load_transformer(work), PromptCache(work, gallery, seed, per_label)
+    vae.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    optimiser = torch.optim.AdamW(
+        vae.decoder.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    average = Average(vae, 0.995)
+    rng = np.random.default_rng([seed, 11, int(path.exists())])
+    names = list(EDITS)
+    started, step = time.monotonic(), 0
+    while (done := progress_rate(step, steps, started, minutes)) < 1:
+        optimiser.param_groups[0]["lr"] = 3e-4 * min(1, (step + 1) / 50) * (1 - done) ** 0.7 + 1e-6
+        crops = [gallery.crop(rng, 128) for _ in range(8)]
+        labels = [
+            "empty" if rng.uniform() < 0.4 else names[int(rng.integers(len(names)))] for _ in crops
+        ]
+        edited = [
+            crop if label == "empty" else EDITS[label](crop)
+            for crop, label in zip(crops, labels, strict=True)
+        ]
+        wanted = to_batch(edited).to(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(wanted).latent_dist.mode().float()
+        if step % 3 == 1:
+            latents = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.15))
+        elif step % 3 == 2:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                reference = (
+                    vae.encode(to_batch(crops).to(memory_format=torch.channels_last))
+                    .latent_dist.mode()
+                    .float()
+                )
+            latents = estimated_latents(transformer, prompts, rng, reference, latents, labels)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = vae.decode(latents).sample
+        loss = picture_loss(out.float(), wanted)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
+        optimiser.step()
+        average.update(vae, step)
+        step += 1
+        if step % 200 == 0:
+            torch.save(average.values, path)
+            judge = AutoencoderKL(**VAE_CONFIG)
+            judge.load_state_dict(average.values)
+            seconds = (time.monotonic() - started) / step
+            print(
+                f"decoder {step} {seconds:.2f}s loss {float(loss):.4f}",
+                reconstruction(judge.eval(), 512),
+                flush=True,
+            )
+    torch.save(average.values, path)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def export(work: Path, folder: Path) -> None:
+    """Writes the checkpoint as the package carries it."""
+    conditioner, recogniser = load_text(work)
+    vae = load_vae(work)
+    if (work / "vae_final.pt").exists():
+        vae.load_state_dict(torch.load(work / "vae_final.pt"))
+    config = replace(DEMO, conditioner=conditioner.config)
+    write_demo(folder, EditPipeline(load_transformer(work), vae, conditioner, config, recogniser))
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    print(f"wrote {folder} ({size:.2f} MB)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything a run does."""
+
+    drawn_pictures: int = 240
+    start_crops: int = 600
+    vae_steps: int = 6000
+    corpus: int = 1500
+    text_steps: int = 7500
+    judged_prompts: int = 50
+    latent_chunks: int = 24
+    latent_crops: int = 100
+    latent_edits: int = 12
+    prompts_per_label: int = 300
+    transformer_steps: int = 9000
+    decoder_steps: int = 2000
+
+
+SMOKE = Plan(
+    drawn_pictures=4,
+    start_crops=24,
+    vae_steps=10,
+    corpus=30,
+    text_steps=10,
+    judged_prompts=2,
+    latent_chunks=1,
+    latent_crops=2,
+    latent_edits=2,
+    prompts_per_label=2,
+    transformer_steps=10,
+    decoder_steps=10,
+)
+"""Ten steps of everything, to see that the recipe still runs."""
+
+STAGES = ("vae", "text", "latents", "transformer", "decoder", "export")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="folder for everything on the way"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DEMO_FOLDER, help="folder for the finished checkpoint"
+    )
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="limit for each training stage; 0 = by steps only"
+    )
+    parser.add_argument("--smoke", action="store_true", help="ten steps of each stage")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    work, seed, minutes = arguments.work, arguments.seed, arguments.minutes
+    stages = arguments.stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"unknown stages {', '.join(sorted(unknown))}; known: {', '.join(STAGES)}")
+    plan = SMOKE if arguments.smoke else Plan()
+    torch.set_num_threads(arguments.threads)
+    work.mkdir(parents=True, exist_ok=True)
+    gallery = Gallery(seed, plan.drawn_pictures)
+    if "vae" in stages:
+        train_vae(work, gallery, seed, plan.vae_steps, minutes, plan.start_crops)
+    if "text" in stages:
+        train_text(work, gallery, seed, plan.text_steps, plan.corpus, plan.judged_prompts)
+    if "latents" in stages:
+        cache_latents(work, gallery, seed, plan.latent_chunks, plan.latent_crops, plan.latent_edits)
+    if "transformer" in stages:
+        train_transformer(
+            work, gallery, seed, plan.transformer_steps, minutes, plan.prompts_per_label
+        )
+    if "decoder" in stages:
+        train_decoder(work, gallery, seed, plan.decoder_steps, minutes, plan.prompts_per_label)
+    if "export" in stages:
+        export(work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
