@@ -10,15 +10,14 @@ import sys  # noqa: E402
 from importlib.util import find_spec  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-_VENV = Path(__file__).resolve().parent / ".venv"
+_FOLDER = Path(__file__).resolve().parent
+_VENV = _FOLDER / ".venv"
 _VENV_PYTHON = _VENV / "bin" / "python"
 
-if (
-    __name__ == "__main__"
-    and find_spec("step1x_edit") is None
-    and _VENV_PYTHON.exists()
-    and Path(sys.prefix) != _VENV
-):  # started with the system's python3, as MCP clients do, while `make setup` installed us in .venv
+if __name__ == "__main__" and find_spec("step1x_edit") is None:
+    # MCP clients start the system's python3, while `make setup` installs into .venv.
+    if not _VENV_PYTHON.exists() or Path(sys.prefix) == _VENV:
+        sys.exit(f"step1x-edit is not installed: run `make setup` in {_FOLDER}")
     os.dup2(_wire, 1)
     os.execv(_VENV_PYTHON, [str(_VENV_PYTHON), *sys.argv])  # noqa: S606
 

@@ -10,9 +10,7 @@ import pytest
 from PIL import Image
 
 from fakes import FakeWorker
-from step1x_edit.engine import Engine
-from step1x_edit.files import FileAccess
-from step1x_edit.service import EditService
+from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
 
 MakeService = Callable[..., EditService]
@@ -36,9 +34,7 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     def make(worker: FakeWorker | None = None, **settings: object) -> EditService:
         chosen = worker or FakeWorker()
         checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
-        files = FileAccess(checked.allowed_dirs, checked.max_bytes)
-        engine = Engine(lambda: chosen, max_queue=checked.max_queue)
-        services.append(EditService(engine, files, checked, draw_seed=lambda: 1234))
+        services.append(build_service(checked, load=lambda: chosen))
         return services[-1]
 
     yield make

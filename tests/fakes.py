@@ -34,6 +34,7 @@ class FakeWorker:
     info: ModelInfo = ModelInfo(name="fake", device="cpu", location="CPU")
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
     warning: str | None = None
+    held: Memory = Memory()
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
@@ -54,7 +55,7 @@ class FakeWorker:
         yield Outcome(image=255 - job.image, model=self.info, warning=self.warning)
 
     def memory(self) -> Memory:
-        return Memory()
+        return self.held
 
 
 class Gate:

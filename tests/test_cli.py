@@ -126,10 +126,9 @@ def test_wrong_settings_are_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_demo_leaves_before_after_and_a_comparison_and_says_where(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
 
-    for _ in range(2):  # a second run replaces the pictures of the first
-        result = run.invoke(app, ["demo", "--output-dir", str(folder), "--num-steps", "10"])
-        assert result.exit_code == 0, result.stderr
+    result = run.invoke(app, ["demo", "--output-dir", str(folder), "--num-steps", "10"])
 
+    assert result.exit_code == 0, result.stderr
     written = {path.name for path in folder.iterdir()}
     assert written == {"before.jpg", "side-by-side.jpg"} | {
         f"after-{name}.jpg" for name in DEMO_PROMPTS
@@ -141,6 +140,70 @@ def test_the_demo_leaves_before_after_and_a_comparison_and_says_where(tmp_path: 
         Image.open(folder / f"after-{name}.jpg").size == before.size for name in DEMO_PROMPTS
     )
     assert "MODEL_PATH" in result.stdout
+
+
+@pytest.mark.usefixtures("_fake_model")
+def test_each_demo_without_a_folder_gets_one_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "demo-output_2").symlink_to("elsewhere")
+    (tmp_path / "demo-output_3").write_bytes(b"mine")
+
+    results = [run.invoke(app, ["demo", "--num-steps", "10"]) for _ in range(2)]
+
+    assert [result.exit_code for result in results] == [0, 0]
+    for folder in ("demo-output", "demo-output_4"):
+        assert len(list((tmp_path / folder).iterdir())) == 2 + len(DEMO_PROMPTS)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.usefixtures("_fake_model")
+@pytest.mark.parametrize("name", ["before.jpg", "after-winter.jpg", "side-by-side.jpg"])
+def test_the_demo_replaces_nothing_and_then_writes_nothing(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "kept.jpg"
+    kept.write_bytes(b"mine")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / name).symlink_to(kept)
+
+    result = run.invoke(app, ["demo", "--output-dir", str(folder)])
+
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert kept.read_bytes() == b"mine"
+
+
+@pytest.mark.usefixtures("_fake_model")
+def test_a_demo_that_cannot_write_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+
+    result = run.invoke(app, ["demo", "--output-dir", str(tmp_path / "file" / "below")])
+
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "file is not a folder" in result.stderr
+
+
+@pytest.mark.usefixtures("_fake_model")
+def test_a_demo_with_a_wrong_flag_writes_nothing(tmp_path: Path) -> None:
+    result = run.invoke(app, ["demo", "--output-dir", str(tmp_path / "a"), "--num-steps", "5"])
+
+    assert result.exit_code == 2
+    assert "num_steps must be" in result.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_help_tells_the_default_of_each_command() -> None:
+    wide = {"COLUMNS": "250", "TERMINAL_WIDTH": "250", "NO_COLOR": "1"}
+
+    demo, edit = (run.invoke(app, [name, "--help"], env=wide).stdout for name in ("demo", "edit"))
+
+    assert "default 768" in demo
+    assert "1024)" not in demo
+    assert "default 1024, or DEFAULT_SIZE_LEVEL where that is set" in edit
 
 
 def test_help_is_there_without_torch_and_names_ranges() -> None:

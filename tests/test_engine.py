@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fakes import FakeWorker, Gate, ManualClock, a_job
-from step1x_edit.engine import Engine
+from step1x_edit.engine import HEARTBEAT_S, Engine
 from step1x_edit.errors import (
     CheckpointError,
     DeadlineExceededError,
@@ -21,7 +21,7 @@ from step1x_edit.errors import (
     ServerBusyError,
     ShuttingDownError,
 )
-from step1x_edit.worker import EditJob, Worker
+from step1x_edit.worker import EditJob, Memory, Worker
 
 MakeEngine = Callable[..., Engine]
 
@@ -245,6 +245,43 @@ async def test_status_answers_while_an_edit_runs(make_engine: MakeEngine) -> Non
     gate.open()
     await asyncio.gather(running.result(), waiting.result())
     assert not engine.status().is_editing
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "cancellation"])
+async def test_memory_is_measured_after_every_edit(make_engine: MakeEngine, end: str) -> None:
+    worker = FakeWorker()
+    engine = make_engine(worker)
+
+    def step(job: EditJob, step: int) -> None:
+        worker.held = Memory(allocated_gb=3.0)
+        if end == "failure":
+            raise ZeroDivisionError
+        if end == "cancellation":
+            edit.cancel()
+
+    worker.before_step = step
+    edit = engine.submit(a_job())
+    await asyncio.gather(edit.result(), return_exceptions=True)
+
+    assert engine.status().memory == Memory(allocated_gb=3.0)
+
+
+async def test_memory_that_cannot_be_measured_stops_nothing(make_engine: MakeEngine) -> None:
+    worker = FakeWorker()
+    engine = make_engine(worker)
+    await engine.submit(a_job()).result()
+
+    def fail() -> Memory:
+        raise RuntimeError("the device is lost")
+
+    worker.memory = fail  # type: ignore[method-assign]
+    await engine.submit(a_job()).result()
+
+    assert (await engine.submit(a_job()).result()).model == worker.info
+
+
+def test_a_sign_of_life_comes_within_the_promised_five_seconds() -> None:
+    assert HEARTBEAT_S <= 4.0
 
 
 async def test_idle_time_counts_from_the_end_of_the_last_edit(make_engine: MakeEngine) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ from step1x_edit.images import (
     OUTPUT_FORMATS,
     PREVIEW_BASE64_BYTES,
     Limits,
+    OutputFormat,
     Picture,
     check_encodable,
     decode,
@@ -391,3 +393,19 @@ def test_the_preview_stays_small(size: tuple[int, int]) -> None:
     assert image.format == "JPEG"
     assert max(image.size) <= min(512, max(size))
     assert len(base64.b64encode(data)) <= PREVIEW_BASE64_BYTES
+
+
+def test_the_preview_shows_the_colours_that_the_profile_means() -> None:
+    swapped = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}
+    red_is_blue = re.sub(rb"[rb]XYZ", lambda tag: swapped[tag[0]], SRGB)
+    picture = Picture(np.full((32, 32, 3), RED, np.uint8), icc_profile=red_is_blue)
+
+    shown = opened(preview(picture)).getpixel((16, 16))
+
+    assert isinstance(shown, tuple)
+    assert np.allclose(shown, BLUE, atol=20)
+
+
+@pytest.mark.parametrize("output", OUTPUT_FORMATS.values())
+def test_each_format_has_its_media_type(output: OutputFormat) -> None:
+    assert output.media_type == Image.MIME[output.name]

@@ -141,3 +141,47 @@ async def test_both_eras_of_the_protocol_are_served(
         result = await client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
 
     assert result.structured_content["status"] == "success"
+
+
+async def test_null_counts_as_not_given(make_service: MakeService, photo: Path) -> None:
+    service = make_service(default_num_steps=12)
+    nothing = dict.fromkeys(("num_steps", "overwrite", "output_path", "size_level", "seed"))
+    async with Client(build_mcp(service)) as client:
+        good = await client.call_tool(
+            "edit_image", {"image_path": str(photo), "prompt": "x", **nothing}
+        )
+        bad = [
+            await client.call_tool("edit_image", arguments, raise_on_error=False)
+            for arguments in ({"image_path": None, "prompt": "x"}, {"hat": None, "prompt": "x"})
+        ]
+
+    assert good.structured_content["metadata"]["num_steps"] == 12
+    assert [result.is_error for result in bad] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "media_type"), [(".webp", "image/webp"), (".avif", "image/avif")]
+)
+async def test_the_link_names_the_type_of_the_file(
+    make_service: MakeService,
+    photo: Path,
+    suffix: str,
+    media_type: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mimetypes.guess_type", lambda *_, **__: (None, None))  # some know little
+    arguments = {"image_path": str(photo), "prompt": "x", "output_path": str(photo) + suffix}
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool("edit_image", arguments)
+
+    assert result.content[-1].mime_type == media_type
+
+
+async def test_edit_is_announced_as_a_tool_that_can_replace_files(
+    make_service: MakeService,
+) -> None:
+    async with Client(build_mcp(make_service())) as client:
+        tools = {tool.name: tool for tool in await client.list_tools()}
+
+    assert tools["edit_image"].annotations.destructive_hint
+    assert not tools["get_gpu_status"].annotations.destructive_hint

@@ -290,3 +290,15 @@ def test_the_defaults_of_the_operator_show_in_the_schema(tmp_path: Path) -> None
         return default
 
     assert asyncio.run(steps()) == 12
+
+
+def test_without_an_installation_one_sentence_says_what_to_do(tmp_path: Path) -> None:
+    server = tmp_path / "mcp_server.py"
+    server.write_bytes(SERVER.read_bytes())
+
+    process = start(tmp_path, ("-S", str(server)))  # -S: a Python without installed packages
+    out, log = process.communicate(timeout=PATIENCE_S)
+
+    assert process.returncode == 1
+    assert out == ""
+    assert log.strip() == f"step1x-edit is not installed: run `make setup` in {tmp_path}"

@@ -12,13 +12,17 @@ from PIL import Image
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from step1x_edit.errors import (
+    DeadlineExceededError,
     ImageFileNotFoundError,
     InvalidParameterError,
     OutputExistsError,
     PathNotAllowedError,
+    ServerBusyError,
 )
 from step1x_edit.images import read_edit_record
-from step1x_edit.service import EditService
+from step1x_edit.schemas import MAX_SEED
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings
 from step1x_edit.worker import Progress
 
 
@@ -85,7 +89,7 @@ async def test_a_seed_is_drawn_reported_and_gives_the_same_bytes_again(
     drawn = await edit(service, photo)
     again = await edit(service, photo, seed=drawn["metadata"]["seed"])  # type: ignore[index]
 
-    assert drawn["metadata"]["seed"] == 1234  # type: ignore[index]
+    assert 0 <= drawn["metadata"]["seed"] <= MAX_SEED  # type: ignore[index]
     first, second = (Path(str(answer["output_path"])) for answer in (drawn, again))
     assert first.read_bytes() == second.read_bytes()
 
@@ -194,3 +198,40 @@ async def test_status_has_every_field_of_the_contract(
         "device": "cpu",
         "queue_length": 0,
     }
+
+
+async def test_a_full_line_refuses_before_the_picture_is_read(
+    make_service: MakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    service = make_service(FakeWorker(before_step=gate), max_queue=1)
+    running = asyncio.ensure_future(edit(service, photo))
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+    queued = asyncio.Event()
+
+    async def report(event: Progress) -> None:
+        queued.set()
+
+    request = service.read_edit({"image_path": str(photo), "prompt": "x"})
+    waiting = asyncio.ensure_future(service.edit(request, report))
+    await queued.wait()
+    read: list[str] = []
+    monkeypatch.setattr("step1x_edit.files.FileAccess.read", lambda self, path: read.append(path))
+
+    with pytest.raises(ServerBusyError, match="1 edits are waiting"):
+        await edit(service, photo)
+
+    assert read == []
+    gate.open()
+    await asyncio.gather(running, waiting)
+
+
+async def test_the_time_that_an_edit_may_take_is_a_setting(photo: Path) -> None:
+    settings = Settings(allowed_dirs=(photo.parent,), _env_file=None)  # type: ignore[call-arg]
+    over = settings.model_copy(update={"edit_timeout": -1})  # over before it begins: nobody waits
+    service = build_service(over, load=FakeWorker)
+
+    with pytest.raises(DeadlineExceededError, match="longer than -1 s"):
+        await edit(service, photo)
+
+    service.close()

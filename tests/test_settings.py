@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from step1x_edit.errors import SettingsError
-from step1x_edit.settings import Settings, load_settings
+from step1x_edit.settings import Settings, load_settings, local_folders
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,21 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "default_size_level": 1024,
         "log_level": "INFO",
     }
+
+
+@pytest.mark.parametrize("home", ["/", None])
+def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
+    home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_home() -> Path:
+        if home is None:
+            raise RuntimeError("Could not determine home directory.")
+        return Path(home)
+
+    monkeypatch.setattr(Path, "home", find_home)
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/"))
+
+    assert local_folders() == (Path(tempfile.gettempdir()),)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,19 @@ from step1x_edit.model.pipeline import Edited, EditRequest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
 
 
+def train(work: Path, *flags: str) -> str:
+    command = [sys.executable, str(SCRIPT), "--smoke", "--work", str(work), *flags]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 @pytest.mark.timeout(600)
 def test_ten_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--work", str(tmp_path), "--out", str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
+    train(tmp_path, "--out", str(out))
 
-    for stage in ("vae.pt", "text.pt", "latents_000.pt", "transformer.pt", "vae_final.pt"):
+    for stage in ("vae.pt", "text.pt", "latents_000.pt", "transformer.pt", "decoder.pt"):
         assert (tmp_path / stage).exists(), f"{stage} was not written"
     size = sum(path.stat().st_size for path in out.iterdir())
     assert size <= 25_000_000
@@ -35,3 +40,7 @@ def test_ten_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) ->
     # The closed-form start alone leaves a picture nearly unchanged; a broken one shows noise.
     reference = np.kron(image.astype(float), np.ones((4, 4, 1)))
     assert np.abs(edited.image - reference).mean() < 30
+
+    again = train(tmp_path, "--out", str(out))
+    assert "wrote" in again
+    assert "start" not in again, "a finished stage was done once more"

@@ -85,6 +85,7 @@ def test_the_warning_names_what_is_known_in_plain_words() -> None:
 
     assert warning is not None
     assert "the demo checkpoint does not know this edit" in warning
+    assert "will have left the picture nearly as it was" in warning  # it is not measured
     assert "it knows: black and white, sepia, red tint. " in warning
     assert "MODEL_PATH" in warning
 
@@ -108,3 +109,24 @@ async def test_a_cancelled_edit_closes_the_network_and_the_next_one_runs(folder:
     await asyncio.to_thread(engine.close)
 
     assert outcome.image.ndim == 3
+
+
+def test_memory_is_that_of_the_models_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+    monkeypatch.setattr("torch.cuda.memory_allocated", {"cuda:1": gib}.get)
+    monkeypatch.setattr("torch.cuda.memory_reserved", {"cuda:1": 2 * gib}.get)
+    worker = PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline()), "cuda:1")
+
+    assert worker.memory() == Memory(allocated_gb=1.0, reserved_gb=2.0)
+
+
+def test_a_prompt_that_is_not_read_to_its_end_is_warned_about() -> None:
+    worker = PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline(("unknown",))), "cpu")
+
+    warning = outcome_of(worker, job("make it night " * 50)).warning
+
+    assert warning is not None
+    assert warning.startswith(
+        "the end of the prompt was cut: this checkpoint reads at most 40 tokens of picture and "
+        "prompt; the demo checkpoint does not know this edit"
+    )

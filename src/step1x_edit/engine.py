@@ -33,7 +33,7 @@ from step1x_edit.worker import EditJob, Memory, ModelInfo, Outcome, Phase, Progr
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S: Final = 5.0  # clients take a longer silence for a hang
+HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
 
 
@@ -143,15 +143,20 @@ class Engine:
         """Put a job at the end of the line; raises ServerBusyError when the line is full."""
         edit = Edit(self, job)
         with self._changed:
-            if self._is_closed:
-                raise ShuttingDownError()
-            if len(self._waiting) >= self._max_queue:
-                raise self._busy()
+            self.check_room()
             self._waiting.append(edit)
             edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
             self._start()
             self._changed.notify()
         return edit
+
+    def check_room(self) -> None:
+        """Raise what `submit` would raise now, for callers with work to do before it."""
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            if len(self._waiting) >= self._max_queue:
+                raise self._busy()
 
     def withdraw(self, edit: Edit) -> None:
         """Take an edit out of the line, or stop it; does nothing if it has ended."""
@@ -211,7 +216,7 @@ class Engine:
             with self._changed:
                 self._running = None
             self._last_use = self._clock()
-            self._note(is_editing=False)
+            self._note(is_editing=False, memory=self._memory())
             if isinstance(outcome, Outcome):
                 self._last_edit_s = self._last_use - started
             edit.finish(outcome)
@@ -241,6 +246,16 @@ class Engine:
                 return OutOfMemoryError("this edit needs more than is free; try a lower size_level")
             log.exception("edit failed")
             return InternalError("the edit failed unexpectedly; the server's log says more")
+
+    def _memory(self) -> Memory:
+        """What the worker holds after an edit, however it ended."""
+        if self._worker is None:
+            return Memory()
+        try:
+            return self._worker.memory()
+        except Exception:  # a device that has failed; the edit has told its caller
+            log.exception("the memory cannot be measured")
+            return self._snapshot.memory
 
     def _loaded(self, edit: Edit) -> Worker:
         if self._worker is None:
@@ -274,7 +289,6 @@ class Engine:
         with contextlib.closing(worker.edit(edit.job)) as events:
             for event in events:
                 if isinstance(event, Outcome):
-                    self._note(memory=worker.memory())
                     return event
                 self._check(edit, deadline)
                 edit.publish(event)

@@ -307,22 +307,32 @@ class OutputFormat:
     """How a picture is written; every option is fixed so that equal pixels give equal bytes."""
 
     name: str
+    media_type: str
     carries_alpha: bool
     max_side: int = 65_500
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_PNG: Final = OutputFormat("PNG", carries_alpha=True, options={"compress_level": 6})
-_JPEG: Final = OutputFormat("JPEG", carries_alpha=False, options={"quality": 95, "subsampling": 0})
+_PNG: Final = OutputFormat("PNG", "image/png", carries_alpha=True, options={"compress_level": 6})
+_JPEG: Final = OutputFormat(
+    "JPEG", "image/jpeg", carries_alpha=False, options={"quality": 95, "subsampling": 0}
+)
 _WEBP: Final = OutputFormat(
-    "WEBP", carries_alpha=True, max_side=16_383, options={"quality": 95, "method": 4}
+    "WEBP",
+    "image/webp",
+    carries_alpha=True,
+    max_side=16_383,
+    options={"quality": 95, "method": 4},
 )
 _AVIF: Final = OutputFormat(
-    "AVIF", carries_alpha=True, options={"quality": 90, "speed": 8, "max_threads": 1}
+    "AVIF",
+    "image/avif",
+    carries_alpha=True,
+    options={"quality": 90, "speed": 8, "max_threads": 1},
 )
 # Uncompressed: LZW hardly shrinks a photograph, and with it Pillow loses the photographic EXIF.
-_TIFF: Final = OutputFormat("TIFF", carries_alpha=True)
-_BMP: Final = OutputFormat("BMP", carries_alpha=False)
+_TIFF: Final = OutputFormat("TIFF", "image/tiff", carries_alpha=True)
+_BMP: Final = OutputFormat("BMP", "image/bmp", carries_alpha=False)
 
 OUTPUT_FORMATS: Final[Mapping[str, OutputFormat]] = {
     ".png": _PNG,
@@ -366,8 +376,7 @@ def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> b
     image = _image(picture, with_alpha=output.carries_alpha)
     options = dict(output.options)
     if output is _BMP:
-        if picture.icc_profile is not None:
-            image = _to_srgb(image, picture.icc_profile) or image
+        image = _shown_in_srgb(image, picture.icc_profile)
     else:
         options["icc_profile"] = picture.icc_profile
         options["exif"] = _exif_of(picture, None if output is _PNG else record)
@@ -381,8 +390,10 @@ def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> b
 
 
 def preview(picture: Picture) -> bytes:
-    """A small JPEG of the picture, short enough to be shown in a chat."""
+    """A small JPEG of the picture in sRGB, short enough to be shown in a chat."""
     image = _image(picture, with_alpha=False)
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
+    image = _shown_in_srgb(image, picture.icc_profile)
     side = PREVIEW_SIDE
     while True:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -404,6 +415,11 @@ def _image(picture: Picture, *, with_alpha: bool) -> Image.Image:
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=alpha)
     return white
+
+
+def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The picture for a file that will carry no profile."""
+    return image if profile is None else _to_srgb(image, profile) or image
 
 
 def _exif_of(picture: Picture, record: EditRecord | None) -> bytes | None:

@@ -67,13 +67,11 @@ class EditService:
         engine: Engine,
         files: FileAccess,
         settings: Settings,
-        draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
     ) -> None:
         self._engine = engine
         self._files = files
         self._settings = settings
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
-        self._draw_seed = draw_seed
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -85,14 +83,24 @@ class EditService:
         }
 
     def read_edit(self, arguments: Mapping[str, object]) -> EditRequest:
-        """Make a request of what a caller gave; raises InvalidParameterError."""
-        return read_request(EditRequest, {**self.defaults, **arguments})
+        """Make a request of what a caller gave; raises InvalidParameterError.
+
+        None counts as not given where a parameter may be left out: language models like to send it.
+        """
+        fields = EditRequest.model_fields
+        given = {
+            name: value
+            for name, value in arguments.items()
+            if value is not None or name not in fields or fields[name].is_required()
+        }
+        return read_request(EditRequest, {**self.defaults, **given})
 
     async def edit(self, request: EditRequest, report: Report = unreported) -> FinishedEdit:
         """Edit one image and save the result; cancelling the call stops the work, unsaved."""
         started = time.monotonic()
+        self._engine.check_room()  # a server without room must not spend memory on pictures
         source, output = await asyncio.to_thread(self._open, request)
-        seed = self._draw_seed() if request.seed is None else request.seed
+        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
         outcome = await self._run(_job(request, source, seed), report)
         record = _record(request, seed, outcome.model)
         # Encoding may take a while and can be given up; publishing is short and comes last.
@@ -214,12 +222,14 @@ def _metadata(
     )
 
 
-def build_service(settings: Settings) -> EditService:
-    """Wire the service that all interfaces use."""
+def build_service(settings: Settings, load: Callable[[], Worker] | None = None) -> EditService:
+    """Wire the service that all interfaces use; `load` brings another worker than the settings'."""
 
-    def load() -> Worker:
+    def load_chosen() -> Worker:
         return load_worker(settings.model_path, settings.model_version, settings.device)
 
-    engine = Engine(load, max_queue=settings.max_queue, edit_timeout_s=settings.edit_timeout)
+    engine = Engine(
+        load or load_chosen, max_queue=settings.max_queue, edit_timeout_s=settings.edit_timeout
+    )
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     return EditService(engine, files, settings)

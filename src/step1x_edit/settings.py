@@ -7,6 +7,7 @@ the state of a disk and not a setting, so it is told to whoever asks for an edit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -54,8 +55,16 @@ def _known_device(value: str) -> str:
 
 
 def local_folders() -> tuple[Path, ...]:
-    """Where callers on this machine may read and write by default: home, here, temp."""
-    return (Path.home(), Path.cwd(), Path(tempfile.gettempdir()))
+    """Where callers on this machine may read and write by default: home, here, temp.
+
+    Services and containers often start in `/` or have it as their home: such a root is left out,
+    because it would open the whole machine. A home that nobody knows is left out as well.
+    """
+    folders = [Path.cwd()]
+    with contextlib.suppress(RuntimeError):
+        folders.insert(0, Path.home())
+    narrow = [folder for folder in folders if folder != Path(folder.anchor)]
+    return (*narrow, Path(tempfile.gettempdir()))
 
 
 class Settings(BaseSettings):

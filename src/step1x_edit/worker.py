@@ -22,6 +22,7 @@ from step1x_edit.schemas import Location
 
 if TYPE_CHECKING:
     from step1x_edit.checkpoints.read import Checkpoint
+    from step1x_edit.model.pipeline import Edited
 
 GIB: Final = 1024**3
 
@@ -105,7 +106,7 @@ class Outcome:
     image: Pixels
     model: ModelInfo
     warning: str | None = None
-    """Set if the model does not know such an edit."""
+    """Set if the model does not know such an edit or did not read all of its prompt."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class PipelineWorker:
         with contextlib.closing(self._pipeline.edit(request)) as events:
             for event in events:
                 if isinstance(event, Edited):
-                    yield Outcome(event.image, self.info, self._warning(event.label))
+                    yield Outcome(event.image, self.info, self._warning(event))
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total)
 
@@ -168,11 +169,25 @@ class PipelineWorker:
         if self.info.location != "GPU":
             return Memory()
         return Memory(
-            allocated_gb=torch.cuda.memory_allocated() / GIB,
-            reserved_gb=torch.cuda.memory_reserved() / GIB,
+            allocated_gb=torch.cuda.memory_allocated(self.info.device) / GIB,
+            reserved_gb=torch.cuda.memory_reserved(self.info.device) / GIB,
         )
 
-    def _warning(self, label: str | None) -> str | None:
+    def _warning(self, edited: Edited) -> str | None:
+        """What the caller should know about how the prompt was understood."""
+        found = (self._cut(edited.is_prompt_cut), self._unknown(edited.label))
+        return "; ".join(filter(None, found)) or None
+
+    def _cut(self, is_prompt_cut: bool) -> str | None:
+        if not is_prompt_cut:
+            return None
+        limit = self._pipeline.conditioner.config.text_length
+        return (
+            "the end of the prompt was cut: this checkpoint reads at most "
+            f"{limit} tokens of picture and prompt"
+        )
+
+    def _unknown(self, label: str | None) -> str | None:
         """What to say if a small checkpoint recognised no edit that it has learned."""
         recogniser = self._pipeline.recogniser
         if label != UNKNOWN or recogniser is None:
@@ -180,9 +195,9 @@ class PipelineWorker:
         labels = [label for label in recogniser.labels if label not in (UNKNOWN, UNCHANGED)]
         known = ", ".join(_SPOKEN.get(label, label) for label in labels)
         return (
-            f"the {self.info.name} checkpoint does not know this edit and left the picture nearly "
-            f"as it was; it knows: {known}. For the real model set MODEL_PATH to a Step1X-Edit "
-            "checkpoint"
+            f"the {self.info.name} checkpoint does not know this edit and will have left the "
+            f"picture nearly as it was; it knows: {known}. For the real model set MODEL_PATH to a "
+            "Step1X-Edit checkpoint"
         )
 
 

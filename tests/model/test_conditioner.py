@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from step1x_edit.model.conditioner import (
+    CHAT_TAIL,
     FACTOR,
     PAD_ID,
     Conditioner,
     join_at,
     keep_window,
     measure_prefix_length,
+    num_image_tokens,
     pad_ids,
     render_chat,
     render_head,
@@ -157,6 +159,44 @@ def test_a_long_prompt_loses_its_tail(conditioner: Conditioner) -> None:
 
     assert embeds.shape == (conditioner.config.text_length, 32)
     assert mask.all()
+
+
+def test_what_is_cut_is_not_computed_and_changes_nothing(conditioner: Conditioner) -> None:
+    prompt = "make it night " * 50
+    image = conditioner.prepare_image(a_picture())
+    whole = pad_ids([conditioner.tokenize(prompt, image.num_tokens)])
+    with torch.inference_mode():
+        features = conditioner.encode_images(image.pixel_values, image.grid_thw)
+        oracle = conditioner.encode_ids(*whole, features, image.grid_thw)
+    read: list[int] = []
+    hook = conditioner.vlm.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: read.append(inputs[0].shape[1])
+    )
+
+    embeds, mask = conditioner.encode(prompt, a_picture())
+
+    hook.remove()
+    assert read == [conditioner.config.prefix_length + conditioner.config.text_length]
+    torch.testing.assert_close(embeds, oracle.prompt_embeds[0], atol=1e-5, rtol=0)
+    assert torch.equal(mask, oracle.prompt_mask[0])
+
+
+def test_only_a_prompt_that_loses_words_counts_as_cut(conditioner: Conditioner) -> None:
+    config = conditioner.config
+    room = config.prefix_length + config.text_length - len(conditioner.tokenize("", 4))
+    room += len(conditioner.tokenizer.encode(CHAT_TAIL, add_special_tokens=False).ids)
+
+    assert not conditioner.cuts("!" * room, a_picture())
+    assert conditioner.cuts("!" * (room + 1), a_picture())
+
+
+@pytest.mark.parametrize("side", [56, None])
+def test_image_tokens_are_known_before_the_picture_is_cut_into_patches(side: int | None) -> None:
+    conditioner = tiny_conditioner(fixed_image_size=side)
+
+    tokens = num_image_tokens(368, 704, conditioner.config)
+
+    assert tokens == conditioner.prepare_image(a_picture(368, 704)).num_tokens
 
 
 def test_the_window_starts_behind_the_prefix() -> None:

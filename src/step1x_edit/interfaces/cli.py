@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -45,14 +46,16 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def _option(name: str, *flags: str) -> Any:
-    """A flag for a parameter, described as the schema describes it."""
+def _option(name: str, *flags: str, default: int | None = None) -> Any:
+    """A flag for a parameter, described as the schema describes it; `default` is the command's."""
     parameter = PARAMETERS[name]
     notes = [parameter.range] if parameter.range and name != "seed" else []
-    if parameter.default not in (None, "", False):
-        notes.append(f"default {parameter.default}")
+    if default is not None:
+        notes.append(f"default {default}")
+    elif parameter.default not in (None, "", False):
+        notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} where that is set")
     told = f" ({'; '.join(notes)})" if notes else ""
-    return typer.Option(*flags, help=parameter.description + told)
+    return typer.Option(*flags, help=parameter.description + told, show_default=False)
 
 
 def _argument(name: str) -> Any:
@@ -98,7 +101,11 @@ def edit(
 
 @app.command()
 def status(as_json: AsJson = False) -> None:
-    """Say where the model is and what it occupies."""
+    """Say where this command's own model is and what it occupies.
+
+    Each command has a model of its own, Unloaded until it edits; a running MCP server tells about
+    its model by get_gpu_status.
+    """
     with _told_failures(as_json), _service(_settings()) as service:
         answer = service.status()
         if as_json:
@@ -135,42 +142,63 @@ DEMO_PROMPTS = {
     "inverted": "invert the colors",
 }
 DEMO_PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
+DEMO_FOLDER = "demo-output"
+DEMO_SIZE_LEVEL, DEMO_SEED = 768, 0
 
 
 @app.command()
 def demo(
     output_dir: Annotated[
-        Path, typer.Option(help="Folder for the pictures, created if missing")
-    ] = Path("demo-output"),
+        Path | None,
+        typer.Option(
+            help="Folder for the pictures, created if missing; pictures in it are not replaced "
+            f"(default {DEMO_FOLDER}, numbered when taken)",
+            show_default=False,
+        ),
+    ] = None,
     num_steps: Annotated[int | None, _option("num_steps")] = None,
-    size_level: Annotated[int, _option("size_level")] = 768,
-    seed: Annotated[int, _option("seed")] = 0,
+    size_level: Annotated[int, _option("size_level", default=DEMO_SIZE_LEVEL)] = DEMO_SIZE_LEVEL,
+    seed: Annotated[int, _option("seed", default=DEMO_SEED)] = DEMO_SEED,
 ) -> None:
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with _told_failures(as_json=False):
+        from step1x_edit.files import FileAccess
+        from step1x_edit.interfaces.comparison import draw_comparison
+
         settings = _settings().model_copy(update={"model_path": None, "model_version": "auto"})
-        output_dir = output_dir.expanduser().resolve()
-        output_dir.mkdir(parents=True, exist_ok=True)
-        before = output_dir / "before.jpg"
-        before.write_bytes(DEMO_PHOTO.read_bytes())
+        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
+        folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
+        names = ("before", *(f"after-{name}" for name in DEMO_PROMPTS), "side-by-side")
+        # All are checked before the first is written.
+        first, *_, last = [files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
+        chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
         results = {}
         with _service(settings) as service:
+            service.read_edit({"image_path": DEMO_PHOTO, "prompt": "", **chosen})  # are they right?
+            before = files.publish(first, DEMO_PHOTO.read_bytes())
             for name, prompt in DEMO_PROMPTS.items():
                 arguments = {
                     "image_path": before,
                     "prompt": prompt,
-                    "output_path": output_dir / f"after-{name}.jpg",
-                    "num_steps": num_steps,
-                    "size_level": size_level,
-                    "seed": seed,
-                    "overwrite": True,
+                    "output_path": before.with_name(f"after-{name}.jpg"),
+                    **chosen,
                 }
                 results[prompt] = Path(_edit(service, arguments, label=prompt).answer.output_path)
-        from step1x_edit.interfaces.comparison import draw_comparison
-
-        comparison = output_dir / "side-by-side.jpg"
-        draw_comparison({"before": before, **results}, comparison)
+        comparison = files.publish(last, draw_comparison({"before": before, **results}))
         _print_demo(before, results, comparison)
+
+
+def _free_folder(name: str) -> Path:
+    """The first of name, name_2, name_3 … that is an empty folder or not there yet."""
+    paths = (Path(name if number == 1 else f"{name}_{number}") for number in count(1))
+    return next(path for path in paths if not os.path.lexists(path) or _is_empty_folder(path))
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and not any(path.iterdir())
+    except OSError:  # a file, or a folder that is not ours
+        return False
 
 
 def _print_demo(before: Path, results: Mapping[str, Path], comparison: Path) -> None:
@@ -224,8 +252,7 @@ def _service(settings: Settings) -> Iterator[EditService]:
 def _edit(
     service: EditService, arguments: Mapping[str, object], label: str = "edit"
 ) -> FinishedEdit:
-    given = {name: value for name, value in arguments.items() if value is not None}
-    request = service.read_edit(given)
+    request = service.read_edit(arguments)
     with _progress_bar(label) as show:
         return asyncio.run(service.edit(request, show))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -15,8 +16,8 @@ _LABEL_HEIGHT: Final = 34
 _FONT_SIZE: Final = 20
 
 
-def draw_comparison(pictures: Mapping[str, Path], output: Path) -> None:
-    """Draw the pictures in rows, each above its label, all in the shape of the first."""
+def draw_comparison(pictures: Mapping[str, Path]) -> bytes:
+    """A JPEG of the pictures in rows, each above its label, all in the shape of the first."""
     images = [Image.open(path).convert("RGB") for path in pictures.values()]
     height = round(_WIDTH * images[0].height / images[0].width)
     rows = -(-len(images) // _COLUMNS)
@@ -35,4 +36,6 @@ def draw_comparison(pictures: Mapping[str, Path], output: Path) -> None:
         sheet.paste(image.resize((_WIDTH, height), Image.Resampling.LANCZOS), (left, top))
         middle = (left + _WIDTH // 2, top + height + _LABEL_HEIGHT // 2)
         draw.text(middle, label, fill="black", font=font, anchor="mm")
-    sheet.save(output, quality=92)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()

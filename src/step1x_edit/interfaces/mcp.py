@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import logging
-import mimetypes
 import os
 import signal
 import sys
@@ -39,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
-from step1x_edit.images import preview
+from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.schemas import EditRequest, ErrorAnswer, invalid_parameter, read_request
 from step1x_edit.service import EditService, FinishedEdit, build_service
 from step1x_edit.settings import load_settings
@@ -108,7 +107,7 @@ def build_mcp(service: EditService) -> FastMCP:
                 annotations=ToolAnnotations(
                     title="Edit image",
                     read_only_hint=False,
-                    destructive_hint=False,
+                    destructive_hint=True,  # with overwrite it replaces a file
                     idempotent_hint=False,
                     open_world_hint=False,
                 ),
@@ -224,7 +223,7 @@ def _shown(edit: FinishedEdit) -> ToolResult:
         type="resource_link",
         uri=path.as_uri(),
         name=path.name,
-        mime_type=mimetypes.guess_type(path.name)[0],
+        mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
         description="The edited picture in full size",
     )
     return _result(edit.answer.to_dict(), image, link)

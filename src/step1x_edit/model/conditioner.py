@@ -39,6 +39,9 @@ PATCH_SIZE, MERGE_SIZE = 14, 2
 FACTOR = PATCH_SIZE * MERGE_SIZE
 """Side in pixels of the square that becomes one image token."""
 
+CHAT_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
+"""What stands behind the prompt in the chat text."""
+
 PIXELS_BEFORE_PROCESSOR = (4 * FACTOR**2, 16384 * FACTOR**2)
 
 
@@ -93,11 +96,19 @@ class Conditioner:
         """The states for several prompts about the same picture, which is looked at only once."""
         vlm_image = self.prepare_image(image)
         features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
-        ids, lengths = pad_ids([self.tokenize(prompt, vlm_image.num_tokens) for prompt in prompts])
+        # Attention is causal: what lies beyond the window changes no state that is kept.
+        rows = [self.tokenize(prompt, vlm_image.num_tokens)[: self._max_ids] for prompt in prompts]
+        ids, lengths = pad_ids(rows)
         count = len(prompts)
         return self.encode_ids(
             ids, lengths, features.repeat(count, 1), vlm_image.grid_thw.repeat(count, 1)
         )
+
+    def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
+        """Whether the end of the prompt lies beyond what is kept of such a picture's chat text."""
+        height, width = image.shape[:2]
+        ids = self.tokenize(prompt, num_image_tokens(width, height, self.config))
+        return len(ids) - len(self._ids(CHAT_TAIL)) > self._max_ids
 
     def prepare_image(self, image: npt.NDArray[np.uint8]) -> VlmImage:
         """Resize and cut an (H, W, 3) picture into patches, on the CPU."""
@@ -157,6 +168,10 @@ class Conditioner:
         tokens = grid_thw.to(input_ids.device).prod(-1, keepdim=True) // MERGE_SIZE**2
         return is_pad & (is_pad.cumsum(-1) <= tokens)
 
+    @property
+    def _max_ids(self) -> int:
+        return self.config.prefix_length + self.config.text_length
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -172,8 +187,7 @@ def render_head(config: ConditionerConfig) -> str:
 def render_chat(prompt: str, config: ConditionerConfig) -> str:
     """Qwen2.5-VL's chat template for one user turn of prefix, picture and prompt."""
     return (
-        f"{render_head(config)}Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}"
-        f"{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        f"{render_head(config)}Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}{prompt}{CHAT_TAIL}"
     )
 
 
@@ -254,6 +268,14 @@ def vlm_image_size(width: int, height: int, min_pixels: int, max_pixels: int) ->
     """The size in which the processor hands an already rounded picture to the vision tower."""
     sides = [round(side / FACTOR) * FACTOR for side in (width, height)]
     return _limit_pixels((width, height), (sides[0], sides[1]), min_pixels, max_pixels)
+
+
+def num_image_tokens(width: int, height: int, config: ConditionerConfig) -> int:
+    """How many image tokens the vision tower makes of a picture of this size."""
+    if config.fixed_image_size:
+        return (config.fixed_image_size // FACTOR) ** 2
+    size = vlm_image_size(*round_to_factor(width, height), config.min_pixels, config.max_pixels)
+    return size[0] * size[1] // FACTOR**2
 
 
 def small_vlm_config(

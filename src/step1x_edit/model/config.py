@@ -258,7 +258,7 @@ DEMO = ModelConfig(
     latent_scale=1.0,
     latent_shift=0.0,
 )
-"""The embedded checkpoint: the architecture of v1.1 in 8 million parameters."""
+"""The embedded checkpoint: the architecture of v1.1, its transformer in 8 million parameters."""
 
 TINY = ModelConfig(
     version="tiny",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig
+from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import draw_noise, fit_size, image_position_ids, pack, unpack
 from step1x_edit.model.transformer import PrologueStep, Transformer
@@ -52,10 +53,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Edited:
-    """The picture at the size it was edited in, and the recogniser's label, if there is one."""
+    """The picture at the size it was edited in, and how its prompt was understood."""
 
     image: Pixels
     label: str | None = None
+    is_prompt_cut: bool = False
+    """Whether the end of the prompt was beyond what the checkpoint reads."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Encoded:
     prompt: PromptEncoding  # (B, L, C) and (B, L)
     rows: int
     columns: int
+    is_prompt_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,7 @@ class Recogniser(nn.Linear):
 
     def recognise(self, prompt: PromptEncoding) -> str:
         """The likeliest label for one prompt, (L, C) and (L)."""
-        weight = prompt.prompt_mask.float().unsqueeze(-1)
-        mean = (prompt.prompt_embeds.float() * weight).sum(0) / weight.sum(0)
+        mean = masked_mean(prompt.prompt_embeds[None].float(), prompt.prompt_mask[None])  # (1, C)
         return self.labels[int(self(mean.to(self.weight.dtype)).argmax())]
 
 
@@ -123,7 +126,7 @@ class EditPipeline:
         for state in self.denoise(encoded, start, request):
             yield Progress("denoising", state.step, request.num_steps)
         yield Progress("decoding", 0, 1)
-        yield Edited(self.decode(state, encoded), label)
+        yield Edited(self.decode(state, encoded), label, encoded.is_prompt_cut)
 
     @torch.inference_mode()
     def recognise(self, prompt: str, image: Pixels) -> str | None:
@@ -147,6 +150,7 @@ class EditPipeline:
             prompt=self.conditioner.encode_many(prompts, image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
+            is_prompt_cut=self.conditioner.cuts(request.prompt, image),
         )
 
     def start(self, encoded: Encoded, seed: int) -> DenoiseState:
