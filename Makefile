@@ -38,7 +38,7 @@ fix: setup  ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff format
 
 train: setup  ## Train the embedded demo checkpoint anew
-	$(BIN)/python scripts/train_demo.py
+	$(BIN)/python scripts/train_demo.py --out src/step1x_edit/model/demo
 
 clean:  ## Remove the environment and the caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

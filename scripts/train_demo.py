@@ -1,6 +1,7 @@
 """Trains the demo checkpoint from nothing: `python scripts/train_demo.py`.
 
-Stages, each kept in the work folder, so that an interrupted run goes on where it stopped:
+Stages. Each is kept in the work folder: a finished one is not repeated (delete its file to do so),
+an interrupted one goes on where it stopped:
 
     vae          closed-form start, then gradient descent on crops
     text         byte-level BPE and a tiny Qwen2.5-VL, trained to tell the edits apart
@@ -19,7 +20,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel
 
@@ -47,7 +48,7 @@ from demo_data import (
     recolour,
     resize,
 )
-from step1x_edit.checkpoints.read import DEMO_FOLDER, write_demo
+from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.conditioner import (
     SPECIAL_TOKENS,
@@ -58,6 +59,7 @@ from step1x_edit.model.conditioner import (
     small_vlm_config,
 )
 from step1x_edit.model.config import DEMO, TransformerConfig
+from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import add_noise, guide, shift, velocity_target
 from step1x_edit.model.latents import image_position_ids, pack, unpack
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
@@ -360,10 +362,98 @@ class Average:
             self.values[key].lerp_(value, 1 - decay)
 
 
-def progress_rate(step: int, steps: int, started: float, minutes: float) -> float:
-    """How far a run is (0..1) when it is bounded both in steps and in minutes."""
-    spent = (time.monotonic() - started) / 60 / minutes if minutes else 0.0
-    return max(step / steps, spent)
+class Run:
+    """The training of one stage: its loop, and what has to survive an interruption.
+
+    While it goes on, everything lies in `<stage>.state.pt`. At the end only the averaged weights
+    remain, in `<stage>.pt`, and from then on the stage counts as finished. All randomness is drawn
+    anew from seed and step, so that an interrupted run takes the same course.
+    """
+
+    SAVED_EVERY = 100
+
+    def __init__(
+        self,
+        work: Path,
+        stage: str,
+        model: nn.Module,
+        optimisers: list[torch.optim.Optimizer],
+        seed: int,
+        decay: float = 0.995,
+    ) -> None:
+        self.finished = work / f"{stage}.pt"
+        self.state = work / f"{stage}.state.pt"
+        self.stage, self.seed, self.model, self.optimisers = stage, seed, model, optimisers
+        self.average = Average(model, decay)
+        self.rates = [[group["lr"] for group in o.param_groups] for o in optimisers]
+        self.step, self.seconds = 0, 0.0
+        if self.state.exists():
+            saved = torch.load(self.state)
+            model.load_state_dict(saved["model"])
+            self.average.values = saved["average"]
+            for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+                optimiser.load_state_dict(state)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+
+    def steps(self, steps: int, minutes: float) -> Iterator[float]:
+        """Yields how far the run is (0..1), once for each step; bounded by minutes too, if any."""
+        while True:
+            started = time.monotonic()
+            done = self.step / steps
+            if minutes:
+                done = max(done, self.seconds / 60 / minutes)
+            if done >= 1:
+                break
+            torch.manual_seed(self.seed * 1_000_003 + self.step)
+            yield done
+            self.average.update(self.model, self.step)
+            self.step += 1
+            self.seconds += time.monotonic() - started
+            if self.step % self.SAVED_EVERY == 0:
+                self._save()
+        write(self.average.values, self.finished)
+        self.state.unlink(missing_ok=True)
+
+    def rng(self) -> np.random.Generator:
+        """The randomness of this step."""
+        return np.random.default_rng([self.seed, self.step, *self.stage.encode()])
+
+    def descend(self, loss: Tensor, factor: float, clip: float) -> None:
+        """One step of all optimisers at `factor` times their rates."""
+        for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
+            optimiser.zero_grad(set_to_none=True)
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+
+    def tell(self, every: int, loss: Tensor, more: Callable[[], object] = str) -> None:
+        """Prints a line now and then; `more` is computed only then."""
+        if (self.step + 1) % every == 0:
+            pace = self.seconds / max(1, self.step)
+            told = f"{self.stage} {self.step + 1} {pace:.2f}s loss {float(loss.detach()):.4f}"
+            print(told, more(), flush=True)
+
+    def _save(self) -> None:
+        write(
+            {
+                "model": self.model.state_dict(),
+                "average": self.average.values,
+                "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            self.state,
+        )
+
+
+def write(data: object, path: Path) -> None:
+    """Saves a file whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(data, partial)
+    partial.replace(path)
 
 
 def edited_crop(
@@ -379,22 +469,13 @@ def edited_crop(
 def train_vae(
     work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, start_crops: int
 ) -> None:
-    path = work / "vae.pt"
-    if path.exists():
-        vae = AutoencoderKL(**VAE_CONFIG)
-        vae.load_state_dict(torch.load(path))
-    else:
-        vae = start_vae(gallery, seed, start_crops)
-        print("start", reconstruction(vae.eval(), 512), flush=True)
+    vae = start_vae(gallery, seed, start_crops)
+    print("start", reconstruction(vae.eval(), 512), flush=True)
     vae = vae.to(memory_format=torch.channels_last).train()
-    average = Average(vae, 0.995)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=1e-4)
-    rng = np.random.default_rng(seed + int(path.exists()))
-    started, step = time.monotonic(), 0
-    while (done := progress_rate(step, steps, started, minutes)) < 1:
-        rate = 5e-4 * min(1, (step + 1) / 60) * (1 - done) ** 0.7 + 1e-6
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+    run = Run(work, "vae", vae, [optimiser], seed)
+    for done in run.steps(steps, minutes):
+        rng = run.rng()
         batch = to_batch([edited_crop(gallery, rng, 128) for _ in range(8)]).to(
             memory_format=torch.channels_last
         )
@@ -404,23 +485,15 @@ def train_vae(
             out = vae.decode(noisy).sample
         size_penalty = (latents.float().pow(2).mean((0, 2, 3)) - 4).clamp_min(0).mean()
         loss = picture_loss(out.float(), batch) + 1e-3 * size_penalty
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        average.update(vae, step)
-        step += 1
-        if step % 200 == 0:
-            torch.save(average.values, path)
-            judge = AutoencoderKL(**VAE_CONFIG)
-            judge.load_state_dict(average.values)
-            seconds = (time.monotonic() - started) / step
-            print(
-                f"vae {step} {seconds:.2f}s loss {float(loss):.4f}",
-                reconstruction(judge.eval(), 512),
-                flush=True,
-            )
-    torch.save(average.values, path)
+        run.descend(loss, min(1, (run.step + 1) / 60) * (1 - done) ** 0.7, clip=1.0)
+        run.tell(200, loss, lambda: judge(run))
+
+
+def judge(run: Run) -> dict[str, float]:
+    """Reconstruction of the held-out photographs with the averaged weights of a run."""
+    vae = AutoencoderKL(**VAE_CONFIG)
+    vae.load_state_dict(run.average.values)
+    return reconstruction(vae.eval(), 512)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -429,9 +502,14 @@ def train_vae(
 
 
 def train_tokenizer(prompts: list[str]) -> Tokenizer:
-    """A byte-level BPE; the chat's special tokens come first, in their fixed order."""
+    """A byte-level BPE; the chat's special tokens come first, in their fixed order.
+
+    Case, width and the place in the sentence make no difference: "BLACK", "Ｂｌａｃｋ" and " black"
+    are one token.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         [*prompts, render_chat("", DEMO.conditioner)],
@@ -445,20 +523,28 @@ def train_tokenizer(prompts: list[str]) -> Tokenizer:
     return tokenizer
 
 
+class WordBreaker:
+    """Tokenises prompts like the conditioner, but breaks some words into smaller tokens.
+
+    This BPE dropout shows the encoder the parts that known and unknown words share.
+    """
+
+    def __init__(self, conditioner: Conditioner, num_image_tokens: int, share: float = 0.1) -> None:
+        self.tokenizer = Tokenizer.from_str(conditioner.tokenizer.to_str())
+        self.tokenizer.model.dropout = share
+        whole = conditioner.tokenize("", num_image_tokens)
+        start = whole.index(conditioner.vision_end_id) + 1
+        self.head, self.tail = whole[:start], whole[start:]
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The ids of the whole chat text."""
+        return self.head + self.tokenizer.encode(prompt).ids + self.tail
+
+
 def new_conditioner(tokenizer: Tokenizer) -> Conditioner:
     length = measure_prefix_length(tokenizer, DEMO.conditioner)
     config = replace(DEMO.conditioner, prefix_length=length)
     return Conditioner(Qwen2_5_VLModel(small_vlm_config(tokenizer)), tokenizer, config)
-
-
-def new_recogniser(conditioner: Conditioner) -> Recogniser:
-    return Recogniser(conditioner.vlm.config.text_config.hidden_size, demo_prompts.LABELS)
-
-
-def masked_mean(embeds: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, C) and (B, L) to (B, C)."""
-    weight = mask.unsqueeze(-1).float()
-    return (embeds.float() * weight).sum(1) / weight.sum(1)
 
 
 class Pictures:
@@ -476,18 +562,16 @@ class Pictures:
 
 
 def encode_prompts(
-    conditioner: Conditioner, pictures: Pictures, prompts: list[str], which: list[int]
+    conditioner: Conditioner, pictures: Pictures, chats: list[list[int]], which: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeds (B, L, C), mask (B, L), image features (B, 4, C): prompts about pictures `which`."""
+    """Embeds (B, L, C), mask (B, L), image features (B, 4, C): chats about pictures `which`."""
     # What lies behind the kept window cannot change it: attention looks back only.
     seen = conditioner.config.prefix_length + conditioner.config.text_length
-    ids, lengths = pad_ids(
-        [conditioner.tokenize(prompt, pictures.tokens)[:seen] for prompt in prompts]
-    )
-    grid = pictures.grid.repeat(len(prompts), 1)
+    ids, lengths = pad_ids([chat[:seen] for chat in chats])
+    grid = pictures.grid.repeat(len(chats), 1)
     features = conditioner.encode_images(pictures.patches[which].flatten(0, 1), grid)
     encoded = conditioner.encode_ids(ids, lengths, features, grid)
-    return encoded.prompt_embeds, encoded.prompt_mask, features.unflatten(0, (len(prompts), -1))
+    return encoded.prompt_embeds, encoded.prompt_mask, features.unflatten(0, (len(chats), -1))
 
 
 def train_text(
@@ -495,37 +579,31 @@ def train_text(
 ) -> None:
     """Trains vision-language model and recogniser together to tell which edit a prompt asks for."""
     torch.manual_seed(seed)
-    rng, words = np.random.default_rng(seed), random.Random(seed)
-    path = work / "text.pt"
-    if path.exists():
-        conditioner, recogniser = load_text(work)
-        words.seed(seed + 1)
-    else:
-        tokenizer = train_tokenizer([prompt for prompt, _ in demo_prompts.corpus(corpus, seed)])
-        tokenizer.save(str(work / "tokenizer.json"))
-        conditioner = new_conditioner(tokenizer)
-        recogniser = new_recogniser(conditioner)
+    if not (work / "tokenizer.json").exists():
+        train_tokenizer([prompt for prompt, _ in demo_prompts.corpus(corpus, seed)]).save(
+            str(work / "tokenizer.json")
+        )
+    conditioner, recogniser = new_text(work)
     labels = demo_prompts.LABELS
-    width = conditioner.vlm.config.text_config.hidden_size
+    width = recogniser.in_features
     last_head, colour_head = nn.Linear(width, len(labels)), nn.Linear(width, 3)
     model = nn.ModuleDict(
         {"vlm": conditioner.vlm, "recogniser": recogniser, "last": last_head, "colour": colour_head}
     )
-    pictures = Pictures(conditioner, gallery, rng, 128)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.02)
-    average = Average(model, 0.995)
+    pictures = Pictures(conditioner, gallery, np.random.default_rng(seed), 128)
+    breaker = WordBreaker(conditioner, pictures.tokens)
     shares = np.array([4.0 if label == "unknown" else 1.0 for label in labels])
-    started = time.monotonic()
-    for step in range(steps):
-        rate = (
-            1.5e-3 * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-6
-        )
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02
+    )
+    run = Run(work, "text", model, [optimiser], seed)
+    for done in run.steps(steps, minutes=0):
+        rng, words = run.rng(), random.Random(f"{seed} {run.step}")
         truth = rng.choice(len(labels), 64, p=shares / shares.sum())
         prompts = [demo_prompts.sample_prompt(labels[label], words) for label in truth]
+        chats = [breaker.tokenize(prompt) for prompt in prompts]
         which = rng.integers(len(pictures.patches), size=64)
-        embeds, mask, features = encode_prompts(conditioner, pictures, prompts, which.tolist())
+        embeds, mask, features = encode_prompts(conditioner, pictures, chats, which.tolist())
         target = torch.from_numpy(truth)
         mean = masked_mean(embeds, mask)
         last = embeds[torch.arange(64), mask.sum(1).long() - 1]
@@ -537,19 +615,11 @@ def train_text(
             0, target, mean.detach(), "mean", include_self=False
         )
         loss = loss + 0.05 * (mean - centres[target]).pow(2).mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        average.update(model, step)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            seconds = (time.monotonic() - started) / (step + 1)
-            print(
-                f"text {step + 1} {seconds:.2f}s loss {float(loss.detach()):.3f}",
-                flush=True,
-            )
-    model.load_state_dict(average.values)
-    torch.save({"vlm": conditioner.vlm.state_dict(), "recogniser": recogniser.state_dict()}, path)
+        warm_up = min(1, (run.step + 1) / 50)
+        run.descend(loss, warm_up * (0.5 + 0.5 * math.cos(math.pi * done)), clip=1.0)
+        run.tell(200, loss)
+    model.load_state_dict(run.average.values)
+    words = random.Random(seed)
     known = [
         (demo_prompts.sample_prompt(label, words), label) for label in labels for _ in range(judged)
     ]
@@ -571,7 +641,9 @@ def report_recogniser(
     labels = list(demo_prompts.LABELS)
     found: list[str] = []
     for start in range(0, len(pairs), 64):
-        part = [prompt for prompt, _ in pairs[start : start + 64]]
+        part = [
+            conditioner.tokenize(prompt, pictures.tokens) for prompt, _ in pairs[start : start + 64]
+        ]
         embeds, mask, _ = encode_prompts(
             conditioner, pictures, part, [i % 128 for i in range(len(part))]
         )
@@ -587,12 +659,17 @@ def report_recogniser(
     )
 
 
-def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
+def new_text(work: Path) -> tuple[Conditioner, Recogniser]:
     conditioner = new_conditioner(Tokenizer.from_file(str(work / "tokenizer.json")))
-    state = torch.load(work / "text.pt")
-    conditioner.vlm.load_state_dict(state["vlm"])
-    recogniser = new_recogniser(conditioner)
-    recogniser.load_state_dict(state["recogniser"])
+    width = conditioner.vlm.config.text_config.hidden_size
+    return conditioner, Recogniser(width, demo_prompts.LABELS)
+
+
+def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
+    conditioner, recogniser = new_text(work)
+    model = nn.ModuleDict({"vlm": conditioner.vlm, "recogniser": recogniser})
+    # The two heads that only training needs are left behind.
+    model.load_state_dict(torch.load(work / "text.pt"), strict=False)
     return conditioner, recogniser
 
 
@@ -635,21 +712,14 @@ def cache_latents(
 
 
 class LatentCache:
-    """All chunks written so far, in memory; picks up new ones when asked."""
+    """All encoded crops, in memory."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
-        self.chunks: dict[Path, dict[str, Tensor]] = {}
-        self.refresh()
-
-    def refresh(self) -> None:
-        for path in sorted(self.work.glob("latents_*.pt")):
-            if path not in self.chunks:
-                self.chunks[path] = torch.load(path)
+        self.chunks = [torch.load(path) for path in sorted(work.glob("latents_*.pt"))]
 
     def sample(self, rng: np.random.Generator, size: int, edit: bool) -> tuple[Tensor, Tensor, int]:
         """Reference and target (48, size, size) and the number of the edit, -1 for unchanged."""
-        chunk = list(self.chunks.values())[int(rng.integers(len(self.chunks)))]
+        chunk = self.chunks[int(rng.integers(len(self.chunks)))]
         row = int(rng.integers(len(chunk["latents"])))
         column = 1 + int(rng.integers(chunk["edits"].shape[1])) if edit else 0
         y, x = (int(v) for v in rng.integers(0, 16 - size + 1, 2))
@@ -801,8 +871,6 @@ class PromptCache:
     """Embeddings of many prompts, each about one of a few pictures, and of the empty prompt."""
 
     def __init__(self, work: Path, gallery: Gallery, seed: int, per_label: int) -> None:
-        self.source = work / "text.pt"
-        self.written = self.source.stat().st_mtime
         conditioner, _ = load_text(work)
         pictures = Pictures(conditioner, gallery, np.random.default_rng(seed), 128)
         words = random.Random(seed + 5)
@@ -811,7 +879,7 @@ class PromptCache:
         for label in (*EDITS, "identity", "unknown"):
             count = per_label * (6 if label == "unknown" else 1)
             self.rows[label] = list(range(len(prompts), len(prompts) + count))
-            prompts += [demo_prompts.sample_prompt(label, words, None) for _ in range(count)]
+            prompts += [demo_prompts.sample_prompt(label, words) for _ in range(count)]
         which = [i % 128 for i in range(len(prompts))]
         self.which = which
         self.embeds, self.mask = self._encode(conditioner, pictures, prompts, which)
@@ -819,16 +887,13 @@ class PromptCache:
             conditioner, pictures, [""] * 128, list(range(128))
         )
 
-    def is_stale(self) -> bool:
-        """Whether the text encoder has been trained further in the meantime."""
-        return self.source.stat().st_mtime != self.written
-
     @torch.inference_mode()
     def _encode(
         self, conditioner: Conditioner, pictures: Pictures, prompts: list[str], which: list[int]
     ) -> tuple[Tensor, Tensor]:
+        chats = [conditioner.tokenize(prompt, pictures.tokens) for prompt in prompts]
         parts = [
-            encode_prompts(conditioner, pictures, prompts[i : i + 128], which[i : i + 128])[:2]
+            encode_prompts(conditioner, pictures, chats[i : i + 128], which[i : i + 128])[:2]
             for i in range(0, len(prompts), 128)
         ]
         return torch.cat([p[0] for p in parts]).clone(), torch.cat([p[1] for p in parts]).clone()
@@ -957,46 +1022,17 @@ def transformer_optimisers(model: Transformer) -> list[torch.optim.Optimizer]:
 def train_transformer(
     work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, per_label: int
 ) -> None:
-    path = work / "transformer.pt"
     latents = LatentCache(work)
-    first = next(iter(latents.chunks.values()))["latents"]
-    model = start_transformer(seed, float(first.float().std()))
-    if path.exists():
-        model.load_state_dict(torch.load(path))
+    model = start_transformer(seed, float(latents.chunks[0]["latents"].float().std()))
     prompts = PromptCache(work, gallery, seed, per_label)
-    rng = np.random.default_rng([seed, int(path.exists())])
-    torch.manual_seed(seed + 1)
-    optimisers = transformer_optimisers(model)
-    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
-    average = Average(model, 0.997)
-    started, step, running = time.monotonic(), 0, 0.0
-    while (done := progress_rate(step, steps, started, minutes)) < 1:
-        factor = min(1, (step + 1) / 50) * min(1, (1 - done) / 0.65)
-        for optimiser, base in zip(optimisers, rates, strict=True):
-            for group, rate in zip(optimiser.param_groups, base, strict=True):
-                group["lr"] = rate * factor
-        loss, error = guided_loss(model, training_batch(latents, prompts, rng))
-        for optimiser in optimisers:
-            optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        average.update(model, step)
-        running = float(error) if step == 0 else 0.99 * running + 0.01 * float(error)
-        step += 1
-        if step % 100 == 0 or step in (1, 20):
-            seconds = (time.monotonic() - started) / step
-            print(
-                f"transformer {step} {seconds:.2f}s loss {float(loss):.3f} x0 error {running:.4f}",
-                flush=True,
-            )
-        if step % 200 == 0:
-            torch.save(average.values, path)
-            latents.refresh()
-            if prompts.is_stale():
-                prompts = PromptCache(work, gallery, seed, per_label)
-    torch.save(average.values, path)
+    run = Run(work, "transformer", model, transformer_optimisers(model), seed, decay=0.997)
+    running = math.nan
+    for done in run.steps(steps, minutes):
+        loss, error = guided_loss(model, training_batch(latents, prompts, run.rng()))
+        factor = min(1, (run.step + 1) / 50) * min(1, (1 - done) / 0.65)
+        run.descend(loss, factor, clip=2.0)
+        running = float(error) if math.isnan(running) else 0.99 * running + 0.01 * float(error)
+        run.tell(100, loss, lambda told=running: f"latent error {told:.4f}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1048,22 +1084,17 @@ def train_decoder(
     work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, per_label: int
 ) -> None:
     """Trains the decoder alone: on clean latents, on noisy ones, on the transformer's own."""
-    path = work / "vae_final.pt"
     vae = load_vae(work)
-    if path.exists():
-        vae.load_state_dict(torch.load(path))
     transformer, prompts = load_transformer(work), PromptCache(work, gallery, seed, per_label)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     optimiser = torch.optim.AdamW(
-        vae.decoder.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
+        vae.decoder.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0
     )
-    average = Average(vae, 0.995)
-    rng = np.random.default_rng([seed, 11, int(path.exists())])
+    run = Run(work, "decoder", vae, [optimiser], seed)
     names = list(EDITS)
-    started, step = time.monotonic(), 0
-    while (done := progress_rate(step, steps, started, minutes)) < 1:
-        optimiser.param_groups[0]["lr"] = 3e-4 * min(1, (step + 1) / 50) * (1 - done) ** 0.7 + 1e-6
+    for done in run.steps(steps, minutes):
+        rng = run.rng()
         crops = [gallery.crop(rng, 128) for _ in range(8)]
         labels = [
             "empty" if rng.uniform() < 0.4 else names[int(rng.integers(len(names)))] for _ in crops
@@ -1072,39 +1103,26 @@ def train_decoder(
             crop if label == "empty" else EDITS[label](crop)
             for crop, label in zip(crops, labels, strict=True)
         ]
-        wanted = to_batch(edited).to(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(wanted).latent_dist.mode().float()
-        if step % 3 == 1:
+        latents = encode(vae, edited)
+        if run.step % 3 == 1:
             latents = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.15))
-        elif step % 3 == 2:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                reference = (
-                    vae.encode(to_batch(crops).to(memory_format=torch.channels_last))
-                    .latent_dist.mode()
-                    .float()
-                )
-            latents = estimated_latents(transformer, prompts, rng, reference, latents, labels)
+        elif run.step % 3 == 2:
+            latents = estimated_latents(
+                transformer, prompts, rng, encode(vae, crops), latents, labels
+            )
         with torch.autocast("cpu", torch.bfloat16):
             out = vae.decode(latents).sample
-        loss = picture_loss(out.float(), wanted)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0)
-        optimiser.step()
-        average.update(vae, step)
-        step += 1
-        if step % 200 == 0:
-            torch.save(average.values, path)
-            judge = AutoencoderKL(**VAE_CONFIG)
-            judge.load_state_dict(average.values)
-            seconds = (time.monotonic() - started) / step
-            print(
-                f"decoder {step} {seconds:.2f}s loss {float(loss):.4f}",
-                reconstruction(judge.eval(), 512),
-                flush=True,
-            )
-    torch.save(average.values, path)
+        loss = picture_loss(out.float(), to_batch(edited))
+        run.descend(loss, min(1, (run.step + 1) / 50) * (1 - done) ** 0.7, clip=1.0)
+        run.tell(200, loss, lambda: judge(run))
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
+    """Pictures in 0..1 to latents (B, 48, H/16, W/16)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = to_batch(pictures).to(memory_format=torch.channels_last)
+        return vae.encode(batch).latent_dist.mode().float()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1114,8 +1132,8 @@ def export(work: Path, folder: Path) -> None:
     """Writes the checkpoint as the package carries it."""
     conditioner, recogniser = load_text(work)
     vae = load_vae(work)
-    if (work / "vae_final.pt").exists():
-        vae.load_state_dict(torch.load(work / "vae_final.pt"))
+    if (work / "decoder.pt").exists():
+        vae.load_state_dict(torch.load(work / "decoder.pt"))
     config = replace(DEMO, conditioner=conditioner.config)
     write_demo(folder, EditPipeline(load_transformer(work), vae, conditioner, config, recogniser))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
@@ -1163,12 +1181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/demo"), help="folder for everything on the way"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=DEMO_FOLDER, help="folder for the finished checkpoint"
-    )
+    parser.add_argument("--work", type=Path, help="folder for everything on the way")
+    parser.add_argument("--out", type=Path, help="folder for the checkpoint; default: in --work")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -1177,7 +1191,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="ten steps of each stage")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    work, seed, minutes = arguments.work, arguments.seed, arguments.minutes
+    seed, minutes = arguments.seed, arguments.minutes
+    work = arguments.work or Path("build") / ("smoke" if arguments.smoke else "demo")
     stages = arguments.stages.split(",")
     if unknown := set(stages) - set(STAGES):
         parser.error(f"unknown stages {', '.join(sorted(unknown))}; known: {', '.join(STAGES)}")
@@ -1185,20 +1200,24 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work.mkdir(parents=True, exist_ok=True)
     gallery = Gallery(seed, plan.drawn_pictures)
-    if "vae" in stages:
+
+    def is_due(stage: str) -> bool:
+        return stage in stages and not (work / f"{stage}.pt").exists()
+
+    if is_due("vae"):
         train_vae(work, gallery, seed, plan.vae_steps, minutes, plan.start_crops)
-    if "text" in stages:
+    if is_due("text"):
         train_text(work, gallery, seed, plan.text_steps, plan.corpus, plan.judged_prompts)
-    if "latents" in stages:
+    if is_due("latents"):
         cache_latents(work, gallery, seed, plan.latent_chunks, plan.latent_crops, plan.latent_edits)
-    if "transformer" in stages:
+    if is_due("transformer"):
         train_transformer(
             work, gallery, seed, plan.transformer_steps, minutes, plan.prompts_per_label
         )
-    if "decoder" in stages:
+    if is_due("decoder"):
         train_decoder(work, gallery, seed, plan.decoder_steps, minutes, plan.prompts_per_label)
     if "export" in stages:
-        export(work, arguments.out)
+        export(work, arguments.out or work / "checkpoint")
 
 
 if __name__ == "__main__":
