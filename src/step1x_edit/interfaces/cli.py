@@ -139,7 +139,7 @@ DEMO_PROMPTS = {
     "black-and-white": "turn it into a black and white photo",
     "winter": "make it look like winter",
     "purple": "give it a purple tint",
-    "inverted": "invert the colors",
+    "fog": "add thick fog",
 }
 DEMO_PHOTO = Path(__file__).parent / "assets" / "coffee.jpg"
 DEMO_FOLDER = "demo-output"
