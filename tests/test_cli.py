@@ -256,6 +256,8 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, as a test run may be, ignores Ctrl-C and bequeaths that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     running = threading.Timer(60, process.kill)
