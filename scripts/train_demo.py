@@ -8,7 +8,7 @@ an interrupted one goes on where it stopped:
     latents      crops and their exact edits, encoded once
     transformer  starts as an exact identity editor, learns the edits through the guided velocity
     decoder      the autoencoder's decoder alone, on latents as the transformer makes them
-    export       one safetensors file, config and tokenizer in src/step1x_edit/model/demo/
+    export       one safetensors file, config and tokenizer, where `--out` says
 
 `--stages vae,text` runs some of them, `--smoke` runs ten steps of each at toy size.
 """
