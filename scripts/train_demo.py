@@ -187,7 +187,6 @@ def start_vae(gallery: Gallery, seed: int, crops: int) -> AutoencoderKL:
         conv = encoder.down_blocks[index].downsamplers[0].conv
         nn.init.normal_(conv.weight, std=0.02)
         nn.init.zeros_(conv.bias)
-        known = cells.shape[1] // 4
         if index < 3:
             conv.weight[:keep] = space_to_depth_weight(rows, conv.in_channels, conv.out_channels)[
                 :keep
@@ -203,7 +202,6 @@ def start_vae(gallery: Gallery, seed: int, crops: int) -> AutoencoderKL:
             conv.bias[order_out] = torch.cat([-(rows @ mean), rows @ mean])
             constants = [c for c in range(128) if c not in set(order_out.tolist())]
             conv.bias[constants] = CONSTANT * torch.tensor([1.0, -1.0]).repeat(16)
-        assert known <= conv.in_channels
     pairs = pair_layout(48, 128, 4)
     encoder.conv_out.weight.zero_()
     encoder.conv_out.bias.zero_()

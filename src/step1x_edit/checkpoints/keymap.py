@@ -237,6 +237,11 @@ def _check_names(tensors: Mapping[str, Tensor], expected: Iterable[str]) -> None
         ("has unknown", tensors.keys() - names),
     ):
         if wrong:
-            examples = ", ".join(sorted(wrong)[:3])
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise CheckpointError(f"the checkpoint {problem} tensors {examples}{more}")
+            raise CheckpointError(f"the checkpoint {problem} tensors {some_of(wrong)}")
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Up to three names, and how many more there are."""
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(listed[:3]) + more

@@ -26,6 +26,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.keymap import (
     SCALE_FACTOR,
+    some_of,
     to_diffusers,
     to_official,
     transformer_links,
@@ -157,7 +158,7 @@ def _read_demo(folder: Path, device: str | torch.device, dtype: torch.dtype | No
     if recogniser:
         _fill(recogniser, parts.pop("recogniser", {}), "recogniser", device, torch.float32)
     if parts:
-        raise CheckpointError(f"{folder} has unknown tensors {_some(parts)}")
+        raise CheckpointError(f"{folder} has unknown tensors {some_of(parts)}")
     conditioner = _conditioner(vlm, folder, model)
     pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser)
     return Checkpoint("demo", str(config["version"]), pipeline)
@@ -293,10 +294,10 @@ def _read_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLModel:
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the conditioner in {folder}: {error}") from error
     if report["missing_keys"]:
-        raise CheckpointError(f"the conditioner misses tensors {_some(report['missing_keys'])}")
+        raise CheckpointError(f"the conditioner misses tensors {some_of(report['missing_keys'])}")
     unknown = {name for name in report["unexpected_keys"] if not name.startswith("lm_head.")}
     if unknown:
-        raise CheckpointError(f"the conditioner has unknown tensors {_some(unknown)}")
+        raise CheckpointError(f"the conditioner has unknown tensors {some_of(unknown)}")
     return vlm.eval().requires_grad_(False)
 
 
@@ -330,9 +331,9 @@ def _fill(
     """Give a module its weights. Raises CheckpointError unless names and shapes agree exactly."""
     expected = module.state_dict()
     if missing := expected.keys() - tensors.keys():
-        raise CheckpointError(f"the {what} misses tensors {_some(missing)}")
+        raise CheckpointError(f"the {what} misses tensors {some_of(missing)}")
     if unknown := tensors.keys() - expected.keys():
-        raise CheckpointError(f"the {what} has unknown tensors {_some(unknown)}")
+        raise CheckpointError(f"the {what} has unknown tensors {some_of(unknown)}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
@@ -393,10 +394,3 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold an object")
     return content
-
-
-def _some(names: Iterable[str]) -> str:
-    """Up to three names, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
