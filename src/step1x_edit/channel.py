@@ -1,0 +1,208 @@
+"""What engine and worker say to each other, and how it crosses the border between their processes.
+
+The vocabulary is plain data. On the pipe each message is one frame of JSON; a picture follows as a
+second frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The
+channel knows nothing about queues, models or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing.connection import Connection
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from step1x_edit.schemas import Location
+
+GIB: Final = 1024**3
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
+
+
+# --- to the worker -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message: which model to run, and where."""
+
+    model_path: str | None = None
+    model_version: str = "auto"
+    device: str = "auto"
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """All the model needs to know of an edit."""
+
+    image: Pixels
+    prompt: str
+    negative_prompt: str
+    num_steps: int
+    guidance_scale: float
+    size_level: int
+    seed: int
+    number: int = 0
+    """Given by the sender; `Cancel` names it."""
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop the edit of this number; means nothing if it has ended."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Take the model from the compute device to host memory."""
+
+
+Request: TypeAlias = Start | EditJob | Cancel | Offload
+
+
+# --- to the engine -------------------------------------------------------------------------------
+
+
+class Phase(str, Enum):
+    """What is being done for an edit, in order."""
+
+    QUEUED = "queued"
+    LOADING = "loading"
+    ENCODING = "encoding"
+    DENOISING = "denoising"
+    DECODING = "decoding"
+    SAVING = "saving"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an edit has come: step `step` of `total` in its phase; in the queue, its position."""
+
+    phase: Phase
+    step: int = 0
+    total: int = 0
+
+    @property
+    def text(self) -> str:
+        """The same in words: "queued, position 2", "denoising 7/28"."""
+        match self.phase:
+            case Phase.QUEUED:
+                return f"queued, position {self.step}"
+            case Phase.LOADING:
+                return "loading model"
+            case Phase.DENOISING:
+                return f"denoising {self.step}/{self.total}"
+        return str(self.phase.value)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Device memory that the worker holds, as the allocator reports it."""
+
+    allocated_gb: float = 0.0
+    reserved_gb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Which model there is, where it is and what it occupies, as measured."""
+
+    location: Location = "Unloaded"
+    model: str | None = None
+    device: str | None = None
+    memory: Memory = Memory()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The edited picture, in its working size."""
+
+    image: Pixels
+    warning: str | None = None
+    """Set if the model does not know such an edit or did not read all of its prompt."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What was asked for could not be done: an error of our tree, by its code and its sentence."""
+
+    code: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was asked for has been done, and there is nothing to show."""
+
+
+Event: TypeAlias = Progress | Outcome | Failure | Done
+
+
+@dataclass(frozen=True)
+class Report:
+    """An event, and how things stood when it happened."""
+
+    event: Event
+    residence: Residence
+
+
+# --- on the wire ---------------------------------------------------------------------------------
+
+_KINDS: Final = {
+    kind.__name__: kind
+    for kind in (Start, EditJob, Cancel, Offload, Progress, Outcome, Failure, Done)
+}
+
+
+class Channel:
+    """One end of the pipe; messages may be sent from several threads, and are read by one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+
+    def send(self, message: Request | Report) -> None:
+        """Send a message; raises OSError when the other end is gone."""
+        header: dict[str, Any] = {}
+        body: Request | Event
+        if isinstance(message, Report):
+            body, header["residence"] = message.event, dataclasses.asdict(message.residence)
+        else:
+            body = message
+        fields = {field.name: getattr(body, field.name) for field in dataclasses.fields(body)}
+        image = fields.pop("image", None)
+        header |= {"kind": type(body).__name__, "fields": fields}
+        if image is not None:
+            header["shape"] = image.shape
+        with self._sending:
+            self._connection.send_bytes(json.dumps(header).encode())
+            if image is not None:
+                self._connection.send_bytes(np.ascontiguousarray(image).reshape(-1).data)
+
+    def receive(self) -> Request | Report:
+        """Wait for a message; raises EOFError or OSError when the other end is gone."""
+        header = json.loads(self._connection.recv_bytes())
+        fields = header["fields"]
+        if "phase" in fields:
+            fields["phase"] = Phase(fields["phase"])
+        if "shape" in header:
+            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8)
+            fields["image"] = pixels.reshape(header["shape"])
+        message: Any = _KINDS[header["kind"]](**fields)
+        if "residence" not in header:
+            return message  # type: ignore[no-any-return]
+        residence = header["residence"]
+        memory = Memory(**residence.pop("memory"))
+        return Report(message, Residence(**residence, memory=memory))
+
+    def close(self) -> None:
+        """Let go of this end; the other one sees the end of the stream."""
+        self._connection.close()
