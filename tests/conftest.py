@@ -34,7 +34,7 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     def make(worker: FakeWorker | None = None, **settings: object) -> EditService:
         chosen = worker or FakeWorker()
         checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
-        services.append(build_service(checked, load=lambda: chosen))
+        services.append(build_service(checked, start=chosen))
         return services[-1]
 
     yield make

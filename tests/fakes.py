@@ -8,54 +8,136 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from step1x_edit.worker import EditJob, Memory, ModelInfo, Outcome, Phase, Progress
+from step1x_edit.channel import (
+    Cancel,
+    Done,
+    EditJob,
+    Failure,
+    Memory,
+    Offload,
+    Outcome,
+    Phase,
+    Progress,
+    Report,
+    Residence,
+)
+from step1x_edit.engine import Clock
+from step1x_edit.errors import EditCancelledError, Step1XEditError, WorkerLostError
 
 
-class ManualClock:
-    """A monotonic clock that moves when it is told to."""
+class ManualClock(Clock):
+    """A monotonic clock that moves when it is told to, and wakes whoever waits for it."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self._now = 100.0
+        self._waiting: set[threading.Condition] = set()
 
-    def __call__(self) -> float:
-        return self.now
+    def now(self) -> float:
+        return self._now
+
+    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+        self._waiting.add(condition)
+        condition.wait()
 
     def advance(self, seconds: float) -> None:
-        self.now += seconds
+        self._now += seconds
+        for condition in tuple(self._waiting):
+            with condition:
+                condition.notify_all()
 
 
 @dataclass
 class FakeWorker:
-    """Inverts pictures, in as many steps as it is asked for.
+    """Inverts pictures, in as many steps as it is asked for, on the engine's own thread.
 
-    `before_step(job, k)` is called on the worker's thread before step k; it may wait or raise.
+    `before_step(job, k)` is called before step k; it may wait, raise, or crash the worker.
     """
 
-    info: ModelInfo = ModelInfo(name="fake", device="cpu", location="CPU")
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
+    device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
+    silent_for: Callable[[float], None] | None = None
+    """If set, nothing is reported any more: it is told how long the engine waits."""
+    is_alive: bool = True
+    residence: Residence = Residence()
+    ended: Callable[[], None] = lambda: None
+    _reports: Generator[Report, None, None] | None = None
+    _cancelled: int = -1
 
-    def edit(self, job: EditJob) -> Generator[Progress | Outcome, None, None]:
-        self.started.append(job.prompt)
+    def __call__(self, ended: Callable[[], None]) -> FakeWorker:
+        """Be started: a fake may be given to an engine in place of a function that starts one."""
+        self.ended, self.is_alive, self.residence = ended, True, Residence()
+        return self
+
+    def send(self, request: EditJob | Offload) -> None:
+        self._check_alive()
         self.threads.add(threading.get_ident())
+        self._reports = self._edit(request) if isinstance(request, EditJob) else self._offload()
+
+    def receive(self, timeout_s: float) -> Report | None:
+        self._check_alive()
+        if self.silent_for is not None:
+            self.silent_for(timeout_s)
+            return None
+        assert self._reports is not None
+        report = next(self._reports)
+        self._check_alive()
+        return report
+
+    def cancel(self, request: Cancel) -> None:
+        self._cancelled = request.number
+
+    def stop(self, timeout_s: float) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        self.is_alive, self.residence = False, Residence()
+
+    def crash(self) -> None:
+        """End as a process does that nobody has told to."""
+        self.kill()
+        self.ended()
+
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise WorkerLostError("it was ended by SIGSEGV")
+
+    def _edit(self, job: EditJob) -> Generator[Report, None, None]:
+        self.started.append(job.prompt)
         step = 0
         try:
-            yield Progress(Phase.ENCODING)
+            if self.residence.location == "Unloaded":
+                yield self._report(Progress(Phase.LOADING))
+            location = "CPU" if self.device == "cpu" else "GPU"
+            self.residence = Residence(location, "fake", self.device, self.held)
+            yield self._report(Progress(Phase.ENCODING))
             for step in range(1, job.num_steps + 1):
                 self.before_step(job, step)
-                yield Progress(Phase.DENOISING, step, job.num_steps)
-            yield Progress(Phase.DECODING)
-        except GeneratorExit:
+                if self._cancelled == job.number:
+                    raise EditCancelledError()
+                yield self._report(Progress(Phase.DENOISING, step, job.num_steps))
+            yield self._report(Progress(Phase.DECODING))
+        except Step1XEditError as error:
             self.stopped_at[job.prompt] = step
-            raise
-        yield Outcome(image=255 - job.image, model=self.info, warning=self.warning)
+            yield self._report(Failure(error.code, str(error)))
+        else:
+            yield self._report(Outcome(image=255 - job.image, warning=self.warning))
 
-    def memory(self) -> Memory:
-        return self.held
+    def _offload(self) -> Generator[Report, None, None]:
+        if self.residence.location == "GPU":
+            self.residence = Residence("CPU", "fake", self.device)
+        yield self._report(Done())
+
+    def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
+        held = Memory() if self.residence.location == "Unloaded" else self.held
+        return Report(
+            event,
+            Residence(self.residence.location, self.residence.model, self.residence.device, held),
+        )
 
 
 class Gate:

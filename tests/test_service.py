@@ -11,6 +11,7 @@ from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
+from step1x_edit.channel import Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
     ImageFileNotFoundError,
@@ -23,7 +24,6 @@ from step1x_edit.images import read_edit_record
 from step1x_edit.schemas import MAX_SEED
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
-from step1x_edit.worker import Progress
 
 
 async def edit(service: EditService, photo: Path, **arguments: object) -> dict[str, object]:
@@ -192,7 +192,7 @@ async def test_status_has_every_field_of_the_contract(
         "idle_timeout": 90,
         "gpu_memory_allocated_gb": 0.0,
         "gpu_memory_reserved_gb": 0.0,
-        "auto_monitor_running": False,
+        "auto_monitor_running": True,
         "statistics": {"total_loads": 1, "gpu_to_cpu": 0, "cpu_to_gpu": 0, "full_releases": 0},
         "model": "fake",
         "device": "cpu",

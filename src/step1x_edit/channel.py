@@ -7,8 +7,10 @@ channel knows nothing about queues, models or files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import sys
 import threading
 from dataclasses import dataclass
 from enum import Enum
@@ -162,6 +164,15 @@ _KINDS: Final = {
 }
 
 
+def connect(handle: int) -> Connection:
+    """Take up the end of a pipe that another process has left us."""
+    if sys.platform == "win32":
+        from multiprocessing.connection import PipeConnection
+
+        return PipeConnection(handle)
+    return Connection(handle)
+
+
 class Channel:
     """One end of the pipe; messages may be sent from several threads, and are read by one."""
 
@@ -189,7 +200,10 @@ class Channel:
 
     def receive(self) -> Request | Report:
         """Wait for a message; raises EOFError or OSError when the other end is gone."""
-        header = json.loads(self._connection.recv_bytes())
+        frame = self._connection.recv_bytes()
+        if not frame:
+            raise EOFError
+        header = json.loads(frame)
         fields = header["fields"]
         if "phase" in fields:
             fields["phase"] = Phase(fields["phase"])
@@ -202,6 +216,11 @@ class Channel:
         residence = header["residence"]
         memory = Memory(**residence.pop("memory"))
         return Report(message, Residence(**residence, memory=memory))
+
+    def hang_up(self) -> None:
+        """Say that nothing more will come, also while another thread waits in `receive`."""
+        with contextlib.suppress(OSError), self._sending:
+            self._connection.send_bytes(b"")
 
     def close(self) -> None:
         """Let go of this end; the other one sees the end of the stream."""

@@ -1,8 +1,9 @@
-"""The engine: one line of edits in front of the one worker that owns the model.
+"""The engine: one line of edits in front of the one worker process that owns the model.
 
-Edits run one at a time, in order, on a thread of their own; callers wait on the event loop. The
-model is loaded when the first edit asks for it. The engine knows nothing about files, pictures or
-protocols and never imports torch: it is given a function that loads a `Worker`.
+Edits run one at a time, in order; callers wait on the event loop. One thread of the engine starts
+the worker when somebody asks, follows what it does, moves the model out when nobody has asked for a
+while, and starts anew when the worker dies or hangs. The engine knows nothing about files, pictures
+or protocols and never imports torch: it is given a function that starts a `Worker`.
 """
 
 from __future__ import annotations
@@ -15,36 +16,101 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Final
+from enum import Enum
+from typing import Final, Protocol, TypeAlias
 
+from step1x_edit.channel import (
+    Cancel,
+    Done,
+    EditJob,
+    Failure,
+    Offload,
+    Outcome,
+    Phase,
+    Progress,
+    Report,
+    Residence,
+)
 from step1x_edit.errors import (
     DeadlineExceededError,
     EditCancelledError,
     InternalError,
     ModelUnavailableError,
-    OutOfMemoryError,
     ServerBusyError,
     ShuttingDownError,
     Step1XEditError,
+    WorkerLostError,
+    rebuild,
 )
-from step1x_edit.schemas import Location
-from step1x_edit.worker import EditJob, Memory, ModelInfo, Outcome, Phase, Progress, Worker
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
+MAX_RESTARTS: Final = 3
+RESTART_WINDOW_S: Final = 600.0
+
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
+_STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
+_UNKNOWN_S: Final = 120.0  # patience while libraries are imported or the first step is computed
+_MOVE_S: Final = 60.0  # the model leaves the device in well under a second
+_STOP_S: Final = 5.0
+
+
+class Worker(Protocol):
+    """A worker process as the engine sees it; `worker_process` has the real one.
+
+    Only `cancel` and `kill` may be called from other threads than the engine's.
+    """
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def send(self, request: EditJob | Offload) -> None:
+        """Ask for something; raises WorkerLostError."""
+        ...
+
+    def receive(self, timeout_s: float) -> Report | None:
+        """The next report; None after a silence or a cancel. Raises WorkerLostError."""
+        ...
+
+    def cancel(self, request: Cancel) -> None:
+        """Ask it to stop an edit; whoever waits in `receive` is woken."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """End the process and wait for it, at last by force."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ...
+
+
+StartWorker: TypeAlias = Callable[[Callable[[], None]], Worker]
+"""Starts a worker; what it is given is to be called when the worker has ended, from any thread."""
+
+
+class Clock:
+    """Monotonic time, and waiting for it to pass."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic()
+
+    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+        """Wait until the condition is notified or the time has passed; None is for ever."""
+        condition.wait(timeout_s)
 
 
 @dataclass(frozen=True)
 class EngineStatus:
     """What the engine did and has, at one moment."""
 
-    location: Location = "Unloaded"
-    model: ModelInfo | None = None
-    memory: Memory = Memory()
+    residence: Residence = Residence()
     is_editing: bool = False
+    is_monitoring: bool = False
     queue_length: int = 0
     idle_time_s: float = 0.0
     total_loads: int = 0
@@ -61,7 +127,7 @@ class Edit:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | None] = asyncio.Queue()
-        self._result: asyncio.Future[Outcome] = self._loop.create_future()
+        self._result: asyncio.Future[EditResult] = self._loop.create_future()
         # Whoever cancels may never look at the result; that is no reason for a warning.
         self._result.add_done_callback(lambda result: result.cancelled() or result.exception())
         self.stop_reason: Step1XEditError | None = None
@@ -82,7 +148,7 @@ class Edit:
             last = event
             yield last
 
-    async def result(self) -> Outcome:
+    async def result(self) -> EditResult:
         """Wait for the outcome, or raise the error that ended the edit."""
         return await asyncio.shield(self._result)
 
@@ -90,23 +156,27 @@ class Edit:
         """Withdraw the edit: at once from the line, within one step from the model."""
         self._engine.withdraw(self)
 
-    # The worker's thread speaks to the caller's event loop through these.
+    # The engine's thread speaks to the caller's event loop through these.
 
     def publish(self, event: Progress) -> None:
         """Tell the caller how far the edit has come."""
-        self._call(self._events.put_nowait, event)
+        self._call(self._tell, event)
 
-    def finish(self, outcome: Outcome | BaseException) -> None:
-        """End the edit."""
-        self._call(self._settle, outcome)
+    def finish(self, result: EditResult | BaseException) -> None:
+        """End the edit; does nothing if it has ended."""
+        self._call(self._settle, result)
 
-    def _settle(self, outcome: Outcome | BaseException) -> None:
+    def _tell(self, event: Progress) -> None:
+        if not self._result.done():
+            self._events.put_nowait(event)
+
+    def _settle(self, result: EditResult | BaseException) -> None:
         if self._result.done():
             return
-        if isinstance(outcome, BaseException):
-            self._result.set_exception(outcome)
+        if isinstance(result, BaseException):
+            self._result.set_exception(result)
         else:
-            self._result.set_result(outcome)
+            self._result.set_result(result)
         self._events.put_nowait(None)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
@@ -114,41 +184,83 @@ class Edit:
             self._loop.call_soon_threadsafe(function, *args)
 
 
+@dataclass(frozen=True)
+class EditResult:
+    """The edited picture, and which model made it where."""
+
+    outcome: Outcome
+    residence: Residence
+
+
+class _Move(Enum):
+    OFFLOAD = "offload"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A move of the model, and who waits for it; nobody does if the idle timer gave it."""
+
+    move: _Move
+    done: Future[EngineStatus] | None = None
+
+
 class Engine:
     """Runs edits one after the other with a model that it loads when first asked."""
 
     def __init__(
         self,
-        load: Callable[[], Worker],
+        start: StartWorker,
         *,
         max_queue: int = 32,
         edit_timeout_s: float = 900.0,
-        clock: Callable[[], float] = time.monotonic,
+        idle_timeout_s: float = 60.0,
+        release_timeout_s: float = 0.0,
+        min_patience_s: float = 10.0,
+        clock: Clock | None = None,
     ) -> None:
-        self._load = load
+        """Timeouts in seconds; 0 is never for the two of the idle model.
+
+        A worker that is silent for `min_patience_s` and for ten usual steps is taken for dead.
+        """
+        self._start = start
         self._max_queue = max_queue
         self._edit_timeout_s = edit_timeout_s
-        self._clock = clock
-        self._worker: Worker | None = None
+        self._idle_timeout_s = idle_timeout_s
+        self._release_timeout_s = release_timeout_s
+        self._min_patience_s = min_patience_s
+        self._clock = clock or Clock()
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition()  # guards the three below
+        self._changed = threading.Condition()  # guards the four below
         self._waiting: deque[Edit] = deque()
+        self._orders: deque[_Order] = deque()
         self._running: Edit | None = None
         self._is_closed = False
-        self._snapshot = EngineStatus()  # replaced whole, so that it can be read without waiting
+        self._snapshot = EngineStatus(is_monitoring=idle_timeout_s > 0 or release_timeout_s > 0)
         self._last_use: float | None = None
         self._last_edit_s = _GUESSED_EDIT_S
+        self._number = 0
+        self._worker: Worker | None = None
+        self._losses: deque[float] = deque()
+        self._last_loss = ""
+
+    # --- for callers, from any thread -----------------------------------------------------------
 
     def submit(self, job: EditJob) -> Edit:
         """Put a job at the end of the line; raises ServerBusyError when the line is full."""
-        edit = Edit(self, job)
         with self._changed:
             self.check_room()
-            self._waiting.append(edit)
-            edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
-            self._start()
-            self._changed.notify()
-        return edit
+            return self._enqueue(job)
+
+    def submit_next(self, job: EditJob) -> Edit:
+        """Put the next item of a batch at the end of the line.
+
+        A batch was let in with its first item, and is never refused a place later on.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            return self._enqueue(job)
 
     def check_room(self) -> None:
         """Raise what `submit` would raise now, for callers with work to do before it."""
@@ -165,8 +277,16 @@ class Engine:
                 self._waiting.remove(edit)
                 edit.finish(EditCancelledError())
                 self._tell_positions()
-            elif edit is self._running and edit.stop_reason is None:
-                edit.stop_reason = EditCancelledError()
+            elif edit is self._running:
+                self._stop(edit, EditCancelledError())
+
+    def offload(self) -> Future[EngineStatus]:
+        """Have the model leave the device before the next edit; the future tells where it is."""
+        return self._order(_Move.OFFLOAD)
+
+    def release(self) -> Future[EngineStatus]:
+        """Have the worker process end before the next edit, and with it all that it holds."""
+        return self._order(_Move.RELEASE)
 
     def status(self) -> EngineStatus:
         """What the engine does and has right now; never waits."""
@@ -175,26 +295,59 @@ class Engine:
         return replace(
             snapshot,
             queue_length=len(self._waiting),
-            idle_time_s=self._clock() - last_use if is_idle and last_use is not None else 0.0,
+            idle_time_s=self._clock.now() - last_use if is_idle and last_use is not None else 0.0,
         )
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Refuse new edits, end the waiting ones, stop the running one and wait for it a while."""
+    def close(self, timeout_s: float = _STOP_S) -> None:
+        """Refuse new edits, end the waiting ones, stop the running one and end the worker."""
         with self._changed:
             self._is_closed = True
+            self._snapshot = replace(self._snapshot, is_monitoring=False)
             while self._waiting:
                 self._waiting.popleft().finish(ShuttingDownError())
+            while self._orders:
+                _answer(self._orders.popleft(), ShuttingDownError())
             if self._running is not None:
-                self._running.stop_reason = ShuttingDownError()
-            self._changed.notify()
+                self._stop(self._running, ShuttingDownError())
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout_s)
+            if self._thread.is_alive() and self._worker is not None:
+                self._worker.kill()
 
-    def _start(self) -> None:
+    # --- with the lock held ---------------------------------------------------------------------
+
+    def _enqueue(self, job: EditJob) -> Edit:
+        self._number += 1
+        edit = Edit(self, replace(job, number=self._number))
+        self._waiting.append(edit)
+        edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
+        self._wake()
+        return edit
+
+    def _order(self, move: _Move) -> Future[EngineStatus]:
+        done: Future[EngineStatus] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            self._orders.append(_Order(move, done))
+            self._wake()
+        return done
+
+    def _wake(self) -> None:
         if self._thread is None:
-            # A daemon: a model that hangs must not keep the process from leaving.
-            self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+            # A daemon: a worker that hangs must not keep the process from leaving.
+            self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
             self._thread.start()
+        self._changed.notify_all()
+
+    def _stop(self, edit: Edit, reason: Step1XEditError) -> None:
+        """Have the running edit end; its caller need not wait until the worker is free."""
+        if edit.stop_reason is None:
+            edit.stop_reason = reason
+            edit.finish(reason)
+            if self._worker is not None:
+                self._worker.cancel(Cancel(edit.job.number))
 
     def _busy(self) -> ServerBusyError:
         wait_s = max(1, math.ceil(self._last_edit_s * (len(self._waiting) + 1)))
@@ -207,110 +360,266 @@ class Engine:
         for position, edit in enumerate(self._waiting, start=1):
             edit.publish(Progress(Phase.QUEUED, step=position))
 
-    # --- on the worker's thread -----------------------------------------------------------------
+    # --- on the engine's thread -----------------------------------------------------------------
 
     def _work(self) -> None:
-        while (edit := self._next()) is not None:
-            started = self._clock()
-            outcome = self._outcome(edit)
-            with self._changed:
-                self._running = None
-            self._last_use = self._clock()
-            self._note(is_editing=False, memory=self._memory())
-            if isinstance(outcome, Outcome):
-                self._last_edit_s = self._last_use - started
-            edit.finish(outcome)
+        try:
+            while (turn := self._next()) is not None:
+                match turn:
+                    case Edit():
+                        self._serve(turn)
+                    case _Order():
+                        self._carry_out(turn)
+        finally:
+            if self._worker is not None:
+                self._worker.stop(_STOP_S)
 
-    def _next(self) -> Edit | None:
+    def _next(self) -> Edit | _Order | None:
+        """Wait for something to do: moves of the model first, then edits; None is the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            if self._is_closed:
-                return None
-            edit = self._running = self._waiting.popleft()
-            self._tell_positions()
-        self._note(is_editing=True)
-        return edit
+            while not self._is_closed:
+                if self._worker is not None and not self._worker.is_alive:
+                    self._lose("it ended while idle")
+                if self._orders:
+                    return self._orders.popleft()
+                if self._waiting:
+                    edit = self._running = self._waiting.popleft()
+                    self._tell_positions()
+                    self._note(is_editing=True)
+                    return edit
+                moment = self._next_move()
+                if moment is not None and moment[0] <= self._clock.now():
+                    return _Order(moment[1])
+                wait_s = None if moment is None else moment[0] - self._clock.now()
+                self._clock.wait(self._changed, wait_s)
+            return None
 
-    def _outcome(self, edit: Edit) -> Outcome | Step1XEditError:
+    def _next_move(self) -> tuple[float, _Move] | None:
+        """When the idle timer will move the model, and where to."""
+        if self._last_use is None or self._worker is None:
+            return None
+        moves = []
+        if self._idle_timeout_s > 0 and self._snapshot.residence.location == "GPU":
+            moves.append((self._last_use + self._idle_timeout_s, _Move.OFFLOAD))
+        if self._release_timeout_s > 0:
+            moves.append((self._last_use + self._release_timeout_s, _Move.RELEASE))
+        return min(moves, key=lambda move: move[0], default=None)
+
+    def _serve(self, edit: Edit) -> None:
+        started = self._clock.now()
+        result: EditResult | Step1XEditError
         try:
-            return self._edit(edit, self._loaded(edit))
+            result = self._follow(edit, self._ready_worker())
+        except WorkerLostError as error:
+            self._lose(error.detail)
+            result = error
         except Step1XEditError as error:
-            return error.with_traceback(None)  # its frames would keep the tensors alive
-        except FloatingPointError:
-            return InternalError(
-                "the model produced values that are not numbers; try another seed or fewer steps"
-            )
-        except Exception as error:
-            if _is_out_of_memory(error):
-                log.warning("out of memory during an edit")
-                return OutOfMemoryError("this edit needs more than is free; try a lower size_level")
-            log.exception("edit failed")
-            return InternalError("the edit failed unexpectedly; the server's log says more")
+            result = error
+        except Exception:
+            log.exception("following an edit failed")
+            self._lose("the engine could not follow it")
+            result = InternalError("the edit failed unexpectedly; the server's log says more")
+        with self._changed:
+            self._running = None
+        self._last_use = self._clock.now()
+        self._note(is_editing=False)
+        if isinstance(result, EditResult):
+            self._last_edit_s = self._last_use - started
+        edit.finish(edit.stop_reason or result)
 
-    def _memory(self) -> Memory:
-        """What the worker holds after an edit, however it ended."""
+    def _ready_worker(self) -> Worker:
+        with self._changed:
+            if self._worker is not None and not self._worker.is_alive:
+                self._lose("it ended while idle")
+            if self._worker is None:
+                self._check_restarts()
+                try:
+                    self._worker = self._start(self._worker_ended)
+                except OSError as error:
+                    raise ModelUnavailableError(
+                        f"the worker process cannot be started ({error.strerror})"
+                    ) from None
+            return self._worker
+
+    def _worker_ended(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _check_restarts(self) -> None:
+        now = self._clock.now()
+        while self._losses and self._losses[0] <= now - RESTART_WINDOW_S:
+            self._losses.popleft()
+        if len(self._losses) > MAX_RESTARTS:
+            wait_s = math.ceil(self._losses[0] + RESTART_WINDOW_S - now)
+            raise ModelUnavailableError(
+                f"the worker process has ended {len(self._losses)} times within 10 minutes "
+                f"({self._last_loss}); try again in {wait_s} s",
+                retry_after_s=wait_s,
+            )
+
+    def _lose(self, reason: str) -> None:
+        """Forget a worker that is of no more use."""
         if self._worker is None:
-            return Memory()
-        try:
-            return self._worker.memory()
-        except Exception:  # a device that has failed; the edit has told its caller
-            log.exception("the memory cannot be measured")
-            return self._snapshot.memory
+            return
+        log.warning("the worker process is lost: %s", reason)
+        self._last_loss = reason
+        self._losses.append(self._clock.now())
+        self._worker.kill()
+        self._worker = None
+        self._note(residence=Residence())
 
-    def _loaded(self, edit: Edit) -> Worker:
+    def _follow(self, edit: Edit, worker: Worker) -> EditResult:
+        """Have the worker edit, pass on what it tells, and see to it that it comes to an end."""
+        worker.send(edit.job)
+        watch = _Watch(self._clock.now(), self._edit_timeout_s, self._min_patience_s)
+        if edit.stop_reason is not None:  # it came before there was a worker to tell
+            worker.cancel(Cancel(edit.job.number))
+        while True:
+            if edit.stop_reason is not None:
+                watch.stopped(self._clock.now())
+            report = worker.receive(max(0.0, watch.limit - self._clock.now()))
+            if report is None:
+                if self._clock.now() >= watch.limit:
+                    self._lose_patience(edit, watch)
+                continue
+            self._observe(report.residence)
+            match report.event:
+                case Progress() as progress:
+                    watch.saw(progress, self._clock.now())
+                    edit.publish(progress)
+                case Outcome() as outcome:
+                    return EditResult(outcome, report.residence)
+                case Failure(code, sentence):
+                    raise rebuild(code, sentence)
+                case Done():
+                    raise InternalError("the model ended without a picture")
+
+    def _lose_patience(self, edit: Edit, watch: _Watch) -> None:
+        if watch.is_stopping or watch.hangs(self._clock.now()):
+            raise WorkerLostError(f"it was silent for {watch.silence(self._clock.now()):.0f} s")
+        with self._changed:
+            self._stop(
+                edit,
+                DeadlineExceededError(
+                    f"the edit took longer than {self._edit_timeout_s:g} s; use fewer num_steps, "
+                    "a lower size_level, or a higher EDIT_TIMEOUT"
+                ),
+            )
+
+    def _carry_out(self, order: _Order) -> None:
+        if order.done is not None and not order.done.set_running_or_notify_cancel():
+            return
+        try:
+            match order.move:
+                case _Move.OFFLOAD:
+                    self._offload()
+                case _Move.RELEASE:
+                    self._release()
+        except Step1XEditError as error:
+            if isinstance(error, WorkerLostError):
+                self._lose(error.detail)
+            _answer(order, error)
+        else:
+            _answer(order, self.status())
+
+    def _offload(self) -> None:
+        if self._worker is None or self._snapshot.residence.location != "GPU":
+            return
+        self._worker.send(Offload())
+        limit = self._clock.now() + _MOVE_S
+        while (report := self._worker.receive(max(0.0, limit - self._clock.now()))) is None:
+            if self._clock.now() >= limit:
+                raise WorkerLostError(f"it did not offload within {_MOVE_S:.0f} s")
+        self._observe(report.residence)
+        if isinstance(report.event, Failure):
+            raise rebuild(report.event.code, report.event.sentence)
+
+    def _release(self) -> None:
         if self._worker is None:
-            edit.publish(Progress(Phase.LOADING))
-            started = self._clock()
-            self._worker = self._load_or_explain()
-            info = self._worker.info
-            self._note(
-                location=info.location,
-                model=info,
-                memory=self._worker.memory(),
-                total_loads=self._snapshot.total_loads + 1,
-            )
-            log.info("disk → %s in %.1f s: %s", info.device, self._clock() - started, info.name)
-        return self._worker
+            return
+        self._worker.stop(_STOP_S)
+        self._worker = None
+        location = self._snapshot.residence.location
+        self._note(residence=Residence())
+        if location != "Unloaded":
+            self._note(full_releases=self._snapshot.full_releases + 1)
+            log.info("%s → Unloaded", location)
 
-    def _load_or_explain(self) -> Worker:
-        try:
-            return self._load()
-        except (Step1XEditError, MemoryError):
-            raise
-        except Exception as error:
-            if _is_out_of_memory(error):
-                raise
-            log.exception("loading the model failed")
-            raise ModelUnavailableError(f"the model cannot be loaded ({error})") from None
-
-    def _edit(self, edit: Edit, worker: Worker) -> Outcome:
-        deadline = self._clock() + self._edit_timeout_s
-        self._check(edit, deadline)
-        with contextlib.closing(worker.edit(edit.job)) as events:
-            for event in events:
-                if isinstance(event, Outcome):
-                    return event
-                self._check(edit, deadline)
-                edit.publish(event)
-        raise InternalError("the model ended without a picture")
-
-    def _check(self, edit: Edit, deadline: float) -> None:
-        if edit.stop_reason is not None:
-            raise edit.stop_reason
-        if self._clock() > deadline:
-            raise DeadlineExceededError(
-                f"the edit took longer than {self._edit_timeout_s:g} s; use fewer num_steps, "
-                "a lower size_level, or a higher EDIT_TIMEOUT"
-            )
+    def _observe(self, residence: Residence) -> None:
+        """Take down how things stand, and count it if the model has changed its place."""
+        before, now = self._snapshot.residence.location, residence.location
+        self._note(residence=residence)
+        if before == now:
+            return
+        log.info("%s → %s: %s on %s", before, now, residence.model, residence.device)
+        counted = self._snapshot
+        if now == "GPU" or (before == "Unloaded" and residence.device == "cpu"):
+            self._note(total_loads=counted.total_loads + 1)
+        if (before, now) == ("CPU", "GPU"):
+            self._note(cpu_to_gpu=counted.cpu_to_gpu + 1)
+        if (before, now) == ("GPU", "CPU"):
+            self._note(gpu_to_cpu=counted.gpu_to_cpu + 1)
 
     def _note(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the host or on the device; torch is known by its words only."""
-    return (
-        isinstance(error, MemoryError)
-        or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-        or "DefaultCPUAllocator" in str(error)  # torch raises a plain RuntimeError for host memory
-    )
+class _Watch:
+    """How long the worker may go on, or stay silent, before something has to be done."""
+
+    def __init__(self, now: float, edit_timeout_s: float, min_patience_s: float) -> None:
+        self._deadline = now + edit_timeout_s
+        self._min_patience_s = min_patience_s
+        self._last_sign = now
+        self._stopped_at: float | None = None
+        self._phase = Phase.LOADING
+        self._usual_step_s: float | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopped_at is not None
+
+    @property
+    def limit(self) -> float:
+        """Until when to wait for the next sign of life."""
+        if self._stopped_at is not None:
+            return self._stopped_at + self._patience_s
+        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
+            return min(self._deadline, self._last_sign + self._patience_s)
+        return self._deadline
+
+    def saw(self, progress: Progress, now: float) -> None:
+        """Take a sign of life."""
+        if self._phase is progress.phase is Phase.DENOISING:
+            self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
+        self._phase, self._last_sign = progress.phase, now
+
+    def stopped(self, now: float) -> None:
+        """From now on the edit has to come to its end."""
+        if self._stopped_at is None:
+            self._stopped_at = now
+
+    def hangs(self, now: float) -> bool:
+        """Whether the worker has been silent for longer than its steps explain."""
+        return now < self._deadline
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life."""
+        return now - self._last_sign
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a silence may last; before a step has been timed nobody knows."""
+        if self._usual_step_s is None:
+            return max(self._min_patience_s, _UNKNOWN_S)
+        return max(self._min_patience_s, _STEPS_OF_SILENCE * self._usual_step_s)
+
+
+def _answer(order: _Order, answer: EngineStatus | Step1XEditError) -> None:
+    match order.done, answer:
+        case None, _:
+            pass
+        case done, Step1XEditError():
+            done.set_exception(answer)
+        case done, _:
+            done.set_result(answer)

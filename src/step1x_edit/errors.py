@@ -23,6 +23,7 @@
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
     └── InternalError                 internal              Internal error: …
+        └── WorkerLostError           worker_lost           Internal error: the worker …
 
 `str(error)` is the whole sentence for the user: one line of bounded length that begins as the
 tree says. This module knows nothing about protocols; the faces turn `code` into theirs.
@@ -210,6 +211,32 @@ class SettingsError(Step1XEditError):
 
 class InternalError(Step1XEditError):
     """A mistake of ours."""
+
+
+class WorkerLostError(InternalError):
+    """The process that owns the model died or hung; the next edit starts a new one."""
+
+    code = "worker_lost"
+    retryable = True
+
+    def __init__(self, detail: str = "", *, retry_after_s: float | None = None) -> None:
+        is_whole = detail.startswith(self.beginning)
+        sentence = f"the worker process was lost ({detail}); try again"
+        super().__init__(detail if is_whole else sentence, retry_after_s=retry_after_s)
+        self.detail = detail
+
+
+def rebuild(code: str, sentence: str) -> Step1XEditError:
+    """The error that another process told by its code and its sentence."""
+    return _by_code(Step1XEditError).get(code, InternalError)(sentence)
+
+
+def _by_code(root: type[Step1XEditError]) -> dict[str, type[Step1XEditError]]:
+    """The kinds of error below `root`; of several with one code, the most general."""
+    found: dict[str, type[Step1XEditError]] = {}
+    for kind in root.__subclasses__():
+        found = {**_by_code(kind), kind.code: kind, **found}
+    return found
 
 
 def _one_line(text: str, max_length: int) -> str:

@@ -389,12 +389,11 @@ def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> b
     return buffer.getvalue()
 
 
-def preview(picture: Picture) -> bytes:
-    """A small JPEG of the picture in sRGB, short enough to be shown in a chat."""
+def preview(picture: Picture, side: int = PREVIEW_SIDE) -> bytes:
+    """A JPEG of the picture in sRGB, `side` pixels or less, short enough to be shown in a chat."""
     image = _image(picture, with_alpha=False)
-    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image = _shown_in_srgb(image, picture.icc_profile)
-    side = PREVIEW_SIDE
     while True:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()

@@ -36,6 +36,7 @@ Location = Literal["Unloaded", "CPU", "GPU"]
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
+DEFAULT_MAX_SIZE: Final = 768
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
@@ -171,6 +172,11 @@ Prompts = Annotated[
     Field(description="What to change: one text for all images, or a list with one per image"),
     BeforeValidator(_text_or_list),
 ]
+MaxSize = Annotated[
+    int,
+    Field(ge=64, le=1024, description="Longest side of what is shown, in pixels"),
+    BeforeValidator(_whole_number),
+]
 OutputDir = Annotated[
     _PathText | None,
     Field(description="Folder for the results, created if missing. Default: beside each input"),
@@ -224,6 +230,13 @@ class BatchRequest(_Request):
         if isinstance(self.prompts, str):
             return [self.prompts] * len(self.image_paths)
         return list(self.prompts)
+
+
+class ViewRequest(_Request):
+    """A picture to look at."""
+
+    image_path: Annotated[_PathText, Field(description="Path of the picture to look at")]
+    max_size: MaxSize = DEFAULT_MAX_SIZE
 
 
 class EditRecord(_Request):
@@ -428,6 +441,7 @@ def _parameter(name: str, schema: Mapping[str, Any]) -> Parameter:
 
 
 PARAMETERS: Final[Mapping[str, Parameter]] = {
+    **parameters_of(ViewRequest),
     **parameters_of(BatchRequest),
     **parameters_of(EditRequest),
 }

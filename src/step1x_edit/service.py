@@ -1,8 +1,8 @@
 """The service: the operations that every interface offers, and what they promise.
 
 An edit is one straight story: read the file, decide where the result will go, have the engine edit,
-bring the picture back to its size, save it, say what was done. The service knows nothing about
-protocols, and of the model only what the engine tells.
+bring the picture back to its size, save it, say what was done. A batch tells it again for each of
+its pictures. The service knows nothing about protocols, and of the model only what the engine says.
 """
 
 from __future__ import annotations
@@ -11,43 +11,48 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 from step1x_edit import images
-from step1x_edit.engine import HEARTBEAT_S, Engine
+from step1x_edit.channel import EditJob, Phase, Progress, Start
+from step1x_edit.engine import HEARTBEAT_S, Edit, EditResult, Engine, EngineStatus, StartWorker
+from step1x_edit.errors import Step1XEditError
 from step1x_edit.files import FileAccess, InputFile, Output
 from step1x_edit.images import Limits, Picture
 from step1x_edit.schemas import (
     MAX_SEED,
+    BatchAnswer,
+    BatchItem,
+    BatchRequest,
     EditAnswer,
     EditMetadata,
     EditRecord,
     EditRequest,
+    ErrorAnswer,
+    GpuAnswer,
     GpuStatistics,
     GpuStatus,
     StatusAnswer,
+    ViewRequest,
     read_request,
 )
 from step1x_edit.settings import Settings
-from step1x_edit.worker import (
-    EditJob,
-    Memory,
-    ModelInfo,
-    Outcome,
-    Phase,
-    Progress,
-    Worker,
-    load_worker,
-)
+from step1x_edit.worker_process import WorkerProcess
 
 T = TypeVar("T")
+_Request = TypeVar("_Request", EditRequest, BatchRequest)
 
-Report = Callable[[Progress], Awaitable[None]]
+Report: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
 
+BatchReport: TypeAlias = Callable[[int, Progress], Awaitable[None]]
+"""The same for a batch, with the index of the image that is being edited, from 0."""
 
-async def unreported(event: Progress) -> None:
+
+async def unreported(*event: object) -> None:
     """For callers who do not want to know how far an edit has come."""
 
 
@@ -57,6 +62,9 @@ class FinishedEdit:
 
     answer: EditAnswer
     picture: Picture
+
+
+_SHARED_BY_A_BATCH = frozenset(EditRequest.model_fields.keys() & BatchRequest.model_fields.keys())
 
 
 class EditService:
@@ -87,24 +95,116 @@ class EditService:
 
         None counts as not given where a parameter may be left out: language models like to send it.
         """
-        fields = EditRequest.model_fields
+        return self._read(EditRequest, arguments)
+
+    def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(BatchRequest, arguments)
+
+    async def edit(self, request: EditRequest, report: Report = unreported) -> FinishedEdit:
+        """Edit one image and save the result; cancelling the call stops the work, unsaved."""
+        self._engine.check_room()  # a server without room must not spend memory on pictures
+        return await self._edit(request, partial(self._plan, request), self._engine.submit, report)
+
+    async def edit_batch(
+        self, request: BatchRequest, report: BatchReport = unreported
+    ) -> BatchAnswer:
+        """Edit images one after the other; what goes wrong with one does not stop the others.
+
+        Between two images others have their turn. Cancelling the call stops the work; what has been
+        saved by then stays.
+        """
+        self._engine.check_room()
+        inputs = await asyncio.to_thread(self._files.identify, request.image_paths)
+        taken: set[str] = set()
+
+        def plan(file: InputFile, image_path: str) -> Output:
+            return self._files.plan_default_output(
+                image_path,
+                inputs | {file.identity},
+                output_dir=request.output_dir,
+                overwrite=request.overwrite,
+                taken=taken,
+            )
+
+        items = []
+        for index, prompt in enumerate(request.prompt_of_each()):
+            path = request.image_paths[index]
+            one = EditRequest(
+                image_path=path,
+                prompt=prompt,
+                **request.model_dump(include=set(_SHARED_BY_A_BATCH)),
+            )
+            result: EditAnswer | ErrorAnswer
+            try:
+                result = (
+                    await self._edit(
+                        one,
+                        partial(plan, image_path=path),
+                        self._engine.submit_next,
+                        partial(report, index),
+                    )
+                ).answer
+            except Step1XEditError as error:
+                result = ErrorAnswer.of(error)
+            items.append(BatchItem(input=path, result=result))
+        return BatchAnswer.of(items)
+
+    def read_view(self, arguments: Mapping[str, object]) -> ViewRequest:
+        """Make a request of what a caller gave; raises InvalidParameterError."""
+        return read_request(ViewRequest, arguments)
+
+    async def view(self, request: ViewRequest) -> bytes:
+        """A small JPEG of a picture in the allowed folders."""
+
+        def show() -> bytes:
+            file = self._files.read(request.image_path)
+            return images.preview(images.decode(file.data, self._limits), request.max_size)
+
+        return await asyncio.to_thread(show)
+
+    def status(self) -> StatusAnswer:
+        """Where the model is and what it occupies; never waits."""
+        return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
+
+    async def offload(self) -> GpuAnswer:
+        """Move the model from the GPU to host memory, before the next edit."""
+        status = await _moving(self._engine.offload())
+        if status.residence.location == "Unloaded":
+            return self._moved("Nothing to offload. Model location:", status)
+        return self._moved("GPU offloaded. Model now on", status)
+
+    async def release(self) -> GpuAnswer:
+        """Let go of the model and of all memory it holds, before the next edit."""
+        return self._moved("GPU released. Model location:", await _moving(self._engine.release()))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop the running edit, end the waiting ones and take no more."""
+        self._engine.close(timeout_s)
+
+    def _read(self, kind: type[_Request], arguments: Mapping[str, object]) -> _Request:
+        fields = kind.model_fields
         given = {
             name: value
             for name, value in arguments.items()
             if value is not None or name not in fields or fields[name].is_required()
         }
-        return read_request(EditRequest, {**self.defaults, **given})
+        return read_request(kind, {**self.defaults, **given})
 
-    async def edit(self, request: EditRequest, report: Report = unreported) -> FinishedEdit:
-        """Edit one image and save the result; cancelling the call stops the work, unsaved."""
+    async def _edit(
+        self,
+        request: EditRequest,
+        plan: Callable[[InputFile], Output],
+        submit: Callable[[EditJob], Edit],
+        report: Report,
+    ) -> FinishedEdit:
         started = time.monotonic()
-        self._engine.check_room()  # a server without room must not spend memory on pictures
-        source, output = await asyncio.to_thread(self._open, request)
+        source, output = await asyncio.to_thread(self._open, request.image_path, plan)
         seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        outcome = await self._run(_job(request, source, seed), report)
-        record = _record(request, seed, outcome.model)
+        result = await _run(submit(_job(request, source, seed)), report)
+        record = _record(request, seed, result.residence.model or "")
         # Encoding may take a while and can be given up; publishing is short and comes last.
-        picture = await asyncio.to_thread(images.restore, outcome.image, source)
+        picture = await asyncio.to_thread(images.restore, result.outcome.image, source)
         data = await _aside(
             lambda: images.encode(picture, output.suffix, record), Progress(Phase.SAVING), report
         )
@@ -112,41 +212,42 @@ class EditService:
         answer = EditAnswer(
             output_path=str(path),
             processing_time=round(time.monotonic() - started, 2),
-            metadata=_metadata(record, outcome, self._engine.status().memory, picture),
+            metadata=_metadata(record, result, picture),
         )
         return FinishedEdit(answer, picture)
 
-    def status(self) -> StatusAnswer:
-        """Where the model is and what it occupies; never waits."""
-        status = self._engine.status()
-        return StatusAnswer(
-            gpu_status=GpuStatus(
-                model_location=status.location,
-                idle_time=round(status.idle_time_s, 1),
-                idle_timeout=self._settings.gpu_idle_timeout,
-                gpu_memory_allocated_gb=round(status.memory.allocated_gb, 2),
-                gpu_memory_reserved_gb=round(status.memory.reserved_gb, 2),
-                auto_monitor_running=False,  # nothing moves an idle model yet
-                statistics=GpuStatistics(
-                    total_loads=status.total_loads,
-                    gpu_to_cpu=status.gpu_to_cpu,
-                    cpu_to_gpu=status.cpu_to_gpu,
-                    full_releases=status.full_releases,
-                ),
-                model=None if status.model is None else status.model.name,
-                device=None if status.model is None else status.model.device,
-                queue_length=status.queue_length,
-            )
+    def _moved(self, message: str, status: EngineStatus) -> GpuAnswer:
+        residence = status.residence
+        return GpuAnswer(
+            message=f"{message} {residence.location}, "
+            f"GPU memory: {residence.memory.allocated_gb:.2f}GB",
+            gpu_status=self._gpu_status(status),
         )
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the running edit, end the waiting ones and take no more."""
-        self._engine.close(timeout_s)
+    def _gpu_status(self, status: EngineStatus) -> GpuStatus:
+        residence = status.residence
+        return GpuStatus(
+            model_location=residence.location,
+            idle_time=round(status.idle_time_s, 1),
+            idle_timeout=self._settings.gpu_idle_timeout,
+            gpu_memory_allocated_gb=round(residence.memory.allocated_gb, 2),
+            gpu_memory_reserved_gb=round(residence.memory.reserved_gb, 2),
+            auto_monitor_running=status.is_monitoring,
+            statistics=GpuStatistics(
+                total_loads=status.total_loads,
+                gpu_to_cpu=status.gpu_to_cpu,
+                cpu_to_gpu=status.cpu_to_gpu,
+                full_releases=status.full_releases,
+            ),
+            model=residence.model,
+            device=residence.device,
+            queue_length=status.queue_length,
+        )
 
-    def _open(self, request: EditRequest) -> tuple[Picture, Output]:
+    def _open(self, image_path: str, plan: Callable[[InputFile], Output]) -> tuple[Picture, Output]:
         """Read the input and check where the output will go, before any work is done."""
-        file = self._files.read(request.image_path)
-        output = self._plan(request, file)
+        file = self._files.read(image_path)
+        output = plan(file)
         picture = images.decode(file.data, self._limits)
         images.check_encodable(picture, output.suffix)
         return picture, output
@@ -159,14 +260,19 @@ class EditService:
             )
         return self._files.plan_output(request.output_path, inputs, overwrite=request.overwrite)
 
-    async def _run(self, job: EditJob, report: Report) -> Outcome:
-        edit = self._engine.submit(job)
-        try:
-            async for event in edit.events():
-                await report(event)
-            return await edit.result()
-        finally:
-            edit.cancel()  # does nothing to an edit that has ended
+
+async def _run(edit: Edit, report: Report) -> EditResult:
+    try:
+        async for event in edit.events():
+            await report(event)
+        return await edit.result()
+    finally:
+        edit.cancel()  # does nothing to an edit that has ended
+
+
+async def _moving(move: Future[EngineStatus]) -> EngineStatus:
+    """Wait for a move of the model; who gives up waiting does not stop it."""
+    return await asyncio.shield(asyncio.wrap_future(move))
 
 
 async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T:
@@ -190,9 +296,9 @@ def _job(request: EditRequest, source: Picture, seed: int) -> EditJob:
     )
 
 
-def _record(request: EditRequest, seed: int, model: ModelInfo) -> EditRecord:
+def _record(request: EditRequest, seed: int, model: str) -> EditRecord:
     return EditRecord(
-        model=model.name,
+        model=model,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_steps=request.num_steps,
@@ -202,34 +308,39 @@ def _record(request: EditRequest, seed: int, model: ModelInfo) -> EditRecord:
     )
 
 
-def _metadata(
-    record: EditRecord, outcome: Outcome, memory: Memory, picture: Picture
-) -> EditMetadata:
+def _metadata(record: EditRecord, result: EditResult, picture: Picture) -> EditMetadata:
+    residence = result.residence
     return EditMetadata(
         prompt=record.prompt,
         num_steps=record.num_steps,
         guidance_scale=record.guidance_scale,
         size_level=record.size_level,
         seed=record.seed,
-        gpu_location=outcome.model.location,
-        gpu_memory_gb=round(memory.allocated_gb, 2),
+        gpu_location=residence.location,
+        gpu_memory_gb=round(residence.memory.allocated_gb, 2),
         model=record.model,
-        device=outcome.model.device,
+        device=residence.device,
         width=picture.width,
         height=picture.height,
         negative_prompt=record.negative_prompt or None,
-        warning=outcome.warning,
+        warning=result.outcome.warning,
     )
 
 
-def build_service(settings: Settings, load: Callable[[], Worker] | None = None) -> EditService:
-    """Wire the service that all interfaces use; `load` brings another worker than the settings'."""
-
-    def load_chosen() -> Worker:
-        return load_worker(settings.model_path, settings.model_version, settings.device)
-
+def build_service(settings: Settings, start: StartWorker | None = None) -> EditService:
+    """Wire the service that all interfaces use; `start` brings another worker than the usual."""
+    chosen = Start(
+        model_path=None if settings.model_path is None else str(settings.model_path),
+        model_version=settings.model_version,
+        device=settings.device,
+        log_level=settings.log_level,
+    )
     engine = Engine(
-        load or load_chosen, max_queue=settings.max_queue, edit_timeout_s=settings.edit_timeout
+        start or partial(WorkerProcess, chosen),
+        max_queue=settings.max_queue,
+        edit_timeout_s=settings.edit_timeout,
+        idle_timeout_s=settings.gpu_idle_timeout,
+        release_timeout_s=settings.gpu_release_timeout,
     )
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     return EditService(engine, files, settings)

@@ -67,6 +67,11 @@ def local_folders() -> tuple[Path, ...]:
     return (*narrow, Path(tempfile.gettempdir()))
 
 
+def inherited_environment(**changes: str) -> dict[str, str]:
+    """The environment for a process that we start: our own, with some changes."""
+    return {**os.environ, **changes}
+
+
 class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
@@ -89,6 +94,9 @@ class Settings(BaseSettings):
     gpu_idle_timeout: Annotated[
         int, Field(ge=0, description="Seconds without use until the model leaves the GPU; 0: never")
     ] = 60
+    gpu_release_timeout: Annotated[
+        int, Field(ge=0, description="Seconds without use until nothing is left of it; 0: never")
+    ] = 0
     device: Annotated[
         str,
         Field(description="Where to compute: auto, cpu, cuda or cuda:N"),

@@ -1,30 +1,59 @@
-"""The worker: owner of the model, and the words that the engine and it exchange.
+"""The worker: the child process that owns torch, the model and the device.
 
-`EditJob` goes in; `Progress` and at last an `Outcome` come out. All of it is plain data, so that
-it can cross a process border. Torch is imported when the model is loaded and not before: whoever
-only waits for answers need not pay for it. The worker knows nothing about files, queues or callers.
+It does one thing at a time on its main thread, while a second thread listens to the engine, so that
+a cancel is heard at once. Torch is imported for the first edit and not before. When the pipe ends
+the process leaves, whatever it is doing: the model must not outlive its engine. The worker knows
+nothing about files of users, queues or callers.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
-from dataclasses import dataclass
-from enum import Enum
+import faulthandler
+import gc
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from step1x_edit.errors import CheckpointError
-from step1x_edit.schemas import Location
+from step1x_edit.channel import (
+    Cancel,
+    Channel,
+    Done,
+    EditJob,
+    Failure,
+    Offload,
+    Outcome,
+    Phase,
+    Progress,
+    Report,
+    Residence,
+    Start,
+    connect,
+)
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    InternalError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+    Step1XEditError,
+)
 
 if TYPE_CHECKING:
-    from step1x_edit.checkpoints.read import Checkpoint
-    from step1x_edit.model.pipeline import Edited
+    from step1x_edit.checkpoints.read import OpenedCheckpoint
+    from step1x_edit.model.pipeline import Edited, EditPipeline
+    from step1x_edit.residency import Residency
 
-GIB: Final = 1024**3
+log = logging.getLogger(__name__)
+
+STAND_IN: Final = "stand-in"
+"""A device for tests: a second copy in host memory takes the GPU's place."""
 
 # Labels of a recogniser that are not edits: wording it has not learned, and the empty prompt.
 UNKNOWN: Final = "unknown"
@@ -42,187 +71,324 @@ _SPOKEN: Final = {
 }
 """Labels that would not be understood as they are."""
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
-
-
-class Phase(str, Enum):
-    """What is being done for an edit, in order."""
-
-    QUEUED = "queued"
-    LOADING = "loading"
-    ENCODING = "encoding"
-    DENOISING = "denoising"
-    DECODING = "decoding"
-    SAVING = "saving"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an edit has come: step `step` of `total` in its phase; in the queue, its position."""
-
-    phase: Phase
-    step: int = 0
-    total: int = 0
-
-    @property
-    def text(self) -> str:
-        """The same in words: "queued, position 2", "denoising 7/28"."""
-        match self.phase:
-            case Phase.QUEUED:
-                return f"queued, position {self.step}"
-            case Phase.LOADING:
-                return "loading model"
-            case Phase.DENOISING:
-                return f"denoising {self.step}/{self.total}"
-        return str(self.phase.value)
-
-
-@dataclass(frozen=True)
-class EditJob:
-    """All the model needs to know of an edit."""
-
-    image: Pixels
-    prompt: str
-    negative_prompt: str
-    num_steps: int
-    guidance_scale: float
-    size_level: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """Which model is loaded, and where."""
-
-    name: str
-    device: str
-    location: Location
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The edited picture, in its working size, and who edited it."""
-
-    image: Pixels
-    model: ModelInfo
-    warning: str | None = None
-    """Set if the model does not know such an edit or did not read all of its prompt."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Device memory that the process holds, as the allocator reports it."""
-
-    allocated_gb: float = 0.0
-    reserved_gb: float = 0.0
-
-
-class Worker(Protocol):
-    """Who has a model and edits with it."""
-
-    @property
-    def info(self) -> ModelInfo: ...
-
-    def edit(self, job: EditJob) -> Generator[Progress | Outcome, None, None]:
-        """Yield progress and, last, the outcome; closing the iterator stops the work."""
-        ...
-
-    def memory(self) -> Memory: ...
+Check = Callable[[], None]
+"""Called between small pieces of work; raises what is to end the work."""
 
 
 class PipelineWorker:
-    """A worker with a loaded checkpoint."""
+    """Edits with the model of a `Residency`, which it loads and moves as edits need it."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
-        self._pipeline = checkpoint.pipeline
-        self.info = ModelInfo(
-            name=checkpoint.name,
-            device=device,
-            location="CPU" if device == "cpu" else "GPU",
+    def __init__(self, residency: Residency, device: str) -> None:
+        self._residency = residency
+        self._device = device
+        self._check: Check = _go_on
+
+    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
+        """Yield progress and, last, the outcome; closing the iterator stops the work.
+
+        When memory runs out, the edit goes on once from where it is with the cheaper plan.
+        """
+        from step1x_edit.model.pipeline import PLANS, EditRequest, EditRun
+
+        self._check = check
+        run = EditRun(
+            EditRequest(
+                image=job.image,
+                prompt=job.prompt,
+                negative_prompt=job.negative_prompt,
+                num_steps=job.num_steps,
+                guidance_scale=job.guidance_scale,
+                size_level=job.size_level,
+                seed=job.seed,
+            )
+        )
+        for plan in PLANS[:2]:
+            try:
+                yield from self._attempt(run, plan)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory with %s", plan)
+            else:
+                return
+            free_memory()  # only here: while an exception is handled its frames keep tensors alive
+        raise OutOfMemoryError("this edit needs more than is free; try a lower size_level")
+
+    def offload(self) -> None:
+        """Take the model to host memory; does nothing if it is there already."""
+        self._residency.offload()
+
+    def residence(self) -> Residence:
+        """Which model there is, where it is and what it occupies, as measured."""
+        location = self._residency.location
+        return Residence(
+            location=location,
+            model=None if location == "Unloaded" else self._residency.name,
+            device=None if location == "Unloaded" else self._device,
+            memory=self._residency.memory(),
         )
 
-    def edit(self, job: EditJob) -> Generator[Progress | Outcome, None, None]:
-        """Run one edit, in our words."""
-        from step1x_edit.model.pipeline import Edited, EditRequest
+    def _attempt(self, run: Any, plan: Any) -> Generator[Progress | Outcome, None, None]:
+        from step1x_edit.model.pipeline import Edited
 
-        request = EditRequest(
-            image=job.image,
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            num_steps=job.num_steps,
-            guidance_scale=job.guidance_scale,
-            size_level=job.size_level,
-            seed=job.seed,
-        )
-        # Closed with us, so that whoever drops this iterator stops the network at once.
-        with contextlib.closing(self._pipeline.edit(request)) as events:
+        if not self._residency.is_ready:
+            yield Progress(Phase.LOADING)
+            self._load()
+        with (
+            self._residency.on_device() as checkpoint,
+            # Closed with us, so that whoever drops this iterator stops the network at once.
+            contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events,
+        ):
             for event in events:
                 if isinstance(event, Edited):
-                    yield Outcome(event.image, self.info, self._warning(event))
+                    yield Outcome(event.image, self._warning(event, checkpoint.pipeline))
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total)
 
-    def memory(self) -> Memory:
-        """Ask the allocator; all zero where there is no GPU."""
-        import torch
+    def _load(self) -> None:
+        is_new = self._residency.location == "Unloaded"
+        try:
+            self._residency.load(self._check)
+        except (Step1XEditError, MemoryError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            log.exception("loading the model failed")
+            raise ModelUnavailableError(f"the model cannot be loaded ({error})") from None
+        self._residency.onload(self._check)
+        if is_new:
+            with self._residency.on_device() as checkpoint:
+                self._stop_between_layers(checkpoint.pipeline)
 
-        if self.info.location != "GPU":
-            return Memory()
-        return Memory(
-            allocated_gb=torch.cuda.memory_allocated(self.info.device) / GIB,
-            reserved_gb=torch.cuda.memory_reserved(self.info.device) / GIB,
-        )
+    def _stop_between_layers(self, pipeline: EditPipeline) -> None:
+        """Let a cancel end encoding and decoding too; the core loop yields after each step."""
 
-    def _warning(self, edited: Edited) -> str | None:
+        def before_layer(*_: object) -> None:
+            self._check()
+
+        for part in (pipeline.vae, pipeline.conditioner.vlm):
+            for module in part.modules():
+                module.register_forward_pre_hook(before_layer)
+
+    def _warning(self, edited: Edited, pipeline: EditPipeline) -> str | None:
         """What the caller should know about how the prompt was understood."""
-        found = (self._cut(edited.is_prompt_cut), self._unknown(edited.label))
+        found = (self._cut(edited, pipeline), self._unknown(edited, pipeline))
         return "; ".join(filter(None, found)) or None
 
-    def _cut(self, is_prompt_cut: bool) -> str | None:
-        if not is_prompt_cut:
+    def _cut(self, edited: Edited, pipeline: EditPipeline) -> str | None:
+        if not edited.is_prompt_cut:
             return None
-        limit = self._pipeline.conditioner.config.text_length
+        limit = pipeline.conditioner.config.text_length
         return (
             "the end of the prompt was cut: this checkpoint reads at most "
             f"{limit} tokens of picture and prompt"
         )
 
-    def _unknown(self, label: str | None) -> str | None:
+    def _unknown(self, edited: Edited, pipeline: EditPipeline) -> str | None:
         """What to say if a small checkpoint recognised no edit that it has learned."""
-        recogniser = self._pipeline.recogniser
-        if label != UNKNOWN or recogniser is None:
+        if edited.label != UNKNOWN or pipeline.recogniser is None:
             return None
-        labels = [label for label in recogniser.labels if label not in (UNKNOWN, UNCHANGED)]
+        labels = [name for name in pipeline.recogniser.labels if name not in (UNKNOWN, UNCHANGED)]
         known = ", ".join(_SPOKEN.get(label, label) for label in labels)
         return (
-            f"the {self.info.name} checkpoint does not know this edit and will have left the "
+            f"the {self._residency.name} checkpoint does not know this edit and will have left the "
             f"picture nearly as it was; it knows: {known}. For the real model set MODEL_PATH to a "
             "Step1X-Edit checkpoint"
         )
 
 
-def load_worker(
-    model_path: Path | None, model_version: str = "auto", device: str = "auto"
-) -> Worker:
-    """Load a checkpoint, the embedded one if there is no path, onto a device ("auto": the best).
-
-    Raises CheckpointError if there is none, or one of another version than the one asked for.
-    """
+def load_worker(start: Start) -> PipelineWorker:
+    """Prepare a worker; its model is read by the first edit."""
     import diffusers
     import torch
     import transformers
 
-    from step1x_edit.checkpoints.read import read_checkpoint
+    from step1x_edit.checkpoints.read import open_checkpoint
+    from step1x_edit.residency import Residency
 
     # Bars of ours tell the progress; theirs would fill the log of a server.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    device = start.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    version = None if model_version == "auto" else model_version
-    checkpoint = read_checkpoint(model_path, device=device, version=version)
-    if model_version not in ("auto", checkpoint.version):
-        raise CheckpointError(
-            f"MODEL_VERSION is {model_version}, but the checkpoint is {checkpoint.version}"
+    match device:
+        case "cpu":
+            place = None  # the model computes where the host keeps it
+        case _ if device == STAND_IN:
+            place = torch.device("cpu")
+        case _:
+            place = torch.device(device)
+
+    def open_chosen() -> OpenedCheckpoint:
+        path = None if start.model_path is None else Path(start.model_path)
+        wanted = None if start.model_version == "auto" else start.model_version
+        checkpoint = open_checkpoint(path, version=wanted)
+        if wanted not in (None, checkpoint.version):
+            raise CheckpointError(
+                f"MODEL_VERSION is {wanted}, but the checkpoint is {checkpoint.version}"
+            )
+        return checkpoint
+
+    return PipelineWorker(Residency(open_chosen, place), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the host or on the device."""
+    return (
+        isinstance(error, MemoryError)
+        or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        or "DefaultCPUAllocator" in str(error)  # torch raises a plain RuntimeError for host memory
+    )
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _go_on() -> None:
+    """A check that finds no reason to stop."""
+
+
+# --- the process ---------------------------------------------------------------------------------
+
+
+class Model(Protocol):
+    """What the loop below has edits made with; `PipelineWorker` is one."""
+
+    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]: ...
+
+    def offload(self) -> None: ...
+
+    def residence(self) -> Residence: ...
+
+
+class WorkerLoop:
+    """Takes requests from the channel one by one and reports what comes of them."""
+
+    def __init__(self, channel: Channel, load: Callable[[Start], Model] = load_worker) -> None:
+        self._channel = channel
+        self._load = load
+        self._requests: queue.SimpleQueue[EditJob | Offload] = queue.SimpleQueue()
+        self._cancelled = 0  # the number of the edit that was cancelled last
+        self._model: Model | None = None
+        self._start = Start()
+
+    def run(self) -> None:
+        """Work until the engine is gone."""
+        first = self._channel.receive()
+        if not isinstance(first, Start):
+            raise TypeError(f"the first message must be a Start, not {first}")
+        self._start = first
+        logging.basicConfig(
+            level=first.log_level,
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s worker %(name)s: %(message)s",
         )
-    return PipelineWorker(checkpoint, device)
+        threading.Thread(target=self._listen, name="requests", daemon=True).start()
+        while True:
+            match self._requests.get():
+                case EditJob() as job:
+                    self._answer(lambda job=job: self._edit(job))  # type: ignore[misc]
+                case Offload():
+                    self._answer(self._offload)
+
+    def _listen(self) -> None:
+        """Hear requests and cancels; the end of the pipe ends the process, busy as it may be."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                match self._channel.receive():
+                    case Cancel(number):
+                        self._cancelled = number
+                    case EditJob() | Offload() as request:
+                        self._requests.put(request)
+        os._exit(0)
+
+    def _answer(self, work: Callable[[], None]) -> None:
+        """Do something, and report the failure if it fails."""
+        try:
+            work()
+            return
+        except Step1XEditError as error:
+            failure = Failure(error.code, str(error))
+        except Exception as error:  # noqa: BLE001 - the worker's loop goes on whatever happens
+            failure = _explain(error)
+        # The exception is gone by now, and with it what its frames kept alive.
+        free_memory()
+        self._report(failure)
+        _leave_if_device_is_broken()
+
+    def _edit(self, job: EditJob) -> None:
+        def check() -> None:
+            if self._cancelled == job.number:
+                raise EditCancelledError()
+
+        check()
+        if self._model is None:
+            self._report(Progress(Phase.LOADING))
+            self._model = self._load(self._start)
+        last: Progress | Outcome | None = None
+        with contextlib.closing(self._model.edit(job, check)) as events:
+            for last in events:
+                if isinstance(last, Progress):
+                    self._report(last)
+                    check()
+        if not isinstance(last, Outcome):
+            raise InternalError("the model ended without a picture")
+        self._report(last)
+
+    def _offload(self) -> None:
+        if self._model is not None:
+            self._model.offload()
+        self._report(Done())
+
+    def _report(self, event: Progress | Outcome | Failure | Done) -> None:
+        residence = Residence() if self._model is None else self._model.residence()
+        self._channel.send(Report(event, residence))
+
+
+def _explain(error: Exception) -> Failure:
+    """What the caller is told of an exception that nobody has foreseen, or nearly nobody."""
+    told: Step1XEditError
+    if isinstance(error, FloatingPointError):
+        told = InternalError(
+            "the model produced values that are not numbers; try another seed or fewer steps"
+        )
+    elif is_out_of_memory(error):
+        told = OutOfMemoryError("the model does not fit into the memory that is free")
+    else:
+        log.error("an edit failed", exc_info=error)
+        told = InternalError("the edit failed unexpectedly; the server's log says more")
+    return Failure(told.code, str(told))
+
+
+def _leave_if_device_is_broken() -> None:
+    """After some errors a CUDA context answers nothing any more; only a new process helps."""
+    if "torch" not in sys.modules:
+        return
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            log.exception("the device is broken; the worker leaves")
+            os._exit(1)
+
+
+def main() -> None:
+    """Run the worker on the pipe whose handle stands in the arguments."""
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that stops us
+    WorkerLoop(Channel(connect(int(sys.argv[1])))).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -27,9 +27,9 @@ from step1x_edit.errors import InvalidParameterError, SettingsError, Step1XEditE
 from step1x_edit.schemas import PARAMETERS, EditAnswer, ErrorAnswer
 
 if TYPE_CHECKING:
+    from step1x_edit.channel import Progress
     from step1x_edit.service import EditService, FinishedEdit
     from step1x_edit.settings import Settings
-    from step1x_edit.worker import Progress
 
 T = TypeVar("T")
 

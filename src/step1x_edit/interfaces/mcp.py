@@ -37,12 +37,12 @@ from mcp_types import (
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from step1x_edit import __version__
+from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.schemas import EditRequest, ErrorAnswer, invalid_parameter, read_request
 from step1x_edit.service import EditService, FinishedEdit, build_service
 from step1x_edit.settings import load_settings
-from step1x_edit.worker import Phase, Progress
 
 log = logging.getLogger(__name__)
 
