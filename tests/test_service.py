@@ -229,7 +229,7 @@ async def test_a_full_line_refuses_before_the_picture_is_read(
 async def test_the_time_that_an_edit_may_take_is_a_setting(photo: Path) -> None:
     settings = Settings(allowed_dirs=(photo.parent,), _env_file=None)  # type: ignore[call-arg]
     over = settings.model_copy(update={"edit_timeout": -1})  # over before it begins: nobody waits
-    service = build_service(over, load=FakeWorker)
+    service = build_service(over, start=FakeWorker())
 
     with pytest.raises(DeadlineExceededError, match="longer than -1 s"):
         await edit(service, photo)

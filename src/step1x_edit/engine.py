@@ -475,12 +475,15 @@ class Engine:
         if edit.stop_reason is not None:  # it came before there was a worker to tell
             worker.cancel(Cancel(edit.job.number))
         while True:
+            now = self._clock.now()
+            if edit.stop_reason is None and now >= watch.deadline:
+                self._stop_late(edit)
             if edit.stop_reason is not None:
-                watch.stopped(self._clock.now())
-            report = worker.receive(max(0.0, watch.limit - self._clock.now()))
+                watch.stopped(now)
+            report = worker.receive(max(0.0, watch.limit - now))
             if report is None:
-                if self._clock.now() >= watch.limit:
-                    self._lose_patience(edit, watch)
+                if watch.hangs(now := self._clock.now()):
+                    raise WorkerLostError(f"it was silent for {watch.silence(now):.0f} s")
                 continue
             self._observe(report.residence)
             match report.event:
@@ -494,9 +497,7 @@ class Engine:
                 case Done():
                     raise InternalError("the model ended without a picture")
 
-    def _lose_patience(self, edit: Edit, watch: _Watch) -> None:
-        if watch.is_stopping or watch.hangs(self._clock.now()):
-            raise WorkerLostError(f"it was silent for {watch.silence(self._clock.now()):.0f} s")
+    def _stop_late(self, edit: Edit) -> None:
         with self._changed:
             self._stop(
                 edit,
@@ -565,10 +566,10 @@ class Engine:
 
 
 class _Watch:
-    """How long the worker may go on, or stay silent, before something has to be done."""
+    """How long an edit may go on, and how long its worker may be silent."""
 
     def __init__(self, now: float, edit_timeout_s: float, min_patience_s: float) -> None:
-        self._deadline = now + edit_timeout_s
+        self.deadline = now + edit_timeout_s
         self._min_patience_s = min_patience_s
         self._last_sign = now
         self._stopped_at: float | None = None
@@ -576,17 +577,9 @@ class _Watch:
         self._usual_step_s: float | None = None
 
     @property
-    def is_stopping(self) -> bool:
-        return self._stopped_at is not None
-
-    @property
     def limit(self) -> float:
         """Until when to wait for the next sign of life."""
-        if self._stopped_at is not None:
-            return self._stopped_at + self._patience_s
-        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
-            return min(self._deadline, self._last_sign + self._patience_s)
-        return self._deadline
+        return self._hangs_from if self._is_stopping else min(self.deadline, self._hangs_from)
 
     def saw(self, progress: Progress, now: float) -> None:
         """Take a sign of life."""
@@ -600,12 +593,24 @@ class _Watch:
             self._stopped_at = now
 
     def hangs(self, now: float) -> bool:
-        """Whether the worker has been silent for longer than its steps explain."""
-        return now < self._deadline
+        """Whether the worker has been silent for longer than its work explains."""
+        return now >= self._hangs_from
 
     def silence(self, now: float) -> float:
         """Seconds since the last sign of life."""
         return now - self._last_sign
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopped_at is not None
+
+    @property
+    def _hangs_from(self) -> float:
+        if self._stopped_at is not None:
+            return self._stopped_at + self._patience_s
+        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
+            return self._last_sign + self._patience_s
+        return math.inf  # nobody knows how long loading, encoding and decoding take
 
     @property
     def _patience_s(self) -> float:
