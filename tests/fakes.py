@@ -30,20 +30,27 @@ class ManualClock(Clock):
 
     def __init__(self) -> None:
         self._now = 100.0
-        self._waiting: set[threading.Condition] = set()
+        self._condition: threading.Condition | None = None
+        self.is_waited_for = False
+        """Whether somebody waits for time to pass, with nothing else to do."""
 
     def now(self) -> float:
         return self._now
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        self._waiting.add(condition)
+        if self._condition is not condition:  # time may have moved before we knew whom to tell
+            self._condition = condition
+            return
+        self.is_waited_for = True
         condition.wait()
+        self.is_waited_for = False
 
     def advance(self, seconds: float) -> None:
         self._now += seconds
-        for condition in tuple(self._waiting):
-            with condition:
-                condition.notify_all()
+        if self._condition is not None:
+            with self._condition:
+                self.is_waited_for = False
+                self._condition.notify_all()
 
 
 @dataclass
@@ -86,7 +93,7 @@ class FakeWorker:
         assert self._reports is not None
         report = next(self._reports)
         self._check_alive()
-        return report
+        return report if self.silent_for is None else None
 
     def cancel(self, request: Cancel) -> None:
         self._cancelled = request.number
