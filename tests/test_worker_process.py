@@ -164,9 +164,10 @@ async def test_a_process_that_dies_idle_is_noticed(engine: ToyEngine) -> None:
 
 
 async def test_a_hanging_process_is_ended_when_the_engine_closes(engine: ToyEngine) -> None:
-    edit = engine.submit(a_job("hang"))
+    edit = engine.submit(a_job("wait in decoding"))
     async for event in edit.events():
         if event.text == "decoding":
+            os.kill(engine.processes[0].pid, signal.SIGSTOP)
             await asyncio.to_thread(engine.close, 0.2)
 
     assert (await asyncio.gather(edit.result(), return_exceptions=True))[0]
