@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ import torch
 
 from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import image_position_ids
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest, Progress
+from step1x_edit.model.pipeline import (
+    PLANS,
+    VAE_TILE,
+    Edited,
+    EditPipeline,
+    EditRequest,
+    EditRun,
+    Plan,
+    Progress,
+)
 from tiny import a_picture, tiny_pipeline
 
 REQUEST = EditRequest(
@@ -137,6 +148,109 @@ def test_the_loop_goes_on_from_any_step(pipeline: EditPipeline) -> None:
     assert torch.equal(resumed.latents, last.latents)
 
 
+class BrokenError(Exception):
+    """What a network that fails raises."""
+
+
+@contextmanager
+def broken(module: torch.nn.Module, after: int) -> Iterator[None]:
+    """Let a network fail once, at the call after so many."""
+    calls = itertools.count()
+
+    def fail(*_: object) -> None:
+        if next(calls) == after:
+            raise BrokenError
+
+    hook = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def advance(pipeline: EditPipeline, run: EditRun, plan: Plan) -> tuple[list[Progress], np.ndarray]:
+    *progress, edited = pipeline.advance(run, plan)
+    assert isinstance(edited, Edited)
+    return progress, edited.image
+
+
+@pytest.mark.parametrize("edit", [REQUEST, dataclasses.replace(REQUEST, guidance_scale=1.0)])
+def test_every_plan_gives_the_same_picture(pipeline: EditPipeline, edit: EditRequest) -> None:
+    runs = [EditRun(edit) for _ in PLANS]
+
+    pictures = [
+        advance(pipeline, run, plan)[1].astype(int) for run, plan in zip(runs, PLANS, strict=True)
+    ]
+
+    for run, image in zip(runs, pictures, strict=True):
+        assert run.state is not None
+        assert runs[0].state is not None
+        torch.testing.assert_close(run.state.latents, runs[0].state.latents, atol=1e-5, rtol=0)
+        assert np.abs(image - pictures[0]).max() <= 1
+
+
+@pytest.mark.parametrize("second", PLANS)
+@pytest.mark.parametrize(
+    ("part", "after", "steps_done"),
+    [
+        ("vae.encoder", 0, 0),
+        ("transformer.img_in", 0, 0),
+        ("transformer.img_in", 1, 1),
+        ("transformer.img_in", 2, 2),
+        ("vae.decoder", 0, 3),
+    ],
+)
+def test_an_edit_goes_on_after_a_failure_under_any_plan(
+    pipeline: EditPipeline, part: str, after: int, steps_done: int, second: Plan
+) -> None:
+    expected = picture(pipeline, REQUEST).astype(int)
+    name, _, rest = part.partition(".")
+    run = EditRun(REQUEST)
+    with broken(getattr(pipeline, name).get_submodule(rest), after), pytest.raises(BrokenError):
+        advance(pipeline, run, PLANS[0])
+
+    progress, image = advance(pipeline, run, second)
+
+    encoding = [Progress("encoding", 0, 1)] if part == "vae.encoder" else []
+    steps = [Progress("denoising", step, 3) for step in range(steps_done + 1, 4)]
+    assert progress == [*encoding, *steps, Progress("decoding", 0, 1)]
+    assert np.abs(image - expected).max() <= (0 if second is PLANS[0] else 1)
+
+
+def test_the_cheap_plan_runs_the_branches_one_after_the_other(pipeline: EditPipeline) -> None:
+    batches: list[int] = []
+    hook = pipeline.transformer.img_in.register_forward_pre_hook(
+        lambda _, inputs: batches.append(inputs[0].shape[0])
+    )
+    try:
+        advance(pipeline, EditRun(REQUEST), PLANS[0])
+        advance(pipeline, EditRun(REQUEST), PLANS[-1])
+    finally:
+        hook.remove()
+
+    assert batches == [2] * 3 + [1] * 6
+
+
+def test_the_cheap_plan_shows_the_autoencoder_tiles_and_leaves_it_as_it_was(
+    pipeline: EditPipeline,
+) -> None:
+    vae = pipeline.vae
+    before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+    sides: list[int] = []
+    hook = vae.encoder.register_forward_pre_hook(lambda _, inputs: sides.extend(inputs[0].shape))
+    wide = dataclasses.replace(REQUEST, image=a_picture(700, 200), num_steps=1, size_level=450)
+    try:
+        _, image = advance(pipeline, EditRun(wide), PLANS[-1])
+        with broken(vae.decoder, 1), pytest.raises(BrokenError):
+            advance(pipeline, EditRun(wide), PLANS[-1])
+    finally:
+        hook.remove()
+
+    assert image.shape[1] > VAE_TILE
+    assert max(sides) == VAE_TILE
+    assert (vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size) == before
+
+
 def test_the_loop_can_compute_in_bfloat16() -> None:
     pipeline = tiny_pipeline()
     exact = picture(pipeline, REQUEST).astype(int)
@@ -149,6 +263,14 @@ def test_the_loop_can_compute_in_bfloat16() -> None:
 def test_numbers_that_are_not_finite_are_an_error() -> None:
     pipeline = tiny_pipeline()
     pipeline.transformer.img_in.bias[0] = torch.nan
+
+    with pytest.raises(FloatingPointError):
+        picture(pipeline, REQUEST)
+
+
+def test_pixels_that_are_not_finite_are_an_error() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.vae.decoder.conv_out.bias[0] = torch.nan
 
     with pytest.raises(FloatingPointError):
         picture(pipeline, REQUEST)

@@ -8,9 +8,10 @@ memory; mistakes of a caller are `ValueError`s.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,35 @@ class DenoiseState:
     step: int  # steps done
 
 
+@dataclass
+class EditRun:
+    """An edit under way; it keeps what has been done, so that it can go on after a failure."""
+
+    request: EditRequest
+    encoded: Encoded | None = None
+    state: DenoiseState | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an edit spends memory."""
+
+    has_joint_branches: bool = True
+    """Whether prompt and negative prompt run as one batch rather than one after the other."""
+    has_vae_tiles: bool = False
+    """Whether the autoencoder sees pictures larger than `VAE_TILE` in overlapping tiles.
+
+    Its normalisation then sees a tile instead of the picture, so the result is not the same bytes.
+    """
+
+
+PLANS: Final = (Plan(), Plan(has_joint_branches=False, has_vae_tiles=True))
+"""From the fastest to the one that needs the least memory."""
+
+VAE_TILE: Final = 512
+"""Side of a tile in pixels."""
+
+
 class Recogniser(nn.Linear):
     """Names the edit that a prompt asks for, from the mean of its states."""
 
@@ -110,23 +140,46 @@ class EditPipeline:
         self.config = config
         self.recogniser = recogniser
 
-    @torch.inference_mode()
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by the names that they have in checkpoints."""
+        return {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "conditioner": self.conditioner.vlm,
+            **({"recogniser": self.recogniser} if self.recogniser else {}),
+        }
+
     def edit(self, request: EditRequest) -> Generator[Progress | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
 
         Raises ValueError for a picture that is too narrow and FloatingPointError when the numbers
         overflow.
         """
+        return self.advance(EditRun(request), PLANS[0])
+
+    @torch.inference_mode()
+    def advance(self, run: EditRun, plan: Plan) -> Generator[Progress | Edited, None, None]:
+        """Do what remains of a run, as `edit` does; the run keeps each step that is done.
+
+        After a failure, such as memory running out, the same run may be advanced under another
+        plan: neither the encoding nor a step is done twice.
+        """
+        request = run.request
         if request.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {request.num_steps}")
-        yield Progress("encoding", 0, 1)
-        encoded = self.encode(request)
-        label = self._label(encoded)
-        start = self.start(encoded, request.seed)
-        for state in self.denoise(encoded, start, request):
+        if run.encoded is None:
+            yield Progress("encoding", 0, 1)
+            run.encoded = self.encode(request, plan)
+        label = self._label(run.encoded)
+        if run.state is None:
+            run.state = self.start(run.encoded, request.seed)
+        for state in self.denoise(run.encoded, run.state, request, plan):
+            run.state = state
             yield Progress("denoising", state.step, request.num_steps)
         yield Progress("decoding", 0, 1)
-        yield Edited(self.decode(state, encoded), label, encoded.is_prompt_cut)
+        image = self.decode(run.state, run.encoded, plan)
+        yield Edited(image, label, run.encoded.is_prompt_cut)
 
     @torch.inference_mode()
     def recognise(self, prompt: str, image: Pixels) -> str | None:
@@ -135,7 +188,7 @@ class EditPipeline:
             return None
         return self.recogniser.recognise(self.conditioner.encode(prompt, image))
 
-    def encode(self, request: EditRequest) -> Encoded:
+    def encode(self, request: EditRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Look at the picture once, as latents and, with the prompts, as hidden states."""
         multiple = self.config.size_multiple
         height, width = request.image.shape[:2]
@@ -145,8 +198,10 @@ class EditPipeline:
         prompts = [request.prompt]
         if request.guidance_scale != 1.0:
             prompts.append(request.negative_prompt)
+        with self._tiles(plan):
+            reference = pack(self._encode_latents(image))
         return Encoded(
-            reference=pack(self._encode_latents(image)),
+            reference=reference,
             prompt=self.conditioner.encode_many(prompts, image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
@@ -160,38 +215,66 @@ class EditPipeline:
         return DenoiseState(pack(noise), step=0)
 
     def denoise(
-        self, encoded: Encoded, start: DenoiseState, request: EditRequest
+        self, encoded: Encoded, start: DenoiseState, request: EditRequest, plan: Plan = PLANS[0]
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each."""
+        if start.step == request.num_steps:
+            return
         device, dtype = self._device, self._dtype
         timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)
         embeds, mask = encoded.prompt
-        prologue = self.transformer.prologue(
-            embeds.to(device, dtype), mask.to(device), timesteps[:-1].to(device)
-        )
+        rows = embeds.shape[0] if plan.has_joint_branches else 1
+        prologues = [
+            self.transformer.prologue(
+                some_embeds.to(device, dtype), some_mask.to(device), timesteps[:-1].to(device)
+            )
+            for some_embeds, some_mask in zip(
+                torch.split(embeds, rows), torch.split(mask, rows), strict=True
+            )
+        ]
         ids = image_position_ids(encoded.rows, encoded.columns, self.config.reference_offset)
         rope = self.transformer.rope(ids.to(device), embeds.shape[1])
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
-            velocity = self._velocity(latents, reference, prologue[index], rope)
+            velocity = torch.cat(
+                [
+                    self._velocity(latents, reference, prologue[index], rope)
+                    for prologue in prologues
+                ]
+            )
             if request.guidance_scale != 1.0:
                 cond, uncond = velocity.chunk(2)
                 velocity = guide(cond, uncond, request.guidance_scale, t, self.config.guidance_rule)
             latents = euler_step(latents, velocity, t, t_next)
             yield DenoiseState(latents, step=index + 1)
 
-    def decode(self, state: DenoiseState, encoded: Encoded) -> Pixels:
+    def decode(self, state: DenoiseState, encoded: Encoded, plan: Plan = PLANS[0]) -> Pixels:
         """Turn latents into a picture."""
-        if not bool(torch.isfinite(state.latents).all()):
-            raise FloatingPointError("the edit produced numbers that are not finite")
+        _check_finite(state.latents)
         latents = unpack(state.latents, encoded.rows, encoded.columns)
         z = latents / self.config.latent_scale + self.config.latent_shift
-        decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample[0]  # (3, H, W)
+        with self._tiles(plan):
+            decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample[0]  # (3, H, W)
+        _check_finite(decoded)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         image: Pixels = pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
         return image
+
+    @contextlib.contextmanager
+    def _tiles(self, plan: Plan) -> Iterator[None]:
+        """The autoencoder in tiles, where the plan says so; afterwards it is as it was."""
+        vae = self.vae
+        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        if plan.has_vae_tiles:
+            vae.enable_tiling()
+            vae.tile_sample_min_size = VAE_TILE
+            vae.tile_latent_min_size = VAE_TILE // self.config.vae_scale
+        try:
+            yield
+        finally:
+            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
     def _encode_latents(self, image: Pixels) -> Tensor:
         """The reference latents (1, C, H, W): the mode, not a sample, so that runs repeat."""
@@ -221,3 +304,8 @@ class EditPipeline:
     @property
     def _dtype(self) -> torch.dtype:
         return self.transformer.img_in.weight.dtype
+
+
+def _check_finite(numbers: Tensor) -> None:
+    if not bool(torch.isfinite(numbers).all()):
+        raise FloatingPointError("the edit produced numbers that are not finite")
