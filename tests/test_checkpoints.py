@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from step1x_edit.checkpoints.keymap import to_diffusers, to_official, transformer_links, vae_links
+from layouts import save, tiny_releases, write_diffusers, write_official
 from step1x_edit.checkpoints.read import Checkpoint, Release, read_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
@@ -43,60 +42,9 @@ def copies(originals: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(originals, tmp_path / "copies"))
 
 
-def write_official(folder: Path, pipeline: EditPipeline) -> None:
-    folder.mkdir()
-    vae = to_official(pipeline.vae.state_dict(), tiny_vae_links())
-    save(vae, folder / "vae.safetensors")
-    save(pipeline.transformer.state_dict(), folder / "step1x-edit.safetensors")
-    vlm_folder = folder / "Qwen"
-    vlm_folder.mkdir()
-    # The names that Qwen2.5-VL was published with, which the library has renamed since.
-    vlm = {
-        f"model.{name.removeprefix('language_model.')}" if name.startswith("lang") else name: tensor
-        for name, tensor in pipeline.conditioner.vlm.state_dict().items()
-    }
-    vocabulary, width = vlm["model.embed_tokens.weight"].shape
-    save(
-        {**vlm, "lm_head.weight": torch.zeros(vocabulary, width)}, vlm_folder / "model.safetensors"
-    )
-    pipeline.conditioner.vlm.config.save_pretrained(vlm_folder)
-    pipeline.conditioner.tokenizer.save(str(vlm_folder / "tokenizer.json"))
-
-
-def write_diffusers(folder: Path, pipeline: EditPipeline) -> None:
-    links = transformer_links(pipeline.config.transformer)
-    transformer = to_diffusers(pipeline.transformer.state_dict(), links)
-    names = sorted(transformer)
-    for name in ("transformer", "vae", "text_encoder", "processor"):
-        (folder / name).mkdir(parents=True)
-    for shard in range(2):
-        part = {name: transformer[name] for name in names[shard::2]}
-        save(part, folder / "transformer" / f"model-{shard + 1}-of-2.safetensors")
-    save(pipeline.vae.state_dict(), folder / "vae" / "model.safetensors")
-    pipeline.conditioner.vlm.save_pretrained(folder / "text_encoder")
-    pipeline.conditioner.tokenizer.save(str(folder / "processor" / "tokenizer.json"))
-
-
-def tiny_vae_links() -> list:
-    return vae_links(VAE["block_out_channels"], VAE["layers_per_block"])
-
-
-def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"}
-    )
-
-
 def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Checkpoint:
     """Read with the tiny sizes in the place of the published ones."""
-    transformer = pipeline.config.transformer
-    connector = dataclasses.replace(transformer.connector, has_scale_factor=True)
-    v1_0 = dataclasses.replace(
-        pipeline.config,
-        transformer=dataclasses.replace(transformer, connector=connector),
-        reference_offset=(0.0, 0.0, 0.0),
-    )
-    releases = {"v1.0": Release(v1_0, VAE), "v1.1": Release(pipeline.config, VAE)}
+    releases = tiny_releases(pipeline)
     return read_checkpoint(path, dtype=torch.float32, version=version, releases=releases)
 
 

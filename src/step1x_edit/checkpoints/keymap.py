@@ -10,12 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from step1x_edit.checkpoints.stored import Stored
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.config import TransformerConfig
+
+T = TypeVar("T", Tensor, Stored)
+"""Layouts are translated alike whether the numbers are in memory or still in their files."""
 
 SCALE_FACTOR = "connector.scale_factor"
 GLOBAL_PROJECTION = "connector.global_proj_out.weight"
@@ -34,10 +40,10 @@ class Link:
     is_convolution: bool = False
     """A 1x1 convolution in the official layout, a linear weight in diffusers."""
 
-    def split(self, tensor: Tensor) -> list[Tensor]:
+    def split(self, tensor: T) -> list[T]:
         """Turn the official tensor into its counterparts."""
         if self.is_convolution:
-            return [tensor[:, :, 0, 0]]
+            return [_flat(self.official, tensor)]
         if self.is_half_swapped:
             return [_swap_halves(tensor)]
         if not self.rows:
@@ -46,12 +52,13 @@ class Link:
             raise CheckpointError(
                 f"{self.official} has {tensor.shape[0]} rows instead of {sum(self.rows)}"
             )
-        return [part.clone() for part in torch.split_with_sizes(tensor, self.rows)]
+        ends = list(accumulate(self.rows))
+        return [_rows(tensor, end - rows, end) for rows, end in zip(self.rows, ends, strict=True)]
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
+    def join(self, parts: Sequence[T]) -> T:
         """Turn the counterparts into the official tensor."""
         if self.is_convolution:
-            return parts[0][:, :, None, None]
+            return parts[0].reshape(*parts[0].shape, 1, 1)
         if self.is_half_swapped:
             return _swap_halves(parts[0])
         if not self.rows:
@@ -59,10 +66,12 @@ class Link:
         for name, part, rows in zip(self.diffusers, parts, self.rows, strict=True):
             if part.shape[0] != rows:
                 raise CheckpointError(f"{name} has {part.shape[0]} rows instead of {rows}")
-        return torch.cat(list(parts))
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise CheckpointError(f"{name} has rows of another size than {self.diffusers[0]}")
+        return _concatenate(parts)
 
 
-def to_diffusers(tensors: Mapping[str, Tensor], links: Sequence[Link]) -> dict[str, Tensor]:
+def to_diffusers(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]:
     """Translate a whole official model. Raises CheckpointError on missing or unknown names."""
     _check_names(tensors, (link.official for link in links))
     return {
@@ -72,7 +81,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], links: Sequence[Link]) -> dict[s
     }
 
 
-def to_official(tensors: Mapping[str, Tensor], links: Sequence[Link]) -> dict[str, Tensor]:
+def to_official(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]:
     """Translate a whole diffusers model. Raises CheckpointError on missing or unknown names."""
     _check_names(tensors, (name for link in links for name in link.diffusers))
     return {link.official: link.join([tensors[name] for name in link.diffusers]) for link in links}
@@ -225,12 +234,29 @@ def _fused(official: str, parts: Sequence[str], rows: tuple[int, ...]) -> Iterat
         yield Link(f"{official}.{kind}", tuple(f"{part}.{kind}" for part in parts), rows)
 
 
-def _swap_halves(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+def _flat(name: str, tensor: T) -> T:
+    if tuple(tensor.shape[2:]) != (1, 1):
+        raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is no 1x1 convolution")
+    return tensor.reshape(*tensor.shape[:2])
 
 
-def _check_names(tensors: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+def _swap_halves(tensor: T) -> T:
+    half = tensor.shape[0] // 2
+    return _concatenate([_rows(tensor, half, tensor.shape[0]), _rows(tensor, 0, half)])
+
+
+def _rows(tensor: T, start: int, stop: int) -> T:
+    """Some rows; copied, if there is something to copy, because safetensors writes no views."""
+    return tensor.rows(start, stop) if isinstance(tensor, Stored) else tensor[start:stop].clone()
+
+
+def _concatenate(parts: Sequence[T]) -> T:
+    if isinstance(parts[0], Stored):
+        return Stored.concatenate(parts)
+    return torch.cat(list(parts))
+
+
+def _check_names(tensors: Mapping[str, object], expected: Iterable[str]) -> None:
     names = set(expected)
     for problem, wrong in (
         ("misses", names - tensors.keys()),

@@ -11,19 +11,20 @@ is strict: a tensor that is missing, unknown or of another shape is a `Checkpoin
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from step1x_edit.checkpoints.arena import Arena, Weight
 from step1x_edit.checkpoints.keymap import (
     SCALE_FACTOR,
     some_of,
@@ -32,6 +33,7 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
+from step1x_edit.checkpoints.stored import Stored, stored_names, stored_tensors
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.conditioner import Conditioner
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
@@ -80,18 +82,25 @@ class Checkpoint:
     pipeline: EditPipeline
 
 
-def read_checkpoint(
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose network is built and checked, and whose weights still lie in files."""
+
+    checkpoint: Checkpoint
+    weights: tuple[Weight, ...]
+
+
+def open_checkpoint(
     path: Path | None = None,
-    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
-) -> Checkpoint:
-    """Read a folder or file; None is the embedded demo.
+) -> OpenedCheckpoint:
+    """Open a folder or file; None is the embedded demo. Only headers are read.
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is read. Raises CheckpointError.
+    without it, or if there is none of that version, the newest is opened. Raises CheckpointError.
     """
     path = DEMO_FOLDER if path is None else path.expanduser()
     if not path.exists():
@@ -99,26 +108,37 @@ def read_checkpoint(
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path.name} may run code when read: only safetensors are accepted")
     if path.is_file():
-        return _read_official([path], path.parent, device, dtype, version, releases)
+        return _open_official([path], path.parent, dtype, version, releases)
     if _json(path / "config.json").get("format") is not None:
-        return _read_demo(path, device, dtype)
+        return _open_demo(path, dtype)
     if (path / "transformer").is_dir():
-        return _read_diffusers(path, device, dtype, releases)
+        return _open_diffusers(path, dtype, releases)
     files = sorted(path.glob("*.safetensors"))
-    return _read_official(files, path, device, dtype, version, releases)
+    return _open_official(files, path, dtype, version, releases)
+
+
+def read_checkpoint(
+    path: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    version: str | None = None,
+    releases: Mapping[str, Release] = RELEASES,
+) -> Checkpoint:
+    """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
+    opened = open_checkpoint(path, dtype, version, releases)
+    arena = Arena(opened.weights)
+    arena.fill()
+    arena.attach()
+    for module in opened.checkpoint.pipeline.modules.values():
+        module.to(device)
+    return opened.checkpoint
 
 
 def write_demo(folder: Path, pipeline: EditPipeline) -> None:
     """Write a whole pipeline in the demo layout, in bfloat16; `read_checkpoint` reads it back."""
-    parts = {
-        "transformer": pipeline.transformer,
-        "vae": pipeline.vae,
-        "conditioner": pipeline.conditioner.vlm,
-        **({"recogniser": pipeline.recogniser} if pipeline.recogniser else {}),
-    }
     tensors = {
         f"{part}.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for part, module in parts.items()
+        for part, module in pipeline.modules.items()
         for name, tensor in module.state_dict().items()
     }
     vae = {key: value for key, value in pipeline.vae.config.items() if not key.startswith("_")}
@@ -136,42 +156,46 @@ def write_demo(folder: Path, pipeline: EditPipeline) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _read_demo(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> Checkpoint:
+def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
     config = _json(folder / "config.json")
     if config["format"] != DEMO_FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']}, known is {DEMO_FORMAT}")
     try:
         model = ModelConfig.from_json(config["model"])
-        transformer = _empty_transformer(model)
-        vae = _empty_vae(config["vae"])
-        vlm = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config["conditioner"]))
         labels = config["recogniser"]["labels"]
+        features = model.transformer.connector.in_features
+        with _WithoutWeights():
+            transformer = Transformer(model.transformer)
+            vae = AutoencoderKL(**config["vae"])
+            vlm = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config["conditioner"]))
+            recogniser = Recogniser(features, labels) if labels else None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error!r}") from error
     dtype = dtype or torch.float32
-    features = model.transformer.connector.in_features
-    recogniser = Recogniser(features, labels) if labels else None
-    parts = _by_prefix(_tensors([folder / "model.safetensors"]))
-    _fill(transformer, parts.pop("transformer", {}), "transformer", device, dtype)
-    _fill(vae, parts.pop("vae", {}), "autoencoder", device, torch.float32)
-    _fill(vlm, parts.pop("conditioner", {}), "conditioner", device, dtype)
+    parts = _by_prefix(stored_tensors([folder / "model.safetensors"]))
+    weights = [
+        *_weights("transformer", transformer, parts.pop("transformer", {}), dtype),
+        *_weights("vae", vae, parts.pop("vae", {}), torch.float32),
+        *_weights("conditioner", vlm, parts.pop("conditioner", {}), dtype),
+    ]
     if recogniser:
-        _fill(recogniser, parts.pop("recogniser", {}), "recogniser", device, torch.float32)
+        stored = parts.pop("recogniser", {})
+        weights += _weights("recogniser", recogniser, stored, torch.float32)
     if parts:
         raise CheckpointError(f"{folder} has unknown tensors {some_of(parts)}")
     conditioner = _conditioner(vlm, folder, model)
     pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser)
-    return Checkpoint("demo", str(config["version"]), pipeline)
+    checkpoint = Checkpoint("demo", str(config["version"]), pipeline)
+    return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
-def _read_official(
+def _open_official(
     files: Sequence[Path],
     folder: Path,
-    device: str | torch.device,
     dtype: torch.dtype | None,
     wanted: str | None,
     releases: Mapping[str, Release],
-) -> Checkpoint:
+) -> OpenedCheckpoint:
     version, file = _choose_transformer(files, folder, wanted, releases)
     vae_file = _find_vae(folder)
     vlm_folder = _find_vlm(folder)
@@ -180,22 +204,18 @@ def _read_official(
     return _assemble(
         version,
         release,
-        transformer_tensors=_tensors([file]),
-        vae_tensors=to_diffusers(_tensors([vae_file]), links),
+        transformer_tensors=stored_tensors([file]),
+        vae_tensors=to_diffusers(stored_tensors([vae_file]), links),
         vlm_folder=vlm_folder,
         tokenizer_folder=vlm_folder,
-        device=device,
         dtype=dtype,
     )
 
 
-def _read_diffusers(
-    folder: Path,
-    device: str | torch.device,
-    dtype: torch.dtype | None,
-    releases: Mapping[str, Release],
-) -> Checkpoint:
-    tensors = _tensors(_safetensors_in(folder / "transformer"))
+def _open_diffusers(
+    folder: Path, dtype: torch.dtype | None, releases: Mapping[str, Release]
+) -> OpenedCheckpoint:
+    tensors = stored_tensors(_safetensors_in(folder / "transformer"))
     version = _version(tensors)
     release = _release(version, folder, releases)
     tokenizers = [folder / name for name in ("processor", "tokenizer", "text_encoder")]
@@ -203,12 +223,11 @@ def _read_diffusers(
         version,
         release,
         transformer_tensors=to_official(tensors, transformer_links(release.model.transformer)),
-        vae_tensors=_tensors(_safetensors_in(folder / "vae")),
+        vae_tensors=stored_tensors(_safetensors_in(folder / "vae")),
         vlm_folder=folder / "text_encoder",
         tokenizer_folder=next(
             (found for found in tokenizers if (found / "tokenizer.json").is_file()), tokenizers[0]
         ),
-        device=device,
         dtype=dtype,
     )
 
@@ -217,30 +236,36 @@ def _assemble(
     version: str,
     release: Release,
     *,
-    transformer_tensors: Mapping[str, Tensor],
-    vae_tensors: Mapping[str, Tensor],
+    transformer_tensors: Mapping[str, Stored],
+    vae_tensors: Mapping[str, Stored],
     vlm_folder: Path,
     tokenizer_folder: Path,
-    device: str | torch.device,
     dtype: torch.dtype | None,
-) -> Checkpoint:
+) -> OpenedCheckpoint:
     """Put a published model together."""
     dtype = dtype or torch.bfloat16
-    transformer = _empty_transformer(release.model)
-    _fill(transformer, transformer_tensors, "transformer", device, dtype)
-    vae = _empty_vae(release.vae)
-    _fill(vae, vae_tensors, "autoencoder", device, torch.float32)
-    vlm = _read_vlm(vlm_folder, dtype).to(device)
+    with _WithoutWeights():
+        transformer = Transformer(release.model.transformer)
+        vae = AutoencoderKL(**release.vae)
+    vlm, vlm_tensors = _open_vlm(vlm_folder)
+    weights = [
+        *_weights("transformer", transformer, transformer_tensors, dtype),
+        *_weights("vae", vae, vae_tensors, torch.float32),
+        *_weights("conditioner", vlm, vlm_tensors, dtype),
+    ]
     conditioner = _conditioner(vlm, tokenizer_folder, release.model)
     pipeline = EditPipeline(transformer, vae, conditioner, release.model)
-    return Checkpoint(f"Step1X-Edit {version}", version, pipeline)
+    checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
+    return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
 def _choose_transformer(
     files: Sequence[Path], folder: Path, wanted: str | None, releases: Mapping[str, Release]
 ) -> tuple[str, Path]:
     """The version and file of the wanted transformer, or else of the newest."""
-    found = {_version(names): file for file in files if _is_transformer(names := _names(file))}
+    found = {
+        _version(names): file for file in files if _is_transformer(names := stored_names(file))
+    }
     if not found:
         refused = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         hint = f"; {refused[0]} is not read: only safetensors are accepted" if refused else ""
@@ -269,7 +294,7 @@ def _is_transformer(names: Iterable[str]) -> bool:
 
 def _find_vae(folder: Path) -> Path:
     for file in sorted(folder.glob("*.safetensors")):
-        if "decoder.up.0.block.0.conv1.weight" in _names(file):
+        if "decoder.up.0.block.0.conv1.weight" in stored_names(file):
             return file
     raise CheckpointError(f"no autoencoder (vae.safetensors) in {folder}")
 
@@ -281,24 +306,36 @@ def _find_vlm(folder: Path) -> Path:
     raise CheckpointError(f"no folder with Qwen2.5-VL-7B-Instruct in {folder}")
 
 
-def _read_vlm(folder: Path, dtype: torch.dtype) -> Qwen2_5_VLModel:
-    """The inner model, without the language head; transformers knows the older tensor names."""
+def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
+    """The inner model, without the language head, and its tensors by its own names."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     try:
-        vlm, report = Qwen2_5_VLModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the conditioner in {folder}: {error}") from error
-    if report["missing_keys"]:
-        raise CheckpointError(f"the conditioner misses tensors {some_of(report['missing_keys'])}")
-    unknown = {name for name in report["unexpected_keys"] if not name.startswith("lm_head.")}
-    if unknown:
-        raise CheckpointError(f"the conditioner has unknown tensors {some_of(unknown)}")
-    return vlm.eval().requires_grad_(False)
+        config = Qwen2_5_VLConfig(**_json(folder / "config.json"))
+        with _WithoutWeights():
+            vlm = Qwen2_5_VLModel(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"cannot read the conditioner in {folder}: {error!r}") from error
+    tensors: dict[str, Stored] = {}
+    for published, tensor in stored_tensors(files).items():
+        if published.startswith("lm_head."):
+            continue
+        name = _inner_name(published)
+        if name in tensors:
+            raise CheckpointError(f"the conditioner has unknown tensors {published}")
+        tensors[name] = tensor
+    return vlm, tensors
+
+
+def _inner_name(published: str) -> str:
+    """What the inner model calls a tensor.
+
+    Qwen2.5-VL was published with `model.layers…` and `visual…`; newer libraries write
+    `model.language_model.layers…` and `model.visual…`.
+    """
+    name = published.removeprefix("model.")
+    return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
 
 
 def _conditioner(vlm: Qwen2_5_VLModel, folder: Path, model: ModelConfig) -> Conditioner:
@@ -311,61 +348,62 @@ def _conditioner(vlm: Qwen2_5_VLModel, folder: Path, model: ModelConfig) -> Cond
         raise CheckpointError(f"{file} does not fit this model: {error}") from error
 
 
-def _empty_transformer(model: ModelConfig) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(model.transformer)
+class _WithoutWeights(TorchFunctionMode):
+    """Within it networks are built without memory for their weights, but with real buffers.
+
+    The layers of all our libraries take their weights from `torch.empty`, and only they use it;
+    what is computed, such as rotary frequencies, is not in the files and has to be there.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
-def _empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
-    with torch.device("meta"):
-        return AutoencoderKL(**config)
+PART_NAMES: Final = {"vae": "autoencoder"}
+"""What messages call a part, where that is not its name."""
 
 
-def _fill(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    what: str,
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Give a module its weights. Raises CheckpointError unless names and shapes agree exactly."""
+def _weights(
+    part: str, module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype
+) -> list[Weight]:
+    """Tell where a module's weights come from.
+
+    Raises CheckpointError unless names and shapes agree exactly.
+    """
+    what = PART_NAMES.get(part, part)
+    module.eval().requires_grad_(False)
     expected = module.state_dict()
     if missing := expected.keys() - tensors.keys():
         raise CheckpointError(f"the {what} misses tensors {some_of(missing)}")
     if unknown := tensors.keys() - expected.keys():
         raise CheckpointError(f"the {what} has unknown tensors {some_of(unknown)}")
+    weights = []
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        if tensor.shape != tuple(expected[name].shape):
+            shapes = f"{tensor.shape} instead of {tuple(expected[name].shape)}"
             raise CheckpointError(f"the {what} has {name} of shape {shapes}")
-    # Copied, because the tensors of a safetensors file live and die with the file.
-    weights = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
-    module.load_state_dict(weights, assign=True)
-    module.to(device).eval().requires_grad_(False)
+    for name in expected:
+        shape = tuple(expected[name].shape)
+        weights.append(Weight(f"{part}.{name}", *_owner(module, name), shape, dtype, tensors[name]))
+    for name, buffer in module.named_buffers():
+        if name not in expected:
+            shape = tuple(buffer.shape)
+            owner = _owner(module, name)
+            weights.append(Weight(f"{part}.{name}", *owner, shape, buffer.dtype, buffer))
+    return weights
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors of the files, mapped into memory rather than read."""
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 not a dict
-                    if name in tensors:
-                        raise CheckpointError(f"{file} repeats the tensor {name}")
-                    tensors[name] = opened.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}") from error
-    return tensors
-
-
-def _names(file: Path) -> set[str]:
-    """The names of a file's tensors, from its header."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return set(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a tensor, and the name it has there."""
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
 
 
 def _safetensors_in(folder: Path) -> list[Path]:
@@ -375,8 +413,8 @@ def _safetensors_in(folder: Path) -> list[Path]:
     return files
 
 
-def _by_prefix(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {}
+def _by_prefix(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    parts: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition(".")
         parts.setdefault(prefix, {})[rest] = tensor

@@ -1,0 +1,246 @@
+"""The weights of a checkpoint in one piece of host memory, block by block in execution order.
+
+Parameters and buffers of the network are views into the arena, or into copies of its components
+elsewhere; whoever holds such copies says which (`bind`). The arena knows nothing about devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from step1x_edit.checkpoints.stored import Span, Stored
+
+ALIGNMENT: Final = 256
+"""Bytes: what CUDA's own allocations are aligned to, so that kernels find what they expect."""
+
+PIECE: Final = 16 * 1024**2
+"""Bytes that are read or copied at once; between two pieces the work can be stopped."""
+
+ORDER: Final = (
+    ("conditioner", r"conditioner\.visual\.(patch_embed|rotary_pos_emb)"),
+    ("conditioner", r"conditioner\.visual\.blocks\.\d+"),
+    ("conditioner", r"conditioner\.visual\.\w+"),
+    ("conditioner", r"conditioner\.language_model\.(embed_tokens|rotary_emb)"),
+    ("conditioner", r"conditioner\.language_model\.layers\.\d+"),
+    ("conditioner", r"conditioner\.\w+\.\w+"),
+    ("encoder", r"vae\.encoder\.(conv_in|down_blocks\.\d+)"),
+    ("encoder", r"vae\.(encoder|quant_conv)"),
+    ("prologue", r"transformer\.(connector|time_in|vector_in|txt_in|text_token_mapping)"),
+    ("prologue", r"transformer\.double_blocks\.\d+\.(img|txt)_mod"),
+    ("prologue", r"transformer\.single_blocks\.\d+\.modulation"),
+    ("prologue", r"transformer\.final_layer\.adaLN_modulation"),
+    ("core", r"transformer\.img_in"),
+    ("core", r"transformer\.double_blocks\.\d+"),
+    ("core", r"transformer\.single_blocks\.\d+"),
+    ("core", r"transformer\.final_layer"),
+    ("decoder", r"vae\.(post_quant_conv|decoder\.(conv_in|mid_block))"),
+    ("decoder", r"vae\.decoder\.up_blocks\.\d+"),
+    ("decoder", r"vae\.decoder"),
+    ("recogniser", r"recogniser"),
+)
+"""What belongs to which component, in the order in which an edit comes to it.
+
+A tensor belongs to the first line that its name begins with, and what is matched names its block.
+"""
+
+_RANKS: Final = tuple((component, re.compile(pattern)) for component, pattern in ORDER)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer of the network, and where its numbers come from."""
+
+    name: str
+    """The part and the name in it: transformer.img_in.weight."""
+    module: nn.Module
+    attribute: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: Stored | Tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter or buffer as it is now."""
+        tensor: Tensor = getattr(self.module, self.attribute)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive bytes of the arena that are needed together."""
+
+    name: str
+    component: str
+    offset: int
+    size: int
+
+
+def _do_nothing() -> None:
+    """Stop nothing."""
+
+
+class Arena:
+    """Host memory for the weights of one network; it is given back with the last view into it."""
+
+    def __init__(self, weights: Iterable[Weight]) -> None:
+        self.blocks, self._places = _lay_out(weights)
+        self.size = self.blocks[-1].offset + self.blocks[-1].size
+        self.memory = _reserve(self.size)
+        self.components = {
+            name: self.memory[extent] for name, extent in _extents(self.blocks).items()
+        }
+
+    def fill(self, check: Callable[[], None] = _do_nothing) -> None:
+        """Read all weights. `check` is called between pieces; what it raises stops the reading.
+
+        Raises CheckpointError if a file cannot be read or has changed.
+        """
+        threads = min(16, 2 * (os.cpu_count() or 1))
+        under_way: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+            try:
+                for source, target in self._pieces():
+                    check()
+                    if len(under_way) == 2 * threads:
+                        under_way.popleft().result()
+                    under_way.append(pool.submit(_read, source, target))
+                while under_way:
+                    check()
+                    under_way.popleft().result()
+            finally:
+                for future in under_way:
+                    future.cancel()
+
+    def attach(self) -> None:
+        """Make the network's parameters and buffers views into the arena.
+
+        Parameters are made anew: those of a network without weights cannot take any.
+        """
+        for weight, view in self._views(self.components):
+            if isinstance(weight.tensor, nn.Parameter):
+                setattr(weight.module, weight.attribute, nn.Parameter(view, requires_grad=False))
+            else:
+                setattr(weight.module, weight.attribute, view)
+
+    def bind(self, components: Mapping[str, Tensor]) -> None:
+        """Let the network's tensors be views into these copies of the components.
+
+        Only `data` is exchanged: whoever holds a parameter, such as compiled code, keeps it.
+        """
+        for weight, view in self._views(components):
+            weight.tensor.data = view
+
+    def detach(self) -> None:
+        """Take the weights from the network, so that nobody who still holds it holds them."""
+        for place in self._places:
+            place.weight.tensor.data = torch.empty(0, dtype=place.weight.dtype)
+
+    def lies_in(self, memories: Iterable[Tensor]) -> bool:
+        """Whether all of the network's tensors are views into the given memory, by address."""
+        addresses = {memory.untyped_storage().data_ptr() for memory in memories}
+        found = {place.weight.tensor.untyped_storage().data_ptr() for place in self._places}
+        return found <= addresses
+
+    def _pieces(self) -> Iterator[tuple[Span | Tensor, Tensor]]:
+        """What is to be read, in pieces: from where and to where."""
+        for weight, view in self._views(self.components):
+            flat = view.reshape(-1)
+            if isinstance(weight.source, Tensor):
+                yield weight.source.reshape(-1), flat
+                continue
+            place = 0
+            for span in weight.source.spans:
+                step = PIECE // max(span.dtype.itemsize, flat.dtype.itemsize)
+                for start in range(0, span.count, step):
+                    stop = min(start + step, span.count)
+                    yield span.part(start, stop), flat[place + start : place + stop]
+                place += span.count
+
+    def _views(self, components: Mapping[str, Tensor]) -> Iterator[tuple[Weight, Tensor]]:
+        for place in self._places:
+            weight = place.weight
+            raw = components[place.component][place.offset : place.offset + weight.size]
+            yield weight, raw.view(weight.dtype).view(weight.shape)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight lies: how many bytes after the beginning of its component."""
+
+    weight: Weight
+    component: str
+    offset: int
+
+
+def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], tuple[_Place, ...]]:
+    """The blocks in execution order, and where in their components the weights lie."""
+    # sorted() is stable: within a block the order of the network's definition remains.
+    ordered = sorted(weights, key=lambda weight: _rank(weight.name)[0])
+    blocks: list[Block] = []
+    places: list[_Place] = []
+    starts: dict[str, int] = {}
+    end = 0
+    for (component, name), members in itertools.groupby(
+        ordered, key=lambda weight: _rank(weight.name)[1:]
+    ):
+        block_start = end
+        starts.setdefault(component, block_start)
+        for weight in members:
+            places.append(_Place(weight, component, end - starts[component]))
+            end += -(-weight.size // ALIGNMENT) * ALIGNMENT
+        blocks.append(Block(name, component, block_start, end - block_start))
+    return tuple(blocks), tuple(places)
+
+
+def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
+    """Where in the order a tensor stands, its component and the name of its block."""
+    for line, (component, pattern) in enumerate(_RANKS):
+        if match := pattern.match(name):
+            numbers = [int(number) for number in re.findall(r"\d+", match.group())]
+            return (line, numbers), component, match.group()
+    raise ValueError(f"{name} belongs to no component")
+
+
+def _extents(blocks: Iterable[Block]) -> dict[str, slice]:
+    """The bytes of each component."""
+    found: dict[str, slice] = {}
+    for block in blocks:
+        start = found[block.component].start if block.component in found else block.offset
+        found[block.component] = slice(start, block.offset + block.size)
+    return found
+
+
+def _reserve(size: int) -> Tensor:
+    """Memory of our own, in huge pages where there are such; given back with the last view."""
+    if hasattr(mmap, "MAP_PRIVATE"):  # everywhere but on Windows
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux, if its kernel was built so
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _read(source: Span | Tensor, target: Tensor) -> None:
+    if isinstance(source, Tensor):
+        target.copy_(source)
+    else:
+        source.read_into(target)

@@ -1,0 +1,172 @@
+"""Tensors that still lie in safetensors files: their shapes and where their bytes are.
+
+Whatever turns one layout of the weights into the other (rows fused or split, halves swapped, a
+1x1 convolution flattened) only puts consecutive numbers into another order. So a stored tensor is
+a shape and a list of spans, and rearranging one reads nothing. The module knows no names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from step1x_edit.errors import CheckpointError
+
+DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+HEADER_LIMIT: Final = 100_000_000
+"""Bytes of the longest header that the format allows."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file, and how it looked when its header was read."""
+
+    path: Path
+    size: int
+    modified_ns: int
+
+    def read(self, offset: int, target: memoryview) -> None:
+        """Fill the bytes of `target`. Raises CheckpointError if the file is not what it was."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                if (found.st_size, found.st_mtime_ns) != (self.size, self.modified_ns):
+                    raise CheckpointError(f"{self.path} has changed since it was opened")
+                file.seek(offset)
+                while target:
+                    count = file.readinto(target)
+                    if not count:
+                        raise CheckpointError(f"cannot read {self.path}: it ends too early")
+                    target = target[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive numbers of one type in a file."""
+
+    file: StoredFile
+    offset: int
+    count: int
+    dtype: torch.dtype
+
+    def part(self, start: int, stop: int) -> Span:
+        """Its numbers from `start` on and before `stop`."""
+        return replace(self, offset=self.offset + start * self.dtype.itemsize, count=stop - start)
+
+    def read_into(self, target: Tensor) -> None:
+        """Read the numbers into a flat tensor of as many, converting them to its type."""
+        raw = target
+        if target.dtype != self.dtype:
+            raw = torch.empty(self.count, dtype=self.dtype)
+        self.file.read(self.offset, raw.view(torch.uint8).numpy().data)
+        if raw is not target:
+            target.copy_(raw)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in files: its numbers are those of its spans, one span after the other."""
+
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """Some rows, like a slice of a tensor."""
+        size = math.prod(self.shape[1:])
+        spans = tuple(_between(self.spans, start * size, stop * size))
+        return Stored((stop - start, *self.shape[1:]), spans)
+
+    def reshape(self, *shape: int) -> Stored:
+        """The same numbers in another shape."""
+        assert math.prod(shape) == math.prod(self.shape)
+        return Stored(shape, self.spans)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Stored]) -> Stored:
+        """The rows of all parts."""
+        rows = sum(part.shape[0] for part in parts)
+        spans = tuple(span for part in parts for span in part.spans)
+        return Stored((rows, *parts[0].shape[1:]), spans)
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
+    """All tensors of the files by name. Raises CheckpointError."""
+    tensors: dict[str, Stored] = {}
+    for path in files:
+        for name, tensor in _in_file(path):
+            if name in tensors:
+                raise CheckpointError(f"{path} repeats the tensor {name}")
+            tensors[name] = tensor
+    return tensors
+
+
+def stored_names(path: Path) -> set[str]:
+    """The names of a file's tensors."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _in_file(path: Path) -> Iterator[tuple[str, Stored]]:
+    names = stored_names(path)  # the library checks the header before we believe it
+    try:
+        with path.open("rb") as opened:
+            found = os.fstat(opened.fileno())
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(length, HEADER_LIMIT)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    file = StoredFile(path, found.st_size, found.st_mtime_ns)
+    for name in names:
+        try:
+            tensor = _tensor(file, 8 + length, header[name])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"cannot read {name} in {path}: {error!r}") from error
+        yield name, tensor
+
+
+def _tensor(file: StoredFile, base: int, entry: dict[str, Any]) -> Stored:
+    dtype, shape = DTYPES[entry["dtype"]], tuple(int(side) for side in entry["shape"])
+    begin, end = (base + int(offset) for offset in entry["data_offsets"])
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or not base <= begin <= end <= file.size:
+        raise ValueError("its bytes do not lie in the file")
+    if end - begin != count * dtype.itemsize:
+        raise ValueError(f"{end - begin} bytes do not make a tensor of shape {shape}")
+    return Stored(shape, (Span(file, begin, count, dtype),))
+
+
+def _between(spans: Iterable[Span], start: int, stop: int) -> Iterator[Span]:
+    """Number `start` up to `stop` of all that the spans hold."""
+    passed = 0
+    for span in spans:
+        first, last = max(start - passed, 0), min(stop - passed, span.count)
+        if first < last:
+            yield span.part(first, last)
+        passed += span.count
