@@ -1,0 +1,269 @@
+"""Residency: where the model is, and how it gets from disk to host memory, to the device and back.
+
+    Unloaded --load--> CPU --onload--> GPU
+    Unloaded <--release-- CPU <--offload-- GPU
+
+Weights never change, so the arena in host memory stays valid for as long as the model is loaded:
+onloading copies its components into slabs on the device and lets the network's parameters be views
+into them; offloading turns the parameters back to the arena, drops the slabs and copies nothing.
+Residency belongs to one thread and has no lock. It knows nothing of jobs, pipes or users' files.
+
+Moves are made outside of inference mode whatever the caller is in: tensors born in it are of
+another kind, and compiled code would be compiled anew for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from step1x_edit.channel import GIB, Memory
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block
+from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
+from step1x_edit.schemas import Location
+
+logger = logging.getLogger(__name__)
+
+LOCKED_AT_ONCE: Final = GIB
+"""Bytes that are page-locked in one call: calls for hundreds of gigabytes fail."""
+
+
+def _never_stop() -> None:
+    """What a check does where nobody can ask to stop."""
+
+
+def allocate_slab(size: int, device: torch.device) -> Tensor:
+    """Take memory on the device. Raises torch.OutOfMemoryError."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+class Residency:
+    """Moves one model between disk, host memory and a device, and lends it where it computes.
+
+    Without a device the model computes in host memory. The device "cpu" is a second copy in host
+    memory that stands in for a GPU.
+    """
+
+    def __init__(
+        self,
+        open_checkpoint: Callable[[], OpenedCheckpoint],
+        device: torch.device | None,
+        allocate: Callable[[int, torch.device], Tensor] = allocate_slab,
+    ) -> None:
+        self._open_checkpoint = open_checkpoint
+        self._device = device
+        self._allocate = allocate
+        self._checkpoint: Checkpoint | None = None
+        self._arena: Arena | None = None
+        self._slabs: dict[str, Tensor] = {}
+        self._page_lock: PageLock | None = None
+        self._is_lent = False
+
+    @property
+    def location(self) -> Location:
+        """Where the numbers of the parameters lie, by their addresses."""
+        if self._arena is None:
+            return "Unloaded"
+        return "GPU" if self._slabs and self._arena.lies_in(self._slabs.values()) else "CPU"
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The loaded checkpoint, to be asked for its name; to compute with it, borrow it."""
+        return self._checkpoint
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the loaded model in execution order; none if there is none."""
+        return self._arena.blocks if self._arena else ()
+
+    def memory(self) -> Memory:
+        """What the device's allocator says; of a stand-in, the bytes of the slabs."""
+        if self._device is None:
+            return Memory()
+        if self._device.type == "cuda":
+            return Memory(
+                allocated_gb=torch.cuda.memory_allocated(self._device) / GIB,
+                reserved_gb=torch.cuda.memory_reserved(self._device) / GIB,
+            )
+        taken_gb = sum(slab.nbytes for slab in self._slabs.values()) / GIB
+        return Memory(allocated_gb=taken_gb, reserved_gb=taken_gb)
+
+    @torch.inference_mode(False)
+    def load(self, check: Callable[[], None] = _never_stop) -> None:
+        """Read the weights from disk into host memory; does nothing if they are there.
+
+        `check` is called between pieces; if it raises, nothing is kept. Raises CheckpointError.
+        """
+        self._refuse_if_lent()
+        if self._arena is not None:
+            return
+        opened = self._open_checkpoint()
+        arena = Arena(opened.weights)
+        try:
+            arena.fill(check)
+        except BaseException as error:
+            _forget_locals(error)
+            del arena
+            raise
+        arena.attach()
+        self._checkpoint, self._arena = opened.checkpoint, arena
+        if self._device is not None and self._device.type == "cuda":
+            self._page_lock = PageLock(arena.memory, self._device)
+        logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
+
+    @torch.inference_mode(False)
+    def onload(self, check: Callable[[], None] = _never_stop) -> None:
+        """Copy the weights to the device, from disk if need be; does nothing if they are there.
+
+        `check` is called between pieces. If it raises, or the device's memory runs out, the model
+        stays in host memory and nothing is kept on the device.
+        """
+        self._refuse_if_lent()
+        self.load(check)
+        if self._device is None or self._slabs:
+            return
+        assert self._arena is not None
+        slabs: dict[str, Tensor] = {}
+        try:
+            for name, component in self._arena.components.items():
+                check()
+                slabs[name] = self._allocate(component.nbytes, self._device)
+                self._copy(component, slabs[name], check)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        except BaseException as error:
+            _forget_locals(error)
+            slabs.clear()
+            self._give_back()
+            raise
+        self._arena.bind(slabs)
+        self._slabs = slabs
+        logger.info("CPU → GPU: %.2f GB", self._arena.size / GIB)
+
+    @torch.inference_mode(False)
+    def offload(self) -> None:
+        """Free the device's memory; the model is in host memory. Nothing is copied.
+
+        Does nothing if the model is not on the device.
+        """
+        self._refuse_if_lent()
+        if self._arena is None or not self._slabs:
+            return
+        self._arena.bind(self._arena.components)
+        self._slabs = {}
+        self._give_back()
+        logger.info("GPU → CPU")
+
+    @torch.inference_mode(False)
+    def release(self) -> None:
+        """Forget the model, on the device and in host memory; does nothing if there is none."""
+        self._refuse_if_lent()
+        if self._arena is None:
+            return
+        if self._page_lock is not None:
+            self._page_lock.undo()
+        # Whoever still holds the network, holds no weights.
+        self._arena.detach()
+        self._checkpoint, self._arena, self._slabs, self._page_lock = None, None, {}, None
+        self._give_back()
+        logger.info("released: Unloaded")
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[Checkpoint]:
+        """Lend the model where it computes; nothing moves it until it is given back.
+
+        Raises RuntimeError if it is not there: `onload` brings it.
+        """
+        self._refuse_if_lent()
+        if self._checkpoint is None or (self._device is not None and not self._slabs):
+            raise RuntimeError(f"the model is not on the device: it is {self.location}")
+        self._is_lent = True
+        try:
+            yield self._checkpoint
+        finally:
+            self._is_lent = False
+
+    def _refuse_if_lent(self) -> None:
+        if self._is_lent:
+            raise RuntimeError("the model is lent, and stays where it is until it is given back")
+
+    def _copy(self, component: Tensor, slab: Tensor, check: Callable[[], None]) -> None:
+        """Copy a component in pieces."""
+        # Pieces end where the arena's do, so that none is half page-locked: CUDA refuses those.
+        start, end = component.storage_offset(), component.storage_offset() + component.nbytes
+        edges = [start, *range((start // PIECE + 1) * PIECE, end, PIECE), end]
+        for first, last in itertools.pairwise(edges):
+            check()
+            place = slice(first - start, last - start)
+            with self._page_lock.paused() if self._page_lock else contextlib.nullcontext():
+                slab[place].copy_(component[place], non_blocking=True)
+
+    def _give_back(self) -> None:
+        """Let the allocator return what nobody uses, to the driver and not to its own cache."""
+        gc.collect()
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Empty the frames that an error came through: they would keep memory as long as it lives."""
+    traceback.clear_frames(error.__traceback__)
+
+
+class PageLock:
+    """Page-locks host memory for a CUDA device in the background, for full copy bandwidth.
+
+    Where the system does not allow it, copies go through the driver's own buffers: slower, not
+    wrong.
+    """
+
+    def __init__(self, memory: Tensor, device: torch.device) -> None:
+        self._memory = memory
+        self._device = device
+        self._registered: list[int] = []
+        self._is_stopped = threading.Event()
+        self._registering = threading.Lock()
+        # The runtime keeps the last error of each thread and shows it to whoever asks next; in a
+        # thread of its own a refused registration troubles nobody.
+        self._thread = threading.Thread(target=self._register_all, name="page-lock", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No memory changes its kind within: a copy is either from locked pages or not."""
+        with self._registering:
+            yield
+
+    def undo(self) -> None:
+        """Unlock everything; waits for the gigabyte that is being locked."""
+        self._is_stopped.set()
+        self._thread.join()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        for address in self._registered:
+            runtime.cudaHostUnregister(address)
+        self._registered.clear()
+
+    def _register_all(self) -> None:
+        start = self._memory.data_ptr()
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            for offset in range(0, self._memory.nbytes, LOCKED_AT_ONCE):
+                if self._is_stopped.is_set():
+                    return
+                size = min(LOCKED_AT_ONCE, self._memory.nbytes - offset)
+                with self._registering:
+                    result = runtime.cudaHostRegister(start + offset, size, 0)
+                if int(result) != 0:
+                    logger.info("host memory stays pageable: cudaHostRegister says %s", result)
+                    return
+                self._registered.append(start + offset)
+        logger.info("page-locked %.2f GB of host memory", self._memory.nbytes / GIB)
