@@ -19,7 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from step1x_edit.channel import (
     Cancel,
@@ -44,10 +44,11 @@ from step1x_edit.errors import (
     OutOfMemoryError,
     Step1XEditError,
 )
+from step1x_edit.schemas import Location
 
 if TYPE_CHECKING:
-    from step1x_edit.checkpoints.read import OpenedCheckpoint
-    from step1x_edit.model.pipeline import Edited, EditPipeline
+    from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
+    from step1x_edit.model.pipeline import Edited, EditRun, Plan
     from step1x_edit.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class PipelineWorker:
     def __init__(self, residency: Residency, device: str) -> None:
         self._residency = residency
         self._device = device
+        self._workplace: Location = "CPU" if device == "cpu" else "GPU"
         self._check: Check = _go_on
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
@@ -120,20 +122,20 @@ class PipelineWorker:
 
     def residence(self) -> Residence:
         """Which model there is, where it is and what it occupies, as measured."""
-        location = self._residency.location
+        checkpoint = self._residency.checkpoint
         return Residence(
-            location=location,
-            model=None if location == "Unloaded" else self._residency.name,
-            device=None if location == "Unloaded" else self._device,
+            location=self._residency.location,
+            model=None if checkpoint is None else checkpoint.name,
+            device=None if checkpoint is None else self._device,
             memory=self._residency.memory(),
         )
 
-    def _attempt(self, run: Any, plan: Any) -> Generator[Progress | Outcome, None, None]:
+    def _attempt(self, run: EditRun, plan: Plan) -> Generator[Progress | Outcome, None, None]:
         from step1x_edit.model.pipeline import Edited
 
-        if not self._residency.is_ready:
+        if self._residency.location != self._workplace:
             yield Progress(Phase.LOADING)
-            self._load()
+            self._bring()
         with (
             self._residency.on_device() as checkpoint,
             # Closed with us, so that whoever drops this iterator stops the network at once.
@@ -141,11 +143,12 @@ class PipelineWorker:
         ):
             for event in events:
                 if isinstance(event, Edited):
-                    yield Outcome(event.image, self._warning(event, checkpoint.pipeline))
+                    yield Outcome(event.image, _warning(event, checkpoint))
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total)
 
-    def _load(self) -> None:
+    def _bring(self) -> None:
+        """Have the model where it computes."""
         is_new = self._residency.location == "Unloaded"
         try:
             self._residency.load(self._check)
@@ -156,13 +159,14 @@ class PipelineWorker:
                 raise
             log.exception("loading the model failed")
             raise ModelUnavailableError(f"the model cannot be loaded ({error})") from None
-        self._residency.onload(self._check)
         if is_new:
-            with self._residency.on_device() as checkpoint:
-                self._stop_between_layers(checkpoint.pipeline)
+            self._stop_between_layers()
+        self._residency.onload(self._check)
 
-    def _stop_between_layers(self, pipeline: EditPipeline) -> None:
+    def _stop_between_layers(self) -> None:
         """Let a cancel end encoding and decoding too; the core loop yields after each step."""
+        assert self._residency.checkpoint is not None
+        pipeline = self._residency.checkpoint.pipeline
 
         def before_layer(*_: object) -> None:
             self._check()
@@ -171,31 +175,35 @@ class PipelineWorker:
             for module in part.modules():
                 module.register_forward_pre_hook(before_layer)
 
-    def _warning(self, edited: Edited, pipeline: EditPipeline) -> str | None:
-        """What the caller should know about how the prompt was understood."""
-        found = (self._cut(edited, pipeline), self._unknown(edited, pipeline))
-        return "; ".join(filter(None, found)) or None
 
-    def _cut(self, edited: Edited, pipeline: EditPipeline) -> str | None:
-        if not edited.is_prompt_cut:
-            return None
-        limit = pipeline.conditioner.config.text_length
-        return (
-            "the end of the prompt was cut: this checkpoint reads at most "
-            f"{limit} tokens of picture and prompt"
-        )
+def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:
+    """What the caller should know about how the prompt was understood."""
+    found = (_cut(edited, checkpoint), _unknown(edited, checkpoint))
+    return "; ".join(filter(None, found)) or None
 
-    def _unknown(self, edited: Edited, pipeline: EditPipeline) -> str | None:
-        """What to say if a small checkpoint recognised no edit that it has learned."""
-        if edited.label != UNKNOWN or pipeline.recogniser is None:
-            return None
-        labels = [name for name in pipeline.recogniser.labels if name not in (UNKNOWN, UNCHANGED)]
-        known = ", ".join(_SPOKEN.get(label, label) for label in labels)
-        return (
-            f"the {self._residency.name} checkpoint does not know this edit and will have left the "
-            f"picture nearly as it was; it knows: {known}. For the real model set MODEL_PATH to a "
-            "Step1X-Edit checkpoint"
-        )
+
+def _cut(edited: Edited, checkpoint: Checkpoint) -> str | None:
+    if not edited.is_prompt_cut:
+        return None
+    limit = checkpoint.pipeline.conditioner.config.text_length
+    return (
+        "the end of the prompt was cut: this checkpoint reads at most "
+        f"{limit} tokens of picture and prompt"
+    )
+
+
+def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
+    """What to say if a small checkpoint recognised no edit that it has learned."""
+    recogniser = checkpoint.pipeline.recogniser
+    if edited.label != UNKNOWN or recogniser is None:
+        return None
+    labels = [label for label in recogniser.labels if label not in (UNKNOWN, UNCHANGED)]
+    known = ", ".join(_SPOKEN.get(label, label) for label in labels)
+    return (
+        f"the {checkpoint.name} checkpoint does not know this edit and will have left the "
+        f"picture nearly as it was; it knows: {known}. For the real model set MODEL_PATH to a "
+        "Step1X-Edit checkpoint"
+    )
 
 
 def load_worker(start: Start) -> PipelineWorker:
@@ -210,6 +218,7 @@ def load_worker(start: Start) -> PipelineWorker:
     # Bars of ours tell the progress; theirs would fill the log of a server.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    gc.freeze()  # what the libraries have brought stays, and need not be looked through again
     device = start.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,12 +233,11 @@ def load_worker(start: Start) -> PipelineWorker:
     def open_chosen() -> OpenedCheckpoint:
         path = None if start.model_path is None else Path(start.model_path)
         wanted = None if start.model_version == "auto" else start.model_version
-        checkpoint = open_checkpoint(path, version=wanted)
-        if wanted not in (None, checkpoint.version):
-            raise CheckpointError(
-                f"MODEL_VERSION is {wanted}, but the checkpoint is {checkpoint.version}"
-            )
-        return checkpoint
+        opened = open_checkpoint(path, version=wanted)
+        found = opened.checkpoint.version
+        if wanted not in (None, found):
+            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+        return opened
 
     return PipelineWorker(Residency(open_chosen, place), device)
 
@@ -249,8 +257,7 @@ def free_memory() -> None:
     if "torch" in sys.modules:
         import torch
 
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 def _go_on() -> None:
