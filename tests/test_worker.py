@@ -1,17 +1,24 @@
-"""The worker with a whole pipeline at toy size: its words, its warning, its checkpoint."""
+"""The worker's model, with a whole pipeline at toy size and real moves of its weights."""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from step1x_edit.checkpoints.read import Checkpoint, write_demo
-from step1x_edit.engine import Engine
-from step1x_edit.errors import CheckpointError, EditCancelledError
-from step1x_edit.worker import EditJob, Memory, Outcome, PipelineWorker, Progress, load_worker
+from step1x_edit.channel import EditJob, Memory, Outcome, Progress, Residence, Start
+from step1x_edit.checkpoints.read import open_checkpoint, write_demo
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+)
+from step1x_edit.residency import Residency, allocate_slab
+from step1x_edit.worker import STAND_IN, PipelineWorker, load_worker
 from tiny import a_picture, tiny_pipeline
 
 
@@ -33,55 +40,74 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+def a_worker(folder: Path, device: str = "cpu") -> PipelineWorker:
+    return load_worker(Start(model_path=str(folder), device=device))
+
+
+def go_on() -> None:
+    """A check that never stops anything."""
+
+
+def texts_of(worker: PipelineWorker, wanted: EditJob) -> list[str]:
+    events = worker.edit(wanted, go_on)
+    return [event.text for event in events if isinstance(event, Progress)]
+
+
 def outcome_of(worker: PipelineWorker, wanted: EditJob) -> Outcome:
-    *_, last = worker.edit(wanted)
+    *_, last = worker.edit(wanted, go_on)
     assert isinstance(last, Outcome)
     return last
 
 
-def test_a_checkpoint_becomes_a_worker_that_speaks_the_engines_words(folder: Path) -> None:
-    worker = load_worker(folder, device="cpu")
+def test_the_first_edit_loads_the_model_and_the_next_one_finds_it(folder: Path) -> None:
+    worker = a_worker(folder)
+    assert worker.residence() == Residence()
 
-    events = list(worker.edit(job()))
+    first, second = texts_of(worker, job()), texts_of(worker, job())
 
-    texts = [event.text for event in events if isinstance(event, Progress)]
-    assert texts == ["encoding", "denoising 1/2", "denoising 2/2", "decoding"]
-    assert isinstance(events[-1], Outcome)
-    assert events[-1].image.dtype == np.uint8
-    assert events[-1].model == worker.info
-    assert (worker.info.name, worker.info.device, worker.info.location) == ("demo", "cpu", "CPU")
-    assert worker.memory() == Memory(0.0, 0.0)
+    steps = ["encoding", "denoising 1/2", "denoising 2/2", "decoding"]
+    assert first == ["loading model", *steps]
+    assert second == steps
+    assert worker.residence() == Residence("CPU", "demo", "cpu", Memory(0.0, 0.0))
 
 
-def test_the_same_job_gives_the_same_picture(folder: Path) -> None:
-    pictures = [
-        outcome_of(PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline()), "cpu"), job()).image
-        for _ in range(2)
-    ]
+def test_the_picture_is_the_same_wherever_the_model_has_been(folder: Path) -> None:
+    moving = a_worker(folder, STAND_IN)
 
-    assert np.array_equal(*pictures)
+    before = outcome_of(moving, job()).image
+    held = moving.residence()
+    moving.offload()
+    offloaded = moving.residence()
+    after = outcome_of(moving, job()).image
+
+    assert held.location == "GPU"
+    assert held.memory.allocated_gb > 0
+    assert offloaded.location == "CPU"
+    assert offloaded.memory.allocated_gb == 0
+    assert np.array_equal(before, after)
+    assert np.array_equal(before, outcome_of(a_worker(folder), job()).image)
 
 
 @pytest.mark.parametrize(
     ("labels", "is_warned"), [(("unknown",), True), (("bw",), False), (("identity",), False)]
 )
 def test_only_wording_that_the_recogniser_does_not_know_is_warned_about(
-    labels: tuple[str, ...], is_warned: bool
+    tmp_path: Path, labels: tuple[str, ...], is_warned: bool
 ) -> None:
-    worker = PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline(labels)), "cpu")
+    write_demo(tmp_path, tiny_pipeline(labels))
 
-    warning = outcome_of(worker, job()).warning
+    warning = outcome_of(a_worker(tmp_path), job()).warning
 
     assert (warning is not None) == is_warned
 
 
-def test_the_warning_names_what_is_known_in_plain_words() -> None:
+def test_the_warning_names_what_is_known_in_plain_words(tmp_path: Path) -> None:
     pipeline = tiny_pipeline(("unknown", "identity", "bw", "sepia", "red"))
     assert pipeline.recogniser is not None
     pipeline.recogniser.bias.data[0] = 1e6
-    worker = PipelineWorker(Checkpoint("demo", "demo", pipeline), "cpu")
+    write_demo(tmp_path, pipeline)
 
-    warning = outcome_of(worker, job("add a red hat")).warning
+    warning = outcome_of(a_worker(tmp_path), job("add a red hat")).warning
 
     assert warning is not None
     assert "the demo checkpoint does not know this edit" in warning
@@ -90,43 +116,157 @@ def test_the_warning_names_what_is_known_in_plain_words() -> None:
     assert "MODEL_PATH" in warning
 
 
-def test_a_checkpoint_of_another_version_is_refused(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"MODEL_VERSION is v1\.1, but the checkpoint is"):
-        load_worker(folder, model_version="v1.1", device="cpu")
+def test_a_prompt_that_is_not_read_to_its_end_is_warned_about(tmp_path: Path) -> None:
+    write_demo(tmp_path, tiny_pipeline(("unknown",)))
 
-
-async def test_a_cancelled_edit_closes_the_network_and_the_next_one_runs(folder: Path) -> None:
-    engine = Engine(lambda: load_worker(folder, device="cpu"))
-    endless = EditJob(**{**vars(job()), "num_steps": 10_000})
-    edit = engine.submit(endless)
-    async for event in edit.events():
-        if event.text.startswith("denoising"):
-            edit.cancel()
-
-    with pytest.raises(EditCancelledError):
-        await edit.result()
-    outcome = await engine.submit(job()).result()
-    await asyncio.to_thread(engine.close)
-
-    assert outcome.image.ndim == 3
-
-
-def test_memory_is_that_of_the_models_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    gib = 2**30
-    monkeypatch.setattr("torch.cuda.memory_allocated", {"cuda:1": gib}.get)
-    monkeypatch.setattr("torch.cuda.memory_reserved", {"cuda:1": 2 * gib}.get)
-    worker = PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline()), "cuda:1")
-
-    assert worker.memory() == Memory(allocated_gb=1.0, reserved_gb=2.0)
-
-
-def test_a_prompt_that_is_not_read_to_its_end_is_warned_about() -> None:
-    worker = PipelineWorker(Checkpoint("demo", "demo", tiny_pipeline(("unknown",))), "cpu")
-
-    warning = outcome_of(worker, job("make it night " * 50)).warning
+    warning = outcome_of(a_worker(tmp_path), job("make it night " * 50)).warning
 
     assert warning is not None
     assert warning.startswith(
         "the end of the prompt was cut: this checkpoint reads at most 40 tokens of picture and "
         "prompt; the demo checkpoint does not know this edit"
     )
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder: Path) -> None:
+    worker = load_worker(Start(model_path=str(folder), model_version="v1.1", device="cpu"))
+
+    with pytest.raises(CheckpointError, match=r"MODEL_VERSION is v1\.1, but the checkpoint is"):
+        texts_of(worker, job())
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_by_the_next_edit(folder: Path) -> None:
+    faults: list[Exception] = [OSError("disk on fire")]
+
+    def opened() -> object:
+        if faults:
+            raise faults.pop()
+        return open_checkpoint(folder)
+
+    worker = PipelineWorker(Residency(opened, None), "cpu")  # type: ignore[arg-type]
+
+    with pytest.raises(ModelUnavailableError, match="cannot be loaded"):
+        texts_of(worker, job())
+    assert worker.residence() == Residence()
+    texts_of(worker, job())
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["loading model", "encoding", "denoising 1/2", "decoding"])
+def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -> None:
+    worker = a_worker(folder, STAND_IN)
+    seen: list[str] = []
+
+    def check() -> None:
+        if seen and seen[-1] == phase:
+            raise EditCancelledError()
+
+    def run() -> None:
+        for event in worker.edit(job(), check):
+            assert isinstance(event, Progress), "it went on to the end"
+            seen.append(event.text)
+            if phase.startswith("denoising"):
+                check()  # as the worker's loop does after each event
+
+    with pytest.raises(EditCancelledError):
+        run()
+
+    assert seen[-1] == phase
+    assert np.array_equal(
+        outcome_of(worker, job()).image, outcome_of(a_worker(folder), job()).image
+    )
+
+
+# --- memory runs out -----------------------------------------------------------------------------
+
+
+class Faults:
+    """Runs out of memory at chosen calls of a layer or of the allocator."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.calls = 0
+        self._numbers = numbers
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls in self._numbers:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def with_faults(folder: Path, part: str, faults: Faults) -> PipelineWorker:
+    worker = a_worker(folder, STAND_IN)
+    texts_of(worker, job())
+    residency = worker._residency
+    with residency.on_device() as checkpoint:
+        pipeline = checkpoint.pipeline
+        module = {
+            "encoding": pipeline.vae.encoder,
+            "denoising": pipeline.transformer.final_layer,
+            "decoding": pipeline.vae.decoder,
+        }[part]
+        module.register_forward_pre_hook(faults)
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("part", "call"), [("encoding", 1), ("denoising", 1), ("denoising", 2), ("decoding", 1)]
+)
+def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
+    folder: Path, part: str, call: int
+) -> None:
+    faults = Faults(call)
+    worker = with_faults(folder, part, faults)
+
+    events = list(worker.edit(job(), go_on))
+
+    steps = [event.step for event in events if isinstance(event, Progress) and event.total == 2]
+    assert steps == [1, 2]
+    assert faults.calls > call
+    assert isinstance(events[-1], Outcome)
+    usual = outcome_of(a_worker(folder), job()).image.astype(int)
+    assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])
+def test_memory_that_stays_short_ends_the_edit_after_one_retry_and_the_next_one_works(
+    folder: Path, part: str
+) -> None:
+    faults = Faults(1, 2)
+    worker = with_faults(folder, part, faults)
+
+    with pytest.raises(OutOfMemoryError, match=r"^CUDA out of memory: .*lower size_level"):
+        texts_of(worker, job())
+
+    assert faults.calls == 2
+    assert worker.residence().location == "GPU"
+    outcome_of(worker, job())
+
+
+def test_memory_that_runs_out_while_loading_is_tried_once_more(folder: Path) -> None:
+    attempts = Faults(1)
+
+    def allocate(size: int, device: torch.device) -> torch.Tensor:
+        attempts()
+        return allocate_slab(size, device)
+
+    residency = Residency(lambda: open_checkpoint(folder), torch.device("cpu"), allocate)
+    worker = PipelineWorker(residency, STAND_IN)
+
+    texts = texts_of(worker, job())
+
+    assert texts[:3] == ["loading model", "loading model", "encoding"]
+    assert worker.residence().location == "GPU"
+
+
+def test_closing_the_iterator_gives_the_model_back(folder: Path) -> None:
+    worker = a_worker(folder, STAND_IN)
+    events: Generator[Progress | Outcome, None, None] = worker.edit(job(), go_on)
+    while not (isinstance(event := next(events), Progress) and event.text == "denoising 1/2"):
+        pass
+
+    events.close()
+
+    worker.offload()  # would raise while the model is lent
+    assert worker.residence().location == "CPU"

@@ -22,6 +22,10 @@ from step1x_edit.channel import Cancel, Channel, EditJob, Offload, Report, Start
 from step1x_edit.errors import WorkerLostError
 from step1x_edit.settings import inherited_environment
 
+_PATIENT_THREADS: Final = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Threads that wait for each other sleep instead of spinning, unless the user has said otherwise:
+where other programs want the cores too, an edit on the CPU is twice as fast."""
+
 _SEND_S: Final = 30.0
 _EXIT_S: Final = 5.0  # between the end of the pipe and the end of the process
 
@@ -155,6 +159,6 @@ def _spawn(module: str, connection: Connection) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=2,
         # A `torch.py` in the folder we were started in must not be taken for the library.
-        env=inherited_environment(PYTHONSAFEPATH="1"),
+        env={**_PATIENT_THREADS, **inherited_environment(PYTHONSAFEPATH="1")},
         **options,
     )
