@@ -16,6 +16,14 @@ from step1x_edit.settings import Settings
 MakeService = Callable[..., EditService]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nobody_to_join(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, and no process that it starts, joins a server that happens to run here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     """A small picture with colours that differ everywhere."""

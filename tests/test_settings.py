@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from step1x_edit.errors import SettingsError
@@ -25,12 +26,14 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "model_path": None,
         "model_version": "auto",
         "gpu_idle_timeout": 60,
+        "gpu_release_timeout": 0,
         "device": "auto",
         "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
         "max_queue": 32,
         "max_upload_mb": 32,
         "max_megapixels": 50,
         "edit_timeout": 900,
+        "data_dir": platformdirs.user_data_path("step1x-edit", appauthor=False),
         "default_num_steps": 28,
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
@@ -60,6 +63,8 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("MODEL_PATH", "", None),
         ("MODEL_VERSION", "V1.1", "v1.1"),
         ("GPU_IDLE_TIMEOUT", "300", 300),
+        ("GPU_RELEASE_TIMEOUT", "900", 900),
+        ("DATA_DIR", "~/data", Path.home() / "data"),
         ("DEVICE", "cuda:1", "cuda:1"),
         ("MAX_QUEUE", "2", 2),
         ("MAX_UPLOAD_MB", "5", 5),

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
+import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -65,6 +66,10 @@ def local_folders() -> tuple[Path, ...]:
         folders.insert(0, Path.home())
     narrow = [folder for folder in folders if folder != Path(folder.anchor)]
     return (*narrow, Path(tempfile.gettempdir()))
+
+
+def _data_folder() -> Path:
+    return platformdirs.user_data_path("step1x-edit", appauthor=False)
 
 
 def inherited_environment(**changes: str) -> dict[str, str]:
@@ -119,6 +124,14 @@ class Settings(BaseSettings):
         int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")
     ] = 50
     edit_timeout: Annotated[int, Field(ge=1, description="Seconds that one edit may take")] = 900
+    data_dir: Annotated[
+        Path,
+        Field(
+            default_factory=_data_folder,
+            description="Folder for our own files, such as the note by which a running server is "
+            "found; unset: the user's data folder",
+        ),
+    ]
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
@@ -138,7 +151,7 @@ class Settings(BaseSettings):
         """Largest input file in bytes."""
         return self.max_upload_mb * MEBI
 
-    @field_validator("model_path", mode="after")
+    @field_validator("model_path", "data_dir", mode="after")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()
