@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from step1x_edit.errors import Step1XEditError
     from step1x_edit.images import read_edit_record
+    from step1x_edit.interfaces.client import MCPClient
     from step1x_edit.schemas import (
         BatchAnswer,
         BatchRequest,
@@ -35,6 +36,7 @@ __all__ = [
     "EditService",
     "ErrorAnswer",
     "GpuAnswer",
+    "MCPClient",
     "Settings",
     "StatusAnswer",
     "Step1XEditError",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOMES: Final = {
     "EditService": "service",
+    "MCPClient": "interfaces.client",
     "Settings": "settings",
     "Step1XEditError": "errors",
     "build_service": "service",

@@ -1,0 +1,155 @@
+"""A client whose answers are plain dictionaries: `result["status"]`, `result["output_path"]`.
+
+It starts our own server, or any other MCP server, or goes to one that listens. It never raises for
+what goes wrong with a call: a tool that fails, a server that cannot be started or has gone and a
+tool that does not exist all answer `{"status": "error", "error": "…"}`, so that callers have one
+place to look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TextIO
+
+from fastmcp import Client
+from fastmcp.client.progress import ProgressHandler
+from fastmcp.client.transports import ClientTransport, StdioTransport, StreamableHttpTransport
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS, CallToolResult, TextContent
+from typing_extensions import Self
+
+from step1x_edit.errors import InvalidParameterError, ModelUnavailableError, Step1XEditError
+from step1x_edit.schemas import ErrorAnswer
+from step1x_edit.settings import inherited_environment
+
+OWN_SERVER: Final = ("-m", "step1x_edit.interfaces.cli", "mcp")
+
+
+class MCPClient:
+    """A connection to an MCP server, made when it is first needed.
+
+    `target` is the path of a server in Python, to be started, or the URL of a running one, which
+    `token` is for. Without a target our own server is started with this interpreter. A started
+    server inherits the environment, settings such as GPU_IDLE_TIMEOUT included. Use it as a context
+    manager, or close it at the end; if neither is done, the server ends with this process.
+    """
+
+    def __init__(self, target: str | Path | None = None, token: str | None = None) -> None:
+        self._target = target
+        self._token = token
+        self._client: Client[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connecting = asyncio.Lock()
+
+    async def call_tool(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        on_progress: ProgressHandler | None = None,
+    ) -> dict[str, Any]:
+        """Call a tool and return its answer; cancelling the call stops the work.
+
+        `on_progress(progress, total, message)` hears how far it has come.
+        """
+        try:
+            client = await self._connected()
+            result = await client.call_tool_mcp(
+                name, dict(arguments or {}), progress_handler=on_progress
+            )
+        except Step1XEditError as error:
+            return _error(error)
+        except Exception as error:  # noqa: BLE001 - the outermost handler of this face
+            return await self._failed(error)
+        return _answer(result)
+
+    async def close(self) -> None:
+        """End the connection and the server, if one was started; a later call connects anew."""
+        client, self._client = self._client, None
+        if client is not None and self._loop is asyncio.get_running_loop():
+            await client.close()  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _connected(self) -> Client[Any]:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # each asyncio.run() has one of its own; nothing survives it
+            self._client, self._loop, self._connecting = None, loop, asyncio.Lock()
+        async with self._connecting:  # calls at the same time share one server
+            if self._client is None or not self._client.is_connected():
+                client = Client(_transport(self._target, self._token))
+                await client.__aenter__()  # type: ignore[no-untyped-call]
+                self._client = client
+        return self._client
+
+    async def _failed(self, error: Exception) -> dict[str, Any]:
+        """The answer for a call that got none; a broken connection is given up."""
+        if isinstance(error, MCPError) and error.code == INVALID_PARAMS:  # such as an unknown tool
+            return _error(InvalidParameterError(str(error)))
+        with contextlib.suppress(Exception):
+            await self.close()
+        where = "the server" if self._target is None else f"{self._target}"
+        return _error(ModelUnavailableError(f"{where} does not answer ({_reason(error)})"))
+
+
+def _transport(target: str | Path | None, token: str | None) -> ClientTransport:
+    if isinstance(target, str) and target.startswith(("http://", "https://")):
+        return StreamableHttpTransport(target, auth=token)
+    command = list(OWN_SERVER)
+    if target is not None:
+        if not Path(target).is_file():
+            raise ModelUnavailableError(
+                f"there is no server at {target}; give the path of a Python file or an http:// URL"
+            )
+        command = [str(target)]
+    return StdioTransport(
+        sys.executable, command, env=inherited_environment(), keep_alive=False, log_file=_stderr()
+    )
+
+
+def _stderr() -> TextIO:
+    """A stderr that a child can write to: notebooks have one that is no file."""
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, io.UnsupportedOperation):
+        return sys.__stderr__ or sys.stderr
+    return sys.stderr
+
+
+def _answer(result: CallToolResult) -> dict[str, Any]:
+    if result.structured_content is not None:
+        return dict(result.structured_content)
+    text = " ".join(block.text for block in result.content if isinstance(block, TextContent))
+    if result.is_error:
+        return _error(ModelUnavailableError(text))
+    with contextlib.suppress(ValueError):
+        if isinstance(answer := json.loads(text), dict):
+            return answer
+    content = result.model_dump(mode="json", by_alias=True, exclude_none=True)["content"]
+    return {"status": "success", "content": content}
+
+
+def _error(error: Step1XEditError) -> dict[str, Any]:
+    return ErrorAnswer.of(error).to_dict()
+
+
+def _reason(error: BaseException) -> str:
+    """The last thing in the chain that says something."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
