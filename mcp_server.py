@@ -21,16 +21,13 @@ if __name__ == "__main__" and find_spec("step1x_edit") is None:
     os.dup2(_wire, 1)
     os.execv(_VENV_PYTHON, [str(_VENV_PYTHON), *sys.argv])  # noqa: S606
 
-from step1x_edit.interfaces.mcp import (  # noqa: E402
-    build_mcp,
-    keep_stdout_for_protocol,
-    run_stdio,
-    start_service,
-)
+from step1x_edit.interfaces.mcp import build_mcp  # noqa: E402
+from step1x_edit.interfaces.stdio import keep_stdout_for_protocol, main, start  # noqa: E402
+from step1x_edit.service import build_service  # noqa: E402
 
 keep_stdout_for_protocol(_wire)
-service = start_service()
-mcp = build_mcp(service)
 
 if __name__ == "__main__":
-    run_stdio(mcp, service)
+    main()
+else:  # `fastmcp run mcp_server.py` and the like look for the server by this name
+    mcp = build_mcp(build_service(start()))

@@ -10,14 +10,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from fastmcp import Client
-from fastmcp.exceptions import ToolError
+from mcp.shared.exceptions import MCPError
+from mcp_types import INVALID_PARAMS, CallToolResult, PromptReference
 from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from step1x_edit.interfaces.mcp import build_mcp
+
+
+@pytest.fixture(autouse=True)
+def _start_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 async def test_a_result_has_json_preview_and_link_and_stays_small(
@@ -127,20 +134,45 @@ async def test_whatever_is_raised_takes_the_shape_of_the_contract(
     assert "secret" not in result.structured_content["error"]
 
 
-async def test_an_unknown_tool_is_a_failure_of_the_call(make_service: MakeService) -> None:
-    async with Client(build_mcp(make_service())) as client:
-        with pytest.raises(ToolError, match="Unknown tool"):
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_an_unknown_tool_is_an_error_of_the_protocol(
+    make_service: MakeService, mode: Any
+) -> None:
+    async with Client(build_mcp(make_service()), mode=mode) as client:
+        with pytest.raises(MCPError, match="Unknown tool: 'edit_video'") as caught:
             await client.call_tool("edit_video", {})
+
+    assert caught.value.code == INVALID_PARAMS
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_both_eras_of_the_protocol_are_served(
     make_service: MakeService, photo: Path, mode: Any
 ) -> None:
-    async with Client(build_mcp(make_service()), mode=mode) as client:
-        result = await client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
+    heard: list[str | None] = []
 
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(message)
+
+    async with Client(build_mcp(make_service()), mode=mode) as client:
+        result = await client.call_tool(
+            "edit_image", {"image_path": str(photo), "prompt": "x"}, progress_handler=listen
+        )
+        bad = await client.call_tool("offload_gpu", {"now": True}, raise_on_error=False)
+        resource = await client.read_resource("step1x://gpu/status")
+        prompt = await client.get_prompt("restyle", {"image_path": "a.png", "style": "a comic"})
+        completion = await client.complete(
+            PromptReference(type="ref/prompt", name="restyle"), {"name": "style", "value": "pen"}
+        )
+        name = client.server_info.name
+
+    assert name == "step1x-edit"
     assert result.structured_content["status"] == "success"
+    assert "denoising 28/28" in heard
+    assert bad.structured_content["error"].startswith("Invalid parameter: 'now' is unknown")
+    assert json.loads(resource[0].text)["gpu_status"]["model_location"] == "CPU"
+    assert "turn it into a comic" in prompt.messages[0].content.text
+    assert completion.values == ["a pencil sketch"]
 
 
 async def test_null_counts_as_not_given(make_service: MakeService, photo: Path) -> None:
@@ -177,11 +209,344 @@ async def test_the_link_names_the_type_of_the_file(
     assert result.content[-1].mime_type == media_type
 
 
-async def test_edit_is_announced_as_a_tool_that_can_replace_files(
+# --- what is announced ----------------------------------------------------------------------------
+
+
+async def test_annotations_are_honest(make_service: MakeService) -> None:
+    async with Client(build_mcp(make_service())) as client:
+        told = {tool.name: tool.annotations for tool in await client.list_tools()}
+
+    def names(hint: str) -> set[str]:
+        return {name for name, annotations in told.items() if getattr(annotations, hint)}
+
+    edits = {"edit_image", "batch_edit_images"}  # with overwrite they replace files
+    assert names("destructive_hint") == edits
+    assert names("read_only_hint") == {"get_gpu_status", "view_image"}
+    assert names("idempotent_hint") == told.keys() - edits
+    assert names("open_world_hint") == set()
+    assert names("title") == told.keys()
+
+
+async def test_instructions_are_short_and_tools_describe_themselves(
     make_service: MakeService,
 ) -> None:
     async with Client(build_mcp(make_service())) as client:
-        tools = {tool.name: tool for tool in await client.list_tools()}
+        tools = await client.list_tools()
+        instructions = client.instructions or ""
 
-    assert tools["edit_image"].annotations.destructive_hint
-    assert not tools["get_gpu_status"].annotations.destructive_hint
+    assert 200 < len(instructions.encode()) <= 1024
+    assert all(tool.name in instructions for tool in tools if tool.name.startswith("batch"))
+    for tool in tools:
+        assert len(tool.description or "") > 100
+        assert "\n" not in (tool.description or "")
+        assert all(part.get("description") for part in tool.input_schema["properties"].values())
+
+
+async def test_prompts_lead_to_the_tool_and_completions_to_their_arguments(
+    make_service: MakeService,
+) -> None:
+    async with Client(build_mcp(make_service())) as client:
+        for prompt in await client.list_prompts():
+            arguments = {argument.name: "one.jpg" for argument in prompt.arguments or ()}
+            shown = await client.get_prompt(prompt.name, arguments)
+            text = shown.messages[0].content.text
+            assert prompt.description
+            assert "edit_image" in text
+            assert "one.jpg" in text
+            for argument in prompt.arguments or ():
+                completion = await client.complete(
+                    PromptReference(type="ref/prompt", name=prompt.name),
+                    {"name": argument.name, "value": ""},
+                )
+                assert bool(completion.values) == (argument.name != "image_path")
+
+
+async def test_the_status_resource_is_never_stale(make_service: MakeService, photo: Path) -> None:
+    async def location() -> str:
+        (content,) = await client.read_resource("step1x://gpu/status")
+        return str(json.loads(content.text)["gpu_status"]["model_location"])
+
+    async with Client(build_mcp(make_service())) as client:
+        before = await location()
+        await client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
+        after = await location()
+
+    assert (before, after) == ("Unloaded", "CPU")
+
+
+# --- the other tools ------------------------------------------------------------------------------
+
+
+async def test_every_answer_conforms_to_the_schema_of_its_tool(
+    make_service: MakeService, photo: Path
+) -> None:
+    calls = [
+        ("edit_image", {"image_path": str(photo), "prompt": "x"}),
+        ("edit_image", {"image_path": "missing.png", "prompt": "x"}),
+        ("batch_edit_images", {"image_paths": [str(photo)], "prompts": "x"}),
+        ("batch_edit_images", {"image_paths": [str(photo), "missing.png"], "prompts": "x"}),
+        ("batch_edit_images", {"image_paths": ["missing.png"], "prompts": "x"}),
+        ("batch_edit_images", {"image_paths": [], "prompts": "x"}),
+        ("get_gpu_status", {}),
+        ("offload_gpu", {}),
+        ("release_gpu", {}),
+        ("release_gpu", {"now": 1}),
+    ]
+    server = build_mcp(make_service(FakeWorker(device="cuda")))
+    async with Client(server) as client:
+        schemas = {tool.name: tool.output_schema for tool in await client.list_tools()}
+        results = [
+            (name, await client.call_tool(name, arguments, raise_on_error=False))
+            for name, arguments in calls
+        ]
+
+    for name, result in results:
+        answer = result.structured_content
+        assert json.loads(result.content[0].text) == answer
+        jsonschema.validate(answer, schemas[name], cls=jsonschema.Draft202012Validator)
+        jsonschema.validate(answer | {"later": {"field": 1}}, schemas[name])
+        assert schemas[name]["required"] == ["status"]
+        assert schemas[name]["type"] == "object"
+    stati = [result.structured_content["status"] for _, result in results]
+    assert stati == [
+        *(["success", "error", "success", "partial", "error", "error"]),
+        *["success"] * 3,
+        "error",
+    ]
+    assert [result.is_error for _, result in results] == [status == "error" for status in stati]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"status": "done"}, schemas["get_gpu_status"])
+
+
+async def test_a_batch_tells_of_each_image_in_order_and_on_one_scale(
+    make_service: MakeService, photo: Path
+) -> None:
+    heard: list[tuple[float, float | None, str | None]] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append((progress, total, message))
+
+    paths = [str(photo), "missing.png", str(photo)]
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images",
+            {
+                "image_paths": json.dumps(paths),  # as language models like to send lists
+                "prompts": ["a", "b", "c"],
+                "num_steps": 10,
+                "output_dir": str(photo.with_name("new")),
+            },
+            progress_handler=listen,
+        )
+
+    answer = result.structured_content
+    assert answer["status"] == "partial"
+    assert answer["message"] == "Processed 3 images: 2 succeeded, 1 failed"
+    assert answer["summary"] == {"total": 3, "successes": 2, "failures": 1}
+    assert [item["input"] for item in answer["results"]] == paths
+    assert [item["result"]["status"] for item in answer["results"]] == [
+        "success",
+        "error",
+        "success",
+    ]
+    assert answer["results"][1]["result"]["error"] == "Image file not found: missing.png"
+    assert answer["results"][2]["result"]["metadata"]["prompt"] == "c"
+    numbers = [progress for progress, _, _ in heard]
+    assert all(later > earlier for earlier, later in pairwise(numbers))
+    assert {total for _, total, _ in heard} == {3 * 13}
+    assert numbers[-1] < 3 * 13
+    messages = [message for _, _, message in heard]
+    assert "image 1/3, denoising 7/10" in messages
+    assert messages[-1] == "image 3/3, saving"
+
+
+async def test_a_single_edit_waits_for_one_image_of_a_batch_and_not_for_all(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(), FakeWorker()
+    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "first" else None
+    async with Client(build_mcp(make_service(worker))) as client:
+        batch = asyncio.ensure_future(
+            client.call_tool(
+                "batch_edit_images",
+                {"image_paths": [str(photo)] * 4, "prompts": ["first", "b", "c", "d"]},
+            )
+        )
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        waiting = asyncio.Event()
+
+        async def listen(progress: float, total: float | None, message: str | None) -> None:
+            waiting.set()
+
+        single = asyncio.ensure_future(
+            client.call_tool(
+                "edit_image", {"image_path": str(photo), "prompt": "me"}, progress_handler=listen
+            )
+        )
+        await asyncio.wait_for(waiting.wait(), 60)  # queued
+        gate.open()
+        await asyncio.gather(batch, single)
+
+    assert worker.started.index("me") <= 2
+
+
+async def test_a_batch_that_is_cancelled_stops_and_keeps_what_is_done(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(at_step=2), FakeWorker()
+    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "b" else None
+    async with Client(build_mcp(make_service(worker))) as client:
+        call = asyncio.ensure_future(
+            client.call_tool(
+                "batch_edit_images",
+                {
+                    "image_paths": [str(photo)] * 3,
+                    "prompts": ["a", "b", "c"],
+                    "output_dir": str(photo.with_name("new")),
+                },
+            )
+        )
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await client.call_tool("get_gpu_status", {})  # comes after the cancellation
+        gate.open()
+        await client.call_tool("release_gpu", {})  # runs once the worker is free
+
+    assert worker.started == ["a", "b"]
+    assert [path.name for path in photo.with_name("new").iterdir()] == ["photo_edited.png"]
+
+
+async def test_offload_waits_for_the_running_edit_and_says_so(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate = Gate()
+    service = make_service(FakeWorker(before_step=gate, device="cuda"))
+    beats: list[float] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        beats.append(progress)
+        assert message == "waiting for the running edit"
+        if len(beats) == 2:
+            gate.open()
+
+    async with Client(build_mcp(service, heartbeat_s=0.02)) as client:
+        edit = asyncio.ensure_future(
+            client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
+        )
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        offloaded = await client.call_tool("offload_gpu", {}, progress_handler=listen)
+        released = await client.call_tool("release_gpu", {})
+        await edit
+
+    assert beats[:2] == [1, 2]
+    assert offloaded.structured_content["message"].startswith("GPU offloaded. Model now on CPU")
+    assert offloaded.structured_content["gpu_status"]["statistics"]["gpu_to_cpu"] == 1
+    assert released.structured_content["message"].startswith(
+        "GPU released. Model location: Unloaded"
+    )
+
+
+async def test_view_shows_a_picture_and_nothing_else(
+    make_service: MakeService, photo: Path
+) -> None:
+    async with Client(build_mcp(make_service())) as client:
+        seen = await client.call_tool("view_image", {"image_path": str(photo), "max_size": "64"})
+        bad = [
+            await client.call_tool("view_image", arguments, raise_on_error=False)
+            for arguments in (
+                {"image_path": "missing.png"},
+                {"image_path": str(photo), "max_size": 5000},
+            )
+        ]
+
+    (image,) = seen.content
+    assert seen.structured_content is None
+    shown = Image.open(io.BytesIO(base64.b64decode(image.data)))
+    assert (shown.format, max(shown.size)) == ("JPEG", 64)
+    assert [result.structured_content["error"] for result in bad] == [
+        "Image file not found: missing.png",
+        "Invalid parameter: max_size must be between 64 and 1024, got 5000",
+    ]
+
+
+async def test_a_full_server_says_when_to_come_back(make_service: MakeService, photo: Path) -> None:
+    gate = Gate()
+    arguments = {"image_path": str(photo), "prompt": "x"}
+    async with Client(build_mcp(make_service(FakeWorker(before_step=gate), max_queue=1))) as client:
+        running = asyncio.ensure_future(client.call_tool("edit_image", arguments))
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        queued = asyncio.Event()
+
+        async def listen(progress: float, total: float | None, message: str | None) -> None:
+            queued.set()
+
+        waiting = asyncio.ensure_future(
+            client.call_tool("edit_image", arguments, progress_handler=listen)
+        )
+        await asyncio.wait_for(queued.wait(), 60)
+        refused = await client.call_tool("edit_image", arguments, raise_on_error=False)
+        gate.open()
+        await asyncio.gather(running, waiting)
+
+    answer = refused.structured_content
+    assert answer["error"].startswith("Server busy: ")
+    assert answer["code"] == "queue_full"
+    assert answer["retry_after_s"] >= 1
+
+
+# --- how large an answer becomes ------------------------------------------------------------------
+
+
+def _wire_size(result: Any) -> int:
+    return len(
+        CallToolResult(
+            content=result.content,
+            structured_content=result.structured_content,
+            is_error=result.is_error,
+        ).model_dump_json(by_alias=True, exclude_none=True)
+    )
+
+
+async def test_a_batch_too_large_for_its_clients_leaves_metadata_out_and_says_so(
+    make_service: MakeService, photo: Path
+) -> None:
+    count = 110
+    arguments = {
+        "image_paths": [str(photo)] * count + ["missing.png"],
+        "prompts": "x" * 4000,
+        "num_steps": 10,
+        "output_dir": str(photo.with_name("new")),
+    }
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool("batch_edit_images", arguments)
+
+    answer = result.structured_content
+    assert _wire_size(result) <= 700_000
+    assert "metadata of 110 edited images" in answer["shortened"]
+    assert answer["summary"] == {"total": count + 1, "successes": count, "failures": 1}
+    assert len(answer["results"]) == count + 1
+    assert set(answer["results"][0]["result"]) == {
+        "status",
+        "message",
+        "output_path",
+        "processing_time",
+    }
+    assert answer["results"][-1]["result"]["error"] == "Image file not found: missing.png"
+
+
+async def test_failures_keep_their_errors_when_paths_are_long(make_service: MakeService) -> None:
+    paths = [f"{'f' * 2000}{number}.png" for number in range(300)]
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images", {"image_paths": paths, "prompts": "x"}, raise_on_error=False
+        )
+
+    answer = result.structured_content
+    assert _wire_size(result) <= 700_000
+    assert "long paths and errors are cut" in answer["shortened"]
+    assert answer["summary"]["failures"] == 300
+    assert len(answer["results"]) == 300
+    assert [item["input"][-8:] for item in answer["results"]] == [path[-8:] for path in paths]
+    assert all(item["result"]["error"] for item in answer["results"])

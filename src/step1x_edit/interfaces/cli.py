@@ -20,13 +20,22 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
 from step1x_edit.errors import InvalidParameterError, SettingsError, Step1XEditError
+from step1x_edit.interfaces.client_config import (
+    ClientName,
+    config_file,
+    server_entry,
+    write_entry,
+)
+from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.schemas import PARAMETERS, EditAnswer, ErrorAnswer
 
 if TYPE_CHECKING:
+    from fastmcp.client.progress import ProgressHandler
+
     from step1x_edit.channel import Progress
     from step1x_edit.service import EditService, FinishedEdit
     from step1x_edit.settings import Settings
@@ -117,21 +126,88 @@ def status(as_json: AsJson = False) -> None:
             out.print(f"{name:<26} {value}", markup=False)
 
 
-@app.command()
-def mcp() -> None:
-    """Serve the tools to an MCP client over stdin and stdout."""
+mcp_app = typer.Typer(
+    help="Serve the tools to an MCP client over stdin and stdout; or see the commands.",
+    invoke_without_command=True,
+)
+app.add_typer(mcp_app, name="mcp")
+
+
+@mcp_app.callback()
+def mcp(
+    context: typer.Context,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Do not join a server that runs on this machine")
+    ] = False,
+) -> None:
+    """Serve the tools to an MCP client over stdin and stdout; or see the commands."""
+    if context.invoked_subcommand is not None:
+        return
     wire = os.dup(1)  # whatever is printed from here on must not reach the client
     os.dup2(2, 1)
-    from step1x_edit.interfaces.mcp import (
-        build_mcp,
-        keep_stdout_for_protocol,
-        run_stdio,
-        start_service,
-    )
+    from step1x_edit.interfaces.stdio import keep_stdout_for_protocol, serve
 
     keep_stdout_for_protocol(wire)
-    service = start_service()
-    run_stdio(build_mcp(service), service)
+    serve(standalone=standalone)
+
+
+@mcp_app.command()
+def call(
+    tool: Annotated[str, typer.Argument(help="Name of the tool, such as edit_image")],
+    arguments: Annotated[
+        str, typer.Argument(metavar="JSON", help="Its arguments as a JSON object")
+    ] = "{}",
+) -> None:
+    """Call a tool as an MCP client does, and print its answer."""
+    with _told_failures(as_json=False):
+        given = _json_object(arguments)
+        from step1x_edit.interfaces.client import MCPClient
+
+        async def called() -> dict[str, Any]:
+            async with MCPClient() as client:
+                with _call_bar(tool) as show:
+                    return await client.call_tool(tool, given, on_progress=show)
+
+        answer = asyncio.run(called())
+        _print_json(answer)
+        if answer.get("status") == "error":
+            raise typer.Exit(FAILED)
+
+
+@mcp_app.command()
+def config(
+    client: Annotated[ClientName, typer.Option(help="The program that is to start the server")],
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Add it to the client's own file, which is backed up first"),
+    ] = False,
+) -> None:
+    """Print the configuration by which an MCP client starts this server, or write it."""
+    with _told_failures(as_json=False):
+        file = config_file(client)
+        entry = server_entry(_settings(), file)
+        if not write:
+            _print_json({file.key: {SERVER_NAME: entry}})
+            err.print(f"belongs into {file.path}, or add --write", markup=False)
+            return
+        backup = write_entry(file, entry)
+        typer.echo(file.path)
+        if backup is not None:
+            err.print(f"the file as it was: {backup}", markup=False)
+        err.print("restart the client to have it read", markup=False)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        reason = f"it is no JSON: {error}"
+    else:
+        if isinstance(value, dict):
+            return value
+        reason = f"it is {text[:40]}"
+    example = """'{"image_path": "photo.jpg", "prompt": "add a red hat"}'"""
+    raise InvalidParameterError(f"the arguments must be a JSON object such as {example}; {reason}")
 
 
 DEMO_PROMPTS = {
@@ -260,6 +336,29 @@ def _edit(
 @contextlib.contextmanager
 def _progress_bar(label: str) -> Iterator[Callable[[Progress], Awaitable[None]]]:
     """A bar on stderr: one step of denoising is one step of the bar."""
+    with _bar(label) as (bar, task):
+
+        async def show(event: Progress) -> None:
+            bar.update(task, description=event.text)
+            if event.phase == "denoising":
+                bar.update(task, total=event.total, completed=event.step)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _call_bar(label: str) -> Iterator[ProgressHandler]:
+    """A bar on stderr for what an MCP server reports."""
+    with _bar(label) as (bar, task):
+
+        async def show(progress: float, total: float | None, message: str | None) -> None:
+            bar.update(task, description=message or "", total=total, completed=progress)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[tuple[ProgressBar, TaskID]]:
     with ProgressBar(
         TextColumn("{task.fields[label]}", markup=False),
         BarColumn(),
@@ -268,14 +367,7 @@ def _progress_bar(label: str) -> Iterator[Callable[[Progress], Awaitable[None]]]
         console=err,
         transient=not err.is_terminal,
     ) as bar:
-        task = bar.add_task("starting", total=None, label=label)
-
-        async def show(event: Progress) -> None:
-            bar.update(task, description=event.text)
-            if event.phase == "denoising":
-                bar.update(task, total=event.total, completed=event.step)
-
-        yield show
+        yield bar, bar.add_task("starting", total=None, label=label)
 
 
 @contextlib.contextmanager

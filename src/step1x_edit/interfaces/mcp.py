@@ -1,30 +1,28 @@
 """The MCP face: the tools, their progress and their errors. Parse, call, render; nothing else.
 
-A tool's parameters come from the request model. Its answer stands in `structuredContent` and, as
-the same JSON, in the first text block, because some clients show their model only the one and
-some only the other.
+A tool's parameters come from the request model, the shape of its answer from the answer model. The
+answer stands in `structuredContent` and, as the same JSON, in the first text block, because some
+clients show their model only the one and some only the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
-import io
 import json
 import logging
-import os
-import signal
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import mcp_types
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import NotFoundError
+from fastmcp.resources import Resource
 from fastmcp.server.dependencies import get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
+from mcp.shared.exceptions import MCPError
 from mcp_types import (
     Annotations,
     CallToolRequestParams,
@@ -38,42 +36,85 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
-from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
+from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
-from step1x_edit.schemas import EditRequest, ErrorAnswer, invalid_parameter, read_request
-from step1x_edit.service import EditService, FinishedEdit, build_service
-from step1x_edit.settings import load_settings
+from step1x_edit.interfaces.budget import within_budget
+from step1x_edit.interfaces.discovery import SERVER_NAME
+from step1x_edit.interfaces.mcp_prompts import complete, prompts
+from step1x_edit.schemas import (
+    BatchAnswer,
+    BatchRequest,
+    EditAnswer,
+    EditRequest,
+    ErrorAnswer,
+    GpuAnswer,
+    StatusAnswer,
+    ViewRequest,
+    invalid_parameter,
+    read_request,
+)
+from step1x_edit.service import EditService, FinishedEdit
 
 log = logging.getLogger(__name__)
 
-INSTRUCTIONS: Final = """\
-Edits pictures from plain-language instructions with the open model Step1X-Edit, on this machine.
+T = TypeVar("T")
 
-- edit_image takes the path of a picture on this machine (relative paths start at the server's \
-folder; only allowed folders can be read) and writes the result to a new file beside it, or to \
-output_path. The input is never changed. Paths inside an assistant's own sandbox do not exist here.
-- One instruction per call, short and concrete: "add a red hat", "make it a night scene". Repeat \
-with the reported seed to get the same picture again; another seed gives another attempt.
-- The first edit also loads the model. Progress is reported; a call can be cancelled.
-- Without MODEL_PATH a small demo model runs. It knows edits of the whole picture (black and \
-white, sepia, invert, brighter, darker, night, sunset, winter, fog, colour tints, ...) in English, \
-Chinese and Japanese, and no objects; metadata.warning says when it did not understand.
-- get_gpu_status says at once where the model is and how many edits wait.
+INSTRUCTIONS: Final = """\
+Edits pictures on this machine by plain-language instructions, with the open model Step1X-Edit.
+
+- Give paths of this machine; a sandbox of yours does not exist here. Inputs are never changed: \
+the result is a new file beside the input, or output_path.
+- One short, concrete instruction per edit: "add a red hat", "change to night scene". The same \
+seed repeats a picture, another one is another attempt.
+- Several pictures: batch_edit_images, not many single calls. view_image shows a picture.
+- The first edit also loads the model. Calls report progress and can be cancelled.
+- When done, offload_gpu frees the GPU and keeps the model in memory; release_gpu frees all.
+- Without MODEL_PATH a small demo model runs: it edits the whole picture (night, winter, sunset, \
+fog, black and white, tints, ...), no objects; metadata.warning says what it did not understand.
 """
 
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
+_STATUS_URI: Final = "step1x://gpu/status"
 
-# Any object with a status conforms: success and error have different fields, and more may be added.
-_ANSWER_SCHEMA: Final[Mapping[str, Any]] = {
-    "type": "object",
-    "properties": {
-        "status": {"type": "string", "enum": ["success", "partial", "error"]},
-        "error": {"type": "string", "description": "What went wrong and what to change"},
-    },
-    "required": ["status"],
+HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
+
+_DESCRIPTIONS: Final = {
+    "edit_image": "Edit one picture as the prompt says and save the result as a new file; the "
+    "input is not changed, and the result has its size. Give one concrete instruction in plain "
+    "words, such as 'add a red hat' or 'change to night scene'. The answer holds the path of the "
+    "result, the seed that repeats it, and a small preview to judge it by; metadata.warning, where "
+    "present, says that the model did not understand. An edit takes seconds to minutes, the first "
+    "one also loads the model.",
+    "batch_edit_images": "Edit several pictures in one call, with one prompt for all or a list "
+    "with one prompt for each, and save the results as new files (in output_dir, or beside the "
+    "inputs). The model stays loaded between them, and one picture that fails does not stop the "
+    "others: status is 'partial' then, and results says for each input, in order, where its result "
+    "is or what was wrong. Edits of other callers may come in between.",
+    "get_gpu_status": "Say where the model is (Unloaded, CPU or GPU), how much GPU memory it holds "
+    "as measured, how long it has been idle and after which time it leaves the GPU, how often it "
+    "was moved, and how many edits wait. Answers at once, also during an edit.",
+    "offload_gpu": "Move the model from the GPU to host memory, so that other programs can use the "
+    "GPU; the next edit brings it back in a moment. Waits for the picture that is being edited and "
+    "goes ahead of waiting edits. Does nothing if the model is not on the GPU.",
+    "release_gpu": "Forget the model, in GPU and host memory; the next edit loads it from disk "
+    "again. For when no edit is expected for a long time or the memory is needed. Waits for the "
+    "picture that is being edited and goes ahead of waiting edits. Does nothing if no model is "
+    "loaded.",
+    "view_image": "Show a picture of this machine, such as the result of an edit, scaled down to "
+    "at most max_size pixels on its longer side. The answer is the image alone.",
 }
-
-_SHUTDOWN_S: Final = 3.0  # for the running step to end; the process must be gone within 5 s
+_EDITING: Final = ToolAnnotations(
+    read_only_hint=False,
+    destructive_hint=True,  # with overwrite it replaces a file
+    idempotent_hint=False,
+    open_world_hint=False,
+)
+_LOOKING: Final = ToolAnnotations(
+    read_only_hint=True, destructive_hint=False, idempotent_hint=True, open_world_hint=False
+)
+_MOVING: Final = ToolAnnotations(
+    read_only_hint=False, destructive_hint=False, idempotent_hint=True, open_world_hint=False
+)
 
 
 class _NoParameters(BaseModel):
@@ -82,51 +123,74 @@ class _NoParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def build_mcp(service: EditService) -> FastMCP:
+def build_mcp(service: EditService, heartbeat_s: float = HEARTBEAT_S) -> FastMCP:
     """Make the server, with one tool for each operation of the service."""
 
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
-        report = _ProgressReport(get_context())
-        edit = await service.edit(service.read_edit(arguments), report)
-        return await asyncio.to_thread(_shown, edit)
+        request = service.read_edit(arguments)
+        report = _ProgressReport(get_context(), images=1, steps=request.num_steps)
+
+        async def tell(event: Progress) -> None:
+            await report.step(0, event)
+
+        return await asyncio.to_thread(_shown, await service.edit(request, tell))
+
+    async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
+        request = service.read_batch(arguments)
+        images = len(request.image_paths)
+        report = _ProgressReport(get_context(), images=images, steps=request.num_steps)
+        answer = await service.edit_batch(request, report.step)
+        return result_of(within_budget(answer.to_dict()), is_error=answer.status == "error")
 
     async def get_gpu_status(arguments: dict[str, Any]) -> ToolResult:
         read_request(_NoParameters, arguments)
-        return _result(service.status().to_dict())
+        return result_of(service.status().to_dict())
 
-    return FastMCP(
-        "step1x-edit",
+    async def offload_gpu(arguments: dict[str, Any]) -> ToolResult:
+        read_request(_NoParameters, arguments)
+        return result_of((await _patiently(service.offload(), heartbeat_s)).to_dict())
+
+    async def release_gpu(arguments: dict[str, Any]) -> ToolResult:
+        read_request(_NoParameters, arguments)
+        return result_of((await _patiently(service.release(), heartbeat_s)).to_dict())
+
+    async def view_image(arguments: dict[str, Any]) -> ToolResult:
+        return ToolResult([_jpeg(await service.view(service.read_view(arguments)))])
+
+    def gpu_status() -> str:
+        return json.dumps(service.status().to_dict())
+
+    edits, moves = service.defaults, _NoParameters
+    server = FastMCP(
+        SERVER_NAME,
         instructions=INSTRUCTIONS,
         version=__version__,
-        middleware=[_OneErrorShape()],
+        middleware=[OneErrorShape(_told)],
+        mask_error_details=True,
         tools=[
+            _Operation.of(edit_image, "Edit image", _EDITING, EditRequest, EditAnswer, edits),
             _Operation.of(
-                edit_image,
-                schema=_with_defaults(EditRequest.model_json_schema(), service.defaults),
-                description="Edit one image as the prompt says and save the result as a new file.",
-                annotations=ToolAnnotations(
-                    title="Edit image",
-                    read_only_hint=False,
-                    destructive_hint=True,  # with overwrite it replaces a file
-                    idempotent_hint=False,
-                    open_world_hint=False,
-                ),
+                batch_edit_images, "Edit images", _EDITING, BatchRequest, BatchAnswer, edits
             ),
-            _Operation.of(
-                get_gpu_status,
-                schema=_NoParameters.model_json_schema(),
-                description="Say where the model is (Unloaded, CPU or GPU), how much GPU memory "
-                "it holds, and how long it has been idle. Never waits.",
-                annotations=ToolAnnotations(
-                    title="GPU status",
-                    read_only_hint=True,
-                    destructive_hint=False,
-                    idempotent_hint=True,
-                    open_world_hint=False,
-                ),
-            ),
+            _Operation.of(get_gpu_status, "GPU status", _LOOKING, moves, StatusAnswer),
+            _Operation.of(offload_gpu, "Offload GPU", _MOVING, moves, GpuAnswer),
+            _Operation.of(release_gpu, "Release GPU", _MOVING, moves, GpuAnswer),
+            _Operation.of(view_image, "View image", _LOOKING, ViewRequest),
         ],
     )
+    server.add_resource(
+        Resource.from_function(
+            gpu_status,
+            uri=_STATUS_URI,
+            title="GPU status",
+            description="Where the model is now and what it occupies, as get_gpu_status says it",
+            mime_type="application/json",
+        )
+    )
+    for prompt in prompts():
+        server.add_prompt(prompt)
+    server.completion(complete)
+    return server
 
 
 # --- tools ---------------------------------------------------------------------------------------
@@ -141,18 +205,19 @@ class _Operation(Tool):
     def of(
         cls,
         operation: Callable[[dict[str, Any]], Awaitable[ToolResult]],
-        *,
-        schema: dict[str, Any],
-        description: str,
+        title: str,
         annotations: ToolAnnotations,
+        request: type[BaseModel],
+        answer: type[BaseModel] | None = None,
+        defaults: Mapping[str, object] | None = None,
     ) -> _Operation:
         tool = cls(
             name=operation.__name__,
-            title=annotations.title,
-            description=description,
-            parameters=schema,
-            output_schema=dict(_ANSWER_SCHEMA),
-            annotations=annotations,
+            title=title,
+            description=_DESCRIPTIONS[operation.__name__],
+            parameters=_with_defaults(request.model_json_schema(), defaults or {}),
+            output_schema=None if answer is None else _answer_schema(answer),
+            annotations=annotations.model_copy(update={"title": title}),
         )
         tool._operation = operation
         return tool
@@ -164,8 +229,14 @@ class _Operation(Tool):
             return _error_result(error)
 
 
-class _OneErrorShape(Middleware):
-    """Gives every failure of a tool the shape of the contract, whatever raised it."""
+class OneErrorShape(Middleware):
+    """Gives every failure of a tool the shape of the contract, whatever raised it.
+
+    `explain` finds the sentence for an exception that is none of ours.
+    """
+
+    def __init__(self, explain: Callable[[Exception], Step1XEditError]) -> None:
+        self._explain = explain
 
     async def on_call_tool(
         self,
@@ -174,10 +245,10 @@ class _OneErrorShape(Middleware):
     ) -> ToolResult:
         try:
             return await call_next(context)
-        except NotFoundError:  # an unknown tool is a mistake in the protocol, not of a tool
-            raise
+        except NotFoundError as error:  # a mistake in the protocol, not of a tool
+            raise MCPError(mcp_types.INVALID_PARAMS, str(error)) from None
         except Exception as error:  # noqa: BLE001 - the outermost handler of this face
-            return _error_result(_told(error))
+            return _error_result(self._explain(error))
 
 
 def _told(error: Exception) -> Step1XEditError:
@@ -192,33 +263,49 @@ def _told(error: Exception) -> Step1XEditError:
     return InternalError("the call failed unexpectedly; the server's log says more")
 
 
+# --- schemas -------------------------------------------------------------------------------------
+
+
 def _with_defaults(schema: dict[str, Any], defaults: Mapping[str, object]) -> dict[str, Any]:
     for name, default in defaults.items():
         schema["properties"][name]["default"] = default
     return schema
 
 
+def _answer_schema(answer: type[BaseModel]) -> dict[str, Any]:
+    """What a tool answers, so that success, partial success, failure and later fields conform."""
+    schema = answer.model_json_schema()
+    failure = ErrorAnswer.model_json_schema()["properties"]
+    for definition in (schema, *schema.get("$defs", {}).values()):
+        definition.pop("additionalProperties", None)
+        if "status" in definition["properties"]:
+            definition["required"] = ["status"]
+    status = schema["properties"]["status"]
+    stati = status.get("enum", [status.get("const"), "error"])
+    schema["properties"] = {
+        "status": {"type": "string", "enum": stati},
+        **{name: value for name, value in schema["properties"].items() if name != "status"},
+        **{name: value for name, value in failure.items() if name != "status"},
+    }
+    return schema
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
-def _result(answer: dict[str, Any], *more: ContentBlock, is_error: bool = False) -> ToolResult:
+def result_of(answer: dict[str, Any], *more: ContentBlock, is_error: bool = False) -> ToolResult:
+    """The answer in both of its places, and what is shown beside it."""
     text = TextContent(type="text", text=json.dumps(answer, ensure_ascii=False))
     return ToolResult(content=[text, *more], structured_content=answer, is_error=is_error)
 
 
 def _error_result(error: Step1XEditError) -> ToolResult:
-    return _result(ErrorAnswer.of(error).to_dict(), is_error=True)
+    return result_of(ErrorAnswer.of(error).to_dict(), is_error=True)
 
 
 def _shown(edit: FinishedEdit) -> ToolResult:
     """The answer, a small picture for whoever can see, and a link to the file."""
     path = Path(edit.answer.output_path)
-    image = ImageContent(
-        type="image",
-        data=base64.b64encode(preview(edit.picture)).decode("ascii"),
-        mime_type="image/jpeg",
-        annotations=_PREVIEW_FOR_BOTH,
-    )
     link = ResourceLink(
         type="resource_link",
         uri=path.as_uri(),
@@ -226,98 +313,64 @@ def _shown(edit: FinishedEdit) -> ToolResult:
         mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
         description="The edited picture in full size",
     )
-    return _result(edit.answer.to_dict(), image, link)
+    return result_of(edit.answer.to_dict(), _jpeg(preview(edit.picture)), link)
+
+
+def _jpeg(data: bytes) -> ImageContent:
+    return ImageContent(
+        type="image",
+        data=base64.b64encode(data).decode("ascii"),
+        mime_type="image/jpeg",
+        annotations=_PREVIEW_FOR_BOTH,
+    )
+
+
+# --- progress ------------------------------------------------------------------------------------
 
 
 class _ProgressReport:
-    """Tells the client, from the tool's own task, how far its edit has come.
+    """Tells the client, from the tool's own task, how far its edits have come.
 
-    The protocol wants numbers that only rise, so a repeated event rises by a hair.
+    One scale for all images: each has one unit per step, and one more each for encoding, decoding
+    and saving. The protocol wants numbers that only rise, so a repeated event rises by a hair.
     """
 
-    _HAIR: Final = 0.001
+    _HAIR: Final = 0.0001
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, images: int, steps: int) -> None:
         self._context = context
+        self._images = images
+        self._units = steps + 3
         self._last = 0.0
-        self._total: float | None = None
 
-    async def __call__(self, event: Progress) -> None:
-        self._last = max(self._position(event), self._last + self._HAIR)
-        await self._context.report_progress(self._last, self._total, event.text)
+    async def step(self, index: int, event: Progress) -> None:
+        """Tell an event of the image with this number, from 0."""
+        position = index * self._units + self._within(event)
+        self._last = max(position, self._last + self._HAIR)
+        text = event.text
+        if self._images > 1:
+            text = f"image {index + 1}/{self._images}, {text}"
+        await self._context.report_progress(self._last, float(self._images * self._units), text)
 
-    def _position(self, event: Progress) -> float:
-        """The event on a scale of one per step, with one more each for encode, decode and save."""
+    def _within(self, event: Progress) -> float:
         match event.phase:
             case Phase.DENOISING:
-                self._total = event.total + 3.0
                 return event.step + 1.0
-            case Phase.DECODING if self._total is not None:
-                return self._total - 2.0
-            case Phase.SAVING if self._total is not None:
-                return self._total - 1.0
+            case Phase.DECODING:
+                return self._units - 2.0
+            case Phase.SAVING:
+                return self._units - 1.0
         return 0.0
 
 
-# --- running -------------------------------------------------------------------------------------
-
-
-def start_service() -> EditService:
-    """Build the service from the settings; ends the process with one message if they are wrong."""
+async def _patiently(work: Awaitable[T], heartbeat_s: float) -> T:
+    """Wait for something that may have to wait itself, with signs of life for the client."""
+    context, beats = get_context(), 0
+    task = asyncio.ensure_future(work)
     try:
-        settings = load_settings()
-    except SettingsError as error:
-        sys.exit(str(error))
-    logging.basicConfig(
-        level=settings.log_level,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    return build_service(settings)
-
-
-def run_stdio(server: FastMCP, service: EditService) -> None:
-    """Serve until the client closes our stdin or a signal comes, then end the process."""
-    asyncio.run(_serve_stdio(server, service))
-
-
-class _Wire(io.TextIOWrapper):
-    """A stdout whose bytes go to the client, for the transport, and whose text goes to stderr."""
-
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def keep_stdout_for_protocol(wire: int) -> None:
-    """Let nobody but the transport write to `wire`, a duplicate of the real stdout.
-
-    Descriptor 1 has been pointed at stderr before, and stays there for native code and children.
-    """
-    sys.stdout.flush()
-    sys.stdout = _Wire(os.fdopen(wire, "wb"), encoding="utf-8")
-
-
-async def _serve_stdio(server: FastMCP, service: EditService) -> None:
-    loop = asyncio.get_running_loop()
-    # The reader of stdin waits in a thread that nothing can wake, so a signal has to end it all.
-    with contextlib.suppress(NotImplementedError):  # Windows; its clients close stdin instead
-        loop.add_signal_handler(signal.SIGINT, _leave, service, 130)
-        loop.add_signal_handler(signal.SIGTERM, _leave, service, 0)
-    exit_code = 1
-    try:
-        await server.run_async("stdio", show_banner=False)
-        exit_code = 0
-    except Exception:
-        log.exception("the connection failed")
+        while not (await asyncio.wait({task}, timeout=heartbeat_s))[0]:
+            beats += 1
+            await context.report_progress(beats, None, "waiting for the running edit")
+        return task.result()
     finally:
-        _leave(service, exit_code)
-
-
-def _leave(service: EditService, exit_code: int) -> None:
-    """Stop the running edit and go, without waiting for threads that may be deep in native code."""
-    service.close(_SHUTDOWN_S)
-    logging.shutdown()
-    os._exit(exit_code)
+        task.cancel()  # does nothing to one that has ended

@@ -1,0 +1,95 @@
+"""How large a tool's answer may become, and what a batch leaves out when it would become larger.
+
+Some clients refuse results of a megabyte, and an answer stands in its result twice. So a batch of
+thousands of images tells less, by rule: first the metadata of what succeeded goes, then what
+succeeded itself (the files are there), then the length of what is said about failures. The summary
+stays, and so does every error until there are too many even for one line each; then they are
+counted. `shortened` says what was left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+
+MAX_RESULT_BYTES: Final = 700_000
+_ENVELOPE_BYTES: Final = 2_000  # of the protocol around the two copies
+
+_INPUT_LENGTH: Final = 60
+_ERROR_LENGTH: Final = 160
+
+Answer = dict[str, Any]
+
+
+def within_budget(answer: Answer, max_bytes: int = MAX_RESULT_BYTES) -> Answer:
+    """The answer, or the longest of its short forms that fits; only batches have short forms."""
+    if "results" not in answer or result_size(answer) <= max_bytes:
+        return answer
+    for shorter in _ever_shorter(answer):
+        if result_size(shorter) <= max_bytes:
+            return shorter
+    return answer
+
+
+def result_size(answer: Answer) -> int:
+    """Bytes of a result on the wire: the answer as an object, and as text inside a JSON string."""
+    text = json.dumps(answer, ensure_ascii=False)
+    return len(text.encode()) + len(json.dumps(text, ensure_ascii=False).encode()) + _ENVELOPE_BYTES
+
+
+def _ever_shorter(answer: Answer) -> Iterator[Answer]:
+    items: list[Answer] = answer["results"]
+    successes = sum(_succeeded(item) for item in items)
+
+    yield _shortened(
+        answer,
+        [_without_metadata(item) for item in items],
+        f"the metadata of {successes} edited images, which the files carry as well",
+    )
+    failures = [item for item in items if not _succeeded(item)]
+    told = f"{successes} edited images, which lie in their output folders"
+    yield _shortened(answer, failures, told)
+
+    failures = [_in_brief(item) for item in failures]
+    told += "; long paths and errors are cut"
+    yield _shortened(answer, failures, told)
+
+    kept = failures
+    while kept:
+        kept = kept[: len(kept) // 2]
+        rest = Counter(item["result"].get("code", "error") for item in failures[len(kept) :])
+        yield _shortened(
+            answer,
+            kept,
+            f"{told}; {rest.total()} further failures are only counted, in further_failures",
+        ) | {"further_failures": dict(rest)}
+
+
+def _shortened(answer: Answer, items: list[Answer], left_out: str) -> Answer:
+    return answer | {
+        "results": items,
+        "shortened": f"Left out to keep the answer small: {left_out}",
+    }
+
+
+def _succeeded(item: Answer) -> bool:
+    return bool(item["result"]["status"] == "success")
+
+
+def _without_metadata(item: Answer) -> Answer:
+    if not _succeeded(item):
+        return item
+    kept = {name: value for name, value in item["result"].items() if name != "metadata"}
+    return item | {"result": kept}
+
+
+def _in_brief(item: Answer) -> Answer:
+    """A failure in short: the end of a path says most, and the beginning of a sentence."""
+    name, error = item["input"], item["result"]["error"]
+    if len(name) > _INPUT_LENGTH:
+        name = "…" + name[1 - _INPUT_LENGTH :]
+    if len(error) > _ERROR_LENGTH:
+        error = error[: _ERROR_LENGTH - 1] + "…"
+    return {"input": name, "result": item["result"] | {"error": error}}

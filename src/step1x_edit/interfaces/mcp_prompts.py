@@ -1,0 +1,117 @@
+"""Ready-made prompts that lead an assistant to call `edit_image` well, and completions for them.
+
+A prompt is text for the assistant, not for the model: it names the tool, the shape of a good
+instruction and what to do with the answer.
+"""
+
+# Without `from __future__ import annotations`: fastmcp reads those of a prompt where it is called.
+
+from collections.abc import Mapping
+from typing import Annotated, Final
+
+from fastmcp.prompts import Prompt
+from mcp_types import (
+    CompletionArgument,
+    CompletionContext,
+    PromptReference,
+    ResourceTemplateReference,
+)
+from pydantic import Field
+
+ImagePath = Annotated[str, Field(description="Path of the picture on this machine")]
+
+_HOW_TO_GO_ON: Final = """\
+Look at the preview in the answer. If it is not what was asked for, try once more with another \
+seed or a higher guidance_scale (up to 10), and tell the user which seed was used. If \
+metadata.warning is there, tell the user what it says. Give output_path as the result; the input \
+is never changed."""
+
+
+def restyle(
+    image_path: ImagePath,
+    style: Annotated[str, Field(description="What it should become, such as 'an oil painting'")],
+) -> str:
+    """Give a picture another style and keep what it shows."""
+    return (
+        f"Call edit_image with image_path {image_path!r} and the prompt "
+        f'"turn it into {style}". '
+        f"Leave the other parameters at their defaults.\n\n{_HOW_TO_GO_ON}"
+    )
+
+
+def replace_background(
+    image_path: ImagePath,
+    background: Annotated[str, Field(description="What should be behind the subject")],
+) -> str:
+    """Put the subject of a picture in front of something else."""
+    return (
+        f"Look at {image_path!r} with view_image and find the subject. Then call edit_image on it "
+        f'with a prompt such as "replace the background with {background}, keep the <subject> '
+        'unchanged", naming the subject in two or three words. Leave the other parameters at '
+        f"their defaults.\n\n{_HOW_TO_GO_ON}"
+    )
+
+
+def fix_colours(
+    image_path: ImagePath,
+    problem: Annotated[str, Field(description="What is wrong with the colours")] = "not said",
+) -> str:
+    """Repair light and colours of a picture."""
+    return (
+        f"Look at {image_path!r} with view_image; the user's complaint about its colours: "
+        f"{problem}. Choose one concrete instruction that repairs it, for example "
+        '"make it brighter", "more contrast", "make the colours more vivid" or "remove the yellow '
+        'tint", and call edit_image with it. One repair per call; go on from output_path of the '
+        f"last one if a second is needed.\n\n{_HOW_TO_GO_ON}"
+    )
+
+
+SUGGESTIONS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {
+    ("restyle", "style"): (
+        "a black and white photo",
+        "a comic",
+        "a mosaic",
+        "a pencil sketch",
+        "a sepia photo",
+        "a watercolour",
+        "an anime picture",
+        "an oil painting",
+    ),
+    ("replace_background", "background"): (
+        "a beach at sunset",
+        "a city street at night",
+        "a forest in autumn",
+        "a plain white studio wall",
+        "mountains in fog",
+        "snow",
+    ),
+    ("fix_colours", "problem"): (
+        "colours look faded",
+        "too bright",
+        "too dark",
+        "too little contrast",
+        "yellow tint",
+        "blue tint",
+    ),
+}
+
+
+def prompts() -> list[Prompt]:
+    """The prompts, in a fixed order."""
+    return [
+        Prompt.from_function(restyle, title="Change the style"),
+        Prompt.from_function(replace_background, title="Replace the background"),
+        Prompt.from_function(fix_colours, title="Fix the colours"),
+    ]
+
+
+def complete(
+    reference: PromptReference | ResourceTemplateReference,
+    argument: CompletionArgument,
+    context: CompletionContext | None,
+) -> list[str] | None:
+    """What could be meant by the beginning of an argument."""
+    if not isinstance(reference, PromptReference):
+        return None
+    known = SUGGESTIONS.get((reference.name, argument.name), ())
+    return [value for value in known if argument.value.casefold() in value.casefold()]

@@ -1,0 +1,149 @@
+"""Joining a server that runs on this machine: its tools over our stdio, its one model for all.
+
+The proxy hands everything on, progress and cancellation included. One thing only it can do, as it
+was started by the client: a relative path starts at *our* folder and `~` is *our* home. So paths go
+out absolute, and come back as the client wrote them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fastmcp import FastMCP
+from fastmcp.client.transports import StreamableHttpTransport
+from fastmcp.server import create_proxy
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import ToolResult
+from mcp_types import CallToolRequestParams
+
+from step1x_edit.errors import ModelUnavailableError
+from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer
+from step1x_edit.interfaces.mcp import OneErrorShape, result_of
+from step1x_edit.interfaces.mcp_prompts import complete
+
+log = logging.getLogger(__name__)
+
+PATH_PARAMETERS: Final = ("image_path", "image_paths", "output_path", "output_dir")
+
+
+def build_proxy(server: RunningServer, calls: RunningCalls) -> FastMCP:
+    """A server of the same tools that has `server` do the work; `calls` gets to know its calls."""
+    proxy = create_proxy(
+        StreamableHttpTransport(server.url, auth=server.token),
+        name=SERVER_NAME,
+        identity="upstream",
+        provider_error_strategy="raise",  # one that is gone must not look like one without tools
+        middleware=[calls, OneErrorShape(_explained), _PathsOfTheClient()],
+    )
+    proxy.completion(complete)  # the library hands on everything but this
+    return proxy
+
+
+def _explained(error: Exception) -> ModelUnavailableError:
+    """What is wrong when the proxy itself fails: it does nothing but ask the other one."""
+    log.warning("the joined server failed: %r", error)
+    return ModelUnavailableError(
+        "the server that this one had joined does not answer; start it again, or restart this one"
+    )
+
+
+class RunningCalls(Middleware):
+    """The calls that are on their way, so that none of them works on when we leave."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            return await call_next(context)
+        finally:
+            self._tasks.discard(task)
+
+    async def stop(self) -> None:
+        """Cancel them all, which cancels them at the other server, and wait for it."""
+        tasks = set(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class _PathsOfTheClient(Middleware):
+    """Makes the paths of a call absolute, and those of its answer what the client wrote."""
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        written: dict[str, str] = {}
+        arguments = with_absolute_paths(context.message.arguments or {}, written)
+        message = context.message.model_copy(update={"arguments": arguments})
+        result = await call_next(context.copy(message=message))
+        if result.structured_content is None:
+            return result
+        answer = as_written(result.structured_content, written)
+        return result_of(answer, *result.content[1:], is_error=result.is_error)
+
+
+def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -> dict[str, Any]:
+    """The arguments with absolute paths; `written` gets what each of them was."""
+
+    def absolute(path: object) -> object:
+        if not isinstance(path, str) or not path:
+            return path  # the server will say what is wrong with it
+        full = str(Path.cwd() / os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises
+        written.setdefault(full, path)
+        return full
+
+    changed = dict(arguments)
+    for name in PATH_PARAMETERS & arguments.keys():
+        value = _listed(arguments[name]) if name == "image_paths" else arguments[name]
+        changed[name] = [absolute(p) for p in value] if isinstance(value, list) else absolute(value)
+    return changed
+
+
+def _listed(value: object) -> object:
+    """A list, also one that arrives encoded as JSON, as language models like to send it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def as_written(answer: Mapping[str, Any], written: Mapping[str, str]) -> dict[str, Any]:
+    """The answer with the client's own spelling where it repeats a path that the client gave."""
+    spelled = dict(answer)
+    if isinstance(error := answer.get("error"), str):
+        spelled["error"] = _spelled(error, written)
+    if isinstance(items := answer.get("results"), list):
+        spelled["results"] = [_item_as_written(item, written) for item in items]
+    return spelled
+
+
+def _item_as_written(item: Mapping[str, Any], written: Mapping[str, str]) -> dict[str, Any]:
+    spelled = dict(item)
+    spelled["input"] = written.get(item["input"], item["input"])
+    spelled["result"] = as_written(item["result"], written)
+    return spelled
+
+
+def _spelled(text: str, written: Mapping[str, str]) -> str:
+    for full in sorted(written, key=len, reverse=True):  # /a/bc before /a/b
+        text = text.replace(full, written[full])
+    return text

@@ -1,0 +1,168 @@
+"""MCP over stdin and stdout: the process around the MCP face, from its first byte to its exit code.
+
+Every byte on stdout is protocol, whatever libraries do. The process leaves when its client closes
+stdin, when a signal comes, or when nobody reads its answers any more; a running edit gets a short
+time to stop. It has an engine of its own only if there is no server on this machine to join.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeAlias
+
+from fastmcp import FastMCP
+
+from step1x_edit.errors import SettingsError
+from step1x_edit.interfaces.discovery import find_server
+from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings, load_settings
+
+log = logging.getLogger(__name__)
+
+Stop: TypeAlias = Callable[[], Awaitable[None]]
+
+_EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 0}
+_GRACE_S: Final = 3.0  # for the running step to end; the process must be gone within 5 s
+_LAST_WORDS_S: Final = 0.2  # for the answers of the calls that were ended
+
+
+# --- stdout ---------------------------------------------------------------------------------------
+
+
+class _Wire(io.TextIOWrapper):
+    """A stdout whose bytes go to the client, for the transport, and whose text goes to stderr."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def keep_stdout_for_protocol(wire: int) -> None:
+    """Let nobody but the transport write to `wire`, a duplicate of the real stdout.
+
+    Descriptor 1 has been pointed at stderr before, and stays there for native code and children.
+    """
+    sys.stdout.flush()
+    sys.stdout = _Wire(os.fdopen(wire, "wb"), encoding="utf-8")
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve, as the flags say."""
+    parser = argparse.ArgumentParser(prog="mcp_server.py", description=__doc__)
+    parser.add_argument(
+        "--standalone", action="store_true", help="do not join a server that runs on this machine"
+    )
+    serve(standalone=parser.parse_args(arguments).standalone)
+
+
+def serve(*, standalone: bool) -> None:
+    """Serve until the client closes our stdin or a signal comes, then end the process."""
+    settings = start()
+    asyncio.run(_serve_alone(settings) if standalone else _serve(settings))
+
+
+def start() -> Settings:
+    """Read the settings; ends the process with one message if they are wrong."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        sys.exit(str(error))
+    logging.basicConfig(
+        level=settings.log_level,
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would tell of every request
+    return settings
+
+
+async def _serve(settings: Settings) -> None:
+    """Join the server that runs on this machine, or be one."""
+    server = await find_server(settings.data_dir)
+    if server is None:
+        await _serve_alone(settings)
+        return
+    from step1x_edit.interfaces.proxy import RunningCalls, build_proxy
+
+    log.info("joined the server at %s, process %d", server.url, server.pid)
+    calls = RunningCalls()
+    await _serve_until_told(build_proxy(server, calls), calls.stop)
+
+
+async def _serve_alone(settings: Settings) -> None:
+    service = build_service(settings)
+    await _serve_until_told(build_mcp(service), lambda: _close(service))
+
+
+async def _close(service: EditService) -> None:
+    # In a thread, so that the answers of the calls that it ends still reach the client.
+    await asyncio.to_thread(service.close, _GRACE_S)
+
+
+# --- ending ---------------------------------------------------------------------------------------
+
+
+async def _serve_until_told(server: FastMCP, stop: Stop) -> None:
+    """Serve; at the end, stop what runs and leave without waiting for threads.
+
+    The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.
+    """
+    told = _told_by_signal()
+    serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
+    ends: set[asyncio.Future[Any]] = {serving, told}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    stopping: asyncio.Future[None] = asyncio.ensure_future(stop())
+    await asyncio.wait({stopping}, timeout=_GRACE_S + _LAST_WORDS_S)
+    if told.done():
+        await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
+    exit_code = told.result() if told.done() else _exit_code(serving)
+    logging.shutdown()
+    os._exit(exit_code)
+
+
+def _told_by_signal() -> asyncio.Future[int]:
+    """Gets the exit code when a signal comes; a second one then ends the process at once."""
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[int] = loop.create_future()
+
+    def hear(number: signal.Signals) -> None:
+        for each in _EXIT_CODES:
+            loop.remove_signal_handler(each)
+            signal.signal(each, signal.SIG_DFL)
+        told.set_result(_EXIT_CODES[number])
+
+    for number in _EXIT_CODES:
+        with contextlib.suppress(NotImplementedError):  # Windows; its clients close stdin instead
+            loop.add_signal_handler(number, hear, number)
+    return told
+
+
+def _exit_code(serving: asyncio.Future[None]) -> int:
+    """How it went: well, if it ended because the client has gone, at either end of the wire."""
+    error = serving.exception()
+    if error is None:
+        return 0
+    if _is_gone(error):
+        log.info("the client reads no answers any more")
+        return 0
+    log.error("the connection failed", exc_info=error)
+    return 1
+
+
+def _is_gone(error: BaseException) -> bool:
+    parts: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # of a group
+    return isinstance(error, BrokenPipeError) or (bool(parts) and all(map(_is_gone, parts)))

@@ -1,0 +1,329 @@
+"""One model per machine: a running server is found and joined, and nothing else is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastmcp import Client, FastMCP
+from fastmcp.client.transports import StdioTransport
+from mcp_types import PromptReference
+
+from conftest import MakeService
+from fakes import FakeWorker, Gate
+from http_server import TOKEN, announcing, listening
+from step1x_edit.interfaces.discovery import NOTE_NAME, announced, find_server
+from step1x_edit.interfaces.mcp import build_mcp
+
+ROOT = Path(__file__).parents[1]
+SERVER = ROOT / "mcp_server.py"
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def parent(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A living process that is not the one that searches: a server never joins itself."""
+    monkeypatch.setattr("os.getpid", os.getppid)
+    return os.getppid()
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def test_an_announcement_is_private_whole_and_gone_at_the_end(data_dir: Path) -> None:
+    note = data_dir / NOTE_NAME
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", "secret"):
+        content = json.loads(note.read_text())
+        modes = (note.stat().st_mode & 0o777, data_dir.stat().st_mode & 0o777)
+
+    assert content == {"url": "http://127.0.0.1:8000/mcp", "pid": os.getpid(), "token": "secret"}
+    assert modes == (0o600, 0o700)
+    assert list(data_dir.iterdir()) == []
+
+
+def test_the_announcement_of_a_successor_is_left_alone(data_dir: Path) -> None:
+    successor = announced(data_dir, "http://127.0.0.1:8001/mcp")
+    with announced(data_dir, "http://127.0.0.1:8000/mcp"):
+        successor.__enter__()
+    kept = json.loads((data_dir / NOTE_NAME).read_text())
+    successor.__exit__(None, None, None)
+
+    assert kept["url"] == "http://127.0.0.1:8001/mcp"
+
+
+async def test_a_server_that_announces_itself_is_found(
+    make_service: MakeService, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with announcing(build_mcp(make_service()), data_dir) as url:
+        own = await find_server(data_dir)
+        monkeypatch.setattr("os.getpid", os.getppid)
+        found = await find_server(data_dir)
+
+    assert own is None  # a server does not join itself
+    assert found is not None
+    assert (found.url, found.token) == (url, TOKEN)
+
+
+@pytest.mark.usefixtures("parent")
+async def test_a_stale_or_foreign_announcement_is_ignored(
+    make_service: MakeService, data_dir: Path, gone: int
+) -> None:
+    data_dir.mkdir()
+    note = data_dir / NOTE_NAME
+    with (
+        listening(build_mcp(make_service())) as url,
+        listening(FastMCP("something else")) as other,
+        socket.socket() as silent,
+    ):
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        mute = f"http://127.0.0.1:{silent.getsockname()[1]}/mcp"
+        good = {"url": url, "pid": 1, "token": TOKEN}
+        for content, mode in [
+            (good | {"pid": gone}, 0o600),
+            (good | {"token": "wrong"}, 0o600),
+            (good | {"token": None}, 0o600),
+            (good | {"url": other}, 0o600),
+            (good | {"url": mute}, 0o600),
+            (good | {"url": "http://127.0.0.1:9/mcp"}, 0o600),
+            (good | {"url": "http://example.com/mcp"}, 0o600),
+            (good | {"url": 7}, 0o600),
+            ({}, 0o600),
+            (good, 0o644),
+        ]:
+            note.write_text(json.dumps(content))
+            note.chmod(mode)
+            found = await asyncio.wait_for(find_server(data_dir, timeout_s=0.5), 10)
+            assert found is None, content
+        note.write_text("{")
+        assert await find_server(data_dir) is None
+        note.unlink()
+        assert await find_server(data_dir) is None
+        elsewhere = data_dir / "elsewhere"
+        elsewhere.write_text(json.dumps(good))
+        elsewhere.chmod(0o600)
+        note.symlink_to(elsewhere)
+        assert await find_server(data_dir) is None
+        note.unlink()
+        elsewhere.rename(note)
+        assert await find_server(data_dir) is not None  # nothing but the above was wrong
+
+
+# --- joining --------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def joined(
+    folder: Path, data_dir: Path, *flags: str, mode: Any = "auto"
+) -> AsyncIterator[Client[Any]]:
+    """A client of a stdio server that was started in `folder`."""
+    folder.mkdir(exist_ok=True)
+    transport = StdioTransport(
+        sys.executable,
+        [str(SERVER), *flags],
+        cwd=str(folder),
+        env={**os.environ, "DATA_DIR": str(data_dir), "HOME": str(folder)},
+        keep_alive=False,
+    )
+    async with Client(transport, mode=mode) as client:
+        yield client
+
+
+def start_server(folder: Path, data_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SERVER)],
+        cwd=folder,
+        env={**os.environ, "DATA_DIR": str(data_dir)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def test_two_stdio_servers_and_a_running_one_share_one_model(
+    make_service: MakeService, data_dir: Path, photo: Path, tmp_path: Path
+) -> None:
+    worker = FakeWorker()
+    service = make_service(worker)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "mine.png").write_bytes(photo.read_bytes())
+    with announcing(build_mcp(service), data_dir):
+        async with (
+            joined(first, data_dir) as one,
+            joined(second, data_dir, mode="legacy") as other,
+        ):
+            results = await asyncio.gather(
+                one.call_tool("edit_image", {"image_path": "mine.png", "prompt": "a"}),
+                other.call_tool("edit_image", {"image_path": "~/mine.png", "prompt": "b"}),
+            )
+            batch = await other.call_tool(
+                "batch_edit_images",
+                {
+                    "image_paths": json.dumps(["mine.png", "no.png"]),
+                    "prompts": "c",
+                    "output_dir": "new",
+                },
+            )
+            viewed = await one.call_tool("view_image", {"image_path": "mine.png"})
+
+    assert [result.structured_content["output_path"] for result in results] == [
+        str(first / "mine_edited.png"),
+        str(second / "mine_edited.png"),
+    ]
+    answer = batch.structured_content
+    assert answer["results"][0]["result"]["output_path"] == str(second / "new" / "mine_edited.png")
+    assert [item["input"] for item in answer["results"]] == ["mine.png", "no.png"]
+    assert answer["results"][1]["result"]["error"] == "Image file not found: no.png"
+    assert json.loads(batch.content[0].text) == answer
+    assert viewed.content[0].mime_type == "image/jpeg"
+    assert sorted(worker.started) == ["a", "b", "c"]
+    assert service.status().gpu_status.statistics.total_loads == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_everything_comes_through_a_joined_server(
+    make_service: MakeService, data_dir: Path, photo: Path, tmp_path: Path, mode: Any
+) -> None:
+    gate, worker = Gate(at_step=3), FakeWorker()
+    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "stop" else None
+    server = build_mcp(make_service(worker))
+    heard: list[tuple[float, float | None, str | None]] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append((progress, total, message))
+
+    reference = PromptReference(type="ref/prompt", name="restyle")
+    with announcing(server, data_dir):
+        async with Client(server) as direct:
+            tools = await direct.list_tools()
+            instructions = direct.instructions
+        async with joined(tmp_path, data_dir, mode=mode) as client:
+            said = (client.instructions, client.server_info.name)
+            joined_tools = await client.list_tools()
+            resource = await client.read_resource("step1x://gpu/status")
+            prompts = await client.list_prompts()
+            completion = await client.complete(reference, {"name": "style", "value": "mosaic"})
+            result = await client.call_tool(
+                "edit_image",
+                {"image_path": photo.name, "prompt": "go", "num_steps": 10},
+                progress_handler=listen,
+            )
+            bad = await client.call_tool(
+                "edit_image", {"image_path": "no.png", "prompt": "x"}, raise_on_error=False
+            )
+            call = asyncio.ensure_future(
+                client.call_tool("edit_image", {"image_path": photo.name, "prompt": "stop"})
+            )
+            assert await asyncio.to_thread(gate.reached.wait, 60)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await client.call_tool("get_gpu_status", {})  # comes after the cancellation
+            gate.open()
+            await client.call_tool("release_gpu", {})  # runs once the worker is free
+
+    assert said == (instructions, "step1x-edit")
+    assert [tool.model_dump() for tool in joined_tools] == [tool.model_dump() for tool in tools]
+    assert json.loads(resource[0].text)["status"] == "success"
+    assert len(prompts) == 3
+    assert completion.values == ["a mosaic"]
+    assert [block.type for block in result.content] == ["text", "image", "resource_link"]
+    numbers = [progress for progress, _, _ in heard]
+    assert all(later > earlier for earlier, later in pairwise(numbers))
+    assert "denoising 1/10" in [message for _, _, message in heard]
+    assert bad.is_error
+    assert bad.structured_content["error"] == "Image file not found: no.png"
+    assert worker.stopped_at == {"stop": 3}
+
+
+@pytest.mark.parametrize("end", ["eof", "SIGTERM"])
+async def test_what_a_joined_server_had_asked_for_ends_with_it(
+    make_service: MakeService, data_dir: Path, photo: Path, tmp_path: Path, end: str
+) -> None:
+    gate, worker = Gate(at_step=2), FakeWorker()
+    worker.before_step = gate
+    service = make_service(worker)
+    with announcing(build_mcp(service), data_dir):
+        process = start_server(tmp_path, data_dir)
+        assert process.stdin is not None
+        arguments = {"image_path": photo.name, "prompt": "x"}
+        for message in (
+            {
+                "id": 1,
+                "method": "initialize",
+                "params": {
+                    "protocolVersion": "2025-11-25",
+                    "capabilities": {},
+                    "clientInfo": {"name": "test", "version": "1"},
+                },
+            },
+            {"method": "notifications/initialized"},
+            {
+                "id": 2,
+                "method": "tools/call",
+                "params": {"name": "edit_image", "arguments": arguments},
+            },
+        ):
+            process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}) + "\n")
+        process.stdin.flush()
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        if end == "eof":
+            process.stdin.close()
+        else:
+            process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 60) == 0
+        gate.open()
+        await service.release()  # runs once the worker is free
+
+    assert worker.stopped_at == {"x": 2}
+
+
+async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
+    make_service: MakeService, data_dir: Path, tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as running:
+        running.enter_context(announcing(build_mcp(make_service()), data_dir))
+        async with joined(tmp_path, data_dir) as client:
+            await client.call_tool("get_gpu_status", {})
+            running.close()
+            result = await client.call_tool("get_gpu_status", {}, raise_on_error=False)
+
+    assert result.is_error
+    assert result.structured_content["error"].startswith("Manager not initialized: the server that")
+    assert result.structured_content["code"] == "model_unavailable"
+
+
+async def test_standalone_joins_nobody(
+    make_service: MakeService, data_dir: Path, tmp_path: Path
+) -> None:
+    service = make_service(gpu_idle_timeout=77)
+    with announcing(build_mcp(service), data_dir):
+        async with joined(tmp_path, data_dir, "--standalone") as client:
+            status = await client.call_tool("get_gpu_status", {})
+
+    assert status.structured_content["gpu_status"]["idle_timeout"] == 60
