@@ -22,12 +22,12 @@ if __name__ == "__main__" and find_spec("step1x_edit") is None:
     os.execv(_VENV_PYTHON, [str(_VENV_PYTHON), *sys.argv])  # noqa: S606
 
 from step1x_edit.interfaces.mcp import build_mcp  # noqa: E402
-from step1x_edit.interfaces.stdio import keep_stdout_for_protocol, main, start  # noqa: E402
+from step1x_edit.interfaces.stdio import main, start  # noqa: E402
 from step1x_edit.service import build_service  # noqa: E402
 
-keep_stdout_for_protocol(_wire)
-
 if __name__ == "__main__":
-    main()
+    main(_wire)
 else:  # `fastmcp run mcp_server.py` and the like look for the server by this name
+    sys.stdout.flush()
+    os.dup2(_wire, 1)
     mcp = build_mcp(build_service(start()))

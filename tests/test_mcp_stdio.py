@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "mcp_server.py"
+
+QUICK = {"DEFAULT_SIZE_LEVEL": "512", "DEFAULT_NUM_STEPS": "10"}
 
 PATIENCE_S = 60  # a bound on hangs, not a measurement: the machine may be busy
 
@@ -42,17 +45,22 @@ def environment(**settings: str) -> dict[str, str]:
 
 
 def start(
-    tmp_path: Path, command: tuple[str, ...] = (str(SERVER),), **settings: str
+    tmp_path: Path,
+    command: tuple[str, ...] = (str(SERVER),),
+    log_file: Path | None = None,
+    **settings: str,
 ) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env=environment(**settings),
-    )
+    with contextlib.ExitStack() as files:
+        log = subprocess.PIPE if log_file is None else files.enter_context(log_file.open("w"))
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=tmp_path,
+            env=environment(**settings),
+        )
 
 
 def say(process: subprocess.Popen[str], *messages: dict[str, Any]) -> None:
@@ -225,27 +233,91 @@ def test_the_command_line_starts_the_same_server(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_nothing_but_protocol_is_on_stdout_even_if_imports_print(tmp_path: Path) -> None:
+NOISE = """
+import atexit, builtins, ctypes, faulthandler, logging, os, subprocess, sys, threading, warnings
+
+def noise():
+    print("noise of print")
+    sys.stdout.write("noise of sys.stdout\\n")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(b"noise of its buffer\\n")
+    sys.stdout.buffer.flush()
+    os.write(1, b"noise of os.write\\n")
+    os.write(sys.stdout.fileno(), b"noise of its descriptor\\n")
+    c = ctypes.CDLL(None)
+    c.puts(b"noise of C")
+    c.fflush(None)
+    subprocess.run(["echo", "noise of a child"])
+    warnings.showwarning("noise of warnings", UserWarning, "x.py", 1, file=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.handle(logging.LogRecord("x", logging.ERROR, "x.py", 1, "noise of logging", (), None))
+    faulthandler.dump_traceback(file=sys.stdout)
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is not None:
+        for _ in tqdm.tqdm(range(2), desc="noise of tqdm", file=sys.stdout):
+            pass
+
+def again_and_again():
+    while True:
+        threading.Event().wait(0.2)
+        noise()
+
+import_, exit_, begun, busy = builtins.__import__, os._exit, [], []
+
+def noisy_import(name, *args, **kwargs):
+    top = name.partition(".")[0]
+    if not busy and top in ("fastmcp", "step1x_edit", "PIL", "numpy", "torch") and top not in begun:
+        begun.append(top)
+        busy.append(True)
+        noise()
+        busy.clear()
+        if len(begun) == 1:
+            threading.Thread(target=again_and_again, daemon=True).start()
+    return import_(name, *args, **kwargs)
+
+def noisy_exit(code):
+    print("noise of the exit")
+    noise()
+    exit_(code)
+
+builtins.__import__, os._exit = noisy_import, noisy_exit
+atexit.register(noise)
+"""
+
+
+@pytest.mark.timeout(300)  # imports torch
+def test_nothing_but_protocol_is_on_stdout_whatever_libraries_do(tmp_path: Path) -> None:
+    """The noise comes at imports, all the time in a thread, in the worker too, and at the end."""
     noise = tmp_path / "noise"
     noise.mkdir()
-    (noise / "sitecustomize.py").write_text(
-        "import builtins, os, sys\n"
-        "real = builtins.__import__\n"
-        "def noisy(name, *args, **kwargs):\n"
-        "    if name.startswith(('fastmcp', 'step1x_edit')):\n"
-        "        print('stray line')\n"
-        "        os.write(1, b'stray bytes\\n')\n"
-        "    return real(name, *args, **kwargs)\n"
-        "builtins.__import__ = noisy\n"
-    )
-    process = start(tmp_path, PYTHONPATH=str(noise))
+    (noise / "sitecustomize.py").write_text(NOISE)
+    paths = os.pathsep.join([str(noise), os.environ.get("PYTHONPATH", "")])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    log_file = tmp_path / "log"
+    process = start(tmp_path, log_file=log_file, PYTHONPATH=paths, **QUICK)
 
-    say(process, HELLO)
+    say(process, HELLO, READY, call(2, "edit_image", {"image_path": "a.png", "prompt": "invert"}))
     assert hear(process)["id"] == 1
-    rest, log = process.communicate(timeout=PATIENCE_S)
+    answer = hear(process)
+    rest, _ = process.communicate(timeout=PATIENCE_S)
 
+    log = log_file.read_text(errors="replace")
+    assert answer["result"]["structuredContent"]["status"] == "success"  # so each line was JSON
     assert all(json.loads(line)["jsonrpc"] == "2.0" for line in rest.splitlines())
-    assert "stray bytes" in log
+    for kind in (
+        "print",
+        "sys.stdout",
+        "its buffer",
+        "os.write",
+        "its descriptor",
+        "C",
+        "a child",
+        "warnings",
+        "logging",
+        "tqdm",
+        "the exit",
+    ):
+        assert f"noise of {kind}" in log
 
 
 @pytest.mark.parametrize("end", ["eof", "SIGTERM", "SIGINT"])
@@ -296,7 +368,8 @@ def test_without_an_installation_one_sentence_says_what_to_do(tmp_path: Path) ->
     server = tmp_path / "mcp_server.py"
     server.write_bytes(SERVER.read_bytes())
 
-    process = start(tmp_path, ("-S", str(server)))  # -S: a Python without installed packages
+    bare = ("-S", str(server))  # -S: a Python without installed packages
+    process = start(tmp_path, bare, PYTHONPATH="")
     out, log = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == 1

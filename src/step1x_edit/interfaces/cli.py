@@ -145,10 +145,9 @@ def mcp(
         return
     wire = os.dup(1)  # whatever is printed from here on must not reach the client
     os.dup2(2, 1)
-    from step1x_edit.interfaces.stdio import keep_stdout_for_protocol, serve
+    from step1x_edit.interfaces.stdio import serve
 
-    keep_stdout_for_protocol(wire)
-    serve(standalone=standalone)
+    serve(wire, standalone=standalone)
 
 
 @mcp_app.command()

@@ -39,7 +39,24 @@ _LAST_WORDS_S: Final = 0.2  # for the answers of the calls that were ended
 
 
 class _Wire(io.TextIOWrapper):
-    """A stdout whose bytes go to the client, for the transport, and whose text goes to stderr."""
+    """The real stdout, as `sys.stdout` for the moment in which the transport takes its buffer.
+
+    Right after that `sys.stdout` is what it was, whose descriptor 1 leads to stderr; so neither
+    its text, its buffer nor its descriptor are a way to the client, for whoever comes later.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(os.fdopen(descriptor, "wb"), encoding="utf-8")
+        self._before = sys.stdout
+        sys.stdout = self
+
+    @property
+    def buffer(self) -> Any:
+        asyncio.get_running_loop().call_soon(setattr, sys, "stdout", self._before)
+        return super().buffer
+
+    def close(self) -> None:
+        """Do nothing, also at the end of our life: the buffer is the transport's now."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -48,31 +65,26 @@ class _Wire(io.TextIOWrapper):
         sys.stderr.flush()
 
 
-def keep_stdout_for_protocol(wire: int) -> None:
-    """Let nobody but the transport write to `wire`, a duplicate of the real stdout.
-
-    Descriptor 1 has been pointed at stderr before, and stays there for native code and children.
-    """
-    sys.stdout.flush()
-    sys.stdout = _Wire(os.fdopen(wire, "wb"), encoding="utf-8")
-
-
 # --- starting -------------------------------------------------------------------------------------
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serve, as the flags say."""
+def main(wire: int, arguments: Sequence[str] | None = None) -> None:
+    """Serve as the flags say, on a duplicate of the real stdout; see `serve`."""
     parser = argparse.ArgumentParser(prog="mcp_server.py", description=__doc__)
     parser.add_argument(
         "--standalone", action="store_true", help="do not join a server that runs on this machine"
     )
-    serve(standalone=parser.parse_args(arguments).standalone)
+    serve(wire, standalone=parser.parse_args(arguments).standalone)
 
 
-def serve(*, standalone: bool) -> None:
-    """Serve until the client closes our stdin or a signal comes, then end the process."""
+def serve(wire: int, *, standalone: bool) -> None:
+    """Serve until the client closes our stdin or a signal comes, then end the process.
+
+    `wire` is a duplicate of the real stdout. Descriptor 1 has to lead to stderr before anything
+    else is imported, and stays so for native code and children.
+    """
     settings = start()
-    asyncio.run(_serve_alone(settings) if standalone else _serve(settings))
+    asyncio.run(_serve_alone(settings, wire) if standalone else _serve(settings, wire))
 
 
 def start() -> Settings:
@@ -90,22 +102,22 @@ def start() -> Settings:
     return settings
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, wire: int) -> None:
     """Join the server that runs on this machine, or be one."""
     server = await find_server(settings.data_dir)
     if server is None:
-        await _serve_alone(settings)
+        await _serve_alone(settings, wire)
         return
     from step1x_edit.interfaces.proxy import RunningCalls, build_proxy
 
     log.info("joined the server at %s, process %d", server.url, server.pid)
     calls = RunningCalls()
-    await _serve_until_told(build_proxy(server, calls), calls.stop)
+    await _serve_until_told(build_proxy(server, calls), calls.stop, wire)
 
 
-async def _serve_alone(settings: Settings) -> None:
+async def _serve_alone(settings: Settings, wire: int) -> None:
     service = build_service(settings)
-    await _serve_until_told(build_mcp(service), lambda: _close(service))
+    await _serve_until_told(build_mcp(service), lambda: _close(service), wire)
 
 
 async def _close(service: EditService) -> None:
@@ -116,12 +128,13 @@ async def _close(service: EditService) -> None:
 # --- ending ---------------------------------------------------------------------------------------
 
 
-async def _serve_until_told(server: FastMCP, stop: Stop) -> None:
+async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     """Serve; at the end, stop what runs and leave without waiting for threads.
 
     The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.
     """
     told = _told_by_signal()
+    _Wire(wire)
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
     ends: set[asyncio.Future[Any]] = {serving, told}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
