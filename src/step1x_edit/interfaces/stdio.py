@@ -98,7 +98,8 @@ def start() -> Settings:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would tell of every request
+    for library in ("fastmcp", "httpx2"):  # they tell of each start and of each request
+        logging.getLogger(library).setLevel(logging.WARNING)
     return settings
 
 
