@@ -116,7 +116,7 @@ async def test_a_death_ends_one_edit_and_a_new_process_does_the_next(
     assert len(engine.processes) == 2
 
 
-@pytest.mark.parametrize("phase", ["encoding", "denoising", "decoding"])
+@pytest.mark.parametrize("phase", ["loading", "encoding", "denoising", "decoding"])
 async def test_a_process_may_be_killed_in_any_phase(engine: ToyEngine, phase: str) -> None:
     edit = engine.submit(a_job(f"wait in {phase}", num_steps=1))
     async for event in edit.events():
@@ -128,7 +128,7 @@ async def test_a_process_may_be_killed_in_any_phase(engine: ToyEngine, phase: st
     await engine.submit(a_job()).result()
 
 
-@pytest.mark.parametrize("phase", ["encoding", "denoising", "decoding"])
+@pytest.mark.parametrize("phase", ["loading", "encoding", "denoising", "decoding"])
 async def test_a_cancel_frees_the_process_in_any_phase(engine: ToyEngine, phase: str) -> None:
     edit = engine.submit(a_job(f"wait in {phase}", num_steps=1))
     async for event in edit.events():

@@ -39,13 +39,14 @@ class ToyModel:
         self, job: EditJob, check: Callable[[], None]
     ) -> Generator[Progress | Outcome, None, None]:
         word, _, rest = job.prompt.partition(" ")
-        yield Progress(Phase.LOADING)
-        self._location = "GPU"
         for progress in (
+            Progress(Phase.LOADING),
             Progress(Phase.ENCODING),
             *(Progress(Phase.DENOISING, k, job.num_steps) for k in range(1, job.num_steps + 1)),
             Progress(Phase.DECODING),
         ):
+            if progress.phase is Phase.ENCODING:
+                self._location = "GPU"
             yield progress
             if job.prompt == f"wait in {progress.phase.value}":
                 while True:
