@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastmcp import Client
+from fastmcp.client.transports import PythonStdioTransport
 from PIL import Image
 
 KILLS = 50
@@ -69,9 +72,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_whole_files_and_nothing_
     lives = [moments.uniform(0, 0.3) for _ in folders]
 
     with ThreadPoolExecutor(2) as pool:
-        finished = list(
-            pool.map(lambda life: a_life(picture, *life), zip(folders, lives, strict=True))
-        )
+        finished = list(pool.map(partial(a_life, picture), folders, lives))
 
     for folder, told in zip(folders, finished, strict=True):
         found = {*folder.iterdir()}
@@ -81,3 +82,56 @@ def test_a_server_that_is_killed_while_it_writes_leaves_whole_files_and_nothing_
             assert path.suffix == ".png", f"{path} was left behind"
             assert np.array_equal(np.asarray(Image.open(path)), 255 - pixels)
     assert picture.read_bytes() == before
+
+
+def worker_in(folder: Path) -> int:
+    """The worker process of the server that was started in this folder."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            is_worker = b"step1x_edit.worker" in (entry / "cmdline").read_bytes()
+            if is_worker and (entry / "cwd").resolve() == folder.resolve():
+                return int(entry.name)
+        except OSError:  # it has gone meanwhile
+            continue
+    raise AssertionError("there is no worker")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs /proc")
+async def test_a_killed_worker_costs_its_client_one_edit(tmp_path: Path) -> None:
+    Image.new("RGB", (96, 64), "orange").save(tmp_path / "photo.png")
+    transport = PythonStdioTransport(
+        HERE.parent / "mcp_server.py",
+        python_cmd=sys.executable,
+        args=["--standalone"],
+        cwd=str(tmp_path),
+        env={**os.environ, "MODEL_PATH": "", "DEFAULT_SIZE_LEVEL": "512"},
+        keep_alive=False,
+    )
+    edit = {"image_path": "photo.png", "prompt": "make it night", "num_steps": 10}
+    killed: list[int] = []
+
+    async def kill_in_the_middle(progress: float, total: float | None, message: str | None) -> None:
+        if message == "denoising 2/10" and not killed:
+            killed.append(worker_in(tmp_path))
+            os.kill(killed[0], signal.SIGKILL)
+
+    async with Client(transport) as client:
+        lost = await client.call_tool(
+            "edit_image", edit, progress_handler=kill_in_the_middle, raise_on_error=False
+        )
+        after_it = (await client.call_tool("get_gpu_status", {})).structured_content
+        files_then = sorted(path.name for path in tmp_path.iterdir())
+        again = await client.call_tool("edit_image", edit)
+        second = worker_in(tmp_path)
+
+    assert killed
+    assert lost.is_error
+    assert lost.structured_content["error"].startswith(
+        "Internal error: the worker process was lost (it was ended by SIGKILL"
+    )
+    assert after_it["gpu_status"]["model_location"] == "Unloaded"
+    assert files_then == ["photo.png"]
+    assert again.structured_content["status"] == "success"
+    assert second not in killed
+    assert has_gone(second), "no worker outlives its server"
