@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from layouts import save, tiny_releases, write_diffusers, write_official
-from step1x_edit.checkpoints.read import Checkpoint, Release, read_checkpoint, write_demo
+from step1x_edit.checkpoints.read import (
+    Checkpoint,
+    Release,
+    open_checkpoint,
+    read_checkpoint,
+    write_demo,
+)
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from tiny import VAE, a_picture, tiny_pipeline
@@ -188,6 +194,32 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         Path.unlink,
         "cannot read the conditioner",
     ),
+    "a conditioner of no sizes": (
+        "official",
+        "Qwen/config.json",
+        lambda file: file.write_text('{"model_type": "qwen2_5_vl", "hidden_size": "wide"}'),
+        "config.json is not valid",
+    ),
+    "a conditioner with two tensors of one name": (
+        "official",
+        "Qwen/model.safetensors",
+        lambda file: change(
+            file,
+            lambda tensors: tensors.update(
+                {"model.language_model.norm.weight": tensors["model.norm.weight"].clone()}
+            ),
+        ),
+        "the conditioner has unknown tensors",
+    ),
+    "a convolution that is none": (
+        "official",
+        "vae.safetensors",
+        lambda file: change(
+            file,
+            lambda tensors: tensors.update({"decoder.mid.attn_1.q.weight": torch.ones(2, 2, 3, 3)}),
+        ),
+        "is no 1x1 convolution",
+    ),
     "an incomplete conditioner": (
         "official",
         "Qwen/model.safetensors",
@@ -257,6 +289,39 @@ def test_damage_is_told_in_one_line(copies: Path, pipeline: EditPipeline, damage
     assert message in told
     assert "\n" not in told
     assert len(told) <= 500
+
+
+def test_the_conditioner_is_read_under_its_older_and_its_newer_names(
+    copies: Path, pipeline: EditPipeline
+) -> None:
+    file = copies / "official" / "Qwen" / "model.safetensors"
+    older = load_file(file)
+    newer = {
+        f"model.{name}" if name.startswith("visual.") else name: tensor
+        for name, tensor in older.items()
+    }
+    newer = {
+        name.replace("model.", "model.language_model.", 1)
+        if name.startswith("model.") and not name.startswith("model.visual.")
+        else name: tensor
+        for name, tensor in newer.items()
+    }
+    assert not older.keys() & newer.keys() - {"lm_head.weight"}
+    save(newer, file)
+
+    checkpoint = read(copies / "official", pipeline)
+
+    assert picture(checkpoint.pipeline).tobytes() == picture(pipeline).tobytes()
+
+
+def test_opening_a_checkpoint_takes_no_memory_for_its_weights(
+    originals: Path, pipeline: EditPipeline
+) -> None:
+    opened = open_checkpoint(originals / "official", releases=tiny_releases(pipeline))
+
+    for module in opened.checkpoint.pipeline.modules.values():
+        for name, parameter in module.named_parameters():
+            assert parameter.is_meta or parameter.dim() == 1, name
 
 
 def test_v1_2_is_recognised_and_refused(copies: Path, pipeline: EditPipeline) -> None:

@@ -223,6 +223,7 @@ def test_releasing_gives_the_memory_back_even_if_somebody_keeps_the_network(
     residency.onload()
     kept = network(residency)
     memory = [weakref.ref(tensor.untyped_storage()) for tensor in tensors(residency)]
+    assert all(storage() is not None for storage in memory)
 
     residency.release()
 

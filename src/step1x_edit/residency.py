@@ -20,7 +20,8 @@ import itertools
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import torch
@@ -142,8 +143,9 @@ class Residency:
                 torch.cuda.synchronize(self._device)
         except BaseException as error:
             _forget_locals(error)
+            storages = [weakref.ref(slab.untyped_storage()) for slab in slabs.values()]
             slabs.clear()
-            self._give_back()
+            self._give_back(storages)
             raise
         self._arena.bind(slabs)
         self._slabs = slabs
@@ -159,8 +161,9 @@ class Residency:
         if self._arena is None or not self._slabs:
             return
         self._arena.bind(self._arena.components)
+        storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs.values()]
         self._slabs = {}
-        self._give_back()
+        self._give_back(storages)
         logger.info("GPU → CPU")
 
     @torch.inference_mode(False)
@@ -173,8 +176,11 @@ class Residency:
             self._page_lock.undo()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
+        memories = [self._arena.memory, *self._slabs.values()]
+        storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
+        del memories
         self._checkpoint, self._arena, self._slabs, self._page_lock = None, None, {}, None
-        self._give_back()
+        self._give_back(storages)
         logger.info("released: Unloaded")
 
     @contextlib.contextmanager
@@ -207,9 +213,11 @@ class Residency:
             with self._page_lock.paused() if self._page_lock else contextlib.nullcontext():
                 slab[place].copy_(component[place], non_blocking=True)
 
-    def _give_back(self) -> None:
-        """Let the allocator return what nobody uses, to the driver and not to its own cache."""
-        gc.collect()
+    def _give_back(self, storages: Iterable[weakref.ref[torch.UntypedStorage]]) -> None:
+        """Let the allocator return to the driver what has just been dropped."""
+        # Collecting takes longer than all the rest, and only cycles make it necessary.
+        if any(storage() is not None for storage in storages):
+            gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -116,7 +116,7 @@ class Arena:
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
             try:
-                for source, target in self._pieces():
+                for source, target in sorted(self._pieces(), key=_place_on_disk):
                     check()
                     if len(under_way) == 2 * threads:
                         under_way.popleft().result()
@@ -237,6 +237,12 @@ def _reserve(size: int) -> Tensor:
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _place_on_disk(piece: tuple[Span | Tensor, Tensor]) -> tuple[str, int]:
+    """Disks like to be read from beginning to end."""
+    source, _ = piece
+    return ("", 0) if isinstance(source, Tensor) else (str(source.file.path), source.offset)
 
 
 def _read(source: Span | Tensor, target: Tensor) -> None:

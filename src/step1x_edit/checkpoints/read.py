@@ -167,8 +167,8 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
         with _WithoutWeights():
             transformer = Transformer(model.transformer)
             vae = AutoencoderKL(**config["vae"])
-            vlm = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config["conditioner"]))
             recogniser = Recogniser(features, labels) if labels else None
+        vlm = _build_vlm(config["conditioner"], folder / "config.json")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error!r}") from error
     dtype = dtype or torch.float32
@@ -311,12 +311,8 @@ def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
-    try:
-        config = Qwen2_5_VLConfig(**_json(folder / "config.json"))
-        with _WithoutWeights():
-            vlm = Qwen2_5_VLModel(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot read the conditioner in {folder}: {error!r}") from error
+    file = folder / "config.json"
+    vlm = _build_vlm(_json(file), file)
     tensors: dict[str, Stored] = {}
     for published, tensor in stored_tensors(files).items():
         if published.startswith("lm_head."):
@@ -326,6 +322,14 @@ def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
             raise CheckpointError(f"the conditioner has unknown tensors {published}")
         tensors[name] = tensor
     return vlm, tensors
+
+
+def _build_vlm(config: Mapping[str, Any], file: Path) -> Qwen2_5_VLModel:
+    try:
+        with _WithoutWeights():
+            return Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
+    except Exception as error:  # a bad config fails anywhere in two libraries
+        raise CheckpointError(f"{file} is not valid: {error!r}") from error
 
 
 def _inner_name(published: str) -> str:

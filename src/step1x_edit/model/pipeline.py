@@ -99,7 +99,8 @@ class Plan:
     has_vae_tiles: bool = False
     """Whether the autoencoder sees pictures larger than `VAE_TILE` in overlapping tiles.
 
-    Its normalisation then sees a tile instead of the picture, so the result is not the same bytes.
+    Its normalisation then sees a tile instead of the picture. Up to one tile nothing changes; at
+    1024 the demo's pixels differ by 0.8 of 255 in the mean.
     """
 
 
