@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fakes import FakeWorker
+from step1x_edit.engine import Clock
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
 
@@ -39,10 +40,12 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     """Build services that read and write in the test's folder."""
     services: list[EditService] = []
 
-    def make(worker: FakeWorker | None = None, **settings: object) -> EditService:
+    def make(
+        worker: FakeWorker | None = None, clock: Clock | None = None, **settings: object
+    ) -> EditService:
         chosen = worker or FakeWorker()
         checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
-        services.append(build_service(checked, start=chosen))
+        services.append(build_service(checked, chosen, clock))
         return services[-1]
 
     yield make

@@ -53,6 +53,12 @@ class ManualClock(Clock):
                 self._condition.notify_all()
 
 
+def settled(clock: ManualClock) -> None:
+    """Wait until an engine has done all that there is to do at this time."""
+    while not clock.is_waited_for:
+        threading.Event().wait(0.001)
+
+
 @dataclass
 class FakeWorker:
     """Inverts pictures, in as many steps as it is asked for, on the engine's own thread.
@@ -140,7 +146,8 @@ class FakeWorker:
         yield self._report(Done())
 
     def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
-        held = Memory() if self.residence.location == "Unloaded" else self.held
+        is_home = self.residence.location == ("CPU" if self.device == "cpu" else "GPU")
+        held = self.held if is_home else Memory()
         return Report(
             event,
             Residence(self.residence.location, self.residence.model, self.residence.device, held),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from fakes import FakeWorker, Gate, ManualClock, a_job
+from fakes import FakeWorker, Gate, ManualClock, a_job, settled
 from step1x_edit.channel import EditJob, Memory
 from step1x_edit.engine import HEARTBEAT_S, Engine, EngineStatus
 from step1x_edit.errors import (
@@ -46,11 +46,6 @@ async def until(claim: Callable[[], bool]) -> None:
     """Wait for another thread to make a claim true; the test's timeout bounds it."""
     while not claim():
         await asyncio.to_thread(threading.Event().wait, 0.001)
-
-
-async def settled(clock: ManualClock) -> None:
-    """Wait until the engine has done all that there is to do at this time."""
-    await until(lambda: clock.is_waited_for)
 
 
 async def reached(gate: Gate) -> None:
@@ -390,17 +385,17 @@ async def test_an_idle_model_is_offloaded_and_later_released(make_engine: MakeEn
     worker.before_step = lambda job, step: clock.advance(40)  # longer than the timeouts
     engine = make_engine(worker, clock=clock, idle_timeout_s=60, release_timeout_s=300)
     await engine.submit(a_job()).result()
-    await settled(clock)
+    await asyncio.to_thread(settled, clock)
     assert engine.status().residence.location == "GPU"
 
     clock.advance(59)
-    await settled(clock)
+    await asyncio.to_thread(settled, clock)
     assert engine.status().residence.location == "GPU"
     clock.advance(1)
     await until(lambda: engine.status().residence.location == "CPU")
     assert engine.status().gpu_to_cpu == 1
     clock.advance(239)
-    await settled(clock)
+    await asyncio.to_thread(settled, clock)
     assert engine.status().residence.location == "CPU"
     clock.advance(1)
     await until(lambda: engine.status().residence.location == "Unloaded")
@@ -414,7 +409,7 @@ async def test_without_timeouts_an_idle_model_stays_where_it_is(make_engine: Mak
     await engine.submit(a_job()).result()
 
     clock.advance(1e9)
-    await settled(clock)
+    await asyncio.to_thread(settled, clock)
 
     assert engine.status().residence.location == "GPU"
     assert not engine.status().is_monitoring

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate
-from step1x_edit.channel import Progress
+from fakes import FakeWorker, Gate, ManualClock, settled
+from step1x_edit.channel import Memory, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
     ImageFileNotFoundError,
@@ -22,8 +23,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.images import read_edit_record
 from step1x_edit.schemas import MAX_SEED
-from step1x_edit.service import EditService, build_service
-from step1x_edit.settings import Settings
+from step1x_edit.service import EditService
 
 
 async def edit(service: EditService, photo: Path, **arguments: object) -> dict[str, object]:
@@ -226,12 +226,159 @@ async def test_a_full_line_refuses_before_the_picture_is_read(
     await asyncio.gather(running, waiting)
 
 
-async def test_the_time_that_an_edit_may_take_is_a_setting(photo: Path) -> None:
-    settings = Settings(allowed_dirs=(photo.parent,), _env_file=None)  # type: ignore[call-arg]
-    over = settings.model_copy(update={"edit_timeout": -1})  # over before it begins: nobody waits
-    service = build_service(over, start=FakeWorker())
+async def test_the_time_that_an_edit_may_take_is_a_setting(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=lambda job, step: clock.advance(9))
+    service = make_service(worker, clock=clock, edit_timeout=60)
 
-    with pytest.raises(DeadlineExceededError, match="longer than -1 s"):
+    with pytest.raises(DeadlineExceededError, match="longer than 60 s"):
         await edit(service, photo)
 
-    service.close()
+
+async def test_the_times_after_which_an_idle_model_leaves_are_settings(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock = ManualClock()
+    service = make_service(
+        FakeWorker(device="cuda"), clock=clock, gpu_idle_timeout=5, gpu_release_timeout=20
+    )
+    await edit(service, photo)
+
+    places = [service.status().gpu_status.model_location]
+    for seconds in (5, 15):
+        clock.advance(seconds)
+        await asyncio.to_thread(settled, clock)
+        places.append(service.status().gpu_status.model_location)
+
+    assert places == ["GPU", "CPU", "Unloaded"]
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, *names: str) -> list[str]:
+    """Small pictures, each of another grey."""
+    paths = [folder / name for name in names]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (24, 16), (40 * number, 40 * number, 40 * number)).save(path)
+    return [str(path) for path in paths]
+
+
+async def batch(service: EditService, **arguments: object) -> dict[str, Any]:
+    return (await service.edit_batch(service.read_batch(arguments))).to_dict()
+
+
+async def test_a_batch_goes_on_past_what_fails_and_keeps_the_order(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    first, last = pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    paths = [first, str(tmp_path / "broken.png"), "missing.png", last]
+
+    answer = await batch(make_service(), image_paths=paths, prompts=["1", "2", "3", "4"], seed=3)
+
+    assert answer["status"] == "partial"
+    assert answer["message"] == "Processed 4 images: 2 succeeded, 2 failed"
+    assert answer["summary"] == {"total": 4, "successes": 2, "failures": 2}
+    assert [item["input"] for item in answer["results"]] == paths
+    results = [item["result"] for item in answer["results"]]
+    assert [result["status"] for result in results] == ["success", "error", "error", "success"]
+    assert results[2]["error"].startswith("Path not allowed: missing.png")  # tests start elsewhere
+    assert [results[index]["metadata"]["prompt"] for index in (0, 3)] == ["1", "4"]
+    assert results[3]["output_path"] == str(tmp_path / "b_edited.png")
+    grey = np.asarray(Image.open(results[3]["output_path"]))
+    assert (grey == 255 - 40).all()
+
+
+async def test_a_batch_without_a_success_is_an_error_and_still_says_all(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / name) for name in ("no.png", "nor.png")]
+
+    answer = await batch(make_service(), image_paths=paths, prompts="x")
+
+    assert answer["status"] == "error"
+    assert answer["error"] == "Processed 2 images: 0 succeeded, 2 failed"
+    assert len(answer["results"]) == 2
+    assert answer["summary"] == {"total": 2, "successes": 0, "failures": 2}
+
+
+async def test_equal_names_in_one_folder_are_numbered_and_inputs_stay(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    paths = pictures(tmp_path, "x/a.png", "y/a.png", "z/A.png")
+    before = [Path(path).read_bytes() for path in paths]
+
+    answer = await batch(
+        make_service(), image_paths=paths, prompts="x", output_dir=str(tmp_path / "new" / "out")
+    )
+
+    names = [Path(item["result"]["output_path"]).name for item in answer["results"]]
+    assert names == ["a_edited.png", "a_edited_2.png", "A_edited_3.png"]
+    assert [Path(path).read_bytes() for path in paths] == before
+
+
+async def test_an_input_of_the_batch_is_never_overwritten(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    paths = pictures(tmp_path, "a.png", "a_edited.png")
+    before = Path(paths[1]).read_bytes()
+
+    answer = await batch(make_service(), image_paths=paths, prompts="x", overwrite=True)
+
+    assert answer["status"] == "success"
+    assert Path(paths[1]).read_bytes() == before
+
+
+async def test_each_image_of_a_batch_gets_a_seed_of_its_own_unless_one_is_given(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    paths = pictures(tmp_path, "a.png", "b.png", "c.png")
+    service = make_service()
+
+    drawn = await batch(service, image_paths=paths, prompts="x")
+    given = await batch(service, image_paths=paths, prompts="x", seed=7)
+
+    seeds = [[i["result"]["metadata"]["seed"] for i in a["results"]] for a in (drawn, given)]
+    assert len(set(seeds[0])) == 3
+    assert seeds[1] == [7, 7, 7]
+
+
+async def test_a_batch_that_is_refused_reads_nothing(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service()
+
+    with pytest.raises(InvalidParameterError, match="prompts must be one text or a list of 2"):
+        await batch(service, image_paths=[str(photo)] * 2, prompts=["one"])
+    with pytest.raises(InvalidParameterError, match="image_paths"):
+        await batch(service, image_paths=[], prompts="x")
+
+
+# --- moves ---------------------------------------------------------------------------------------
+
+
+async def test_offload_and_release_answer_as_the_contract_says(
+    make_service: MakeService, photo: Path
+) -> None:
+    worker = FakeWorker(device="cuda", held=Memory(allocated_gb=0.12, reserved_gb=0.5))
+    service = make_service(worker)
+    nothing = (await service.offload()).to_dict()
+    done = await edit(service, photo)
+
+    offloaded = (await service.offload()).to_dict()
+    released = (await service.release()).to_dict()
+
+    assert nothing["message"] == (
+        "Nothing to offload. Model location: Unloaded, GPU memory: 0.00GB"
+    )
+    assert done["metadata"]["gpu_location"] == "GPU"  # type: ignore[index]
+    assert done["metadata"]["gpu_memory_gb"] == 0.12  # type: ignore[index]
+    assert offloaded["status"] == "success"
+    assert offloaded["message"] == "GPU offloaded. Model now on CPU, GPU memory: 0.00GB"
+    assert offloaded["gpu_status"]["statistics"]["gpu_to_cpu"] == 1
+    assert released["message"] == ("GPU released. Model location: Unloaded, GPU memory: 0.00GB")
+    assert released["gpu_status"]["statistics"]["full_releases"] == 1

@@ -18,7 +18,15 @@ from typing import TypeAlias, TypeVar
 
 from step1x_edit import images
 from step1x_edit.channel import EditJob, Phase, Progress, Start
-from step1x_edit.engine import HEARTBEAT_S, Edit, EditResult, Engine, EngineStatus, StartWorker
+from step1x_edit.engine import (
+    HEARTBEAT_S,
+    Clock,
+    Edit,
+    EditResult,
+    Engine,
+    EngineStatus,
+    StartWorker,
+)
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.files import FileAccess, InputFile, Output
 from step1x_edit.images import Limits, Picture
@@ -327,7 +335,9 @@ def _metadata(record: EditRecord, result: EditResult, picture: Picture) -> EditM
     )
 
 
-def build_service(settings: Settings, start: StartWorker | None = None) -> EditService:
+def build_service(
+    settings: Settings, start: StartWorker | None = None, clock: Clock | None = None
+) -> EditService:
     """Wire the service that all interfaces use; `start` brings another worker than the usual."""
     chosen = Start(
         model_path=None if settings.model_path is None else str(settings.model_path),
@@ -341,6 +351,7 @@ def build_service(settings: Settings, start: StartWorker | None = None) -> EditS
         edit_timeout_s=settings.edit_timeout,
         idle_timeout_s=settings.gpu_idle_timeout,
         release_timeout_s=settings.gpu_release_timeout,
+        clock=clock,
     )
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     return EditService(engine, files, settings)
