@@ -5,8 +5,8 @@
 Three ways to the same picture take turns, so that other work on the machine hits them alike: the
 pipeline called directly, the service with its worker process, an MCP client of `mcp_server.py`.
 What bounds the two latter: decoding and encoding the file, fsync, and the picture's way through the
-pipe and back. Then the latency of the status while an edit runs, and the time a picture takes to
-cross the pipe. The last line is one JSON object.
+pipe and back. Then the latency of the status while an edit runs, how soon the worker is free after
+a cancel, and the time a picture takes to cross the pipe. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ import numpy as np
 from fastmcp import Client
 from fastmcp.client.transports import PythonStdioTransport
 
-from step1x_edit.channel import Channel, EditJob
+from step1x_edit.channel import Channel, EditJob, Phase, Start
 from step1x_edit.checkpoints.read import read_checkpoint
+from step1x_edit.engine import Engine
 from step1x_edit.images import Limits, decode
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import inherited_environment, load_settings
+from step1x_edit.worker_process import WorkerProcess
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "src" / "step1x_edit" / "interfaces" / "assets" / "coffee.jpg"
@@ -68,6 +71,36 @@ async def status_latency(client: Client[Any], arguments: dict[str, Any]) -> list
         found.append(time.perf_counter() - started)
         await asyncio.sleep(0.05)
     await edit
+    return found
+
+
+async def freed_after_cancel(picture: np.ndarray, repeat: int = 5) -> dict[str, float]:
+    """Seconds from a cancel to a free worker, the worst of some in each phase; and of one step."""
+    engine = Engine(partial(WorkerProcess, Start()))
+    job = EditJob(picture, PROMPT, "", 28, 6.0, 1024, seed=0)
+    steps: list[float] = []
+    last = 0.0
+    async for event in engine.submit(job).events():
+        now = time.perf_counter()
+        if event.phase is Phase.DENOISING and event.step > 1:
+            steps.append(now - last)
+        last = now
+    found = {"step_s": statistics.median(steps)}
+    for phase in (Phase.ENCODING, Phase.DENOISING, Phase.DECODING):
+        waits = []
+        for attempt in range(repeat):
+            edit = engine.submit(job)
+            async for event in edit.events():
+                if event.phase is phase:
+                    await asyncio.sleep(attempt * found["step_s"] / repeat)
+                    edit.cancel()
+                    break
+            started = time.perf_counter()
+            while engine.status().is_editing:  # noqa: ASYNC110 - it is the status that is timed
+                await asyncio.sleep(0.001)
+            waits.append(time.perf_counter() - started)
+        found[f"{phase.value}_s"] = max(waits)
+    await asyncio.to_thread(engine.close)
     return found
 
 
@@ -138,11 +171,16 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"{name:9} {median:.3f} s, {1000 * extra:+.0f} ms, {100 * extra / base:+.1f} %")
     p50, p99 = (latencies[int(share * (len(latencies) - 1))] for share in (0.5, 0.99))
     print(f"status during an edit: p50 {1000 * p50:.1f} ms, p99 {1000 * p99:.1f} ms")
+    freed = await freed_after_cancel(picture)
+    for name, seconds in freed.items():
+        what = "one step at 1024" if name == "step_s" else f"free after a cancel in {name[:-2]}"
+        print(f"{what}: {1000 * seconds:.0f} ms")
     one_way = crossing()
     print(f"1 megapixel through the pipe: {1000 * one_way:.1f} ms")
     return summary | {
         "status_ms": {"p50": round(1000 * p50, 1), "p99": round(1000 * p99, 1)},
         "status_calls": len(latencies),
+        "cancel": {name: round(seconds, 3) for name, seconds in freed.items()},
         "megapixel_one_way_ms": round(1000 * one_way, 1),
     }
 
