@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
-from step1x_edit.residency import Residency, allocate_slab
+from step1x_edit.residency import PageLock, Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
 
 REQUEST = EditRequest(a_picture(), "make it night", num_steps=2, size_level=64)
@@ -434,3 +435,72 @@ def test_a_file_that_changes_after_it_was_opened_is_named(folder: Path, tmp_path
         residency.load()
 
     assert residency.location == "Unloaded"
+
+
+class FakePages:
+    """Locks so many pieces and refuses the next; `go` lets it begin."""
+
+    def __init__(self, room: int = 99) -> None:
+        self.room = room
+        self.go = threading.Event()
+        self.is_asked = threading.Event()
+        self.locked: dict[int, int] = {}
+        self.refused = 0
+
+    def lock(self, address: int, size: int) -> None:
+        self.is_asked.set()
+        assert self.go.wait(30)
+        if len(self.locked) == self.room:
+            self.refused += 1
+            raise RuntimeError("not allowed")
+        self.locked[address] = size
+
+    def unlock(self, address: int) -> None:
+        del self.locked[address]
+
+
+def wait_for_page_lock() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "page-lock":
+            thread.join(30)
+
+
+def test_memory_is_page_locked_piece_by_piece_and_unlocked_again() -> None:
+    memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages()
+    pages.go.set()
+
+    lock = PageLock(memory, pages, at_once=300)
+    wait_for_page_lock()
+
+    start = memory.data_ptr()
+    assert pages.locked == {start: 300, start + 300: 300, start + 600: 300, start + 900: 100}
+    lock.undo()
+    lock.undo()
+    assert not pages.locked
+
+
+def test_a_system_that_refuses_to_lock_pages_is_not_asked_again() -> None:
+    memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages(room=2)
+    pages.go.set()
+
+    lock = PageLock(memory, pages, at_once=300)
+    wait_for_page_lock()
+
+    assert pages.refused == 1
+    lock.undo()
+    assert not pages.locked
+
+
+def test_unlocking_waits_for_the_piece_under_way_and_lets_no_other_begin() -> None:
+    memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages()
+    lock = PageLock(memory, pages, at_once=300)
+    assert pages.is_asked.wait(30)
+    undoing = threading.Thread(target=lock.undo)
+
+    undoing.start()
+    assert undoing.is_alive()
+    pages.go.set()
+    undoing.join(30)
+
+    assert not undoing.is_alive()
+    assert not pages.locked

@@ -22,7 +22,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ class Residency:
         arena.attach()
         self._checkpoint, self._arena = opened.checkpoint, arena
         if self._device is not None and self._device.type == "cuda":
-            self._page_lock = PageLock(arena.memory, self._device)
+            self._page_lock = PageLock(arena.memory, CudaPages(self._device))
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
 
     @torch.inference_mode(False)
@@ -227,51 +227,74 @@ def _forget_locals(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
 
 
-class PageLock:
-    """Page-locks host memory for a CUDA device in the background, for full copy bandwidth.
+class Pages(Protocol):
+    """Who page-locks memory."""
 
-    Where the system does not allow it, copies go through the driver's own buffers: slower, not
-    wrong.
+    def lock(self, address: int, size: int) -> None: ...  # raises RuntimeError
+
+    def unlock(self, address: int) -> None: ...
+
+
+class CudaPages:
+    """Page-locking by the CUDA runtime."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+    def lock(self, address: int, size: int) -> None:
+        with torch.cuda.device(self._device):
+            result = int(self._runtime.cudaHostRegister(address, size, 0))
+        if result != 0:
+            raise RuntimeError(f"cudaHostRegister says {result}")
+
+    def unlock(self, address: int) -> None:
+        with torch.cuda.device(self._device):
+            self._runtime.cudaHostUnregister(address)
+
+
+class PageLock:
+    """Page-locks host memory in the background, so that copies run at the full bandwidth.
+
+    Where the system refuses, copies go through the driver's own buffers: slower, not wrong.
     """
 
-    def __init__(self, memory: Tensor, device: torch.device) -> None:
+    def __init__(self, memory: Tensor, pages: Pages, at_once: int = LOCKED_AT_ONCE) -> None:
         self._memory = memory
-        self._device = device
-        self._registered: list[int] = []
+        self._pages = pages
+        self._at_once = at_once
+        self._locked: list[int] = []
         self._is_stopped = threading.Event()
-        self._registering = threading.Lock()
+        self._locking = threading.Lock()
         # The runtime keeps the last error of each thread and shows it to whoever asks next; in a
-        # thread of its own a refused registration troubles nobody.
-        self._thread = threading.Thread(target=self._register_all, name="page-lock", daemon=True)
+        # thread of its own a refusal troubles nobody.
+        self._thread = threading.Thread(target=self._lock_all, name="page-lock", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """No memory changes its kind within: a copy is either from locked pages or not."""
-        with self._registering:
+        with self._locking:
             yield
 
     def undo(self) -> None:
         """Unlock everything; waits for the gigabyte that is being locked."""
         self._is_stopped.set()
         self._thread.join()
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for address in self._registered:
-            runtime.cudaHostUnregister(address)
-        self._registered.clear()
+        for address in self._locked:
+            self._pages.unlock(address)
+        self._locked.clear()
 
-    def _register_all(self) -> None:
-        start = self._memory.data_ptr()
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device):
-            for offset in range(0, self._memory.nbytes, LOCKED_AT_ONCE):
-                if self._is_stopped.is_set():
-                    return
-                size = min(LOCKED_AT_ONCE, self._memory.nbytes - offset)
-                with self._registering:
-                    result = runtime.cudaHostRegister(start + offset, size, 0)
-                if int(result) != 0:
-                    logger.info("host memory stays pageable: cudaHostRegister says %s", result)
-                    return
-                self._registered.append(start + offset)
+    def _lock_all(self) -> None:
+        for offset in range(0, self._memory.nbytes, self._at_once):
+            if self._is_stopped.is_set():
+                return
+            address = self._memory.data_ptr() + offset
+            try:
+                with self._locking:
+                    self._pages.lock(address, min(self._at_once, self._memory.nbytes - offset))
+            except RuntimeError as error:
+                logger.info("host memory stays pageable: %s", error)
+                return
+            self._locked.append(address)
         logger.info("page-locked %.2f GB of host memory", self._memory.nbytes / GIB)
