@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint
-from step1x_edit.model.config import V1_1, ModelConfig, TransformerConfig
+from step1x_edit.model.config import V1_1, ConnectorConfig, ModelConfig, TransformerConfig
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.residency import Residency
@@ -39,8 +39,11 @@ GB = 1e9
 
 
 def scaled(gigabytes: float) -> TransformerConfig:
-    """Half of v1.1's width, and as many single blocks as make the size."""
-    config = TransformerConfig(hidden_size=1536, num_heads=12, depth=1, depth_single=0)
+    """Narrower than v1.1, and with as many single blocks as make the size."""
+    connector = ConnectorConfig(hidden_size=1024, num_heads=8)
+    config = TransformerConfig(
+        hidden_size=1536, num_heads=12, depth=1, depth_single=0, connector=connector
+    )
     fixed, block = size(config), size(dataclasses.replace(config, depth_single=1)) - size(config)
     number = max(1, round((gigabytes * GB - fixed) / block))
     return dataclasses.replace(config, depth_single=number)
@@ -71,11 +74,12 @@ def write_random(folder: Path, transformer: TransformerConfig) -> None:
     tensors = {
         name: tensor for name, tensor in demo.items() if name.startswith(("vae", "conditioner"))
     }
-    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).bfloat16()
     for name, parameter in empty(transformer).state_dict().items():
         fan_in = parameter.shape[-1] if parameter.dim() > 1 else 1000
-        random = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(generator=generator)
-        tensors[f"transformer.{name}"] = random.div_(math.sqrt(fan_in))
+        count = parameter.numel()
+        numbers = random.repeat(-(-count // len(random)))[:count]
+        tensors[f"transformer.{name}"] = numbers.view(parameter.shape) / math.sqrt(fan_in)
     save_file(tensors, folder / "model.safetensors")
 
 

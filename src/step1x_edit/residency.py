@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from step1x_edit.channel import GIB, Memory
-from step1x_edit.checkpoints.arena import PIECE, Arena, Block
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.schemas import Location
 
@@ -36,10 +36,6 @@ logger = logging.getLogger(__name__)
 
 LOCKED_AT_ONCE: Final = GIB
 """Bytes that are page-locked in one call: calls for hundreds of gigabytes fail."""
-
-
-def _never_stop() -> None:
-    """What a check does where nobody can ask to stop."""
 
 
 def allocate_slab(size: int, device: torch.device) -> Tensor:
@@ -99,7 +95,7 @@ class Residency:
         return Memory(allocated_gb=taken_gb, reserved_gb=taken_gb)
 
     @torch.inference_mode(False)
-    def load(self, check: Callable[[], None] = _never_stop) -> None:
+    def load(self, check: Callable[[], None] = never_stop) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
 
         `check` is called between pieces; if it raises, nothing is kept. Raises CheckpointError.
@@ -122,7 +118,7 @@ class Residency:
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
 
     @torch.inference_mode(False)
-    def onload(self, check: Callable[[], None] = _never_stop) -> None:
+    def onload(self, check: Callable[[], None] = never_stop) -> None:
         """Copy the weights to the device, from disk if need be; does nothing if they are there.
 
         `check` is called between pieces. If it raises, or the device's memory runs out, the model

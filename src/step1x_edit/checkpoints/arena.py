@@ -93,8 +93,8 @@ class Block:
     size: int
 
 
-def _do_nothing() -> None:
-    """Stop nothing."""
+def never_stop() -> None:
+    """What checks where nobody can ask to stop."""
 
 
 class Arena:
@@ -108,7 +108,7 @@ class Arena:
             name: self.memory[extent] for name, extent in _extents(self.blocks).items()
         }
 
-    def fill(self, check: Callable[[], None] = _do_nothing) -> None:
+    def fill(self, check: Callable[[], None] = never_stop) -> None:
         """Read all weights. `check` is called between pieces; what it raises stops the reading.
 
         Raises CheckpointError if a file cannot be read or has changed.
