@@ -9,7 +9,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +261,7 @@ def noise():
 
 def again_and_again():
     while True:
-        threading.Event().wait(0.2)
+        threading.Event().wait(1)
         noise()
 
 import_, exit_, begun, busy = builtins.__import__, os._exit, [], []
@@ -320,19 +322,129 @@ def test_nothing_but_protocol_is_on_stdout_whatever_libraries_do(tmp_path: Path)
         assert f"noise of {kind}" in log
 
 
-@pytest.mark.parametrize("end", ["eof", "SIGTERM", "SIGINT"])
-def test_the_process_leaves_when_told(tmp_path: Path, end: str) -> None:
+# --- the end --------------------------------------------------------------------------------------
+
+ENDS = [("eof", 0), ("SIGTERM", 0), ("SIGINT", 130)]
+
+
+def end(process: subprocess.Popen[str], how: str) -> None:
+    if how == "eof":
+        assert process.stdin is not None
+        process.stdin.close()
+    else:
+        process.send_signal(getattr(signal, how))
+
+
+def start_editing(tmp_path: Path, prompt: str, steps: int = 50) -> subprocess.Popen[str]:
+    """A server in the middle of an edit by a fake worker."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    process = start(tmp_path, (str(ROOT / "tests" / "serve_fake.py"),))
+    arguments = {"image_path": "a.png", "prompt": prompt, "num_steps": steps}
+    say(process, HELLO, READY, call(2, "edit_image", arguments))
+    hear(process)
+    assert process.stderr is not None
+    while "step" not in process.stderr.readline():
+        pass
+    return process
+
+
+@pytest.mark.parametrize(("how", "exit_code"), ENDS)
+def test_the_process_leaves_when_told(tmp_path: Path, how: str, exit_code: int) -> None:
     process = start(tmp_path)
     say(process, HELLO)
     hear(process)
 
-    if end == "eof":
-        assert process.stdin is not None
-        process.stdin.close()
-    else:
-        process.send_signal(getattr(signal, end))
+    end(process, how)
 
-    assert process.wait(timeout=PATIENCE_S) == (130 if end == "SIGINT" else 0)
+    assert process.wait(timeout=PATIENCE_S) == exit_code
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("how", "exit_code"), ENDS)
+def test_a_running_edit_is_stopped_and_leaves_no_file(
+    tmp_path: Path, how: str, exit_code: int
+) -> None:
+    process = start_editing(tmp_path, "x")
+
+    end(process, how)
+    if how != "eof":  # the client is still there and gets to know
+        assert hear(process)["result"]["structuredContent"] == {
+            "status": "error",
+            "error": "Server shutting down",
+            "code": "shutting_down",
+        }
+
+    assert process.wait(timeout=PATIENCE_S) == exit_code
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert process.stderr is not None
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_an_edit_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    process = start_editing(tmp_path, "hang")
+
+    end(process, "eof")
+
+    assert process.wait(timeout=PATIENCE_S) == 0
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    process = start_editing(tmp_path, "hang")
+
+    end(process, "SIGINT")
+    assert hear(process)["result"]["isError"]  # so the first one has been heard
+    end(process, "SIGINT")
+
+    assert process.wait(timeout=PATIENCE_S) == -signal.SIGINT
+
+
+def test_a_client_that_reads_no_more_ends_it(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    say(process, HELLO)
+    hear(process)
+    assert process.stdout is not None
+    assert process.stdin is not None
+
+    process.stdout.close()
+    say(process, READY, call(2, "get_gpu_status", {}))
+
+    assert process.wait(timeout=PATIENCE_S) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.timeout(300)  # imports torch
+def test_no_worker_is_left_when_the_server_is_killed_in_an_edit(tmp_path: Path) -> None:
+    Image.new("RGB", (512, 512), "red").save(tmp_path / "a.png")
+    process = start(tmp_path)
+    arguments = {"image_path": "a.png", "prompt": "invert", "num_steps": 50}
+    work = call(2, "edit_image", arguments)
+    work["params"]["_meta"] = {"progressToken": "p"}
+    say(process, HELLO, READY, work)
+    assert process.stdout is not None
+    while "denoising" not in process.stdout.readline():
+        pass
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    workers = [number for task in tasks for number in task.read_text().split()]
+
+    process.kill()
+    process.wait(timeout=PATIENCE_S)
+
+    assert workers
+    assert wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def wait_until(is_so: Callable[[], bool]) -> bool:
+    """Whether something that other processes do becomes so in time."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not is_so() and time.monotonic() < give_up:
+        threading.Event().wait(0.05)
+    return is_so()
+
+
+# --- the start ------------------------------------------------------------------------------------
 
 
 def test_wrong_settings_stop_the_start_with_one_message(tmp_path: Path) -> None:

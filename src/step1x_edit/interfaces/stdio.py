@@ -15,10 +15,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 from fastmcp import FastMCP
+from typing_extensions import Buffer
 
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.discovery import find_server
@@ -38,6 +39,30 @@ _LAST_WORDS_S: Final = 0.2  # for the answers of the calls that were ended
 # --- stdout ---------------------------------------------------------------------------------------
 
 
+class _Pipe(io.BufferedWriter):
+    """The way to the client; tells when nobody reads at its other end any more."""
+
+    def __init__(self, descriptor: int, broken: Callable[[], object]) -> None:
+        super().__init__(io.FileIO(descriptor, "w"))
+        self._broken = broken
+
+    def write(self, data: Buffer, /) -> int:
+        with self._watched():
+            return super().write(data)
+
+    def flush(self) -> None:
+        with self._watched():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self._broken()
+            raise
+
+
 class _Wire(io.TextIOWrapper):
     """The real stdout, as `sys.stdout` for the moment in which the transport takes its buffer.
 
@@ -45,8 +70,8 @@ class _Wire(io.TextIOWrapper):
     its text, its buffer nor its descriptor are a way to the client, for whoever comes later.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(os.fdopen(descriptor, "wb"), encoding="utf-8")
+    def __init__(self, descriptor: int, broken: Callable[[], object]) -> None:
+        super().__init__(_Pipe(descriptor, broken), encoding="utf-8")
         self._before = sys.stdout
         sys.stdout = self
 
@@ -134,8 +159,10 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
 
     The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.
     """
-    told = _told_by_signal()
-    _Wire(wire)
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[int] = loop.create_future()  # gets the exit code
+    _hear_signals(told)
+    _Wire(wire, lambda: loop.call_soon_threadsafe(_tell, told, 0))
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
     ends: set[asyncio.Future[Any]] = {serving, told}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -143,40 +170,28 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     await asyncio.wait({stopping}, timeout=_GRACE_S + _LAST_WORDS_S)
     if told.done():
         await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
-    exit_code = told.result() if told.done() else _exit_code(serving)
+    elif (error := serving.exception()) is not None:
+        log.error("the connection failed", exc_info=error)
+    exit_code = told.result() if told.done() else int(serving.exception() is not None)
     logging.shutdown()
     os._exit(exit_code)
 
 
-def _told_by_signal() -> asyncio.Future[int]:
-    """Gets the exit code when a signal comes; a second one then ends the process at once."""
+def _tell(told: asyncio.Future[int], exit_code: int) -> None:
+    if not told.done():
+        told.set_result(exit_code)
+
+
+def _hear_signals(told: asyncio.Future[int]) -> None:
+    """Tell when a signal comes; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
-    told: asyncio.Future[int] = loop.create_future()
 
     def hear(number: signal.Signals) -> None:
         for each in _EXIT_CODES:
             loop.remove_signal_handler(each)
             signal.signal(each, signal.SIG_DFL)
-        told.set_result(_EXIT_CODES[number])
+        _tell(told, _EXIT_CODES[number])
 
     for number in _EXIT_CODES:
         with contextlib.suppress(NotImplementedError):  # Windows; its clients close stdin instead
             loop.add_signal_handler(number, hear, number)
-    return told
-
-
-def _exit_code(serving: asyncio.Future[None]) -> int:
-    """How it went: well, if it ended because the client has gone, at either end of the wire."""
-    error = serving.exception()
-    if error is None:
-        return 0
-    if _is_gone(error):
-        log.info("the client reads no answers any more")
-        return 0
-    log.error("the connection failed", exc_info=error)
-    return 1
-
-
-def _is_gone(error: BaseException) -> bool:
-    parts: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # of a group
-    return isinstance(error, BrokenPipeError) or (bool(parts) and all(map(_is_gone, parts)))

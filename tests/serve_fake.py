@@ -1,0 +1,32 @@
+"""The process of mcp_server.py around a fake worker, whose edits go on until they are told to stop.
+
+A step says "step" on stderr. The prompt "hang" makes it the last sign of life.
+"""
+
+import os
+
+wire = os.dup(1)
+os.dup2(2, 1)
+
+import sys  # noqa: E402
+import threading  # noqa: E402
+
+from fakes import FakeWorker  # noqa: E402
+from step1x_edit.channel import EditJob  # noqa: E402
+from step1x_edit.interfaces import stdio  # noqa: E402
+from step1x_edit.service import EditService, build_service  # noqa: E402
+from step1x_edit.settings import Settings  # noqa: E402
+
+
+def slow(job: EditJob, step: int) -> None:
+    sys.stderr.write("step\n")
+    sys.stderr.flush()
+    threading.Event().wait(None if job.prompt == "hang" else 0.02)
+
+
+def build(settings: Settings) -> EditService:
+    return build_service(settings, start=FakeWorker(before_step=slow))
+
+
+stdio.build_service = build
+stdio.main(wire, [])
