@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -154,23 +153,13 @@ async def test_the_checked_in_configuration_starts_a_server(
 # --- mcp call -------------------------------------------------------------------------------------
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "step1x_edit.interfaces.cli", "mcp", "call", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_call_prints_the_answer_and_tells_failures_by_its_exit_code() -> None:
-    good = call("get_gpu_status", "{}")
-    bad = call("edit_image", '{"image_path": "no.png", "prompt": "x"}')
+    good = run.invoke(app, ["mcp", "call", "get_gpu_status", "{}"])
+    bad = run.invoke(app, ["mcp", "call", "edit_image", '{"image_path": "no.png", "prompt": "x"}'])
 
-    assert good.returncode == 0
+    assert good.exit_code == 0
     assert json.loads(good.stdout)["gpu_status"]["model_location"] == "Unloaded"
-    assert bad.returncode == 1
+    assert bad.exit_code == 1
     assert json.loads(bad.stdout)["error"] == "Image file not found: no.png"
 
 

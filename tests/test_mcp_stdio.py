@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastmcp import Client
 from fastmcp.client.transports import PythonStdioTransport
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from PIL import Image
+
+from step1x_edit.interfaces.cli import DEMO_PHOTO
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "mcp_server.py"
@@ -86,12 +90,19 @@ def call(number: int, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params}
 
 
+def transport(folder: Path, **settings: str) -> PythonStdioTransport:
+    return PythonStdioTransport(
+        SERVER,
+        python_cmd=sys.executable,
+        cwd=str(folder),
+        env=environment(**settings),
+        keep_alive=False,
+    )
+
+
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[Client[PythonStdioTransport]]:
-    transport = PythonStdioTransport(
-        SERVER, python_cmd=sys.executable, cwd=str(tmp_path), env=environment(), keep_alive=False
-    )
-    async with Client(transport) as client:
+    async with Client(transport(tmp_path)) as client:
         yield client
 
 
@@ -136,6 +147,81 @@ async def test_the_tools_carry_the_names_defaults_and_ranges_of_the_contract(
     assert status.annotations.read_only_hint
 
 
+@pytest.mark.timeout(300)  # imports torch
+async def test_the_tools_with_the_real_model_do_what_the_contract_says(tmp_path: Path) -> None:
+    shutil.copy(DEMO_PHOTO, tmp_path / "a.jpg")
+    heard: list[str | None] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(message)
+
+    async with Client(transport(tmp_path, **QUICK)) as client:
+        edit = await client.call_tool(
+            "edit_image",
+            {"image_path": "a.jpg", "prompt": "turn it into a black and white photo", "seed": 42},
+            progress_handler=listen,
+        )
+        view = await client.call_tool("view_image", {"image_path": "a_edited.jpg", "max_size": 64})
+        batch = await client.call_tool(
+            "batch_edit_images",
+            {
+                "image_paths": ["a.jpg", "no.jpg"],
+                "prompts": ["turn it into a black and white photo", "x"],
+                "output_dir": "out",
+                "seed": 42,
+            },
+        )
+        status = await client.call_tool("get_gpu_status", {})
+        offloaded = await client.call_tool("offload_gpu", {})
+        released = await client.call_tool("release_gpu", {})
+
+    answer = edit.structured_content
+    assert answer["status"] == "success"
+    assert answer["message"] == "Image edited successfully"
+    assert answer["output_path"] == str(tmp_path / "a_edited.jpg")
+    assert answer["processing_time"] > 0
+    expected = {
+        "prompt": "turn it into a black and white photo",
+        "num_steps": 10,
+        "guidance_scale": 6.0,
+        "size_level": 512,
+        "seed": 42,
+        "gpu_location": "CPU",
+        "gpu_memory_gb": 0.0,
+    }
+    assert {name: answer["metadata"].get(name) for name in expected} == expected
+    assert {"loading model", "encoding", "denoising 10/10", "decoding", "saving"} <= set(heard)
+    colours = np.asarray(Image.open(tmp_path / "a_edited.jpg").convert("RGB"), dtype=float)
+    before = np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB"), dtype=float)
+    assert colours.shape == before.shape
+    assert np.ptp(colours, axis=-1).mean() < np.ptp(before, axis=-1).mean() / 2  # it is grey now
+    shown = Image.open(io.BytesIO(base64.b64decode(view.content[0].data)))
+    assert max(shown.size) == 64
+
+    answer = batch.structured_content
+    assert answer["status"] == "partial"
+    assert answer["summary"] == {"total": 2, "successes": 1, "failures": 1}
+    assert answer["results"][1] == {
+        "input": "no.jpg",
+        "result": {
+            "status": "error",
+            "error": "Image file not found: no.jpg",
+            "code": "file_not_found",
+        },
+    }
+    again = tmp_path / "out" / "a_edited.jpg"
+    assert answer["results"][0]["result"]["output_path"] == str(again)
+    assert again.read_bytes() == (tmp_path / "a_edited.jpg").read_bytes()
+
+    assert status.structured_content["gpu_status"]["model_location"] == "CPU"
+    assert status.structured_content["gpu_status"]["statistics"]["total_loads"] == 1
+    message = offloaded.structured_content["message"]
+    assert message == "GPU offloaded. Model now on CPU, GPU memory: 0.00GB"
+    message = released.structured_content["message"]
+    assert message == "GPU released. Model location: Unloaded, GPU memory: 0.00GB"
+    assert released.structured_content["gpu_status"]["statistics"]["full_releases"] == 1
+
+
 async def test_status_before_the_first_edit(client: Client[Any]) -> None:
     result = await client.call_tool("get_gpu_status", {})
 
@@ -171,23 +257,27 @@ async def test_every_failure_has_the_shape_of_the_contract(client: Client[Any]) 
         assert len(answer["error"]) <= 500
 
 
-async def test_status_refuses_arguments(client: Client[Any]) -> None:
-    answer = await failure(client, "get_gpu_status", {"verbose": True})
+async def test_the_other_tools_fail_in_the_same_shape(client: Client[Any]) -> None:
+    batch = {"image_paths": ["a.png", "b.png"], "prompts": "x"}
+    for tool, arguments, beginning in [
+        ("batch_edit_images", batch | {"prompts": ["x"]}, "Invalid parameter: prompts must be one"),
+        ("batch_edit_images", batch | {"image_paths": []}, "Invalid parameter: image_paths must"),
+        ("batch_edit_images", batch | {"num_steps": 51}, "Invalid parameter: num_steps must be"),
+        ("batch_edit_images", batch, "Processed 2 images: 0 succeeded, 2 failed"),
+        ("view_image", {"image_path": "no.png"}, "Image file not found: no.png"),
+        ("get_gpu_status", {"verbose": True}, "Invalid parameter: 'verbose' is unknown"),
+        ("offload_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),
+        ("release_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),
+    ]:
+        answer = await failure(client, tool, arguments)
 
-    assert answer["error"].startswith("Invalid parameter: 'verbose' is unknown")
+        assert answer["error"].startswith(beginning)
 
 
 @pytest.mark.timeout(300)  # imports torch
 async def test_a_model_path_that_leads_nowhere_is_told_by_the_first_edit(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    transport = PythonStdioTransport(
-        SERVER,
-        python_cmd=sys.executable,
-        cwd=str(tmp_path),
-        env=environment(MODEL_PATH=str(tmp_path / "nowhere")),
-        keep_alive=False,
-    )
-    async with Client(transport) as client:
+    async with Client(transport(tmp_path, MODEL_PATH=str(tmp_path / "nowhere"))) as client:
         answer = await failure(client, "edit_image", {"image_path": "a.png", "prompt": "x"})
 
     assert answer["error"].startswith("Manager not initialized: ")
@@ -414,36 +504,6 @@ def test_a_client_that_reads_no_more_ends_it(tmp_path: Path) -> None:
     assert process.stderr.read() == ""
 
 
-@pytest.mark.timeout(300)  # imports torch
-def test_no_worker_is_left_when_the_server_is_killed_in_an_edit(tmp_path: Path) -> None:
-    Image.new("RGB", (512, 512), "red").save(tmp_path / "a.png")
-    process = start(tmp_path)
-    arguments = {"image_path": "a.png", "prompt": "invert", "num_steps": 50}
-    work = call(2, "edit_image", arguments)
-    work["params"]["_meta"] = {"progressToken": "p"}
-    say(process, HELLO, READY, work)
-    assert process.stdout is not None
-    while "denoising" not in process.stdout.readline():
-        pass
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    workers = [number for task in tasks for number in task.read_text().split()]
-
-    process.kill()
-    process.wait(timeout=PATIENCE_S)
-
-    assert workers
-    assert wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def wait_until(is_so: Callable[[], bool]) -> bool:
-    """Whether something that other processes do becomes so in time."""
-    give_up = time.monotonic() + PATIENCE_S
-    while not is_so() and time.monotonic() < give_up:
-        threading.Event().wait(0.05)
-    return is_so()
-
-
 # --- the start ------------------------------------------------------------------------------------
 
 
@@ -461,14 +521,7 @@ def test_wrong_settings_stop_the_start_with_one_message(tmp_path: Path) -> None:
 
 def test_the_defaults_of_the_operator_show_in_the_schema(tmp_path: Path) -> None:
     async def steps() -> int:
-        transport = PythonStdioTransport(
-            SERVER,
-            python_cmd=sys.executable,
-            cwd=str(tmp_path),
-            env=environment(DEFAULT_NUM_STEPS="12"),
-            keep_alive=False,
-        )
-        async with Client(transport) as client:
+        async with Client(transport(tmp_path, DEFAULT_NUM_STEPS="12")) as client:
             tools = {tool.name: tool for tool in await client.list_tools()}
         default: int = tools["edit_image"].input_schema["properties"]["num_steps"]["default"]
         return default
