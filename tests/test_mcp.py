@@ -254,6 +254,7 @@ async def test_prompts_lead_to_the_tool_and_completions_to_their_arguments(
             assert "edit_image" in text
             assert "one.jpg" in text
             for argument in prompt.arguments or ():
+                assert 10 < len(argument.description or "") < 60
                 completion = await client.complete(
                     PromptReference(type="ref/prompt", name=prompt.name),
                     {"name": argument.name, "value": ""},

@@ -4,21 +4,19 @@ A prompt is text for the assistant, not for the model: it names the tool, the sh
 instruction and what to do with the answer.
 """
 
-# Without `from __future__ import annotations`: fastmcp reads those of a prompt where it is called.
+from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from fastmcp.prompts import Prompt
+from fastmcp.prompts.base import PromptArgument
 from mcp_types import (
     CompletionArgument,
     CompletionContext,
     PromptReference,
     ResourceTemplateReference,
 )
-from pydantic import Field
-
-ImagePath = Annotated[str, Field(description="Path of the picture on this machine")]
 
 _HOW_TO_GO_ON: Final = """\
 Look at the preview in the answer. If it is not what was asked for, try once more with another \
@@ -27,10 +25,7 @@ metadata.warning is there, tell the user what it says. Give output_path as the r
 is never changed."""
 
 
-def restyle(
-    image_path: ImagePath,
-    style: Annotated[str, Field(description="What it should become, such as 'an oil painting'")],
-) -> str:
+def restyle(image_path: str, style: str) -> str:
     """Give a picture another style and keep what it shows."""
     return (
         f"Call edit_image with image_path {image_path!r} and the prompt "
@@ -39,10 +34,7 @@ def restyle(
     )
 
 
-def replace_background(
-    image_path: ImagePath,
-    background: Annotated[str, Field(description="What should be behind the subject")],
-) -> str:
+def replace_background(image_path: str, background: str) -> str:
     """Put the subject of a picture in front of something else."""
     return (
         f"Look at {image_path!r} with view_image and find the subject. Then call edit_image on it "
@@ -52,10 +44,7 @@ def replace_background(
     )
 
 
-def fix_colours(
-    image_path: ImagePath,
-    problem: Annotated[str, Field(description="What is wrong with the colours")] = "not said",
-) -> str:
+def fix_colours(image_path: str, problem: str = "not said") -> str:
     """Repair light and colours of a picture."""
     return (
         f"Look at {image_path!r} with view_image; the user's complaint about its colours: "
@@ -65,6 +54,13 @@ def fix_colours(
         f"last one if a second is needed.\n\n{_HOW_TO_GO_ON}"
     )
 
+
+_ARGUMENTS: Final = {
+    "image_path": "Path of the picture on this machine",
+    "style": "What it should become, such as 'an oil painting'",
+    "background": "What should be behind the subject",
+    "problem": "What is wrong with the colours",
+}
 
 SUGGESTIONS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {
     ("restyle", "style"): (
@@ -99,10 +95,23 @@ SUGGESTIONS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {
 def prompts() -> list[Prompt]:
     """The prompts, in a fixed order."""
     return [
-        Prompt.from_function(restyle, title="Change the style"),
-        Prompt.from_function(replace_background, title="Replace the background"),
-        Prompt.from_function(fix_colours, title="Fix the colours"),
+        _prompt(restyle, "Change the style"),
+        _prompt(replace_background, "Replace the background"),
+        _prompt(fix_colours, "Fix the colours"),
     ]
+
+
+def _prompt(function: Callable[..., str], title: str) -> Prompt:
+    prompt = Prompt.from_function(function, title=title)
+    described = [
+        PromptArgument(
+            name=argument.name,
+            description=_ARGUMENTS[argument.name],
+            required=argument.required,
+        )
+        for argument in prompt.arguments or ()
+    ]
+    return prompt.model_copy(update={"arguments": described})
 
 
 def complete(
