@@ -453,12 +453,12 @@ async def test_view_shows_a_picture_and_nothing_else(
     make_service: MakeService, photo: Path
 ) -> None:
     async with Client(build_mcp(make_service())) as client:
-        seen = await client.call_tool("view_image", {"image_path": str(photo), "max_size": "64"})
+        seen = await client.call_tool("view_image", {"path": str(photo), "max_size": "64"})
         bad = [
             await client.call_tool("view_image", arguments, raise_on_error=False)
             for arguments in (
-                {"image_path": "missing.png"},
-                {"image_path": str(photo), "max_size": 5000},
+                {"path": "missing.png"},
+                {"path": str(photo), "max_size": 5000},
             )
         ]
 

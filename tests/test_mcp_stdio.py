@@ -161,7 +161,7 @@ async def test_the_tools_with_the_real_model_do_what_the_contract_says(tmp_path:
             {"image_path": "a.jpg", "prompt": "turn it into a black and white photo", "seed": 42},
             progress_handler=listen,
         )
-        view = await client.call_tool("view_image", {"image_path": "a_edited.jpg", "max_size": 64})
+        view = await client.call_tool("view_image", {"path": "a_edited.jpg", "max_size": 64})
         batch = await client.call_tool(
             "batch_edit_images",
             {
@@ -264,7 +264,7 @@ async def test_the_other_tools_fail_in_the_same_shape(client: Client[Any]) -> No
         ("batch_edit_images", batch | {"image_paths": []}, "Invalid parameter: image_paths must"),
         ("batch_edit_images", batch | {"num_steps": 51}, "Invalid parameter: num_steps must be"),
         ("batch_edit_images", batch, "Processed 2 images: 0 succeeded, 2 failed"),
-        ("view_image", {"image_path": "no.png"}, "Image file not found: no.png"),
+        ("view_image", {"path": "no.png"}, "Image file not found: no.png"),
         ("get_gpu_status", {"verbose": True}, "Invalid parameter: 'verbose' is unknown"),
         ("offload_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),
         ("release_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),

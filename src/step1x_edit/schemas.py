@@ -235,7 +235,7 @@ class BatchRequest(_Request):
 class ViewRequest(_Request):
     """A picture to look at."""
 
-    image_path: Annotated[_PathText, Field(description="Path of the picture to look at")]
+    path: Annotated[_PathText, Field(description="Path of the picture to look at")]
     max_size: MaxSize = DEFAULT_MAX_SIZE
 
 

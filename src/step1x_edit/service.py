@@ -166,7 +166,7 @@ class EditService:
         """A small JPEG of a picture in the allowed folders."""
 
         def show() -> bytes:
-            file = self._files.read(request.image_path)
+            file = self._files.read(request.path)
             return images.preview(images.decode(file.data, self._limits), request.max_size)
 
         return await asyncio.to_thread(show)

@@ -29,7 +29,7 @@ from step1x_edit.interfaces.mcp_prompts import complete
 
 log = logging.getLogger(__name__)
 
-PATH_PARAMETERS: Final = ("image_path", "image_paths", "output_path", "output_dir")
+PATH_PARAMETERS: Final = ("path", "image_path", "image_paths", "output_path", "output_dir")
 
 
 def build_proxy(server: RunningServer, calls: RunningCalls) -> FastMCP:
