@@ -128,7 +128,7 @@ async def test_a_killed_worker_costs_its_client_one_edit(tmp_path: Path) -> None
     assert killed
     assert lost.is_error
     assert lost.structured_content["error"].startswith(
-        "Internal error: the worker process was lost (it was ended by SIGKILL"
+        "Worker process lost: it was ended by SIGKILL"
     )
     assert after_it["gpu_status"]["model_location"] == "Unloaded"
     assert files_then == ["photo.png"]

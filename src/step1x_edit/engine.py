@@ -379,7 +379,7 @@ class Engine:
         with self._changed:
             while not self._is_closed:
                 if self._worker is not None and not self._worker.is_alive:
-                    self._lose("it ended while idle")
+                    self._lose(WorkerLostError("it ended while idle"))
                 if self._orders:
                     return self._orders.popleft()
                 if self._waiting:
@@ -411,13 +411,13 @@ class Engine:
         try:
             result = self._follow(edit, self._ready_worker())
         except WorkerLostError as error:
-            self._lose(error.detail)
-            result = error
+            self._lose(error)
+            result = WorkerLostError(f"{error}; try again")
         except Step1XEditError as error:
             result = error
         except Exception:
             log.exception("following an edit failed")
-            self._lose("the engine could not follow it")
+            self._lose(WorkerLostError("the engine could not follow it"))
             result = InternalError("the edit failed unexpectedly; the server's log says more")
         with self._changed:
             self._running = None
@@ -430,7 +430,7 @@ class Engine:
     def _ready_worker(self) -> Worker:
         with self._changed:
             if self._worker is not None and not self._worker.is_alive:
-                self._lose("it ended while idle")
+                self._lose(WorkerLostError("it ended while idle"))
             if self._worker is None:
                 self._check_restarts()
                 try:
@@ -457,12 +457,12 @@ class Engine:
                 retry_after_s=wait_s,
             )
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: WorkerLostError) -> None:
         """Forget a worker that is of no more use."""
         if self._worker is None:
             return
-        log.warning("the worker process is lost: %s", reason)
-        self._last_loss = reason
+        log.warning("%s", reason)
+        self._last_loss = str(reason)
         self._losses.append(self._clock.now())
         self._worker.kill()
         self._worker = None
@@ -518,7 +518,7 @@ class Engine:
                     self._release()
         except Step1XEditError as error:
             if isinstance(error, WorkerLostError):
-                self._lose(error.detail)
+                self._lose(error)
             _answer(order, error)
         else:
             _answer(order, self.status())

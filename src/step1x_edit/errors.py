@@ -22,8 +22,8 @@
     ├── EditCancelledError            cancelled             Cancelled
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
+    ├── WorkerLostError               worker_lost           Worker process lost: …
     └── InternalError                 internal              Internal error: …
-        └── WorkerLostError           worker_lost           Internal error: the worker …
 
 `str(error)` is the whole sentence for the user: one line of bounded length that begins as the
 tree says. This module knows nothing about protocols; the faces turn `code` into theirs.
@@ -209,21 +209,16 @@ class SettingsError(Step1XEditError):
     max_length = 5000  # read by the operator at the terminal, who wants all mistakes at once
 
 
-class InternalError(Step1XEditError):
-    """A mistake of ours."""
-
-
-class WorkerLostError(InternalError):
+class WorkerLostError(Step1XEditError):
     """The process that owns the model died or hung; the next edit starts a new one."""
 
     code = "worker_lost"
+    beginning = "Worker process lost"
     retryable = True
 
-    def __init__(self, detail: str = "", *, retry_after_s: float | None = None) -> None:
-        is_whole = detail.startswith(self.beginning)
-        sentence = f"the worker process was lost ({detail}); try again"
-        super().__init__(detail if is_whole else sentence, retry_after_s=retry_after_s)
-        self.detail = detail
+
+class InternalError(Step1XEditError):
+    """A mistake of ours."""
 
 
 def rebuild(code: str, sentence: str) -> Step1XEditError:
