@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -295,6 +296,7 @@ EngineMachine.TestCase.settings = settings(
 )
 
 
+@pytest.mark.timeout(600)
 class TestEngineMachine(EngineMachine.TestCase):  # type: ignore[misc]
     @classmethod
     def setUpClass(cls) -> None:
