@@ -552,7 +552,7 @@ class Engine:
         self._note(residence=residence)
         if before == now:
             return
-        log.info("%s → %s: %s on %s", before, now, residence.model, residence.device)
+        log.debug("%s → %s: %s on %s", before, now, residence.model, residence.device)
         counted = self._snapshot
         if now == "GPU" or (before == "Unloaded" and residence.device == "cpu"):
             self._note(total_loads=counted.total_loads + 1)

@@ -305,8 +305,11 @@ def _settings() -> Settings:
     from step1x_edit.settings import load_settings
 
     settings = load_settings()
+    if logging.getLevelName(settings.log_level) < logging.WARNING:
+        # Whoever looks at a bar needs no diary beside it, neither ours nor the worker's.
+        settings = settings.model_copy(update={"log_level": "WARNING"})
     logging.basicConfig(
-        level=max(logging.WARNING, logging.getLevelName(settings.log_level)),
+        level=settings.log_level,
         format="%(message)s",
         handlers=[RichHandler(console=err, show_path=False)],
     )
