@@ -247,7 +247,7 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
         "def slow(job, step):\n"
         "    print('step', file=sys.stderr, flush=True)\n"
         "    threading.Event().wait(0.05)\n"
-        "service.load_worker = lambda *args: FakeWorker(before_step=slow)\n"
+        "service.WorkerProcess = lambda start, ended: FakeWorker(before_step=slow)(ended)\n"
         "from step1x_edit.interfaces.cli import main\n"
         "main()\n"
     )
