@@ -23,6 +23,7 @@ from mcp_types import PromptReference
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, announcing, listening
+from step1x_edit.interfaces.client import OWN_SERVER
 from step1x_edit.interfaces.discovery import NOTE_NAME, announced, find_server
 from step1x_edit.interfaces.mcp import build_mcp
 
@@ -137,15 +138,24 @@ async def test_a_stale_or_foreign_announcement_is_ignored(
 
 @contextlib.asynccontextmanager
 async def joined(
-    folder: Path, data_dir: Path, *flags: str, mode: Any = "auto"
+    folder: Path,
+    data_dir: Path,
+    *flags: str,
+    command: tuple[str, ...] = (str(SERVER),),
+    mode: Any = "auto",
 ) -> AsyncIterator[Client[Any]]:
     """A client of a stdio server that was started in `folder`."""
     folder.mkdir(exist_ok=True)
     transport = StdioTransport(
         sys.executable,
-        [str(SERVER), *flags],
+        [*command, *flags],
         cwd=str(folder),
-        env={**os.environ, "DATA_DIR": str(data_dir), "HOME": str(folder)},
+        env={
+            **os.environ,
+            "DATA_DIR": str(data_dir),
+            "HOME": str(folder),
+            "http_proxy": "http://127.0.0.1:9",  # which must not be asked for this machine
+        },
         keep_alive=False,
     )
     async with Client(transport, mode=mode) as client:
@@ -318,12 +328,13 @@ async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
     assert result.structured_content["code"] == "model_unavailable"
 
 
+@pytest.mark.parametrize("command", [(str(SERVER),), OWN_SERVER], ids=["script", "command"])
 async def test_standalone_joins_nobody(
-    make_service: MakeService, data_dir: Path, tmp_path: Path
+    make_service: MakeService, data_dir: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     service = make_service(gpu_idle_timeout=77)
     with announcing(build_mcp(service), data_dir):
-        async with joined(tmp_path, data_dir, "--standalone") as client:
+        async with joined(tmp_path, data_dir, "--standalone", command=command) as client:
             status = await client.call_tool("get_gpu_status", {})
 
     assert status.structured_content["gpu_status"]["idle_timeout"] == 60

@@ -410,6 +410,7 @@ def test_nothing_but_protocol_is_on_stdout_whatever_libraries_do(tmp_path: Path)
         "the exit",
     ):
         assert f"noise of {kind}" in log
+    assert "most recent call first" in log  # of faulthandler
 
 
 # --- the end --------------------------------------------------------------------------------------

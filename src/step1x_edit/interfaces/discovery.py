@@ -18,8 +18,11 @@ import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from fastmcp.client.transports import StreamableHttpTransport
 
 log = logging.getLogger(__name__)
 
@@ -133,13 +136,30 @@ def _lives(pid: int) -> bool:
     return pid > 0
 
 
-async def _answers(server: RunningServer, timeout_s: float) -> bool:
+def transport_to(server: RunningServer) -> StreamableHttpTransport:
+    """The way to a server on this machine, past any proxy that is set for the world outside."""
     # Imported when there is somebody to ask, so that a start without one stays quick.
-    from fastmcp import Client
+    import httpx2
     from fastmcp.client.transports import StreamableHttpTransport
 
+    def client(
+        headers: dict[str, str] | None = None,
+        timeout: httpx2.Timeout | None = None,
+        auth: httpx2.Auth | None = None,
+        **_: object,
+    ) -> httpx2.AsyncClient:
+        # A silent server says that it lives every 15 s.
+        patience = timeout or httpx2.Timeout(30.0, read=300.0)
+        return httpx2.AsyncClient(headers=headers, timeout=patience, auth=auth, trust_env=False)
+
+    return StreamableHttpTransport(server.url, auth=server.token, httpx_client_factory=client)
+
+
+async def _answers(server: RunningServer, timeout_s: float) -> bool:
+    from fastmcp import Client
+
     async def name() -> str | None:
-        async with Client(StreamableHttpTransport(server.url, auth=server.token)) as client:
+        async with Client(transport_to(server)) as client:
             return None if client.server_info is None else client.server_info.name
 
     try:

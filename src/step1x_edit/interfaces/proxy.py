@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastmcp import FastMCP
-from fastmcp.client.transports import StreamableHttpTransport
 from fastmcp.server import create_proxy
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 
 from step1x_edit.errors import ModelUnavailableError
-from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer
+from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
 from step1x_edit.interfaces.mcp import OneErrorShape, result_of
 from step1x_edit.interfaces.mcp_prompts import complete
 
@@ -35,7 +34,7 @@ PATH_PARAMETERS: Final = ("path", "image_path", "image_paths", "output_path", "o
 def build_proxy(server: RunningServer, calls: RunningCalls) -> FastMCP:
     """A server of the same tools that has `server` do the work; `calls` gets to know its calls."""
     proxy = create_proxy(
-        StreamableHttpTransport(server.url, auth=server.token),
+        transport_to(server),
         name=SERVER_NAME,
         identity="upstream",
         provider_error_strategy="raise",  # one that is gone must not look like one without tools
