@@ -319,13 +319,15 @@ async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
     with contextlib.ExitStack() as running:
         running.enter_context(announcing(build_mcp(make_service()), data_dir))
         async with joined(tmp_path, data_dir) as client:
-            await client.call_tool("get_gpu_status", {})
             running.close()
-            result = await client.call_tool("get_gpu_status", {}, raise_on_error=False)
+            results = [await client.call_tool("get_gpu_status", {}, raise_on_error=False)]
+            results += [await client.call_tool("offload_gpu", {}, raise_on_error=False)]
 
-    assert result.is_error
-    assert result.structured_content["error"].startswith("Manager not initialized: the server that")
-    assert result.structured_content["code"] == "model_unavailable"
+    for result in results:
+        assert result.is_error
+        assert result.structured_content["code"] == "model_unavailable"
+        error = result.structured_content["error"]
+        assert error.startswith("Manager not initialized: the server that this one had joined")
 
 
 @pytest.mark.parametrize("command", [(str(SERVER),), OWN_SERVER], ids=["script", "command"])

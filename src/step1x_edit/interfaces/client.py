@@ -22,14 +22,20 @@ from fastmcp import Client
 from fastmcp.client.progress import ProgressHandler
 from fastmcp.client.transports import ClientTransport, StdioTransport, StreamableHttpTransport
 from mcp.shared.exceptions import MCPError
-from mcp_types import INVALID_PARAMS, CallToolResult, TextContent
+from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
 from typing_extensions import Self
 
-from step1x_edit.errors import InvalidParameterError, ModelUnavailableError, Step1XEditError
+from step1x_edit.errors import (
+    InternalError,
+    InvalidParameterError,
+    ModelUnavailableError,
+    Step1XEditError,
+)
 from step1x_edit.schemas import ErrorAnswer
 from step1x_edit.settings import inherited_environment
 
 OWN_SERVER: Final = ("-m", "step1x_edit.interfaces.cli", "mcp")
+_START_TIMEOUT_S: Final = 60.0  # ours answers within 2 s; this bounds the hang of any other
 
 
 class MCPClient:
@@ -58,6 +64,7 @@ class MCPClient:
 
         `on_progress(progress, total, message)` hears how far it has come.
         """
+        client = None
         try:
             client = await self._connected()
             result = await client.call_tool_mcp(
@@ -65,8 +72,13 @@ class MCPClient:
             )
         except Step1XEditError as error:
             return _error(error)
+        except MCPError as error:
+            if client is None or error.code == CONNECTION_CLOSED:
+                return _error(await self._lost(client, error))
+            kind = InvalidParameterError if error.code == INVALID_PARAMS else InternalError
+            return _error(kind(str(error)))
         except Exception as error:  # noqa: BLE001 - the outermost handler of this face
-            return await self._failed(error)
+            return _error(await self._lost(client, error))
         return _answer(result)
 
     async def close(self) -> None:
@@ -92,19 +104,20 @@ class MCPClient:
             self._client, self._loop, self._connecting = None, loop, asyncio.Lock()
         async with self._connecting:  # calls at the same time share one server
             if self._client is None or not self._client.is_connected():
-                client = Client(_transport(self._target, self._token))
+                client = Client(
+                    _transport(self._target, self._token), init_timeout=_START_TIMEOUT_S
+                )
                 await client.__aenter__()  # type: ignore[no-untyped-call]
                 self._client = client
         return self._client
 
-    async def _failed(self, error: Exception) -> dict[str, Any]:
-        """The answer for a call that got none; a broken connection is given up."""
-        if isinstance(error, MCPError) and error.code == INVALID_PARAMS:  # such as an unknown tool
-            return _error(InvalidParameterError(str(error)))
-        with contextlib.suppress(Exception):
-            await self.close()
-        where = "the server" if self._target is None else f"{self._target}"
-        return _error(ModelUnavailableError(f"{where} does not answer ({_reason(error)})"))
+    async def _lost(self, client: Client[Any] | None, error: Exception) -> Step1XEditError:
+        """Give a broken connection up, so that the next call makes a new one."""
+        if client is not None and client is self._client:  # or another call has been here before
+            with contextlib.suppress(Exception):
+                await self.close()
+        where = "the server" if self._target is None else self._target
+        return ModelUnavailableError(f"{where} does not answer ({_reason(error)})")
 
 
 def _transport(target: str | Path | None, token: str | None) -> ClientTransport:
