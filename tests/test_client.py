@@ -113,7 +113,7 @@ async def test_a_listening_server_wants_its_token(make_service: MakeService, pho
             result = await friend.call_tool(
                 "edit_image", {"image_path": str(photo), "prompt": "x"}, on_progress=listen
             )
-            picture = await friend.call_tool("view_image", {"image_path": str(photo)})
+            picture = await friend.call_tool("view_image", {"path": str(photo)})
 
     assert refused["status"] == "error"
     assert refused["code"] == "model_unavailable"

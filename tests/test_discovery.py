@@ -199,7 +199,7 @@ async def test_two_stdio_servers_and_a_running_one_share_one_model(
                     "output_dir": "new",
                 },
             )
-            viewed = await one.call_tool("view_image", {"image_path": "mine.png"})
+            viewed = await one.call_tool("view_image", {"path": "mine.png"})
 
     assert [result.structured_content["output_path"] for result in results] == [
         str(first / "mine_edited.png"),
