@@ -221,9 +221,11 @@ def test_offloading_copies_nothing_and_frees_the_device(folder: Path) -> None:
 def test_releasing_gives_the_memory_back_even_if_somebody_keeps_the_network(
     residency: Residency,
 ) -> None:
-    residency.onload()
+    residency.load()
     kept = network(residency)
     memory = [weakref.ref(tensor.untyped_storage()) for tensor in tensors(residency)]
+    residency.onload()
+    memory += [weakref.ref(tensor.untyped_storage()) for tensor in tensors(residency)]
     assert all(storage() is not None for storage in memory)
 
     residency.release()

@@ -134,11 +134,14 @@ class Arena:
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
-        for weight, view in self._views(self.components):
-            if isinstance(weight.tensor, nn.Parameter):
-                setattr(weight.module, weight.attribute, nn.Parameter(view, requires_grad=False))
-            else:
-                setattr(weight.module, weight.attribute, view)
+        for place in self._places:
+            weight = place.weight
+            empty = torch.empty(0, dtype=weight.dtype)
+            is_parameter = isinstance(weight.tensor, nn.Parameter)
+            made = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+            setattr(weight.module, weight.attribute, made)
+        # Only now, because a tensor that is born a view never lets go of what it was a view of.
+        self.bind(self.components)
 
     def bind(self, components: Mapping[str, Tensor]) -> None:
         """Let the network's tensors be views into these copies of the components.
