@@ -160,7 +160,7 @@ def build_mcp(service: EditService, heartbeat_s: float = HEARTBEAT_S) -> FastMCP
     def gpu_status() -> str:
         return json.dumps(service.status().to_dict())
 
-    edits, moves = service.defaults, _NoParameters
+    defaults = service.defaults
     server = FastMCP(
         SERVER_NAME,
         instructions=INSTRUCTIONS,
@@ -168,13 +168,13 @@ def build_mcp(service: EditService, heartbeat_s: float = HEARTBEAT_S) -> FastMCP
         middleware=[OneErrorShape(_told)],
         mask_error_details=True,
         tools=[
-            _Operation.of(edit_image, "Edit image", _EDITING, EditRequest, EditAnswer, edits),
+            _Operation.of(edit_image, "Edit image", _EDITING, EditRequest, EditAnswer, defaults),
             _Operation.of(
-                batch_edit_images, "Edit images", _EDITING, BatchRequest, BatchAnswer, edits
+                batch_edit_images, "Edit images", _EDITING, BatchRequest, BatchAnswer, defaults
             ),
-            _Operation.of(get_gpu_status, "GPU status", _LOOKING, moves, StatusAnswer),
-            _Operation.of(offload_gpu, "Offload GPU", _MOVING, moves, GpuAnswer),
-            _Operation.of(release_gpu, "Release GPU", _MOVING, moves, GpuAnswer),
+            _Operation.of(get_gpu_status, "GPU status", _LOOKING, _NoParameters, StatusAnswer),
+            _Operation.of(offload_gpu, "Offload GPU", _MOVING, _NoParameters, GpuAnswer),
+            _Operation.of(release_gpu, "Release GPU", _MOVING, _NoParameters, GpuAnswer),
             _Operation.of(view_image, "View image", _LOOKING, ViewRequest),
         ],
     )
