@@ -222,7 +222,7 @@ def test_a_bomb_is_refused_by_its_header(side: int) -> None:
 
 
 def test_a_long_file_is_refused_before_it_is_decoded() -> None:
-    with pytest.raises(ImageTooLargeError, match=r"^Image too large: 2 MB, at most 1 MB"):
+    with pytest.raises(ImageTooLargeError, match=r"^Image too large: at most 1 MB"):
         decode(b"\0" * 2 * 2**20, Limits(max_bytes=2**20, max_pixels=10))
 
 

@@ -28,6 +28,7 @@ from step1x_edit.schemas import (
     GpuStatistics,
     GpuStatus,
     NumSteps,
+    PictureRequest,
     StatusAnswer,
     ViewRequest,
     invalid_parameter,
@@ -352,3 +353,10 @@ def test_every_public_name_can_be_fetched() -> None:
     assert set(step1x_edit.__all__) <= {*dir(step1x_edit)}
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = step1x_edit.nope
+
+
+def test_only_a_parameter_of_this_request_is_suggested() -> None:
+    with pytest.raises(InvalidParameterError, match=r"'image_path' is unknown$"):
+        read_request(PictureRequest, {"prompt": "x", "image_path": "a.png"})
+    with pytest.raises(InvalidParameterError, match="'image_path' is unknown, did you mean image_"):
+        read_request(BatchRequest, {"image_paths": ["a"], "prompts": "x", "image_path": "a.png"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate, ManualClock, settled
-from step1x_edit.channel import Memory, Progress
+from step1x_edit.channel import Memory, Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
     ImageFileNotFoundError,
@@ -382,3 +383,48 @@ async def test_offload_and_release_answer_as_the_contract_says(
     assert offloaded["gpu_status"]["statistics"]["gpu_to_cpu"] == 1
     assert released["message"] == ("GPU released. Model location: Unloaded, GPU memory: 0.00GB")
     assert released["gpu_status"]["statistics"]["full_releases"] == 1
+
+
+# --- pictures that callers send -------------------------------------------------------------------
+
+
+async def test_a_picture_that_is_sent_comes_back_and_no_file_is_touched(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service()
+    phases = []
+
+    async def report(event: Progress) -> None:
+        phases.append(event.phase)
+
+    request = service.read_picture({"prompt": "x", "seed": 5, "num_steps": None})
+    edited = await service.edit_picture(photo.read_bytes(), request, report, suffix=".webp")
+    saved = await service.edit(
+        service.read_edit({"image_path": photo, "prompt": "x", "seed": 5, "output_path": None})
+    )
+
+    assert Image.open(io.BytesIO(edited.data)).format == "WEBP"
+    assert np.array_equal(edited.picture.pixels, saved.picture.pixels)
+    assert edited.metadata == saved.answer.metadata
+    assert phases[-1] == Phase.SAVING
+    assert sorted(path.name for path in photo.parent.iterdir()) == [
+        photo.name,
+        "photo_edited.png",
+    ]
+
+
+async def test_edits_are_counted_by_how_they_end(make_service: MakeService, photo: Path) -> None:
+    gate, worker = Gate(), FakeWorker()
+    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "stop" else None
+    service = make_service(worker)
+    stopped = asyncio.ensure_future(
+        service.edit_picture(photo.read_bytes(), service.read_picture({"prompt": "stop"}))
+    )
+    await asyncio.to_thread(gate.reached.wait, 60)
+    stopped.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopped
+    gate.open()
+    await service.edit(service.read_edit({"image_path": photo, "prompt": "go"}))
+
+    assert service.outcomes == {"cancelled": 1, "success": 1}

@@ -108,9 +108,7 @@ class Picture:
 def decode(data: bytes, limits: Limits) -> Picture:
     """Read a picture; raises an ImageError that says what is wrong with it."""
     if len(data) > limits.max_bytes:
-        raise ImageTooLargeError(
-            f"{_mebi(len(data))} MB, at most {_mebi(limits.max_bytes)} MB are allowed"
-        )
+        raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
             _check_size(image.width, image.height, limits)
@@ -458,7 +456,3 @@ def read_edit_record(source: bytes | Path) -> EditRecord | None:
 def _commented(exif: Mapping[int, Any]) -> str:
     comment = exif.get(ExifTags.Base.UserComment, b"")
     return bytes(comment).removeprefix(_UNICODE).decode("utf-16-be")
-
-
-def _mebi(size: int) -> str:
-    return f"{size / 2**20:.1f}".removesuffix(".0")

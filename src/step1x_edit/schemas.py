@@ -201,6 +201,17 @@ class EditRequest(_Request):
     negative_prompt: NegativePrompt = ""
 
 
+class PictureRequest(_Request):
+    """What to do with a picture that comes with the request instead of lying on our disk."""
+
+    prompt: Prompt
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    seed: Seed = None
+    negative_prompt: NegativePrompt = ""
+
+
 class BatchRequest(_Request):
     """Several pictures to edit with the same parameters."""
 
@@ -291,6 +302,17 @@ class EditAnswer(_Answer):
     output_path: str
     processing_time: float
     metadata: EditMetadata
+
+
+class PictureAnswer(_Answer):
+    """One picture was edited, and here it is."""
+
+    status: Literal["success"] = "success"
+    message: str = "Image edited successfully"
+    processing_time: float
+    metadata: EditMetadata
+    media_type: str
+    image_base64: str
 
 
 class ErrorAnswer(_Answer):
@@ -457,7 +479,7 @@ def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise invalid_parameter(error) from None
+        raise invalid_parameter(error, parameters_of(model)) from None
 
 
 def invalid_parameter(

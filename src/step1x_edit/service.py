@@ -8,12 +8,15 @@ its pictures. The service knows nothing about protocols, and of the model only w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 from step1x_edit import images
@@ -27,7 +30,7 @@ from step1x_edit.engine import (
     EngineStatus,
     StartWorker,
 )
-from step1x_edit.errors import Step1XEditError
+from step1x_edit.errors import CheckpointError, EditCancelledError, Step1XEditError
 from step1x_edit.files import FileAccess, InputFile, Output
 from step1x_edit.images import Limits, Picture
 from step1x_edit.schemas import (
@@ -43,6 +46,7 @@ from step1x_edit.schemas import (
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    PictureRequest,
     StatusAnswer,
     ViewRequest,
     read_request,
@@ -51,7 +55,7 @@ from step1x_edit.settings import Settings
 from step1x_edit.worker_process import WorkerProcess
 
 T = TypeVar("T")
-_Request = TypeVar("_Request", EditRequest, BatchRequest)
+_Request = TypeVar("_Request", EditRequest, BatchRequest, PictureRequest)
 
 Report: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
@@ -72,6 +76,16 @@ class FinishedEdit:
     picture: Picture
 
 
+@dataclass(frozen=True)
+class EditedPicture:
+    """An edited picture as the bytes of a file, and how it was made."""
+
+    picture: Picture
+    data: bytes
+    metadata: EditMetadata
+    processing_time: float
+
+
 _SHARED_BY_A_BATCH = frozenset(EditRequest.model_fields.keys() & BatchRequest.model_fields.keys())
 
 
@@ -88,6 +102,7 @@ class EditService:
         self._files = files
         self._settings = settings
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
+        self._outcomes: Counter[str] = Counter()
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -105,14 +120,34 @@ class EditService:
         """
         return self._read(EditRequest, arguments)
 
+    def read_picture(self, arguments: Mapping[str, object]) -> PictureRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(PictureRequest, arguments)
+
     def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
         """Make a request of what a caller gave, as `read_edit` does."""
         return self._read(BatchRequest, arguments)
 
     async def edit(self, request: EditRequest, report: Report = unreported) -> FinishedEdit:
         """Edit one image and save the result; cancelling the call stops the work, unsaved."""
-        self._engine.check_room()  # a server without room must not spend memory on pictures
+        self.check_room()  # a server without room must not spend memory on pictures
         return await self._edit(request, partial(self._plan, request), self._engine.submit, report)
+
+    async def edit_picture(
+        self,
+        data: bytes,
+        request: PictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+    ) -> EditedPicture:
+        """Edit a picture that the caller has sent, and give the result back; no file is touched.
+
+        `suffix` chooses the format as that of an output does. Cancelling the call stops the work.
+        """
+        self.check_room()
+        started = time.monotonic()
+        source = await asyncio.to_thread(self._decode, data, suffix)
+        return await self._make(request, source, suffix, self._engine.submit, report, started)
 
     async def edit_batch(
         self, request: BatchRequest, report: BatchReport = unreported
@@ -122,7 +157,7 @@ class EditService:
         Between two images others have their turn. Cancelling the call stops the work; what has been
         saved by then stays.
         """
-        self._engine.check_room()
+        self.check_room()
         inputs = await asyncio.to_thread(self._files.identify, request.image_paths)
         taken: set[str] = set()
 
@@ -175,6 +210,25 @@ class EditService:
         """Where the model is and what it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """How many edits have ended how since the start: "success", or the code of the error."""
+        return MappingProxyType(self._outcomes)
+
+    @property
+    def readiness(self) -> Mapping[str, Callable[[], None]]:
+        """What has to be so for the next edit to be taken; each raises what is not as it should."""
+        return {"room in the queue": self.check_room, "checkpoint": self._check_checkpoint}
+
+    def check_room(self) -> None:
+        """Raise what an edit would be told now before it is looked at."""
+        self._engine.check_room()
+
+    def _check_checkpoint(self) -> None:
+        path = self._settings.model_path
+        if path is not None and not path.exists():
+            raise CheckpointError(f"there is nothing at MODEL_PATH {path}")
+
     async def offload(self) -> GpuAnswer:
         """Move the model from the GPU to host memory, before the next edit."""
         status = await _moving(self._engine.offload())
@@ -208,21 +262,55 @@ class EditService:
     ) -> FinishedEdit:
         started = time.monotonic()
         source, output = await asyncio.to_thread(self._open, request.image_path, plan)
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        result = await _run(submit(_job(request, source, seed)), report)
-        record = _record(request, seed, result.residence.model or "")
+        made = await self._make(request, source, output.suffix, submit, report, started)
         # Encoding may take a while and can be given up; publishing is short and comes last.
-        picture = await asyncio.to_thread(images.restore, result.outcome.image, source)
-        data = await _aside(
-            lambda: images.encode(picture, output.suffix, record), Progress(Phase.SAVING), report
-        )
-        path = await asyncio.to_thread(self._files.publish, output, data)
+        path = await asyncio.to_thread(self._files.publish, output, made.data)
         answer = EditAnswer(
             output_path=str(path),
             processing_time=round(time.monotonic() - started, 2),
-            metadata=_metadata(record, result, picture),
+            metadata=made.metadata,
         )
-        return FinishedEdit(answer, picture)
+        return FinishedEdit(answer, made.picture)
+
+    async def _make(
+        self,
+        request: EditRequest | PictureRequest,
+        source: Picture,
+        suffix: str,
+        submit: Callable[[EditJob], Edit],
+        report: Report,
+        started: float,
+    ) -> EditedPicture:
+        """The part of every edit that is the same wherever the picture comes from and goes to."""
+        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        with self._counted():
+            result = await _run(submit(_job(request, source, seed)), report)
+            record = _record(request, seed, result.residence.model or "")
+            picture = await asyncio.to_thread(images.restore, result.outcome.image, source)
+            data = await _aside(
+                lambda: images.encode(picture, suffix, record), Progress(Phase.SAVING), report
+            )
+        return EditedPicture(
+            picture,
+            data,
+            _metadata(record, result, picture),
+            processing_time=round(time.monotonic() - started, 2),
+        )
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        outcome = "internal"
+        try:
+            yield
+            outcome = "success"
+        except asyncio.CancelledError:
+            outcome = EditCancelledError.code
+            raise
+        except Step1XEditError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._outcomes[outcome] += 1
 
     def _moved(self, message: str, status: EngineStatus) -> GpuAnswer:
         residence = status.residence
@@ -256,9 +344,12 @@ class EditService:
         """Read the input and check where the output will go, before any work is done."""
         file = self._files.read(image_path)
         output = plan(file)
-        picture = images.decode(file.data, self._limits)
-        images.check_encodable(picture, output.suffix)
-        return picture, output
+        return self._decode(file.data, output.suffix), output
+
+    def _decode(self, data: bytes, suffix: str) -> Picture:
+        picture = images.decode(data, self._limits)
+        images.check_encodable(picture, suffix)
+        return picture
 
     def _plan(self, request: EditRequest, file: InputFile) -> Output:
         inputs = {file.identity}
@@ -292,7 +383,7 @@ async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T
     return task.result()
 
 
-def _job(request: EditRequest, source: Picture, seed: int) -> EditJob:
+def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> EditJob:
     return EditJob(
         image=source.pixels,
         prompt=request.prompt,
@@ -304,7 +395,7 @@ def _job(request: EditRequest, source: Picture, seed: int) -> EditJob:
     )
 
 
-def _record(request: EditRequest, seed: int, model: str) -> EditRecord:
+def _record(request: EditRequest | PictureRequest, seed: int, model: str) -> EditRecord:
     return EditRecord(
         model=model,
         prompt=request.prompt,
