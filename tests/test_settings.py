@@ -8,9 +8,15 @@ from pathlib import Path
 
 import platformdirs
 import pytest
+from pydantic import SecretStr
 
 from step1x_edit.errors import SettingsError
-from step1x_edit.settings import Settings, load_settings, local_folders
+from step1x_edit.settings import (
+    Settings,
+    load_server_settings,
+    load_settings,
+    local_folders,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +35,11 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "gpu_release_timeout": 0,
         "device": "auto",
         "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
+        "host": "127.0.0.1",
+        "port": 8000,
+        "enable_api": True,
+        "enable_mcp": True,
+        "api_key": None,
         "max_queue": 32,
         "max_upload_mb": 32,
         "max_megapixels": 50,
@@ -70,6 +81,11 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("MAX_UPLOAD_MB", "5", 5),
         ("MAX_MEGAPIXELS", "12", 12),
         ("EDIT_TIMEOUT", "60", 60),
+        ("HOST", "0.0.0.0", "0.0.0.0"),
+        ("PORT", "0", 0),
+        ("ENABLE_API", "false", False),
+        ("ENABLE_MCP", "0", False),
+        ("API_KEY", "a+b/c=", SecretStr("a+b/c=")),
         ("DEFAULT_NUM_STEPS", "20", 20),
         ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
         ("DEFAULT_SIZE_LEVEL", "512", 512),
@@ -115,6 +131,9 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "MODEL_VERSION": "v9",
         "DEVICE": "tpu",
         "ALLOWED_DIRS": "/nope",
+        "PORT": "65536",
+        "ENABLE_API": "maybe",
+        "API_KEY": "key with spaces",
         "MAX_QUEUE": "many",
         "MAX_MEGAPIXELS": "1000",
         "EDIT_TIMEOUT": "0",
@@ -133,6 +152,41 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
     assert "DEFAULT_NUM_STEPS must be between 10 and 50, got '5'" in sentence
     assert "ALLOWED_DIRS holds /nope, which is not a folder" in sentence
     assert "pydantic" not in sentence
+    assert "spaces, got" not in sentence  # a key is not repeated
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "pictures.example"])
+def test_a_server_that_others_reach_wants_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="set API_KEY") as caught:
+        load_server_settings({"host": host})
+    monkeypatch.setenv("API_KEY", "secret")
+
+    assert "\n" not in str(caught.value)
+    assert load_server_settings({"host": host}).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_server_for_this_machine_needs_none(host: str) -> None:
+    assert load_server_settings({"host": host}).api_key is None
+
+
+def test_over_http_only_the_start_folder_is_open_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = load_server_settings().allowed_dirs
+    monkeypatch.setenv("ALLOWED_DIRS", str(tmp_path.parent))
+    chosen = load_server_settings().allowed_dirs
+    monkeypatch.delenv("ALLOWED_DIRS")
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/"))
+
+    assert narrow == (tmp_path,)
+    assert chosen == (tmp_path.parent,)
+    assert load_server_settings().allowed_dirs == ()
+
+
+def test_a_key_is_not_shown_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "secret")
+    assert "secret" not in repr(load_settings())
 
 
 def test_a_flag_that_does_not_exist_is_an_error() -> None:

@@ -8,6 +8,7 @@ the state of a disk and not a setting, so it is told to whoever asks for an edit
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -18,7 +19,14 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -55,6 +63,15 @@ def _known_device(value: str) -> str:
     return value
 
 
+def _plain_key(value: SecretStr) -> SecretStr:
+    # What every client can send in a header as it is; the key itself is never part of a message.
+    if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+        raise PydanticCustomError(
+            "plain_text", "must consist of ASCII letters, digits and signs, without spaces"
+        )
+    return value
+
+
 def local_folders() -> tuple[Path, ...]:
     """Where callers on this machine may read and write by default: home, here, temp.
 
@@ -66,6 +83,12 @@ def local_folders() -> tuple[Path, ...]:
         folders.insert(0, Path.home())
     narrow = [folder for folder in folders if folder != Path(folder.anchor)]
     return (*narrow, Path(tempfile.gettempdir()))
+
+
+def start_folder() -> tuple[Path, ...]:
+    """Where callers over HTTP may read and write by default: here, unless that is a whole disk."""
+    folder = Path.cwd()
+    return () if folder == Path(folder.anchor) else (folder,)
 
 
 def _data_folder() -> Path:
@@ -114,9 +137,25 @@ class Settings(BaseSettings):
         Field(
             default_factory=local_folders,
             description=f"Folders to read and write in, separated by '{os.pathsep}'; "
-            "unset: home, start folder, temp folder",
+            "unset: home, start folder, temp folder; for a server over HTTP the start folder",
         ),
     ]
+    host: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Address to listen at; one that other machines reach needs API_KEY",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port to listen at; 0: a free one")] = (
+        8000
+    )
+    enable_api: Annotated[bool, Field(description="Whether there are REST routes")] = True
+    enable_mcp: Annotated[bool, Field(description="Whether there is MCP over HTTP")] = True
+    api_key: Annotated[
+        Annotated[SecretStr, AfterValidator(_plain_key)] | None,
+        Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),
+    ] = None
     max_queue: Annotated[int, Field(ge=1, description="Edits that may wait")] = 32
     max_upload_mb: Annotated[int, Field(ge=1, description="Largest input file in MiB")] = 32
     # Pillow itself refuses pictures of twice its own limit, 178 megapixels.
@@ -150,6 +189,16 @@ class Settings(BaseSettings):
     def max_bytes(self) -> int:
         """Largest input file in bytes."""
         return self.max_upload_mb * MEBI
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name: nobody knows where it leads, and when
+            return False
 
     @field_validator("model_path", "data_dir", mode="after")
     @classmethod
@@ -200,3 +249,16 @@ def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
         raise SettingsError("; ".join(complaints(error, _NAMES))) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env cannot be read ({type(error).__name__})") from None
+
+
+def load_server_settings(overrides: Mapping[str, object] | None = None) -> Settings:
+    """Read the settings for a server over HTTP: it opens less, and must not stand open itself."""
+    settings = load_settings(overrides)
+    if not settings.is_loopback and settings.api_key is None:
+        raise SettingsError(
+            f"HOST {settings.host} can be reached from other machines, so set API_KEY as well, "
+            "or HOST to 127.0.0.1"
+        )
+    if "allowed_dirs" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"allowed_dirs": start_folder()})
