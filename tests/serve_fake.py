@@ -28,5 +28,6 @@ def build(settings: Settings) -> EditService:
     return build_service(settings, start=FakeWorker(before_step=slow))
 
 
-stdio.build_service = build
-stdio.main(wire, [])
+if __name__ == "__main__":
+    stdio.build_service = build
+    stdio.main(wire, [])

@@ -13,7 +13,6 @@ import contextlib
 import io
 import logging
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
@@ -24,6 +23,7 @@ from typing_extensions import Buffer
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.discovery import find_server
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings, load_settings
 
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 Stop: TypeAlias = Callable[[], Awaitable[None]]
 
-_EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 0}
 _GRACE_S: Final = 3.0  # for the running step to end; the process must be gone within 5 s
 _LAST_WORDS_S: Final = 0.2  # for the answers of the calls that were ended
 
@@ -118,13 +117,7 @@ def start() -> Settings:
         settings = load_settings()
     except SettingsError as error:
         sys.exit(str(error))
-    logging.basicConfig(
-        level=settings.log_level,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    for library in ("fastmcp", "httpx2"):  # they tell of each start and of each request
-        logging.getLogger(library).setLevel(logging.WARNING)
+    log_to_stderr(settings)
     return settings
 
 
@@ -161,8 +154,8 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     """
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()  # gets the exit code
-    _hear_signals(told)
-    _Wire(wire, lambda: loop.call_soon_threadsafe(_tell, told, 0))
+    hear_signals(told)  # on Windows clients close stdin instead
+    _Wire(wire, lambda: loop.call_soon_threadsafe(tell, told, 0))
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
     ends: set[asyncio.Future[Any]] = {serving, told}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -175,23 +168,3 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     exit_code = told.result() if told.done() else int(serving.exception() is not None)
     logging.shutdown()
     os._exit(exit_code)
-
-
-def _tell(told: asyncio.Future[int], exit_code: int) -> None:
-    if not told.done():
-        told.set_result(exit_code)
-
-
-def _hear_signals(told: asyncio.Future[int]) -> None:
-    """Tell when a signal comes; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-
-    def hear(number: signal.Signals) -> None:
-        for each in _EXIT_CODES:
-            loop.remove_signal_handler(each)
-            signal.signal(each, signal.SIG_DFL)
-        _tell(told, _EXIT_CODES[number])
-
-    for number in _EXIT_CODES:
-        with contextlib.suppress(NotImplementedError):  # Windows; its clients close stdin instead
-            loop.add_signal_handler(number, hear, number)
