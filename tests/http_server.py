@@ -1,35 +1,32 @@
-"""Our MCP server over HTTP on a free port, with a token, as long as a test needs it."""
+"""The unified server on a free port, with a token, as long as a test needs it."""
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import uvicorn
 from fastmcp import FastMCP
-from fastmcp.server.auth import AccessToken, TokenVerifier
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from step1x_edit.interfaces.discovery import announced
+from step1x_edit.interfaces.server import build_app
+from step1x_edit.service import EditService
+from step1x_edit.settings import Settings
 
-TOKEN = "a token of the tests"
-
-
-class _OneToken(TokenVerifier):
-    async def verify_token(self, token: str) -> AccessToken | None:
-        if not hmac.compare_digest(token.encode(), TOKEN.encode()):
-            return None
-        return AccessToken(token=token, client_id="test", scopes=[])
+TOKEN = "a-token-of-the-tests"
 
 
 class _Server(uvicorn.Server):
     """A server that says when it is ready; it is told to stop by its `should_exit`."""
 
-    def __init__(self, app: Starlette) -> None:
-        config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=1
+        )
         super().__init__(config)
         self.ready = threading.Event()
 
@@ -39,23 +36,64 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def listening(mcp: FastMCP) -> Iterator[str]:
-    """Serve `mcp` and yield its URL."""
-    mcp.auth = _OneToken()
-    server = _Server(mcp.http_app(path="/mcp", host_origin_protection="auto"))
+def running(app: ASGIApp) -> Iterator[str]:
+    """Serve an app and yield where."""
+    server = _Server(app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         assert server.ready.wait(60)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/mcp"
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join(60)
 
 
 @contextlib.contextmanager
-def announcing(mcp: FastMCP, data_dir: Path) -> Iterator[str]:
-    """The same, to be found by whoever looks into `data_dir`, although it is in our own process."""
-    with listening(mcp) as url, announced(data_dir, url, TOKEN):
+def serving(service: EditService, **settings: object) -> Iterator[str]:
+    """Serve everything that the unified server offers and yield where; by default with TOKEN."""
+    chosen = Settings(_env_file=None, **{"api_key": TOKEN, **settings})  # type: ignore
+    with running(build_app(service, chosen)) as url:
         yield url
+
+
+@contextlib.contextmanager
+def listening(service: EditService) -> Iterator[str]:
+    """The same, but yield the URL of its MCP."""
+    with serving(service) as url:
+        yield f"{url}/mcp"
+
+
+@contextlib.contextmanager
+def listening_stranger(mcp: FastMCP) -> Iterator[str]:
+    """Serve an MCP server that is not ours, without a token, and yield its URL."""
+    with running(mcp.http_app(path="/mcp")) as url:
+        yield f"{url}/mcp"
+
+
+@contextlib.contextmanager
+def announcing(service: EditService, data_dir: Path) -> Iterator[str]:
+    """`listening`, to be found by whoever looks into `data_dir`, although in our own process."""
+    with listening(service) as url, announced(data_dir, url, TOKEN):
+        yield url
+
+
+@contextlib.contextmanager
+def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]:
+    """A client that shows the token to everything that the unified server offers."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with (
+        serving(service, **settings) as url,
+        httpx2.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client,
+    ):
+        yield client
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait, not for ever, for something that happens in another thread."""
+    for _ in range(2000):
+        if is_so():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it did not happen")

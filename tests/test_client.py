@@ -15,9 +15,8 @@ from fastmcp import FastMCP
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
-from http_server import TOKEN, listening
+from http_server import TOKEN, listening, listening_stranger
 from step1x_edit import MCPClient
-from step1x_edit.interfaces.mcp import build_mcp
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "mcp_server.py"
@@ -107,7 +106,7 @@ async def test_a_listening_server_wants_its_token(make_service: MakeService, pho
     async def listen(progress: float, total: float | None, message: str | None) -> None:
         heard.append(message)
 
-    with listening(build_mcp(make_service())) as url:
+    with listening(make_service()) as url:
         async with MCPClient(url, "wrong") as stranger, MCPClient(url, TOKEN) as friend:
             refused = await stranger.call_tool("get_gpu_status", {})
             result = await friend.call_tool(
@@ -127,7 +126,7 @@ async def test_cancelling_a_call_cancels_the_work(make_service: MakeService, pho
     gate, worker = Gate(at_step=2), FakeWorker()
     worker.before_step = gate
     service = make_service(worker)
-    with listening(build_mcp(service)) as url:
+    with listening(service) as url:
         async with MCPClient(url, TOKEN) as client:
             call = asyncio.ensure_future(
                 client.call_tool("edit_image", {"image_path": str(photo), "prompt": "stop"})
@@ -154,7 +153,7 @@ async def test_other_servers_are_understood_as_well() -> None:
     def fail() -> str:
         raise ValueError("no\nway")
 
-    with listening(other) as url:
+    with listening_stranger(other) as url:
         async with MCPClient(url, TOKEN) as client:
             added = await client.call_tool("add", {"a": 1, "b": 2})
             failed = await client.call_tool("fail", {})

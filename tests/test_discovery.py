@@ -22,7 +22,7 @@ from mcp_types import PromptReference
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
-from http_server import TOKEN, announcing, listening
+from http_server import TOKEN, announcing, listening, listening_stranger
 from step1x_edit.interfaces.client import OWN_SERVER
 from step1x_edit.interfaces.discovery import NOTE_NAME, announced, find_server
 from step1x_edit.interfaces.mcp import build_mcp
@@ -78,7 +78,7 @@ def test_the_announcement_of_a_successor_is_left_alone(data_dir: Path) -> None:
 async def test_a_server_that_announces_itself_is_found(
     make_service: MakeService, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with announcing(build_mcp(make_service()), data_dir) as url:
+    with announcing(make_service(), data_dir) as url:
         own = await find_server(data_dir)
         monkeypatch.setattr("os.getpid", os.getppid)
         found = await find_server(data_dir)
@@ -95,8 +95,8 @@ async def test_a_stale_or_foreign_announcement_is_ignored(
     data_dir.mkdir()
     note = data_dir / NOTE_NAME
     with (
-        listening(build_mcp(make_service())) as url,
-        listening(FastMCP("something else")) as other,
+        listening(make_service()) as url,
+        listening_stranger(FastMCP("something else")) as other,
         socket.socket() as silent,
     ):
         silent.bind(("127.0.0.1", 0))
@@ -182,7 +182,7 @@ async def test_two_stdio_servers_and_a_running_one_share_one_model(
     for folder in (first, second):
         folder.mkdir()
         (folder / "mine.png").write_bytes(photo.read_bytes())
-    with announcing(build_mcp(service), data_dir):
+    with announcing(service, data_dir):
         async with (
             joined(first, data_dir) as one,
             joined(second, data_dir, mode="legacy") as other,
@@ -221,15 +221,15 @@ async def test_everything_comes_through_a_joined_server(
 ) -> None:
     gate, worker = Gate(at_step=3), FakeWorker()
     worker.before_step = lambda job, step: gate(job, step) if job.prompt == "stop" else None
-    server = build_mcp(make_service(worker))
+    service = make_service(worker)
     heard: list[tuple[float, float | None, str | None]] = []
 
     async def listen(progress: float, total: float | None, message: str | None) -> None:
         heard.append((progress, total, message))
 
     reference = PromptReference(type="ref/prompt", name="restyle")
-    with announcing(server, data_dir):
-        async with Client(server) as direct:
+    with announcing(service, data_dir):
+        async with Client(build_mcp(service)) as direct:
             tools = await direct.list_tools()
             instructions = direct.instructions
         async with joined(tmp_path, data_dir, mode=mode) as client:
@@ -278,7 +278,7 @@ async def test_what_a_joined_server_had_asked_for_ends_with_it(
     gate, worker = Gate(at_step=2), FakeWorker()
     worker.before_step = gate
     service = make_service(worker)
-    with announcing(build_mcp(service), data_dir):
+    with announcing(service, data_dir):
         process = start_server(tmp_path, data_dir)
         assert process.stdin is not None
         arguments = {"image_path": photo.name, "prompt": "x"}
@@ -317,7 +317,7 @@ async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
     make_service: MakeService, data_dir: Path, tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as running:
-        running.enter_context(announcing(build_mcp(make_service()), data_dir))
+        running.enter_context(announcing(make_service(), data_dir))
         async with joined(tmp_path, data_dir) as client:
             running.close()
             results = [await client.call_tool("get_gpu_status", {}, raise_on_error=False)]
@@ -335,7 +335,7 @@ async def test_standalone_joins_nobody(
     make_service: MakeService, data_dir: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     service = make_service(gpu_idle_timeout=77)
-    with announcing(build_mcp(service), data_dir):
+    with announcing(service, data_dir):
         async with joined(tmp_path, data_dir, "--standalone", command=command) as client:
             status = await client.call_tool("get_gpu_status", {})
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 from http_server import announcing
 from step1x_edit.interfaces.cli import DEMO_PHOTO
-from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
 
@@ -44,7 +43,7 @@ def service(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         default_size_level=512,
     )
     service = build_service(settings)
-    with announcing(build_mcp(service), data_dir):
+    with announcing(service, data_dir):
         yield service
     service.close()
 

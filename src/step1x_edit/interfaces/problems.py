@@ -1,0 +1,154 @@
+"""Every failure over HTTP, as `application/problem+json` (RFC 9457) with a stable `code`.
+
+`PROBLEMS` says for each code which status it has and what callers see above the sentence. Whoever
+answers with a failure, the guard as well as a route, does it through this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+from step1x_edit.errors import (
+    EditCancelledError,
+    InternalError,
+    Step1XEditError,
+    rebuild,
+)
+
+MEDIA_TYPE: Final = "application/problem+json"
+CLIENT_GONE: Final = 499  # for the log; whoever asked does not see it
+_COME_BACK_S: Final = 5.0  # where nobody knows better
+
+STATUS_OF: Final[Mapping[str, int]] = {
+    "invalid_parameter": 422,
+    "file_not_found": 404,
+    "path_not_allowed": 403,
+    "unsupported_image": 415,
+    "corrupt_image": 422,
+    "image_too_large": 413,
+    "image_too_small": 422,
+    "image_aspect": 422,
+    "output_exists": 409,
+    "output_not_writable": 403,
+    "no_space": 507,
+    "queue_full": 503,
+    "shutting_down": 503,
+    "out_of_memory": 503,
+    "model_unavailable": 503,
+    "worker_lost": 503,
+    EditCancelledError.code: CLIENT_GONE,
+    "deadline_exceeded": 504,
+    InternalError.code: 500,
+}
+"""The status for each code of `errors`."""
+
+
+class Problem(BaseModel):
+    """What went wrong, in a form for machines and in one sentence for people."""
+
+    type: Annotated[str, Field(description="The kind of failure, as a name")]
+    title: Annotated[str, Field(description="The kind of failure, in words")]
+    status: Annotated[int, Field(description="The status of this answer")]
+    detail: Annotated[str, Field(description="What is wrong and what to change")]
+    code: Annotated[str, Field(description="The kind of failure, the same through every door")]
+    instance: Annotated[
+        str, Field(description="The request, by the id that X-Request-Id and the log have as well")
+    ]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure before it is bound to a request."""
+
+    status: int
+    code: str
+    title: str
+    detail: str
+    headers: Mapping[str, str]
+
+
+def of_error(error: Step1XEditError) -> Failure:
+    """The failure that tells one of our errors."""
+    status = STATUS_OF.get(error.code, 500)
+    headers = {}
+    if status == HTTPStatus.SERVICE_UNAVAILABLE and (error.retry_after_s or error.retryable):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or _COME_BACK_S))
+    return Failure(status, error.code, error.beginning, str(error), headers)
+
+
+def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Failure:
+    """The failure that says no more than its status, such as 404 or 405."""
+    known = HTTPStatus(status)
+    code = known.phrase.lower().replace(" ", "_").replace("-", "_")
+    return Failure(status, code, known.phrase, detail or known.description, headers or {})
+
+
+def response(failure: Failure, request_id: str) -> Response:
+    """The answer to the request with this id."""
+    problem = Problem(
+        type=f"urn:step1x-edit:problem:{failure.code}",
+        title=failure.title,
+        status=failure.status,
+        detail=failure.detail,
+        code=failure.code,
+        instance=f"urn:step1x-edit:request:{request_id}",
+    )
+    return Response(
+        json.dumps(problem.model_dump(), ensure_ascii=False).encode(),
+        failure.status,
+        {"Content-Type": MEDIA_TYPE, **failure.headers},
+    )
+
+
+def described(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says about an operation that can fail in these ways, with an example each."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        error = rebuild(code, _EXAMPLES.get(code, ""))
+        failure = of_error(error)
+        _describe(found, failure)
+    return found
+
+
+def described_status(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for failures that say no more than their status."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        _describe(found, of_status(status))
+    return found
+
+
+_EXAMPLES: Final = {
+    "invalid_parameter": "num_steps must be between 10 and 50, got '5'",
+    "unsupported_image": "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, "
+    "or it is damaged",
+    "corrupt_image": "the file is damaged or incomplete",
+    "image_too_large": "at most 32 MB are allowed",
+    "queue_full": "32 edits are waiting, try again in 330 s",
+    "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
+    "deadline_exceeded": "the edit took longer than 900 s",
+    "internal": "the request failed unexpectedly; the server's log says more",
+}
+
+
+def _describe(found: dict[int | str, dict[str, Any]], failure: Failure) -> None:
+    example = json.loads(bytes(response(failure, "0123456789abcdef").body))
+    entry = found.setdefault(
+        failure.status,
+        {
+            "description": failure.title,
+            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        },
+    )
+    if failure.title not in entry["description"]:
+        entry["description"] += f"; {failure.title}"
+    examples = entry["content"][MEDIA_TYPE].setdefault("examples", {})
+    examples[failure.code] = {"summary": failure.title, "value": example}

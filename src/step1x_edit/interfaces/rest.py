@@ -1,0 +1,380 @@
+"""The REST face: a picture in, a picture out, and the operations on the GPU.
+
+Uploads are read into memory that spills into files without names, which end with the request. What
+a form may hold is what `PictureRequest` says; its fields reach the service unread. Failures leave
+as exceptions and become answers in `problems`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, TypeVar
+
+from fastapi import APIRouter
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from step1x_edit import __version__
+from step1x_edit.errors import (
+    EditCancelledError,
+    InvalidParameterError,
+    Step1XEditError,
+)
+from step1x_edit.images import OUTPUT_FORMATS
+from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.metrics import TEXT_FORMAT, Metrics
+from step1x_edit.schemas import (
+    GpuAnswer,
+    PictureAnswer,
+    PictureRequest,
+    StatusAnswer,
+)
+from step1x_edit.service import EditedPicture, EditService
+
+T = TypeVar("T")
+
+FILE: Final = "file"
+FILE_DESCRIPTION: Final = "The picture to edit: PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF"
+_MAX_FIELDS: Final = 20
+_MAX_FIELD_BYTES: Final = 64 * 1024
+
+_JSON: Final = "application/json"
+_SUFFIX_OF: Final = {
+    output.media_type: suffix
+    for suffix, output in OUTPUT_FORMATS.items()
+    if suffix not in (".jpeg", ".tif")
+}
+_ANY_IMAGE: Final = frozenset({"*/*", "image/*", "image/png"})
+_IMAGE: Final = {"schema": {"type": "string", "format": "binary"}}
+
+_EDIT_DESCRIPTION: Final = """\
+Edits the picture as the prompt says and answers with the result, in the size of the input; \
+nothing is stored here. The answer is a PNG, or what `Accept` asks for: `image/jpeg`, \
+`image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or `application/json` for the picture in \
+base64 together with what it was made with. The seed that repeats it stands in `X-Seed`. To close \
+the connection stops the work."""
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def edit_routes(service: EditService) -> APIRouter:
+    """The routes under /api."""
+    router = APIRouter(prefix="/api", tags=["Editing"])
+
+    @router.post(
+        "/edit",
+        summary="Edit a picture",
+        description=_EDIT_DESCRIPTION,
+        response_model=PictureAnswer,
+        responses={
+            200: {
+                "description": "The edited picture",
+                "headers": {
+                    "X-Seed": {
+                        "description": "The seed that repeats the picture",
+                        "schema": {"type": "integer"},
+                    },
+                    "X-Processing-Time": {
+                        "description": "Seconds that the edit took",
+                        "schema": {"type": "number"},
+                    },
+                },
+                "content": dict.fromkeys(_SUFFIX_OF, _IMAGE),
+            },
+            **problems.described(
+                "image_too_large",
+                "unsupported_image",
+                "invalid_parameter",
+                "corrupt_image",
+                "internal",
+                "queue_full",
+                "model_unavailable",
+                "out_of_memory",
+                "deadline_exceeded",
+            ),
+        },
+        openapi_extra={"requestBody": _form_body(service.defaults)},
+    )
+    async def edit(request: Request) -> Response:
+        service.check_room()  # before the upload is read
+        data, fields = await _read_form(request)
+        wanted = _wanted(request.headers.get("accept", "*/*"))
+        suffix = _SUFFIX_OF.get(wanted, ".png")
+        work = service.edit_picture(data, service.read_picture(fields), suffix=suffix)
+        edited = await _unless_gone(request, work)
+        headers = {
+            "X-Seed": str(edited.metadata.seed),
+            "X-Processing-Time": f"{edited.processing_time:.2f}",
+            "Vary": "Accept",
+        }
+        if wanted == _JSON:
+            return JSONResponse(_answer(edited).to_dict(), headers=headers)
+        headers["Content-Disposition"] = f'inline; filename="edited{suffix}"'
+        return Response(edited.data, headers=headers, media_type=wanted)
+
+    @router.get(
+        "/gpu/status",
+        summary="Say where the model is",
+        description="Where the model is, what it occupies as measured, and how many edits wait. "
+        "Answers at once, also during an edit.",
+        response_model=StatusAnswer,
+        responses=problems.described("internal"),
+        tags=["GPU"],
+    )
+    async def gpu_status() -> Response:
+        return JSONResponse(service.status().to_dict())
+
+    @router.post(
+        "/gpu/offload",
+        summary="Move the model to host memory",
+        description="Waits for the picture that is being edited and goes ahead of waiting edits. "
+        "Does nothing if the model is not on the GPU; the next edit brings it back.",
+        response_model=GpuAnswer,
+        responses=problems.described("internal", "shutting_down"),
+        tags=["GPU"],
+    )
+    async def offload() -> Response:
+        return JSONResponse((await service.offload()).to_dict())
+
+    @router.post(
+        "/gpu/release",
+        summary="Forget the model",
+        description="Frees GPU and host memory; the next edit loads the model from disk again. "
+        "Waits for the picture that is being edited and goes ahead of waiting edits.",
+        response_model=GpuAnswer,
+        responses=problems.described("internal", "shutting_down"),
+        tags=["GPU"],
+    )
+    async def release() -> Response:
+        return JSONResponse((await service.release()).to_dict())
+
+    return router
+
+
+async def _read_form(request: Request) -> tuple[bytes, dict[str, object]]:
+    """The uploaded picture and the other fields of the form, each given once."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise HTTPException(415, "Send a form, as multipart/form-data.")
+    try:
+        async with request.form(
+            max_files=2, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        ) as form:
+            fields = _fields(form)
+            picture = fields.pop(FILE, None)
+            if not isinstance(picture, UploadFile):
+                is_missing = picture is None
+                raise InvalidParameterError(
+                    f"{FILE} is missing" if is_missing else f"{FILE} must be an uploaded file"
+                )
+            return await picture.read(), fields
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    except HTTPException as error:
+        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+
+
+def _fields(form: FormData) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name in fields:
+            raise InvalidParameterError(f"{name!r} is given twice")
+        fields[name] = value
+    for name, value in fields.items():
+        if name != FILE and isinstance(value, UploadFile):
+            raise InvalidParameterError(f"{name!r} must be a text, got a file")
+    return fields
+
+
+def _wanted(accept: str) -> str:
+    """What to answer with, of the kinds that the caller would take; PNG where nothing fits."""
+    kinds = []
+    for part in accept.split(","):
+        kind, _, rest = part.partition(";")
+        kinds.append((_quality(rest), kind.strip().lower()))
+    for quality, kind in sorted(kinds, key=lambda pair: -pair[0]):
+        if quality > 0 and (kind == _JSON or kind in _SUFFIX_OF):
+            return kind
+        if quality > 0 and kind in _ANY_IMAGE:
+            break
+    return "image/png"
+
+
+def _quality(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for the work, or for the caller to go away, which ends the work."""
+    working = asyncio.ensure_future(work)
+    going = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise EditCancelledError
+        return working.result()
+    finally:
+        for task in (working, going):
+            task.cancel()  # does nothing to one that has ended
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(edited: EditedPicture) -> PictureAnswer:
+    return PictureAnswer(
+        processing_time=edited.processing_time,
+        metadata=edited.metadata,
+        media_type="image/png",
+        image_base64=base64.b64encode(edited.data).decode("ascii"),
+    )
+
+
+def _form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The form, as OpenAPI describes it: the picture, and the fields of the schema."""
+    schema = PictureRequest.model_json_schema()
+    for name, default in defaults.items():
+        schema["properties"][name]["default"] = default
+    schema["properties"] = {
+        FILE: {"type": "string", "format": "binary", "description": FILE_DESCRIPTION},
+        **schema["properties"],
+    }
+    schema["required"] = [FILE, *schema["required"]]
+    schema["example"] = {"prompt": "change to night scene", "seed": 42}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+# --- whether all is well --------------------------------------------------------------------------
+
+
+def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
+    """The routes for whoever watches over the server."""
+    router = APIRouter(tags=["Watching"])
+
+    @router.get(
+        "/health",
+        summary="Say in short how the server is",
+        description="Whether an edit would be taken now, where the model is, how many edits wait.",
+        responses={
+            200: {
+                "description": "The server answers",
+                "content": {
+                    _JSON: {
+                        "schema": {"type": "object"},
+                        "example": {
+                            "status": "healthy",
+                            "version": __version__,
+                            "model_location": "Unloaded",
+                            "queue_length": 0,
+                        },
+                    }
+                },
+            },
+            **problems.described("internal"),
+        },
+        response_class=JSONResponse,
+    )
+    async def health() -> Response:
+        status = service.status().gpu_status
+        return JSONResponse(
+            {
+                "status": "healthy" if _is_ready(service) else "unavailable",
+                "version": __version__,
+                "model_location": status.model_location,
+                "model": status.model,
+                "queue_length": status.queue_length,
+            }
+        )
+
+    @router.get(
+        "/livez",
+        summary="Say that the process lives",
+        description="Needs no token. It says nothing about whether edits are possible.",
+        responses={200: _plain("The process answers", "ok\n"), **problems.described("internal")},
+        response_class=PlainTextResponse,
+    )
+    async def livez() -> Response:
+        return PlainTextResponse("ok\n")
+
+    @router.get(
+        "/readyz",
+        summary="Say whether an edit would be taken now",
+        description="With `?verbose` as one line for each thing that was looked at.",
+        responses={
+            200: _plain("An edit would be taken", "ready\n"),
+            **problems.described("internal", "queue_full", "model_unavailable", "shutting_down"),
+        },
+        response_class=PlainTextResponse,
+        openapi_extra={
+            "parameters": [
+                {
+                    "name": "verbose",
+                    "in": "query",
+                    "description": "Whether to tell each thing that was looked at",
+                    "allowEmptyValue": True,
+                    "schema": {"type": "string"},
+                }
+            ]
+        },
+    )
+    async def readyz(request: Request) -> Response:
+        if "verbose" not in request.query_params:
+            for check in service.readiness.values():
+                check()
+            return PlainTextResponse("ready\n")
+        lines, is_ready = [], True
+        for name, check in service.readiness.items():
+            try:
+                check()
+            except Step1XEditError as error:
+                is_ready = False
+                lines.append(f"[-] {name}: {error}\n")
+            else:
+                lines.append(f"[+] {name}\n")
+        lines.append("ready\n" if is_ready else "not ready\n")
+        return PlainTextResponse("".join(lines), 200 if is_ready else 503)
+
+    @router.get(
+        "/metrics",
+        summary="Tell Prometheus how things stand",
+        description="Requests, edits, the queue, and where the model is, as text.",
+        responses={
+            200: _plain("The figures", "step1x_queue_length 0.0\n"),
+            **problems.described("internal"),
+        },
+        response_class=PlainTextResponse,
+    )
+    async def tell_metrics() -> Response:
+        return PlainTextResponse(metrics.text(), media_type=TEXT_FORMAT)
+
+    return router
+
+
+def _is_ready(service: EditService) -> bool:
+    try:
+        for check in service.readiness.values():
+            check()
+    except Step1XEditError:
+        return False
+    return True
+
+
+def _plain(description: str, example: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": example}},
+    }

@@ -1,0 +1,244 @@
+"""The unified server: every door over HTTP, in one process, on one engine.
+
+`build_app` makes the application: the routes of REST, MCP and the documentation behind one guard.
+`serve` is the process around it: it listens, tells other programs of this machine where, and leaves
+when a signal comes, with a short time for the running edit to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastmcp.server.http import StarletteWithLifespan
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from step1x_edit import __version__
+from step1x_edit.errors import InternalError, Step1XEditError
+from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.discovery import SERVER_NAME, announced
+from step1x_edit.interfaces.docs_page import docs_routes
+from step1x_edit.interfaces.guard import Guard, request_id
+from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.interfaces.metrics import Metrics
+from step1x_edit.interfaces.process import hear_signals
+from step1x_edit.interfaces.rest import edit_routes, health_routes
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MCP_PATH: Final = "/mcp"
+
+_GRACE_S: Final = 3.0  # for the running step to end
+_LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
+_DESCRIPTION: Final = """\
+Edit pictures by saying what to change, with the open model Step1X-Edit on this machine.
+
+Failures are `application/problem+json`; their `code` is the same through every door, and `detail` \
+is one sentence that says what to change. Every answer has an `X-Request-Id`, and so has the log."""
+
+
+# --- the application ------------------------------------------------------------------------------
+
+
+def build_app(service: EditService, settings: Settings) -> Guard:
+    """Everything that the server answers, behind its guard."""
+    metrics = Metrics(service)
+    return Guard(build_routes(service, settings, metrics), settings, metrics.observe)
+
+
+def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> FastAPI:
+    """The routes, unguarded."""
+    mcp = None
+    if settings.enable_mcp:
+        # Its own guard is the second line behind ours, and knows the session's address.
+        mcp = build_mcp(service).http_app(path=MCP_PATH, host_origin_protection="auto")
+    app = FastAPI(
+        title=SERVER_NAME,
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect would be built from what the caller calls us
+        lifespan=_lifespan(mcp),
+    )
+    # Plain routes in one list, which a test compares with those that somebody has thought about.
+    app.router.routes.extend(health_routes(service, metrics).routes)
+    if settings.enable_api:
+        app.router.routes.extend(edit_routes(service).routes)
+    app.router.routes.extend(docs_routes())
+    if mcp is not None:
+        # As a route, not as a mount: mounts answer /mcp with a redirect.
+        app.router.routes.append(Route(MCP_PATH, endpoint=mcp))
+    for kind in (Step1XEditError, HTTPException, Exception):
+        app.add_exception_handler(kind, _told)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    return app
+
+
+def _lifespan(mcp: StarletteWithLifespan | None) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            if mcp is not None:
+                await stack.enter_async_context(mcp.lifespan(mcp))
+            yield
+
+    return lifespan
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    """The answer for anything that was raised; what nobody expected is logged by the server."""
+    match error:
+        case Step1XEditError():
+            failure = problems.of_error(error)
+        case HTTPException():
+            failure = problems.of_status(error.status_code, headers=error.headers)
+        case _:
+            failure = problems.of_error(
+                InternalError("the request failed unexpectedly; the server's log says more")
+            )
+    return problems.response(failure, request_id(request.scope))
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The routes in OpenAPI."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {})["Problem"] = problems.Problem.model_json_schema()
+        components["securitySchemes"] = {
+            "API_KEY": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "Needed where the server has an API_KEY",
+            }
+        }
+        schema["security"] = [{}, {"API_KEY": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal comes, then end the process."""
+    listener = listen(settings.host, settings.port)
+    exit_code = asyncio.run(_serve(settings, build_service(settings), listener))
+    logging.shutdown()
+    os._exit(exit_code)  # threads that still decode or encode are not waited for
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; ends the process with one sentence if there can be none."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        hint = "choose another HOST"
+        if error.errno == errno.EADDRINUSE:
+            hint = "another program listens there; stop it, or choose another PORT"
+        reason = error.strerror or type(error).__name__
+        sys.exit(f"Cannot listen on {host}, port {port} ({reason}): {hint}")
+    return listener
+
+
+async def _serve(settings: Settings, service: EditService, listener: socket.socket) -> int:
+    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
+    hear_signals(told)
+    server = _Server(build_app(service, settings))
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    ready = asyncio.ensure_future(server.ready.wait())
+    starting: set[asyncio.Future[Any]] = {serving, ready}
+    await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+    if ready.done():
+        with _findable(settings, listener):
+            ends: set[asyncio.Future[Any]] = {serving, told}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    server.should_exit = True
+    # In a thread, so that the answers to the requests that it ends still leave.
+    await asyncio.to_thread(service.close, _GRACE_S)
+    await serving
+    return told.result() if told.done() else 1
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it is ready, and leaves the signals to us."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,  # the guard logs requests, with their ids
+            lifespan="on",
+            ws="none",
+            proxy_headers=False,  # whoever may set them may pretend to be anybody
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+        )
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.contextmanager
+def _findable(settings: Settings, listener: socket.socket) -> Iterator[None]:
+    """Say where we are: in the log, and to programs of this machine that may join us."""
+    port = listener.getsockname()[1]
+    local = _local_address(settings.host)
+    with contextlib.ExitStack() as stack:
+        if local is not None and settings.enable_mcp:
+            key = None if settings.api_key is None else settings.api_key.get_secret_value()
+            stack.enter_context(announced(settings.data_dir, _url(local, port) + MCP_PATH, key))
+        log.info("serving at %s", _url(settings.host, port))
+        yield
+
+
+def _local_address(host: str) -> str | None:
+    """The loopback address under which a server that listens at `host` is reached, if any."""
+    if host == "localhost":
+        return host
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "::1"
+    return host if host in ("127.0.0.1", "::1") else None
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,21 @@
+"""The process of unified_server.py around a fake worker, whose edits go on until told to stop.
+
+A step says "step" on stderr. The prompt "hang" makes it the last sign of life.
+"""
+
+import sys
+
+from fakes import FakeWorker
+from serve_fake import slow
+from step1x_edit.interfaces import server
+from step1x_edit.interfaces.cli import app
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings
+
+
+def build(settings: Settings) -> EditService:
+    return build_service(settings, start=FakeWorker(before_step=slow))
+
+
+server.build_service = build
+app(["serve", *sys.argv[1:]])

@@ -1,0 +1,415 @@
+"""The guard stands before every route, and judges by the head of a request alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from itertools import product
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from fastapi import FastAPI
+from starlette.routing import BaseRoute
+
+from conftest import MakeService
+from fakes import FakeWorker
+from step1x_edit.interfaces.guard import Guard
+from step1x_edit.interfaces.metrics import Metrics
+from step1x_edit.interfaces.server import build_app, build_routes
+from step1x_edit.settings import Settings
+
+HOST = "127.0.0.1:8000"
+KEY = "a-token-of-the-tests"
+RIGHT = {"Authorization": f"Bearer {KEY}"}
+
+# Every route of the server. A new one is added here by whoever has thought about who may call it.
+ROUTES = {
+    "/api/edit": {"POST"},
+    "/api/gpu/offload": {"POST"},
+    "/api/gpu/release": {"POST"},
+    "/api/gpu/status": {"GET"},
+    "/docs": {"GET", "HEAD"},
+    "/docs/favicon.png": {"GET", "HEAD"},
+    "/docs/start.js": {"GET", "HEAD"},
+    "/docs/swagger-ui-bundle.js": {"GET", "HEAD"},
+    "/docs/swagger-ui.css": {"GET", "HEAD"},
+    "/health": {"GET"},
+    "/livez": {"GET"},
+    "/mcp": set(),  # a protocol of its own, any method
+    "/metrics": {"GET"},
+    "/openapi.json": {"GET", "HEAD"},
+    "/readyz": {"GET"},
+}
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
+
+
+def settings(**chosen: object) -> Settings:
+    return Settings(_env_file=None, **{"api_key": KEY, **chosen})  # type: ignore[arg-type]
+
+
+class Answer:
+    """What came back for a request, and how many pieces of its body were read for it."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.pieces_read = 0
+
+
+async def ask(
+    app: Guard,
+    method: str,
+    path: str,
+    headers: Mapping[str, str] | list[tuple[str, str]] = {},  # noqa: B006 - never changed
+    pieces: Iterator[bytes] | None = None,
+    host: str | None = HOST,
+) -> Answer:
+    """Send a request as it is, with nothing that a client library would correct."""
+    answer = Answer()
+    given = list(headers.items() if isinstance(headers, Mapping) else headers)
+    if host is not None:
+        given.append(("host", host))
+    raw_path, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": unquote(raw_path),
+        "raw_path": raw_path.encode("latin-1"),
+        "query_string": query.encode(),
+        "root_path": "",
+        "headers": [(name.lower().encode(), value.encode("utf-8")) for name, value in given],
+        "server": ("127.0.0.1", 8000),
+        "client": ("127.0.0.1", 50000),
+    }
+    remaining, is_over = iter(()) if pieces is None else pieces, False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal is_over
+        if is_over:
+            await asyncio.Event().wait()
+        answer.pieces_read += 1
+        piece = next(remaining, None)
+        is_over = piece is None
+        return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answer.status = message["status"]
+            answer.headers = {
+                name.decode().lower(): value.decode("latin-1") for name, value in message["headers"]
+            }
+
+    await app(scope, receive, send)
+    return answer
+
+
+@pytest.fixture
+def worker() -> FakeWorker:
+    return FakeWorker()
+
+
+@pytest.fixture
+def app(make_service: MakeService, worker: FakeWorker) -> Guard:
+    return build_app(make_service(worker), settings())
+
+
+# --- the census -----------------------------------------------------------------------------------
+
+
+def found_routes(routes: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str, set[str]]]:
+    """Every route of an app and of all that is mounted in it."""
+    for route in routes:
+        path = prefix + getattr(route, "path", "")
+        inner = getattr(route, "routes", None) or []
+        if inner:
+            yield from found_routes(inner, path)
+        else:
+            yield path, set(getattr(route, "methods", None) or ())
+
+
+def test_every_route_is_one_that_somebody_has_thought_about(make_service: MakeService) -> None:
+    service = make_service()
+    routes: FastAPI = build_routes(service, settings(), Metrics(service))
+
+    assert dict(found_routes(routes.routes)) == ROUTES
+
+
+async def test_without_the_token_nothing_answers_but_that_the_process_lives(app: Guard) -> None:
+    paths = set(ROUTES) | {"/", "/nope"}
+    mutations = [
+        path
+        for one in paths
+        for path in (
+            one,
+            f"/{one}",
+            f"{one}/",
+            f"{one}//",
+            f"/.{one}",
+            f"{one}/.",
+            f"{one}/../livez",
+            f"/livez/..{one}",
+            f"/livez%2f..{one}",
+            f"{one}?x=/livez",
+            f"{one};/livez",
+            f"{one}%20",
+            f"{one}%00",
+            one.upper(),
+            one.replace("/", "/%2f", 1),
+            one.replace("e", "%65"),
+        )
+    ]
+    let_in = set()
+    for method, path in product(METHODS, mutations):
+        answer = await ask(app, method, path)
+        if answer.status != 401:
+            let_in.add(path.partition("?")[0].replace("%65", "e"))
+        else:
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+    assert len(mutations) >= 200
+    assert let_in == {"/livez"}
+
+
+async def test_the_token_opens_every_route(make_service: MakeService) -> None:
+    app = build_app(make_service(), settings(enable_mcp=False))  # which would need a lifespan
+    for path, methods in ROUTES.items():
+        for method in methods:
+            answer = await ask(app, method, path, RIGHT)
+            assert answer.status == (415 if path == "/api/edit" else 200), (method, path)
+
+
+# --- the token ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Authorization", "")],
+        [("Authorization", "Bearer")],
+        [("Authorization", "Bearer ")],
+        [("Authorization", f"Basic {KEY}")],
+        [("Authorization", KEY)],
+        [("Authorization", f"Bearer {KEY}x")],
+        [("Authorization", f"Bearer {KEY[:-1]}")],
+        [("Authorization", f"Bearer {KEY.upper()}")],
+        [("Authorization", f"Bearer {KEY} {KEY}")],
+        [("Authorization", "Bearer 🔑")],
+        [("Authorization", "Bearer " + "x" * 100_000)],
+        [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {KEY}")],
+        [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer wrong")],
+        [("X-Api-Key", KEY)],
+        [("Cookie", f"token={KEY}")],
+    ],
+    ids=lambda headers: repr(headers)[:50],
+)
+async def test_nothing_but_the_token_is_the_token(
+    app: Guard, headers: list[tuple[str, str]]
+) -> None:
+    refused = await ask(app, "GET", f"/api/gpu/status?token={KEY}", headers)
+
+    assert refused.status == 401
+    assert refused.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+async def test_the_token_is_taken(app: Guard, scheme: str) -> None:
+    answer = await ask(app, "GET", "/api/gpu/status", {"Authorization": f"{scheme} {KEY}"})
+
+    assert answer.status == 200
+
+
+async def test_without_a_key_none_is_asked_for(make_service: MakeService) -> None:
+    app = build_app(make_service(), settings(api_key=None))
+
+    assert (await ask(app, "GET", "/api/gpu/status")).status == 200
+
+
+# --- Host and Origin ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "status"),
+    [
+        ("127.0.0.1", "127.0.0.1:8000", 200),
+        ("127.0.0.1", "LOCALHOST", 200),
+        ("127.0.0.1", "[::1]:8000", 200),
+        ("127.0.0.1", "evil.example", 421),
+        ("127.0.0.1", "127.0.0.1.evil.example", 421),
+        ("127.0.0.1", "localhost.evil.example:8000", 421),
+        ("127.0.0.1", "evil.example@127.0.0.1", 421),
+        ("127.0.0.1", "127.0.0.1:8000:8000", 421),
+        ("127.0.0.1", "192.168.1.5", 421),
+        ("127.0.0.1", "[::1", 421),
+        ("127.0.0.1", "", 421),
+        ("127.0.0.1", None, 421),
+        ("0.0.0.0", "192.168.1.5:8000", 200),
+        ("0.0.0.0", "[fe80::1]:8000", 200),
+        ("0.0.0.0", "localhost:8000", 200),
+        ("0.0.0.0", "evil.example", 421),
+        ("pictures.example", "pictures.example", 200),
+        ("pictures.example", "other.example", 421),
+    ],
+)
+async def test_the_host_has_to_be_a_name_of_ours(
+    make_service: MakeService, bound: str, host: str | None, status: int
+) -> None:
+    app = build_app(make_service(), settings(host=bound))
+    answer = await ask(app, "GET", "/livez", host=host)
+
+    assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "method", "status"),
+    [
+        ({}, "POST", 415),
+        ({"Origin": "http://127.0.0.1:8000"}, "POST", 415),
+        ({"Origin": "HTTP://127.0.0.1:8000"}, "POST", 415),
+        ({"Origin": "https://127.0.0.1:8000"}, "POST", 415),  # behind a proxy with a certificate
+        ({"Origin": "http://127.0.0.1:7000"}, "POST", 403),
+        ({"Origin": "http://127.0.0.1"}, "POST", 403),
+        ({"Origin": "http://localhost:8000"}, "POST", 403),
+        ({"Origin": "http://evil.example"}, "POST", 403),
+        ({"Origin": "http://evil.example"}, "GET", 403),
+        ({"Origin": "http://evil.example"}, "OPTIONS", 403),
+        ({"Origin": "null"}, "POST", 403),
+        ({"Origin": ""}, "POST", 403),
+        ({"Origin": "file://127.0.0.1:8000"}, "POST", 403),
+        ({"Origin": "http://[127.0.0.1:8000"}, "POST", 403),
+        ({"Sec-Fetch-Site": "same-origin"}, "POST", 415),
+        ({"Sec-Fetch-Site": "none"}, "POST", 415),
+        ({"Sec-Fetch-Site": "same-site"}, "POST", 403),
+        ({"Sec-Fetch-Site": "cross-site"}, "POST", 403),
+        ({"Sec-Fetch-Site": "cross-site"}, "GET", 405),
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "http://127.0.0.1:8000"}, "POST", 415),
+    ],
+)
+async def test_pages_of_others_start_nothing(
+    app: Guard, headers: dict[str, str], method: str, status: int
+) -> None:
+    answer = await ask(app, method, "/api/edit", {**RIGHT, **headers})
+
+    assert answer.status == status
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["multipart/form-data; boundary=b", "application/x-www-form-urlencoded", "text/plain"],
+)
+@pytest.mark.parametrize("path", [path for path in ROUTES if "POST" in ROUTES[path]] + ["/mcp"])
+async def test_a_form_of_another_site_starts_nothing_and_is_not_read(
+    make_service: MakeService, path: str, content_type: str
+) -> None:
+    worker = FakeWorker()
+    app = build_app(make_service(worker), settings(api_key=None))
+    headers = {"Content-Type": content_type, "Origin": "http://evil.example"}
+    answer = await ask(app, "POST", path, headers, iter([b"--b--"]))
+
+    assert (answer.status, answer.pieces_read) == (403, 0)
+    assert worker.started == []
+
+
+@pytest.mark.parametrize(
+    ("headers", "host", "status"),
+    [
+        ({}, "evil.example", 421),
+        ({**RIGHT, "Origin": "null"}, HOST, 403),
+        ({}, HOST, 401),
+        ({**RIGHT, "Content-Length": str(2**40)}, HOST, 413),
+        ({**RIGHT, "Content-Length": "-1"}, HOST, 413),
+        ({**RIGHT, "Content-Length": "1e3"}, HOST, 413),
+        ({**RIGHT, "Content-Encoding": "gzip"}, HOST, 415),
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/edit", "/mcp", "/nope"])
+async def test_what_is_refused_is_refused_before_its_body_is_read(
+    app: Guard, path: str, headers: dict[str, str], host: str, status: int
+) -> None:
+    answer = await ask(app, "POST", path, headers, iter([b"x" * 1000] * 10), host)
+
+    assert (answer.status, answer.pieces_read) == (status, 0)
+    assert answer.headers["connection"] == "close"
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+# --- bodies and answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/edit", "/mcp"])
+async def test_a_body_without_a_length_is_counted_while_it_is_read(
+    make_service: MakeService, path: str
+) -> None:
+    piece = b"x" * 2**16
+    allowed = 2 * 2**20 // len(piece)  # the limit of one megabyte, and one for the form around it
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    guard = build_app(make_service(max_upload_mb=1), settings(max_upload_mb=1))
+    headers = {**RIGHT, "Content-Type": "multipart/form-data; boundary=b"}
+    if path == "/mcp":
+        headers |= {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+        }
+
+    async with lifespan(guard):
+        pieces = iter([head, *[piece] * 1000])
+        answer = await ask(guard, "POST", path, headers, pieces)
+
+    assert answer.pieces_read <= allowed + 2
+    assert answer.status == 413
+
+
+class lifespan:  # noqa: N801 - reads like a function
+    """The life of an app around some requests to it."""
+
+    def __init__(self, app: Guard) -> None:
+        self._app = app
+        self._inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def __aenter__(self) -> None:
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        self._task = asyncio.ensure_future(
+            self._app(scope, self._inbox.get, self._outbox.put)  # type: ignore[arg-type]
+        )
+        await self._inbox.put({"type": "lifespan.startup"})
+        assert (await self._outbox.get())["type"] == "lifespan.startup.complete"
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._inbox.put({"type": "lifespan.shutdown"})
+        assert (await self._outbox.get())["type"] == "lifespan.shutdown.complete"
+        await self._task
+
+
+@pytest.mark.parametrize("path", [*ROUTES, "/nope"])
+async def test_every_answer_keeps_browsers_from_guessing_and_storing(
+    make_service: MakeService, path: str
+) -> None:
+    app = build_app(make_service(), settings())
+    method = "POST" if "POST" in ROUTES.get(path, ()) else "GET"
+    async with lifespan(app):
+        answer = await ask(app, method, path, RIGHT)
+
+    is_part_of_the_page = path.startswith("/docs/") and path != "/docs/start.js"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert ("no-store" in answer.headers["cache-control"]) or is_part_of_the_page
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert len(answer.headers["x-request-id"]) == 16
+    assert "server" not in answer.headers
+
+
+async def test_websockets_are_refused(app: Guard) -> None:
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({"type": "websocket", "path": "/mcp", "headers": []}, None, send)  # type: ignore
+
+    assert sent == [{"type": "websocket.close", "code": 1008}]

@@ -1,0 +1,292 @@
+"""The process of the unified server: how it starts, is found, stops, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import httpx2
+import pytest
+from fastmcp import Client
+
+from conftest import MakeService
+from fakes import FakeWorker, Gate
+from http_server import TOKEN, serving, until
+from step1x_edit import MCPClient
+from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
+
+ROOT = Path(__file__).parents[1]
+FAKE = Path(__file__).parent / "serve_fake_http.py"
+REAL = ROOT / "unified_server.py"
+
+
+class Process:
+    """A server in a process of its own, in a folder of its own."""
+
+    def __init__(self, script: Path, folder: Path, *flags: str, **settings: str) -> None:
+        self.data_dir = folder / "data"
+        own = {"DATA_DIR": str(self.data_dir), "PORT": "0", **settings}
+        self.popen = subprocess.Popen(
+            [sys.executable, str(script), *flags],
+            cwd=folder,
+            env={**os.environ, **own},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, args=(self.popen.stderr,), daemon=True)
+        self._reader.start()
+
+    def heard(self, text: str, timeout_s: float = 60) -> str:
+        """Wait for a line on stderr with this text."""
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: any(text in line for line in self.lines), timeout_s
+            ), self.lines
+            return next(line for line in self.lines if text in line)
+
+    def url(self) -> str:
+        return self.heard("serving at ").rpartition(" ")[2].strip()
+
+    def ended(self) -> int:
+        code = self.popen.wait(30)
+        self._reader.join(30)
+        return code
+
+    def _read(self, stderr: IO[str]) -> None:
+        for line in stderr:
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+
+
+@contextlib.contextmanager
+def started(script: Path, folder: Path, *flags: str, **settings: str) -> Iterator[Process]:
+    process = Process(script, folder, *flags, **settings)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.ended()
+
+
+class Editing:
+    """A request for an edit, on its way in a thread of its own."""
+
+    def __init__(self, url: str, photo: Path, prompt: str = "x") -> None:
+        self.answer: httpx2.Response | None = None
+        self.failed: Exception | None = None
+        self._thread = threading.Thread(target=self._post, args=(url, photo, prompt), daemon=True)
+        self._thread.start()
+
+    def _post(self, url: str, photo: Path, prompt: str) -> None:
+        try:
+            self.answer = httpx2.post(
+                f"{url}/api/edit",
+                files={"file": photo.read_bytes()},
+                data={"prompt": prompt, "num_steps": "50"},
+                timeout=60,
+            )
+        except httpx2.HTTPError as error:
+            self.failed = error
+
+    def join(self) -> None:
+        self._thread.join(60)
+
+
+# --- starting -------------------------------------------------------------------------------------
+
+
+def test_the_real_server_starts_is_found_and_leaves(tmp_path: Path) -> None:
+    with started(REAL, tmp_path, "--port", "0", API_KEY="secret-of-the-test") as process:
+        url = process.url()
+        found = asyncio.run(find_server(process.data_dir, timeout_s=30))
+        live = httpx2.get(f"{url}/livez")
+        refused = httpx2.get(f"{url}/health")
+        process.popen.send_signal(signal.SIGTERM)
+        code = process.ended()
+
+    assert found is not None
+    assert (found.url, found.token) == (f"{url}/mcp", "secret-of-the-test")
+    assert (live.status_code, refused.status_code) == (200, 401)
+    assert code == 0
+    assert list(process.data_dir.iterdir()) == []
+    assert "secret-of-the-test" not in "".join(process.lines)
+
+
+def test_a_port_that_is_taken_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with started(REAL, tmp_path, PORT=port) as process:
+            code = process.ended()
+
+    assert code == 1
+    assert process.lines == [
+        f"Cannot listen on 127.0.0.1, port {port} (Address already in use): another program "
+        "listens there; stop it, or choose another PORT\n"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"HOST": "0.0.0.0"}, "HOST 0.0.0.0 can be reached from other machines, so set API_KEY"),
+        ({"PORT": "eighty"}, "PORT must be a whole number between 0 and 65535, got 'eighty'"),
+    ],
+)
+def test_settings_that_cannot_be_stop_the_start_with_one_sentence(
+    tmp_path: Path, settings: dict[str, str], sentence: str
+) -> None:
+    with started(REAL, tmp_path, **settings) as process:
+        code = process.ended()
+
+    assert code != 0
+    (line,) = process.lines
+    assert line.startswith(f"Invalid settings: {sentence}")
+
+
+def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
+    with started(FAKE, tmp_path, ENABLE_MCP="false") as process:
+        url = process.url()
+        alive = httpx2.get(f"{url}/livez").status_code
+
+    assert alive == 200
+    assert not (process.data_dir / NOTE_NAME).exists()
+
+
+def test_over_http_only_the_start_folder_is_open(tmp_path: Path, photo: Path) -> None:
+    start = tmp_path / "start"
+    start.mkdir()
+    (start / "in.png").write_bytes(photo.read_bytes())
+    with started(FAKE, start, HOME=str(tmp_path)) as process:
+        url = f"{process.url()}/mcp"
+
+        async def view(path: Path) -> dict[str, object]:
+            async with MCPClient(url) as client:
+                return await client.call_tool("view_image", {"path": str(path)})
+
+        inside = asyncio.run(view(start / "in.png"))
+        outside = asyncio.run(view(photo))
+
+    assert inside["status"] == "success"
+    assert outside["code"] == "path_not_allowed"
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_running_edit_then_the_server(
+    tmp_path: Path, photo: Path, number: signal.Signals, code: int
+) -> None:
+    with started(FAKE, tmp_path) as process:
+        url = process.url()
+        edit = Editing(url, photo)
+        process.heard("step")
+        process.popen.send_signal(number)
+        found = process.ended()
+        edit.join()
+
+    assert found == code
+    assert edit.answer is not None
+    assert edit.answer.status_code == 503
+    assert edit.answer.json()["code"] == "shutting_down"
+    assert "retry-after" in edit.answer.headers
+    assert list(process.data_dir.iterdir()) == []
+    assert not any("Traceback" in line for line in process.lines)
+
+
+def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Path) -> None:
+    with started(FAKE, tmp_path) as process:
+        Editing(process.url(), photo, "hang")
+        process.heard("step")
+        process.popen.send_signal(signal.SIGTERM)
+
+        assert process.ended() == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, photo: Path) -> None:
+    with started(FAKE, tmp_path) as process:
+        url = process.url()
+        Editing(url, photo, "hang")
+        process.heard("step")
+        process.popen.send_signal(signal.SIGTERM)
+        note = process.data_dir / NOTE_NAME
+        until(lambda: not note.exists())  # the first has been heard
+        process.popen.send_signal(signal.SIGTERM)
+
+        assert process.ended() == -signal.SIGTERM
+
+
+# --- MCP over HTTP --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_the_tools_are_there_in_both_eras(
+    make_service: MakeService, photo: Path, mode: str
+) -> None:
+    heard: list[str | None] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(message)
+
+    with serving(make_service()) as url:
+        async with Client(f"{url}/mcp", auth=TOKEN, mode=mode) as client:  # type: ignore[arg-type]
+            tools = await client.list_tools()
+            result = await client.call_tool(
+                "edit_image",
+                {"image_path": str(photo), "prompt": "x"},
+                progress_handler=listen,
+            )
+
+    assert {"edit_image", "batch_edit_images", "get_gpu_status"} < {tool.name for tool in tools}
+    assert "denoising 1/28" in heard
+    assert result.structured_content["status"] == "success"
+    assert json.loads(result.content[0].text) == result.structured_content
+
+
+CALLS = """
+import asyncio, sys
+from fastmcp import Client
+
+async def main(url, token, photo):
+    async with Client(url, auth=token) as client:
+        await client.call_tool("edit_image", {"image_path": photo, "prompt": "stop"})
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_who_vanishes_ends_the_edit_within_a_step(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(at_step=2), FakeWorker()
+    worker.before_step = gate
+    service = make_service(worker)
+    with serving(service) as url:
+        caller = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-c", CALLS, f"{url}/mcp", TOKEN, str(photo)],
+            stderr=subprocess.DEVNULL,
+        )
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        caller.kill()
+        await caller.wait()
+        await asyncio.to_thread(until, lambda: service.outcomes.get("cancelled") == 1)
+        gate.open()
+        await service.release()  # runs once the worker is free
+
+    assert worker.stopped_at == {"stop": 2}
