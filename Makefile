@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.step1x-edit-installed
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix train clean
+.PHONY: help setup demo test check fix openapi train clean
 
 help:  ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: setup  ## Lint, check the format, the types and the import contracts
 fix: setup  ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+openapi: setup  ## Write docs/openapi.json anew
+	$(BIN)/python scripts/write_openapi.py
 
 train: setup  ## Train the embedded demo checkpoint anew
 	$(BIN)/python scripts/train_demo.py --out src/step1x_edit/model/demo

@@ -28,7 +28,10 @@ from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.metrics import TEXT_FORMAT, Metrics
 from step1x_edit.schemas import (
+    EditMetadata,
     GpuAnswer,
+    GpuStatistics,
+    GpuStatus,
     PictureAnswer,
     PictureRequest,
     StatusAnswer,
@@ -58,6 +61,49 @@ nothing is stored here. The answer is a PNG, or what `Accept` asks for: `image/j
 base64 together with what it was made with. The seed that repeats it stands in `X-Seed`. To close \
 the connection stops the work."""
 
+# What the description shows.
+_STATUS: Final = GpuStatus(
+    model_location="CPU",
+    idle_time=45.2,
+    idle_timeout=60,
+    gpu_memory_allocated_gb=0.0,
+    gpu_memory_reserved_gb=0.0,
+    auto_monitor_running=True,
+    statistics=GpuStatistics(total_loads=5, gpu_to_cpu=5, cpu_to_gpu=4, full_releases=0),
+    model="v1.1",
+    device="cuda:0",
+    queue_length=0,
+)
+_OFFLOADED: Final = GpuAnswer(
+    message="GPU offloaded. Model now on CPU, GPU memory: 0.00GB", gpu_status=_STATUS
+)
+_RELEASED: Final = GpuAnswer(
+    message="GPU released. Model location: Unloaded, GPU memory: 0.00GB",
+    gpu_status=_STATUS.model_copy(update={"model_location": "Unloaded"}),
+)
+_EDITED: Final = PictureAnswer(
+    processing_time=15.3,
+    metadata=EditMetadata(
+        prompt="change to night scene",
+        num_steps=28,
+        guidance_scale=6.0,
+        size_level=1024,
+        seed=42,
+        gpu_location="GPU",
+        gpu_memory_gb=41.9,
+        model="v1.1",
+        device="cuda:0",
+        width=1536,
+        height=1024,
+    ),
+    media_type="image/png",
+    image_base64="iVBORw0KGgo…",
+)
+
+
+def _example(answer: GpuAnswer | PictureAnswer | StatusAnswer) -> dict[str, Any]:
+    return {_JSON: {"example": answer.to_dict()}}
+
 
 # --- the picture ----------------------------------------------------------------------------------
 
@@ -68,6 +114,7 @@ def edit_routes(service: EditService) -> APIRouter:
 
     @router.post(
         "/edit",
+        operation_id="edit_picture",
         summary="Edit a picture",
         description=_EDIT_DESCRIPTION,
         response_model=PictureAnswer,
@@ -84,7 +131,7 @@ def edit_routes(service: EditService) -> APIRouter:
                         "schema": {"type": "number"},
                     },
                 },
-                "content": dict.fromkeys(_SUFFIX_OF, _IMAGE),
+                "content": dict.fromkeys(_SUFFIX_OF, _IMAGE) | _example(_EDITED),
             },
             **problems.described(
                 "image_too_large",
@@ -119,11 +166,18 @@ def edit_routes(service: EditService) -> APIRouter:
 
     @router.get(
         "/gpu/status",
+        operation_id="get_gpu_status",
         summary="Say where the model is",
         description="Where the model is, what it occupies as measured, and how many edits wait. "
         "Answers at once, also during an edit.",
         response_model=StatusAnswer,
-        responses=problems.described("internal"),
+        responses={
+            200: {
+                "description": "How things stand",
+                "content": _example(StatusAnswer(gpu_status=_STATUS)),
+            },
+            **problems.described("internal"),
+        },
         tags=["GPU"],
     )
     async def gpu_status() -> Response:
@@ -131,11 +185,15 @@ def edit_routes(service: EditService) -> APIRouter:
 
     @router.post(
         "/gpu/offload",
+        operation_id="offload_gpu",
         summary="Move the model to host memory",
         description="Waits for the picture that is being edited and goes ahead of waiting edits. "
         "Does nothing if the model is not on the GPU; the next edit brings it back.",
         response_model=GpuAnswer,
-        responses=problems.described("internal", "shutting_down"),
+        responses={
+            200: {"description": "Where it is now", "content": _example(_OFFLOADED)},
+            **problems.described("internal", "shutting_down"),
+        },
         tags=["GPU"],
     )
     async def offload() -> Response:
@@ -143,11 +201,15 @@ def edit_routes(service: EditService) -> APIRouter:
 
     @router.post(
         "/gpu/release",
+        operation_id="release_gpu",
         summary="Forget the model",
         description="Frees GPU and host memory; the next edit loads the model from disk again. "
         "Waits for the picture that is being edited and goes ahead of waiting edits.",
         response_model=GpuAnswer,
-        responses=problems.described("internal", "shutting_down"),
+        responses={
+            200: {"description": "Where it is now", "content": _example(_RELEASED)},
+            **problems.described("internal", "shutting_down"),
+        },
         tags=["GPU"],
     )
     async def release() -> Response:
@@ -267,6 +329,7 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
 
     @router.get(
         "/health",
+        operation_id="get_health",
         summary="Say in short how the server is",
         description="Whether an edit would be taken now, where the model is, how many edits wait.",
         responses={
@@ -302,6 +365,7 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
 
     @router.get(
         "/livez",
+        operation_id="get_liveness",
         summary="Say that the process lives",
         description="Needs no token. It says nothing about whether edits are possible.",
         responses={200: _plain("The process answers", "ok\n"), **problems.described("internal")},
@@ -312,6 +376,7 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
 
     @router.get(
         "/readyz",
+        operation_id="get_readiness",
         summary="Say whether an edit would be taken now",
         description="With `?verbose` as one line for each thing that was looked at.",
         responses={
@@ -350,6 +415,7 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
 
     @router.get(
         "/metrics",
+        operation_id="get_metrics",
         summary="Tell Prometheus how things stand",
         description="Requests, edits, the queue, and where the model is, as text.",
         responses={

@@ -33,7 +33,7 @@ from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
-from step1x_edit.interfaces.guard import Guard, request_id
+from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
 from step1x_edit.interfaces.process import hear_signals
@@ -133,6 +133,10 @@ def _described(app: FastAPI) -> dict[str, Any]:
             }
         }
         schema["security"] = [{}, {"API_KEY": []}]
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                told = problems.described_status(*([] if path in OPEN_PATHS else [401]), 403, 421)
+                operation["responses"] |= {str(status): answer for status, answer in told.items()}
         app.openapi_schema = schema
     return app.openapi_schema
 

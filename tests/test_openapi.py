@@ -1,0 +1,81 @@
+"""The REST routes are described in full, and their page loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from conftest import MakeService
+from http_server import calling
+from step1x_edit.schemas import PARAMETERS, PictureRequest
+from write_openapi import FILE, openapi
+
+DESCRIBED = json.loads(FILE.read_text("utf-8"))
+OPERATIONS = [
+    pytest.param(path, method, operation, id=f"{method} {path}")
+    for path, operations in DESCRIBED["paths"].items()
+    for method, operation in operations.items()
+]
+
+
+def test_the_file_is_what_the_server_tells() -> None:
+    assert FILE.read_text("utf-8") == openapi(), "run make openapi"
+
+
+@pytest.mark.parametrize(("path", "method", "operation"), OPERATIONS)
+def test_every_operation_is_described_with_examples_and_errors(
+    path: str, method: str, operation: dict[str, Any]
+) -> None:
+    responses = operation["responses"]
+    failures = {status: answer for status, answer in responses.items() if status != "200"}
+
+    assert operation["summary"]
+    assert operation["description"].endswith(".")
+    assert any(
+        "example" in content or "examples" in content
+        for content in responses["200"]["content"].values()
+    )
+    assert ("401" in failures) == (path != "/livez")
+    assert {"403", "421", "500"} <= failures.keys()
+    for status, answer in failures.items():
+        content = answer["content"]["application/problem+json"]
+        assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+        for code, example in content["examples"].items():
+            assert example["value"]["code"] == code
+            assert str(example["value"]["status"]) == status
+
+
+def test_the_form_is_that_of_the_schema() -> None:
+    body = DESCRIBED["paths"]["/api/edit"]["post"]["requestBody"]
+    form = body["content"]["multipart/form-data"]["schema"]
+
+    assert list(form["properties"]) == ["file", *PictureRequest.model_fields]
+    assert form["required"] == ["file", "prompt"]
+    for name in PictureRequest.model_fields:
+        assert form["properties"][name]["description"] == PARAMETERS[name].description
+    assert form["properties"]["num_steps"]["maximum"] == PARAMETERS["num_steps"].maximum
+
+
+def test_the_page_loads_nothing_from_elsewhere(make_service: MakeService) -> None:
+    with calling(make_service()) as client:
+        page = client.get("/docs")
+        links = re.findall(r'(?:src|href)="([^"]*)"', page.text)
+        parts = {link: client.get(link) for link in links}
+        described = client.get("/openapi.json")
+
+    policy = page.headers["content-security-policy"]
+    assert "http" not in policy
+    assert "'unsafe-eval'" not in policy
+    assert len(links) == 4
+    assert all(link.startswith("/") for link in links)
+    assert not re.search(r"<script>|<style>|\bon\w+=", page.text)
+    for part in parts.values():
+        assert part.status_code == 200
+        assert part.content
+    styles = parts["/docs/swagger-ui.css"].text
+    assert re.findall(r"@import|url\(\s*[\"']?(?!data:|[\"'])[^)]{0,20}", styles) == []
+    assert '"/openapi.json"' in parts["/docs/start.js"].text
+    assert described.json() == DESCRIBED
