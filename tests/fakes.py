@@ -23,6 +23,7 @@ from step1x_edit.channel import (
 )
 from step1x_edit.engine import Clock
 from step1x_edit.errors import EditCancelledError, Step1XEditError, WorkerLostError
+from step1x_edit.images import Pixels
 
 
 class ManualClock(Clock):
@@ -59,6 +60,11 @@ def settled(clock: ManualClock) -> None:
         threading.Event().wait(0.001)
 
 
+def inverted(job: EditJob) -> Pixels:
+    """What a fake worker makes of a picture if it is not told otherwise."""
+    return 255 - job.image
+
+
 @dataclass
 class FakeWorker:
     """Inverts pictures, in as many steps as it is asked for, on the engine's own thread.
@@ -67,6 +73,7 @@ class FakeWorker:
     """
 
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
+    paint: Callable[[EditJob], Pixels] = inverted
     device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
@@ -138,7 +145,7 @@ class FakeWorker:
             self.stopped_at[job.prompt] = step
             yield self._report(Failure(error.code, str(error)))
         else:
-            yield self._report(Outcome(image=255 - job.image, warning=self.warning))
+            yield self._report(Outcome(image=self.paint(job), warning=self.warning))
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":

@@ -149,7 +149,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
     sentence = str(caught.value)
     assert sentence.startswith("Invalid settings: ")
     assert [name for name in wrong if name not in sentence] == []
-    assert "DEFAULT_NUM_STEPS must be between 10 and 50, got '5'" in sentence
+    assert "DEFAULT_NUM_STEPS must be between 10 and 50, got 5" in sentence
     assert "ALLOWED_DIRS holds /nope, which is not a folder" in sentence
     assert "pydantic" not in sentence
     assert "spaces, got" not in sentence  # a key is not repeated

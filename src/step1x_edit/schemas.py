@@ -8,6 +8,7 @@ as JSON), which never shows in the JSON schema. This module knows nothing about 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -508,7 +509,7 @@ def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> st
     label = parameter.name + "".join(
         f"[{index}]" for index in details["loc"][1:] if isinstance(index, int)
     )
-    kind, got = details["type"], f", got {_shown(details['input'])}"
+    kind, got = details["type"], f", got {_shown_as(parameter, details['input'])}"
     match kind:
         case "extra_forbidden" | "unexpected_keyword_argument":
             return f"{_shown(name)} is unknown{_suggestion(name, parameters)}"
@@ -551,6 +552,15 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 def _plain(number: float) -> str:
     return str(int(number)) if float(number).is_integer() else str(number)
+
+
+def _shown_as(parameter: Parameter, value: object) -> str:
+    """A value of the caller; a number is the same whether it comes as one or, in forms, as text."""
+    if parameter.kind in ("integer", "number") and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            float(value)
+            return _shown(value)[1:-1]
+    return _shown(value)
 
 
 def _shown(value: object, width: int = 60) -> str:

@@ -127,7 +127,7 @@ def described_status(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _EXAMPLES: Final = {
-    "invalid_parameter": "num_steps must be between 10 and 50, got '5'",
+    "invalid_parameter": "num_steps must be between 10 and 50, got 5",
     "unsupported_image": "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, "
     "or it is damaged",
     "corrupt_image": "the file is damaged or incomplete",

@@ -1,0 +1,214 @@
+"""Through every door the same: the same picture for the same request, the same error sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from fastmcp import Client
+from PIL import Image
+from typer.testing import CliRunner
+
+from conftest import MakeService
+from fakes import FakeWorker
+from http_server import TOKEN, serving
+from step1x_edit import MCPClient
+from step1x_edit.channel import EditJob
+from step1x_edit.errors import OutOfMemoryError, Step1XEditError
+from step1x_edit.images import Pixels
+from step1x_edit.interfaces.cli import app as cli
+from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.service import EditService
+from step1x_edit.settings import Settings
+
+Result = bytes | str
+"""The file of the edited picture, or the sentence of an error."""
+
+
+def painted(job: EditJob) -> Pixels:
+    """A picture that differs with everything that an edit is asked for."""
+    asked = (
+        job.prompt,
+        job.negative_prompt,
+        job.num_steps,
+        job.guidance_scale,
+        job.size_level,
+        job.seed,
+    )
+    random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
+    return job.image ^ random.integers(0, 256, job.image.shape, dtype=np.uint8)
+
+
+def worked(job: EditJob, step: int) -> None:
+    if job.prompt == "too much":
+        raise OutOfMemoryError("use a smaller size_level")
+
+
+class Doors:
+    """Every way to ask one service for an edit of the same picture."""
+
+    def __init__(self, service: EditService, url: str, folder: Path) -> None:
+        self._service = service
+        self._url = url
+        self._folder = folder
+
+    async def service(self, picture: Path, asked: dict[str, Any]) -> Result:
+        try:
+            request = self._service.read_edit({"image_path": picture, **asked, **self._out("s")})
+            answer = (await self._service.edit(request)).answer
+        except Step1XEditError as error:
+            return str(error)
+        return Path(answer.output_path).read_bytes()
+
+    async def mcp_in_memory(self, picture: Path, asked: dict[str, Any]) -> Result:
+        return await self._tool(Client(build_mcp(self._service)), picture, asked)
+
+    async def mcp_over_http(self, picture: Path, asked: dict[str, Any]) -> Result:
+        return await self._tool(Client(f"{self._url}/mcp", auth=TOKEN), picture, asked)
+
+    async def mcp_client(self, picture: Path, asked: dict[str, Any]) -> Result:
+        arguments = {"image_path": str(picture), **asked, **self._out("c")}
+        async with MCPClient(f"{self._url}/mcp", TOKEN) as client:
+            return _result(await client.call_tool("edit_image", arguments))
+
+    async def rest(self, picture: Path, asked: dict[str, Any]) -> Result:
+        async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+            answer = await client.post(
+                f"{self._url}/api/edit",
+                files={"file": ("any name", picture.read_bytes())},
+                data={name: str(value) for name, value in asked.items()},
+                headers={"Authorization": f"Bearer {TOKEN}"},
+            )
+        if answer.status_code == 200:
+            return answer.content
+        sentence: str = answer.json()["detail"]
+        return sentence
+
+    async def command_line(self, picture: Path, asked: dict[str, Any]) -> Result:
+        given = dict(asked)
+        words = ["edit", str(picture), given.pop("prompt"), "--json", "--overwrite"]
+        words += ["--output", self._out("l")["output_path"]]
+        for name, value in given.items():
+            words.append(f"--{name.replace('_', '-')}={value}")
+        # In a thread, because the command has an event loop of its own.
+        done = await asyncio.to_thread(CliRunner().invoke, cli, words)
+        return _result(json.loads(done.stdout))
+
+    def every(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "service": self.service,
+            "MCP in memory": self.mcp_in_memory,
+            "MCP over HTTP": self.mcp_over_http,
+            "MCPClient": self.mcp_client,
+            "REST": self.rest,
+            "command line": self.command_line,
+        }
+
+    async def _tool(self, client: Client[Any], picture: Path, asked: dict[str, Any]) -> Result:
+        arguments = {"image_path": str(picture), **asked, **self._out("m")}
+        async with client:
+            result = await client.call_tool("edit_image", arguments, raise_on_error=False)
+        assert result.is_error == (result.structured_content["status"] == "error")
+        return _result(result.structured_content)
+
+    def _out(self, name: str) -> dict[str, Any]:
+        return {"output_path": str(self._folder / f"{name}.png"), "overwrite": True}
+
+
+def _result(answer: dict[str, Any]) -> Result:
+    if answer["status"] == "error":
+        sentence: str = answer["error"]
+        return sentence
+    return Path(answer["output_path"]).read_bytes()
+
+
+@pytest.fixture
+def doors(
+    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Doors]:
+    limits = {"max_megapixels": 1, "default_num_steps": 11}
+    service = make_service(FakeWorker(before_step=worked, paint=painted), **limits)
+
+    def build_service(settings: Settings) -> EditService:
+        return make_service(FakeWorker(before_step=worked, paint=painted), **limits)
+
+    monkeypatch.setattr("step1x_edit.service.build_service", build_service)
+    with serving(service) as url:
+        yield Doors(service, url, tmp_path)
+
+
+GOOD: list[dict[str, Any]] = [
+    {"prompt": "add a red hat", "seed": 42},
+    {"prompt": "给它一顶红帽子", "seed": 0, "num_steps": 10, "size_level": 512},
+    {"prompt": "", "seed": 2**32 - 1, "guidance_scale": 1.5, "negative_prompt": "blurry, 模糊"},
+    {"prompt": "a\nb", "seed": 7, "num_steps": 50, "guidance_scale": 15, "size_level": 768},
+]
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("photo", {"num_steps": 5}, "Invalid parameter: num_steps must be between 10 and 50, got 5"),
+    ("photo", {"guidance_scale": 15.5}, "Invalid parameter: guidance_scale must be between 1 and"),
+    ("photo", {"guidance_scale": "nan"}, "Invalid parameter: guidance_scale must be a number bet"),
+    ("photo", {"size_level": 600}, "Invalid parameter: size_level must be 512, 768 or 1024, got 6"),
+    ("photo", {"seed": -2}, "Invalid parameter: seed must be"),
+    ("photo", {"seed": 2**32}, "Invalid parameter: seed must be"),
+    ("photo", {"prompt": "x" * 4001}, "Invalid parameter: prompt must have at most 4000 characte"),
+    ("photo", {"num_steps": 1, "seed": -5}, "Invalid parameter: num_steps must be between 10 and"),
+    ("photo", {"prompt": "too much"}, "CUDA out of memory: use a smaller size_level"),
+    ("text", {}, "Unsupported image format: the file is none of PNG, JPEG, WebP"),
+    ("cut", {}, "Cannot read image: the file is damaged or incomplete"),
+    ("small", {}, "Image too small: 8×8 pixels"),
+    ("long", {}, "Image too elongated: 320×16 pixels"),
+    ("large", {}, "Image too large: 1100×1000 pixels, at most 1 megapixels are allowed"),
+]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, photo: Path) -> dict[str, Path]:
+    """Good and bad pictures by name."""
+
+    def png(width: int, height: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, height)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    made = {
+        "text": b"this is no picture",
+        "cut": photo.read_bytes()[:-30],
+        "small": png(8, 8),
+        "long": png(320, 16),
+        "large": png(1100, 1000),
+    }
+    for name, data in made.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+    return {"photo": photo, **{name: tmp_path / f"{name}.png" for name in made}}
+
+
+async def test_the_same_request_gives_the_same_file(doors: Doors, photo: Path) -> None:
+    found: dict[str, list[Result]] = {
+        name: [await door(photo, asked) for asked in GOOD] for name, door in doors.every().items()
+    }
+    expected = found.pop("service")
+
+    assert all(isinstance(result, bytes) for result in expected)
+    assert len(set(expected)) == len(GOOD)
+    for name, results in found.items():
+        assert results == expected, name
+
+
+async def test_the_same_mistake_gives_the_same_sentence(
+    doors: Doors, pictures: dict[str, Path]
+) -> None:
+    for picture, asked, beginning in BAD:
+        given = {"prompt": "x", **asked}
+        found = {name: await door(pictures[picture], given) for name, door in doors.every().items()}
+
+        assert str(found["service"]).startswith(beginning), asked
+        assert found == dict.fromkeys(found, found["service"]), asked
