@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport
@@ -173,7 +174,7 @@ def start_server(folder: Path, data_dir: Path) -> subprocess.Popen[str]:
     )
 
 
-async def test_two_stdio_servers_and_a_running_one_share_one_model(
+async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_server(
     make_service: MakeService, data_dir: Path, photo: Path, tmp_path: Path
 ) -> None:
     worker = FakeWorker()
@@ -182,14 +183,20 @@ async def test_two_stdio_servers_and_a_running_one_share_one_model(
     for folder in (first, second):
         folder.mkdir()
         (folder / "mine.png").write_bytes(photo.read_bytes())
-    with announcing(service, data_dir):
+    with announcing(service, data_dir) as url:
         async with (
             joined(first, data_dir) as one,
             joined(second, data_dir, mode="legacy") as other,
+            httpx2.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as rest,
         ):
-            results = await asyncio.gather(
+            *results, sent = await asyncio.gather(
                 one.call_tool("edit_image", {"image_path": "mine.png", "prompt": "a"}),
                 other.call_tool("edit_image", {"image_path": "~/mine.png", "prompt": "b"}),
+                rest.post(
+                    url.replace("/mcp", "/api/edit"),
+                    files={"file": photo.read_bytes()},
+                    data={"prompt": "d"},
+                ),
             )
             batch = await other.call_tool(
                 "batch_edit_images",
@@ -211,7 +218,8 @@ async def test_two_stdio_servers_and_a_running_one_share_one_model(
     assert answer["results"][1]["result"]["error"] == "Image file not found: no.png"
     assert json.loads(batch.content[0].text) == answer
     assert viewed.content[0].mime_type == "image/jpeg"
-    assert sorted(worker.started) == ["a", "b", "c"]
+    assert sent.status_code == 200
+    assert sorted(worker.started) == ["a", "b", "c", "d"]
     assert service.status().gpu_status.statistics.total_loads == 1
 
 
