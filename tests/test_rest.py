@@ -263,7 +263,9 @@ def test_what_is_no_form_with_a_picture_is_refused(
     with calling(make_service()) as client:
         answer = client.post("/api/edit", **request_)
 
-    assert (answer.status_code, problem(answer)["code"]) == (status, code)
+    told = problem(answer)
+    assert (answer.status_code, told["code"]) == (status, code)
+    assert "form" in told["detail"] or "file" in told["detail"]
 
 
 def test_routes_and_methods_that_do_not_exist_are_problems_as_well(

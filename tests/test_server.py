@@ -219,6 +219,23 @@ def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Pat
         assert process.ended() == 0
 
 
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_that_stays_connected_does_not_keep_the_server(
+    tmp_path: Path, mode: str
+) -> None:
+    with started(FAKE, tmp_path) as process:
+        url = process.url()
+        client = Client(f"{url}/mcp", mode=mode)  # type: ignore[arg-type]
+        with contextlib.suppress(Exception):  # it may tell that its server has gone
+            async with client:
+                await client.call_tool("get_gpu_status", {})
+                process.popen.send_signal(signal.SIGTERM)
+                code = await asyncio.to_thread(process.ended)
+
+    assert code == 0
+    assert list(process.data_dir.iterdir()) == []
+
+
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, photo: Path) -> None:
     with started(FAKE, tmp_path) as process:
         url = process.url()

@@ -101,7 +101,7 @@ class Guard:
                 {"WWW-Authenticate": "Bearer"},
             )
         length = headers.get("content-length", "0")
-        if not length.isascii() or not length.isdigit() or int(length) > self._max_body:
+        if not re.fullmatch("[0-9]{1,18}", length) or int(length) > self._max_body:
             return self.too_long()
         if headers.get("content-encoding", "identity").lower() != "identity":
             return problems.of_status(415, "Compressed request bodies are not read.")

@@ -85,10 +85,15 @@ def of_error(error: Step1XEditError) -> Failure:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Failure:
-    """The failure that says no more than its status, such as 404 or 405."""
+    """The failure of a request that came to no operation, such as 404 or 405.
+
+    A `detail` that only repeats the name of the status, as frameworks put it, counts as none.
+    """
     known = HTTPStatus(status)
     code = known.phrase.lower().replace(" ", "_").replace("-", "_")
-    return Failure(status, code, known.phrase, detail or known.description, headers or {})
+    if detail in ("", known.phrase):
+        detail = known.description
+    return Failure(status, code, known.phrase, detail, headers or {})
 
 
 def response(failure: Failure, request_id: str) -> Response:

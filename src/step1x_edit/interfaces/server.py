@@ -109,7 +109,7 @@ async def _told(request: Request, error: Exception) -> Response:
         case Step1XEditError():
             failure = problems.of_error(error)
         case HTTPException():
-            failure = problems.of_status(error.status_code, headers=error.headers)
+            failure = problems.of_status(error.status_code, error.detail, error.headers)
         case _:
             failure = problems.of_error(
                 InternalError("the request failed unexpectedly; the server's log says more")
