@@ -33,6 +33,8 @@ def test_every_operation_is_described_with_examples_and_errors(
     failures = {status: answer for status, answer in responses.items() if status != "200"}
 
     assert operation["summary"]
+    assert len(operation["tags"]) == 1
+    assert ("security" in operation) == (path == "/livez")
     assert operation["description"].endswith(".")
     assert any(
         "example" in content or "examples" in content

@@ -110,7 +110,7 @@ def _example(answer: GpuAnswer | PictureAnswer | StatusAnswer) -> dict[str, Any]
 
 def edit_routes(service: EditService) -> APIRouter:
     """The routes under /api."""
-    router = APIRouter(prefix="/api", tags=["Editing"])
+    router = APIRouter(prefix="/api")
 
     @router.post(
         "/edit",
@@ -145,6 +145,7 @@ def edit_routes(service: EditService) -> APIRouter:
                 "deadline_exceeded",
             ),
         },
+        tags=["Editing"],
         openapi_extra={"requestBody": _form_body(service.defaults)},
     )
     async def edit(request: Request) -> Response:

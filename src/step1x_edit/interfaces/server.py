@@ -79,9 +79,9 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         lifespan=_lifespan(mcp),
     )
     # Plain routes in one list, which a test compares with those that somebody has thought about.
-    app.router.routes.extend(health_routes(service, metrics).routes)
     if settings.enable_api:
         app.router.routes.extend(edit_routes(service).routes)
+    app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
@@ -135,8 +135,11 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schema["security"] = [{}, {"API_KEY": []}]
         for path, operations in schema["paths"].items():
             for operation in operations.values():
-                told = problems.described_status(*([] if path in OPEN_PATHS else [401]), 403, 421)
+                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 421]
+                told = problems.described_status(*of_guard)
                 operation["responses"] |= {str(status): answer for status, answer in told.items()}
+                if path in OPEN_PATHS:
+                    operation["security"] = []
         app.openapi_schema = schema
     return app.openapi_schema
 
