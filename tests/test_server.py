@@ -159,6 +159,21 @@ def test_settings_that_cannot_be_stop_the_start_with_one_sentence(
     assert line.startswith(f"Invalid settings: {sentence}")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others have one loopback address only")
+def test_it_listens_where_it_was_told_to(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with started(FAKE, tmp_path, "--port", str(port), HOST="127.0.0.2") as process:
+        url = process.url()
+        alive = httpx2.get(f"{url}/livez").status_code
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"http://127.0.0.1:{port}/livez")
+
+    assert url == f"http://127.0.0.2:{port}"
+    assert alive == 200
+
+
 def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
     with started(FAKE, tmp_path, ENABLE_MCP="false") as process:
         url = process.url()
