@@ -23,6 +23,10 @@
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
     ├── WorkerLostError               worker_lost           Worker process lost: …
+    ├── JobError
+    │   ├── JobNotFoundError          not_found             Job not found: …
+    │   ├── JobConflictError          job_conflict          Not possible now: …
+    │   └── JobInterruptedError       interrupted           Job interrupted: …
     └── InternalError                 internal              Internal error: …
 
 `str(error)` is the whole sentence for the user: one line of bounded length that begins as the
@@ -214,6 +218,34 @@ class WorkerLostError(Step1XEditError):
 
     code = "worker_lost"
     beginning = "Worker process lost"
+    retryable = True
+
+
+class JobError(Step1XEditError):
+    """A stored job cannot be had, or cannot be treated in this way."""
+
+    code = "job_conflict"
+    beginning = "Not possible now"
+
+
+class JobNotFoundError(JobError):
+    """There is no job of this id, or there is none any more."""
+
+    code = "not_found"
+    beginning = "Job not found"
+
+
+class JobConflictError(JobError):
+    """The state of the job does not allow this; in another state it may."""
+
+    retryable = True
+
+
+class JobInterruptedError(JobError):
+    """The server ended while the job was running; sent again, it may succeed."""
+
+    code = "interrupted"
+    beginning = "Job interrupted"
     retryable = True
 
 
