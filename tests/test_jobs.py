@@ -815,6 +815,34 @@ async def test_whenever_it_is_killed_no_half_job_is_left(
         await is_whole(image, known, ended)
 
 
+@pytest.mark.parametrize("way", ["end", "cancel"])
+async def test_what_could_not_be_recorded_is_removed_at_once(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    is_full = False
+
+    def refuse(connection: sqlite3.Connection, statement: str) -> None:
+        if is_full and statement == "COMMIT":
+            raise sqlite3.OperationalError("database or disk is full")
+
+    watch_statements(monkeypatch, refuse)
+    async with JobStore(data_dir) as store:
+        job = await store.create(b"cat", {})
+        await store.start_next()
+        is_full = True
+        with pytest.raises(NoSpaceError):
+            await store.succeed(job.id, b"hat", {})
+        with pytest.raises(NoSpaceError):
+            await store.create(b"dog", {})
+        is_full = False
+        assert folders(data_dir) == {job.id}
+        if way == "cancel":
+            await store.cancel(job.id)
+        else:
+            await store.end(job.id, NoSpaceError())
+        assert not list(data_dir.rglob("result"))
+
+
 async def test_a_disk_that_was_full_for_a_while_costs_no_end(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
