@@ -11,6 +11,8 @@ an interrupted one goes on where it stopped:
     export       one safetensors file, config and tokenizer, where `--out` says
 
 `--stages vae,text` runs some of them, `--smoke` runs ten steps of each at toy size.
+`--start-from FOLDER` continues a checkpoint instead: the autoencoder goes on from its
+weights, at a lower rate; its text encoder and recogniser are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from demo_data import (
     recolour,
     resize,
 )
-from step1x_edit.checkpoints.read import write_demo
+from step1x_edit.checkpoints.read import read_checkpoint, write_demo
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.conditioner import (
     SPECIAL_TOKENS,
@@ -341,7 +343,7 @@ def reconstruction(vae: AutoencoderKL, level: int) -> dict[str, float]:
 def picture_loss(out: Tensor, target: Tensor) -> Tensor:
     """Absolute, squared, gradient and coarse absolute error."""
     difference = out - target
-    loss = difference.abs().mean() + 4 * difference.pow(2).mean()
+    loss = difference.abs().mean() + 8 * difference.pow(2).mean()
     loss = loss + 0.25 * (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean())
     return loss + 0.5 * F.avg_pool2d(difference, 4).abs().mean()
 
@@ -465,21 +467,31 @@ def edited_crop(
 
 
 def train_vae(
-    work: Path, gallery: Gallery, seed: int, steps: int, minutes: float, start_crops: int
+    work: Path,
+    gallery: Gallery,
+    seed: int,
+    steps: int,
+    minutes: float,
+    start_crops: int,
+    start: AutoencoderKL | None,
 ) -> None:
-    vae = start_vae(gallery, seed, start_crops)
+    vae = start or start_vae(gallery, seed, start_crops)
     print("start", reconstruction(vae.eval(), 512), flush=True)
     vae = vae.to(memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=1e-4)
+    vae.requires_grad_(True)
+    rate = 4e-4 if start else 5e-4
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=1e-4)
     run = Run(work, "vae", vae, [optimiser], seed)
     for done in run.steps(steps, minutes):
         rng = run.rng()
-        batch = to_batch([edited_crop(gallery, rng, 128) for _ in range(8)]).to(
+        # Group norms see a whole picture at once; small crops alone would teach them wrong spreads.
+        size, count = (256, 2) if run.step % 2 else (128, 8)
+        batch = to_batch([edited_crop(gallery, rng, size) for _ in range(count)]).to(
             memory_format=torch.channels_last
         )
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(batch).latent_dist.mode()
-            noisy = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.08))
+            noisy = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.05))
             out = vae.decode(noisy).sample
         size_penalty = (latents.float().pow(2).mean((0, 2, 3)) - 4).clamp_min(0).mean()
         loss = picture_loss(out.float(), batch) + 1e-3 * size_penalty
@@ -661,6 +673,16 @@ def new_text(work: Path) -> tuple[Conditioner, Recogniser]:
     conditioner = new_conditioner(Tokenizer.from_file(str(work / "tokenizer.json")))
     width = conditioner.vlm.config.text_config.hidden_size
     return conditioner, Recogniser(width, demo_prompts.LABELS)
+
+
+def adopt_text(work: Path, start: EditPipeline) -> None:
+    """Takes over the text encoder of a checkpoint; the stage counts as finished from then on."""
+    if (work / "text.pt").exists():
+        return
+    assert start.recogniser is not None
+    model = nn.ModuleDict({"vlm": start.conditioner.vlm, "recogniser": start.recogniser})
+    start.conditioner.tokenizer.save(str(work / "tokenizer.json"))
+    write(model.state_dict(), work / "text.pt")
 
 
 def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
@@ -1182,6 +1204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for everything on the way")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint; default: in --work")
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--start-from", type=Path, help="a demo checkpoint's folder, to continue")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, default=0, help="limit for each training stage; 0 = by steps only"
@@ -1198,12 +1221,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work.mkdir(parents=True, exist_ok=True)
     gallery = Gallery(seed, plan.drawn_pictures)
+    start = None
+    if arguments.start_from:
+        start = read_checkpoint(arguments.start_from).pipeline
+        adopt_text(work, start)
 
     def is_due(stage: str) -> bool:
         return stage in stages and not (work / f"{stage}.pt").exists()
 
     if is_due("vae"):
-        train_vae(work, gallery, seed, plan.vae_steps, minutes, plan.start_crops)
+        vae = start.vae if start else None
+        train_vae(work, gallery, seed, plan.vae_steps, minutes, plan.start_crops, vae)
     if is_due("text"):
         train_text(work, gallery, seed, plan.text_steps, plan.corpus, plan.judged_prompts)
     if is_due("latents"):
