@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.model.pipeline import Edited, EditRequest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train_demo.py"
+EMBEDDED = ROOT / "src" / "step1x_edit" / "model" / "demo"
 
 
 def train(work: Path, *flags: str) -> str:
@@ -44,3 +48,22 @@ def test_ten_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) ->
     again = train(tmp_path, "--out", str(out))
     assert "wrote" in again
     assert "start" not in again, "a finished stage was done once more"
+
+
+@pytest.mark.timeout(600)
+def test_ten_more_steps_of_a_checkpoint_keep_what_it_knows(tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint"
+    train(tmp_path, "--start-from", str(EMBEDDED), "--out", str(out))
+
+    before, after = load_file(EMBEDDED / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"vae", "transformer"}
+
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 128), -1).astype(np.uint8)
+    request = EditRequest(image, "black and white", num_steps=10, size_level=256, seed=0)
+    *_, edited = read_checkpoint(out).pipeline.edit(request)
+    assert isinstance(edited, Edited)
+    # From nothing, ten steps leave the ramp's colours as they are.
+    assert np.ptp(edited.image.astype(float), axis=-1).mean() < 25 < np.ptp(image, axis=-1).mean()
