@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
 from typing import Any, Final
 
 import uvicorn
@@ -25,7 +26,7 @@ from fastmcp.server.http import StarletteWithLifespan
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from step1x_edit import __version__
@@ -119,6 +120,8 @@ async def _told(request: Request, error: Exception) -> Response:
     match error:
         case Step1XEditError():
             failure = problems.of_error(error)
+        case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
+            failure = problems.of_status(error.status_code, headers={"Allow": _allowed(request)})
         case HTTPException():
             failure = problems.of_status(error.status_code, error.detail, error.headers)
         case _:
@@ -126,6 +129,15 @@ async def _told(request: Request, error: Exception) -> Response:
                 InternalError("the request failed unexpectedly; the server's log says more")
             )
     return problems.response(failure, request_id(request.scope))
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path; where it has several routes, the framework names those of one."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
