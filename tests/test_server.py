@@ -281,6 +281,26 @@ def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
     assert job["status"] == "running"
 
 
+def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> None:
+    with started(FAKE, tmp_path) as process:
+        jobs = [
+            httpx2.post(
+                f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
+            )
+            for _ in range(2)
+        ]
+        process.heard("step")
+        process.popen.kill()
+        process.ended()
+    with started(FAKE, tmp_path) as again:
+        url = again.url()
+        again.heard("step")
+        found = [httpx2.get(f"{url}{job.headers['location']}").json() for job in jobs]
+
+    assert [job["status"] for job in found] == ["failed", "running"]
+    assert found[0]["code"] == "interrupted"
+
+
 def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Path) -> None:
     with started(FAKE, tmp_path) as process:
         Editing(process.url(), photo, "hang")
