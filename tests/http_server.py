@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,10 +53,15 @@ def running(app: ASGIApp) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(service: EditService, **settings: object) -> Iterator[str]:
-    """Serve everything that the unified server offers and yield where; by default with TOKEN."""
-    chosen = Settings(_env_file=None, **{"api_key": TOKEN, **settings})  # type: ignore
-    with running(build_app(service, chosen)) as url:
-        yield url
+    """Serve everything that the unified server offers and yield where.
+
+    By default with TOKEN, and in a data folder of its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"api_key": TOKEN, "data_dir": folder, **settings}
+        chosen = Settings(_env_file=None, **given)  # type: ignore
+        with running(build_app(service, chosen)) as url:
+            yield url
 
 
 @contextlib.contextmanager

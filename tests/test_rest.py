@@ -276,12 +276,14 @@ def test_routes_and_methods_that_do_not_exist_are_problems_as_well(
         slashed = client.get("/health/")
         wrong = client.get("/api/edit")
         posted = client.post("/docs")
+        put = [client.put(f"/v1/jobs{rest}") for rest in ("", "/x", "/x/events")]
 
     assert problem(missing)["code"] == "not_found"
     assert problem(slashed)["code"] == "not_found"
     assert problem(wrong)["code"] == "method_not_allowed"
     assert wrong.headers["allow"] == "POST"
-    assert set(posted.headers["allow"].split(", ")) == {"GET", "HEAD"}
+    assert posted.headers["allow"] == "GET, HEAD"
+    assert [answer.headers["allow"] for answer in put] == ["GET, POST", "DELETE, GET", "GET"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fakes import FakeWorker, Gate
 from http_server import TOKEN, serving, until
 from step1x_edit import MCPClient
 from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
+from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
 
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).parent / "serve_fake_http.py"
@@ -82,6 +83,14 @@ def started(script: Path, folder: Path, *flags: str, **settings: str) -> Iterato
         process.ended()
 
 
+STORED_JOBS = {DATABASE_NAME, FOLDER_NAME}
+"""What a server leaves in its data folder."""
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 class Editing:
     """A request for an edit, on its way in a thread of its own."""
 
@@ -122,7 +131,7 @@ def test_the_real_server_starts_is_found_and_leaves(tmp_path: Path) -> None:
     assert (found.url, found.token) == (f"{url}/mcp", "secret-of-the-test")
     assert (live.status_code, refused.status_code) == (200, 401)
     assert code == 0
-    assert list(process.data_dir.iterdir()) == []
+    assert files_in(process.data_dir) == STORED_JOBS
     assert "secret-of-the-test" not in "".join(process.lines)
 
 
@@ -139,6 +148,26 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(tmp_path: Path) -> None:
         f"Cannot listen on 127.0.0.1, port {port} (Address already in use): another program "
         "listens there; stop it, or choose another PORT\n"
     ]
+
+
+def test_a_second_server_with_the_same_data_folder_is_told_so_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    with started(FAKE, tmp_path) as first:
+        url = first.url()
+        with started(REAL, tmp_path) as second:
+            code = second.ended()
+        with started(FAKE, tmp_path, ENABLE_API="false", ENABLE_MCP="false") as third:
+            without_jobs = httpx2.get(f"{third.url()}/v1/jobs").status_code
+        jobs = httpx2.get(f"{url}/v1/jobs").json()
+
+    assert code == 2
+    assert second.lines == [
+        f"Invalid settings: DATA_DIR: {first.data_dir / DATABASE_NAME} is in use by another "
+        "process; give this server a DATA_DIR of its own, or set ENABLE_API=false\n"
+    ]
+    assert without_jobs == 404
+    assert jobs == {"object": "list", "data": [], "has_more": False}
 
 
 @pytest.mark.parametrize(
@@ -221,8 +250,55 @@ def test_a_signal_ends_the_running_edit_then_the_server(
     assert edit.answer.status_code == 503
     assert edit.answer.json()["code"] == "shutting_down"
     assert "retry-after" in edit.answer.headers
-    assert list(process.data_dir.iterdir()) == []
+    assert files_in(process.data_dir) == STORED_JOBS
     assert not any("Traceback" in line for line in process.lines)
+
+
+def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
+    tmp_path: Path, photo: Path
+) -> None:
+    with started(FAKE, tmp_path) as process:
+        accepted = httpx2.post(
+            f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
+        )
+        path = accepted.headers["location"]
+        with httpx2.stream("GET", f"{process.url()}{path}/events", timeout=60) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            process.heard("step")
+            process.popen.send_signal(signal.SIGTERM)
+            heard = [first, *lines]  # to a proper end, not to a broken connection
+        code = process.ended()
+    with started(FAKE, tmp_path) as again:
+        url = again.url()
+        again.heard("step")
+        job = httpx2.get(f"{url}{path}").json()
+
+    assert code == 0
+    assert not any("Traceback" in line or "ERROR" in line for line in process.lines)
+    assert heard[0] == "id: 1"
+    assert not any("succeeded" in line for line in heard)
+    assert job["status"] == "running"
+
+
+def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> None:
+    with started(FAKE, tmp_path) as process:
+        jobs = [
+            httpx2.post(
+                f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
+            )
+            for _ in range(2)
+        ]
+        process.heard("step")
+        process.popen.kill()
+        process.ended()
+    with started(FAKE, tmp_path) as again:
+        url = again.url()
+        again.heard("step")
+        found = [httpx2.get(f"{url}{job.headers['location']}").json() for job in jobs]
+
+    assert [job["status"] for job in found] == ["failed", "running"]
+    assert found[0]["code"] == "interrupted"
 
 
 def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Path) -> None:
@@ -248,7 +324,7 @@ async def test_a_client_that_stays_connected_does_not_keep_the_server(
                 code = await asyncio.to_thread(process.ended)
 
     assert code == 0
-    assert list(process.data_dir.iterdir()) == []
+    assert files_in(process.data_dir) == STORED_JOBS
 
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, photo: Path) -> None:

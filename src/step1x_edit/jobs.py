@@ -26,7 +26,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -46,7 +45,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.schemas import ErrorAnswer
+from step1x_edit.schemas import ErrorAnswer, JobState
 
 log = logging.getLogger(__name__)
 
@@ -71,22 +70,6 @@ _FULL: Final = "database or disk is full"
 _O_DIRECTORY: Final[int] = getattr(os, "O_DIRECTORY", 0)
 _O_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
 _O_CLOEXEC: Final[int] = getattr(os, "O_CLOEXEC", 0)
-
-
-class JobState(str, Enum):
-    """Where a job is in its life; the last four are final."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
-
-    @property
-    def is_final(self) -> bool:
-        """Whether nothing will happen any more."""
-        return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 @dataclass(frozen=True)

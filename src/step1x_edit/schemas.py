@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
@@ -38,6 +39,7 @@ DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
 DEFAULT_MAX_SIZE: Final = 768
+DEFAULT_JOBS_LISTED: Final = 20
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
@@ -178,6 +180,11 @@ MaxSize = Annotated[
     Field(ge=64, le=1024, description="Longest side of what is shown, in pixels"),
     BeforeValidator(_whole_number),
 ]
+JobsListed = Annotated[
+    int,
+    Field(ge=1, le=100, description="How many jobs to list at most"),
+    BeforeValidator(_whole_number),
+]
 OutputDir = Annotated[
     _PathText | None,
     Field(description="Folder for the results, created if missing. Default: beside each input"),
@@ -249,6 +256,15 @@ class ViewRequest(_Request):
 
     path: Annotated[_PathText, Field(description="Path of the picture to look at")]
     max_size: MaxSize = DEFAULT_MAX_SIZE
+
+
+class JobsRequest(_Request):
+    """Which stored jobs to list."""
+
+    limit: JobsListed = DEFAULT_JOBS_LISTED
+    after: Annotated[
+        str | None, Field(description="The id of a job: list older ones than this")
+    ] = None
 
 
 class EditRecord(_Request):
@@ -372,6 +388,73 @@ class BatchAnswer(_Answer):
             results=list(items),
             summary=BatchSummary(total=total, successes=successes, failures=failures),
         )
+
+
+class JobState(str, Enum):
+    """Where a job is in its life; the last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class JobProgress(_Answer):
+    """How far a running job has come: step `step` of `total` in its phase."""
+
+    phase: str
+    step: int
+    total: int
+
+
+class JobResult(_Answer):
+    """What is kept of a job that has succeeded, besides the picture."""
+
+    processing_time: float
+    metadata: EditMetadata
+
+
+class JobAnswer(_Answer):
+    """A stored job as it is now; times in seconds since 1970."""
+
+    id: str
+    status: JobState
+    created_at: float
+    started_at: float | None = None
+    finished_at: float | None = None
+    position: int | None = None
+    progress: JobProgress | None = None
+    request: PictureRequest
+    processing_time: float | None = None
+    metadata: EditMetadata | None = None
+    error: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+
+class JobsAnswer(_Answer):
+    """Some stored jobs, newest first, and whether there are older ones than `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[JobAnswer]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class JobEventAnswer(_Answer):
+    """Something that has happened to a stored job: a new status, or progress in the old one."""
+
+    at: float
+    status: JobState
+    progress: JobProgress | None = None
 
 
 class GpuStatistics(_Answer):

@@ -149,6 +149,10 @@ class EditService:
         source = await asyncio.to_thread(self._decode, data, suffix)
         return await self._make(request, source, suffix, self._engine.submit, report, started)
 
+    async def check_picture(self, data: bytes) -> None:
+        """Raise what `edit_picture` would say about these bytes, without editing them."""
+        await asyncio.to_thread(self._decode, data, ".png")
+
     async def edit_batch(
         self, request: BatchRequest, report: BatchReport = unreported
     ) -> BatchAnswer:

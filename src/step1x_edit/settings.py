@@ -167,8 +167,8 @@ class Settings(BaseSettings):
         Path,
         Field(
             default_factory=_data_folder,
-            description="Folder for our own files, such as the note by which a running server is "
-            "found; unset: the user's data folder",
+            description="Folder for our own files: stored jobs, and the note by which a running "
+            "server is found; unset: the user's data folder",
         ),
     ]
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS

@@ -14,6 +14,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.routing import Route
 from starlette.types import Scope
 
 from step1x_edit import __version__
@@ -50,8 +51,11 @@ class Metrics:
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request that has ended."""
-        # No route has parameters, so these are few; what matches none is counted as one.
+        # By the paths of routes, so that these are few; what matches none is counted as one.
         path = scope["path"] if "endpoint" in scope else "other"
+        route = scope.get("route")
+        if isinstance(route, Route):
+            path = route.path
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 

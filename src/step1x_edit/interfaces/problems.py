@@ -46,6 +46,9 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "worker_lost": 503,
     EditCancelledError.code: CLIENT_GONE,
     "deadline_exceeded": 504,
+    "not_found": 404,
+    "job_conflict": 409,
+    "interrupted": 503,  # never an answer by itself: jobs that have ended so say it
     InternalError.code: 500,
 }
 """The status for each code of `errors`."""
@@ -140,6 +143,9 @@ _EXAMPLES: Final = {
     "queue_full": "32 edits are waiting, try again in 330 s",
     "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
     "deadline_exceeded": "the edit took longer than 900 s",
+    "no_space": "no space left for stored jobs",
+    "not_found": "0000000000078f14e45fceea167a5a36dedd4bea2543",
+    "job_conflict": "job 0000000000078f14e45fceea167a5a36dedd4bea2543 has no result, it is queued",
     "internal": "the request failed unexpectedly; the server's log says more",
 }
 

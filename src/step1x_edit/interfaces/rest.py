@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter
@@ -81,21 +81,22 @@ _RELEASED: Final = GpuAnswer(
     message="GPU released. Model location: Unloaded, GPU memory: 0.00GB",
     gpu_status=_STATUS.model_copy(update={"model_location": "Unloaded"}),
 )
+METADATA: Final = EditMetadata(
+    prompt="change to night scene",
+    num_steps=28,
+    guidance_scale=6.0,
+    size_level=1024,
+    seed=42,
+    gpu_location="GPU",
+    gpu_memory_gb=41.9,
+    model="v1.1",
+    device="cuda:0",
+    width=1536,
+    height=1024,
+)
 _EDITED: Final = PictureAnswer(
     processing_time=15.3,
-    metadata=EditMetadata(
-        prompt="change to night scene",
-        num_steps=28,
-        guidance_scale=6.0,
-        size_level=1024,
-        seed=42,
-        gpu_location="GPU",
-        gpu_memory_gb=41.9,
-        model="v1.1",
-        device="cuda:0",
-        width=1536,
-        height=1024,
-    ),
+    metadata=METADATA,
     media_type="image/png",
     image_base64="iVBORw0KGgo…",
 )
@@ -146,11 +147,11 @@ def edit_routes(service: EditService) -> APIRouter:
             ),
         },
         tags=["Editing"],
-        openapi_extra={"requestBody": _form_body(service.defaults)},
+        openapi_extra={"requestBody": form_body(service.defaults)},
     )
     async def edit(request: Request) -> Response:
         service.check_room()  # before the upload is read
-        data, fields = await _read_form(request)
+        data, fields = await read_form(request)
         wanted = _wanted(request.headers.get("accept", "*/*"))
         suffix = _SUFFIX_OF.get(wanted, ".png")
         work = service.edit_picture(data, service.read_picture(fields), suffix=suffix)
@@ -219,7 +220,7 @@ def edit_routes(service: EditService) -> APIRouter:
     return router
 
 
-async def _read_form(request: Request) -> tuple[bytes, dict[str, object]]:
+async def read_form(request: Request) -> tuple[bytes, dict[str, object]]:
     """The uploaded picture and the other fields of the form, each given once."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
@@ -242,12 +243,18 @@ async def _read_form(request: Request) -> tuple[bytes, dict[str, object]]:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
 
 
-def _fields(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in fields:
+def once(items: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """The items by name; raises InvalidParameterError if one comes twice."""
+    found: dict[str, T] = {}
+    for name, value in items:
+        if name in found:
             raise InvalidParameterError(f"{name!r} is given twice")
-        fields[name] = value
+        found[name] = value
+    return found
+
+
+def _fields(form: FormData) -> dict[str, Any]:
+    fields = once(form.multi_items())
     for name, value in fields.items():
         if name != FILE and isinstance(value, UploadFile):
             raise InvalidParameterError(f"{name!r} must be a text, got a file")
@@ -307,7 +314,7 @@ def _answer(edited: EditedPicture) -> PictureAnswer:
     )
 
 
-def _form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
+def form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
     """The form, as OpenAPI describes it: the picture, and the fields of the schema."""
     schema = PictureRequest.model_json_schema()
     for name, default in defaults.items():

@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
+from http import HTTPStatus
 from typing import Any, Final
 
 import uvicorn
@@ -25,19 +26,21 @@ from fastmcp.server.http import StarletteWithLifespan
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from step1x_edit import __version__
-from step1x_edit.errors import InternalError, Step1XEditError
+from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
+from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
 from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
+from step1x_edit.jobs import JobRunner, JobStore
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
 
@@ -64,8 +67,10 @@ def build_app(service: EditService, settings: Settings) -> Guard:
 
 
 def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The routes, unguarded."""
-    mcp = None
+    """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
+    mcp, store = None, None
+    if settings.enable_api:
+        store = JobStore(settings.data_dir, max_queued=settings.max_queue)
     if settings.enable_mcp:
         # Its own guard is the second line behind ours, and knows the session's address.
         mcp = build_mcp(service).http_app(path=MCP_PATH, host_origin_protection="auto")
@@ -76,11 +81,13 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from what the caller calls us
-        lifespan=_lifespan(mcp),
+        lifespan=_lifespan(service, store, mcp),
     )
+    app.state.closing = asyncio.Event()
     # Plain routes in one list, which a test compares with those that somebody has thought about.
-    if settings.enable_api:
+    if store is not None:
         app.router.routes.extend(edit_routes(service).routes)
+        app.router.routes.extend(job_routes(service, store, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())
     if mcp is not None:
@@ -92,10 +99,15 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     return app
 
 
-def _lifespan(mcp: StarletteWithLifespan | None) -> Any:
+def _lifespan(
+    service: EditService, store: JobStore | None, mcp: StarletteWithLifespan | None
+) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
+            if store is not None:
+                await stack.enter_async_context(store)
+                await stack.enter_async_context(JobRunner(store, job_operation(service)))
             if mcp is not None:
                 await stack.enter_async_context(mcp.lifespan(mcp))
             yield
@@ -108,6 +120,8 @@ async def _told(request: Request, error: Exception) -> Response:
     match error:
         case Step1XEditError():
             failure = problems.of_error(error)
+        case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED):
+            failure = problems.of_status(error.status_code, headers={"Allow": _allowed(request)})
         case HTTPException():
             failure = problems.of_status(error.status_code, error.detail, error.headers)
         case _:
@@ -115,6 +129,15 @@ async def _told(request: Request, error: Exception) -> Response:
                 InternalError("the request failed unexpectedly; the server's log says more")
             )
     return problems.response(failure, request_id(request.scope))
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path; where it has several routes, the framework names those of one."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
@@ -148,9 +171,19 @@ def _described(app: FastAPI) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> None:
-    """Serve until a signal comes, then end the process."""
+    """Serve until a signal comes, then end the process.
+
+    Raises SettingsError if there can be no stored jobs in DATA_DIR.
+    """
     listener = listen(settings.host, settings.port)
-    exit_code = asyncio.run(_serve(settings, build_service(settings), listener))
+    service = build_service(settings)
+    try:
+        exit_code = asyncio.run(_serve(settings, service, listener))
+    except SettingsError as error:  # another server has the stored jobs, or nobody can have them
+        service.close()
+        raise SettingsError(
+            f"{error}; give this server a DATA_DIR of its own, or set ENABLE_API=false"
+        ) from None
     logging.shutdown()
     os._exit(exit_code)  # threads that still decode or encode are not waited for
 
@@ -178,20 +211,25 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, service: EditService, listener: socket.socket) -> int:
     told: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
     hear_signals(told)
-    server = _Server(build_app(service, settings))
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    ready = asyncio.ensure_future(server.ready.wait())
-    starting: set[asyncio.Future[Any]] = {serving, ready}
-    await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
-    if ready.done():
-        with _findable(settings, listener):
-            ends: set[asyncio.Future[Any]] = {serving, told}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    ready.cancel()
-    server.should_exit = True
-    # In a thread, so that the answers to the requests that it ends still leave.
-    await asyncio.to_thread(service.close, _GRACE_S)
-    await serving
+    metrics = Metrics(service)
+    routes = build_routes(service, settings, metrics)
+    server = _Server(Guard(routes, settings, metrics.observe))
+    # Not left to uvicorn, which tells with a traceback what stops the start.
+    async with routes.router.lifespan_context(routes):
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+        ready = asyncio.ensure_future(server.ready.wait())
+        starting: set[asyncio.Future[Any]] = {serving, ready}
+        await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            with _findable(settings, listener):
+                ends: set[asyncio.Future[Any]] = {serving, told}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        server.should_exit = True
+        routes.state.closing.set()
+        # In a thread, so that the answers to the requests that it ends still leave.
+        await asyncio.to_thread(service.close, _GRACE_S)
+        await serving
     return told.result() if told.done() else 1
 
 
@@ -203,7 +241,7 @@ class _Server(uvicorn.Server):
             app,
             log_config=None,
             access_log=False,  # the guard logs requests, with their ids
-            lifespan="on",
+            lifespan="off",
             ws="none",
             proxy_headers=False,  # whoever may set them may pretend to be anybody
             server_header=False,

@@ -1,0 +1,412 @@
+"""Stored jobs over REST: accepted once durable, heard to their end, and there after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.requests import Request
+
+from conftest import MakeService
+from fakes import FakeWorker, Gate
+from http_server import calling, until
+from step1x_edit.channel import EditJob
+from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
+from step1x_edit.images import read_edit_record
+from step1x_edit.interfaces.jobs_rest import job_routes
+from step1x_edit.jobs import JobStore
+from step1x_edit.schemas import JobAnswer, JobsAnswer
+
+UNKNOWN = "0" * 44
+
+
+def pixels_of(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def create(client: httpx2.Client, photo: Path, prompt: str = "x", **fields: str) -> dict[str, Any]:
+    """Have a job accepted."""
+    answer = client.post(
+        "/v1/jobs",
+        files={"file": (photo.name, photo.read_bytes())},
+        data={"prompt": prompt, "num_steps": "10", **fields},
+    )
+    assert answer.status_code == 202
+    told: dict[str, Any] = answer.json()
+    JobAnswer.model_validate(told)
+    assert answer.headers["location"] == f"/v1/jobs/{told['id']}"
+    return told
+
+
+def events_in(text: str) -> list[tuple[int, dict[str, Any]]]:
+    """The events of a stream, as a browser reads them."""
+    found = []
+    for block in re.sub(r"(?m)^:.*\n\n?", "", text).split("\n\n")[:-1]:
+        fields = dict(line.split(": ", 1) for line in block.splitlines())
+        assert fields.keys() == {"id", "data"}
+        found.append((int(fields["id"]), json.loads(fields["data"])))
+    return found
+
+
+def ended(client: httpx2.Client, job_id: str) -> dict[str, Any]:
+    """The job once its end has been heard."""
+    client.get(f"/v1/jobs/{job_id}/events").raise_for_status()
+    told: dict[str, Any] = client.get(f"/v1/jobs/{job_id}").json()
+    JobAnswer.model_validate(told)
+    return told
+
+
+def code_of(answer: httpx2.Response) -> tuple[int, str]:
+    assert answer.headers["content-type"] == "application/problem+json"
+    return answer.status_code, answer.json()["code"]
+
+
+def stored(data_dir: Path) -> set[str]:
+    return {folder.name for folder in (data_dir / "jobs").iterdir()}
+
+
+# --- the life of a job ----------------------------------------------------------------------------
+
+
+def test_a_job_is_accepted_done_and_fetched(make_service: MakeService, photo: Path) -> None:
+    with calling(make_service()) as client:
+        accepted = create(client, photo, "invert 戴红帽子", guidance_scale="4.5", seed="7")
+        heard = client.get(f"/v1/jobs/{accepted['id']}/events")
+        job = client.get(f"/v1/jobs/{accepted['id']}").json()
+        picture = client.get(f"/v1/jobs/{accepted['id']}/content")
+        direct = client.post(
+            "/api/edit",
+            files={"file": photo.read_bytes()},
+            data={
+                "prompt": "invert 戴红帽子",
+                "num_steps": "10",
+                "guidance_scale": "4.5",
+                "seed": "7",
+            },
+        )
+
+    assert (accepted["status"], accepted["position"]) == ("queued", 1)
+    assert accepted["request"]["size_level"] == 1024
+    assert heard.headers["content-type"].startswith("text/event-stream")
+    events = events_in(heard.text)
+    assert [number for number, _ in events] == list(range(1, len(events) + 1))
+    statuses = [event["status"] for _, event in events]
+    assert statuses == ["queued", *["running"] * (len(events) - 2), "succeeded"]
+    assert job["status"] == "succeeded"
+    assert job["metadata"]["seed"] == 7
+    assert job["processing_time"] >= 0
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
+    assert job["request"] == accepted["request"]
+    assert "error" not in job
+    assert picture.headers["content-type"] == "image/png"
+    assert picture.headers["cache-control"] == "no-store"
+    assert np.array_equal(pixels_of(picture.content), 255 - pixels_of(photo.read_bytes()))
+    assert picture.content == direct.content
+    record = read_edit_record(picture.content)
+    assert record is not None
+    assert record.prompt == "invert 戴红帽子"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OutOfMemoryError("use a smaller size_level"), "failed"),
+        (DeadlineExceededError("it took too long"), "expired"),
+    ],
+)
+def test_a_job_that_fails_says_why_as_every_other_door(
+    make_service: MakeService, photo: Path, error: Step1XEditError, status: str
+) -> None:
+    def fail(job: EditJob, step: int) -> None:
+        raise error
+
+    with calling(make_service(FakeWorker(before_step=fail))) as client:
+        job_id = create(client, photo)["id"]
+        job = ended(client, job_id)
+        picture = client.get(f"/v1/jobs/{job_id}/content")
+
+    assert (job["status"], job["code"], job["error"]) == (status, error.code, str(error))
+    assert code_of(picture) == (409, "job_conflict")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "detail"),
+    [
+        ({"num_steps": "5"}, 422, "Invalid parameter: num_steps must be between 10 and 50"),
+        ({"setps": "10"}, 422, "Invalid parameter: 'setps' is unknown"),
+        ({"prompt": ""}, None, ""),  # the only good one
+        ({"prompt": None}, 422, "Invalid parameter: prompt is missing"),
+        ({"file": None}, 422, "Invalid parameter: file is missing"),
+        ({"file": b"no picture"}, 415, "Unsupported image format: the file is none of PNG"),
+        ({"file": b"+" * (2**20 + 1)}, 413, "Image too large: at most 1 MB are allowed"),
+    ],
+)
+def test_a_form_that_is_refused_says_why_and_leaves_nothing(
+    make_service: MakeService,
+    photo: Path,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    status: int | None,
+    detail: str,
+) -> None:
+    given = {"prompt": "x", "file": photo.read_bytes(), **fields}
+    parts = {
+        name: ("a.png", value) if isinstance(value, bytes) else (None, value)
+        for name, value in given.items()
+        if value is not None
+    }
+    limits: dict[str, object] = {"max_upload_mb": 1}
+    data_dir = tmp_path / "data"
+    with calling(make_service(**limits), data_dir=data_dir, **limits) as client:
+        answer = client.post("/v1/jobs", files=parts)
+        listed = client.get("/v1/jobs").json()["data"]
+        left = stored(data_dir)
+
+    if status is None:
+        assert answer.status_code == 202
+        assert [job["id"] for job in listed] == list(left) == [answer.json()["id"]]
+    else:
+        assert answer.status_code == status
+        assert answer.json()["detail"].startswith(detail)
+        assert listed == []
+        assert left == set()
+
+
+def test_a_full_queue_says_when_to_come_back(make_service: MakeService, photo: Path) -> None:
+    gate = Gate()
+    with calling(make_service(FakeWorker(before_step=gate)), max_queue=1) as client:
+        create(client, photo)
+        assert gate.reached.wait(60)
+        create(client, photo)
+        refused = client.post("/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"})
+        gate.open()
+
+    assert code_of(refused) == (503, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+def test_who_was_cut_off_hears_the_rest_and_who_has_heard_all_is_told_so(
+    make_service: MakeService, photo: Path
+) -> None:
+    with calling(make_service()) as client:
+        path = f"/v1/jobs/{create(client, photo)['id']}/events"
+        whole = events_in(client.get(path).text)
+        rest = events_in(client.get(path, headers={"Last-Event-ID": "2"}).text)
+        over = client.get(path, headers={"Last-Event-ID": str(len(whole))})
+        wrong = client.get(path, headers={"Last-Event-ID": "two"})
+
+    assert rest == whole[2:]
+    assert (over.status_code, over.content) == (204, b"")
+    assert code_of(wrong) == (422, "invalid_parameter")
+    assert wrong.json()["detail"] == (
+        "Invalid parameter: Last-Event-ID must be the number of an event"
+    )
+
+
+def test_events_come_while_the_job_runs(make_service: MakeService, photo: Path) -> None:
+    gate = Gate()
+    with calling(make_service(FakeWorker(before_step=gate))) as client:
+        path = f"/v1/jobs/{create(client, photo)['id']}/events"
+        with client.stream("GET", path) as stream:
+            heard = ""
+            for line in stream.iter_lines():
+                heard += f"{line}\n"
+                if '"encoding"' in line:
+                    gate.open()
+                    break
+        rest = client.get(path, headers={"Last-Event-ID": "1"})
+
+    assert '"queued"' in heard
+    assert '"succeeded"' not in heard
+    assert events_in(rest.text)[-1][1]["status"] == "succeeded"
+
+
+async def test_silence_is_filled_with_comments(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    async with JobStore(tmp_path / "data") as store:
+        job = await store.create(photo.read_bytes(), {"prompt": "x"})
+        closing = asyncio.Event()
+        routes = job_routes(make_service(), store, closing, keep_alive_s=0.001).routes
+        (events,) = [route for route in routes if route.name == "events"]  # type: ignore
+        scope = {"type": "http", "headers": [], "path_params": {"job_id": job.id}}
+        answer = await events.endpoint(Request(scope))  # type: ignore
+        pieces: AsyncIterator[str] = aiter(answer.body_iterator)
+        while (first := await anext(pieces)).startswith(":"):
+            pass
+        silences = [await anext(pieces) for _ in range(3)]
+        await store.cancel(job.id)
+        later = [piece async for piece in pieces]
+
+    assert first.startswith("id: 1\ndata: {")
+    assert silences == [": still there\n\n"] * 3
+    assert [number for number, _ in events_in("".join(later))] == [2]
+
+
+# --- cancelling and forgetting --------------------------------------------------------------------
+
+
+def test_jobs_are_cancelled_whether_they_wait_or_run(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(at_step=2), FakeWorker()
+    worker.before_step = gate
+    service = make_service(worker)
+    with calling(service) as client:
+        running_, waiting = create(client, photo, "running"), create(client, photo, "waiting")
+        assert gate.reached.wait(60)
+        kept = client.delete(f"/v1/jobs/{running_['id']}")
+        cancelled = [
+            client.post(f"/v1/jobs/{job['id']}/cancel").json() for job in (waiting, running_)
+        ]
+        again = client.post(f"/v1/jobs/{running_['id']}/cancel").json()
+        until(lambda: service.outcomes.get("cancelled") == 1)
+        gate.open()
+        last = create(client, photo, "last")
+        end = ended(client, last["id"])
+        content = client.get(f"/v1/jobs/{running_['id']}/content")
+
+    assert code_of(kept) == (409, "job_conflict")
+    assert [job["status"] for job in cancelled] == ["cancelled", "cancelled"]
+    assert [job["code"] for job in cancelled] == ["cancelled", "cancelled"]
+    assert again == cancelled[1]
+    assert end["status"] == "succeeded"
+    assert code_of(content) == (409, "job_conflict")
+    assert worker.started == ["running", "last"]
+    assert worker.stopped_at == {"running": 2}
+
+
+def test_a_deleted_job_is_gone_with_its_files(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with calling(make_service(), data_dir=data_dir) as client:
+        job_id = create(client, photo)["id"]
+        ended(client, job_id)
+        before = stored(data_dir)
+        deleted = client.delete(f"/v1/jobs/{job_id}")
+        after = stored(data_dir)
+        again = client.delete(f"/v1/jobs/{job_id}")
+        listed = client.get("/v1/jobs").json()
+
+    assert (before, after) == ({job_id}, set())
+    assert (deleted.status_code, deleted.content) == (204, b"")
+    assert code_of(again) == (404, "not_found")
+    assert listed["data"] == []
+
+
+@pytest.mark.parametrize("job_id", [UNKNOWN, "x", "%00", "戴"])
+def test_who_names_a_wrong_id_finds_nothing(make_service: MakeService, job_id: str) -> None:
+    with calling(make_service()) as client:
+        answers = [
+            client.request(method, f"/v1/jobs/{job_id}{rest}")
+            for method, rest in (
+                ("GET", ""),
+                ("GET", "/events"),
+                ("GET", "/content"),
+                ("POST", "/cancel"),
+                ("DELETE", ""),
+            )
+        ]
+        figures = client.get("/metrics").text
+
+    assert [code_of(answer) for answer in answers] == [(404, "not_found")] * 5
+    assert all(answer.json()["title"] == "Job not found" for answer in answers)
+    assert 'http_requests_total{path="/v1/jobs/{job_id}",status="404"} 2.0' in figures
+    assert f"/v1/jobs/{job_id}" not in figures
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+def test_jobs_are_listed_newest_first_page_by_page(make_service: MakeService, photo: Path) -> None:
+    with calling(make_service()) as client:
+        ids = [create(client, photo)["id"] for _ in range(3)]
+        for job_id in ids:
+            ended(client, job_id)
+        first = client.get("/v1/jobs", params={"limit": "2"}).json()
+        rest = client.get("/v1/jobs", params={"after": first["last_id"]}).json()
+
+    JobsAnswer.model_validate(first)
+    assert [job["id"] for job in first["data"]] == [ids[2], ids[1]]
+    assert (first["has_more"], first["first_id"], first["last_id"]) == (True, ids[2], ids[1])
+    assert [job["id"] for job in rest["data"]] == [ids[0]]
+    assert rest["has_more"] is False
+
+
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("limit=0", "limit must be between 1 and 100, got 0"),
+        ("limit=many", "limit must be a whole number between 1 and 100, got 'many'"),
+        ("limits=5", "'limits' is unknown, did you mean limit?"),
+        ("after=x", "after must be the id of a job, got 'x'"),
+        ("limit=1&limit=2", "'limit' is given twice"),
+    ],
+)
+def test_what_is_wrong_with_a_list_is_said_by_name(
+    make_service: MakeService, query: str, detail: str
+) -> None:
+    with calling(make_service()) as client:
+        answer = client.get(f"/v1/jobs?{query}")
+
+    assert code_of(answer) == (422, "invalid_parameter")
+    assert answer.json()["detail"] == f"Invalid parameter: {detail}"
+
+
+# --- starting anew --------------------------------------------------------------------------------
+
+
+def test_after_a_restart_ended_jobs_are_there_and_the_others_run(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    data_dir, gate = tmp_path / "data", Gate()
+
+    def hold(job: EditJob, step: int) -> None:
+        if job.prompt == "held":
+            gate(job, step)
+
+    again = FakeWorker()
+    with calling(make_service(FakeWorker(before_step=hold)), data_dir=data_dir) as client:
+        done = ended(client, create(client, photo, "done")["id"])
+        picture = client.get(f"/v1/jobs/{done['id']}/content").content
+        held, waiting = create(client, photo, "held"), create(client, photo, "waiting")
+        assert gate.reached.wait(60)
+    with calling(make_service(again), data_dir=data_dir) as client:
+        found = client.get(f"/v1/jobs/{done['id']}").json()
+        same = client.get(f"/v1/jobs/{done['id']}/content").content
+        finished = [ended(client, job["id"]) for job in (held, waiting)]
+        results = [client.get(f"/v1/jobs/{job['id']}/content").content for job in (held, waiting)]
+        heard = events_in(client.get(f"/v1/jobs/{held['id']}/events").text)
+    gate.open()
+
+    assert (found, same) == (done, picture)
+    assert again.started == ["held", "waiting"]
+    assert [job["status"] for job in finished] == ["succeeded", "succeeded"]
+    for result in results:
+        assert np.array_equal(pixels_of(result), 255 - pixels_of(photo.read_bytes()))
+    states = [event["status"] for _, event in heard if "progress" not in event]
+    assert states == ["queued", "running", "queued", "running", "succeeded"]
+
+
+def test_without_the_api_there_are_no_jobs_and_nothing_is_stored(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with calling(make_service(), data_dir=data_dir, enable_api=False) as client:
+        answer = client.get("/v1/jobs")
+
+    assert code_of(answer) == (404, "not_found")
+    assert not data_dir.exists()
