@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,9 @@ import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+# The pipeline called directly shall have threads as patient as those of the worker.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
 from fastmcp import Client
