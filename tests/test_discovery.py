@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from mcp_types import PromptReference
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, announcing, listening, listening_stranger
+from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.client import OWN_SERVER
 from step1x_edit.interfaces.discovery import NOTE_NAME, announced, find_server
 from step1x_edit.interfaces.mcp import build_mcp
@@ -223,19 +225,26 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
     assert service.status().gpu_status.statistics.total_loads == 1
 
 
-# The library hands progress on beside the answer, and may lose messages of millisecond steps.
-@pytest.mark.xfail(strict=False, reason="progress through the proxy can be overtaken")
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_everything_comes_through_a_joined_server(
     make_service: MakeService, data_dir: Path, photo: Path, tmp_path: Path, mode: Any
 ) -> None:
-    gate, worker = Gate(at_step=3), FakeWorker()
-    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "stop" else None
+    gate, worker, first_step_heard = Gate(at_step=3), FakeWorker(), threading.Event()
+
+    def before_step(job: EditJob, step: int) -> None:
+        if job.prompt == "stop":
+            gate(job, step)
+        elif step == 2:  # progress goes beside the answer, which must not overtake it
+            assert first_step_heard.wait(60)
+
+    worker.before_step = before_step
     service = make_service(worker)
     heard: list[tuple[float, float | None, str | None]] = []
 
     async def listen(progress: float, total: float | None, message: str | None) -> None:
         heard.append((progress, total, message))
+        if message == "denoising 1/10":
+            first_step_heard.set()
 
     reference = PromptReference(type="ref/prompt", name="restyle")
     with announcing(service, data_dir):
