@@ -75,7 +75,7 @@ def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _listed(value: object) -> object:
+def read_list(value: object) -> object:
     """Read a list that arrives encoded as JSON, as language models like to send it."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -87,7 +87,7 @@ def _listed(value: object) -> object:
 
 
 def _text_or_list(value: object) -> object:
-    value = _listed(value)
+    value = read_list(value)
     if not isinstance(value, str | list):
         raise PydanticCustomError("text_or_list", "must be a text or a list of texts")
     return value
@@ -168,7 +168,7 @@ NegativePrompt = Annotated[
 ImagePaths = Annotated[
     list[_PathText],
     Field(min_length=1, description="Paths of the images to edit"),
-    BeforeValidator(_listed),
+    BeforeValidator(read_list),
 ]
 Prompts = Annotated[
     _PromptText | list[_PromptText],

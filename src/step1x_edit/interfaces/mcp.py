@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
+from step1x_edit.engine import HEARTBEAT_S
 from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
@@ -75,8 +76,6 @@ fog, black and white, tints, ...), no objects; metadata.warning says what it did
 
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
 _STATUS_URI: Final = "step1x://gpu/status"
-
-HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
 
 _DESCRIPTIONS: Final = {
     "edit_image": "Edit one picture as the prompt says and save the result as a new file; the "

@@ -8,7 +8,6 @@ out absolute, and come back as the client wrote them.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from step1x_edit.errors import ModelUnavailableError
 from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
 from step1x_edit.interfaces.mcp import OneErrorShape, result_of
 from step1x_edit.interfaces.mcp_prompts import complete
+from step1x_edit.schemas import read_list
 
 log = logging.getLogger(__name__)
 
@@ -110,19 +110,9 @@ def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -
 
     changed = dict(arguments)
     for name in PATH_PARAMETERS & arguments.keys():
-        value = _listed(arguments[name]) if name == "image_paths" else arguments[name]
+        value = read_list(arguments[name]) if name == "image_paths" else arguments[name]
         changed[name] = [absolute(p) for p in value] if isinstance(value, list) else absolute(value)
     return changed
-
-
-def _listed(value: object) -> object:
-    """A list, also one that arrives encoded as JSON, as language models like to send it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def as_written(answer: Mapping[str, Any], written: Mapping[str, str]) -> dict[str, Any]:
