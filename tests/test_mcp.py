@@ -54,7 +54,7 @@ async def test_progress_rises_strictly_and_names_every_step(
     async def listen(progress: float, total: float | None, message: str | None) -> None:
         heard.append((progress, total, message))
 
-    async with Client(build_mcp(make_service())) as client:
+    async with Client(build_mcp(make_service(), step_pause_s=0)) as client:
         await client.call_tool(
             "edit_image",
             {"image_path": str(photo), "prompt": "x", "num_steps": 10},
@@ -68,6 +68,24 @@ async def test_progress_rises_strictly_and_names_every_step(
     assert messages[-1] == "saving"
     assert heard[-1][1] is not None
     assert numbers[-1] <= heard[-1][1]
+
+
+async def test_steps_that_nobody_could_read_are_not_told(
+    make_service: MakeService, photo: Path
+) -> None:
+    heard: list[str | None] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(message)
+
+    async with Client(build_mcp(make_service(), step_pause_s=3600)) as client:
+        await client.call_tool(
+            "edit_image",
+            {"image_path": str(photo), "prompt": "x", "num_steps": 10},
+            progress_handler=listen,
+        )
+
+    assert heard[-4:] == ["denoising 1/10", "denoising 10/10", "decoding", "saving"]
 
 
 async def test_sloppy_numbers_are_understood(make_service: MakeService, photo: Path) -> None:
@@ -328,7 +346,7 @@ async def test_a_batch_tells_of_each_image_in_order_and_on_one_scale(
         heard.append((progress, total, message))
 
     paths = [str(photo), "missing.png", str(photo)]
-    async with Client(build_mcp(make_service())) as client:
+    async with Client(build_mcp(make_service(), step_pause_s=0)) as client:
         result = await client.call_tool(
             "batch_edit_images",
             {

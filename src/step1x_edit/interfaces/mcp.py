@@ -11,6 +11,8 @@ import asyncio
 import base64
 import json
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -74,6 +76,8 @@ seed repeats a picture, another one is another attempt.
 fog, black and white, tints, ...), no objects; metadata.warning says what it did not understand.
 """
 
+STEP_PAUSE_S: Final = 0.25
+
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
 _STATUS_URI: Final = "step1x://gpu/status"
 
@@ -122,12 +126,17 @@ class _NoParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def build_mcp(service: EditService, heartbeat_s: float = HEARTBEAT_S) -> FastMCP:
-    """Make the server, with one tool for each operation of the service."""
+def build_mcp(
+    service: EditService, heartbeat_s: float = HEARTBEAT_S, step_pause_s: float = STEP_PAUSE_S
+) -> FastMCP:
+    """Make the server, with one tool for each operation of the service.
+
+    Steps of an edit are told at most every `step_pause_s` seconds.
+    """
 
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_edit(arguments)
-        report = _ProgressReport(get_context(), images=1, steps=request.num_steps)
+        report = _ProgressReport(get_context(), step_pause_s, images=1, steps=request.num_steps)
 
         async def tell(event: Progress) -> None:
             await report.step(0, event)
@@ -137,7 +146,7 @@ def build_mcp(service: EditService, heartbeat_s: float = HEARTBEAT_S) -> FastMCP
     async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_batch(arguments)
         images = len(request.image_paths)
-        report = _ProgressReport(get_context(), images=images, steps=request.num_steps)
+        report = _ProgressReport(get_context(), step_pause_s, images=images, steps=request.num_steps)
         answer = await service.edit_batch(request, report.step)
         return result_of(within_budget(answer.to_dict()), is_error=answer.status == "error")
 
@@ -332,18 +341,28 @@ class _ProgressReport:
 
     One scale for all images: each has one unit per step, and one more each for encoding, decoding
     and saving. The protocol wants numbers that only rise, so a repeated event rises by a hair.
+
+    Steps that follow each other faster than anybody reads are not all told: a message costs the
+    processor milliseconds, which a model on the CPU lacks then.
     """
 
     _HAIR: Final = 0.0001
 
-    def __init__(self, context: Context, images: int, steps: int) -> None:
+    def __init__(self, context: Context, pause_s: float, images: int, steps: int) -> None:
         self._context = context
+        self._pause_s = pause_s  # between two steps that are told
         self._images = images
         self._units = steps + 3
         self._last = 0.0
+        self._told_step_at = -math.inf
 
     async def step(self, index: int, event: Progress) -> None:
         """Tell an event of the image with this number, from 0."""
+        if event.phase is Phase.DENOISING and event.step < event.total:
+            now = time.monotonic()
+            if now < self._told_step_at + self._pause_s:
+                return
+            self._told_step_at = now
         position = index * self._units + self._within(event)
         self._last = max(position, self._last + self._HAIR)
         text = event.text
