@@ -136,7 +136,7 @@ def build_mcp(
 
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_edit(arguments)
-        report = _ProgressReport(get_context(), step_pause_s, images=1, steps=request.num_steps)
+        report = _ProgressReport(get_context(), step_pause_s, 1, request.num_steps)
 
         async def tell(event: Progress) -> None:
             await report.step(0, event)
@@ -145,8 +145,9 @@ def build_mcp(
 
     async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_batch(arguments)
-        images = len(request.image_paths)
-        report = _ProgressReport(get_context(), step_pause_s, images=images, steps=request.num_steps)
+        report = _ProgressReport(
+            get_context(), step_pause_s, len(request.image_paths), request.num_steps
+        )
         answer = await service.edit_batch(request, report.step)
         return result_of(within_budget(answer.to_dict()), is_error=answer.status == "error")
 
