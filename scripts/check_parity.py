@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints import keymap
+from step1x_edit.checkpoints.lora import deltas, read_lora
 from step1x_edit.model import conditioner, flow, latents
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.config import (
@@ -49,7 +50,7 @@ from step1x_edit.model.config import (
 )
 from step1x_edit.model.connector import Connector, masked_mean
 from step1x_edit.model.rope import apply_rope, rope_table
-from step1x_edit.model.transformer import Transformer
+from step1x_edit.model.transformer import QuotedText, Transformer
 
 EXACT = 0.0
 FLOAT64_ROUNDING = 1e-12
@@ -59,9 +60,6 @@ LOOP = 1e-3
 
 PRESETS = {preset.version: preset for preset in (V1_0, V1_1, V1_2)}
 NOT_BUILT = (
-    "denoise_loop_t2i",
-    "dit_forward_v1_2",
-    "lora_merge",
     "split_string_v1_2",
     "v1_2_position_ids",
     "v1_2_rules",
@@ -84,10 +82,10 @@ class Case:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Inputs and expected outputs."""
-        return (
-            self.load("io") if "files" in self.sidecar else load_file(self.beside(".safetensors"))
-        )
+        """Inputs and expected outputs; those of a LoRA are outputs only."""
+        if "files" not in self.sidecar:
+            return load_file(self.beside(".safetensors"))
+        return self.load("io" if "io" in self.sidecar["files"] else "expected")
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -342,6 +340,7 @@ def transformer_config(config: Mapping[str, Any]) -> TransformerConfig:
         depth_single=config["depth_single"],
         mlp_ratio=config.get("mlp_ratio", published.mlp_ratio),
         vec_in_dim=config.get("vec_in_dim", published.vec_in_dim),
+        has_text_token_mapping=config["version"] == V1_2.version,
         connector=connector_config(config),
     )
 
@@ -420,7 +419,10 @@ def check_dit_forward(case: Case) -> None:
     tolerance = min(NETWORK, case.atol)
     preset = PRESETS[case.sidecar["config"]["version"]]
     batch, text_tokens = inputs["mask"].shape
-    rows, cols = case.sidecar["grid_hw"]
+    rows, cols = (side // 2 for side in case.sidecar["latent_hw"])
+    quoted = None
+    if config.has_text_token_mapping:
+        quoted = QuotedText(inputs["text_embeddings"], inputs["text_mask"])
     ids = latents.image_position_ids(rows, cols, preset.reference_offset)
     case.expect("in.img_ids", ids.expand(batch, -1, -1), EXACT)
     for layout, tensors in transformer_tensors(case):
@@ -433,10 +435,11 @@ def check_dit_forward(case: Case) -> None:
                 inputs["mask"],
                 inputs["timesteps"],
                 inputs["txt_ids"],
+                quoted=quoted,
             )
         case.expect("out.pred", velocity, tolerance)
         case.compare(f"{layout} layout", velocity, case.tensors["out.pred"], tolerance)
-        rope = transformer.rope(ids, text_tokens).squeeze(0)
+        rope = transformer.rope(ids, text_tokens, inputs["txt_ids"][0]).squeeze(0)
         if "out.pe_cos" in case.outputs():
             case.expect("out.pe_cos", rope.real, EXACT)
             case.expect("out.pe_sin", rope.imag, EXACT)
@@ -448,6 +451,9 @@ def check_dit_forward(case: Case) -> None:
             "vector_in": recorded["vector_in"],
             "txt_in": recorded["txt_in"].squeeze(0),
         }
+        if quoted is not None:
+            mapped = recorded["text_token_mapping"] * quoted.mask.unsqueeze(-1)
+            found["text_hidden_sum"] = found["connector.encoder_hidden_states"] + mapped
         for i in range(config.depth):
             found[f"double_blocks.{i}.img"], found[f"double_blocks.{i}.txt"] = recorded[
                 f"double_blocks.{i}"
@@ -458,7 +464,10 @@ def check_dit_forward(case: Case) -> None:
 
 
 def check_denoise_loop(case: Case) -> None:
-    """Sample as the pipeline does: prologue for all steps, then the core with both branches."""
+    """Sample as the pipeline does: prologue for all steps, then the core with both branches.
+
+    Without a reference the picture is made of the text alone.
+    """
     sidecar = case.sidecar
     preset: ModelConfig = PRESETS[sidecar["config"]["version"]]
     weights = case.other(sidecar["weights_from"]).load("weights_official")
@@ -468,9 +477,12 @@ def check_denoise_loop(case: Case) -> None:
 
     rows, cols = (side // 2 for side in sidecar["latent_hw"])
     start = latents.pack(case.tensors["in.latent"])
-    reference = latents.pack(case.tensors["in.ref_latent"])
+    reference = start[:, :0]
+    ids = latents.position_ids(rows, cols)
+    if "in.ref_latent" in case.tensors:
+        reference = latents.pack(case.tensors["in.ref_latent"])
+        ids = latents.image_position_ids(rows, cols, preset.reference_offset)
     prompt_embeds, mask = case.tensors["in.llm_embedding"], case.tensors["in.mask"]
-    ids = latents.image_position_ids(rows, cols, preset.reference_offset)
     batch, num_tokens = prompt_embeds.shape[0], start.shape[1]
     case.expect("in.packed", torch.cat([start, reference], 1).expand(batch, -1, -1), EXACT)
     case.expect("in.img_ids", ids.expand(batch, -1, -1), EXACT)
@@ -505,6 +517,41 @@ def check_denoise_loop(case: Case) -> None:
         case.expect("out.preds_full", velocities, tolerance)
     final, _, _ = sample(GuidanceRule.ALWAYS)
     case.expect("out.final_packed_fork_semantics", final, tolerance)
+
+
+def check_lora_merge(case: Case) -> None:
+    """Add a LoRA to the weights of another case and run that again with them."""
+    base = case.other(case.sidecar["weights_from"])
+    config = transformer_config(base.sidecar["config"])
+    weights = base.load("weights_official")
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    links = keymap.transformer_links(config)
+    file = case.path.parent / case.sidecar["files"]["lora"]
+    lora = read_lora(file, shapes, links)
+    changed = [f"{module}.weight" for module in case.sidecar["modules"]]
+    case.same("modules", sorted(lora.changes), sorted(changed))
+    ranks = {change.down.shape[0] for change in lora.changes.values()}
+    alphas = {change.alpha for change in lora.changes.values()}
+    case.same("rank and alpha", (ranks, alphas), ({case.sidecar["rank"]}, {case.sidecar["alpha"]}))
+    expected = dict(case.tensors)
+    delta_of = deltas([(lora, case.sidecar["multiplier"])], links)
+    for name, weight in weights.items():
+        delta = delta_of(name)
+        if delta is not None:
+            recorded = expected.pop(f"merged.{name}")
+            case.compare("merged weights", weight + delta, recorded, ONE_ROUNDING)
+            weights[name] = weight + delta
+    inputs = {name.removeprefix("in."): tensor for name, tensor in base.tensors.items()}
+    velocity = build(config, weights)(
+        inputs["img"],
+        inputs["img_ids"],
+        inputs["llm_embedding"],
+        inputs["mask"],
+        inputs["timesteps"],
+        inputs["txt_ids"],
+    )
+    case.compare("pred", velocity, expected.pop("pred"), min(NETWORK, case.atol))
+    case.same("all recorded weights are compared", list(expected), [])
 
 
 def check_vae(case: Case) -> None:
@@ -579,7 +626,10 @@ CHECKS: Mapping[str, Check] = {
     "cfg_combine": check_cfg_combine,
     "connector_forward": check_connector_forward,
     "denoise_loop": check_denoise_loop,
+    "denoise_loop_t2i": check_denoise_loop,
     "dit_forward": check_dit_forward,
+    "dit_forward_v1_2": check_dit_forward,
+    "lora_merge": check_lora_merge,
     "pack": check_pack,
     "rope": check_rope,
     "schedule": check_schedule,

@@ -39,7 +39,7 @@ def sidecar(name: str) -> dict[str, Any]:
 
 def io_file(name: str) -> str:
     files = sidecar(name).get("files")
-    return files["io"] if files else f"{name}.safetensors"
+    return files.get("io", files.get("expected")) if files else f"{name}.safetensors"
 
 
 def link_case(name: str, folder: Path, *, without: str) -> None:
@@ -240,7 +240,7 @@ def test_an_unknown_kind_ends_with_status_1(
 def test_a_kind_that_is_not_built_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "lora.json").write_text('{"kind": "lora_merge"}', encoding="utf-8")
+    (tmp_path / "rules.json").write_text('{"kind": "v1_2_rules"}', encoding="utf-8")
 
     assert check_parity.main([str(tmp_path)]) == 0
     assert "SKIP" in capsys.readouterr().out

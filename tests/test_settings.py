@@ -31,6 +31,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     assert load_settings().model_dump() == {
         "model_path": None,
         "model_version": "auto",
+        "lora_path": {},
         "gpu_idle_timeout": 60,
         "gpu_release_timeout": 0,
         "device": "auto",
@@ -73,6 +74,16 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("MODEL_PATH", "~/models", Path.home() / "models"),
         ("MODEL_PATH", "", None),
         ("MODEL_VERSION", "V1.1", "v1.1"),
+        ("LORA_PATH", "/a/hand.safetensors", {Path("/a/hand.safetensors"): 1.0}),
+        (
+            "LORA_PATH",
+            f"~/a.safetensors@0.8{os.pathsep}/b@home/c@-1.5{os.pathsep}d@e.safetensors",
+            {
+                Path.home() / "a.safetensors": 0.8,
+                Path("/b@home/c"): -1.5,
+                Path("d@e.safetensors"): 1.0,
+            },
+        ),
         ("GPU_IDLE_TIMEOUT", "300", 300),
         ("GPU_RELEASE_TIMEOUT", "900", 900),
         ("DATA_DIR", "~/data", Path.home() / "data"),
@@ -130,6 +141,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "GPU_IDLE_TIMEOUT": "-5",
         "MODEL_VERSION": "v9",
         "DEVICE": "tpu",
+        "LORA_PATH": "a.safetensors@much",
         "ALLOWED_DIRS": "/nope",
         "PORT": "65536",
         "ENABLE_API": "maybe",

@@ -12,7 +12,8 @@ import dataclasses
 import json
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
 from typing import Any, Final, TypeAlias
@@ -38,6 +39,8 @@ class Start:
     model_version: str = "auto"
     device: str = "auto"
     log_level: str = "INFO"
+    loras: Mapping[str, float] = field(default_factory=dict)
+    """Paths of LoRA files, and how much of each is added to the model."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class Channel:
             body, header["residence"] = message.event, dataclasses.asdict(message.residence)
         else:
             body = message
-        fields = {field.name: getattr(body, field.name) for field in dataclasses.fields(body)}
+        fields = {one.name: getattr(body, one.name) for one in dataclasses.fields(body)}
         image = fields.pop("image", None)
         header |= {"kind": type(body).__name__, "fields": fields}
         if image is not None:

@@ -61,6 +61,7 @@ class Residency:
         self._allocate = allocate
         self._checkpoint: Checkpoint | None = None
         self._arena: Arena | None = None
+        self._host: dict[str, Tensor] = {}  # the arena's components, or copies with LoRAs in them
         self._slabs: dict[str, Tensor] = {}
         self._page_lock: PageLock | None = None
         self._is_lent = False
@@ -105,14 +106,18 @@ class Residency:
             return
         opened = self._open_checkpoint()
         arena = Arena(opened.weights)
+        host = arena.components
         try:
             arena.fill(check)
+            if opened.delta_of is not None:
+                host = arena.changed(opened.delta_of, check)
         except BaseException as error:
             _forget_locals(error)
-            del arena
+            del arena, host
             raise
         arena.attach()
-        self._checkpoint, self._arena = opened.checkpoint, arena
+        arena.bind(host)
+        self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
         if self._device is not None and self._device.type == "cuda":
             self._page_lock = PageLock(arena.memory, CudaPages(self._device))
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
@@ -131,7 +136,7 @@ class Residency:
         assert self._arena is not None
         slabs: dict[str, Tensor] = {}
         try:
-            for name, component in self._arena.components.items():
+            for name, component in self._host.items():
                 check()
                 slabs[name] = self._allocate(component.nbytes, self._device)
                 self._copy(component, slabs[name], check)
@@ -156,7 +161,7 @@ class Residency:
         self._refuse_if_lent()
         if self._arena is None or not self._slabs:
             return
-        self._arena.bind(self._arena.components)
+        self._arena.bind(self._host)
         storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs.values()]
         self._slabs = {}
         self._give_back(storages)
@@ -172,10 +177,11 @@ class Residency:
             self._page_lock.undo()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
-        memories = [self._arena.memory, *self._slabs.values()]
+        memories = [self._arena.memory, *self._host.values(), *self._slabs.values()]
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
-        self._checkpoint, self._arena, self._slabs, self._page_lock = None, None, {}, None
+        self._checkpoint, self._arena, self._page_lock = None, None, None
+        self._host, self._slabs = {}, {}
         self._give_back(storages)
         logger.info("released: Unloaded")
 

@@ -439,6 +439,7 @@ def build_service(
         model_version=settings.model_version,
         device=settings.device,
         log_level=settings.log_level,
+        loras={str(path): strength for path, strength in settings.lora_path.items()},
     )
     engine = Engine(
         start or partial(WorkerProcess, chosen),

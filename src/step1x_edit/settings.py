@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import math
 import os
 import re
 import tempfile
@@ -45,6 +46,8 @@ from step1x_edit.schemas import (
 
 MEGA: Final = 1_000_000
 MEBI: Final = 1024 * 1024
+MAX_STRENGTH: Final = 4
+"""Of a LoRA; beyond it no picture is left."""
 
 
 def _lower(value: object) -> object:
@@ -70,6 +73,29 @@ def _plain_key(value: SecretStr) -> SecretStr:
             "plain_text", "must consist of ASCII letters, digits and signs, without spaces"
         )
     return value
+
+
+def _loras(value: object) -> object:
+    """What `hand.safetensors@0.8:other.safetensors` says: files and their strengths."""
+    if not isinstance(value, str):
+        return value
+    found: dict[Path, float] = {}
+    for part in filter(None, map(str.strip, value.split(os.pathsep))):
+        file, mark, strength = part.rpartition("@")
+        if not mark or strength.endswith(".safetensors") or os.sep in strength:
+            file, strength = part, "1"  # the sign belongs to the name
+        path = Path(file).expanduser()
+        try:
+            found[path] = float(strength)
+        except ValueError:
+            found[path] = math.nan
+        if not abs(found[path]) <= MAX_STRENGTH:
+            raise PydanticCustomError(
+                "plain_text",
+                "wants a strength between -{most} and {most} after '@', got '{part}'",
+                {"most": MAX_STRENGTH, "part": part},
+            )
+    return found
 
 
 def local_folders() -> tuple[Path, ...]:
@@ -119,6 +145,16 @@ class Settings(BaseSettings):
         Field(description="Version that the checkpoint must have; auto: recognise it"),
         BeforeValidator(_lower),
     ] = "auto"
+    lora_path: Annotated[
+        dict[Path, float],
+        NoDecode,
+        BeforeValidator(_loras),
+        Field(
+            default_factory=dict,
+            description=f"LoRA files that change the model, separated by '{os.pathsep}'; "
+            "file@0.8 adds that much of it",
+        ),
+    ]
     gpu_idle_timeout: Annotated[
         int, Field(ge=0, description="Seconds without use until the model leaves the GPU; 0: never")
     ] = 60

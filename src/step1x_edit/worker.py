@@ -233,7 +233,8 @@ def load_worker(start: Start) -> PipelineWorker:
     def open_chosen() -> OpenedCheckpoint:
         path = None if start.model_path is None else Path(start.model_path)
         wanted = None if start.model_version == "auto" else start.model_version
-        opened = open_checkpoint(path, version=wanted)
+        loras = {Path(file): strength for file, strength in start.loras.items()}
+        opened = open_checkpoint(path, version=wanted, loras=loras)
         found = opened.checkpoint.version
         if wanted not in (None, found):
             raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, ModelConfig
 from step1x_edit.model.connector import attention_mask
 from step1x_edit.model.latents import image_position_ids
-from step1x_edit.model.transformer import Transformer
+from step1x_edit.model.transformer import QuotedText, Transformer
 
 CONFIG = TINY.transformer
 B, L, VALID = 2, 7, (7, 4)
@@ -143,7 +143,11 @@ def test_padded_text_sees_token_0_only() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "tensors", "parameters"),
-    [(V1_0, 817, 12_427_800_385), (V1_1, 816, 12_427_800_384)],
+    [
+        (V1_0, 817, 12_427_800_385),
+        (V1_1, 816, 12_427_800_384),
+        (V1_2, 818, 12_442_484_544),
+    ],
 )
 def test_full_size_has_as_many_tensors_and_numbers_as_published(
     preset: ModelConfig, tensors: int, parameters: int
@@ -155,9 +159,29 @@ def test_full_size_has_as_many_tensors_and_numbers_as_published(
     assert sum(tensor.numel() for tensor in state.values()) == parameters
 
 
-def test_v1_2_is_refused_until_its_second_text_path_exists() -> None:
-    small = dataclasses.replace(CONFIG, has_text_token_mapping=True)
-    assert V1_2.transformer.has_text_token_mapping
+def test_the_second_text_path_of_v1_2_counts_only_where_letters_are_quoted() -> None:
+    torch.manual_seed(0)
+    network = Transformer(dataclasses.replace(CONFIG, has_text_token_mapping=True))
+    embeds = torch.randn(1, 4, CONFIG.connector.in_features)
+    mask, t = torch.ones(1, 4), torch.ones(1)
+    quoted = QuotedText(torch.randn_like(embeds), torch.tensor([[0, 0, 1, 0]]))
+
+    with torch.no_grad():
+        without = network.prologue(
+            embeds, mask, t, QuotedText(quoted.embeds, torch.zeros_like(quoted.mask))
+        ).txt
+        changed = (network.prologue(embeds, mask, t, quoted).txt - without).abs().amax(-1)[0, 0]
+
+    assert (changed > 0).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("has_mapping", [True, False])
+def test_quoted_text_without_a_mapping_and_a_mapping_without_text_are_refused(
+    has_mapping: bool,
+) -> None:
+    network = Transformer(dataclasses.replace(CONFIG, has_text_token_mapping=has_mapping))
+    embeds = torch.zeros(1, 2, CONFIG.connector.in_features)
+    quoted = None if has_mapping else QuotedText(embeds, torch.ones(1, 2))
 
     with pytest.raises(ValueError, match="text token mapping"):
-        Transformer(small).prologue(torch.zeros(1, 2, 20), torch.ones(1, 2), torch.ones(1))
+        network.prologue(embeds, torch.ones(1, 2), torch.ones(1), quoted)

@@ -129,6 +129,25 @@ class Arena:
                 for future in under_way:
                     future.cancel()
 
+    def changed(
+        self, delta_of: Callable[[str], Tensor | None], check: Callable[[], None] = never_stop
+    ) -> dict[str, Tensor]:
+        """The components with something added to some weights; what is changed is a copy.
+
+        `delta_of` says by the name of a weight what is added to it, in float32.
+        """
+        components = dict(self.components)
+        for place in self._places:
+            check()
+            delta = delta_of(place.weight.name)
+            if delta is None:
+                continue
+            if components[place.component] is self.components[place.component]:
+                components[place.component] = self.components[place.component].clone()
+            view = place.view(components)
+            view.copy_(view.float() + delta)
+        return components
+
     def attach(self) -> None:
         """Make the network's parameters and buffers views into the arena.
 
@@ -179,9 +198,7 @@ class Arena:
 
     def _views(self, components: Mapping[str, Tensor]) -> Iterator[tuple[Weight, Tensor]]:
         for place in self._places:
-            weight = place.weight
-            raw = components[place.component][place.offset : place.offset + weight.size]
-            yield weight, raw.view(weight.dtype).view(weight.shape)
+            yield place.weight, place.view(components)
 
 
 @dataclass(frozen=True)
@@ -191,6 +208,11 @@ class _Place:
     weight: Weight
     component: str
     offset: int
+
+    def view(self, components: Mapping[str, Tensor]) -> Tensor:
+        """The weight in a copy of its component."""
+        raw = components[self.component][self.offset : self.offset + self.weight.size]
+        return raw.view(self.weight.dtype).view(self.weight.shape)
 
 
 def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], tuple[_Place, ...]]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
@@ -33,7 +34,14 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
-from step1x_edit.checkpoints.stored import Stored, stored_names, stored_tensors
+from step1x_edit.checkpoints.lora import deltas, read_lora
+from step1x_edit.checkpoints.stored import (
+    PICKLES,
+    Stored,
+    refuse_pickle,
+    stored_names,
+    stored_tensors,
+)
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.conditioner import Conditioner
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
@@ -43,7 +51,6 @@ from step1x_edit.model.transformer import Transformer
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 1
 MAPPING_WEIGHT: Final = "text_token_mapping.weight"
-PICKLES: Final = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ RELEASES: Final[Mapping[str, Release]] = {
     "v1.1": Release(V1_1, FLUX_VAE),
 }
 
+NO_LORAS: Final[Mapping[Path, float]] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,6 +97,8 @@ class OpenedCheckpoint:
 
     checkpoint: Checkpoint
     weights: tuple[Weight, ...]
+    delta_of: Callable[[str], Tensor | None] | None = None
+    """What LoRAs add to a weight, by its name; None if there are none."""
 
 
 def open_checkpoint(
@@ -95,18 +106,29 @@ def open_checkpoint(
     dtype: torch.dtype | None = None,
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
+    loras: Mapping[Path, float] = NO_LORAS,
 ) -> OpenedCheckpoint:
-    """Open a folder or file; None is the embedded demo. Only headers are read.
+    """Open a folder or file; None is the embedded demo. Only headers are read, and LoRAs.
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is opened. Raises CheckpointError.
+    without it, or if there is none of that version, the newest is opened. `loras` are files and
+    their strengths. Raises CheckpointError.
     """
+    opened = _open(path, dtype, version, releases)
+    return _with_loras(opened, loras) if loras else opened
+
+
+def _open(
+    path: Path | None,
+    dtype: torch.dtype | None,
+    version: str | None,
+    releases: Mapping[str, Release],
+) -> OpenedCheckpoint:
     path = DEMO_FOLDER if path is None else path.expanduser()
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
-    if path.suffix in PICKLES:
-        raise CheckpointError(f"{path.name} may run code when read: only safetensors are accepted")
+    refuse_pickle(path)
     if path.is_file():
         return _open_official([path], path.parent, dtype, version, releases)
     if _json(path / "config.json").get("format") is not None:
@@ -117,18 +139,37 @@ def open_checkpoint(
     return _open_official(files, path, dtype, version, releases)
 
 
+def _with_loras(opened: OpenedCheckpoint, files: Mapping[Path, float]) -> OpenedCheckpoint:
+    """The same with changes to its transformer, told in its name."""
+    checkpoint = opened.checkpoint
+    transformer = checkpoint.pipeline.transformer
+    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    links = transformer_links(transformer.config)
+    loras = [(read_lora(file, shapes, links), strength) for file, strength in files.items()]
+    named = ", ".join(f"{lora.name} {strength:g}" for lora, strength in loras)
+    delta_of = deltas(loras, links)
+    return replace(
+        opened,
+        checkpoint=replace(checkpoint, name=f"{checkpoint.name} with LoRA {named}"),
+        delta_of=lambda name: delta_of(name.removeprefix("transformer.")),
+    )
+
+
 def read_checkpoint(
     path: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
+    loras: Mapping[Path, float] = NO_LORAS,
 ) -> Checkpoint:
     """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
-    opened = open_checkpoint(path, dtype, version, releases)
+    opened = open_checkpoint(path, dtype, version, releases, loras)
     arena = Arena(opened.weights)
     arena.fill()
     arena.attach()
+    if opened.delta_of is not None:
+        arena.bind(arena.changed(opened.delta_of))
     for module in opened.checkpoint.pipeline.modules.values():
         module.to(device)
     return opened.checkpoint

@@ -35,6 +35,7 @@ DTYPES: Final = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+PICKLES: Final = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 HEADER_LIMIT: Final = 100_000_000
 """Bytes of the longest header that the format allows."""
 
@@ -111,6 +112,12 @@ class Stored:
         rows = sum(part.shape[0] for part in parts)
         spans = tuple(span for part in parts for span in part.spans)
         return Stored((rows, *parts[0].shape[1:]), spans)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise CheckpointError for a file that could run code."""
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path.name} may run code when read: only safetensors are accepted")
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:

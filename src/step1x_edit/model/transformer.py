@@ -30,6 +30,14 @@ from step1x_edit.model.rope import rope_table
 
 
 @dataclass(frozen=True)
+class QuotedText:
+    """v1.2: the letters that a prompt asks to draw, past the conditioner's layers."""
+
+    embeds: Tensor  # (B, L, C), the conditioner's input embeddings of the prompt
+    mask: Tensor  # (B, L), 1 where a token is of a quoted character
+
+
+@dataclass(frozen=True)
 class PrologueStep:
     """What the core needs to know about one step."""
 
@@ -92,20 +100,32 @@ class Transformer(nn.Module):
         timesteps: Tensor,
         txt_ids: Tensor | None = None,
         num_wanted: int | None = None,
+        quoted: QuotedText | None = None,
     ) -> Tensor:
         """Predict the velocity (B, N, Cout) of tokens img (B, N, Cin), target then reference.
 
         img_ids (N, 3) or (B, N, 3); prompt_embeds (B, L, C); prompt_mask (B, L) of 0 and 1;
-        timesteps (B,) in [0, 1], one per sample. `num_wanted` as in `core`.
+        timesteps (B,) in [0, 1], one per sample. `num_wanted` as in `core`, `quoted` as in
+        `prologue`.
         """
-        step = self._condition(prompt_embeds, prompt_mask, timesteps.unsqueeze(0))[0]
+        step = self._condition(prompt_embeds, prompt_mask, timesteps.unsqueeze(0), quoted)[0]
         rope = self.rope(img_ids, prompt_embeds.shape[1], txt_ids)
         return self.core(img, step, rope, num_wanted)
 
-    def prologue(self, prompt_embeds: Tensor, prompt_mask: Tensor, timesteps: Tensor) -> Prologue:
-        """Prepare all steps: timesteps (T,) hold for every sample of the batch."""
+    def prologue(
+        self,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        timesteps: Tensor,
+        quoted: QuotedText | None = None,
+    ) -> Prologue:
+        """Prepare all steps: timesteps (T,) hold for every sample of the batch.
+
+        A network with a text token mapping needs `quoted`, others cannot use it: ValueError.
+        """
         batch = prompt_embeds.shape[0]
-        return self._condition(prompt_embeds, prompt_mask, timesteps.unsqueeze(1).expand(-1, batch))
+        of_each = timesteps.unsqueeze(1).expand(-1, batch)
+        return self._condition(prompt_embeds, prompt_mask, of_each, quoted)
 
     def core(
         self, img: Tensor, step: PrologueStep, rope: Tensor, num_wanted: int | None = None
@@ -141,11 +161,20 @@ class Transformer(nn.Module):
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
         return table.unsqueeze(-3)
 
-    def _condition(self, prompt_embeds: Tensor, prompt_mask: Tensor, timesteps: Tensor) -> Prologue:
+    def _condition(
+        self,
+        prompt_embeds: Tensor,
+        prompt_mask: Tensor,
+        timesteps: Tensor,
+        quoted: QuotedText | None,
+    ) -> Prologue:
         """Prepare steps from timesteps (T, B)."""
-        if self.config.has_text_token_mapping:
-            raise ValueError("the text token mapping of v1.2 is not supported yet")
+        if self.config.has_text_token_mapping != (quoted is not None):
+            raise ValueError("quoted text is what a network with a text token mapping needs")
         txt, pooled = self.connector(prompt_embeds, prompt_mask, timesteps)
+        if quoted is not None:
+            mapped = self.text_token_mapping(quoted.embeds)  # (B, L, D)
+            txt = txt + mapped * quoted.mask.unsqueeze(-1).to(mapped.dtype)
         vec = self.time_in(timestep_embedding(timesteps)) + self.vector_in(pooled)  # (T, B, D)
         vec = F.silu(vec)
         return Prologue(
