@@ -4,8 +4,9 @@
     Unloaded <--release-- CPU <--offload-- GPU
 
 Weights never change, so the arena in host memory stays valid for as long as the model is loaded:
-onloading copies its components into slabs on the device and lets the network's parameters be views
+onloading copies its blocks into slabs on the device and lets the network's parameters be views
 into them; offloading turns the parameters back to the arena, drops the slabs and copies nothing.
+What the memory plan does not keep on the device passes through it while the model computes.
 Residency belongs to one thread and has no lock. It knows nothing of jobs, pipes or users' files.
 
 Moves are made outside of inference mode whatever the caller is in: tensors born in it are of
@@ -21,7 +22,7 @@ import logging
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -30,7 +31,9 @@ from torch import Tensor
 from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
+from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
 from step1x_edit.schemas import Location
+from step1x_edit.streaming import BlockStreamer, copies_for
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +58,21 @@ class Residency:
         open_checkpoint: Callable[[], OpenedCheckpoint],
         device: torch.device | None,
         allocate: Callable[[int, torch.device], Tensor] = allocate_slab,
+        plan: Callable[[Sequence[Block]], MemoryPlan] = everything,
     ) -> None:
+        """`plan` says, each time the model goes to the device, what will live there."""
         self._open_checkpoint = open_checkpoint
         self._device = device
         self._allocate = allocate
+        self._choose_plan = plan
         self._checkpoint: Checkpoint | None = None
         self._arena: Arena | None = None
-        self._host: dict[str, Tensor] = {}  # the arena's components, or copies with LoRAs in them
-        self._slabs: dict[str, Tensor] = {}
+        self._host: dict[str, Tensor] = {}  # the arena's blocks, or copies with LoRAs in them
+        self._plan: MemoryPlan | None = None  # of what is on the device
+        self._most_of_core = 1.0  # that may stay, as a share of its bytes
+        self._tried_of_core = 0.0  # the last time
+        self._slabs: list[Tensor] = []
+        self._streamer: BlockStreamer | None = None
         self._page_lock: PageLock | None = None
         self._is_lent = False
 
@@ -71,7 +81,9 @@ class Residency:
         """Where the numbers of the parameters lie, by their addresses."""
         if self._arena is None:
             return "Unloaded"
-        return "GPU" if self._slabs and self._arena.lies_in(self._slabs.values()) else "CPU"
+        if self._plan is None or not self._arena.lies_in(self._slabs, self._plan.resident):
+            return "CPU"
+        return "GPU"
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -83,6 +95,11 @@ class Residency:
         """The blocks of the loaded model in execution order; none if there is none."""
         return self._arena.blocks if self._arena else ()
 
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What lives on the device and what passes through it; None while nothing is there."""
+        return self._plan
+
     def memory(self) -> Memory:
         """What the device's allocator says; of a stand-in, the bytes of the slabs."""
         if self._device is None:
@@ -92,7 +109,7 @@ class Residency:
                 allocated_gb=torch.cuda.memory_allocated(self._device) / GIB,
                 reserved_gb=torch.cuda.memory_reserved(self._device) / GIB,
             )
-        taken_gb = sum(slab.nbytes for slab in self._slabs.values()) / GIB
+        taken_gb = sum(slab.nbytes for slab in self._slabs) / GIB
         return Memory(allocated_gb=taken_gb, reserved_gb=taken_gb)
 
     @torch.inference_mode(False)
@@ -106,7 +123,7 @@ class Residency:
             return
         opened = self._open_checkpoint()
         arena = Arena(opened.weights)
-        host = arena.components
+        host = arena.memories
         try:
             arena.fill(check)
             if opened.delta_of is not None:
@@ -131,26 +148,38 @@ class Residency:
         """
         self._refuse_if_lent()
         self.load(check)
-        if self._device is None or self._slabs:
+        if self._device is None or self._plan is not None:
             return
         assert self._arena is not None
-        slabs: dict[str, Tensor] = {}
+        assert self._checkpoint is not None
+        plan = self._choose_plan(self._arena.blocks)
+        if plan.core_share > self._most_of_core:
+            plan = with_share(self._arena.blocks, self._most_of_core)
+        self._tried_of_core = plan.core_share
+        slabs: list[Tensor] = []
         try:
-            for name, component in self._host.items():
-                check()
-                slabs[name] = self._allocate(component.nbytes, self._device)
-                self._copy(component, slabs[name], check)
+            resident = self._place(plan, slabs, check)
+            slots = self._slots(plan, slabs)
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         except BaseException as error:
             _forget_locals(error)
-            storages = [weakref.ref(slab.untyped_storage()) for slab in slabs.values()]
+            storages = [weakref.ref(slab.untyped_storage()) for slab in slabs]
             slabs.clear()
             self._give_back(storages)
             raise
-        self._arena.bind(slabs)
-        self._slabs = slabs
-        logger.info("CPU → GPU: %.2f GB", self._arena.size / GIB)
+        self._arena.bind(resident)
+        if slots is not None:
+            self._streamer = BlockStreamer(
+                self._arena,
+                self._host,
+                self._checkpoint.pipeline.modules,
+                [block for block in self._arena.blocks if block.name not in plan.resident],
+                slots,
+                copies_for(self._device, len(slots), self._copy),
+            )
+        self._slabs, self._plan = slabs, plan
+        logger.info("CPU → GPU: %.2f GB, %s", sum(s.nbytes for s in slabs) / GIB, plan.reason)
 
     @torch.inference_mode(False)
     def offload(self) -> None:
@@ -159,13 +188,25 @@ class Residency:
         Does nothing if the model is not on the device.
         """
         self._refuse_if_lent()
-        if self._arena is None or not self._slabs:
+        if self._arena is None or self._plan is None:
             return
+        self._leave_device()
         self._arena.bind(self._host)
-        storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs.values()]
-        self._slabs = {}
+        storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs]
+        self._slabs, self._plan = [], None
         self._give_back(storages)
         logger.info("GPU → CPU")
+
+    def shrink(self) -> bool:
+        """Offload, and keep a quarter of the core less on the device from now on, until released.
+
+        Less than the last time, also if that has failed. False if nothing is left to leave out.
+        """
+        if self._tried_of_core == 0:
+            return False
+        self._most_of_core = max(0.0, self._tried_of_core - 0.25)
+        self.offload()
+        return True
 
     @torch.inference_mode(False)
     def release(self) -> None:
@@ -175,13 +216,15 @@ class Residency:
             return
         if self._page_lock is not None:
             self._page_lock.undo()
+        self._leave_device()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
-        memories = [self._arena.memory, *self._host.values(), *self._slabs.values()]
+        memories = [self._arena.memory, *self._host.values(), *self._slabs]
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
         self._checkpoint, self._arena, self._page_lock = None, None, None
-        self._host, self._slabs = {}, {}
+        self._host, self._slabs, self._plan = {}, [], None
+        self._most_of_core, self._tried_of_core = 1.0, 0.0
         self._give_back(storages)
         logger.info("released: Unloaded")
 
@@ -192,7 +235,7 @@ class Residency:
         Raises RuntimeError if it is not there: `onload` brings it.
         """
         self._refuse_if_lent()
-        if self._checkpoint is None or (self._device is not None and not self._slabs):
+        if self._checkpoint is None or (self._device is not None and self._plan is None):
             raise RuntimeError(f"the model is not on the device: it is {self.location}")
         self._is_lent = True
         try:
@@ -204,16 +247,53 @@ class Residency:
         if self._is_lent:
             raise RuntimeError("the model is lent, and stays where it is until it is given back")
 
-    def _copy(self, component: Tensor, slab: Tensor, check: Callable[[], None]) -> None:
-        """Copy a component in pieces."""
+    def _place(
+        self, plan: MemoryPlan, slabs: list[Tensor], check: Callable[[], None]
+    ) -> dict[str, Tensor]:
+        """Copy what is to stay into new slabs, one for each component; tells where it lies."""
+        assert self._arena is not None
+        assert self._device is not None
+        staying = [block for block in self._arena.blocks if block.name in plan.resident]
+        places = {}
+        for _, members in itertools.groupby(staying, key=lambda block: block.component):
+            blocks = list(members)
+            check()
+            slab = self._allocate(sum(block.size for block in blocks), self._device)
+            slabs.append(slab)
+            start = 0
+            for block in blocks:
+                places[block.name] = slab[start : start + block.size]
+                self._copy(self._host[block.name], places[block.name], check)
+                start += block.size
+        return places
+
+    def _slots(self, plan: MemoryPlan, slabs: list[Tensor]) -> Tensor | None:
+        """Room for what passes, in one slab."""
+        assert self._arena is not None
+        assert self._device is not None
+        if not plan.is_streaming:
+            return None
+        passing = (block.size for block in self._arena.blocks if block.name not in plan.resident)
+        size = slot_size(passing, plan.num_slots)
+        slabs.append(self._allocate(plan.num_slots * size, self._device))
+        return slabs[-1].view(plan.num_slots, size)
+
+    def _leave_device(self) -> None:
+        """Stop the blocks that pass."""
+        if self._streamer is not None:
+            self._streamer.close()
+            self._streamer = None
+
+    def _copy(self, source: Tensor, target: Tensor, check: Callable[[], None] = never_stop) -> None:
+        """Copy a block in pieces."""
         # Pieces end where the arena's do, so that none is half page-locked: CUDA refuses those.
-        start, end = component.storage_offset(), component.storage_offset() + component.nbytes
+        start, end = source.storage_offset(), source.storage_offset() + source.nbytes
         edges = [start, *range((start // PIECE + 1) * PIECE, end, PIECE), end]
         for first, last in itertools.pairwise(edges):
             check()
             place = slice(first - start, last - start)
             with self._page_lock.paused() if self._page_lock else contextlib.nullcontext():
-                slab[place].copy_(component[place], non_blocking=True)
+                target[place].copy_(source[place], non_blocking=True)
 
     def _give_back(self, storages: Iterable[weakref.ref[torch.UntypedStorage]]) -> None:
         """Let the allocator return to the driver what has just been dropped."""

@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import itertools
 import logging
 import os
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -47,7 +49,9 @@ from step1x_edit.errors import (
 from step1x_edit.schemas import Location
 
 if TYPE_CHECKING:
+    from step1x_edit.checkpoints.arena import Block
     from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
+    from step1x_edit.memory_plan import MemoryPlan
     from step1x_edit.model.pipeline import Edited, EditRun, Plan
     from step1x_edit.residency import Residency
 
@@ -88,7 +92,8 @@ class PipelineWorker:
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
         """Yield progress and, last, the outcome; closing the iterator stops the work.
 
-        When memory runs out, the edit goes on once from where it is with the cheaper plan.
+        When memory runs out, the edit goes on from where it is with the cheaper plan, and then
+        with less and less of the model on the device.
         """
         from step1x_edit.model.pipeline import PLANS, EditRequest, EditRun
 
@@ -104,7 +109,7 @@ class PipelineWorker:
                 seed=job.seed,
             )
         )
-        for plan in PLANS[:2]:
+        for plan in itertools.chain(PLANS, self._smaller_plans()):
             try:
                 yield from self._attempt(run, plan)
             except (MemoryError, RuntimeError) as error:
@@ -130,12 +135,22 @@ class PipelineWorker:
             memory=self._residency.memory(),
         )
 
+    def _smaller_plans(self) -> Iterator[Plan]:
+        from step1x_edit.model.pipeline import PLANS
+
+        while self._residency.shrink():
+            log.warning("keeping less of the model on the device")
+            yield PLANS[-1]
+
     def _attempt(self, run: EditRun, plan: Plan) -> Generator[Progress | Outcome, None, None]:
         from step1x_edit.model.pipeline import Edited
 
         if self._residency.location != self._workplace:
             yield Progress(Phase.LOADING)
             self._bring()
+        placed = self._residency.plan
+        if placed is not None and not placed.has_joint_branches:
+            plan = replace(plan, has_joint_branches=False)
         with (
             self._residency.on_device() as checkpoint,
             # Closed with us, so that whoever drops this iterator stops the network at once.
@@ -213,6 +228,7 @@ def load_worker(start: Start) -> PipelineWorker:
     import transformers
 
     from step1x_edit.checkpoints.read import open_checkpoint
+    from step1x_edit.memory_plan import everything, fitting
     from step1x_edit.residency import Residency
 
     # Bars of ours tell the progress; theirs would fill the log of a server.
@@ -240,7 +256,13 @@ def load_worker(start: Start) -> PipelineWorker:
             raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
         return opened
 
-    return PipelineWorker(Residency(open_chosen, place), device)
+    def plan(blocks: Sequence[Block]) -> MemoryPlan:
+        if place is None or place.type != "cuda":
+            return everything(blocks)
+        free, _ = torch.cuda.mem_get_info(place)
+        return fitting(blocks, free)
+
+    return PipelineWorker(Residency(open_chosen, place, plan=plan), device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

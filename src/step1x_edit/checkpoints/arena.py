@@ -1,6 +1,6 @@
 """The weights of a checkpoint in one piece of host memory, block by block in execution order.
 
-Parameters and buffers of the network are views into the arena, or into copies of its components
+Parameters and buffers of the network are views into the arena, or into copies of its blocks
 elsewhere; whoever holds such copies says which (`bind`). The arena knows nothing about devices.
 """
 
@@ -37,7 +37,9 @@ ORDER: Final = (
     ("conditioner", r"conditioner\.\w+\.\w+"),
     ("encoder", r"vae\.encoder\.(conv_in|down_blocks\.\d+)"),
     ("encoder", r"vae\.(encoder|quant_conv)"),
-    ("prologue", r"transformer\.(connector|text_token_mapping)"),
+    ("prologue", r"transformer\.connector\.(S\.\w+_embedder|global_proj_out|scale_factor)"),
+    ("prologue", r"transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+"),
+    ("prologue", r"transformer\.text_token_mapping"),
     ("prologue", r"transformer\.(time_in|vector_in|txt_in)"),
     ("prologue", r"transformer\.double_blocks\.\d+\.(img|txt)_mod"),
     ("prologue", r"transformer\.single_blocks\.\d+\.modulation"),
@@ -104,8 +106,9 @@ class Arena:
         self.blocks, self._places = _lay_out(weights)
         self.size = self.blocks[-1].offset + self.blocks[-1].size
         self.memory = _reserve(self.size)
-        self.components = {
-            name: self.memory[extent] for name, extent in _extents(self.blocks).items()
+        self.memories = {
+            block.name: self.memory[block.offset : block.offset + block.size]
+            for block in self.blocks
         }
 
     def fill(self, check: Callable[[], None] = never_stop) -> None:
@@ -132,107 +135,119 @@ class Arena:
     def changed(
         self, delta_of: Callable[[str], Tensor | None], check: Callable[[], None] = never_stop
     ) -> dict[str, Tensor]:
-        """The components with something added to some weights; what is changed is a copy.
+        """The blocks with something added to some weights; those that are changed are copies.
 
         `delta_of` says by the name of a weight what is added to it, in float32.
         """
-        components = dict(self.components)
-        for place in self._places:
-            check()
-            delta = delta_of(place.weight.name)
-            if delta is None:
-                continue
-            if components[place.component] is self.components[place.component]:
-                components[place.component] = self.components[place.component].clone()
-            view = place.view(components)
-            view.copy_(view.float() + delta)
-        return components
+        memories = dict(self.memories)
+        for name, places in self._places.items():
+            for place in places:
+                check()
+                delta = delta_of(place.weight.name)
+                if delta is None:
+                    continue
+                if memories[name] is self.memories[name]:
+                    memories[name] = self.memories[name].clone()
+                view = place.view(memories[name])
+                view.copy_(view.float() + delta)
+        return memories
 
     def attach(self) -> None:
         """Make the network's parameters and buffers views into the arena.
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
-        for place in self._places:
+        for place in self._all_places():
             weight = place.weight
             empty = torch.empty(0, dtype=weight.dtype)
             is_parameter = isinstance(weight.tensor, nn.Parameter)
             made = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
             setattr(weight.module, weight.attribute, made)
         # Only now, because a tensor that is born a view never lets go of what it was a view of.
-        self.bind(self.components)
+        self.bind(self.memories)
 
-    def bind(self, components: Mapping[str, Tensor]) -> None:
-        """Let the network's tensors be views into these copies of the components.
+    def bind(self, memories: Mapping[str, Tensor]) -> None:
+        """Let the network's tensors be views into these copies of their blocks, by name.
 
         Only `data` is exchanged: whoever holds a parameter, such as compiled code, keeps it.
         """
-        for weight, view in self._views(components):
-            weight.tensor.data = view
+        for name, memory in memories.items():
+            for place in self._places[name]:
+                place.weight.tensor.data = place.view(memory)
+
+    def empty(self, block: str, device: torch.device) -> None:
+        """Take the weights of a block from the network; on which device they were to be stays."""
+        for place in self._places[block]:
+            place.weight.tensor.data = torch.empty(0, dtype=place.weight.dtype, device=device)
 
     def detach(self) -> None:
         """Take the weights from the network, so that nobody who still holds it holds them."""
-        for place in self._places:
-            place.weight.tensor.data = torch.empty(0, dtype=place.weight.dtype)
+        for name in self._places:
+            self.empty(name, torch.device("cpu"))
 
-    def lies_in(self, memories: Iterable[Tensor]) -> bool:
-        """Whether all of the network's tensors are views into the given memory, by address."""
+    def lies_in(self, memories: Iterable[Tensor], blocks: Iterable[str]) -> bool:
+        """Whether all tensors of the blocks are views into the given memory, by address."""
         addresses = {memory.untyped_storage().data_ptr() for memory in memories}
-        found = {place.weight.tensor.untyped_storage().data_ptr() for place in self._places}
+        found = {
+            place.weight.tensor.untyped_storage().data_ptr()
+            for name in blocks
+            for place in self._places[name]
+        }
         return found <= addresses
+
+    def _all_places(self) -> Iterator[_Place]:
+        return itertools.chain.from_iterable(self._places.values())
 
     def _pieces(self) -> Iterator[tuple[Span | Tensor, Tensor]]:
         """What is to be read, in pieces: from where and to where."""
-        for weight, view in self._views(self.components):
-            flat = view.reshape(-1)
-            if isinstance(weight.source, Tensor):
-                yield weight.source.reshape(-1), flat
-                continue
-            place = 0
-            for span in weight.source.spans:
-                step = PIECE // max(span.dtype.itemsize, flat.dtype.itemsize)
-                for start in range(0, span.count, step):
-                    stop = min(start + step, span.count)
-                    yield span.part(start, stop), flat[place + start : place + stop]
-                place += span.count
-
-    def _views(self, components: Mapping[str, Tensor]) -> Iterator[tuple[Weight, Tensor]]:
-        for place in self._places:
-            yield place.weight, place.view(components)
+        for name, places in self._places.items():
+            for place in places:
+                yield from _pieces_of(place.weight, place.view(self.memories[name]).reshape(-1))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a weight lies: how many bytes after the beginning of its component."""
+    """Where a weight lies: how many bytes after the beginning of its block."""
 
     weight: Weight
-    component: str
     offset: int
 
-    def view(self, components: Mapping[str, Tensor]) -> Tensor:
-        """The weight in a copy of its component."""
-        raw = components[self.component][self.offset : self.offset + self.weight.size]
+    def view(self, memory: Tensor) -> Tensor:
+        """The weight in a copy of its block."""
+        raw = memory[self.offset : self.offset + self.weight.size]
         return raw.view(self.weight.dtype).view(self.weight.shape)
 
 
-def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], tuple[_Place, ...]]:
-    """The blocks in execution order, and where in their components the weights lie."""
+def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[tuple[Span | Tensor, Tensor]]:
+    if isinstance(weight.source, Tensor):
+        yield weight.source.reshape(-1), flat
+        return
+    place = 0
+    for span in weight.source.spans:
+        step = PIECE // max(span.dtype.itemsize, flat.dtype.itemsize)
+        for start in range(0, span.count, step):
+            stop = min(start + step, span.count)
+            yield span.part(start, stop), flat[place + start : place + stop]
+        place += span.count
+
+
+def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:
+    """The blocks in execution order, and where in them the weights lie."""
     # sorted() is stable: within a block the order of the network's definition remains.
     ordered = sorted(weights, key=lambda weight: _rank(weight.name)[0])
     blocks: list[Block] = []
-    places: list[_Place] = []
-    starts: dict[str, int] = {}
+    places: dict[str, list[_Place]] = {}
     end = 0
     for (component, name), members in itertools.groupby(
         ordered, key=lambda weight: _rank(weight.name)[1:]
     ):
-        block_start = end
-        starts.setdefault(component, block_start)
+        start = end
+        places[name] = []
         for weight in members:
-            places.append(_Place(weight, component, end - starts[component]))
+            places[name].append(_Place(weight, end - start))
             end += -(-weight.size // ALIGNMENT) * ALIGNMENT
-        blocks.append(Block(name, component, block_start, end - block_start))
-    return tuple(blocks), tuple(places)
+        blocks.append(Block(name, component, start, end - start))
+    return tuple(blocks), places
 
 
 def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
@@ -242,15 +257,6 @@ def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
             numbers = [int(number) for number in re.findall(r"\d+", match.group())]
             return (line, numbers), component, match.group()
     raise ValueError(f"{name} belongs to no component")
-
-
-def _extents(blocks: Iterable[Block]) -> dict[str, slice]:
-    """The bytes of each component."""
-    found: dict[str, slice] = {}
-    for block in blocks:
-        start = found[block.component].start if block.component in found else block.offset
-        found[block.component] = slice(start, block.offset + block.size)
-    return found
 
 
 def _reserve(size: int) -> Tensor:

@@ -1,0 +1,177 @@
+"""The memory plan: which blocks of the model live on the device, and which pass through it.
+
+Every step of an edit runs all core blocks; the conditioner and the prologue run once. So room is
+spent in this order: on the slots and the activations that any edit needs, on core blocks, on the
+activations of a second branch, on the conditioner, on the prologue. Core blocks that stay out are
+spread evenly over the order of execution, so that the copies are as well. What a plan decides
+costs time or memory, never a bit of the picture. Sizes are bytes; nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+GB: Final = 1_000_000_000
+GIB: Final = 2**30
+
+# What was measured on cards of several sizes, see docs/decisions.md.
+FIXED: Final = int(1.15 * GB)
+"""Context, workspaces of the libraries, tables."""
+BRANCH: Final = int(1.1 * GB)
+"""Activations of one branch at 1024 pixels."""
+RESERVE: Final = (int(0.4 * GB), 0.03)
+"""What is left alone for others: so much, or this share of what is free."""
+
+ALIGNMENT: Final = 256
+MAX_SLOTS: Final = 3
+MIN_SLOTS: Final = 2
+ROOMY: Final = 10 * GB
+"""With less than this the third slot is worth less than a resident block."""
+
+STREAMABLE: Final = re.compile(
+    r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+))"
+    r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+"
+    r"|transformer\.double_blocks\.\d+(\.(img|txt)_mod)?"
+    r"|transformer\.single_blocks\.\d+(\.modulation)?"
+)
+"""Blocks that one module uses and no other: it can be told when they are needed."""
+
+
+class Sized(Protocol):
+    """A block of the model, in execution order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def component(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What lives on the device, and how an edit runs there."""
+
+    resident: frozenset[str]
+    """Names of the blocks that stay; the others pass through the slots."""
+    num_slots: int
+    has_joint_branches: bool
+    core_share: float
+    """Share of the core's bytes that is resident."""
+    peak: int
+    """What this is expected to need at most."""
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether blocks pass through the device."""
+        return self.num_slots > 0
+
+    @property
+    def reason(self) -> str:
+        """The plan in words."""
+        if not self.is_streaming:
+            return "everything fits"
+        kept = f"{100 * self.core_share:.0f} % of the core"
+        branches = "" if self.has_joint_branches else ", prompts one after the other"
+        return (
+            f"{kept} stays on the device, the rest passes through {self.num_slots} slots{branches}"
+        )
+
+
+def everything(blocks: Iterable[Sized]) -> MemoryPlan:
+    """The plan for a device with room enough."""
+    blocks = list(blocks)
+    names = frozenset(block.name for block in blocks)
+    return MemoryPlan(names, 0, True, 1.0, _total(blocks) + FIXED + 2 * BRANCH)
+
+
+def fitting(blocks: Iterable[Sized], free: int) -> MemoryPlan:
+    """The plan for a device with so many bytes free; the least there is if they are too few."""
+    blocks = list(blocks)
+    usable = free - max(RESERVE[0], int(RESERVE[1] * free))
+    whole = everything(blocks)
+    if whole.peak <= usable:
+        return whole
+    num_slots = MAX_SLOTS if free >= ROOMY else MIN_SLOTS
+    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
+    slots = num_slots * slot_size((block.size for block in blocks if _may_pass(block)), num_slots)
+    fixed = _total(block for block in blocks if not _may_pass(block))
+    room = usable - FIXED - BRANCH - slots - fixed
+    resident = _spread(core, room)
+    return _with_more(blocks, resident, num_slots, room - _total(resident))
+
+
+def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
+    """The plan that keeps about so much of the core and nothing else that may pass."""
+    blocks = list(blocks)
+    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
+    resident = _spread(core, int(core_share * _total(core)))
+    return _with_more(blocks, resident, MIN_SLOTS, room=0)
+
+
+def slot_size(sizes: Iterable[int], num_slots: int) -> int:
+    """Bytes of a slot for blocks of these sizes; the largest may take all slots together."""
+    *others, largest = sorted(sizes) or [0]
+    return _aligned(max(*others, -(-largest // num_slots), 0))
+
+
+def _with_more(
+    blocks: Sequence[Sized], resident: Sequence[Sized], num_slots: int, room: int
+) -> MemoryPlan:
+    """Spend what is left when the core has been served."""
+    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
+    kept = list(resident)
+    has_joint_branches = False
+    if len(resident) == len(core):
+        has_joint_branches = room >= BRANCH
+        room -= BRANCH if has_joint_branches else 0
+        for component in ("conditioner", "prologue"):
+            for block in blocks:
+                if block.component == component and _may_pass(block) and block.size <= room:
+                    kept.append(block)
+                    room -= block.size
+    fixed = [block for block in blocks if not _may_pass(block)]
+    names = frozenset(block.name for block in (*fixed, *kept))
+    passing = [block.size for block in blocks if block.name not in names]
+    slots = num_slots * slot_size(passing, num_slots)
+    branches = (1 + has_joint_branches) * BRANCH
+    return MemoryPlan(
+        resident=names,
+        num_slots=num_slots if passing else 0,
+        has_joint_branches=has_joint_branches,
+        core_share=_total(resident) / max(1, _total(core)),
+        peak=_total(fixed) + _total(kept) + slots + FIXED + branches,
+    )
+
+
+def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:
+    """As many blocks as fit, evenly over the order."""
+    for count in range(len(blocks), 0, -1):
+        chosen = {i * len(blocks) // count for i in range(count)}
+        left = room - _total(blocks[i] for i in chosen)
+        if left >= 0:
+            break
+    else:
+        chosen, left = set(), room
+    for i, block in enumerate(blocks):  # blocks differ in size: a small one may still fit
+        if i not in chosen and block.size <= left:
+            chosen.add(i)
+            left -= block.size
+    return [blocks[i] for i in sorted(chosen)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _may_pass(block: Sized) -> bool:
+    return STREAMABLE.fullmatch(block.name) is not None
+
+
+def _total(blocks: Iterable[Sized]) -> int:
+    return sum(block.size for block in blocks)

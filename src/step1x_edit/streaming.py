@@ -1,0 +1,190 @@
+"""Block streaming: weights that do not fit on the device pass through it, each for its moment.
+
+A few slots on the device take turns. While one block computes, the next is copied into another
+slot; before a block runs its parameters become views into its slot, and after it they are empty,
+so that weights which are not there can never be used by mistake. The numbers are those of the
+host's arena, so the result is the same bit for bit, whatever passes and whatever stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from step1x_edit.checkpoints.arena import Arena, Block
+
+Copy = Callable[[Tensor, Tensor], None]
+"""Copies from the first tensor, in host memory, to the second."""
+
+
+class Copies(Protocol):
+    """How blocks get into slots, beside the computing. A large block takes several slots."""
+
+    def start(self, slots: Sequence[int], source: Tensor, target: Tensor) -> None:
+        """Begin to copy, once the work that reads the slots has been done."""
+
+    def wait(self, slots: Sequence[int]) -> None:
+        """Let what is computed from now on wait for the copy."""
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Say that the work given so far is the last that reads the slots."""
+
+    def finish(self) -> None:
+        """Wait until nothing is under way."""
+
+
+class HostCopies:
+    """Copies at once; for the stand-in. So nothing is ever under way."""
+
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
+
+    def start(self, slots: Sequence[int], source: Tensor, target: Tensor) -> None:
+        self._copy(source, target)
+
+    def wait(self, slots: Sequence[int]) -> None:
+        pass
+
+    def release(self, slots: Sequence[int]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class CudaCopies:
+    """Copies on a stream of their own."""
+
+    def __init__(self, copy: Copy, device: torch.device, num_slots: int) -> None:
+        self._copy = copy
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copied = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
+        self._consumed = [torch.cuda.Event() for _ in range(num_slots)]  # type: ignore[no-untyped-call]
+
+    def start(self, slots: Sequence[int], source: Tensor, target: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            for slot in slots:
+                self._stream.wait_event(self._consumed[slot])
+            self._copy(source, target)
+            for slot in slots:
+                self._copied[slot].record(self._stream)
+
+    def wait(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
+
+    def release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._consumed[slot].record(torch.cuda.current_stream(self._device))
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+def copies_for(device: torch.device, num_slots: int, copy: Copy) -> Copies:
+    """The way of copying that a device has."""
+    if device.type == "cuda":
+        return CudaCopies(copy, device, num_slots)
+    return HostCopies(copy)
+
+
+class BlockStreamer:
+    """Brings the blocks of a network that do not live on its device, just in time."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        host: Mapping[str, Tensor],
+        modules: Mapping[str, nn.Module],
+        blocks: Sequence[Block],
+        slots: Tensor,
+        copies: Copies,
+    ) -> None:
+        """`modules` holds the network's parts; `blocks` are those that pass, in order.
+
+        `slots` (N, size) are bytes on the device; a block larger than one slot takes them all.
+        """
+        self._arena = arena
+        self._host = host
+        self._blocks = blocks
+        self._slots = slots
+        self._copies = copies
+        self._holds: list[int | None] = [None] * len(slots)  # index of the block in each slot
+        self._turn = 0
+        self._handles: list[RemovableHandle] = []
+        for index, block in enumerate(blocks):
+            self._arena.empty(block.name, slots.device)
+            part, _, path = block.name.partition(".")
+            module = modules[part].get_submodule(path)
+            self._handles += [
+                module.register_forward_pre_hook(self._before(index)),
+                # Also when the block fails or is cancelled.
+                module.register_forward_hook(self._after(index), always_call=True),
+            ]
+
+    def close(self) -> None:
+        """Let the network's modules be; whoever closes binds their parameters anew."""
+        for handle in self._handles:
+            handle.remove()
+        self._copies.finish()
+
+    def _before(self, index: int) -> Callable[..., None]:
+        def bring(*_: object) -> None:
+            # Tensors born in inference mode are of another kind, and compiled code would notice.
+            with torch.inference_mode(False):
+                slots = self._where(index) or self._fetch(index, range(len(self._slots)))
+                self._copies.wait(slots)
+                self._arena.bind({self._blocks[index].name: self._memory(index, slots)})
+                following = self._following(index)
+                if not self._where(following):
+                    self._fetch(following, [s for s in range(len(self._slots)) if s not in slots])
+
+        return bring
+
+    def _after(self, index: int) -> Callable[..., None]:
+        def drop(*_: object) -> None:
+            with torch.inference_mode(False):
+                self._copies.release(self._where(index))
+                self._arena.empty(self._blocks[index].name, self._slots.device)
+
+        return drop
+
+    def _where(self, index: int) -> list[int]:
+        """The slots with this block in them, or on its way; none if it is not here."""
+        return [slot for slot, held in enumerate(self._holds) if held == index]
+
+    def _memory(self, index: int, slots: Sequence[int]) -> Tensor:
+        """The bytes of a block in its slots."""
+        memory = self._slots[slots[0]] if len(slots) == 1 else self._slots.view(-1)
+        return memory[: self._blocks[index].size]
+
+    def _fetch(self, index: int, free: Sequence[int]) -> Sequence[int]:
+        """Begin to bring a block into slots of the free ones, unless there are too few of them."""
+        is_large = self._blocks[index].size > self._slots.shape[1]
+        wanted = len(self._slots) if is_large else 1
+        by_turn = sorted(free, key=lambda slot: (slot - self._turn) % len(self._slots))
+        slots = sorted(by_turn[:wanted])
+        if len(slots) < wanted:
+            return []
+        self._turn = (slots[-1] + 1) % len(self._slots)
+        # A large block is gone as a whole; and the new one is not here if copying fails.
+        gone = {self._holds[slot] for slot in slots}
+        self._holds = [None if held in gone else held for held in self._holds]
+        source = self._host[self._blocks[index].name]
+        self._copies.start(slots, source, self._memory(index, slots))
+        for slot in slots:
+            self._holds[slot] = index
+        return slots
+
+    def _following(self, index: int) -> int:
+        """The block that is likely to run next: the core is run over and over."""
+        following = (index + 1) % len(self._blocks)
+        component = self._blocks[index].component
+        if component == "core" and self._blocks[following].component != "core":
+            return next(i for i, block in enumerate(self._blocks) if block.component == "core")
+        return following

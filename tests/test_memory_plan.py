@@ -1,0 +1,129 @@
+"""The memory plan: what stays on cards of the usual sizes, and what does not fit anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from step1x_edit.memory_plan import BRANCH, FIXED, GB, GIB, everything, fitting, with_share
+
+LINEAR = 2  # bytes of a number
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    component: str
+    size: int
+
+
+def linear(rows: int, columns: int) -> int:
+    return LINEAR * (rows * columns + rows)
+
+
+D, MLP = 3072, 12288
+DOUBLE = 2 * (linear(3 * D, D) + linear(D, D) + linear(MLP, D) + linear(D, MLP) + 4 * 128)
+SINGLE = linear(3 * D + MLP, D) + linear(D, D + MLP) + 4 * 128
+REFINER = linear(3 * 4096, 4096) + linear(4096, 4096) + 2 * linear(4096, 16384) + linear(8192, 4096)
+LAYER = int(6.5e9 * LINEAR / 28)  # of the language model
+
+MODEL = [
+    *(Part(f"conditioner.visual.blocks.{i}", "conditioner", int(1.3 * GB / 32)) for i in range(32)),
+    Part("conditioner.language_model.embed_tokens", "conditioner", LINEAR * 152_064 * 3584),
+    *(Part(f"conditioner.language_model.layers.{i}", "conditioner", LAYER) for i in range(28)),
+    Part("vae.encoder", "encoder", 4 * 34_000_000),
+    Part("transformer.connector.S.c_embedder", "prologue", LINEAR * 65_000_000),
+    *(
+        Part(f"transformer.connector.S.individual_token_refiner.blocks.{i}", "prologue", REFINER)
+        for i in range(2)
+    ),
+    Part("transformer.time_in", "prologue", linear(D, 256) + linear(D, D)),
+    *(
+        Part(f"transformer.double_blocks.{i}.{stream}_mod", "prologue", linear(6 * D, D))
+        for i in range(19)
+        for stream in ("img", "txt")
+    ),
+    *(
+        Part(f"transformer.single_blocks.{i}.modulation", "prologue", linear(3 * D, D))
+        for i in range(38)
+    ),
+    Part("transformer.img_in", "core", linear(D, 64)),
+    *(Part(f"transformer.double_blocks.{i}", "core", DOUBLE) for i in range(19)),
+    *(Part(f"transformer.single_blocks.{i}", "core", SINGLE) for i in range(38)),
+    Part("transformer.final_layer", "core", linear(64, D)),
+    Part("vae.decoder", "decoder", 4 * 50_000_000),
+]
+CORE = [part for part in MODEL if part.component == "core"]
+
+
+def test_the_core_is_as_large_as_published() -> None:
+    assert sum(part.size for part in CORE) == pytest.approx(17.2 * GB, rel=0.01)
+
+
+# Card in GiB; the range of the core that stays, from 1024 to 512 pixels. We plan for 1024.
+@pytest.mark.parametrize(
+    ("card", "low", "high"), [(16, 75, 79), (12, 51, 55), (8, 28, 32), (6, 17, 21)]
+)
+def test_small_cards_keep_the_share_of_the_core_that_was_foreseen(
+    card: int, low: int, high: int
+) -> None:
+    plan = fitting(MODEL, card * GIB)
+
+    # Foreseen was an autoencoder of half the size, and no slot for a table of words.
+    assert low - 6 <= 100 * plan.core_share <= high
+    assert plan.is_streaming
+    assert not plan.has_joint_branches
+    assert plan.peak <= card * GIB
+
+
+@pytest.mark.parametrize("card", [24, 32])
+def test_middle_cards_keep_the_whole_core_and_stream_the_rest(card: int) -> None:
+    plan = fitting(MODEL, card * GIB)
+
+    assert plan.core_share == 1
+    assert plan.has_joint_branches
+    assert plan.is_streaming
+    assert plan.peak <= card * GIB
+
+
+@pytest.mark.parametrize("card", [48, 80])
+def test_large_cards_keep_everything(card: int) -> None:
+    plan = fitting(MODEL, card * GIB)
+
+    assert plan.resident == {part.name for part in MODEL}
+    assert not plan.is_streaming
+    assert plan.reason == "everything fits"
+    assert plan == everything(MODEL)
+
+
+def test_what_passes_is_spread_evenly_over_the_order_of_execution() -> None:
+    plan = fitting(MODEL, 12 * GIB)
+    stays = [part.name in plan.resident for part in CORE[1:-1]]
+
+    runs = "".join("X" if here else "." for here in stays)
+    assert max(map(len, runs.split("X"))) <= 2
+    assert max(map(len, runs.split("."))) <= 2
+
+
+@pytest.mark.parametrize("free", [0, GIB])
+def test_where_nothing_fits_there_is_a_plan_that_needs_the_least(free: int) -> None:
+    plan = fitting(MODEL, free)
+
+    assert plan.core_share == 0
+    assert plan.peak < 4 * GB
+    assert plan.peak > FIXED + BRANCH
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_that_is_asked_for_is_kept_to_the_next_block(share: float) -> None:
+    plan = with_share(MODEL, share)
+
+    assert share - 2 * DOUBLE / sum(part.size for part in CORE) <= plan.core_share <= share
+    assert f"{100 * plan.core_share:.0f} % of the core" in plan.reason
+
+
+def test_the_more_room_the_more_stays() -> None:
+    shares = [fitting(MODEL, card * GIB).core_share for card in range(4, 26)]
+
+    assert shares == sorted(shares)
