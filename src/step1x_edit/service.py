@@ -299,7 +299,7 @@ class EditService:
         started: float,
     ) -> EditedPicture:
         """The part of every edit that is the same wherever the picture comes from and goes to."""
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        seed = _seed_of(request)
         with self._counted():
             result = await _run(submit(_job(request, source.picture, seed)), report)
             record = _record(request, seed, result.residence.model or "", source.mask_sha256)
@@ -396,6 +396,15 @@ def _told_of_the_mask() -> Iterator[None]:
     except ImageError as error:
         detail = str(error).removeprefix(f"{error.beginning}: ")
         raise type(error)(f"mask: {detail}") from None
+
+
+def with_seed(request: PictureRequest) -> PictureRequest:
+    """The same request; where it leaves the seed to chance, one is drawn now."""
+    return request.model_copy(update={"seed": _seed_of(request)})
+
+
+def _seed_of(request: EditRequest | PictureRequest) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
 
 
 async def _run(edit: Edit, report: Report) -> EditResult:
