@@ -455,7 +455,7 @@ async def test_outside_of_the_mask_the_picture_stays_and_the_answer_says_how_muc
 
     after = np.asarray(Image.open(str(answer["output_path"])))
     assert np.array_equal(after[:, :32], before[:, :32])
-    assert np.array_equal(after[:, 34:], 255 - before[:, 34:])
+    assert np.array_equal(after[:, 36:], 255 - before[:, 36:])
     assert answer["metadata"]["changed_share"] == 0.5  # type: ignore[index]
     record = read_edit_record(Path(str(answer["output_path"])))
     assert record is not None
@@ -473,7 +473,7 @@ async def test_a_mask_is_laid_on_the_picture_in_its_own_size(
 
     after = np.asarray(Image.open(str(answer["output_path"])))
     assert np.array_equal(after[:, :32], before[:, :32])
-    assert (after[:, 34:] == 255).all()
+    assert (after[:, 36:] == 255).all()
 
 
 async def test_a_mask_that_is_sent_does_the_same_as_one_in_a_file(

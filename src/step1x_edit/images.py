@@ -30,6 +30,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageCms,
+    ImageFilter,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -67,13 +68,14 @@ DECODERS: Final = tuple(
 MIN_SIDE: Final = 16  # pixels; one token of the network covers this much
 MAX_ASPECT_RATIO: Final = 16  # at 512 pixels squared the shorter side still has 128
 
-FEATHER: Final = 0.0075  # of the longer side: how far inside a mask its edge is soft
+FEATHER: Final = 0.01  # of the longer side: how far inside a mask its edge is soft
 MIN_FEATHER: Final = 2  # pixels
 MAX_FEATHER: Final = 64  # pixels; each of them is one more pass over the masked part
 
 PREVIEW_SIDE: Final = 512
 PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cutting
 
+_MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
 _MAX_PROFILE_LENGTH: Final = 2**20  # what PNG decoders are willing to read
 _RECORD_KEY: Final = "step1x-edit"
 
@@ -349,7 +351,8 @@ def blend(edited: Picture, source: Picture, mask: Pixels) -> Picture:
     """The edited picture inside of the mask (H, W) and the source, to the bit, outside of it.
 
     The way from the one to the other lies inside: nothing changes where the mask is 0. It is
-    shorter where the mask is too narrow for it, so that a thin stroke is not lost.
+    shorter where the mask is too narrow for it, so that a thin stroke is not lost. Both pictures
+    have the size of the mask; what travels with the pixels is that of the edited one.
     """
     box = Image.fromarray(mask).getbbox()
     if box is None:
@@ -374,18 +377,30 @@ def changed_share(before: Pixels, after: Pixels) -> float:
 
 
 def _feathered(mask: Pixels, width: int) -> Pixels:
-    """The mask with an edge that falls to 0 within `width` pixels on its inner side.
+    """The mask with an edge that falls to 0 within about `width` pixels on its inner side.
 
-    Each pixel is weighted with its depth, the sum of the mask eroded by 0, 1, … pixels: at most
-    `width` times its own value. Where nothing around it is that deep, the deepest counts as such.
+    Each pixel counts by its depth, the sum of the mask eroded by 0, 1, … pixels. A blur takes out
+    the stairs of a hard mask, which depth repeats; what it carries beyond the mask is dropped.
     """
     eroded, depth = mask, mask.astype(np.uint16)
     for step in range(1, width):
         eroded = _eroded(eroded, with_corners=step % 2 == 0)
         depth += eroded
-    full = np.minimum(mask.astype(np.uint16) * width, _highest_within(depth, width))
-    weights = mask * (depth / np.maximum(full, 1, dtype=np.float32))
-    return np.rint(weights).astype(np.uint8)
+    stairs = _weighted(mask, depth, width, width)
+    blur = min(_MAX_BLUR, width // 2)
+    smooth = np.array(Image.fromarray(stairs).filter(ImageFilter.BoxBlur(blur)))
+    return _weighted(mask, smooth.astype(np.uint16), 1, width + blur)
+
+
+def _weighted(mask: Pixels, depth: npt.NDArray[np.uint16], most: int, distance: int) -> Pixels:
+    """The mask times the part of full depth, `most` times its own value, that each pixel has.
+
+    Where nothing within this distance is so deep, the deepest counts as full: a stroke that is
+    narrower than the feather keeps its middle.
+    """
+    full = np.minimum(mask.astype(np.uint16) * most, _highest_within(depth, distance))
+    share = depth / np.maximum(full, 1, dtype=np.float32)
+    return np.rint(mask * np.minimum(share, 1)).astype(np.uint8)
 
 
 def _eroded(mask: Pixels, *, with_corners: bool) -> Pixels:
