@@ -21,6 +21,7 @@ import pytest
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport
 from mcp_types import PromptReference
+from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
@@ -185,6 +186,7 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
     for folder in (first, second):
         folder.mkdir()
         (folder / "mine.png").write_bytes(photo.read_bytes())
+        Image.new("L", (64, 48), 255).save(folder / "all.png")
     with announcing(service, data_dir) as url:
         async with (
             joined(first, data_dir) as one,
@@ -192,8 +194,13 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
             httpx2.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as rest,
         ):
             *results, sent = await asyncio.gather(
-                one.call_tool("edit_image", {"image_path": "mine.png", "prompt": "a"}),
-                other.call_tool("edit_image", {"image_path": "~/mine.png", "prompt": "b"}),
+                one.call_tool(
+                    "edit_image", {"image_path": "mine.png", "prompt": "a", "mask_path": "all.png"}
+                ),
+                other.call_tool(
+                    "edit_image",
+                    {"image_path": "~/mine.png", "prompt": "b", "mask_path": "~/all.png"},
+                ),
                 rest.post(
                     url.replace("/mcp", "/api/edit"),
                     files={"file": photo.read_bytes()},
@@ -208,12 +215,19 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
                     "output_dir": "new",
                 },
             )
+            unmasked = await one.call_tool(
+                "edit_image",
+                {"image_path": "mine.png", "prompt": "e", "mask_path": "no.png"},
+                raise_on_error=False,
+            )
             viewed = await one.call_tool("view_image", {"path": "mine.png"})
 
     assert [result.structured_content["output_path"] for result in results] == [
         str(first / "mine_edited.png"),
         str(second / "mine_edited.png"),
     ]
+    assert [r.structured_content["metadata"]["changed_share"] for r in results] == [1, 1]
+    assert unmasked.structured_content["error"] == "Image file not found: no.png"
     answer = batch.structured_content
     assert answer["results"][0]["result"]["output_path"] == str(second / "new" / "mine_edited.png")
     assert [item["input"] for item in answer["results"]] == ["mine.png", "no.png"]

@@ -32,6 +32,9 @@ from step1x_edit.settings import Settings
 Result = bytes | str
 """The file of the edited picture, or the sentence of an error."""
 
+TAKES_NO_MASK = {"command line"}
+TAKES_NO_PATH = {"REST"}
+
 
 def painted(job: EditJob) -> Pixels:
     """A picture that differs with everything that an edit is asked for."""
@@ -62,7 +65,8 @@ class Doors:
 
     async def service(self, picture: Path, asked: dict[str, Any]) -> Result:
         try:
-            request = self._service.read_edit({"image_path": picture, **asked, **self._out("s")})
+            given = {"image_path": picture, **_by_path(asked), **self._out("s")}
+            request = self._service.read_edit(given)
             answer = (await self._service.edit(request)).answer
         except Step1XEditError as error:
             return str(error)
@@ -75,16 +79,20 @@ class Doors:
         return await self._tool(Client(f"{self._url}/mcp", auth=TOKEN), picture, asked)
 
     async def mcp_client(self, picture: Path, asked: dict[str, Any]) -> Result:
-        arguments = {"image_path": str(picture), **asked, **self._out("c")}
+        arguments = {"image_path": str(picture), **_by_path(asked), **self._out("c")}
         async with MCPClient(f"{self._url}/mcp", TOKEN) as client:
             return _result(await client.call_tool("edit_image", arguments))
 
     async def rest(self, picture: Path, asked: dict[str, Any]) -> Result:
+        fields = dict(asked)
+        files = {"file": ("any name", picture.read_bytes())}
+        if mask := fields.pop("mask", None):
+            files["mask"] = ("any other", mask.read_bytes())
         async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
             answer = await client.post(
                 f"{self._url}/api/edit",
-                files={"file": ("any name", picture.read_bytes())},
-                data={name: str(value) for name, value in asked.items()},
+                files=files,
+                data={name: str(value) for name, value in fields.items()},
                 headers={"Authorization": f"Bearer {TOKEN}"},
             )
         if answer.status_code == 200:
@@ -113,7 +121,7 @@ class Doors:
         }
 
     async def _tool(self, client: Client[Any], picture: Path, asked: dict[str, Any]) -> Result:
-        arguments = {"image_path": str(picture), **asked, **self._out("m")}
+        arguments = {"image_path": str(picture), **_by_path(asked), **self._out("m")}
         async with client:
             result = await client.call_tool("edit_image", arguments, raise_on_error=False)
         assert result.is_error == (result.structured_content["status"] == "error")
@@ -121,6 +129,13 @@ class Doors:
 
     def _out(self, name: str) -> dict[str, Any]:
         return {"output_path": str(self._folder / f"{name}.png"), "overwrite": True}
+
+
+def _by_path(asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for, as the doors take it that read files themselves."""
+    named = dict(asked)
+    mask = named.pop("mask", None)
+    return named if mask is None else {**named, "mask_path": str(mask)}
 
 
 def _result(answer: dict[str, Any]) -> Result:
@@ -174,9 +189,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 def pictures(tmp_path: Path, photo: Path) -> dict[str, Path]:
     """Good and bad pictures by name."""
 
-    def png(width: int, height: int) -> bytes:
+    def png(width: int, height: int, white: tuple[int, ...] | None = None) -> bytes:
         buffer = io.BytesIO()
-        Image.new("RGB", (width, height)).save(buffer, "PNG")
+        image = Image.new("RGB", (width, height))
+        if white is not None:
+            image.paste("white", white)  # type: ignore[arg-type]
+        image.save(buffer, "PNG")
         return buffer.getvalue()
 
     made = {
@@ -185,6 +203,9 @@ def pictures(tmp_path: Path, photo: Path) -> dict[str, Path]:
         "small": png(8, 8),
         "long": png(320, 16),
         "large": png(1100, 1000),
+        "black": png(64, 48),
+        "half": png(64, 48, white=(32, 0, 64, 48)),
+        "turned": png(48, 64, white=(0, 0, 48, 64)),
     }
     for name, data in made.items():
         (tmp_path / f"{name}.png").write_bytes(data)
@@ -212,3 +233,48 @@ async def test_the_same_mistake_gives_the_same_sentence(
 
         assert str(found["service"]).startswith(beginning), asked
         assert found == dict.fromkeys(found, found["service"]), asked
+
+
+async def test_the_same_mask_gives_the_same_file(doors: Doors, pictures: dict[str, Path]) -> None:
+    asked = {"prompt": "add a red hat", "seed": 42, "mask": pictures["half"]}
+    found = {
+        name: await door(pictures["photo"], asked)
+        for name, door in doors.every().items()
+        if name not in TAKES_NO_MASK
+    }
+    expected = found["service"]
+
+    assert isinstance(expected, bytes)
+    assert found == dict.fromkeys(found, expected)
+    before = np.asarray(Image.open(pictures["photo"]))
+    after = np.asarray(Image.open(io.BytesIO(expected)))
+    assert np.array_equal(after[:, :32], before[:, :32])
+    assert not np.array_equal(after[:, 32:], before[:, 32:])
+
+
+async def test_the_same_wrong_mask_gives_the_same_sentence(
+    doors: Doors, pictures: dict[str, Path]
+) -> None:
+    missing = pictures["photo"].with_name("no.png")
+    for mask, beginning, left_out in (
+        (
+            pictures["turned"],
+            "Invalid parameter: mask is 48×64 pixels, the picture is 64×48",
+            set(),
+        ),
+        (pictures["black"], "Invalid parameter: mask selects nothing; make white", set()),
+        (pictures["text"], "Unsupported image format: mask: the file is none of PNG, JPEG", set()),
+        (pictures["cut"], "Cannot read image: mask: the file is damaged or incomplete", set()),
+        (pictures["large"], "Image too large: mask: 1100×1000 pixels", set()),
+        (missing, f"Image file not found: {missing}", TAKES_NO_PATH),
+        (Path("/etc/hostname"), "Path not allowed: /etc/hostname", TAKES_NO_PATH),
+    ):
+        asked = {"prompt": "x", "mask": mask}
+        found = {
+            name: await door(pictures["photo"], asked)
+            for name, door in doors.every().items()
+            if name not in TAKES_NO_MASK | left_out
+        }
+
+        assert str(found["service"]).startswith(beginning), mask
+        assert found == dict.fromkeys(found, found["service"]), mask

@@ -367,7 +367,7 @@ async def test_a_body_without_a_length_is_counted_while_it_is_read(
     make_service: MakeService, path: str
 ) -> None:
     piece = b"x" * 2**16
-    allowed = 2 * 2**20 // len(piece)  # the limit of one megabyte, and one for the form around it
+    allowed = 3 * 2**20 // len(piece)  # one megabyte each for picture, mask and the form around
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     guard = build_app(make_service(max_upload_mb=1), settings(max_upload_mb=1))
     headers = {**RIGHT, "Content-Type": "multipart/form-data; boundary=b"}

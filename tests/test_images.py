@@ -29,8 +29,11 @@ from step1x_edit.images import (
     Limits,
     OutputFormat,
     Picture,
+    blend,
+    changed_share,
     check_encodable,
     decode,
+    decode_mask,
     encode,
     preview,
     read_edit_record,
@@ -409,3 +412,197 @@ def test_the_preview_shows_the_colours_that_the_profile_means() -> None:
 @pytest.mark.parametrize("output", OUTPUT_FORMATS.values())
 def test_each_format_has_its_media_type(output: OutputFormat) -> None:
     assert output.media_type == Image.MIME[output.name]
+
+
+# --- masks ---
+
+
+def half(mode: str, left: object, right: object) -> Image.Image:
+    """A mask of 48×32 pixels whose halves are of one colour each."""
+    image = Image.new(mode, (48, 32), left)  # type: ignore[arg-type]
+    image.paste(right, (24, 0, 48, 32))  # type: ignore[arg-type]
+    return image
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        half("L", 0, 255),
+        half("1", 0, 1),
+        half("RGB", (0, 0, 0), WHITE),
+        half("RGBA", (0, 0, 0, 255), (255, 255, 255, 255)),  # says nothing by its transparency
+        half("RGBA", (255, 255, 255, 255), (0, 0, 0, 0)),  # transparent may change, as with OpenAI
+        half("LA", (255, 255), (255, 0)),
+        half("I;16", 0, 65535),
+        half("RGB", (0, 0, 0), WHITE).convert("P"),
+        half("RGBA", (9, 9, 9, 255), (9, 9, 9, 0)).convert("P"),
+    ],
+    ids=lambda mask: mask.mode,
+)
+def test_what_is_white_or_transparent_in_a_mask_may_change(mask: Image.Image) -> None:
+    found = decode_mask(saved(mask, "PNG"), LIMITS, (48, 32))
+    assert (found.shape, found.dtype) == ((32, 48), np.uint8)
+    assert (found[:, :24] == 0).all()
+    assert (found[:, 24:] == 255).all()
+
+
+def test_grey_and_half_transparent_lie_between() -> None:
+    assert decode_mask(saved(half("L", 0, 100), "PNG"), LIMITS, (48, 32))[0, -1] == 100
+    translucent = half("RGBA", (0, 0, 0, 255), (0, 0, 0, 155))
+    assert decode_mask(saved(translucent, "PNG"), LIMITS, (48, 32))[0, -1] == 100
+
+
+@pytest.mark.parametrize("name", INPUT_FORMATS)
+def test_a_mask_may_have_any_input_format(name: str) -> None:
+    found = decode_mask(saved(half("L", 0, 255).convert("RGB"), name), LIMITS, (48, 32))
+    assert distance(found, np.array(half("L", 0, 255))) < 3
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "TIFF"])
+def test_a_mask_is_turned_as_its_picture_is(name: str) -> None:
+    exif = exif_with({ExifTags.Base.Orientation: 6})
+    lying = saved(half("L", 0, 255), name, exif=exif)
+    picture = decode(saved(photograph(48, 32), name, exif=exif), LIMITS)
+    found = decode_mask(lying, LIMITS, (picture.width, picture.height))
+    assert found.shape == (48, 32)
+    assert found[:20].max() < 16
+    assert found[28:].min() > 239
+    with pytest.raises(InvalidParameterError, match="mask is 32×48 pixels, the picture is 48×32"):
+        decode_mask(lying, LIMITS, (48, 32))
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "sentence"),
+    [
+        (b"no picture", UnsupportedImageError, "Unsupported image format: the file is none of"),
+        (saved(half("L", 0, 255), "PNG")[:-35], CorruptImageError, "Cannot read image: the file"),
+        (b"x" * 20_001, ImageTooLargeError, "Image too large: at most"),
+        (
+            saved(Image.new("1", (2000, 1000)), "PNG"),
+            ImageTooLargeError,
+            "Image too large: 2000×10",
+        ),
+        (
+            saved(half("F", 0.0, 1.0), "TIFF"),
+            UnsupportedImageError,
+            "Unsupported image format: flo",
+        ),
+        (
+            saved(Image.new("L", (8, 300), "white"), "PNG"),
+            InvalidParameterError,
+            "Invalid parameter: mask is 8×300 pixels, the picture is 48×32; both must have the sam",
+        ),
+        (
+            saved(half("L", 0, 0), "PNG"),
+            InvalidParameterError,
+            "Invalid parameter: mask selects nothing; make white, or transparent, what may change",
+        ),
+    ],
+    ids=["text", "cut", "heavy", "large", "float", "other size", "black"],
+)
+def test_a_mask_that_cannot_be_used_is_refused(data: bytes, kind: type, sentence: str) -> None:
+    with pytest.raises(kind) as caught:
+        decode_mask(data, Limits(max_bytes=20_000, max_pixels=1_000_000), (48, 32))
+    assert str(caught.value).startswith(sentence)
+
+
+def disc(width: int, height: int, radius: float) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.where(np.hypot(x - width // 2, y - height // 2) <= radius, 255, 0).astype(np.uint8)
+
+
+def blended(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A source, an edit that differs in every number, and the two blended."""
+    height, width = mask.shape
+    source = Picture(noise(width, height), alpha=None, icc_profile=SRGB)
+    edited = Picture(source.pixels + np.uint8(100), icc_profile=SRGB)
+    before = source.pixels.copy()
+    result = blend(edited, source, mask)
+    assert result.icc_profile == SRGB
+    assert np.array_equal(source.pixels, before)
+    return before, edited.pixels, result.pixels
+
+
+@pytest.mark.parametrize("size", [(40, 30), (640, 300), (2000, 1000)])
+def test_outside_of_a_mask_nothing_changes_and_deep_inside_all_does(size: tuple[int, int]) -> None:
+    radius = 0.4 * min(size)
+    mask = disc(*size, radius)
+    before, edited, after = blended(mask)
+    assert np.array_equal(after[mask == 0], before[mask == 0])
+    core = disc(*size, radius - max(2.0, 0.011 * max(size)) - 4) > 0
+    assert np.array_equal(after[core], edited[core])
+    assert (after[mask > 0] != before[mask > 0]).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_mask_is_nothing_changes_where_it_is_0(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    grey = random.integers(1, 256, (60, 90), dtype=np.uint8)
+    mask = np.where(random.random((60, 90)) < random.random(), grey, 0).astype(np.uint8)
+    before, _, after = blended(mask)
+    assert np.array_equal(after[mask == 0], before[mask == 0])
+    assert changed_share(before, after) <= np.count_nonzero(mask) / mask.size
+
+
+def test_the_way_from_old_to_new_has_no_step() -> None:
+    mask = disc(800, 800, 300)
+    black, white = np.zeros((800, 800, 3), np.uint8), np.full((800, 800, 3), 255, np.uint8)
+    row = blend(Picture(white), Picture(black), mask).pixels[400, :, 0].astype(int)
+    assert (row[0], row[400], row[799]) == (0, 255, 0)
+    assert np.abs(np.diff(row)).max() <= 255 / 6
+    assert 7 <= np.count_nonzero((row > 0) & (row < 255)) / 2 <= 12
+
+
+def test_the_stairs_of_a_slanting_edge_are_smoothed() -> None:
+    y, x = np.mgrid[0:400, 0:800]
+    mask = np.where(y > 100 + x // 8, 255, 0).astype(np.uint8)  # steps of 8 pixels
+    black, white = np.zeros((400, 800, 3), np.uint8), np.full((400, 800, 3), 255, np.uint8)
+    after = blend(Picture(white), Picture(black), mask).pixels[:, :, 0].astype(int)
+    along = after[156, 300:420]  # from outside, through the feather, to deep inside
+    assert np.abs(np.diff(along)).max() <= 255 / 20
+
+
+def test_the_border_of_the_picture_is_no_edge_of_a_mask() -> None:
+    mask = np.array(half("L", 0, 255).resize((480, 320), Image.Resampling.NEAREST))
+    before, edited, after = blended(mask)
+    assert np.array_equal(after[:, 250:], edited[:, 250:])
+    assert np.array_equal(after[:, :240], before[:, :240])
+    everywhere = np.full((32, 48), 255, np.uint8)
+    _, edited, after = blended(everywhere)
+    assert np.array_equal(after, edited)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_a_stroke_narrower_than_the_feather_is_still_edited_in_its_middle(width: int) -> None:
+    mask = np.zeros((600, 800), np.uint8)
+    mask[100 : 100 + width, 50:700] = 255
+    before, edited, after = blended(mask)
+    middle = 100 + width // 2
+    assert np.array_equal(after[middle, 100:600], edited[middle, 100:600])
+    assert np.array_equal(after[mask == 0], before[mask == 0])
+
+
+def test_grey_in_a_mask_goes_a_part_of_the_way() -> None:
+    mask = np.full((300, 400), 102, np.uint8)
+    mask[:, 200:] = 255
+    black, white = np.zeros((300, 400, 3), np.uint8), np.full((300, 400, 3), 255, np.uint8)
+    after = blend(Picture(white), Picture(black), mask).pixels
+    assert (after[:, :200] == 102).all()
+    assert (after[:, 210:] == 255).all()
+
+
+def test_the_share_that_changed_counts_pixels_and_not_channels() -> None:
+    before = np.zeros((10, 20, 3), np.uint8)
+    after = before.copy()
+    after[0, 0], after[0, 1, 2], after[5, :, 0] = 9, 1, 255
+    assert changed_share(before, before) == 0.0
+    assert changed_share(before, after) == 22 / 200
+    assert changed_share(before, before + np.uint8(1)) == 1.0
+
+
+def test_the_record_names_a_mask_only_where_there_was_one() -> None:
+    named = RECORD.model_copy(update={"mask_sha256": "0f" * 32})
+    picture = Picture(noise(16, 16))
+    assert read_edit_record(encode(picture, ".png", named)) == named
+    assert read_edit_record(encode(picture, ".jpg", named)) == named
+    assert b"mask" not in encode(picture, ".png", RECORD)

@@ -39,7 +39,15 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.jobs import DATABASE_NAME, TIDY_INTERVAL_S, Job, JobEvent, JobRunner, JobStore
+from step1x_edit.jobs import (
+    DATABASE_NAME,
+    TIDY_INTERVAL_S,
+    Job,
+    JobEvent,
+    JobInput,
+    JobRunner,
+    JobStore,
+)
 
 REQUEST = {"prompt": "戴红帽子", "seed": 7}
 Report = Callable[[Progress], Awaitable[None]]
@@ -102,7 +110,31 @@ async def test_an_accepted_job_waits_with_its_input_and_its_request(data_dir: Pa
         assert (first.request, first.created_at) == (REQUEST, clock.time)
         assert first.answer is first.progress is first.started_at is first.finished_at is None
         assert await store.get(first.id) == first
-        assert await store.read_input(second.id) == b"dog"
+        assert await store.read_input(second.id) == JobInput(b"dog")
+
+
+async def test_a_mask_is_kept_with_its_job_and_counts_with_it(data_dir: Path) -> None:
+    async with JobStore(data_dir, max_bytes=10) as store:
+        job = await store.create(b"cat", REQUEST, b"mask")
+        assert job.has_mask
+        assert await store.read_input(job.id) == JobInput(b"cat", b"mask")
+        with pytest.raises(ServerBusyError):
+            await store.create(b"dog", {}, b"m")
+        assert not (await store.create(b"dog", {})).has_mask
+    operation = Operation()
+    async with JobStore(data_dir) as store, JobRunner(store, operation):
+        assert (await store.wait(job.id)).has_mask
+    assert operation.masks[0] == b"mask"
+
+
+async def test_a_job_whose_mask_is_gone_fails_and_is_not_done_without(data_dir: Path) -> None:
+    operation = Operation()
+    async with JobStore(data_dir) as store:
+        job = await store.create(b"cat", {}, b"mask")
+        (data_dir / "jobs" / job.id / "mask").unlink()
+        async with JobRunner(store, operation):
+            assert (await store.wait(job.id)).state == "failed"
+    assert operation.seen == []
 
 
 @posix
@@ -125,9 +157,10 @@ async def test_a_job_is_accepted_once_its_input_and_then_its_row_are_on_the_disk
     monkeypatch.setattr(os, "fsync", note_sync)
     async with JobStore(data_dir) as store:
         done.clear()
-        job = await store.create(b"cat", {})
+        job = await store.create(b"cat", {}, b"mask")
         folder = data_dir / "jobs" / job.id
-        files = [path.stat().st_ino for path in (folder / "input", folder, folder.parent)]
+        paths = (folder / "input", folder / "mask", folder, folder.parent)
+        files = [path.stat().st_ino for path in paths]
         assert done == [*files, ["wal", 2]], "2 is FULL"
 
 
@@ -443,7 +476,7 @@ async def test_after_a_kill_waiting_jobs_wait_and_running_ones_are_interrupted(
         assert states == ["queued", "running", "failed"]
         assert not list(image.rglob("result"))
         assert await store.start_next() == await store.get(waiting.id)
-        assert await store.read_input(waiting.id) == b"dog"
+        assert await store.read_input(waiting.id) == JobInput(b"dog")
     shutil.rmtree(image)
 
 
@@ -470,11 +503,27 @@ async def test_a_second_store_in_the_same_folder_is_refused(data_dir: Path) -> N
 async def test_a_store_of_a_newer_version_is_refused_and_left_alone(data_dir: Path) -> None:
     path = data_dir / DATABASE_NAME
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(SettingsError, match=r"by a newer step1x-edit \(version 2, this one knows"):
+        connection.execute("PRAGMA user_version = 3")
+    with pytest.raises(SettingsError, match=r"by a newer step1x-edit \(version 3, this one knows"):
         await JobStore(data_dir).__aenter__()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+
+
+async def test_what_a_store_of_version_1_has_accepted_is_done(data_dir: Path) -> None:
+    async with JobStore(data_dir) as store:
+        job = await store.create(b"cat", REQUEST)
+    with contextlib.closing(sqlite3.connect(data_dir / DATABASE_NAME)) as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN has_mask")
+        connection.execute("PRAGMA user_version = 1")
+    operation = Operation()
+    async with JobStore(data_dir) as store, JobRunner(store, operation):
+        masked = await store.create(b"dog", {}, b"mask")
+        assert (await store.wait(job.id)).request == REQUEST
+        await store.wait(masked.id)
+    async with JobStore(data_dir) as store:  # and once is enough
+        assert await store.read_input(masked.id) == JobInput(b"dog", b"mask")
+    assert operation.masks == [None, b"mask"]
 
 
 async def test_a_file_that_is_no_database_is_refused(data_dir: Path) -> None:
@@ -509,15 +558,17 @@ class Operation:
     def __init__(self, *raised: BaseException) -> None:
         self.raised = list(raised)
         self.seen: list[tuple[bytes, Mapping[str, object]]] = []
+        self.masks: list[bytes | None] = []
         self.started = asyncio.Event()
         self.let_on = asyncio.Event()
         self.let_on.set()
         self.was_stopped = False
 
     async def __call__(
-        self, image: bytes, request: Mapping[str, object], report: Report
+        self, given: JobInput, request: Mapping[str, object], report: Report
     ) -> tuple[bytes, Mapping[str, object]]:
-        self.seen.append((image, request))
+        self.seen.append((given.image, request))
+        self.masks.append(given.mask)
         await report(Progress(Phase.ENCODING))
         self.started.set()
         try:
@@ -527,7 +578,7 @@ class Operation:
             raise
         if self.raised:
             raise self.raised.pop(0)
-        return image.upper(), {"status": "success", "request": request}
+        return given.image.upper(), {"status": "success", "request": request}
 
 
 class Pauses:
@@ -722,7 +773,7 @@ class Life:
                     await self.one_job(store, number)
 
     async def one_job(self, store: JobStore, number: int) -> None:
-        job = await store.create(b"x" * 10, {"number": number})
+        job = await store.create(b"x" * 5, {"number": number}, b"m" * 5)
         self.known.add(job.id)
         started = await store.start_next()
         await store.note(started.id, Progress(Phase.DENOISING, number, 4))
@@ -756,7 +807,7 @@ async def is_whole(data_dir: Path, known: set[str], ended: dict[str, str]) -> No
         for job in jobs.values():
             if job.id in ended:
                 assert job.state == ended[job.id]
-            assert await store.read_input(job.id) == b"x" * 10
+            assert await store.read_input(job.id) == JobInput(b"x" * 5, b"m" * 5)
             if job.state == "succeeded":
                 assert await store.read_result(job.id) == b"y" * 10
             else:

@@ -33,11 +33,20 @@ def pixels_of(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def create(client: httpx2.Client, photo: Path, prompt: str = "x", **fields: str) -> dict[str, Any]:
+def create(
+    client: httpx2.Client,
+    photo: Path,
+    prompt: str = "x",
+    mask: bytes | None = None,
+    **fields: str,
+) -> dict[str, Any]:
     """Have a job accepted."""
+    files = {"file": (photo.name, photo.read_bytes())}
+    if mask is not None:
+        files["mask"] = ("mask.png", mask)
     answer = client.post(
         "/v1/jobs",
-        files={"file": (photo.name, photo.read_bytes())},
+        files=files,
         data={"prompt": prompt, "num_steps": "10", **fields},
     )
     assert answer.status_code == 202
@@ -45,6 +54,15 @@ def create(client: httpx2.Client, photo: Path, prompt: str = "x", **fields: str)
     JobAnswer.model_validate(told)
     assert answer.headers["location"] == f"/v1/jobs/{told['id']}"
     return told
+
+
+def a_mask(size: tuple[int, int]) -> bytes:
+    """A mask that lets the right half of a picture change."""
+    image = Image.new("L", size, 0)
+    image.paste(255, (size[0] // 2, 0, *size))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def events_in(text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -116,6 +134,23 @@ def test_a_job_is_accepted_done_and_fetched(make_service: MakeService, photo: Pa
     assert record.prompt == "invert 戴红帽子"
 
 
+def test_a_job_keeps_to_its_mask(make_service: MakeService, photo: Path) -> None:
+    mask = a_mask((64, 48))
+    with calling(make_service()) as client:
+        told = create(client, photo, seed="7", mask=mask)
+        job = ended(client, told["id"])
+        picture = client.get(f"/v1/jobs/{job['id']}/content").content
+        direct = client.post(
+            "/api/edit",
+            files={"file": photo.read_bytes(), "mask": mask},
+            data={"prompt": "x", "num_steps": "10", "seed": "7"},
+        )
+
+    assert job["metadata"]["changed_share"] == 0.5
+    assert picture == direct.content
+    assert np.array_equal(pixels_of(picture)[:, :32], pixels_of(photo.read_bytes())[:, :32])
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -148,6 +183,9 @@ def test_a_job_that_fails_says_why_as_every_other_door(
         ({"file": None}, 422, "Invalid parameter: file is missing"),
         ({"file": b"no picture"}, 415, "Unsupported image format: the file is none of PNG"),
         ({"file": b"+" * (2**20 + 1)}, 413, "Image too large: at most 1 MB are allowed"),
+        ({"mask": a_mask((64, 64))}, 422, "Invalid parameter: mask is 64×64 pixels, the picture"),
+        ({"mask": b"no picture"}, 415, "Unsupported image format: mask: the file is none of PNG"),
+        ({"mask": "mask.png"}, 422, "Invalid parameter: mask must be an uploaded file"),
     ],
 )
 def test_a_form_that_is_refused_says_why_and_leaves_nothing(
@@ -399,6 +437,41 @@ def test_after_a_restart_ended_jobs_are_there_and_the_others_run(
         assert np.array_equal(pixels_of(result), 255 - pixels_of(photo.read_bytes()))
     states = [event["status"] for _, event in heard if "progress" not in event]
     assert states == ["queued", "running", "queued", "running", "succeeded"]
+
+
+@pytest.mark.parametrize("given", [{}, {"seed": "-1"}])
+def test_a_job_that_is_run_again_after_a_restart_makes_the_same_picture(
+    make_service: MakeService, photo: Path, tmp_path: Path, given: dict[str, str]
+) -> None:
+    seeds: list[int] = []
+    gate = Gate()
+
+    def hold(job: EditJob, step: int) -> None:
+        seeds.append(job.seed)
+        gate(job, step)
+
+    def painted(job: EditJob) -> np.ndarray:
+        return np.random.default_rng(job.seed).integers(0, 256, job.image.shape, dtype=np.uint8)
+
+    data_dir, again = tmp_path / "data", FakeWorker(paint=painted)
+    with calling(make_service(FakeWorker(before_step=hold)), data_dir=data_dir) as client:
+        first = create(client, photo, mask=a_mask((64, 48)), **given)
+        other = create(client, photo, **given)
+        assert gate.reached.wait(60)
+    with calling(make_service(again), data_dir=data_dir) as client:
+        job = ended(client, first["id"])
+        picture = client.get(f"/v1/jobs/{first['id']}/content").content
+        direct = client.post(
+            "/api/edit",
+            files={"file": photo.read_bytes(), "mask": a_mask((64, 48))},
+            data={"prompt": "x", "num_steps": "10", "seed": str(first["request"]["seed"])},
+        )
+    gate.open()
+
+    assert seeds == [first["request"]["seed"]]
+    assert job["metadata"]["seed"] == first["request"]["seed"]
+    assert picture == direct.content
+    assert first["request"]["seed"] != other["request"]["seed"]
 
 
 def test_without_the_api_there_are_no_jobs_and_nothing_is_stored(

@@ -57,7 +57,7 @@ def test_the_form_is_that_of_the_schema(path: str) -> None:
     body = DESCRIBED["paths"][path]["post"]["requestBody"]
     form = body["content"]["multipart/form-data"]["schema"]
 
-    assert list(form["properties"]) == ["file", *PictureRequest.model_fields]
+    assert list(form["properties"]) == ["file", "mask", *PictureRequest.model_fields]
     assert form["required"] == ["file", "prompt"]
     for name in PictureRequest.model_fields:
         assert form["properties"][name]["description"] == PARAMETERS[name].description

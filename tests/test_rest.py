@@ -160,6 +160,50 @@ def test_the_answer_of_the_tools_is_there_as_json_with_the_picture(
     assert base64.b64decode(answer["image_base64"]) == plain.content
 
 
+@pytest.mark.parametrize("accept", ["image/png", "application/json"])
+def test_with_a_mask_the_rest_stays_and_the_answer_says_how_much_changed(
+    make_service: MakeService, photo: Path, accept: str
+) -> None:
+    mask = io.BytesIO()
+    image = Image.new("L", (64, 48), 0)
+    image.paste(255, (16, 0, 64, 48))
+    image.save(mask, "PNG")
+    sent = {**files(photo), "mask": ("mask.png", mask.getvalue())}
+    with calling(make_service()) as client:
+        answer = client.post(
+            "/api/edit", files=sent, data={"prompt": "x"}, headers={"Accept": accept}
+        )
+        plain = client.post("/api/edit", files=files(photo), data={"prompt": "x"})
+
+    is_json = accept == "application/json"
+    data = base64.b64decode(answer.json()["image_base64"]) if is_json else answer.content
+    before = pixels_of(photo.read_bytes())
+    assert np.array_equal(pixels_of(data)[:, :16], before[:, :16])
+    assert np.array_equal(pixels_of(data)[:, 20:], 255 - before[:, 20:])
+    assert answer.headers["x-changed-share"] == "0.7500"
+    if is_json:
+        assert answer.json()["metadata"]["changed_share"] == 0.75
+    assert "x-changed-share" not in plain.headers
+
+
+def test_a_picture_and_its_mask_may_each_have_the_largest_size(
+    make_service: MakeService, photo: Path
+) -> None:
+    limits = {"max_upload_mb": 1}
+    buffer = io.BytesIO()
+    Image.fromarray(np.frombuffer(NOISE, np.uint8)[: 3 * 580 * 580].reshape(580, 580, 3)).save(
+        buffer, "PNG"
+    )
+    heavy = buffer.getvalue()
+    assert 0.9 * 2**20 < len(heavy) <= 2**20
+    with calling(make_service(**limits), **limits) as client:
+        answer = client.post(
+            "/api/edit", files={"file": heavy, "mask": heavy}, data={"prompt": "x"}
+        )
+
+    assert answer.status_code == 200
+
+
 def test_the_gpu_operations_answer_as_the_tools_do(make_service: MakeService, photo: Path) -> None:
     with calling(make_service(FakeWorker(device="cuda:0"))) as client:
         client.post("/api/edit", files=files(photo), data={"prompt": "x"})
@@ -211,6 +255,17 @@ NOISE = np.random.default_rng(0).bytes(2**20)
         ({"file": a_png(640, 16)}, 422, "Image too elongated: 640×16 pixels"),
         ({"file": a_png(1600, 1600)}, 413, "Image too large: 1600×1600 pixels"),
         ({"file": NOISE + b"+"}, 413, "Image too large: at most 1 MB are allowed"),
+        ({"mask": b"no picture"}, 415, "Unsupported image format: mask: the file is none of PNG"),
+        ({"mask": b""}, 415, "Unsupported image format: mask: the file is none of PNG"),
+        ({"mask": a_png(64, 48)[:60]}, 422, "Cannot read image: mask: the file is damaged or i"),
+        ({"mask": a_png(1600, 1600)}, 413, "Image too large: mask: 1600×1600 pixels"),
+        ({"mask": NOISE + b"+"}, 413, "Image too large: mask: at most 1 MB are allowed"),
+        ({"mask": a_png(48, 64)}, 422, "Invalid parameter: mask is 48×64 pixels, the picture is 6"),
+        ({"mask": a_png(64, 48)}, 422, "Invalid parameter: mask selects nothing"),
+        ({"mask": "mask.png"}, 422, "Invalid parameter: mask must be an uploaded file"),
+        ({"mask": ""}, 422, "Invalid parameter: mask must be an uploaded file"),
+        ({"mask": [b"a", b"b"]}, 422, "Invalid parameter: 'mask' is given twice"),
+        ({"mask_path": "mask.png"}, 422, "Invalid parameter: 'mask_path' is unknown"),
         ({"file": NOISE * 3}, 413, "Image too large: at most 1 MB are allowed"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -37,6 +37,9 @@ def test_every_command_of_the_guide_answers_as_it_says(
     make_service: MakeService, tmp_path: Path
 ) -> None:
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "photo.jpg")
+    mask = Image.new("1", (64, 48))
+    mask.paste(1, (0, 24, 64, 48))
+    mask.save(tmp_path / "mask.png")
     environment = {"API_KEY": TOKEN, "PATH": "/usr/bin:/bin"}
     with serving(make_service()) as url:
         for command, expected in commands():

@@ -72,6 +72,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "seed": None,
         "overwrite": False,
         "negative_prompt": "",
+        "mask_path": None,
     }
     assert list(BatchRequest.model_fields)[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]
@@ -151,6 +152,9 @@ def test_what_callers_mean_is_understood(name: str, value: object, read: object)
         ("image_path", "", "image_path must not be empty"),
         ("image_path", "a\0", "image_path must not contain a NUL character"),
         ("image_path", ["a"], "image_path must be a text, got a list of 1"),
+        ("mask_path", "", "mask_path must not be empty"),
+        ("mask_path", 5, "mask_path must be a text, got 5"),
+        ("mask", "m.png", "'mask' is unknown, did you mean mask_path?"),
         ("overwrite", "perhaps", "overwrite must be true or false, got 'perhaps'"),
         ("num_step", 20, "'num_step' is unknown, did you mean num_steps?"),
         ("bogus", 20, "'bogus' is unknown"),
@@ -198,6 +202,8 @@ def test_a_batch_has_a_prompt_for_each_image(
             {"prompts": ["x"]},
             "prompts must be one text or a list of 2, one for each of image_paths, got 1",
         ),
+        # A mask belongs to one picture.
+        ({"mask_path": "m.png"}, "'mask_path' is unknown, did you mean image_paths?"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said(values: dict[str, Any], sentence: str) -> None:

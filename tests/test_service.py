@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate, ManualClock, settled
-from step1x_edit.channel import Memory, Phase, Progress
+from step1x_edit.channel import EditJob, Memory, Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
     ImageFileNotFoundError,
+    ImageTooLargeError,
     InvalidParameterError,
     OutputExistsError,
     PathNotAllowedError,
     ServerBusyError,
+    Step1XEditError,
+    UnsupportedImageError,
 )
 from step1x_edit.images import read_edit_record
 from step1x_edit.schemas import MAX_SEED
@@ -428,3 +432,117 @@ async def test_edits_are_counted_by_how_they_end(make_service: MakeService, phot
     await service.edit(service.read_edit({"image_path": photo, "prompt": "go"}))
 
     assert service.outcomes == {"cancelled": 1, "success": 1}
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def mask_beside(photo: Path, name: str = "mask.png", right: object = 255) -> Path:
+    """A mask that lets the right half of the photograph change."""
+    mask = Image.new("L", (64, 48), 0)
+    mask.paste(right, (32, 0, 64, 48))  # type: ignore[arg-type]
+    path = photo.with_name(name)
+    mask.save(path)
+    return path
+
+
+async def test_outside_of_the_mask_the_picture_stays_and_the_answer_says_how_much_changed(
+    make_service: MakeService, photo: Path
+) -> None:
+    before, mask = np.asarray(Image.open(photo)), mask_beside(photo)
+
+    answer = await edit(make_service(), photo, mask_path=mask, seed=3)
+
+    after = np.asarray(Image.open(str(answer["output_path"])))
+    assert np.array_equal(after[:, :32], before[:, :32])
+    assert np.array_equal(after[:, 36:], 255 - before[:, 36:])
+    assert answer["metadata"]["changed_share"] == 0.5  # type: ignore[index]
+    record = read_edit_record(Path(str(answer["output_path"])))
+    assert record is not None
+    assert record.mask_sha256 == hashlib.sha256(mask.read_bytes()).hexdigest()
+
+
+async def test_a_mask_is_laid_on_the_picture_in_its_own_size(
+    make_service: MakeService, photo: Path
+) -> None:
+    def small(job: EditJob) -> np.ndarray:  # as a model does that works at another resolution
+        return np.full((24, 32, 3), 255, np.uint8)
+
+    before = np.asarray(Image.open(photo))
+    answer = await edit(make_service(FakeWorker(paint=small)), photo, mask_path=mask_beside(photo))
+
+    after = np.asarray(Image.open(str(answer["output_path"])))
+    assert np.array_equal(after[:, :32], before[:, :32])
+    assert (after[:, 36:] == 255).all()
+
+
+async def test_a_mask_that_is_sent_does_the_same_as_one_in_a_file(
+    make_service: MakeService, photo: Path
+) -> None:
+    service, mask = make_service(), mask_beside(photo)
+
+    request = service.read_picture({"prompt": "invert", "seed": 3})
+    sent = await service.edit_picture(photo.read_bytes(), request, mask=mask.read_bytes())
+    saved = await edit(service, photo, mask_path=mask, seed=3)
+
+    assert sent.data == Path(str(saved["output_path"])).read_bytes()
+    assert sent.metadata.changed_share == 0.5
+
+
+async def test_a_mask_is_checked_before_the_edit_is_queued(
+    make_service: MakeService, photo: Path
+) -> None:
+    worker = FakeWorker()
+    service = make_service(worker, max_upload_mb=1)
+    other, black = photo.with_name("other.png"), mask_beside(photo, "black.png", right=0)
+    text, heavy = photo.with_name("text.png"), photo.with_name("heavy.png")
+    Image.new("L", (48, 64), 255).save(other)
+    text.write_bytes(b"no picture")
+    heavy.write_bytes(b"x" * (2**20 + 1))
+
+    async def refusal(mask: Path, kind: type[Step1XEditError]) -> str:
+        with pytest.raises(kind) as caught:
+            await edit(service, photo, mask_path=mask)
+        return str(caught.value)
+
+    assert await refusal(other, InvalidParameterError) == (
+        "Invalid parameter: mask is 48×64 pixels, the picture is 64×48; "
+        "both must have the same size"
+    )
+    assert "mask selects nothing" in await refusal(black, InvalidParameterError)
+    sentence = await refusal(text, UnsupportedImageError)
+    assert sentence.startswith("Unsupported image format: mask: the file is none of PNG")
+    sentence = await refusal(heavy, ImageTooLargeError)
+    assert sentence == "Image too large: mask: at most 1 MB are allowed"
+    missing = photo.with_name("no.png")
+    assert await refusal(missing, ImageFileNotFoundError) == f"Image file not found: {missing}"
+    await refusal(Path("/etc/hostname"), PathNotAllowedError)
+    assert worker.started == []
+
+
+async def test_a_mask_is_an_input_that_is_never_overwritten(
+    make_service: MakeService, photo: Path
+) -> None:
+    service, mask = make_service(), mask_beside(photo, "photo_edited.png")
+    before = mask.read_bytes()
+
+    answer = await edit(service, photo, mask_path=mask, overwrite=True)
+    with pytest.raises(OutputExistsError):
+        await edit(service, photo, mask_path=mask, output_path=str(mask), overwrite=True)
+
+    assert answer["output_path"] == str(photo.with_name("photo_edited_2.png"))
+    assert mask.read_bytes() == before
+
+
+async def test_the_transparency_of_a_picture_can_be_its_own_mask(
+    make_service: MakeService, photo: Path
+) -> None:
+    image = Image.open(photo).convert("RGBA")
+    image.paste((0, 0, 0, 0), (32, 0, 64, 48))
+    image.save(photo)
+
+    answer = await edit(make_service(), photo, mask_path=photo)
+
+    after = np.asarray(Image.open(str(answer["output_path"])))
+    assert np.array_equal(after[:, :32], np.asarray(image)[:, :32])
+    assert answer["metadata"]["changed_share"] == 0.5  # type: ignore[index]

@@ -14,9 +14,10 @@ This module knows nothing about paths, folders and the model.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +30,7 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageCms,
+    ImageFilter,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -66,9 +68,14 @@ DECODERS: Final = tuple(
 MIN_SIDE: Final = 16  # pixels; one token of the network covers this much
 MAX_ASPECT_RATIO: Final = 16  # at 512 pixels squared the shorter side still has 128
 
+FEATHER: Final = 0.01  # of the longer side: how far inside a mask its edge is soft
+MIN_FEATHER: Final = 2  # pixels
+MAX_FEATHER: Final = 64  # pixels; each of them is one more pass over the masked part
+
 PREVIEW_SIDE: Final = 512
 PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cutting
 
+_MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
 _MAX_PROFILE_LENGTH: Final = 2**20  # what PNG decoders are willing to read
 _RECORD_KEY: Final = "step1x-edit"
 
@@ -107,13 +114,54 @@ class Picture:
 
 def decode(data: bytes, limits: Limits) -> Picture:
     """Read a picture; raises an ImageError that says what is wrong with it."""
+    with _opened(data, limits) as image:
+        _check_shape(image.width, image.height)
+        image.load()
+        return _picture(image)
+
+
+def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
+    """How far each pixel may change, from 0 (it stays) to 255, as (H, W).
+
+    A picture with transparency says so by it: what is fully transparent may change. Any other says
+    so by its brightness: what is white may change. Raises an ImageError as `decode` does, and
+    InvalidParameterError if the upright mask has not the size (width, height) of the upright
+    picture, or lets nothing change.
+    """
+    with _opened(data, limits) as image:
+        image.load()
+        image = _upright(image, _exif(image))
+        alpha = _alpha(image)
+        if alpha is None or (alpha == 255).all():
+            mask = np.array(_to_rgb(image, None)[0].convert("L"))
+        else:
+            mask = 255 - alpha
+    height, width = mask.shape
+    if (width, height) != size:
+        raise InvalidParameterError(
+            f"mask is {width}×{height} pixels, the picture is {size[0]}×{size[1]}; "
+            "both must have the same size"
+        )
+    if not mask.any():
+        raise InvalidParameterError(
+            "mask selects nothing; make white, or transparent, what may change"
+        )
+    return mask
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
+    """An image whose header is within the limits; whatever its decoder raises is an ImageError."""
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
-            _check_size(image.width, image.height, limits)
-            image.load()
-            return _picture(image)
+            if image.width * image.height > limits.max_pixels:
+                raise ImageTooLargeError(
+                    f"{image.width}×{image.height} pixels, "
+                    f"at most {limits.max_pixels / 1e6:g} megapixels are allowed"
+                )
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -139,12 +187,8 @@ def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
     return CorruptImageError("the file is damaged or incomplete")
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
+def _check_shape(width: int, height: int) -> None:
     size = f"{width}×{height} pixels"
-    if width * height > limits.max_pixels:
-        raise ImageTooLargeError(
-            f"{size}, at most {limits.max_pixels / 1e6:g} megapixels are allowed"
-        )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageAspectError(
             f"{size}, the longer side may be at most {MAX_ASPECT_RATIO} times the shorter one"
@@ -156,9 +200,7 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 def _picture(image: Image.Image) -> Picture:
     exif = _exif(image)
     profile = _usable(image.info.get("icc_profile"))
-    upright = _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
-    if upright is not None:
-        image = image.transpose(upright)
+    image = _upright(image, exif)
     alpha = _alpha(image)
     image, profile = _to_rgb(image, profile)
     pixels = np.array(image)  # a copy that may be written to
@@ -167,8 +209,13 @@ def _picture(image: Image.Image) -> Picture:
     return Picture(pixels, alpha, profile, _harmless(exif))
 
 
+def _upright(image: Image.Image, exif: Mapping[int, Any]) -> Image.Image:
+    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
 # The TIFF decoder of Pillow turns the picture itself and takes the tag away.
-_UPRIGHT: Final = {
+_TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -297,6 +344,91 @@ def _is_writable(tag: int, value: Any) -> bool:
         return False
 
 
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def blend(edited: Picture, source: Picture, mask: Pixels) -> Picture:
+    """The edited picture inside of the mask (H, W) and the source, to the bit, outside of it.
+
+    The way from the one to the other lies inside: nothing changes where the mask is 0. It is
+    shorter where the mask is too narrow for it, so that a thin stroke is not lost. Both pictures
+    have the size of the mask; what travels with the pixels is that of the edited one.
+    """
+    box = Image.fromarray(mask).getbbox()
+    if box is None:
+        return replace(edited, pixels=source.pixels)
+    left, top, right, bottom = box  # with a margin, so that the mask's edge is seen
+    box = max(left - 1, 0), max(top - 1, 0), right + 1, bottom + 1
+    part = np.s_[box[1] : box[3], box[0] : box[2]]
+    longer_side = max(source.width, source.height)
+    width = min(max(round(FEATHER * longer_side), MIN_FEATHER), MAX_FEATHER)
+    pixels = source.pixels.copy()
+    pixels[part] = Image.composite(
+        Image.fromarray(edited.pixels[part]),
+        Image.fromarray(source.pixels[part]),
+        Image.fromarray(_feathered(mask[part], width)),
+    )
+    return replace(edited, pixels=pixels)
+
+
+def changed_share(before: Pixels, after: Pixels) -> float:
+    """The share of pixels, from 0 to 1, that are not exactly the same."""
+    return float((before != after).any(axis=-1).mean())
+
+
+def _feathered(mask: Pixels, width: int) -> Pixels:
+    """The mask with an edge that falls to 0 within about `width` pixels on its inner side.
+
+    Each pixel counts by its depth, the sum of the mask eroded by 0, 1, … pixels. A blur takes out
+    the stairs of a hard mask, which depth repeats; what it carries beyond the mask is dropped.
+    """
+    eroded, depth = mask, mask.astype(np.uint16)
+    for step in range(1, width):
+        eroded = _eroded(eroded, with_corners=step % 2 == 0)
+        depth += eroded
+    stairs = _weighted(mask, depth, width, width)
+    blur = min(_MAX_BLUR, width // 2)
+    smooth = np.array(Image.fromarray(stairs).filter(ImageFilter.BoxBlur(blur)))
+    return _weighted(mask, smooth.astype(np.uint16), 1, width + blur)
+
+
+def _weighted(mask: Pixels, depth: npt.NDArray[np.uint16], most: int, distance: int) -> Pixels:
+    """The mask times the part of full depth, `most` times its own value, that each pixel has.
+
+    Where nothing within this distance is so deep, the deepest counts as full: a stroke that is
+    narrower than the feather keeps its middle.
+    """
+    full = np.minimum(mask.astype(np.uint16) * most, _highest_within(depth, distance))
+    share = depth / np.maximum(full, 1, dtype=np.float32)
+    return np.rint(mask * np.minimum(share, 1)).astype(np.uint8)
+
+
+def _eroded(mask: Pixels, *, with_corners: bool) -> Pixels:
+    """The lowest of each pixel and its neighbours; alternating, corners make edges nearly round.
+
+    Beyond the picture nothing is lower: its border is no edge of the mask.
+    """
+    lowest: Pixels = mask.copy()
+    np.minimum(lowest[1:], mask[:-1], out=lowest[1:])
+    np.minimum(lowest[:-1], mask[1:], out=lowest[:-1])
+    beside = lowest.copy() if with_corners else mask
+    np.minimum(lowest[:, 1:], beside[:, :-1], out=lowest[:, 1:])
+    np.minimum(lowest[:, :-1], beside[:, 1:], out=lowest[:, :-1])
+    return lowest
+
+
+def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArray[np.uint16]:
+    """The highest value in a square around each pixel that reaches this far to each side."""
+    for _ in range(2):  # down the columns, then, turned over, along the rows
+        window, length = np.pad(values, ((distance, distance), (0, 0))), 1
+        while length < 2 * distance + 1:
+            step = min(length, 2 * distance + 1 - length)
+            window = np.maximum(window[:-step], window[step:])
+            length += step
+        values = window.T
+    return values
+
+
 # --- encoding ------------------------------------------------------------------------------------
 
 
@@ -380,7 +512,7 @@ def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> b
         options["exif"] = _exif_of(picture, None if output is _PNG else record)
     if output is _PNG and record is not None:
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(_RECORD_KEY, record.model_dump_json())
+        chunks.add_itxt(_RECORD_KEY, _written(record))
         options["pnginfo"] = chunks
     buffer = io.BytesIO()
     image.save(buffer, output.name, **{name: v for name, v in options.items() if v is not None})
@@ -438,8 +570,12 @@ def _exif_of(picture: Picture, record: EditRecord | None) -> bytes | None:
 _UNICODE: Final = b"UNICODE\0"
 
 
+def _written(record: EditRecord) -> str:
+    return record.model_dump_json(exclude_none=True)
+
+
 def _comment(record: EditRecord) -> bytes:
-    return _UNICODE + record.model_dump_json().encode("utf-16-be")
+    return _UNICODE + _written(record).encode("utf-16-be")
 
 
 def read_edit_record(source: bytes | Path) -> EditRecord | None:

@@ -1,12 +1,12 @@
 """Stored jobs: edits that outlive their caller's connection and the server's process.
 
 A job is accepted once it and its input are on the disk, and from then on it ends in exactly one of
-the states `succeeded`, `failed`, `cancelled` and `expired`. Rows live in an SQLite database; input
+the states `succeeded`, `failed`, `cancelled` and `expired`. Rows live in an SQLite database; inputs
 and result lie beside it in `jobs/<id>/`, under names of our own. What has happened to a job is kept
 as numbered events that can be read again and waited for.
 
 `JobStore` remembers, `JobRunner` runs what waits. Neither knows anything about pictures, models or
-protocols: an input is bytes, a request is JSON, and the work is an operation given from outside.
+protocols: inputs are bytes, a request is JSON, and the work is an operation given from outside.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 DATABASE_NAME: Final = "jobs.sqlite3"
 FOLDER_NAME: Final = "jobs"
 PROGRESS_INTERVAL_S: Final = 1.0
@@ -61,6 +61,7 @@ _GUESSED_JOB_S: Final = 10.0  # until the first job has been timed
 _RETRY_S: Final = 5.0  # for a full disk to be emptied
 _ID: Final = re.compile(r"[0-9a-f]{44}")
 _INPUT: Final = "input"
+_MASK: Final = "mask"
 _RESULT: Final = "result"
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOCKED: Final = "database is locked"  # Python 3.10 has no names for SQLite's codes
@@ -79,6 +80,7 @@ class Job:
     id: str
     state: JobState
     request: Mapping[str, object]
+    has_mask: bool
     created_at: float
     started_at: float | None
     finished_at: float | None
@@ -87,6 +89,14 @@ class Job:
     """The place in the queue, from 1, of a job that waits."""
     answer: Mapping[str, object] | None
     """What the operation answered, or an `ErrorAnswer`, once the state is final."""
+
+
+@dataclass(frozen=True)
+class JobInput:
+    """What a job was given: the file of a picture, and that of a mask if there is one."""
+
+    image: bytes
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class JobEvent:
 # --- the database ---------------------------------------------------------------------------------
 # An id begins with a number that grows, so that its order is the order of acceptance.
 
-_SCHEMA: Final = (
+_VERSION_1: Final = (
     """CREATE TABLE jobs (
         id TEXT PRIMARY KEY,
         state TEXT NOT NULL CHECK (
@@ -137,8 +147,10 @@ _SCHEMA: Final = (
         total INTEGER,
         PRIMARY KEY (job_id, number)
     ) WITHOUT ROWID""",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+_VERSION_2: Final = ("ALTER TABLE jobs ADD COLUMN has_mask INTEGER NOT NULL DEFAULT 0",)
+_VERSIONS: Final = (_VERSION_1, _VERSION_2)
+"""What makes each version of the database of the one before; 0 is an empty one."""
 
 _GET: Final = """SELECT *, CASE state WHEN 'queued' THEN (
         SELECT count(*) FROM jobs AS other WHERE other.state = 'queued' AND other.id <= jobs.id
@@ -228,12 +240,14 @@ class JobStore:
 
     # --- for callers ---
 
-    async def create(self, image: bytes, request: Mapping[str, object]) -> Job:
+    async def create(
+        self, image: bytes, request: Mapping[str, object], mask: bytes | None = None
+    ) -> Job:
         """Accept a job: when this returns, the job is on the disk.
 
         Raises ServerBusyError when the queue is full.
         """
-        return await self._do(self._create, image, json.dumps(dict(request)))
+        return await self._do(self._create, JobInput(image, mask), json.dumps(dict(request)))
 
     async def get(self, job_id: str) -> Job:
         """The job as it is now; raises JobNotFoundError."""
@@ -271,7 +285,7 @@ class JobStore:
                 await changed.wait()
                 changed.clear()
 
-    async def read_input(self, job_id: str) -> bytes:
+    async def read_input(self, job_id: str) -> JobInput:
         """What the job was given; raises JobNotFoundError."""
         return await self._do(self._read_input, job_id)
 
@@ -390,9 +404,11 @@ class JobStore:
                     f"DATA_DIR: {path} was written by a newer step1x-edit "
                     f"(version {version}, this one knows {SCHEMA_VERSION})"
                 )
-            if version == 0:
-                for statement in _SCHEMA:
+            for statements in _VERSIONS[version:]:
+                for statement in statements:
                     self._connection.execute(statement)
+            if version != SCHEMA_VERSION:
+                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         newest = self._connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
         self._last_number = int(newest[:12], 16) if newest else 0
 
@@ -442,8 +458,12 @@ class JobStore:
         )
         return list(map(_event, rows)), job is None or job.state.is_final
 
-    def _read_input(self, job_id: str) -> bytes:
-        return (self._folder / self._get(job_id).id / _INPUT).read_bytes()
+    def _read_input(self, job_id: str) -> JobInput:
+        job = self._get(job_id)
+        folder = self._folder / job.id
+        # The row says so: a mask whose file has gone must not be taken for none.
+        mask = (folder / _MASK).read_bytes() if job.has_mask else None
+        return JobInput((folder / _INPUT).read_bytes(), mask)
 
     def _read_result(self, job_id: str) -> bytes:
         job = self._get(job_id)
@@ -460,24 +480,27 @@ class JobStore:
 
     # --- accepting and forgetting, on the thread --------------------------------------------------
 
-    def _create(self, image: bytes, request: str) -> Job:
+    def _create(self, given: JobInput, request: str) -> Job:
+        size = len(given.image) + len(given.mask or b"")
         self._tidy()
-        self._check_room(len(image))  # before history gives way to a job that is refused
-        self._tidy(needed=len(image))
+        self._check_room(size)  # before history gives way to a job that is refused
+        self._tidy(needed=size)
         self._last_number += 1
         job_id = f"{self._last_number:012x}{self._random_bytes(16).hex()}"
         folder = self._folder / job_id
         try:
             folder.mkdir(mode=0o700)
-            _write(folder / _INPUT, image)
+            _write(folder / _INPUT, given.image)
+            if given.mask is not None:
+                _write(folder / _MASK, given.mask)
             _sync_folder(folder)
             _sync_folder(self._folder)
             with self._transaction():
                 now = self._now()
                 self._connection.execute(
-                    """INSERT INTO jobs (id, state, request, created_at, size)
-                    VALUES (?, 'queued', ?, ?, ?)""",
-                    (job_id, request, now, len(image)),
+                    """INSERT INTO jobs (id, state, request, created_at, size, has_mask)
+                    VALUES (?, 'queued', ?, ?, ?, ?)""",
+                    (job_id, request, now, size, given.mask is not None),
                 )
                 self._add_event(job_id, now, JobState.QUEUED)
         except BaseException:
@@ -648,11 +671,11 @@ class JobStore:
 # --- running --------------------------------------------------------------------------------------
 
 Operation: TypeAlias = Callable[
-    [bytes, Mapping[str, object], Callable[[Progress], Awaitable[None]]],
+    [JobInput, Mapping[str, object], Callable[[Progress], Awaitable[None]]],
     Awaitable[tuple[bytes, Mapping[str, object]]],
 ]
-"""The work: takes the input, the request and whom to tell how far it has come; returns the result
-and the answer. It can be cancelled, and says with a Step1XEditError what went wrong."""
+"""The work: takes what the job was given, the request and whom to tell how far it has come; returns
+the result and the answer. It can be cancelled, and says with a Step1XEditError what went wrong."""
 
 
 class JobRunner:
@@ -727,10 +750,10 @@ class JobRunner:
             with contextlib.suppress(NoSpaceError, InternalError):  # no reason to stop the work
                 await self._store.note(job.id, progress)
 
-        image = await self._store.read_input(job.id)
+        given = await self._store.read_input(job.id)
         while True:
             try:
-                return await self._operation(image, job.request, report)
+                return await self._operation(given, job.request, report)
             except ServerBusyError as error:  # others fill the line; this job has been accepted
                 await self._pause(error.retry_after_s or _RETRY_S)
 
@@ -758,6 +781,7 @@ def _job(row: sqlite3.Row) -> Job:
         id=row["id"],
         state=JobState(row["state"]),
         request=json.loads(row["request"]),
+        has_mask=bool(row["has_mask"]),
         created_at=row["created_at"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],

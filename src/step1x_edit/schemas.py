@@ -165,6 +165,14 @@ Overwrite = Annotated[bool, Field(description="Replace the output file if it exi
 NegativePrompt = Annotated[
     _PromptText, Field(description="What the picture should not show, such as 'blurry'")
 ]
+MaskPath = Annotated[
+    _PathText | None,
+    Field(
+        description="Path of a mask, a picture of the same size: what is white (or, if it has "
+        "transparency, transparent) may change, the rest keeps its exact pixels. "
+        "Default: the whole picture may change"
+    ),
+]
 ImagePaths = Annotated[
     list[_PathText],
     Field(min_length=1, description="Paths of the images to edit"),
@@ -207,6 +215,7 @@ class EditRequest(_Request):
     seed: Seed = None
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
+    mask_path: MaskPath = None
 
 
 class PictureRequest(_Request):
@@ -278,6 +287,8 @@ class EditRecord(_Request):
     guidance_scale: GuidanceScale
     size_level: SizeLevel
     seed: _SeedNumber
+    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -309,6 +320,10 @@ class EditMetadata(_Answer):
     height: int | None = None
     negative_prompt: str | None = None
     warning: str | None = None
+    changed_share: Annotated[
+        float | None,
+        Field(description="Share of the pixels that changed, 0 to 1, if there was a mask"),
+    ] = None
 
 
 class EditAnswer(_Answer):

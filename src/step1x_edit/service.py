@@ -1,14 +1,16 @@
 """The service: the operations that every interface offers, and what they promise.
 
 An edit is one straight story: read the file, decide where the result will go, have the engine edit,
-bring the picture back to its size, save it, say what was done. A batch tells it again for each of
-its pictures. The service knows nothing about protocols, and of the model only what the engine says.
+bring the picture back to its size, keep what a mask says must stay, save it, say what was done. A
+batch tells it again for each of its pictures. The service knows nothing about protocols, and of the
+model only what the engine says.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import time
 from collections import Counter
@@ -30,9 +32,9 @@ from step1x_edit.engine import (
     EngineStatus,
     StartWorker,
 )
-from step1x_edit.errors import CheckpointError, EditCancelledError, Step1XEditError
-from step1x_edit.files import FileAccess, InputFile, Output
-from step1x_edit.images import Limits, Picture
+from step1x_edit.errors import CheckpointError, EditCancelledError, ImageError, Step1XEditError
+from step1x_edit.files import FileAccess, FileIdentity, Output
+from step1x_edit.images import Limits, Picture, Pixels
 from step1x_edit.schemas import (
     MAX_SEED,
     BatchAnswer,
@@ -84,6 +86,15 @@ class EditedPicture:
     data: bytes
     metadata: EditMetadata
     processing_time: float
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is edited: a picture, and the mask of what may change in it, if there is one."""
+
+    picture: Picture
+    mask: Pixels | None = None
+    mask_sha256: str | None = None
 
 
 _SHARED_BY_A_BATCH = frozenset(EditRequest.model_fields.keys() & BatchRequest.model_fields.keys())
@@ -139,19 +150,21 @@ class EditService:
         request: PictureRequest,
         report: Report = unreported,
         suffix: str = ".png",
+        mask: bytes | None = None,
     ) -> EditedPicture:
         """Edit a picture that the caller has sent, and give the result back; no file is touched.
 
-        `suffix` chooses the format as that of an output does. Cancelling the call stops the work.
+        `suffix` chooses the format as that of an output does, `mask` is a picture of what may
+        change. Cancelling the call stops the work.
         """
         self.check_room()
         started = time.monotonic()
-        source = await asyncio.to_thread(self._decode, data, suffix)
+        source = await asyncio.to_thread(self._decode, data, mask, suffix)
         return await self._make(request, source, suffix, self._engine.submit, report, started)
 
-    async def check_picture(self, data: bytes) -> None:
+    async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise what `edit_picture` would say about these bytes, without editing them."""
-        await asyncio.to_thread(self._decode, data, ".png")
+        await asyncio.to_thread(self._decode, data, mask, ".png")
 
     async def edit_batch(
         self, request: BatchRequest, report: BatchReport = unreported
@@ -165,10 +178,10 @@ class EditService:
         inputs = await asyncio.to_thread(self._files.identify, request.image_paths)
         taken: set[str] = set()
 
-        def plan(file: InputFile, image_path: str) -> Output:
+        def plan(read: frozenset[FileIdentity], image_path: str) -> Output:
             return self._files.plan_default_output(
                 image_path,
-                inputs | {file.identity},
+                inputs | read,
                 output_dir=request.output_dir,
                 overwrite=request.overwrite,
                 taken=taken,
@@ -260,12 +273,12 @@ class EditService:
     async def _edit(
         self,
         request: EditRequest,
-        plan: Callable[[InputFile], Output],
+        plan: Callable[[frozenset[FileIdentity]], Output],
         submit: Callable[[EditJob], Edit],
         report: Report,
     ) -> FinishedEdit:
         started = time.monotonic()
-        source, output = await asyncio.to_thread(self._open, request.image_path, plan)
+        source, output = await asyncio.to_thread(self._open, request, plan)
         made = await self._make(request, source, output.suffix, submit, report, started)
         # Encoding may take a while and can be given up; publishing is short and comes last.
         path = await asyncio.to_thread(self._files.publish, output, made.data)
@@ -279,25 +292,27 @@ class EditService:
     async def _make(
         self,
         request: EditRequest | PictureRequest,
-        source: Picture,
+        source: _Source,
         suffix: str,
         submit: Callable[[EditJob], Edit],
         report: Report,
         started: float,
     ) -> EditedPicture:
         """The part of every edit that is the same wherever the picture comes from and goes to."""
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+        seed = _seed_of(request)
         with self._counted():
-            result = await _run(submit(_job(request, source, seed)), report)
-            record = _record(request, seed, result.residence.model or "")
-            picture = await asyncio.to_thread(images.restore, result.outcome.image, source)
-            data = await _aside(
-                lambda: images.encode(picture, suffix, record), Progress(Phase.SAVING), report
-            )
+            result = await _run(submit(_job(request, source.picture, seed)), report)
+            record = _record(request, seed, result.residence.model or "", source.mask_sha256)
+
+            def finished() -> tuple[Picture, float | None, bytes]:
+                picture, share = _restored(result.outcome.image, source)
+                return picture, share, images.encode(picture, suffix, record)
+
+            picture, share, data = await _aside(finished, Progress(Phase.SAVING), report)
         return EditedPicture(
             picture,
             data,
-            _metadata(record, result, picture),
+            _metadata(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
         )
 
@@ -344,24 +359,52 @@ class EditService:
             queue_length=status.queue_length,
         )
 
-    def _open(self, image_path: str, plan: Callable[[InputFile], Output]) -> tuple[Picture, Output]:
-        """Read the input and check where the output will go, before any work is done."""
-        file = self._files.read(image_path)
-        output = plan(file)
-        return self._decode(file.data, output.suffix), output
+    def _open(
+        self, request: EditRequest, plan: Callable[[frozenset[FileIdentity]], Output]
+    ) -> tuple[_Source, Output]:
+        """Read the inputs and check where the output will go, before any work is done."""
+        file = self._files.read(request.image_path)
+        mask = None
+        if request.mask_path is not None:
+            with _told_of_the_mask():
+                mask = self._files.read(request.mask_path)
+        output = plan(frozenset(read.identity for read in (file, mask) if read is not None))
+        return self._decode(file.data, None if mask is None else mask.data, output.suffix), output
 
-    def _decode(self, data: bytes, suffix: str) -> Picture:
+    def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:
         picture = images.decode(data, self._limits)
         images.check_encodable(picture, suffix)
-        return picture
+        if mask is None:
+            return _Source(picture)
+        with _told_of_the_mask():
+            decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
+        return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
-    def _plan(self, request: EditRequest, file: InputFile) -> Output:
-        inputs = {file.identity}
+    def _plan(self, request: EditRequest, read: frozenset[FileIdentity]) -> Output:
         if request.output_path is None:
             return self._files.plan_default_output(
-                request.image_path, inputs, overwrite=request.overwrite
+                request.image_path, read, overwrite=request.overwrite
             )
-        return self._files.plan_output(request.output_path, inputs, overwrite=request.overwrite)
+        return self._files.plan_output(request.output_path, read, overwrite=request.overwrite)
+
+
+@contextlib.contextmanager
+def _told_of_the_mask() -> Iterator[None]:
+    """Have what is wrong with a picture say that the mask is meant."""
+    try:
+        yield
+    except ImageError as error:
+        detail = str(error).removeprefix(f"{error.beginning}: ")
+        raise type(error)(f"mask: {detail}") from None
+
+
+def with_seed(request: PictureRequest) -> PictureRequest:
+    """The same request; where it leaves the seed to chance, one is drawn now."""
+    return request.model_copy(update={"seed": _seed_of(request)})
+
+
+def _seed_of(request: EditRequest | PictureRequest) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
 
 
 async def _run(edit: Edit, report: Report) -> EditResult:
@@ -387,6 +430,15 @@ async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T
     return task.result()
 
 
+def _restored(edited: Pixels, source: _Source) -> tuple[Picture, float | None]:
+    """The edited picture as its source was, and the share that changed if there was a mask."""
+    picture = images.restore(edited, source.picture)
+    if source.mask is None:
+        return picture, None
+    picture = images.blend(picture, source.picture, source.mask)
+    return picture, images.changed_share(source.picture.pixels, picture.pixels)
+
+
 def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> EditJob:
     return EditJob(
         image=source.pixels,
@@ -399,7 +451,9 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
     )
 
 
-def _record(request: EditRequest | PictureRequest, seed: int, model: str) -> EditRecord:
+def _record(
+    request: EditRequest | PictureRequest, seed: int, model: str, mask_sha256: str | None
+) -> EditRecord:
     return EditRecord(
         model=model,
         prompt=request.prompt,
@@ -408,10 +462,13 @@ def _record(request: EditRequest | PictureRequest, seed: int, model: str) -> Edi
         guidance_scale=request.guidance_scale,
         size_level=request.size_level,
         seed=seed,
+        mask_sha256=mask_sha256,
     )
 
 
-def _metadata(record: EditRecord, result: EditResult, picture: Picture) -> EditMetadata:
+def _metadata(
+    record: EditRecord, result: EditResult, picture: Picture, changed_share: float | None
+) -> EditMetadata:
     residence = result.residence
     return EditMetadata(
         prompt=record.prompt,
@@ -427,6 +484,7 @@ def _metadata(record: EditRecord, result: EditResult, picture: Picture) -> EditM
         height=picture.height,
         negative_prompt=record.negative_prompt or None,
         warning=result.outcome.warning,
+        changed_share=None if changed_share is None else round(changed_share, 4),
     )
 
 

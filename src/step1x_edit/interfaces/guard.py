@@ -39,7 +39,7 @@ from step1x_edit.settings import Settings
 log = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/livez"})
-FORM_BYTES: Final = 1024 * 1024  # what may come around a picture: the other fields, the boundaries
+FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -74,7 +74,8 @@ class Guard:
         self._is_open = not settings.is_loopback
         if self._is_open:
             self._names |= {socket.gethostname().lower()}
-        self._max_body = settings.max_bytes + FORM_BYTES
+        self._max_picture = settings.max_bytes
+        self._max_body = 2 * settings.max_bytes + FORM_BYTES  # a picture and its mask
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,8 +133,7 @@ class Guard:
 
     def too_long_error(self) -> ImageTooLargeError:
         """The same as an error."""
-        largest = self._max_body - FORM_BYTES
-        return ImageTooLargeError(f"at most {largest / 2**20:g} MB are allowed")
+        return ImageTooLargeError(f"at most {self._max_picture / 2**20:g} MB are allowed")
 
     def _is_ours(self, host: str) -> bool:
         name = _name_of(host)

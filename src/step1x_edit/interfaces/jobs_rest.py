@@ -26,7 +26,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.rest import METADATA, form_body, once, read_form
-from step1x_edit.jobs import Job, JobEvent, JobPage, JobStore, Operation
+from step1x_edit.jobs import Job, JobEvent, JobInput, JobPage, JobStore, Operation
 from step1x_edit.schemas import (
     JobAnswer,
     JobEventAnswer,
@@ -38,7 +38,7 @@ from step1x_edit.schemas import (
     PictureRequest,
     read_request,
 )
-from step1x_edit.service import EditService
+from step1x_edit.service import EditService, with_seed
 
 JOBS_PATH: Final = "/v1/jobs"
 KEEP_ALIVE_S: Final = 15.0  # many proxies close what is silent for a minute, some for half of it
@@ -109,13 +109,32 @@ def job_operation(service: EditService) -> Operation:
     """What is done for a stored job: its picture is edited as a caller's who waits for it."""
 
     async def edit(
-        image: bytes, request: Mapping[str, object], report: Callable[[Progress], Awaitable[None]]
+        given: JobInput,
+        request: Mapping[str, object],
+        report: Callable[[Progress], Awaitable[None]],
     ) -> tuple[bytes, Mapping[str, object]]:
-        edited = await service.edit_picture(image, service.read_picture(request), report)
+        asked = service.read_picture(request)
+        edited = await service.edit_picture(given.image, asked, report, mask=given.mask)
         result = JobResult(processing_time=edited.processing_time, metadata=edited.metadata)
         return edited.data, result.to_dict()
 
     return edit
+
+
+async def accept_job(
+    service: EditService,
+    store: JobStore,
+    picture: bytes,
+    arguments: Mapping[str, object],
+    mask: bytes | None = None,
+) -> Job:
+    """Store a job, or raise what is wrong with what was given.
+
+    A missing seed is drawn now, so that a job that has to be run again makes the same picture.
+    """
+    request = with_seed(service.read_picture(arguments))
+    await service.check_picture(picture, mask)
+    return await store.create(picture, request.model_dump(mode="json"), mask)
 
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -167,10 +186,8 @@ def job_routes(
         openapi_extra={"requestBody": form_body(service.defaults)},
     )
     async def create(request: Request) -> Response:
-        data, fields = await read_form(request)
-        wanted = service.read_picture(fields)
-        await service.check_picture(data)
-        job = await store.create(data, wanted.model_dump(mode="json"))
+        form = await read_form(request)
+        job = await accept_job(service, store, form.picture, form.fields, form.mask)
         location = {"Location": f"{JOBS_PATH}/{job.id}"}
         return JSONResponse(_answer(job).to_dict(), 202, location)
 

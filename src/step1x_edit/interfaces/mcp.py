@@ -84,10 +84,11 @@ _STATUS_URI: Final = "step1x://gpu/status"
 _DESCRIPTIONS: Final = {
     "edit_image": "Edit one picture as the prompt says and save the result as a new file; the "
     "input is not changed, and the result has its size. Give one concrete instruction in plain "
-    "words, such as 'add a red hat' or 'change to night scene'. The answer holds the path of the "
-    "result, the seed that repeats it, and a small preview to judge it by; metadata.warning, where "
-    "present, says that the model did not understand. An edit takes seconds to minutes, the first "
-    "one also loads the model.",
+    "words, such as 'add a red hat' or 'change to night scene'. With mask_path only what is white "
+    "(or transparent) in the mask may change. The answer holds the path of the result, the seed "
+    "that repeats it, and a small preview to judge it by; metadata.warning, where present, says "
+    "that the model did not understand. An edit takes seconds to minutes, the first one also loads "
+    "the model.",
     "batch_edit_images": "Edit several pictures in one call, with one prompt for all or a list "
     "with one prompt for each, and save the results as new files (in output_dir, or beside the "
     "inputs). The model stays loaded between them, and one picture that fails does not stop the "

@@ -28,7 +28,14 @@ from step1x_edit.schemas import read_list
 
 log = logging.getLogger(__name__)
 
-PATH_PARAMETERS: Final = ("path", "image_path", "image_paths", "output_path", "output_dir")
+PATH_PARAMETERS: Final = (
+    "path",
+    "image_path",
+    "image_paths",
+    "output_path",
+    "output_dir",
+    "mask_path",
+)
 
 
 def build_proxy(server: RunningServer, calls: RunningCalls) -> FastMCP:

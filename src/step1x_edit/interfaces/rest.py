@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter
@@ -42,6 +43,12 @@ T = TypeVar("T")
 
 FILE: Final = "file"
 FILE_DESCRIPTION: Final = "The picture to edit: PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF"
+MASK: Final = "mask"
+MASK_DESCRIPTION: Final = (
+    "A picture of the same size: what is white (or, if it has transparency, transparent) may "
+    "change, the rest keeps its exact pixels. Without it the whole picture may change"
+)
+_UPLOADS: Final = (FILE, MASK)
 _MAX_FIELDS: Final = 20
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
@@ -58,8 +65,9 @@ _EDIT_DESCRIPTION: Final = """\
 Edits the picture as the prompt says and answers with the result, in the size of the input; \
 nothing is stored here. The answer is a PNG, or what `Accept` asks for: `image/jpeg`, \
 `image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or `application/json` for the picture in \
-base64 together with what it was made with. The seed that repeats it stands in `X-Seed`. To close \
-the connection stops the work."""
+base64 together with what it was made with. The seed that repeats it stands in `X-Seed`; with a \
+`mask`, `X-Changed-Share` is the share of the pixels that changed. To close the connection stops \
+the work."""
 
 # What the description shows.
 _STATUS: Final = GpuStatus(
@@ -131,6 +139,11 @@ def edit_routes(service: EditService) -> APIRouter:
                         "description": "Seconds that the edit took",
                         "schema": {"type": "number"},
                     },
+                    "X-Changed-Share": {
+                        "description": "Share of the pixels that changed, 0 to 1, if there was a "
+                        "mask",
+                        "schema": {"type": "number", "minimum": 0, "maximum": 1},
+                    },
                 },
                 "content": dict.fromkeys(_SUFFIX_OF, _IMAGE) | _example(_EDITED),
             },
@@ -151,16 +164,19 @@ def edit_routes(service: EditService) -> APIRouter:
     )
     async def edit(request: Request) -> Response:
         service.check_room()  # before the upload is read
-        data, fields = await read_form(request)
+        form = await read_form(request)
         wanted = _wanted(request.headers.get("accept", "*/*"))
         suffix = _SUFFIX_OF.get(wanted, ".png")
-        work = service.edit_picture(data, service.read_picture(fields), suffix=suffix)
+        asked = service.read_picture(form.fields)
+        work = service.edit_picture(form.picture, asked, suffix=suffix, mask=form.mask)
         edited = await _unless_gone(request, work)
         headers = {
             "X-Seed": str(edited.metadata.seed),
             "X-Processing-Time": f"{edited.processing_time:.2f}",
             "Vary": "Accept",
         }
+        if edited.metadata.changed_share is not None:
+            headers["X-Changed-Share"] = f"{edited.metadata.changed_share:.4f}"
         if wanted == _JSON:
             return JSONResponse(_answer(edited).to_dict(), headers=headers)
         headers["Content-Disposition"] = f'inline; filename="edited{suffix}"'
@@ -220,27 +236,42 @@ def edit_routes(service: EditService) -> APIRouter:
     return router
 
 
-async def read_form(request: Request) -> tuple[bytes, dict[str, object]]:
-    """The uploaded picture and the other fields of the form, each given once."""
+@dataclass(frozen=True)
+class Form:
+    """What a caller has sent: the uploads, and the other fields as they came."""
+
+    picture: bytes
+    mask: bytes | None
+    fields: dict[str, object]
+
+
+async def read_form(request: Request) -> Form:
+    """Read a form whose fields are given once each."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         raise HTTPException(415, "Send a form, as multipart/form-data.")
     try:
         async with request.form(
-            max_files=2, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+            max_files=3, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         ) as form:
             fields = _fields(form)
-            picture = fields.pop(FILE, None)
-            if not isinstance(picture, UploadFile):
-                is_missing = picture is None
-                raise InvalidParameterError(
-                    f"{FILE} is missing" if is_missing else f"{FILE} must be an uploaded file"
-                )
-            return await picture.read(), fields
+            picture = await _uploaded(fields.pop(FILE, None), FILE)
+            mask = await _uploaded(fields.pop(MASK, None), MASK)
+            if picture is None:
+                raise InvalidParameterError(f"{FILE} is missing")
+            return Form(picture, mask, fields)
     except ClientDisconnect:
         raise EditCancelledError from None
     except HTTPException as error:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+
+
+async def _uploaded(value: object, name: str) -> bytes | None:
+    if value is None:
+        return None
+    if not isinstance(value, UploadFile):
+        raise InvalidParameterError(f"{name} must be an uploaded file")
+    return await value.read()
 
 
 def once(items: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -256,7 +287,7 @@ def once(items: Iterable[tuple[str, T]]) -> dict[str, T]:
 def _fields(form: FormData) -> dict[str, Any]:
     fields = once(form.multi_items())
     for name, value in fields.items():
-        if name != FILE and isinstance(value, UploadFile):
+        if name not in _UPLOADS and isinstance(value, UploadFile):
             raise InvalidParameterError(f"{name!r} must be a text, got a file")
     return fields
 
@@ -321,6 +352,7 @@ def form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
         schema["properties"][name]["default"] = default
     schema["properties"] = {
         FILE: {"type": "string", "format": "binary", "description": FILE_DESCRIPTION},
+        MASK: {"type": "string", "format": "binary", "description": MASK_DESCRIPTION},
         **schema["properties"],
     }
     schema["required"] = [FILE, *schema["required"]]
