@@ -237,9 +237,9 @@ async def test_annotations_are_honest(make_service: MakeService) -> None:
     def names(hint: str) -> set[str]:
         return {name for name, annotations in told.items() if getattr(annotations, hint)}
 
-    edits = {"edit_image", "batch_edit_images"}  # with overwrite they replace files
+    edits = {"edit_image", "batch_edit_images", "submit_edit"}  # with overwrite they replace files
     assert names("destructive_hint") == edits
-    assert names("read_only_hint") == {"get_gpu_status", "view_image"}
+    assert names("read_only_hint") == {"get_gpu_status", "get_job", "view_image"}
     assert names("idempotent_hint") == told.keys() - edits
     assert names("open_world_hint") == set()
     assert names("title") == told.keys()
@@ -310,14 +310,23 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
         ("offload_gpu", {}),
         ("release_gpu", {}),
         ("release_gpu", {"now": 1}),
+        ("submit_edit", {"image_path": str(photo), "prompt": "x"}),
+        ("submit_edit", {"image_path": "missing.png", "prompt": "x"}),
+        ("get_job", {"wait_s": 50}),
+        ("cancel_job", {}),
+        ("get_job", {"job_id": "none"}),
     ]
     server = build_mcp(make_service(FakeWorker(device="cuda")))
     async with Client(server) as client:
         schemas = {tool.name: tool.output_schema for tool in await client.list_tools()}
-        results = [
-            (name, await client.call_tool(name, arguments, raise_on_error=False))
-            for name, arguments in calls
-        ]
+        results, given = [], {}
+        for name, arguments in calls:
+            if name in ("get_job", "cancel_job"):
+                arguments = given | arguments
+            result = await client.call_tool(name, arguments, raise_on_error=False)
+            results.append((name, result))
+            if (answer := result.structured_content)["status"] == "running":
+                given = {"job_id": answer["job_id"]}
 
     for name, result in results:
         answer = result.structured_content
@@ -330,7 +339,7 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
     assert stati == [
         *(["success", "error", "success", "partial", "error", "error"]),
         *["success"] * 3,
-        "error",
+        *["error", "running", "error", "success", "success", "error"],
     ]
     assert [result.is_error for _, result in results] == [status == "error" for status in stati]
     with pytest.raises(jsonschema.ValidationError):

@@ -73,7 +73,9 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         store = JobStore(settings.data_dir, max_queued=settings.max_queue)
     if settings.enable_mcp:
         # Its own guard is the second line behind ours, and knows the session's address.
-        mcp = build_mcp(service).http_app(path=MCP_PATH, host_origin_protection="auto")
+        mcp = build_mcp(service, max_wait_s=settings.mcp_max_wait).http_app(
+            path=MCP_PATH, host_origin_protection="auto"
+        )
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
