@@ -45,6 +45,7 @@ from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.interfaces.handles import Handles, Pursuit
+from step1x_edit.interfaces.hangups import EndWithConnection
 from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
 from step1x_edit.schemas import (
@@ -222,7 +223,7 @@ def build_mcp(
         instructions=INSTRUCTIONS,
         version=__version__,
         lifespan=lifespan,
-        middleware=[OneErrorShape(_told)],
+        middleware=[OneErrorShape(_told), EndWithConnection()],
         mask_error_details=True,
         tools=[
             _Operation.of(

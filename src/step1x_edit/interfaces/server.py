@@ -35,6 +35,7 @@ from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
+from step1x_edit.interfaces.hangups import TellHangUps
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
@@ -94,7 +95,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
-        app.router.routes.append(Route(MCP_PATH, endpoint=mcp))
+        app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(mcp)))
     for kind in (Step1XEditError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
