@@ -20,6 +20,7 @@ from PIL import Image
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.schemas import MAX_BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -533,7 +534,9 @@ def _wire_size(result: Any) -> int:
             content=result.content,
             structured_content=result.structured_content,
             is_error=result.is_error,
-        ).model_dump_json(by_alias=True, exclude_none=True)
+        )
+        .model_dump_json(by_alias=True, exclude_none=True)
+        .encode()
     )
 
 
@@ -578,3 +581,48 @@ async def test_failures_keep_their_errors_when_paths_are_long(make_service: Make
     assert len(answer["results"]) == 300
     assert [item["input"][-8:] for item in answer["results"]] == [path[-8:] for path in paths]
     assert all(item["result"]["error"] for item in answer["results"])
+
+
+async def test_errors_too_many_even_for_one_line_each_are_counted(
+    make_service: MakeService,
+) -> None:
+    # Each letter takes four bytes, so that what is cut to its length in letters is still too long.
+    long = "\N{ARTIST PALETTE}" * 200
+    paths = [f"{long}{number}.png" for number in range(1000)]
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images", {"image_paths": paths, "prompts": "x"}, raise_on_error=False
+        )
+
+    answer = result.structured_content
+    told, counted = answer["results"], answer["further_failures"]
+    assert _wire_size(result) <= 700_000
+    assert answer["summary"] == {"total": 1000, "successes": 0, "failures": 1000}
+    assert 100 < len(told) < 1000
+    assert [item["input"][-8:] for item in told] == [path[-8:] for path in paths[: len(told)]]
+    assert sum(counted.values()) == 1000 - len(told)
+    assert set(counted) == {told[0]["result"]["code"]}
+    assert f"{1000 - len(told)} further failures are only counted" in answer["shortened"]
+
+
+async def test_a_batch_of_the_largest_size_names_every_file(
+    make_service: MakeService, photo: Path
+) -> None:
+    folder = photo.with_name("holiday-pictures-of-the-year")
+    arguments = {"prompts": "add a red hat", "num_steps": 10, "output_dir": str(folder)}
+    paths = [str(photo)] * MAX_BATCH
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images", {"image_paths": paths, **arguments}, raise_on_error=False
+        )
+        refused = await client.call_tool(
+            "batch_edit_images", {"image_paths": [*paths, "x"], **arguments}, raise_on_error=False
+        )
+
+    answer = result.structured_content
+    assert answer["summary"]["successes"] == MAX_BATCH
+    assert _wire_size(result) <= 700_000
+    assert len({item["result"]["output_path"] for item in answer["results"]}) == MAX_BATCH
+    assert refused.structured_content["error"] == (
+        "Invalid parameter: image_paths must have at most 1000 items, got 1001"
+    )
