@@ -8,10 +8,10 @@ STAMP  := $(VENV)/.step1x-edit-installed
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix openapi train clean
+.PHONY: help setup demo test check fix openapi conformance train clean
 
 help:  ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## Create .venv and install the project with everything needed to develop it
 
@@ -39,6 +39,9 @@ fix: setup  ## Apply the formatter and the safe lint fixes
 
 openapi: setup  ## Write docs/openapi.json anew
 	$(BIN)/python scripts/write_openapi.py
+
+conformance: setup  ## Hold the MCP server to the official conformance suite
+	$(BIN)/python scripts/conformance.py
 
 train: setup  ## Train the embedded demo checkpoint anew
 	$(BIN)/python scripts/train_demo.py --out src/step1x_edit/model/demo

@@ -14,7 +14,7 @@ from conftest import MakeService
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.client_config import ClientName, config_file
 from step1x_edit.interfaces.mcp import build_mcp
-from step1x_edit.schemas import BatchAnswer, EditAnswer, ErrorAnswer, StatusAnswer
+from step1x_edit.schemas import BatchAnswer, EditAnswer, ErrorAnswer, RunningAnswer, StatusAnswer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -54,7 +54,7 @@ async def test_the_guide_names_every_tool_and_parameter_with_its_default_and_ran
     tools = {tool.name: tool for tool in await build_mcp(make_service()).list_tools()}
     found: dict[str, set[str]] = {name: set() for name in tools}
     for name, of, default, allowed in rows("parameter"):
-        owners = ["edit_image", "batch_edit_images"] if of == "both" else [of]
+        owners = ["edit_image", "batch_edit_images"] if of == "both" else of.split("`, `")
         for owner in owners:
             found[owner].add(name)
             schema = tools[owner].parameters["properties"][name]
@@ -68,6 +68,8 @@ async def test_the_guide_names_every_tool_and_parameter_with_its_default_and_ran
                     assert re.search(rf"\b{values[bound]}\b", allowed)
 
     assert {name for name, _ in rows("tool")} == tools.keys()
+    assert "`submit_edit` takes what `edit_image` takes" in GUIDE
+    found["submit_edit"] = found["edit_image"]
     for name, tool in tools.items():
         missing = tool.parameters["properties"].keys() - found[name] - {"image_path"}
         assert not missing
@@ -89,7 +91,7 @@ def _kinds(root: type[Step1XEditError]) -> Iterator[type[Step1XEditError]]:
 
 def test_the_answers_of_the_guide_are_those_of_the_schema() -> None:
     blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)]
-    config, edit, batch, status, failure = blocks
+    config, edit, batch, status, failure, running = blocks
 
     assert config == json.loads((ROOT / "mcp_config.json").read_text())
     EditAnswer.model_validate(edit)
@@ -99,6 +101,7 @@ def test_the_answers_of_the_guide_are_those_of_the_schema() -> None:
     ErrorAnswer.model_validate(second["result"])
     StatusAnswer.model_validate(status)
     ErrorAnswer.model_validate(failure)
+    RunningAnswer.model_validate(running)
 
 
 @pytest.mark.parametrize("client", ClientName)

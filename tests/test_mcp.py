@@ -20,6 +20,7 @@ from PIL import Image
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.schemas import MAX_BATCH
 
 
 @pytest.fixture(autouse=True)
@@ -237,9 +238,9 @@ async def test_annotations_are_honest(make_service: MakeService) -> None:
     def names(hint: str) -> set[str]:
         return {name for name, annotations in told.items() if getattr(annotations, hint)}
 
-    edits = {"edit_image", "batch_edit_images"}  # with overwrite they replace files
+    edits = {"edit_image", "batch_edit_images", "submit_edit"}  # with overwrite they replace files
     assert names("destructive_hint") == edits
-    assert names("read_only_hint") == {"get_gpu_status", "view_image"}
+    assert names("read_only_hint") == {"get_gpu_status", "get_job", "view_image"}
     assert names("idempotent_hint") == told.keys() - edits
     assert names("open_world_hint") == set()
     assert names("title") == told.keys()
@@ -310,14 +311,23 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
         ("offload_gpu", {}),
         ("release_gpu", {}),
         ("release_gpu", {"now": 1}),
+        ("submit_edit", {"image_path": str(photo), "prompt": "x"}),
+        ("submit_edit", {"image_path": "missing.png", "prompt": "x"}),
+        ("get_job", {"wait_s": 50}),
+        ("cancel_job", {}),
+        ("get_job", {"job_id": "none"}),
     ]
     server = build_mcp(make_service(FakeWorker(device="cuda")))
     async with Client(server) as client:
         schemas = {tool.name: tool.output_schema for tool in await client.list_tools()}
-        results = [
-            (name, await client.call_tool(name, arguments, raise_on_error=False))
-            for name, arguments in calls
-        ]
+        results, given = [], {}
+        for name, arguments in calls:
+            if name in ("get_job", "cancel_job"):
+                arguments = given | arguments
+            result = await client.call_tool(name, arguments, raise_on_error=False)
+            results.append((name, result))
+            if (answer := result.structured_content)["status"] == "running":
+                given = {"job_id": answer["job_id"]}
 
     for name, result in results:
         answer = result.structured_content
@@ -330,7 +340,7 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
     assert stati == [
         *(["success", "error", "success", "partial", "error", "error"]),
         *["success"] * 3,
-        "error",
+        *["error", "running", "error", "success", "success", "error"],
     ]
     assert [result.is_error for _, result in results] == [status == "error" for status in stati]
     with pytest.raises(jsonschema.ValidationError):
@@ -524,7 +534,9 @@ def _wire_size(result: Any) -> int:
             content=result.content,
             structured_content=result.structured_content,
             is_error=result.is_error,
-        ).model_dump_json(by_alias=True, exclude_none=True)
+        )
+        .model_dump_json(by_alias=True, exclude_none=True)
+        .encode()
     )
 
 
@@ -569,3 +581,48 @@ async def test_failures_keep_their_errors_when_paths_are_long(make_service: Make
     assert len(answer["results"]) == 300
     assert [item["input"][-8:] for item in answer["results"]] == [path[-8:] for path in paths]
     assert all(item["result"]["error"] for item in answer["results"])
+
+
+async def test_errors_too_many_even_for_one_line_each_are_counted(
+    make_service: MakeService,
+) -> None:
+    # Each letter takes four bytes, so that what is cut to its length in letters is still too long.
+    long = "\N{ARTIST PALETTE}" * 200
+    paths = [f"{long}{number}.png" for number in range(1000)]
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images", {"image_paths": paths, "prompts": "x"}, raise_on_error=False
+        )
+
+    answer = result.structured_content
+    told, counted = answer["results"], answer["further_failures"]
+    assert _wire_size(result) <= 700_000
+    assert answer["summary"] == {"total": 1000, "successes": 0, "failures": 1000}
+    assert 100 < len(told) < 1000
+    assert [item["input"][-8:] for item in told] == [path[-8:] for path in paths[: len(told)]]
+    assert sum(counted.values()) == 1000 - len(told)
+    assert set(counted) == {told[0]["result"]["code"]}
+    assert f"{1000 - len(told)} further failures are only counted" in answer["shortened"]
+
+
+async def test_a_batch_of_the_largest_size_names_every_file(
+    make_service: MakeService, photo: Path
+) -> None:
+    folder = photo.with_name("holiday-pictures-of-the-year")
+    arguments = {"prompts": "add a red hat", "num_steps": 10, "output_dir": str(folder)}
+    paths = [str(photo)] * MAX_BATCH
+    async with Client(build_mcp(make_service())) as client:
+        result = await client.call_tool(
+            "batch_edit_images", {"image_paths": paths, **arguments}, raise_on_error=False
+        )
+        refused = await client.call_tool(
+            "batch_edit_images", {"image_paths": [*paths, "x"], **arguments}, raise_on_error=False
+        )
+
+    answer = result.structured_content
+    assert answer["summary"]["successes"] == MAX_BATCH
+    assert _wire_size(result) <= 700_000
+    assert len({item["result"]["output_path"] for item in answer["results"]}) == MAX_BATCH
+    assert refused.structured_content["error"] == (
+        "Invalid parameter: image_paths must have at most 1000 items, got 1001"
+    )

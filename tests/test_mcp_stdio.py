@@ -472,6 +472,24 @@ def test_a_running_edit_is_stopped_and_leaves_no_file(
     assert "Traceback" not in process.stderr.read()
 
 
+def test_a_call_ends_after_the_longest_wait_and_its_edit_with_the_process(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    process = start(tmp_path, (str(ROOT / "tests" / "serve_fake.py"),), MCP_MAX_WAIT="1")
+
+    edit = call(2, "edit_image", {"image_path": "a.png", "prompt": "hang"})
+    say(process, HELLO, READY, edit)
+    assert hear(process)["id"] == 1
+    answer = hear(process)["result"]["structuredContent"]
+    say(process, call(3, "get_job", {"job_id": answer["job_id"], "wait_s": 0}))
+    again = hear(process)["result"]["structuredContent"]
+    end(process, "eof")
+
+    assert answer["status"] == "running"
+    assert again == answer
+    assert process.wait(timeout=PATIENCE_S) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_an_edit_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
     process = start_editing(tmp_path, "hang")
 

@@ -40,6 +40,8 @@ DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
 DEFAULT_MAX_SIZE: Final = 768
 DEFAULT_JOBS_LISTED: Final = 20
+DEFAULT_WAIT_S: Final = 20.0
+MAX_BATCH: Final = 1000  # so many results, without metadata, are what an answer over MCP can hold
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
@@ -175,7 +177,7 @@ MaskPath = Annotated[
 ]
 ImagePaths = Annotated[
     list[_PathText],
-    Field(min_length=1, description="Paths of the images to edit"),
+    Field(min_length=1, max_length=MAX_BATCH, description="Paths of the images to edit"),
     BeforeValidator(read_list),
 ]
 Prompts = Annotated[
@@ -196,6 +198,21 @@ JobsListed = Annotated[
 OutputDir = Annotated[
     _PathText | None,
     Field(description="Folder for the results, created if missing. Default: beside each input"),
+]
+
+
+JobId = Annotated[
+    str, Field(min_length=1, max_length=100, description="What submit_edit or edit_image answered")
+]
+WaitSeconds = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=50.0,  # many clients give a call 60 s
+        allow_inf_nan=False,
+        description="Seconds to wait for the edit to end before answering; 0 answers at once",
+    ),
+    BeforeValidator(_number),
 ]
 
 
@@ -267,6 +284,18 @@ class ViewRequest(_Request):
     max_size: MaxSize = DEFAULT_MAX_SIZE
 
 
+class HandleRequest(_Request):
+    """An edit that goes on by itself."""
+
+    job_id: JobId
+
+
+class WaitRequest(HandleRequest):
+    """An edit that goes on by itself, and for how long to wait for its end."""
+
+    wait_s: WaitSeconds = DEFAULT_WAIT_S
+
+
 class JobsRequest(_Request):
     """Which stored jobs to list."""
 
@@ -334,6 +363,29 @@ class EditAnswer(_Answer):
     output_path: str
     processing_time: float
     metadata: EditMetadata
+
+
+class RunningAnswer(_Answer):
+    """The edit goes on by itself; `get_job` has its answer when it has ended."""
+
+    status: Literal["running"] = "running"
+    job_id: Annotated[str, Field(description="What get_job and cancel_job are to be given")]
+    message: Annotated[str, Field(description="How far the edit has come, in words")]
+    phase: Annotated[
+        str | None,
+        Field(description="queued, loading, encoding, denoising, decoding or saving"),
+    ] = None
+    step: Annotated[int | None, Field(description="Denoising steps that are done")] = None
+    total: Annotated[int | None, Field(description="Denoising steps that there are")] = None
+    position: Annotated[int | None, Field(description="Place in the line, from 1")] = None
+
+
+class CancelAnswer(_Answer):
+    """The answer of `cancel_job`."""
+
+    status: Literal["success"] = "success"
+    message: Annotated[str, Field(description="What was cancelled, or why there was nothing")]
+    job_id: Annotated[str, Field(description="The edit that was asked for")]
 
 
 class PictureAnswer(_Answer):
@@ -628,6 +680,9 @@ def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> st
         case "string_too_long":
             limit = details["ctx"]["max_length"]
             return f"{label} must have at most {limit} characters, got {len(details['input'])}"
+        case "too_long":
+            limit = details["ctx"]["max_length"]
+            return f"{label} must have at most {limit} items, got {len(details['input'])}"
         case "string_too_short" | "too_short":
             return f"{label} must not be empty"
         case "bool_type" | "bool_parsing":

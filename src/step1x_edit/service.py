@@ -72,10 +72,11 @@ async def unreported(*event: object) -> None:
 
 @dataclass(frozen=True)
 class FinishedEdit:
-    """The answer, and the picture that was saved, for faces that show it."""
+    """The answer, and the pictures before and after, for faces that show them."""
 
     answer: EditAnswer
     picture: Picture
+    source: Picture
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             metadata=made.metadata,
         )
-        return FinishedEdit(answer, made.picture)
+        return FinishedEdit(answer, made.picture, source)
 
     async def _make(
         self,

@@ -188,6 +188,14 @@ class Settings(BaseSettings):
     )
     enable_api: Annotated[bool, Field(description="Whether there are REST routes")] = True
     enable_mcp: Annotated[bool, Field(description="Whether there is MCP over HTTP")] = True
+    mcp_max_wait: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Seconds until edit_image answers with a job_id while the edit goes on, "
+            "for MCP clients that give up; 0: never",
+        ),
+    ] = 0
     api_key: Annotated[
         Annotated[SecretStr, AfterValidator(_plain_key)] | None,
         Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),

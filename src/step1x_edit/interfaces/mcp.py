@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -43,16 +44,23 @@ from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
+from step1x_edit.interfaces.handles import Handles, Pursuit
+from step1x_edit.interfaces.hangups import EndWithConnection
+from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
 from step1x_edit.schemas import (
     BatchAnswer,
     BatchRequest,
+    CancelAnswer,
     EditAnswer,
     EditRequest,
     ErrorAnswer,
     GpuAnswer,
+    HandleRequest,
+    RunningAnswer,
     StatusAnswer,
     ViewRequest,
+    WaitRequest,
     invalid_parameter,
     read_request,
 )
@@ -70,7 +78,8 @@ the result is a new file beside the input, or output_path.
 - One short, concrete instruction per edit: "add a red hat", "change to night scene". The same \
 seed repeats a picture, another one is another attempt.
 - Several pictures: batch_edit_images, not many single calls. view_image shows a picture.
-- The first edit also loads the model. Calls report progress and can be cancelled.
+- The first edit also loads the model. Calls report progress and can be cancelled. If calls of \
+yours may not last: submit_edit, then get_job.
 - When done, offload_gpu frees the GPU and keeps the model in memory; release_gpu frees all.
 - Without MODEL_PATH a small demo model runs: it edits the whole picture (night, winter, sunset, \
 fog, black and white, tints, ...), no objects; metadata.warning says what it did not understand.
@@ -104,6 +113,15 @@ _DESCRIPTIONS: Final = {
     "again. For when no edit is expected for a long time or the memory is needed. Waits for the "
     "picture that is being edited and goes ahead of waiting edits. Does nothing if no model is "
     "loaded.",
+    "submit_edit": "Start an edit and answer at once with a job_id, while the edit goes on by "
+    "itself, even if you go away; for hosts that end a call before an edit is done. It takes what "
+    "edit_image takes and does the same. Ask get_job for the result, with the job_id.",
+    "get_job": "Give the result of an edit that goes on by itself, with its preview, or the error "
+    "that ended it, as edit_image would have answered. While it still runs, wait up to wait_s "
+    "seconds and then say how far it has come: status is 'running', and the question may be "
+    "repeated. Finished edits are kept for a while, their files for good.",
+    "cancel_job": "Stop an edit that was started with submit_edit, within one step; nothing is "
+    "saved. Does nothing if the edit has ended already.",
     "view_image": "Show a picture of this machine, such as the result of an edit, scaled down to "
     "at most max_size pixels on its longer side. The answer is the image alone.",
 }
@@ -128,21 +146,44 @@ class _NoParameters(BaseModel):
 
 
 def build_mcp(
-    service: EditService, heartbeat_s: float = HEARTBEAT_S, step_pause_s: float = STEP_PAUSE_S
+    service: EditService,
+    heartbeat_s: float = HEARTBEAT_S,
+    step_pause_s: float = STEP_PAUSE_S,
+    max_wait_s: float = 0.0,
 ) -> FastMCP:
     """Make the server, with one tool for each operation of the service.
 
-    Steps of an edit are told at most every `step_pause_s` seconds.
+    Steps of an edit are told at most every `step_pause_s` seconds. A call of `edit_image` that
+    lasts longer than `max_wait_s` leaves its edit to go on by itself; 0 is never.
     """
+    handles: Handles[_Editing] = Handles()
 
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
-        request = service.read_edit(arguments)
-        report = _ProgressReport(get_context(), step_pause_s, 1, request.num_steps)
+        edit = _Editing(service, service.read_edit(arguments))
+        with edit.ending_with_its_call():
+            await edit.tell(step_pause_s, max_wait_s or None)
+        return edit.result() if edit.is_done else _running(handles.add(edit), edit)
 
-        async def tell(event: Progress) -> None:
-            await report.step(0, event)
+    async def submit_edit(arguments: dict[str, Any]) -> ToolResult:
+        edit = _Editing(service, service.read_edit(arguments))
+        with edit.ending_with_its_call():
+            await edit.begun()
+        if edit.is_done:
+            edit.result()  # raises what is wrong with the picture or the line
+        return _running(handles.add(edit), edit)
 
-        return await asyncio.to_thread(_shown, await service.edit(request, tell))
+    async def get_job(arguments: dict[str, Any]) -> ToolResult:
+        request = read_request(WaitRequest, arguments)
+        edit = handles.get(request.job_id)
+        await edit.tell(step_pause_s, request.wait_s)
+        return edit.result() if edit.is_done else _running(request.job_id, edit)
+
+    async def cancel_job(arguments: dict[str, Any]) -> ToolResult:
+        job_id = read_request(HandleRequest, arguments).job_id
+        edit = handles.get(job_id)
+        message = "Nothing to cancel: the edit has ended" if edit.is_done else "Edit cancelled"
+        edit.cancel()
+        return result_of(CancelAnswer(message=message, job_id=job_id).to_dict())
 
     async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_batch(arguments)
@@ -170,21 +211,49 @@ def build_mcp(
     def gpu_status() -> str:
         return json.dumps(service.status().to_dict())
 
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastMCP) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await handles.close()
+
     defaults = service.defaults
     server = FastMCP(
         SERVER_NAME,
         instructions=INSTRUCTIONS,
         version=__version__,
-        middleware=[OneErrorShape(_told)],
+        lifespan=lifespan,
+        middleware=[OneErrorShape(_told), EndWithConnection()],
         mask_error_details=True,
         tools=[
-            _Operation.of(edit_image, "Edit image", _EDITING, EditRequest, EditAnswer, defaults),
             _Operation.of(
-                batch_edit_images, "Edit images", _EDITING, BatchRequest, BatchAnswer, defaults
+                edit_image,
+                "Edit image",
+                _EDITING,
+                EditRequest,
+                [EditAnswer, RunningAnswer],
+                defaults,
+                SHOWN_IN_APP,
             ),
-            _Operation.of(get_gpu_status, "GPU status", _LOOKING, _NoParameters, StatusAnswer),
-            _Operation.of(offload_gpu, "Offload GPU", _MOVING, _NoParameters, GpuAnswer),
-            _Operation.of(release_gpu, "Release GPU", _MOVING, _NoParameters, GpuAnswer),
+            _Operation.of(
+                batch_edit_images, "Edit images", _EDITING, BatchRequest, [BatchAnswer], defaults
+            ),
+            _Operation.of(get_gpu_status, "GPU status", _LOOKING, _NoParameters, [StatusAnswer]),
+            _Operation.of(offload_gpu, "Offload GPU", _MOVING, _NoParameters, [GpuAnswer]),
+            _Operation.of(release_gpu, "Release GPU", _MOVING, _NoParameters, [GpuAnswer]),
+            _Operation.of(
+                submit_edit, "Start an edit", _EDITING, EditRequest, [RunningAnswer], defaults
+            ),
+            _Operation.of(
+                get_job,
+                "Result of an edit",
+                _LOOKING,
+                WaitRequest,
+                [EditAnswer, RunningAnswer],
+                meta=SHOWN_IN_APP,
+            ),
+            _Operation.of(cancel_job, "Cancel an edit", _MOVING, HandleRequest, [CancelAnswer]),
             _Operation.of(view_image, "View image", _LOOKING, ViewRequest),
         ],
     )
@@ -197,6 +266,7 @@ def build_mcp(
             mime_type="application/json",
         )
     )
+    server.add_resource(app_page())
     for prompt in prompts():
         server.add_prompt(prompt)
     server.completion(complete)
@@ -218,16 +288,18 @@ class _Operation(Tool):
         title: str,
         annotations: ToolAnnotations,
         request: type[BaseModel],
-        answer: type[BaseModel] | None = None,
+        answers: Sequence[type[BaseModel]] = (),
         defaults: Mapping[str, object] | None = None,
+        meta: dict[str, Any] | None = None,
     ) -> _Operation:
         tool = cls(
             name=operation.__name__,
             title=title,
             description=_DESCRIPTIONS[operation.__name__],
             parameters=_with_defaults(request.model_json_schema(), defaults or {}),
-            output_schema=None if answer is None else _answer_schema(answer),
+            output_schema=_answer_schema(answers) if answers else None,
             annotations=annotations.model_copy(update={"title": title}),
+            meta=meta,
         )
         tool._operation = operation
         return tool
@@ -282,38 +354,59 @@ def _with_defaults(schema: dict[str, Any], defaults: Mapping[str, object]) -> di
     return schema
 
 
-def _answer_schema(answer: type[BaseModel]) -> dict[str, Any]:
-    """What a tool answers, so that success, partial success, failure and later fields conform."""
-    schema = answer.model_json_schema()
-    failure = ErrorAnswer.model_json_schema()["properties"]
+def _answer_schema(answers: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """What a tool answers, so that each of its answers, failure and later fields conform."""
+    told: list[type[BaseModel]] = [*answers, ErrorAnswer]
+    schemas = [answer.model_json_schema() for answer in told]
+    schema, stati = schemas[0], list[str]()
+    properties: dict[str, Any] = {"status": {}}
+    for one in schemas:
+        status = one["properties"]["status"]
+        stati += status.get("enum", [status.get("const")])
+        properties |= one["properties"] | properties  # the first says what it is
+    properties["status"] = {"type": "string", "enum": list(dict.fromkeys(stati))}
+    schema["properties"] = properties
     for definition in (schema, *schema.get("$defs", {}).values()):
         definition.pop("additionalProperties", None)
         if "status" in definition["properties"]:
             definition["required"] = ["status"]
-    status = schema["properties"]["status"]
-    stati = status.get("enum", [status.get("const"), "error"])
-    schema["properties"] = {
-        "status": {"type": "string", "enum": stati},
-        **{name: value for name, value in schema["properties"].items() if name != "status"},
-        **{name: value for name, value in failure.items() if name != "status"},
-    }
     return schema
 
 
 # --- answers -------------------------------------------------------------------------------------
 
 
-def result_of(answer: dict[str, Any], *more: ContentBlock, is_error: bool = False) -> ToolResult:
+def result_of(
+    answer: dict[str, Any],
+    *more: ContentBlock,
+    is_error: bool = False,
+    meta: dict[str, Any] | None = None,
+) -> ToolResult:
     """The answer in both of its places, and what is shown beside it."""
     text = TextContent(type="text", text=json.dumps(answer, ensure_ascii=False))
-    return ToolResult(content=[text, *more], structured_content=answer, is_error=is_error)
+    return ToolResult([text, *more], structured_content=answer, is_error=is_error, meta=meta)
 
 
 def _error_result(error: Step1XEditError) -> ToolResult:
     return result_of(ErrorAnswer.of(error).to_dict(), is_error=True)
 
 
-def _shown(edit: FinishedEdit) -> ToolResult:
+def _running(job_id: str, edit: _Editing) -> ToolResult:
+    """Where an edit that goes on by itself has got to."""
+    event = edit.progress or Progress(Phase.QUEUED, step=1)
+    denoises, waits = event.phase is Phase.DENOISING, event.phase is Phase.QUEUED
+    answer = RunningAnswer(
+        job_id=job_id,
+        message=f"The edit goes on ({event.text}); get_job has its result",
+        phase=event.phase.value,
+        step=event.step if denoises else None,
+        total=event.total if denoises else None,
+        position=event.step if waits else None,
+    )
+    return result_of(answer.to_dict())
+
+
+def _shown(request: EditRequest, edit: FinishedEdit) -> ToolResult:
     """The answer, a small picture for whoever can see, and a link to the file."""
     path = Path(edit.answer.output_path)
     link = ResourceLink(
@@ -323,7 +416,12 @@ def _shown(edit: FinishedEdit) -> ToolResult:
         mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
         description="The edited picture in full size",
     )
-    return result_of(edit.answer.to_dict(), _jpeg(preview(edit.picture)), link)
+    return result_of(
+        edit.answer.to_dict(),
+        _jpeg(preview(edit.picture)),
+        link,
+        meta=app_meta(request, preview(edit.source)),
+    )
 
 
 def _jpeg(data: bytes) -> ImageContent:
@@ -333,6 +431,36 @@ def _jpeg(data: bytes) -> ImageContent:
         mime_type="image/jpeg",
         annotations=_PREVIEW_FOR_BOTH,
     )
+
+
+# --- edits ---------------------------------------------------------------------------------------
+
+
+class _Editing(Pursuit[ToolResult]):
+    """An edit in a task of its own. What it leaves is what is shown of it, not its pictures."""
+
+    def __init__(self, service: EditService, request: EditRequest) -> None:
+        async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
+            return await asyncio.to_thread(_shown, request, await service.edit(request, report))
+
+        super().__init__(work)
+        self._request = request
+
+    @contextlib.contextmanager
+    def ending_with_its_call(self) -> Iterator[None]:
+        """Stop the edit when its call is cancelled, or cannot be answered any more."""
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
+
+    async def tell(self, step_pause_s: float, wait_s: float | None) -> None:
+        """Tell the client of the running call how it goes, until the end or for `wait_s` s."""
+        report = _ProgressReport(get_context(), step_pause_s, 1, self._request.num_steps)
+        async with contextlib.aclosing(self.events(wait_s)) as events:
+            async for event in events:
+                await report.step(0, event)
 
 
 # --- progress ------------------------------------------------------------------------------------

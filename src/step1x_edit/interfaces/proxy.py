@@ -102,7 +102,7 @@ class _PathsOfTheClient(Middleware):
         if result.structured_content is None:
             return result
         answer = as_written(result.structured_content, written)
-        return result_of(answer, *result.content[1:], is_error=result.is_error)
+        return result_of(answer, *result.content[1:], is_error=result.is_error, meta=result.meta)
 
 
 def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -> dict[str, Any]:

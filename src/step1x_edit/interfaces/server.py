@@ -35,6 +35,7 @@ from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
+from step1x_edit.interfaces.hangups import TellHangUps
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
@@ -73,7 +74,9 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         store = JobStore(settings.data_dir, max_queued=settings.max_queue)
     if settings.enable_mcp:
         # Its own guard is the second line behind ours, and knows the session's address.
-        mcp = build_mcp(service).http_app(path=MCP_PATH, host_origin_protection="auto")
+        mcp = build_mcp(service, max_wait_s=settings.mcp_max_wait).http_app(
+            path=MCP_PATH, host_origin_protection="auto"
+        )
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
@@ -92,7 +95,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
-        app.router.routes.append(Route(MCP_PATH, endpoint=mcp))
+        app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(mcp)))
     for kind in (Step1XEditError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]

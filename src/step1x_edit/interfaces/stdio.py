@@ -136,7 +136,8 @@ async def _serve(settings: Settings, wire: int) -> None:
 
 async def _serve_alone(settings: Settings, wire: int) -> None:
     service = build_service(settings)
-    await _serve_until_told(build_mcp(service), lambda: _close(service), wire)
+    mcp = build_mcp(service, max_wait_s=settings.mcp_max_wait)
+    await _serve_until_told(mcp, lambda: _close(service), wire)
 
 
 async def _close(service: EditService) -> None:

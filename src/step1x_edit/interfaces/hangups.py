@@ -1,0 +1,74 @@
+"""Callers over HTTP who hang up: what a call of theirs was doing is stopped.
+
+The newest revision of MCP demands it, and there the framework does it. In the older ones a call
+belongs to a session and would go on, although its answer can reach nobody: we keep no events to
+be fetched later. So the application tells its calls when their connection has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from fastmcp.server.dependencies import get_http_request
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import ToolResult
+from mcp_types import CallToolRequestParams
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from step1x_edit.errors import EditCancelledError
+
+_KEY: Final = "step1x_edit.hung_up"
+
+
+class TellHangUps:
+    """An application whose requests know when nobody waits for their answers any more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hung_up, is_answered = asyncio.Event(), False
+
+        async def answer(message: Message) -> None:
+            nonlocal is_answered
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                is_answered = True
+
+        try:
+            await self._app({**scope, _KEY: hung_up}, receive, answer)
+        finally:
+            if not is_answered:
+                hung_up.set()
+
+
+class EndWithConnection(Middleware):
+    """Cancels a call when its caller has hung up; does nothing where there is no HTTP."""
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        hung_up = _hang_up_of_this_call()
+        if hung_up is None:
+            return await call_next(context)
+        call = asyncio.ensure_future(call_next(context))
+        hanging_up = asyncio.ensure_future(hung_up.wait())
+        try:
+            await asyncio.wait({call, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return call.result()
+            raise EditCancelledError
+        finally:
+            hanging_up.cancel()
+            call.cancel()  # does nothing to one that has ended
+
+
+def _hang_up_of_this_call() -> asyncio.Event | None:
+    try:
+        hung_up = get_http_request().scope.get(_KEY)
+    except RuntimeError:  # there is no HTTP
+        return None
+    return hung_up if isinstance(hung_up, asyncio.Event) else None

@@ -1,0 +1,51 @@
+"""The MCP App of an edit: a page in the chat that shows before and after.
+
+Hosts that know apps (the extension io.modelcontextprotocol/ui) draw the page beside the result of a
+tool that names it; others see nothing of it. What only the page needs travels in the result's
+`_meta`, which models do not read.
+"""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any, Final
+
+from fastmcp.apps import UI_MIME_TYPE
+from fastmcp.resources import Resource
+
+from step1x_edit.schemas import EditRequest
+
+PAGE_URI: Final = "ui://step1x-edit/compare.html"
+SHOWN_IN_APP: Final[dict[str, Any]] = {"ui": {"resourceUri": PAGE_URI}}
+"""The `_meta` of a tool whose results the page shows."""
+
+BEFORE_KEY: Final = "step1x-edit/before"
+ARGUMENTS_KEY: Final = "step1x-edit/arguments"
+
+
+def app_page() -> Resource:
+    """The page, as a resource."""
+    page = resources.files("step1x_edit.interfaces") / "assets" / "compare.html"
+    return Resource.from_function(
+        lambda: page.read_text("utf-8"),
+        uri=PAGE_URI,
+        name="compare",
+        title="Before and after",
+        description="A page that hosts with MCP Apps show beside the result of an edit",
+        mime_type=UI_MIME_TYPE,
+        meta={"ui": {"prefersBorder": True}},
+    )
+
+
+def app_meta(request: EditRequest, before: bytes) -> dict[str, Any]:
+    """What the page has to know of an edit: the JPEG of its input, and how to ask for it again.
+
+    Another attempt becomes another file, so neither the output of this one nor its seed is told.
+    """
+    of_this_one = {"seed", "output_path", "overwrite"}
+    again = request.model_dump(mode="json", exclude=of_this_one, exclude_none=True)
+    return {
+        BEFORE_KEY: f"data:image/jpeg;base64,{base64.b64encode(before).decode('ascii')}",
+        ARGUMENTS_KEY: again,
+    }

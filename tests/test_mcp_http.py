@@ -1,0 +1,83 @@
+"""MCP over HTTP, byte by byte: a client that goes away takes its edit along, in both eras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from conftest import MakeService
+from fakes import FakeWorker, Gate
+from http_server import TOKEN, listening, until
+
+HEADERS = {
+    "Authorization": f"Bearer {TOKEN}",
+    "Accept": "application/json, text/event-stream",
+}
+CLIENT = {"name": "test", "version": "1"}
+HELLO = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": CLIENT},
+}
+
+
+def call(photo: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    arguments = {"image_path": str(photo), "prompt": "x", "num_steps": 50}
+    params = {"name": "edit_image", "arguments": arguments, "_meta": {"progressToken": 1, **meta}}
+    return {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": params}
+
+
+def legacy(client: httpx2.Client, photo: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A call of the older revisions, in a session of its own."""
+    hello = client.post("/mcp", json=HELLO)
+    headers = {
+        "Mcp-Session-Id": hello.headers["Mcp-Session-Id"],
+        "MCP-Protocol-Version": "2025-11-25",
+    }
+    client.post(
+        "/mcp", json={"jsonrpc": "2.0", "method": "notifications/initialized"}, headers=headers
+    ).raise_for_status()
+    return call(photo, {}), headers
+
+
+def modern(client: httpx2.Client, photo: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A call of the revision without sessions."""
+    meta = {
+        "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+        "io.modelcontextprotocol/clientInfo": CLIENT,
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }
+    headers = {
+        "MCP-Protocol-Version": "2026-07-28",
+        "Mcp-Method": "tools/call",
+        "Mcp-Name": "edit_image",
+    }
+    return call(photo, meta), headers
+
+
+@pytest.mark.parametrize("era", [legacy, modern])
+def test_a_connection_that_is_lost_stops_the_edit(
+    make_service: MakeService, photo: Path, era: Any
+) -> None:
+    worker, gate = FakeWorker(), Gate(at_step=4)
+    worker.before_step = gate
+    service = make_service(worker)
+    with listening(service) as url:
+        with httpx2.Client(
+            base_url=url.removesuffix("/mcp"), headers=HEADERS, timeout=60, trust_env=False
+        ) as client:
+            message, headers = era(client, photo)
+            with client.stream("POST", "/mcp", json=message, headers=headers) as answer:
+                assert answer.status_code == 200
+                assert next(answer.iter_lines())
+                assert gate.reached.wait(60)
+        until(lambda: service.outcomes.get("cancelled") == 1)
+        gate.open()
+        until(lambda: bool(worker.stopped_at))
+
+    assert worker.stopped_at == {"x": 4}
+    assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
