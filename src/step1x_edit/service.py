@@ -288,7 +288,7 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             metadata=made.metadata,
         )
-        return FinishedEdit(answer, made.picture, source)
+        return FinishedEdit(answer, made.picture, source.picture)
 
     async def _make(
         self,
