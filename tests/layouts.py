@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from step1x_edit.checkpoints.keymap import (
@@ -15,14 +16,19 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
-from step1x_edit.checkpoints.read import Release
+from step1x_edit.checkpoints.read import FLUX_VAE, Release
+from step1x_edit.model.config import V1_1
 from step1x_edit.model.pipeline import EditPipeline
-from tiny import VAE
+from step1x_edit.model.transformer import Transformer
+from tiny import VAE, tiny_pipeline
+
+FULL_VAE = {**FLUX_VAE, "block_out_channels": (32,) * 4, "norm_num_groups": 32}
+"""All tensors of the published autoencoder, and few numbers in each."""
 
 
 def write_official(folder: Path, pipeline: EditPipeline) -> None:
     folder.mkdir()
-    vae = to_official(pipeline.vae.state_dict(), tiny_vae_links())
+    vae = to_official(pipeline.vae.state_dict(), links_of(pipeline.vae))
     save(vae, folder / "vae.safetensors")
     save(pipeline.transformer.state_dict(), folder / "step1x-edit.safetensors")
     vlm_folder = folder / "Qwen"
@@ -54,8 +60,8 @@ def write_diffusers(folder: Path, pipeline: EditPipeline) -> None:
     pipeline.conditioner.tokenizer.save(str(folder / "processor" / "tokenizer.json"))
 
 
-def tiny_vae_links() -> list[Link]:
-    return vae_links(VAE["block_out_channels"], VAE["layers_per_block"])
+def links_of(vae: AutoencoderKL) -> list[Link]:
+    return vae_links(vae.config["block_out_channels"], vae.config["layers_per_block"])
 
 
 def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -74,3 +80,32 @@ def tiny_releases(pipeline: EditPipeline) -> dict[str, Release]:
         reference_offset=(0.0, 0.0, 0.0),
     )
     return {"v1.0": Release(v1_0, VAE), "v1.1": Release(pipeline.config, VAE)}
+
+
+def narrow_pipeline(depth: int, depth_single: int) -> EditPipeline:
+    """The published model at a width of one head and with so many blocks; the conditioner is tiny.
+
+    What shapes do not tell is as published, so that it can be read without knowing its sizes.
+    """
+    base = tiny_pipeline()
+    in_features = base.config.transformer.connector.in_features
+    connector = dataclasses.replace(
+        V1_1.transformer.connector, in_features=in_features, hidden_size=128, num_heads=1
+    )
+    sizes = dataclasses.replace(
+        V1_1.transformer,
+        hidden_size=128,
+        num_heads=1,
+        mlp_ratio=1.0,
+        depth=depth,
+        depth_single=depth_single,
+        connector=connector,
+    )
+    torch.manual_seed(4)
+    transformer = Transformer(sizes).eval().requires_grad_(False)
+    vae = AutoencoderKL(**FULL_VAE).eval().requires_grad_(False)
+    for module in (transformer, vae):
+        for parameter in module.parameters():
+            parameter.copy_(parameter.bfloat16())  # so that storing them loses nothing
+    model = dataclasses.replace(V1_1, transformer=sizes)
+    return EditPipeline(transformer, vae, base.conditioner, model)

@@ -144,6 +144,54 @@ def test_float8_weights_are_widened(copies: Path, pipeline: EditPipeline) -> Non
     torch.testing.assert_close(weight, pipeline.transformer.img_in.weight, atol=0.02, rtol=0.1)
 
 
+def test_mixed_types_are_read_tensor_by_tensor(copies: Path, pipeline: EditPipeline) -> None:
+    """As some keep norms and biases wide, and others do not."""
+    file = copies / "official" / "step1x-edit.safetensors"
+    kinds = (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32)
+    tensors = load_file(file)
+    mixed = {name: tensors[name].to(kinds[i % 4]) for i, name in enumerate(sorted(tensors))}
+    save(mixed, file)
+
+    state = read(copies / "official", pipeline).pipeline.transformer.state_dict()
+
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in mixed.items())
+
+
+def test_the_parts_are_recognised_in_each_others_layout(
+    copies: Path, pipeline: EditPipeline
+) -> None:
+    """A transformer in diffusers' names and shards beside an autoencoder in its own names."""
+    official, diffusers = copies / "official", copies / "diffusers"
+    (official / "step1x-edit.safetensors").unlink()
+    for shard in (diffusers / "transformer").glob("*.safetensors"):
+        shard.rename(official / shard.name)
+    (diffusers / "vae" / "model.safetensors").rename(official / "vae.safetensors")
+
+    checkpoint = read(official, pipeline)
+
+    assert checkpoint.version == "v1.1"
+    assert picture(checkpoint.pipeline).tobytes() == picture(pipeline).tobytes()
+
+
+def test_sizes_come_from_the_tensors(copies: Path, pipeline: EditPipeline) -> None:
+    """With one block more than the release has, in each layout."""
+    file = copies / "official" / "step1x-edit.safetensors"
+    change(
+        file,
+        lambda tensors: tensors.update(
+            {
+                name.replace("single_blocks.1.", "single_blocks.2."): tensor.clone()
+                for name, tensor in tensors.items()
+                if name.startswith("single_blocks.1.")
+            }
+        ),
+    )
+
+    config = read(copies / "official", pipeline).pipeline.transformer.config
+
+    assert config.depth_single == pipeline.config.transformer.depth_single + 1
+
+
 def change(file: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(file)
     edit(tensors)
@@ -166,6 +214,22 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "step1x-edit.safetensors",
         lambda file: change(file, lambda tensors: tensors.update(extra=torch.zeros(1))),
         "the transformer has unknown tensors extra",
+    ),
+    "a number that is none": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(
+            file, lambda tensors: tensors["single_blocks.0.linear1.weight"][-1, 2].fill_(torch.nan)
+        ),
+        "holds numbers in transformer.single_blocks.0.linear1.weight that are not finite",
+    ),
+    "an endless number": (
+        "official",
+        "vae.safetensors",
+        lambda file: change(
+            file, lambda tensors: tensors["decoder.conv_in.bias"][0].fill_(-torch.inf)
+        ),
+        "holds numbers in vae.decoder.conv_in.bias that are not finite",
     ),
     "a wrong shape": (
         "official",
@@ -236,9 +300,73 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "diffusers",
         "transformer/model-2-of-2.safetensors",
         Path.unlink,
-        "misses tensors",
+        "has 1 of the 2 files of model: the others are missing",
     ),
-    "an empty folder": ("diffusers", "vae/model.safetensors", Path.unlink, "no safetensors in"),
+    "a missing shard that the index lists": (
+        "diffusers",
+        "transformer",
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "last.safetensors"}}'
+        ),
+        "misses last.safetensors, which its index lists",
+    ),
+    "an index that is none": (
+        "diffusers",
+        "transformer",
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        "cannot read",
+    ),
+    "an unfinished download": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: file.rename(f"{file}.incomplete"),
+        "step1x-edit.safetensors.incomplete is not complete: download it again",
+    ),
+    "a model like FLUX": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(
+            file,
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if "connector" in name],
+        ),
+        "step1x-edit.safetensors has no connector: it is another model of its kind, such as FLUX",
+    ),
+    "a model of quite another kind": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: save({"down_blocks.0.attentions.0.to_q.weight": torch.ones(2)}, file),
+        "step1x-edit.safetensors is of another model",
+    ),
+    "a LoRA": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: save(
+            {
+                "lora_unet_single_blocks_0_linear1.alpha": torch.ones(1),
+                "lora_unet_single_blocks_0_linear1.lora_up.weight": torch.ones(1),
+            },
+            file,
+        ),
+        "step1x-edit.safetensors is a LoRA: that is for LORA_PATH",
+    ),
+    "only the autoencoder": (
+        "official",
+        "step1x-edit.safetensors",
+        Path.unlink,
+        "vae.safetensors is the autoencoder alone",
+    ),
+    "heads that do not fit": (
+        "official",
+        "step1x-edit.safetensors",
+        lambda file: change(
+            file,
+            lambda tensors: tensors.update(
+                {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(12)}
+            ),
+        ),
+        "which do not fit together",
+    ),
+    "an empty folder": ("diffusers", "vae/model.safetensors", Path.unlink, "no autoencoder"),
     "no weights": ("demo", "model.safetensors", Path.unlink, "model.safetensors"),
     "a demo without an autoencoder": (
         "demo",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 import re
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints.stored import Span, Stored
+from step1x_edit.errors import CheckpointError
 
 ALIGNMENT: Final = 256
 """Bytes: what CUDA's own allocations are aligned to, so that kernels find what they expect."""
@@ -114,17 +116,18 @@ class Arena:
     def fill(self, check: Callable[[], None] = never_stop) -> None:
         """Read all weights. `check` is called between pieces; what it raises stops the reading.
 
-        Raises CheckpointError if a file cannot be read or has changed.
+        Raises CheckpointError if a file cannot be read, has changed, or holds numbers that are
+        not finite.
         """
         threads = min(16, 2 * (os.cpu_count() or 1))
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
             try:
-                for source, target in sorted(self._pieces(), key=_place_on_disk):
+                for piece in sorted(self._pieces(), key=_place_on_disk):
                     check()
                     if len(under_way) == 2 * threads:
                         under_way.popleft().result()
-                    under_way.append(pool.submit(_read, source, target))
+                    under_way.append(pool.submit(piece.read))
                 while under_way:
                     check()
                     under_way.popleft().result()
@@ -198,8 +201,8 @@ class Arena:
     def _all_places(self) -> Iterator[_Place]:
         return itertools.chain.from_iterable(self._places.values())
 
-    def _pieces(self) -> Iterator[tuple[Span | Tensor, Tensor]]:
-        """What is to be read, in pieces: from where and to where."""
+    def _pieces(self) -> Iterator[_Piece]:
+        """What is to be read, in pieces."""
         for name, places in self._places.items():
             for place in places:
                 yield from _pieces_of(place.weight, place.view(self.memories[name]).reshape(-1))
@@ -218,16 +221,39 @@ class _Place:
         return raw.view(self.weight.dtype).view(self.weight.shape)
 
 
-def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[tuple[Span | Tensor, Tensor]]:
+@dataclass(frozen=True)
+class _Piece:
+    """Numbers of a weight: from where and to where."""
+
+    weight: Weight
+    source: Span | Tensor
+    target: Tensor  # flat
+
+    def read(self) -> None:
+        if isinstance(self.source, Tensor):
+            self.target.copy_(self.source)
+            return
+        self.source.read_into(self.target)
+        if self.target.is_floating_point():
+            # As fast as copying; asking of each number whether it is finite is much slower.
+            low, high = self.target.aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise CheckpointError(
+                    f"{self.source.file.path.name} holds numbers in {self.weight.name} that are "
+                    "not finite"
+                )
+
+
+def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[_Piece]:
     if isinstance(weight.source, Tensor):
-        yield weight.source.reshape(-1), flat
+        yield _Piece(weight, weight.source.reshape(-1), flat)
         return
     place = 0
     for span in weight.source.spans:
         step = PIECE // max(span.dtype.itemsize, flat.dtype.itemsize)
         for start in range(0, span.count, step):
             stop = min(start + step, span.count)
-            yield span.part(start, stop), flat[place + start : place + stop]
+            yield _Piece(weight, span.part(start, stop), flat[place + start : place + stop])
         place += span.count
 
 
@@ -271,14 +297,8 @@ def _reserve(size: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def _place_on_disk(piece: tuple[Span | Tensor, Tensor]) -> tuple[str, int]:
+def _place_on_disk(piece: _Piece) -> tuple[str, int]:
     """Disks like to be read from beginning to end."""
-    source, _ = piece
-    return ("", 0) if isinstance(source, Tensor) else (str(source.file.path), source.offset)
-
-
-def _read(source: Span | Tensor, target: Tensor) -> None:
-    if isinstance(source, Tensor):
-        target.copy_(source)
-    else:
-        source.read_into(target)
+    if isinstance(piece.source, Tensor):
+        return "", 0
+    return str(piece.source.file.path), piece.source.offset

@@ -11,7 +11,7 @@ is strict: a tensor that is missing, unknown or of another shape is a `Checkpoin
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,8 +26,16 @@ from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.arena import Arena, Weight
+from step1x_edit.checkpoints.find import (
+    FileSet,
+    choose_transformer,
+    file_set,
+    file_sets,
+    find_vae,
+    find_vlm,
+    read_json,
+)
 from step1x_edit.checkpoints.keymap import (
-    SCALE_FACTOR,
     some_of,
     to_diffusers,
     to_official,
@@ -35,22 +43,18 @@ from step1x_edit.checkpoints.keymap import (
     vae_links,
 )
 from step1x_edit.checkpoints.lora import deltas, read_lora
-from step1x_edit.checkpoints.stored import (
-    PICKLES,
-    Stored,
-    refuse_pickle,
-    stored_names,
-    stored_tensors,
-)
+from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
+from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.conditioner import Conditioner
+from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 1
-MAPPING_WEIGHT: Final = "text_token_mapping.weight"
+QWEN_IM_START: Final = 151644
+"""The id of <|im_start|> in the vocabulary of Qwen2.5-VL."""
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,12 @@ def _open(
         raise CheckpointError(f"no checkpoint at {path}")
     refuse_pickle(path)
     if path.is_file():
-        return _open_official([path], path.parent, dtype, version, releases)
-    if _json(path / "config.json").get("format") is not None:
+        return _open_official([file_set([path])], path, dtype, version, releases)
+    if read_json(path / "config.json").get("format") is not None:
         return _open_demo(path, dtype)
     if (path / "transformer").is_dir():
         return _open_diffusers(path, dtype, releases)
-    files = sorted(path.glob("*.safetensors"))
-    return _open_official(files, path, dtype, version, releases)
+    return _open_official(file_sets(path), path, dtype, version, releases)
 
 
 def _with_loras(opened: OpenedCheckpoint, files: Mapping[Path, float]) -> OpenedCheckpoint:
@@ -198,7 +201,7 @@ def write_demo(folder: Path, pipeline: EditPipeline) -> None:
 
 
 def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config["format"] != DEMO_FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']}, known is {DEMO_FORMAT}")
     try:
@@ -231,120 +234,76 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
 
 
 def _open_official(
-    files: Sequence[Path],
-    folder: Path,
+    sets: Sequence[FileSet],
+    place: Path,
     dtype: torch.dtype | None,
     wanted: str | None,
     releases: Mapping[str, Release],
 ) -> OpenedCheckpoint:
-    version, file = _choose_transformer(files, folder, wanted, releases)
-    vae_file = _find_vae(folder)
-    vlm_folder = _find_vlm(folder)
-    release = releases[version]
-    links = vae_links(release.vae["block_out_channels"], release.vae["layers_per_block"])
-    return _assemble(
-        version,
-        release,
-        transformer_tensors=stored_tensors([file]),
-        vae_tensors=to_diffusers(stored_tensors([vae_file]), links),
-        vlm_folder=vlm_folder,
-        tokenizer_folder=vlm_folder,
-        dtype=dtype,
-    )
+    chosen = choose_transformer(sets, place, wanted)
+    folder = place if place.is_dir() else place.parent
+    vlm_folder = find_vlm(folder)
+    return _assemble(chosen, {}, find_vae(folder), vlm_folder, vlm_folder, dtype, releases)
 
 
 def _open_diffusers(
     folder: Path, dtype: torch.dtype | None, releases: Mapping[str, Release]
 ) -> OpenedCheckpoint:
-    tensors = stored_tensors(_safetensors_in(folder / "transformer"))
-    version = _version(tensors)
-    release = _release(version, folder, releases)
-    tokenizers = [folder / name for name in ("processor", "tokenizer", "text_encoder")]
-    return _assemble(
-        version,
-        release,
-        transformer_tensors=to_official(tensors, transformer_links(release.model.transformer)),
-        vae_tensors=stored_tensors(_safetensors_in(folder / "vae")),
-        vlm_folder=folder / "text_encoder",
-        tokenizer_folder=next(
-            (found for found in tokenizers if (found / "tokenizer.json").is_file()), tokenizers[0]
-        ),
-        dtype=dtype,
-    )
+    inside = folder / "transformer"
+    chosen = choose_transformer(file_sets(inside), inside, None)
+    places = [folder / name for name in ("processor", "tokenizer", "text_encoder")]
+    tokenizer = next((each for each in places if (each / "tokenizer.json").is_file()), places[0])
+    described = read_json(inside / "config.json")
+    vlm_folder = folder / "text_encoder"
+    return _assemble(chosen, described, find_vae(folder), vlm_folder, tokenizer, dtype, releases)
 
 
 def _assemble(
-    version: str,
-    release: Release,
-    *,
-    transformer_tensors: Mapping[str, Stored],
-    vae_tensors: Mapping[str, Stored],
+    chosen: FileSet,
+    described: Mapping[str, Any],
+    vae_files: FileSet,
     vlm_folder: Path,
     tokenizer_folder: Path,
     dtype: torch.dtype | None,
+    releases: Mapping[str, Release],
 ) -> OpenedCheckpoint:
-    """Put a published model together."""
+    """Put a published model together, whichever layouts its parts have."""
+    version = chosen.version
+    if version not in releases:
+        raise CheckpointError(f"{chosen} is Step1X-Edit {version}, which is not supported yet")
+    release = releases[version]
     dtype = dtype or torch.bfloat16
+    tensors: Mapping[str, Stored] = stored_tensors(chosen.files)
+    sizes = transformer_sizes(tensors, described, release.model.transformer)
+    links = transformer_links(sizes)
+    if not chosen.is_official:
+        tensors = to_official(tensors, links)
+    vae_config, vae_tensors = _open_vae(vae_files, release)
     with _WithoutWeights():
-        transformer = Transformer(release.model.transformer)
-        vae = AutoencoderKL(**release.vae)
+        transformer = Transformer(sizes)
+        vae = AutoencoderKL(**vae_config)
     vlm, vlm_tensors = _open_vlm(vlm_folder)
     weights = [
-        *_weights("transformer", transformer, transformer_tensors, dtype),
+        *_weights("transformer", transformer, tensors, dtype),
         *_weights("vae", vae, vae_tensors, torch.float32),
         *_weights("conditioner", vlm, vlm_tensors, dtype),
     ]
-    conditioner = _conditioner(vlm, tokenizer_folder, release.model)
-    pipeline = EditPipeline(transformer, vae, conditioner, release.model)
+    model = replace(release.model, transformer=sizes)
+    conditioner = _conditioner(vlm, tokenizer_folder, model, is_published=True)
+    pipeline = EditPipeline(transformer, vae, conditioner, model)
     checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
-def _choose_transformer(
-    files: Sequence[Path], folder: Path, wanted: str | None, releases: Mapping[str, Release]
-) -> tuple[str, Path]:
-    """The version and file of the wanted transformer, or else of the newest."""
-    found = {
-        _version(names): file for file in files if _is_transformer(names := stored_names(file))
-    }
-    if not found:
-        refused = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-        hint = f"; {refused[0]} is not read: only safetensors are accepted" if refused else ""
-        raise CheckpointError(f"no Step1X-Edit transformer in {folder}{hint}")
-    version = wanted if wanted in found else max(found)
-    _release(version, found[version], releases)
-    return version, found[version]
-
-
-def _version(names: Iterable[str]) -> str:
-    names = set(names)
-    if MAPPING_WEIGHT in names:
-        return "v1.2"
-    return "v1.0" if SCALE_FACTOR in names else "v1.1"
-
-
-def _release(version: str, place: Path, releases: Mapping[str, Release]) -> Release:
-    if version not in releases:
-        raise CheckpointError(f"{place} is Step1X-Edit {version}, which is not supported yet")
-    return releases[version]
-
-
-def _is_transformer(names: Iterable[str]) -> bool:
-    return "double_blocks.0.img_attn.qkv.weight" in names
-
-
-def _find_vae(folder: Path) -> Path:
-    for file in sorted(folder.glob("*.safetensors")):
-        if "decoder.up.0.block.0.conv1.weight" in stored_names(file):
-            return file
-    raise CheckpointError(f"no autoencoder (vae.safetensors) in {folder}")
-
-
-def _find_vlm(folder: Path) -> Path:
-    for config in sorted(folder.glob("*/config.json")):
-        if _json(config).get("model_type") == "qwen2_5_vl":
-            return config.parent
-    raise CheckpointError(f"no folder with Qwen2.5-VL-7B-Instruct in {folder}")
+def _open_vae(files: FileSet, release: Release) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The autoencoder's arguments, and its tensors by diffusers' names."""
+    tensors = stored_tensors(files.files)
+    described = read_json(files.files[0].parent / "config.json")
+    config = vae_sizes(tensors, described, release.vae)
+    if files.is_official:
+        links = vae_links(config["block_out_channels"], config["layers_per_block"])
+        tensors = to_diffusers(tensors, links)
+    return config, tensors
 
 
 def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
@@ -353,7 +312,7 @@ def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
     if not files:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     file = folder / "config.json"
-    vlm = _build_vlm(_json(file), file)
+    vlm = _build_vlm(read_json(file), file)
     tensors: dict[str, Stored] = {}
     for published, tensor in stored_tensors(files).items():
         if published.startswith("lm_head."):
@@ -383,12 +342,23 @@ def _inner_name(published: str) -> str:
     return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
 
 
-def _conditioner(vlm: Qwen2_5_VLModel, folder: Path, model: ModelConfig) -> Conditioner:
+def _conditioner(
+    vlm: Qwen2_5_VLModel, folder: Path, model: ModelConfig, is_published: bool = False
+) -> Conditioner:
+    """The conditioner with the tokenizer of a folder.
+
+    How many tokens of a published prompt are dropped is a fact of Qwen2.5-VL's vocabulary; in
+    another one the same words are counted.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"no tokenizer.json in {folder}")
     try:
-        return Conditioner(vlm, Tokenizer.from_str(file.read_text("utf-8")), model.conditioner)
+        tokenizer = Tokenizer.from_str(file.read_text("utf-8"))
+        config = model.conditioner
+        if is_published and tokenizer.token_to_id("<|im_start|>") != QWEN_IM_START:
+            config = replace(config, prefix_length=measure_prefix_length(tokenizer, config))
+        return Conditioner(vlm, tokenizer, config)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(f"{file} does not fit this model: {error}") from error
 
@@ -451,29 +421,9 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), attribute
 
 
-def _safetensors_in(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"no safetensors in {folder}")
-    return files
-
-
 def _by_prefix(tensors: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
     parts: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         prefix, _, rest = name.partition(".")
         parts.setdefault(prefix, {})[rest] = tensor
     return parts
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} does not hold an object")
-    return content
