@@ -334,9 +334,14 @@ class OneErrorShape(Middleware):
 
 
 def _told(error: Exception) -> Step1XEditError:
-    """What to tell the caller about an exception; fastmcp wraps the original as its cause."""
+    """What to tell the caller about an exception; fastmcp wraps the original as its cause.
+
+    Raises what concerns the protocol and not the tool.
+    """
     for candidate in (error, error.__cause__):
         match candidate:
+            case MCPError():
+                raise candidate
             case Step1XEditError():
                 return candidate
             case ValidationError():
