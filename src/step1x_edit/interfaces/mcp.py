@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import mcp_types
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import NotFoundError
 from fastmcp.resources import Resource
-from fastmcp.server.dependencies import get_context
+from fastmcp.server.dependencies import get_context, get_http_request
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
 from mcp.shared.exceptions import MCPError
@@ -86,6 +87,8 @@ fog, black and white, tints, ...), no objects; metadata.warning says what it did
 """
 
 STEP_PAUSE_S: Final = 0.25
+MAX_WAIT_HEADER: Final = "X-Max-Wait"
+"""Over HTTP, for how many seconds the caller waits for `edit_image`."""
 
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
 _STATUS_URI: Final = "step1x://gpu/status"
@@ -161,7 +164,7 @@ def build_mcp(
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
         edit = _Editing(service, service.read_edit(arguments))
         with edit.ending_with_its_call():
-            await edit.tell(step_pause_s, max_wait_s or None)
+            await edit.tell(step_pause_s, _patience_of_this_caller() or max_wait_s or None)
         return edit.result() if edit.is_done else _running(handles.add(edit), edit)
 
     async def submit_edit(arguments: dict[str, Any]) -> ToolResult:
@@ -466,6 +469,15 @@ class _Editing(Pursuit[ToolResult]):
         async with contextlib.aclosing(self.events(wait_s)) as events:
             async for event in events:
                 await report.step(0, event)
+
+
+def _patience_of_this_caller() -> int:
+    """For how many seconds it waits, as it says itself; 0 if it does not."""
+    try:
+        told = get_http_request().headers.get(MAX_WAIT_HEADER, "")
+    except RuntimeError:  # there is no HTTP
+        return 0
+    return int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
 
 
 # --- progress ------------------------------------------------------------------------------------
