@@ -65,7 +65,7 @@ from step1x_edit.schemas import (
     invalid_parameter,
     read_request,
 )
-from step1x_edit.service import EditService, FinishedEdit
+from step1x_edit.service import EditService
 
 log = logging.getLogger(__name__)
 
@@ -414,9 +414,9 @@ def _running(job_id: str, edit: _Editing) -> ToolResult:
     return result_of(answer.to_dict())
 
 
-def _shown(request: EditRequest, edit: FinishedEdit) -> ToolResult:
+def _shown(request: EditRequest, answer: EditAnswer, before: bytes, after: bytes) -> ToolResult:
     """The answer, a small picture for whoever can see, and a link to the file."""
-    path = Path(edit.answer.output_path)
+    path = Path(answer.output_path)
     link = ResourceLink(
         type="resource_link",
         uri=path.as_uri(),
@@ -424,12 +424,7 @@ def _shown(request: EditRequest, edit: FinishedEdit) -> ToolResult:
         mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
         description="The edited picture in full size",
     )
-    return result_of(
-        edit.answer.to_dict(),
-        _jpeg(preview(edit.picture)),
-        link,
-        meta=app_meta(request, preview(edit.source)),
-    )
+    return result_of(answer.to_dict(), _jpeg(after), link, meta=app_meta(request, before))
 
 
 def _jpeg(data: bytes) -> ImageContent:
@@ -449,7 +444,11 @@ class _Editing(Pursuit[ToolResult]):
 
     def __init__(self, service: EditService, request: EditRequest) -> None:
         async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
-            return await asyncio.to_thread(_shown, request, await service.edit(request, report))
+            edit = await service.edit(request, report)
+            before, after = await asyncio.gather(
+                asyncio.to_thread(preview, edit.source), asyncio.to_thread(preview, edit.picture)
+            )
+            return _shown(request, edit.answer, before, after)
 
         super().__init__(work)
         self._request = request
