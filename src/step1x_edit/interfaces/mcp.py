@@ -41,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.engine import HEARTBEAT_S
-from step1x_edit.errors import InternalError, Step1XEditError
+from step1x_edit.errors import InternalError, InvalidParameterError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
@@ -473,10 +473,12 @@ class _Editing(Pursuit[ToolResult]):
 def _patience_of_this_caller() -> int:
     """For how many seconds it waits, as it says itself; 0 if it does not."""
     try:
-        told = get_http_request().headers.get(MAX_WAIT_HEADER, "")
+        told = get_http_request().headers.get(MAX_WAIT_HEADER, "0")
     except RuntimeError:  # there is no HTTP
         return 0
-    return int(told) if re.fullmatch("[0-9]{1,6}", told) else 0
+    if not re.fullmatch("[0-9]{1,6}", told):
+        raise InvalidParameterError(f"{MAX_WAIT_HEADER} must be whole seconds, got {told[:60]!r}")
+    return int(told)
 
 
 # --- progress ------------------------------------------------------------------------------------
