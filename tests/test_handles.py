@@ -343,6 +343,49 @@ async def test_paths_of_a_submitted_edit_are_those_of_a_joined_servers_client(
     assert missing["error"] == "Image file not found: no.png"
 
 
+@ERAS
+async def test_a_client_over_http_may_say_how_long_it_waits(
+    make_service: MakeService, photo: Path, mode: Any
+) -> None:
+    gate = Gate()
+    arguments = {"image_path": str(photo), "prompt": "x"}
+    with listening(make_service(FakeWorker(before_step=gate))) as url:
+        answers = []
+        for wait in ("1", "soon"):
+            transport = StreamableHttpTransport(url, auth=TOKEN, headers={"X-Max-Wait": wait})
+            async with Client(transport, mode=mode) as client:
+                answers.append(await told(client, "edit_image", **arguments))
+        gate.open()
+
+    running, refused = answers
+    assert running["status"] == "running"
+    assert refused["error"] == "Invalid parameter: X-Max-Wait must be whole seconds, got 'soon'"
+
+
+@ERAS
+async def test_a_client_of_a_joined_server_is_answered_when_its_own_time_is_over(
+    make_service: MakeService, photo: Path, tmp_path: Path, mode: Any
+) -> None:
+    gate = Gate()
+    data_dir = tmp_path / "data"
+    transport = StdioTransport(
+        sys.executable,
+        [str(ROOT / "mcp_server.py")],
+        cwd=str(tmp_path),
+        env=inherited_environment(DATA_DIR=str(data_dir), MCP_MAX_WAIT="1"),
+        keep_alive=False,
+    )
+    with announcing(make_service(FakeWorker(before_step=gate)), data_dir):
+        async with Client(transport, mode=mode) as client:
+            running = await told(client, "edit_image", image_path="photo.png", prompt="x")
+            gate.open()
+            result = await client.call_tool("get_job", {"job_id": running["job_id"], "wait_s": 50})
+
+    assert running["status"] == "running"
+    assert result.structured_content["output_path"] == str(tmp_path / "photo_edited.png")
+    assert result.meta["step1x-edit/before"].startswith("data:image/jpeg;base64,")
+
+
 # --- the bookkeeping ------------------------------------------------------------------------------
 
 

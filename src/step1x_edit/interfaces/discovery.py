@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -136,7 +136,9 @@ def _lives(pid: int) -> bool:
     return pid > 0
 
 
-def transport_to(server: RunningServer) -> StreamableHttpTransport:
+def transport_to(
+    server: RunningServer, extra_headers: Mapping[str, str] | None = None
+) -> StreamableHttpTransport:
     """The way to a server on this machine, past any proxy that is set for the world outside."""
     # Imported when there is somebody to ask, so that a start without one stays quick.
     import httpx2
@@ -152,7 +154,12 @@ def transport_to(server: RunningServer) -> StreamableHttpTransport:
         patience = timeout or httpx2.Timeout(30.0, read=300.0)
         return httpx2.AsyncClient(headers=headers, timeout=patience, auth=auth, trust_env=False)
 
-    return StreamableHttpTransport(server.url, auth=server.token, httpx_client_factory=client)
+    return StreamableHttpTransport(
+        server.url,
+        headers=dict(extra_headers or {}),
+        auth=server.token,
+        httpx_client_factory=client,
+    )
 
 
 async def _answers(server: RunningServer, timeout_s: float) -> bool:

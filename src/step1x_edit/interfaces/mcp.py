@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import mcp_types
 from fastmcp import Context, FastMCP
 from fastmcp.exceptions import NotFoundError
 from fastmcp.resources import Resource
-from fastmcp.server.dependencies import get_context
+from fastmcp.server.dependencies import get_context, get_http_request
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
 from mcp.shared.exceptions import MCPError
@@ -40,7 +41,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.engine import HEARTBEAT_S
-from step1x_edit.errors import InternalError, Step1XEditError
+from step1x_edit.errors import InternalError, InvalidParameterError, Step1XEditError
 from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
@@ -64,7 +65,7 @@ from step1x_edit.schemas import (
     invalid_parameter,
     read_request,
 )
-from step1x_edit.service import EditService, FinishedEdit
+from step1x_edit.service import EditService
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ fog, black and white, tints, ...), no objects; metadata.warning says what it did
 """
 
 STEP_PAUSE_S: Final = 0.25
+MAX_WAIT_HEADER: Final = "X-Max-Wait"
+"""Over HTTP, for how many seconds the caller waits for `edit_image`."""
 
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
 _STATUS_URI: Final = "step1x://gpu/status"
@@ -161,7 +164,7 @@ def build_mcp(
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
         edit = _Editing(service, service.read_edit(arguments))
         with edit.ending_with_its_call():
-            await edit.tell(step_pause_s, max_wait_s or None)
+            await edit.tell(step_pause_s, _patience_of_this_caller() or max_wait_s or None)
         return edit.result() if edit.is_done else _running(handles.add(edit), edit)
 
     async def submit_edit(arguments: dict[str, Any]) -> ToolResult:
@@ -334,9 +337,14 @@ class OneErrorShape(Middleware):
 
 
 def _told(error: Exception) -> Step1XEditError:
-    """What to tell the caller about an exception; fastmcp wraps the original as its cause."""
+    """What to tell the caller about an exception; fastmcp wraps the original as its cause.
+
+    Raises what concerns the protocol and not the tool.
+    """
     for candidate in (error, error.__cause__):
         match candidate:
+            case MCPError():
+                raise candidate
             case Step1XEditError():
                 return candidate
             case ValidationError():
@@ -406,9 +414,9 @@ def _running(job_id: str, edit: _Editing) -> ToolResult:
     return result_of(answer.to_dict())
 
 
-def _shown(request: EditRequest, edit: FinishedEdit) -> ToolResult:
+def _shown(request: EditRequest, answer: EditAnswer, before: bytes, after: bytes) -> ToolResult:
     """The answer, a small picture for whoever can see, and a link to the file."""
-    path = Path(edit.answer.output_path)
+    path = Path(answer.output_path)
     link = ResourceLink(
         type="resource_link",
         uri=path.as_uri(),
@@ -416,12 +424,7 @@ def _shown(request: EditRequest, edit: FinishedEdit) -> ToolResult:
         mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
         description="The edited picture in full size",
     )
-    return result_of(
-        edit.answer.to_dict(),
-        _jpeg(preview(edit.picture)),
-        link,
-        meta=app_meta(request, preview(edit.source)),
-    )
+    return result_of(answer.to_dict(), _jpeg(after), link, meta=app_meta(request, before))
 
 
 def _jpeg(data: bytes) -> ImageContent:
@@ -441,7 +444,11 @@ class _Editing(Pursuit[ToolResult]):
 
     def __init__(self, service: EditService, request: EditRequest) -> None:
         async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
-            return await asyncio.to_thread(_shown, request, await service.edit(request, report))
+            edit = await service.edit(request, report)
+            before, after = await asyncio.gather(
+                asyncio.to_thread(preview, edit.source), asyncio.to_thread(preview, edit.picture)
+            )
+            return _shown(request, edit.answer, before, after)
 
         super().__init__(work)
         self._request = request
@@ -461,6 +468,17 @@ class _Editing(Pursuit[ToolResult]):
         async with contextlib.aclosing(self.events(wait_s)) as events:
             async for event in events:
                 await report.step(0, event)
+
+
+def _patience_of_this_caller() -> int:
+    """For how many seconds it waits, as it says itself; 0 if it does not."""
+    try:
+        told = get_http_request().headers.get(MAX_WAIT_HEADER, "0")
+    except RuntimeError:  # there is no HTTP
+        return 0
+    if not re.fullmatch("[0-9]{1,6}", told):
+        raise InvalidParameterError(f"{MAX_WAIT_HEADER} must be whole seconds, got {told[:60]!r}")
+    return int(told)
 
 
 # --- progress ------------------------------------------------------------------------------------

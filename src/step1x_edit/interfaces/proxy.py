@@ -22,7 +22,7 @@ from mcp_types import CallToolRequestParams
 
 from step1x_edit.errors import ModelUnavailableError
 from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
-from step1x_edit.interfaces.mcp import OneErrorShape, result_of
+from step1x_edit.interfaces.mcp import MAX_WAIT_HEADER, OneErrorShape, result_of
 from step1x_edit.interfaces.mcp_prompts import complete
 from step1x_edit.schemas import read_list
 
@@ -38,10 +38,13 @@ PATH_PARAMETERS: Final = (
 )
 
 
-def build_proxy(server: RunningServer, calls: RunningCalls) -> FastMCP:
-    """A server of the same tools that has `server` do the work; `calls` gets to know its calls."""
+def build_proxy(server: RunningServer, calls: RunningCalls, max_wait_s: int = 0) -> FastMCP:
+    """A server of the same tools that has `server` do the work; `calls` gets to know its calls.
+
+    `max_wait_s` is for how long our client waits, whatever the other server's own clients do.
+    """
     proxy = create_proxy(
-        transport_to(server),
+        transport_to(server, {MAX_WAIT_HEADER: str(max_wait_s)} if max_wait_s else None),
         name=SERVER_NAME,
         identity="upstream",
         provider_error_strategy="raise",  # one that is gone must not look like one without tools

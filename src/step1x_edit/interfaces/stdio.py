@@ -131,7 +131,7 @@ async def _serve(settings: Settings, wire: int) -> None:
 
     log.info("joined the server at %s, process %d", server.url, server.pid)
     calls = RunningCalls()
-    await _serve_until_told(build_proxy(server, calls), calls.stop, wire)
+    await _serve_until_told(build_proxy(server, calls, settings.mcp_max_wait), calls.stop, wire)
 
 
 async def _serve_alone(settings: Settings, wire: int) -> None:
