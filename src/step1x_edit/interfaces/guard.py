@@ -10,7 +10,7 @@ by the head of the request alone:
 - where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
   the password that browsers ask their users for;
 - the body may be no longer than a picture and its form, by its header and by count while it is
-  read.
+  read, and has to arrive in time.
 
 It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
 from guessing, storing and framing. It knows nothing about what the routes do.
@@ -18,6 +18,7 @@ from guessing, storing and framing. It knows nothing about what the routes do.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import ipaddress
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 OPEN_PATHS: Final = frozenset({"/livez"})
 FORM_BYTES: Final = 1024 * 1024  # what may come around a picture: the other fields, the boundaries
 
+_START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
+_BYTES_PER_S: Final = 16 * 1024
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})  # none: typed by the user
@@ -78,6 +81,7 @@ class Guard:
         if self._is_open:
             self._names |= {socket.gethostname().lower()}
         self._max_body = settings.max_bytes + FORM_BYTES
+        self._receive_s = settings.receive_timeout
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +133,18 @@ class Guard:
         """The longest body that is read, in bytes."""
         return self._max_body
 
+    def patience_s(self, length: int) -> float:
+        """The seconds that we wait in all for a body of which that much has come."""
+        return min(self._receive_s, _START_S + length / _BYTES_PER_S)
+
+    def too_late(self) -> Failure:
+        """The failure for a body that does not arrive."""
+        return problems.of_status(
+            408,
+            f"The request has to arrive within {self._receive_s} s (RECEIVE_TIMEOUT), and at no "
+            f"less than {_BYTES_PER_S // 1024} KiB a second after {_START_S:g} s.",
+        )
+
     def too_long(self) -> Failure:
         """The failure for a body that is too long."""
         return problems.of_error(self.too_long_error())
@@ -160,7 +176,9 @@ class _Passage:
         self._send = send
         self._started = time.monotonic()
         self._length = 0
-        self._is_too_long = False
+        self._waited_s = 0.0
+        self._has_arrived = False
+        self._cut: Failure | None = None
         self._status: int | None = None
 
     async def go(self, app: ASGIApp) -> None:
@@ -172,10 +190,10 @@ class _Passage:
             try:
                 await app(self._scope, self._counted, self._told)
             except Exception:
-                if not self._is_too_long:
+                if self._cut is None:
                     raise
-            if self._is_too_long and self._status is None:
-                await self._refuse(self._guard.too_long())
+            if self._cut is not None and self._status is None:
+                await self._refuse(self._cut)
         finally:
             seconds = time.monotonic() - self._started
             self._guard.observe(self._scope, self._status or 500, seconds)
@@ -189,16 +207,29 @@ class _Passage:
         await answer(self._scope, self._receive, self._hardened)
 
     async def _counted(self) -> Message:
-        message = await self._receive()
+        message = await (self._receive() if self._has_arrived else self._next_piece())
         self._length += len(message.get("body", b""))
         if self._length > self._guard.max_body:
-            self._is_too_long = True
+            self._cut = self._guard.too_long()
             raise self._guard.too_long_error()
         return message
 
+    async def _next_piece(self) -> Message:
+        """What comes next of the body; after too long a wait the app hears that nobody is there."""
+        started = time.monotonic()
+        patience_s = self._guard.patience_s(self._length) - self._waited_s
+        try:
+            message = await asyncio.wait_for(self._receive(), patience_s)
+        except asyncio.TimeoutError:
+            self._cut = self._guard.too_late()
+            return {"type": "http.disconnect"}
+        self._waited_s += time.monotonic() - started
+        self._has_arrived = not message.get("more_body", False)
+        return message
+
     async def _told(self, message: Message) -> None:
-        """What the app answers; after too long a body that does not matter any more."""
-        if not self._is_too_long or self._status is not None:
+        """What the app answers; to a body that was cut off that does not matter any more."""
+        if self._cut is None or self._status is not None:
             await self._hardened(message)
 
     async def _hardened(self, message: Message) -> None:
