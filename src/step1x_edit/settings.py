@@ -202,6 +202,22 @@ class Settings(BaseSettings):
     ] = None
     max_queue: Annotated[int, Field(ge=1, description="Edits that may wait")] = 32
     max_upload_mb: Annotated[int, Field(ge=1, description="Largest input file in MiB")] = 32
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Connections at a time; another machine may have an eighth of them. Above "
+            "that the one that has kept the server waiting longest is closed for the new one",
+        ),
+    ] = 256
+    receive_timeout: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Seconds that the body of a request may take to arrive; 10 of them for its "
+            "head, or until a body comes at 16 KiB a second",
+        ),
+    ] = 60
     # Pillow itself refuses pictures of twice its own limit, 178 megapixels.
     max_megapixels: Annotated[
         int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")

@@ -107,6 +107,7 @@ class PipelineWorker:
                 guidance_scale=job.guidance_scale,
                 size_level=job.size_level,
                 seed=job.seed,
+                preview_steps=job.preview_steps,
             )
         )
         for plan in itertools.chain(PLANS, self._smaller_plans()):
@@ -160,7 +161,7 @@ class PipelineWorker:
                 if isinstance(event, Edited):
                     yield Outcome(event.image, _warning(event, checkpoint))
                 else:
-                    yield Progress(Phase(event.phase), event.step, event.total)
+                    yield Progress(Phase(event.phase), event.step, event.total, event.preview)
 
     def _bring(self) -> None:
         """Have the model where it computes."""

@@ -7,9 +7,10 @@ by the head of the request alone:
   its own name to our address);
 - a request that a browser sends for a page must come from a page of ours: forms of other sites
   start nothing, neither do programs on other ports of this machine;
-- where there is an API_KEY, it has to be shown everywhere but at `/livez`;
+- where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
+  the password that browsers ask their users for;
 - the body may be no longer than a picture and its form, by its header and by count while it is
-  read.
+  read, and has to arrive in time.
 
 It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
 from guessing, storing and framing. It knows nothing about what the routes do.
@@ -17,6 +18,8 @@ from guessing, storing and framing. It knows nothing about what the routes do.
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import hmac
 import ipaddress
 import logging
@@ -41,9 +44,12 @@ log = logging.getLogger(__name__)
 OPEN_PATHS: Final = frozenset({"/livez"})
 FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
+_START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
+_BYTES_PER_S: Final = 16 * 1024
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})  # none: typed by the user
+_ASK_THE_USER: Final = 'Basic realm="step1x-edit", charset="UTF-8"'
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -76,6 +82,7 @@ class Guard:
             self._names |= {socket.gethostname().lower()}
         self._max_picture = settings.max_bytes
         self._max_body = 2 * settings.max_bytes + FORM_BYTES  # a picture and its mask
+        self._receive_s = settings.receive_timeout
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,6 +134,18 @@ class Guard:
         """The longest body that is read, in bytes."""
         return self._max_body
 
+    def patience_s(self, length: int) -> float:
+        """The seconds that we wait in all for a body of which that much has come."""
+        return min(self._receive_s, _START_S + length / _BYTES_PER_S)
+
+    def too_late(self) -> Failure:
+        """The failure for a body that does not arrive."""
+        return problems.of_status(
+            408,
+            f"The request has to arrive within {self._receive_s} s (RECEIVE_TIMEOUT), and at no "
+            f"less than {_BYTES_PER_S // 1024} KiB a second after {_START_S:g} s.",
+        )
+
     def too_long(self) -> Failure:
         """The failure for a body that is too long."""
         return problems.of_error(self.too_long_error())
@@ -143,12 +162,8 @@ class Guard:
     def _may_enter(self, path: str, shown: list[str]) -> bool:
         if self._key is None or path in OPEN_PATHS:
             return True
-        if len(shown) != 1:
-            return False
-        scheme, _, token = shown[0].partition(" ")
         # Bytes, because the comparison of texts raises for anything but ASCII.
-        is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._key)
-        return is_right and scheme.lower() == "bearer"
+        return len(shown) == 1 and hmac.compare_digest(_key_in(shown[0]), self._key)
 
 
 class _Passage:
@@ -161,7 +176,9 @@ class _Passage:
         self._send = send
         self._started = time.monotonic()
         self._length = 0
-        self._is_too_long = False
+        self._waited_s = 0.0
+        self._has_arrived = False
+        self._cut: Failure | None = None
         self._status: int | None = None
 
     async def go(self, app: ASGIApp) -> None:
@@ -173,10 +190,10 @@ class _Passage:
             try:
                 await app(self._scope, self._counted, self._told)
             except Exception:
-                if not self._is_too_long:
+                if self._cut is None:
                     raise
-            if self._is_too_long and self._status is None:
-                await self._refuse(self._guard.too_long())
+            if self._cut is not None and self._status is None:
+                await self._refuse(self._cut)
         finally:
             seconds = time.monotonic() - self._started
             self._guard.observe(self._scope, self._status or 500, seconds)
@@ -184,19 +201,35 @@ class _Passage:
     async def _refuse(self, failure: Failure) -> None:
         answer = problems.response(failure, request_id(self._scope))
         answer.headers["Connection"] = "close"  # what is left of the body will not be read
+        if failure.status == 401 and _shows_a_page(self._scope):
+            # In a line of its own: browsers look at the first challenge of each.
+            answer.headers.append("WWW-Authenticate", _ASK_THE_USER)
         await answer(self._scope, self._receive, self._hardened)
 
     async def _counted(self) -> Message:
-        message = await self._receive()
+        message = await (self._receive() if self._has_arrived else self._next_piece())
         self._length += len(message.get("body", b""))
         if self._length > self._guard.max_body:
-            self._is_too_long = True
+            self._cut = self._guard.too_long()
             raise self._guard.too_long_error()
         return message
 
+    async def _next_piece(self) -> Message:
+        """What comes next of the body; after too long a wait the app hears that nobody is there."""
+        started = time.monotonic()
+        patience_s = self._guard.patience_s(self._length) - self._waited_s
+        try:
+            message = await asyncio.wait_for(self._receive(), patience_s)
+        except asyncio.TimeoutError:
+            self._cut = self._guard.too_late()
+            return {"type": "http.disconnect"}
+        self._waited_s += time.monotonic() - started
+        self._has_arrived = not message.get("more_body", False)
+        return message
+
     async def _told(self, message: Message) -> None:
-        """What the app answers; after too long a body that does not matter any more."""
-        if not self._is_too_long or self._status is not None:
+        """What the app answers; to a body that was cut off that does not matter any more."""
+        if self._cut is None or self._status is not None:
             await self._hardened(message)
 
     async def _hardened(self, message: Message) -> None:
@@ -207,6 +240,28 @@ class _Passage:
                 headers.setdefault(name, value)
             headers["X-Request-Id"] = request_id(self._scope)
         await self._send(message)
+
+
+def _key_in(authorization: str) -> bytes:
+    """What was shown as the key: a bearer token or a password; nothing if it is neither."""
+    scheme, _, shown = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return shown.strip().encode("latin-1")
+        case "basic":
+            try:
+                return base64.b64decode(shown.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return b""
+        case _:
+            return b""
+
+
+def _shows_a_page(scope: Scope) -> bool:
+    """Whether the answer goes to the window of a browser, whose user can be asked for the key."""
+    headers = Headers(scope=scope)
+    is_page = "text/html" in headers.get("accept", "").lower()
+    return scope["method"] == "GET" and (is_page or headers.get("sec-fetch-mode") == "navigate")
 
 
 def _is_from_our_pages(method: str, host: str, headers: Headers) -> bool:

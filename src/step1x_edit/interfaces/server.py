@@ -31,7 +31,7 @@ from starlette.types import ASGIApp
 
 from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
-from step1x_edit.interfaces import problems
+from step1x_edit.interfaces import connections, problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
@@ -216,7 +216,7 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
     hear_signals(told)
     metrics = Metrics(service)
     routes = build_routes(service, settings, metrics)
-    server = _Server(Guard(routes, settings, metrics.observe))
+    server = _Server(Guard(routes, settings, metrics.observe), settings)
     # Not left to uvicorn, which tells with a traceback what stops the start.
     async with routes.router.lifespan_context(routes):
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -239,9 +239,11 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
 class _Server(uvicorn.Server):
     """A server that says when it is ready, and leaves the signals to us."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
+            http=connections.protocol(settings),
+            timeout_keep_alive=connections.idle_s(settings),
             log_config=None,
             access_log=False,  # the guard logs requests, with their ids
             lifespan="off",
