@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -212,16 +213,13 @@ def load_worker(start: Start) -> PipelineWorker:
     import torch
     import transformers
 
-    from step1x_edit.checkpoints.read import open_checkpoint
     from step1x_edit.residency import Residency
 
     # Bars of ours tell the progress; theirs would fill the log of a server.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what the libraries have brought stays, and need not be looked through again
-    device = start.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(start)
     match device:
         case "cpu":
             place = None  # the model computes where the host keeps it
@@ -230,16 +228,29 @@ def load_worker(start: Start) -> PipelineWorker:
         case _:
             place = torch.device(device)
 
-    def open_chosen() -> OpenedCheckpoint:
-        path = None if start.model_path is None else Path(start.model_path)
-        wanted = None if start.model_version == "auto" else start.model_version
-        opened = open_checkpoint(path, version=wanted)
-        found = opened.checkpoint.version
-        if wanted not in (None, found):
-            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
-        return opened
+    return PipelineWorker(Residency(partial(open_chosen, start), place), device)
 
-    return PipelineWorker(Residency(open_chosen, place), device)
+
+def chosen_device(start: Start) -> str:
+    """The name of the device to compute on."""
+    import torch
+
+    if start.device != "auto":
+        return start.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_chosen(start: Start) -> OpenedCheckpoint:
+    """Open the checkpoint that is to be run; raises CheckpointError."""
+    from step1x_edit.checkpoints.read import open_checkpoint
+
+    path = None if start.model_path is None else Path(start.model_path)
+    wanted = None if start.model_version == "auto" else start.model_version
+    opened = open_checkpoint(path, version=wanted)
+    found = opened.checkpoint.version
+    if wanted not in (None, found):
+        raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+    return opened
 
 
 def is_out_of_memory(error: BaseException) -> bool:
