@@ -76,8 +76,9 @@ def batch(
 ) -> None:
     """Edit a folder or a list of pictures; run again, it does only what is missing.
 
-    A result is missing if it is not there, or if its picture, prompt or parameters have changed.
-    The exit code is 1 if a picture failed; the others are edited all the same.
+    A result is missing if it is not there, or if its picture, prompt or
+    parameters have changed. The exit code is 1 if a picture failed; the others
+    are edited all the same.
     """
     with told_failures(as_json, _INTERRUPTED):
         from step1x_edit.files import FileAccess
@@ -126,7 +127,7 @@ def _tell(answer: BatchAnswer, as_json: bool, kept: str) -> None:
         for _, result in results:
             if isinstance(result, EditAnswer):
                 typer.echo(result.output_path)
-        print_results(results)
+        print_results(results, kept)
         count = sum(isinstance(r, EditAnswer) and r.message == kept for _, r in results)
         from_before = f"; {count} of them from an earlier run" if count else ""
         err.print(answer.message + from_before, markup=False)

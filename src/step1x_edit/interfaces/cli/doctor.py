@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final, Literal
 import typer
 
 from step1x_edit import __version__
-from step1x_edit.channel import GIB, Start
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from step1x_edit.machine import Survey
     from step1x_edit.settings import Settings
 
+_GIB: Final = 1024**3
 _MEMORY_INFO: Final = Path("/proc/meminfo")  # Linux
 _STYLES: Final = {"ok": "green", "note": "yellow", "fail": "red"}
 
@@ -48,7 +48,8 @@ class Check:
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can run, one line for each thing that was looked at.
 
-    The exit code is 1 if something stands in the way. Nothing is changed, and no model is loaded.
+    The exit code is 1 if something stands in the way. Nothing is changed, and
+    no model is loaded.
     """
     with told_failures(as_json):
         checks = []
@@ -76,6 +77,7 @@ def _checks() -> Iterator[Check]:
         return
     yield _memory()
     yield from _data_dir(settings.data_dir)
+    from step1x_edit.channel import Start
     from step1x_edit.machine import look
 
     seen = look(
@@ -95,7 +97,7 @@ def _memory() -> Check:
     try:
         lines = _MEMORY_INFO.read_text(encoding="ascii").splitlines()
         kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-        free, total = (kib[name] * 1024 / GIB for name in ("MemAvailable", "MemTotal"))
+        free, total = (kib[name] * 1024 / _GIB for name in ("MemAvailable", "MemTotal"))
     except (OSError, ValueError, KeyError, IndexError):
         return Check("note", "memory", "this system does not tell how much there is")
     return Check("ok", "memory", f"{free:.1f} GiB of {total:.1f} GiB free")
@@ -108,7 +110,7 @@ def _data_dir(folder: Path) -> Iterator[Check]:
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Check("fail", "data", f"DATA_DIR {folder}: no permission to write in {existing}")
     else:
-        free = shutil.disk_usage(existing).free / GIB
+        free = shutil.disk_usage(existing).free / _GIB
         yield Check("ok", "data", f"DATA_DIR {folder}, {free:.1f} GiB of disk free")
 
 

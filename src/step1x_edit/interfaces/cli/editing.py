@@ -79,8 +79,8 @@ def edit(
 ) -> None:
     """Edit images as the prompt says and save each result as a new file.
 
-    A server that runs on this machine does it with its model, and otherwise this process. The path
-    of each result is printed on stdout.
+    A server that runs on this machine does it with its model, and otherwise
+    this process. The path of each result is printed on stdout.
     """
     from step1x_edit.files import FileAccess
     from step1x_edit.interfaces.editor import opened_editor, read_edit

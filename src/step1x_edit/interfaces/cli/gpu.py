@@ -15,8 +15,8 @@ def status(
 ) -> None:
     """Say where the model of the running server is and what it occupies.
 
-    Without a server there is none: each command has a model of its own while it edits. That is no
-    failure; the exit code is 0.
+    Without a server there is none: each command has a model of its own while it
+    edits. That is no failure; the exit code is 0.
     """
     from step1x_edit.interfaces.editor import opened_editor
 

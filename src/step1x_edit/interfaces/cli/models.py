@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from step1x_edit.channel import Start
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
     out,
     print_json,
-    print_table,
     told_failures,
 )
 
 if TYPE_CHECKING:
     from step1x_edit.settings import Settings
 
-GIGA: Final = 10**9
+_GIGA: Final = 10**9
 
 models_app = typer.Typer(help="See which checkpoints there are.", no_args_is_help=True)
 
@@ -47,27 +45,27 @@ def models() -> None:
 def list_models(as_json: AsJson = False) -> None:
     """List the checkpoints: the embedded one, that of MODEL_PATH, and the published ones.
 
-    The one that an edit would run is marked with *. The published ones are not downloaded: put
-    the files into a folder and set MODEL_PATH to it; v1.0 and v1.1 from the first repository need
-    the folder Qwen2.5-VL-7B-Instruct beside them.
+    The one that an edit would run is marked with *. The published ones are not
+    downloaded: put the files into a folder and set MODEL_PATH to it. Those of
+    stepfun-ai/Step1X-Edit need vae.safetensors from there and the folder
+    Qwen2.5-VL-7B-Instruct beside them.
     """
     with told_failures(as_json):
         found = _found(cli_settings())
         if as_json:
             print_json({"status": "success", "models": found})
             return
-        rows = [
-            ("*" if model["runs"] else "", model["name"], model["place"], _needs(model))
-            for model in found
-        ]
-        print_table(("", "checkpoint", "where", "needs"), rows, out)
         for model in found:
+            mark = "*" if model["runs"] else " "
+            out.print(f"{mark} {model['name']:<18}{_needs(model)}", markup=False)
+            out.print(f"{'':<20}{model['place']}", markup=False)
             if "error" in model:
-                out.print(f"{model['name']} does not run: {model['error']}", markup=False)
+                out.print(f"{'':<20}does not run: {model['error']}", markup=False)
 
 
 def _found(settings: Settings) -> list[dict[str, Any]]:
     """Each checkpoint, as JSON tells it."""
+    from step1x_edit.channel import Start
     from step1x_edit.machine import look
 
     path = settings.model_path
@@ -111,7 +109,7 @@ def _found(settings: Settings) -> list[dict[str, Any]]:
 def _size_gb(path: Path) -> float:
     """Size on disk of a file, or of all files below a folder."""
     inside = [path] if path.is_file() else path.rglob("*")
-    return round(sum(file.stat().st_size for file in inside if file.is_file()) / GIGA, 3)
+    return round(sum(file.stat().st_size for file in inside if file.is_file()) / _GIGA, 3)
 
 
 def _needs(model: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ def serve(
 ) -> None:
     """Serve REST, MCP over HTTP and their documentation, until a signal comes.
 
-    Where to listen and what to open is also set by HOST, PORT, ENABLE_API, ENABLE_MCP and API_KEY.
+    Where to listen and what to open is also set by HOST, PORT, ENABLE_API,
+    ENABLE_MCP and API_KEY.
     """
     with told_failures(as_json=False):
         from step1x_edit.settings import load_server_settings

@@ -144,14 +144,19 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
         err.print(f"Warning: {metadata.warning}", style="yellow", markup=False)
 
 
-def print_results(results: list[tuple[str, EditAnswer | ErrorAnswer]]) -> None:
-    """The closing table of several edits, on stderr, with the warnings about them below."""
+def print_results(
+    results: Sequence[tuple[str, EditAnswer | ErrorAnswer]], kept: str | None = None
+) -> None:
+    """The closing table of several edits, on stderr, with the warnings about them below.
+
+    Answers whose message is `kept` have cost no time now.
+    """
     rows = []
     warnings: dict[str, None] = {}  # each once, in order
     for name, result in results:
         if isinstance(result, EditAnswer):
             metadata = result.metadata
-            took = f"{result.processing_time:.1f} s"
+            took = "kept" if result.message == kept else f"{result.processing_time:.1f} s"
             rows.append((name, result.output_path, took, str(metadata.seed)))
             if metadata.warning is not None:
                 warnings[metadata.warning] = None
