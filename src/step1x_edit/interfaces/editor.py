@@ -120,13 +120,14 @@ def opened_editor(
         raise InvalidParameterError("--standalone and --url exclude each other")
     limits = Limits(settings.max_bytes, settings.max_pixels)
     if url is not None:
-        if api_key is None and settings.api_key is not None:
-            api_key = settings.api_key.get_secret_value()
-        yield RemoteServer(url, api_key, limits)
-        return
-    found = None if standalone else asyncio.run(find_server(settings.data_dir))
-    if found is not None:
-        yield RemoteServer(found.url, found.token, limits)
+        key = None if settings.api_key is None else settings.api_key.get_secret_value()
+        server: RemoteServer | None = RemoteServer(url, api_key or key, limits)
+    else:
+        found = None if standalone else asyncio.run(find_server(settings.data_dir))
+        server = None if found is None else RemoteServer(found.url, found.token, limits)
+    if server is not None:
+        asyncio.run(server.check())
+        yield server
         return
     from step1x_edit.service import build_service
 

@@ -60,6 +60,11 @@ class RemoteServer:
         """Where it is."""
         return self._url
 
+    async def check(self) -> None:
+        """Raise what is wrong with the server, before pictures are sent that it would refuse."""
+        async with self._client() as client:
+            await self._ask(client, "GET", _JOBS, params={"limit": 1})
+
     async def edit_picture(
         self,
         data: bytes,
@@ -76,8 +81,7 @@ class RemoteServer:
             files["mask"] = ("mask", mask)
         fields = {name: str(value) for name, value in arguments.items()}
         async with self._client() as client:
-            sent = await self._ask(client, "POST", _JOBS, files=files, data=fields)
-            job = self._read(JobAnswer, sent)
+            job = await self._sent(client, files, fields)
             try:
                 ended = await self._heard(client, job, report)
                 if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
@@ -110,6 +114,20 @@ class RemoteServer:
         return self._read(kind, answer)
 
     # --- a job ---
+
+    async def _sent(
+        self, client: httpx2.AsyncClient, files: Mapping[str, Any], fields: Mapping[str, str]
+    ) -> JobAnswer:
+        async with self._told():
+            try:
+                answer = await client.post(_JOBS, files=files, data=fields)
+            except (httpx2.ReadError, httpx2.WriteError):  # it refuses by the head of the request
+                raise ModelUnavailableError(
+                    f"the server at {self._url} did not take the picture; it may be larger than "
+                    "MAX_UPLOAD_MB allows there"
+                ) from None
+            await self._check(answer)
+        return self._read(JobAnswer, answer)
 
     async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Report) -> JobAnswer:
         """Listen to a job until it has ended; a stream that breaks off early is taken up again."""

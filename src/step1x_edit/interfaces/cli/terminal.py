@@ -147,22 +147,24 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
 def print_results(
     results: Sequence[tuple[str, EditAnswer | ErrorAnswer]], kept: str | None = None
 ) -> None:
-    """The closing table of several edits, on stderr, with the warnings about them below.
+    """The closing table of several edits, on stderr; what went wrong is told below it.
 
     Answers whose message is `kept` have cost no time now.
     """
-    rows = []
+    rows, failures = [], []
     warnings: dict[str, None] = {}  # each once, in order
     for name, result in results:
-        if isinstance(result, EditAnswer):
-            metadata = result.metadata
-            took = "kept" if result.message == kept else f"{result.processing_time:.1f} s"
-            rows.append((name, result.output_path, took, str(metadata.seed)))
-            if metadata.warning is not None:
-                warnings[metadata.warning] = None
-        else:
-            rows.append((name, result.error, "", ""))
+        if isinstance(result, ErrorAnswer):
+            rows.append((name, "failed", "", ""))
+            failures.append(f"{name}: {result.error}")
+            continue
+        took = "kept" if result.message == kept else f"{result.processing_time:.1f} s"
+        rows.append((name, Path(result.output_path).name, took, str(result.metadata.seed)))
+        if result.metadata.warning is not None:
+            warnings[result.metadata.warning] = None
     print_table(("image", "result", "time", "seed"), rows, err)
+    for failure in failures:
+        err.print(failure, style="red", markup=False)
     for warning in warnings:
         err.print(f"Warning: {warning}", style="yellow", markup=False)
 
