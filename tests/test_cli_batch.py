@@ -274,6 +274,23 @@ def test_a_journal_that_was_cut_short_is_gone_on_with(folder: Path, worker: Fake
     assert len(worker.started) == 1
 
 
+def test_a_kill_between_the_journal_and_the_result_loses_nothing(
+    folder: Path, worker: FakeWorker
+) -> None:
+    run.invoke(app, in_folder())
+    first = {path: path.read_bytes() for path in Path("in_edited").glob("*.png")}
+    run.invoke(app, in_folder("--seed", "2"))
+    for path, data in first.items():  # as if the second run had not come to replace it
+        path.write_bytes(data)
+    worker.started.clear()
+
+    result = run.invoke(app, in_folder("--seed", "2"))
+
+    assert result.exit_code == 0, result.stderr
+    assert len(worker.started) == 5
+    assert all(path.read_bytes() != data for path, data in first.items())
+
+
 class Killable:
     """The batch in a process of its own; see cli_fake.py."""
 
