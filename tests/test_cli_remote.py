@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,28 @@ def test_a_server_without_our_routes_is_told_of(photo: Path) -> None:
 
     assert result.exit_code == 1
     assert "there are no routes of step1x-edit at" in result.stderr
+
+
+def test_a_server_without_its_rest_routes_is_told_of(
+    photo: Path, make_service: MakeService
+) -> None:
+    with serving(make_service(), enable_api=False) as url:
+        result = run.invoke(app, ["edit", str(photo), "x", "--url", url, "--api-key", TOKEN])
+
+    assert result.exit_code == 1
+    assert "the server there needs ENABLE_API=true, or use --standalone" in result.stderr
+
+
+def test_a_picture_that_is_too_large_for_the_server_is_told_of(
+    tmp_path: Path, make_service: MakeService
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    Image.fromarray(noise).save("noise.png")
+    with serving(make_service(max_upload_mb=1), max_upload_mb=1) as url:
+        result = run.invoke(app, ["edit", "noise.png", "x", "--url", url, "--api-key", TOKEN])
+
+    assert result.exit_code == 1
+    assert re.search("Image too large|may be larger than MAX_UPLOAD_MB allows", result.stderr)
 
 
 # --- servers and commands in processes of their own ----------------------------------------------

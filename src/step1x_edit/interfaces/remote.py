@@ -208,7 +208,7 @@ class RemoteServer:
         if answer.status_code == httpx2.codes.NOT_FOUND and not detail.startswith("Job not found"):
             raise ModelUnavailableError(
                 f"there are no routes of step1x-edit at {self._url}; the server there needs "
-                "ENABLE_API=true"
+                "ENABLE_API=true, or use --standalone"
             )
         error = rebuild(code, detail)
         if isinstance(error, InternalError) and code != InternalError.code:
