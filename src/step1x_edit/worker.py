@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -228,7 +229,6 @@ def load_worker(start: Start) -> PipelineWorker:
     import torch
     import transformers
 
-    from step1x_edit.checkpoints.read import open_checkpoint
     from step1x_edit.memory_plan import everything, fitting
     from step1x_edit.residency import Residency
 
@@ -236,9 +236,7 @@ def load_worker(start: Start) -> PipelineWorker:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what the libraries have brought stays, and need not be looked through again
-    device = start.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(start)
     match device:
         case "cpu":
             place = None  # the model computes where the host keeps it
@@ -247,23 +245,36 @@ def load_worker(start: Start) -> PipelineWorker:
         case _:
             place = torch.device(device)
 
-    def open_chosen() -> OpenedCheckpoint:
-        path = None if start.model_path is None else Path(start.model_path)
-        wanted = None if start.model_version == "auto" else start.model_version
-        loras = {Path(file): strength for file, strength in start.loras.items()}
-        opened = open_checkpoint(path, version=wanted, loras=loras)
-        found = opened.checkpoint.version
-        if wanted not in (None, found):
-            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
-        return opened
-
     def plan(blocks: Sequence[Block]) -> MemoryPlan:
         if place is None or place.type != "cuda":
             return everything(blocks)
         free, _ = torch.cuda.mem_get_info(place)
         return fitting(blocks, free)
 
-    return PipelineWorker(Residency(open_chosen, place, plan=plan), device)
+    return PipelineWorker(Residency(partial(open_chosen, start), place, plan=plan), device)
+
+
+def chosen_device(start: Start) -> str:
+    """The name of the device to compute on."""
+    import torch
+
+    if start.device != "auto":
+        return start.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_chosen(start: Start) -> OpenedCheckpoint:
+    """Open the checkpoint that is to be run; raises CheckpointError."""
+    from step1x_edit.checkpoints.read import open_checkpoint
+
+    path = None if start.model_path is None else Path(start.model_path)
+    wanted = None if start.model_version == "auto" else start.model_version
+    loras = {Path(file): strength for file, strength in start.loras.items()}
+    opened = open_checkpoint(path, version=wanted, loras=loras)
+    found = opened.checkpoint.version
+    if wanted not in (None, found):
+        raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+    return opened
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,406 @@
+"""Batches that can be killed and run again: only what is missing is done.
+
+What a batch consists of stands in a folder or a manifest; where each result belongs follows from
+that alone and is the same in every run. A journal beside the results says what each of them was
+made from and what it is, by digests. A result is done if the file is there, is the one that was
+made, and was made from the same picture and request. A file that is not ours is never replaced
+unless that was asked for.
+
+The journal gets its line before the result gets its place. Whatever kills us, a result in its place
+is known; a line without a result only means that it is made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from pydantic import ValidationError
+
+from step1x_edit.errors import (
+    ImageFileNotFoundError,
+    InvalidParameterError,
+    OutputExistsError,
+    OutputNotWritableError,
+    Step1XEditError,
+)
+from step1x_edit.files import FileAccess, FileIdentity
+from step1x_edit.images import OUTPUT_FORMATS
+from step1x_edit.interfaces.editor import Editor, Inputs, given, read_inputs
+from step1x_edit.schemas import (
+    BatchAnswer,
+    BatchItem,
+    EditAnswer,
+    ErrorAnswer,
+    ImagePath,
+    MaskPath,
+    OutputPath,
+    PictureRequest,
+    read_request,
+)
+from step1x_edit.service import Report
+
+JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
+KEPT: Final = "Kept from an earlier run"
+PICTURES: Final = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"}
+)
+"""The suffixes by which the pictures in a folder are known."""
+
+_TABLES: Final = (".csv",)
+_LINES: Final = (".jsonl", ".ndjson")
+_BAD_ROWS_TOLD: Final = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a batch, how to edit it, and where the result belongs."""
+
+    name: str
+    """What the person calls it."""
+    image: str
+    mask: str | None
+    arguments: Mapping[str, object]
+    output: str | None
+    """None: `<stem>_edited<suffix>` in the folder for the results, numbered within the batch."""
+
+
+class _Row(PictureRequest):
+    """What a line of a manifest may say."""
+
+    image: ImagePath
+    output: OutputPath = None
+    mask: MaskPath = None
+
+
+# --- what a batch consists of --------------------------------------------------------------------
+
+
+def items_of_folder(
+    folder: Path, chosen: Mapping[str, object], apart_from: Iterable[Path] = ()
+) -> list[Item]:
+    """The pictures right in a folder, by name; those `apart_from` are results of ours."""
+    row = read_request(_Row, {"image": "-", **given(chosen)})
+    results = {path.absolute() for path in apart_from}
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise InvalidParameterError(f"{folder} cannot be read ({error.strerror})") from None
+    pictures = [
+        path
+        for path in found
+        if path.suffix.lower() in PICTURES
+        and not path.name.startswith(".")
+        and path.absolute() not in results
+    ]
+    if not pictures:
+        raise ImageFileNotFoundError(f"{folder} (there are no pictures in this folder)")
+    arguments = _arguments(row, chosen)
+    return [Item(path.name, str(path), row.mask, arguments, None) for path in pictures]
+
+
+def items_of_manifest(path: Path, chosen: Mapping[str, object]) -> list[Item]:
+    """The lines of a CSV or JSONL file; what a line leaves out is `chosen`.
+
+    Paths in it start at its folder; an output starts at the folder for the results. Raises
+    InvalidParameterError that names the lines that are wrong.
+    """
+    items: list[Item] = []
+    wrong: list[str] = []
+    taken: dict[str, int] = {}
+    for line, values in _rows(path):
+        try:
+            items.append(_item(path.parent, line, values, chosen))
+        except InvalidParameterError as error:
+            wrong.append(f"line {line}: {str(error).removeprefix(f'{error.beginning}: ')}")
+            continue
+        if (output := items[-1].output) is not None:
+            if output in taken:
+                wrong.append(f"line {line}: the output is that of line {taken[output]}")
+            taken.setdefault(output, line)
+    if wrong:
+        more = len(wrong) - _BAD_ROWS_TOLD
+        told = wrong[:_BAD_ROWS_TOLD] + ([f"and {more} more lines"] if more > 0 else [])
+        raise InvalidParameterError(f"{path.name} {'; '.join(told)}")
+    if not items:
+        raise InvalidParameterError(f"{path.name} has no lines with pictures")
+    return items
+
+
+def _item(
+    folder: Path, line: int, values: Mapping[str, object] | str, chosen: Mapping[str, object]
+) -> Item:
+    if isinstance(values, str):
+        raise InvalidParameterError(values)
+    wanted = given({**given(chosen), **given(values)})
+    row = read_request(_Row, wanted)
+    if row.output is not None and Path(row.output).suffix.lower() not in OUTPUT_FORMATS:
+        raise InvalidParameterError(
+            f"output must end in {', '.join(OUTPUT_FORMATS)}, got {row.output!r}"
+        )
+    mask = row.mask
+    if mask is not None and "mask" in given(values):  # else the person at the terminal named it
+        mask = str(_below(folder, mask))
+    return Item(
+        name=f"line {line}: {row.image}",
+        image=str(_below(folder, row.image)),
+        mask=mask,
+        arguments=_arguments(row, wanted),
+        output=row.output,
+    )
+
+
+def _arguments(row: _Row, wanted: Mapping[str, object]) -> dict[str, object]:
+    """What is asked for, as the schema reads it: "28" in a table is the 28 of a flag."""
+    return given(
+        {name: getattr(row, name) for name in PictureRequest.model_fields if name in wanted}
+    )
+
+
+def _below(folder: Path, path: str) -> Path:
+    return folder / os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises for `~unknown`
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    """Each line's number with its values, or with what is wrong with it."""
+    kind = path.suffix.lower()
+    if kind not in _TABLES + _LINES:
+        raise InvalidParameterError(
+            f"{path} must be a folder, or a manifest that ends in .csv or .jsonl"
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from _csv_rows(file) if kind in _TABLES else _json_rows(file)
+    except UnicodeDecodeError:
+        raise InvalidParameterError(f"{path} is not a text in UTF-8") from None
+    except OSError as error:
+        raise InvalidParameterError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    reader = csv.DictReader(file, restval="", strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        if "image" not in names:
+            raise InvalidParameterError(
+                f"the first line must name the columns, image among them, got {', '.join(names)}"
+            )
+        reader.fieldnames = names
+        line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                yield line, "it has more cells than the first line"
+            else:
+                yield line, {name: cell for name, cell in row.items() if cell != ""}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InvalidParameterError(f"line {reader.line_num} is not CSV: {error}") from None
+
+
+def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            values = json.loads(text)
+        except ValueError:
+            yield line, "it is not JSON"
+            continue
+        yield line, values if isinstance(values, dict) else "it is not a JSON object"
+
+
+# --- what has been done --------------------------------------------------------------------------
+
+
+class Journal:
+    """What has been made in a folder, a line for each result; a later line counts more."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there; lines that a kill has cut short count as not written."""
+        self._path = folder / JOURNAL_NAME
+        self._entries: dict[str, list[_Entry]] = {}
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = ""
+        except OSError as error:
+            raise OutputNotWritableError(f"{self._path} ({error.strerror})") from None
+        self._is_torn = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            self._remember(line)
+
+    @property
+    def results(self) -> list[Path]:
+        """Where results were put."""
+        return [self._path.parent / name for name in self._entries]
+
+    def made(self, output: Path, content: str) -> _Entry | None:
+        """How the file with this content was made, if it was made here."""
+        entries = self._entries.get(self._name(output), [])
+        return next((entry for entry in reversed(entries) if entry.content == content), None)
+
+    def note(self, output: Path, request: str, content: str, answer: EditAnswer) -> None:
+        """Write down, on the disk, what is about to be put into its place."""
+        values = {
+            "output": self._name(output),
+            "request": request,
+            "content": content,
+            "answer": answer.to_dict(),
+        }
+        line = json.dumps(values, ensure_ascii=False)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n" if self._is_torn else f"{line}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputNotWritableError(f"{self._path} ({error.strerror})") from None
+        self._is_torn = False
+        self._remember(line)
+
+    def _remember(self, line: str) -> None:
+        try:
+            values: dict[str, Any] = json.loads(line)
+            answer = EditAnswer.model_validate(values["answer"])
+            entry = _Entry(str(values["request"]), str(values["content"]), answer)
+            self._entries.setdefault(str(values["output"]), []).append(entry)
+        except (ValueError, KeyError, TypeError, ValidationError):
+            return
+
+    def _name(self, output: Path) -> str:
+        """Relative to the journal where possible, so that the folder can be moved."""
+        output = output.absolute()
+        folder = self._path.parent.absolute()
+        return str(output.relative_to(folder) if output.is_relative_to(folder) else output)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    request: str
+    content: str
+    answer: EditAnswer
+
+
+# --- doing it ------------------------------------------------------------------------------------
+
+ReportOf: TypeAlias = Callable[[int, Item], Report]
+"""Given an item and its place from 0, the function that hears how far it has come."""
+
+
+class Batch:
+    """Does what has not been done yet of some items."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        files: FileAccess,
+        journal: Journal,
+        output_dir: Path,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self._editor = editor
+        self._files = files
+        self._journal = journal
+        self._output_dir = output_dir
+        self._overwrite = overwrite
+        self._taken: set[str] = set()
+        self._outputs: set[str] = set()
+        self._inputs: frozenset[FileIdentity] = frozenset()
+
+    async def run(self, items: Sequence[Item], report_of: ReportOf) -> BatchAnswer:
+        """Do one after the other; what goes wrong with one does not stop the others.
+
+        Cancelling the call stops the work; what is finished stays and is known to the next run.
+        """
+        paths = [path for item in items for path in (item.image, item.mask) if path is not None]
+        self._inputs = await asyncio.to_thread(self._files.identify, paths)
+        results = []
+        for index, item in enumerate(items):
+            result: EditAnswer | ErrorAnswer
+            try:
+                result = await self._one(item, self._place(item), report_of(index, item))
+            except Step1XEditError as error:
+                result = ErrorAnswer.of(error)
+            results.append(BatchItem(input=item.name, result=result))
+        return BatchAnswer.of(results)
+
+    def _place(self, item: Item) -> Path:
+        """Where the result belongs: the same in every run, whatever lies there."""
+        if item.output is not None:
+            output = _below(self._output_dir, item.output).absolute()
+        else:
+            planned = self._files.plan_default_output(
+                item.image,
+                self._inputs,
+                output_dir=str(self._output_dir),
+                overwrite=True,
+                taken=self._taken,
+            )
+            output = Path(planned.shown)
+        if (name := str(output).casefold()) in self._outputs:
+            raise OutputExistsError(f"{output} is the result of an earlier line")
+        self._outputs.add(name)
+        return output
+
+    async def _one(self, item: Item, output: Path, report: Report) -> EditAnswer:
+        started = time.monotonic()
+        inputs = await asyncio.to_thread(read_inputs, self._files, item.image, item.mask)
+        request = _digest_of_request(inputs, item.arguments)
+        existing = await asyncio.to_thread(_digest_of_file, output)
+        if existing is not None:
+            made = self._journal.made(output, existing)
+            if made is not None and made.request == request:
+                kept = {"message": KEPT, "output_path": str(output)}
+                return made.answer.model_copy(update=kept)
+            if made is None and not self._overwrite:
+                raise OutputExistsError(f"{output}, and this batch has not made it")
+        planned = self._files.plan_output(
+            str(output), self._inputs | inputs.identities, overwrite=existing is not None
+        )
+        edited = await self._editor.edit_picture(
+            inputs.image, item.arguments, report, planned.suffix, inputs.mask
+        )
+        answer = EditAnswer(
+            output_path=str(output),
+            processing_time=round(time.monotonic() - started, 2),
+            metadata=edited.metadata,
+        )
+        content = hashlib.sha256(edited.data).hexdigest()
+
+        def finish() -> None:
+            self._journal.note(output, request, content, answer)
+            self._files.publish(planned, edited.data)
+
+        await asyncio.to_thread(finish)
+        return answer
+
+
+def _digest_of_request(inputs: Inputs, arguments: Mapping[str, object]) -> str:
+    asked = {
+        "image": hashlib.sha256(inputs.image).hexdigest(),
+        "mask": None if inputs.mask is None else hashlib.sha256(inputs.mask).hexdigest(),
+        "arguments": dict(arguments),
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str | None:
+    """The digest of a file; None if there is none that could be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""The command that shows what this is: a photograph before and after, without any download."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from step1x_edit.interfaces.cli.options import option
+from step1x_edit.interfaces.cli.terminal import (
+    as_typed,
+    cli_settings,
+    out,
+    shown_progress,
+    told_failures,
+)
+
+if TYPE_CHECKING:
+    from step1x_edit.service import EditService
+
+DEMO_PROMPTS = {
+    "night": "change to night scene",
+    "black-and-white": "turn it into a black and white photo",
+    "winter": "make it look like winter",
+    "purple": "give it a purple tint",
+    "fog": "add thick fog",
+}
+DEMO_PHOTO = Path(__file__).parents[1] / "assets" / "coffee.jpg"
+DEMO_FOLDER = "demo-output"
+DEMO_SIZE_LEVEL, DEMO_SEED = 768, 0
+
+
+def demo(
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the pictures, created if missing; pictures in it are not replaced "
+            f"(default {DEMO_FOLDER}, numbered when taken)",
+            show_default=False,
+        ),
+    ] = None,
+    num_steps: Annotated[int | None, option("num_steps")] = None,
+    size_level: Annotated[int, option("size_level", default=DEMO_SIZE_LEVEL)] = DEMO_SIZE_LEVEL,
+    seed: Annotated[int, option("seed", default=DEMO_SEED)] = DEMO_SEED,
+) -> None:
+    """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
+    with told_failures(as_json=False):
+        from step1x_edit.files import FileAccess
+        from step1x_edit.interfaces.comparison import draw_comparison
+        from step1x_edit.service import build_service
+
+        settings = cli_settings().model_copy(update={"model_path": None, "model_version": "auto"})
+        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
+        folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
+        names = ("before", *(f"after-{name}" for name in DEMO_PROMPTS), "side-by-side")
+        # All are checked before the first is written.
+        first, *_, last = [files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
+        chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
+        service = build_service(settings)
+        try:
+            service.read_edit({"image_path": DEMO_PHOTO, "prompt": "", **chosen})  # are they right?
+            before = files.publish(first, DEMO_PHOTO.read_bytes())
+            results = asyncio.run(_edits_of(service, before, chosen))
+        finally:
+            service.close()
+        comparison = files.publish(last, draw_comparison({"before": before, **results}))
+        _print_demo(before, results, comparison)
+
+
+async def _edits_of(
+    service: EditService, before: Path, chosen: Mapping[str, object]
+) -> dict[str, Path]:
+    """The results by prompt."""
+    results = {}
+    with shown_progress() as progress_of:
+        for name, prompt in DEMO_PROMPTS.items():
+            arguments = {
+                "image_path": before,
+                "prompt": prompt,
+                "output_path": before.with_name(f"after-{name}.jpg"),
+                **chosen,
+            }
+            edited = await service.edit(service.read_edit(arguments), progress_of(prompt))
+            results[prompt] = Path(edited.answer.output_path)
+    return results
+
+
+def _free_folder(name: str) -> Path:
+    """The first of name, name_2, name_3 … that is an empty folder or not there yet."""
+    paths = (Path(name if number == 1 else f"{name}_{number}") for number in count(1))
+    return next(path for path in paths if not os.path.lexists(path) or _is_empty_folder(path))
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and not any(path.iterdir())
+    except OSError:  # a file, or a folder that is not ours
+        return False
+
+
+def _print_demo(before: Path, results: Mapping[str, Path], comparison: Path) -> None:
+    out.print(f"before        {before}", markup=False)
+    for prompt, path in results.items():
+        out.print(f"after         {path}   ({prompt})", markup=False)
+    out.print(f"side by side  {comparison}", markup=False)
+    out.print(
+        f"""
+Go on:
+  your own picture    {as_typed("step1x-edit")} edit photo.jpg "make it a night scene"
+  an MCP client       let it start: {as_typed("step1x-edit")} mcp   (mcp_config.json is an example)
+  the real model      set MODEL_PATH to a folder with Step1X-Edit v1.0 or v1.1; the embedded
+                      demo checkpoint knows edits of the whole picture, no objects""",
+        markup=False,
+    )

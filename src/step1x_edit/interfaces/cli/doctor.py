@@ -1,0 +1,165 @@
+"""The command that says what this machine can run, and what stands in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal
+
+import typer
+
+from step1x_edit import __version__
+from step1x_edit.errors import SettingsError
+from step1x_edit.interfaces.cli.options import AsJson
+from step1x_edit.interfaces.cli.terminal import (
+    FAILED,
+    cli_settings,
+    err,
+    out,
+    print_json,
+    told_failures,
+)
+
+if TYPE_CHECKING:
+    from step1x_edit.interfaces.discovery import RunningServer
+    from step1x_edit.machine import Survey
+    from step1x_edit.settings import Settings
+
+_GIB: Final = 1024**3
+_MEMORY_INFO: Final = Path("/proc/meminfo")  # Linux
+_STYLES: Final = {"ok": "green", "note": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `fail` stands in the way of edits, or of a server."""
+
+    state: Literal["ok", "note", "fail"]
+    name: str
+    text: str
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can run, one line for each thing that was looked at.
+
+    The exit code is 1 if something stands in the way. Nothing is changed, and
+    no model is loaded.
+    """
+    with told_failures(as_json):
+        checks = []
+        for check in _checks():
+            checks.append(check)
+            if not as_json:
+                out.print(check.state.ljust(5), style=_STYLES[check.state], end="")
+                out.print(f"{check.name:<12}{check.text}", markup=False)
+        can_run = all(check.state != "fail" for check in checks)
+        if as_json:
+            status = "success" if can_run else "error"
+            print_json({"status": status, "checks": [asdict(check) for check in checks]})
+        if not can_run:
+            if not as_json:
+                err.print("what is marked with fail stands in the way", markup=False)
+            raise typer.Exit(FAILED)
+
+
+def _checks() -> Iterator[Check]:
+    yield Check("ok", "version", f"step1x-edit {__version__}, Python {platform.python_version()}")
+    try:
+        settings = cli_settings()
+    except SettingsError as error:
+        yield Check("fail", "settings", str(error))
+        return
+    yield _memory()
+    yield from _data_dir(settings.data_dir)
+    from step1x_edit.channel import Start
+    from step1x_edit.machine import look
+
+    seen = look(
+        Start(
+            model_path=None if settings.model_path is None else str(settings.model_path),
+            model_version=settings.model_version,
+            device=settings.device,
+        )
+    )
+    yield from _torch_and_device(seen)
+    if seen.torch_error is None:
+        yield _checkpoint(seen, settings)
+    yield from _server(settings)
+
+
+def _memory() -> Check:
+    try:
+        lines = _MEMORY_INFO.read_text(encoding="ascii").splitlines()
+        kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
+        free, total = (kib[name] * 1024 / _GIB for name in ("MemAvailable", "MemTotal"))
+    except (OSError, ValueError, KeyError, IndexError):
+        return Check("note", "memory", "this system does not tell how much there is")
+    return Check("ok", "memory", f"{free:.1f} GiB of {total:.1f} GiB free")
+
+
+def _data_dir(folder: Path) -> Iterator[Check]:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield Check("fail", "data", f"DATA_DIR {folder}: {existing} is not a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Check("fail", "data", f"DATA_DIR {folder}: no permission to write in {existing}")
+    else:
+        free = shutil.disk_usage(existing).free / _GIB
+        yield Check("ok", "data", f"DATA_DIR {folder}, {free:.1f} GiB of disk free")
+
+
+def _torch_and_device(seen: Survey) -> Iterator[Check]:
+    if seen.torch_error is not None:
+        yield Check("fail", "torch", f"it cannot be used: {seen.torch_error}")
+        return
+    yield Check("ok", "torch", f"torch {seen.torch}")
+    if seen.device_error is not None:
+        yield Check("fail", "device", f"DEVICE {seen.device}: {seen.device_error}")
+    elif seen.device_total_gb is None:
+        yield Check("ok", "device", f"{seen.device}")
+    else:
+        memory = f"{seen.device_free_gb:.1f} GiB of {seen.device_total_gb:.1f} GiB free"
+        yield Check("ok", "device", f"{seen.device}, {memory}")
+
+
+def _checkpoint(seen: Survey, settings: Settings) -> Check:
+    if seen.checkpoint_error is not None:
+        return Check("fail", "checkpoint", seen.checkpoint_error)
+    place = "inside the package" if settings.model_path is None else f"at {settings.model_path}"
+    text = f"{seen.checkpoint} {place}, {seen.weights_gb:.2f} GiB of weights"
+    if settings.model_path is None:
+        text += "; for the real model set MODEL_PATH"
+    if seen.device_free_gb is not None and (seen.weights_gb or 0) > seen.device_free_gb:
+        return Check("note", "checkpoint", f"{text}, which is more than the device has free")
+    return Check("ok", "checkpoint", text)
+
+
+def _server(settings: Settings) -> Iterator[Check]:
+    from step1x_edit.interfaces.discovery import find_server
+
+    found: RunningServer | None = asyncio.run(find_server(settings.data_dir))
+    if found is not None:
+        yield Check("ok", "server", f"running at {found.url}; commands go through it")
+        return
+    yield Check("ok", "server", "none is running on this machine; commands run by themselves")
+    place = f"{settings.host}:{settings.port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listener:
+            if os.name == "posix":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        yield Check("note", "port", f"step1x-edit serve could not listen at {place} ({reason})")
+        return
+    yield Check("ok", "port", f"{place} is free")

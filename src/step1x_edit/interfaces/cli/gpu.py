@@ -1,0 +1,63 @@
+"""The commands about where the model is: that of a running server, because ours goes with us."""
+
+from __future__ import annotations
+
+import asyncio
+
+import typer
+
+from step1x_edit.interfaces.cli.options import ApiKey, AsJson, Standalone, Url
+from step1x_edit.interfaces.cli.terminal import cli_settings, out, print_json, told_failures
+
+
+def status(
+    url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
+) -> None:
+    """Say where the model of the running server is and what it occupies.
+
+    Without a server there is none: each command has a model of its own while it
+    edits. That is no failure; the exit code is 0.
+    """
+    from step1x_edit.interfaces.editor import opened_editor
+
+    with told_failures(as_json), opened_editor(cli_settings(), url, api_key, standalone) as editor:
+        answer = asyncio.run(editor.status())
+        if as_json:
+            print_json({**answer.to_dict(), "server": editor.url})
+            return
+        server = editor.url or "none is running on this machine (step1x-edit serve)"
+        for name, value in {"server": server, **answer.gpu_status.to_dict()}.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {count}" for key, count in value.items())
+            out.print(f"{name:<24} {value}", markup=False)
+
+
+def offload(
+    url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
+) -> None:
+    """Have the running server move its model from the GPU to host memory.
+
+    It waits for the picture that is being edited; the next edit brings the model back.
+    """
+    _move("offload", url, api_key, standalone, as_json)
+
+
+def release(
+    url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
+) -> None:
+    """Have the running server forget its model and free all memory that it holds.
+
+    It waits for the picture that is being edited; the next edit loads the model from disk.
+    """
+    _move("release", url, api_key, standalone, as_json)
+
+
+def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_json: bool) -> None:
+    from step1x_edit.interfaces.editor import opened_editor
+
+    with told_failures(as_json), opened_editor(cli_settings(), url, api_key, standalone) as editor:
+        answer = asyncio.run(editor.offload() if move == "offload" else editor.release())
+        if as_json:
+            print_json({**answer.to_dict(), "server": editor.url})
+        else:
+            typer.echo(answer.message)

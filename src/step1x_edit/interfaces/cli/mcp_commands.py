@@ -1,0 +1,125 @@
+"""The commands around MCP: serve it over stdio, call a tool, configure a client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from step1x_edit.errors import InvalidParameterError
+from step1x_edit.interfaces.cli.terminal import (
+    FAILED,
+    cli_settings,
+    err,
+    print_json,
+    progress_bar,
+    told_failures,
+)
+from step1x_edit.interfaces.client_config import (
+    ClientName,
+    config_file,
+    server_entry,
+    write_entry,
+)
+from step1x_edit.interfaces.discovery import SERVER_NAME
+
+if TYPE_CHECKING:
+    from fastmcp.client.progress import ProgressHandler
+
+mcp_app = typer.Typer(
+    help="Serve the tools to an MCP client over stdin and stdout; or see the commands.",
+    invoke_without_command=True,
+)
+
+
+@mcp_app.callback()
+def mcp(
+    context: typer.Context,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Do not join a server that runs on this machine")
+    ] = False,
+) -> None:
+    """Serve the tools to an MCP client over stdin and stdout; or see the commands."""
+    if context.invoked_subcommand is not None:
+        return
+    wire = os.dup(1)  # whatever is printed from here on must not reach the client
+    os.dup2(2, 1)
+    from step1x_edit.interfaces.stdio import serve
+
+    serve(wire, standalone=standalone)
+
+
+@mcp_app.command()
+def call(
+    tool: Annotated[str, typer.Argument(help="Name of the tool, such as edit_image")],
+    arguments: Annotated[
+        str, typer.Argument(metavar="JSON", help="Its arguments as a JSON object")
+    ] = "{}",
+) -> None:
+    """Call a tool as an MCP client does, and print its answer."""
+    with told_failures(as_json=False):
+        given = _json_object(arguments)
+        from step1x_edit.interfaces.client import MCPClient
+
+        async def called() -> dict[str, Any]:
+            async with MCPClient() as client:
+                with _call_bar(tool) as show:
+                    return await client.call_tool(tool, given, on_progress=show)
+
+        answer = asyncio.run(called())
+        print_json(answer)
+        if answer.get("status") == "error":
+            raise typer.Exit(FAILED)
+
+
+@mcp_app.command()
+def config(
+    client: Annotated[ClientName, typer.Option(help="The program that is to start the server")],
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Add it to the client's own file, which is backed up first"),
+    ] = False,
+) -> None:
+    """Print the configuration by which an MCP client starts this server, or write it."""
+    with told_failures(as_json=False):
+        file = config_file(client)
+        entry = server_entry(cli_settings(), file)
+        if not write:
+            print_json({file.key: {SERVER_NAME: entry}})
+            err.print(f"belongs into {file.path}, or add --write", markup=False)
+            return
+        backup = write_entry(file, entry)
+        typer.echo(file.path)
+        if backup is not None:
+            err.print(f"the file as it was: {backup}", markup=False)
+        err.print("restart the client to have it read", markup=False)
+
+
+@contextlib.contextmanager
+def _call_bar(label: str) -> Iterator[ProgressHandler]:
+    """A bar on stderr for what an MCP server reports."""
+    with progress_bar() as (bar, task):
+        bar.update(task, label=label)
+
+        async def show(progress: float, total: float | None, message: str | None) -> None:
+            bar.update(task, description=message or "", total=total, completed=progress)
+
+        yield show
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        reason = f"it is no JSON: {error}"
+    else:
+        if isinstance(value, dict):
+            return value
+        reason = f"it is {text[:40]}"
+    example = """'{"image_path": "photo.jpg", "prompt": "add a red hat"}'"""
+    raise InvalidParameterError(f"the arguments must be a JSON object such as {example}; {reason}")

@@ -1,0 +1,60 @@
+"""What this machine can run, as far as the parent may know it: the answer of a process that looks.
+
+`survey` is that process. This module does not import it, so that torch stays out of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Final
+
+from step1x_edit.channel import Start
+from step1x_edit.errors import InternalError
+from step1x_edit.settings import inherited_environment
+
+_TIMEOUT_S: Final = 300.0  # libraries on a slow disk, and no more than that
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What was found; what has an error cannot be used."""
+
+    torch: str | None = None
+    torch_error: str | None = None
+    device: str | None = None
+    device_error: str | None = None
+    device_free_gb: float | None = None
+    device_total_gb: float | None = None
+    checkpoint: str | None = None
+    version: str | None = None
+    weights_gb: float | None = None
+    checkpoint_error: str | None = None
+
+
+def look(start: Start) -> Survey:
+    """Have a process of its own look, so that nothing of torch stays in ours."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "step1x_edit.survey"],
+            input=json.dumps(dataclasses.asdict(start)),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env=inherited_environment(PYTHONSAFEPATH="1"),
+            check=True,
+        )
+        return Survey(**json.loads(done.stdout.splitlines()[-1]))
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        return Survey(torch_error=first_line(last))
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError, TypeError) as error:
+        return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
+
+
+def first_line(text: str) -> str:
+    """Of a text with many lines the first, safe to print."""
+    first = (text.strip().splitlines() or ["unknown"])[0]
+    return str(InternalError(first)).removeprefix(f"{InternalError.beginning}: ")

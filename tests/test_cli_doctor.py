@@ -1,0 +1,157 @@
+"""`step1x-edit doctor` and `models`: what this machine has, and what stands in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from step1x_edit.channel import Start
+from step1x_edit.interfaces.cli import app
+from step1x_edit.machine import look
+from test_server import FAKE, started
+
+run = CliRunner()
+
+
+def doctor(folder: Path, **settings: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code, and what was found by name; in a process, because torch must not be in it."""
+    code = (
+        "import sys\n"
+        "from step1x_edit.interfaces.cli import app\n"
+        "try: app(['doctor', '--json'])\n"
+        "finally: assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "DATA_DIR": str(folder / "data"), **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = json.loads(done.stdout)
+    assert (answer["status"] == "success") == (done.returncode == 0)
+    return done.returncode, {check["name"]: check for check in answer["checks"]}
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_a_machine_that_can_run_the_demo_is_told_so(tmp_path: Path) -> None:
+    exit_code, found = doctor(tmp_path, PORT=free_port(), DEVICE="cpu")
+
+    assert exit_code == 0
+    assert {check["state"] for check in found.values()} <= {"ok", "note"}
+    assert found["torch"]["text"].startswith("torch 2.")
+    assert found["device"]["text"] == "cpu"
+    assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GiB of weights")
+    assert found["port"]["text"].endswith("is free")
+    assert not (tmp_path / "data").exists()  # it only looks
+
+
+def test_what_stands_in_the_way_is_marked_and_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "step1x-edit.safetensors").write_bytes(b"cut short")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = {
+            "MODEL_PATH": str(tmp_path / "step1x-edit.safetensors"),
+            "DATA_DIR": str(tmp_path / "file" / "data"),
+            "DEVICE": "cuda:99",
+            "PORT": str(taken.getsockname()[1]),
+        }
+        exit_code, found = doctor(tmp_path, **settings)
+
+    assert exit_code == 1
+    failed = {name: check["text"] for name, check in found.items() if check["state"] == "fail"}
+    assert failed.keys() == {"data", "device", "checkpoint"}
+    assert failed["data"].endswith("file is not a folder")
+    assert failed["device"].startswith("DEVICE cuda:99: ")
+    assert "step1x-edit.safetensors" in failed["checkpoint"]
+    assert found["port"]["state"] == "note"
+    assert "could not listen" in found["port"]["text"]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere"
+)
+def test_a_data_folder_without_permission_is_told(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+
+    exit_code, found = doctor(tmp_path, DATA_DIR=str(tmp_path / "closed" / "data"))
+
+    assert exit_code == 1
+    assert "no permission" in found["data"]["text"]
+
+
+def test_wrong_settings_are_the_first_thing_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "many")
+
+    result = run.invoke(app, ["doctor"])
+
+    assert result.exit_code == 1
+    assert "fail settings    Invalid settings: PORT must be a whole number" in result.stdout
+    assert "stands in the way" in result.stderr
+
+
+def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
+    broken = tmp_path / "diffusers"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('half installed')")
+
+    exit_code, found = doctor(tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+
+    assert exit_code == 1
+    assert found["torch"]["state"] == "fail"
+    assert "half installed" in found["torch"]["text"]
+
+
+def test_a_running_server_is_told_of(tmp_path: Path) -> None:
+    with started(FAKE, tmp_path) as server:
+        url = server.url()
+        _, found = doctor(tmp_path, DATA_DIR=str(server.data_dir))
+
+    assert url in found["server"]["text"]
+    assert "port" not in found
+
+
+def test_a_survey_looks_with_the_eyes_of_a_worker() -> None:
+    seen = look(Start(device="cpu", model_version="v1.1"))
+
+    assert seen.checkpoint_error is not None
+    assert "MODEL_VERSION is v1.1, but the checkpoint is demo" in seen.checkpoint_error
+
+
+def test_models_lists_what_there_is_and_marks_what_would_run() -> None:
+    result = run.invoke(app, ["models", "list", "--json"])
+
+    found: list[dict[str, Any]] = json.loads(result.stdout)["models"]
+    assert [model["name"] for model in found if model["runs"]] == ["demo"]
+    assert Path(found[0]["place"], "model.safetensors").stat().st_size / 1e9 < found[0]["disk_gb"]
+    assert {"Step1X-Edit v1.0", "Step1X-Edit v1.1"} <= {model["name"] for model in found}
+
+
+def test_models_tells_why_the_chosen_one_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(3_000_000))
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path))
+
+    result = run.invoke(app, ["models", "list"])
+
+    assert result.exit_code == 0
+    assert f"\n{'':20}{tmp_path}\n{'':20}does not run: Manager not initialized" in result.stdout
+    assert "3 MB on disk" in result.stdout
+    assert "\n* " not in f"\n{result.stdout}"
