@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import threading
@@ -30,10 +31,14 @@ class Fault:
     """Send nothing more after so many bytes, until the hub closes."""
     lengthen: int = 0
     """Announce so many bytes more than there are (and send them, if there are any)."""
+    announce: bool = True
+    """Whether to tell how long the answer is; if not, it ends with the connection."""
     flip: bool = False
     """Send the last byte wrong."""
     ranges: bool = True
     """Whether `Range` is understood."""
+    compress: bool = False
+    """Send it compressed, although nobody asked for that."""
     body: bytes = b""
 
 
@@ -64,11 +69,16 @@ class Hub:
         return {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing of clients that were killed; what fails otherwise fails their test."""
+
+
 @contextlib.contextmanager
 def running_hub() -> Iterator[Hub]:
     """Serve a hub on a free port of the loopback."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = _Server(("127.0.0.1", 0), _handler(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -132,6 +142,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             content = hub.repos[repo][file]
             if fault.flip:
                 content = content[:-1] + bytes([content[-1] ^ 1])
+            if fault.compress:
+                packed = gzip.compress(content)
+                self._answer(Fault(200, {"Content-Encoding": "gzip"}, body=packed))
+                return
             asked = self.headers.get("Range") if fault.ranges else None
             start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
             body = content[start:]
@@ -139,7 +153,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if asked:
                 end, size = len(content) - 1, len(content)
                 self.send_header("Content-Range", f"bytes {start}-{end}/{size}")
-            self.send_header("Content-Length", str(len(body) + fault.lengthen))
+            if fault.announce:
+                self.send_header("Content-Length", str(len(body) + fault.lengthen))
+            else:
+                self.send_header("Connection", "close")
             self.end_headers()
             stop = fault.cut_after if fault.cut_after is not None else fault.stall_after
             sent = body if stop is None else body[:stop]

@@ -132,6 +132,25 @@ def test_the_official_files_get_the_conditioner_beside_them(hub: Hub, tmp_path: 
     }
 
 
+def test_what_another_model_has_is_neither_fetched_nor_kept_twice(hub: Hub, tmp_path: Path) -> None:
+    same_length = bytes(reversed(WEIGHTS[:5000]))
+    hub.repos["acme/first"] = {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS[:5000]}
+    hub.repos["acme/second"] = {"c/d.safetensors": WEIGHTS, "e.safetensors": same_length}
+    first = fetched(hub, tmp_path, "acme/first")
+    hub.served.clear()
+    told: list[PullProgress] = []
+
+    second = fetched(hub, tmp_path, "acme/second", report=told.append)
+
+    assert hub.served == {"e.safetensors": 5000}
+    assert told[-1].done == told[-1].total == len(WEIGHTS) + 5000
+    assert (second / "c/d.safetensors").samefile(first / "a.safetensors")
+    assert (second / "e.safetensors").read_bytes() == same_length
+    assert (first / "b.safetensors").read_bytes() == WEIGHTS[:5000]
+    remove_model("acme/first", tmp_path)
+    assert (second / "c/d.safetensors").read_bytes() == WEIGHTS
+
+
 def test_a_repository_that_lost_a_file_is_not_half_a_model(hub: Hub, tmp_path: Path) -> None:
     hub.repos[find_model("v1.0").sources[0].repo] = {"vae.safetensors": b"vae"}
 
@@ -200,12 +219,13 @@ def test_a_token_is_shown_to_the_hub_and_not_to_where_it_keeps_large_files(
     [
         Fault(cut_after=100_000),
         Fault(cut_after=0),
+        Fault(cut_after=100_000, announce=False),
         Fault(503),
         Fault(500),
         Fault(429),
         Fault(flip=True),
     ],
-    ids=["cut", "cut at once", "503", "500", "429", "wrong byte"],
+    ids=["cut", "cut at once", "cut without a length", "503", "500", "429", "wrong byte"],
 )
 def test_what_fails_once_is_tried_again(hub: Hub, tmp_path: Path, fault: Fault) -> None:
     hub.faults[BIG] = iter([fault])
@@ -241,6 +261,14 @@ def test_the_pauses_grow_and_the_server_may_ask_for_its_own(hub: Hub, tmp_path: 
     first, second, third, *rest = pauses
     assert first < second < third
     assert rest == [17, first, fetch.LONGEST_PAUSE_S]
+
+
+def test_files_that_arrive_compressed_are_unpacked(hub: Hub, tmp_path: Path) -> None:
+    hub.faults["text/tokenizer.json"] = iter([Fault(compress=True)])
+
+    folder = fetched(hub, tmp_path)
+
+    assert (folder / "text/tokenizer.json").read_bytes() == hub.repos[TINY]["text/tokenizer.json"]
 
 
 def test_a_server_without_ranges_begins_anew(hub: Hub, tmp_path: Path) -> None:
@@ -328,6 +356,27 @@ def test_a_file_of_another_length_is_refused(hub: Hub, tmp_path: Path, more: int
     hub.faults[BIG] = repeat(Fault(lengthen=more))
 
     assert f"({len(WEIGHTS) + more} instead of {len(WEIGHTS)} bytes)" in refusal(hub, tmp_path)
+
+
+def test_a_server_that_ends_early_and_never_says_so_is_given_up(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[BIG] = repeat(Fault(cut_after=0, announce=False))
+
+    assert "breaks again and again" in refusal(hub, tmp_path)
+
+
+def test_more_than_was_listed_is_refused_without_an_announced_length(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.faults[BIG] = repeat(Fault(announce=False))
+    listing = hub.listing
+
+    def grown(repo: str) -> dict[str, object]:
+        found = listing(repo)
+        hub.repos[TINY][BIG] = WEIGHTS + b"!"  # after it was listed
+        return found
+
+    hub.listing = grown  # type: ignore
+    assert "(more instead of" in refusal(hub, tmp_path)
 
 
 def test_a_range_that_begins_elsewhere_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -478,8 +527,16 @@ def test_an_unknown_name_says_which_are_known(tmp_path: Path, name: str, told: s
 def test_every_model_of_the_catalog_is_found_by_its_name() -> None:
     for model in CATALOG:
         assert find_model(model.name.upper()) is model
-        assert all(source.wants("model.safetensors") is False for source in model.sources[:1])
     assert find_model("stepfun-ai/Step1X-Edit-v1p1-diffusers").name == "v1.1-diffusers"
+
+
+def test_the_guide_lists_the_catalog() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "models.md").read_text("utf-8")
+    for model in CATALOG:
+        size = model.published_bytes
+        told = "the hub tells" if size is None else f"{size / 1e9:.1f} GB"
+        repos = " and ".join(f"`{repo}`" for repo in model.repos)
+        assert f"| `{model.name}` | {repos} | {told} |" in guide
 
 
 def test_what_the_reader_cannot_open_has_a_note() -> None:
