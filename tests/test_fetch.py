@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from http_server import until
 from hub import LISTING, Fault, Hub, running_hub
-from step1x_edit.checkpoints import fetch
+from step1x_edit.checkpoints import fetch, pulled
 from step1x_edit.checkpoints.catalog import CATALOG, QWEN, find_model
 from step1x_edit.checkpoints.fetch import PullProgress, pull
 from step1x_edit.checkpoints.pulled import (
@@ -87,7 +87,7 @@ def refusal(hub: Hub, models: Path, name: str = TINY) -> str:
     """The sentence of a pull that fails, which leaves no model."""
     with pytest.raises(ModelFetchError) as caught:
         fetched(hub, models, name)
-    with pytest.raises(CheckpointError, match="is not pulled"):
+    with pytest.raises(ModelFetchError, match="is not pulled"):
         find_pulled(name, models)
     return str(caught.value)
 
@@ -311,7 +311,7 @@ def test_a_killed_pull_leaves_no_model_and_the_next_one_goes_on(hub: Hub, tmp_pa
         process.send_signal(signal.SIGKILL)
 
     kept = partial(tmp_path).stat().st_size
-    with pytest.raises(CheckpointError, match=rf"models pull {TINY}"):
+    with pytest.raises(ModelFetchError, match=rf"models pull {TINY}"):
         find_pulled(TINY, tmp_path)
     hub.served.clear()
     assert (fetched(hub, tmp_path) / BIG).read_bytes() == WEIGHTS
@@ -577,8 +577,28 @@ def test_a_model_is_removed_with_all_that_was_begun(hub: Hub, tmp_path: Path) ->
 
     assert kept_models(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["stranger"]
-    with pytest.raises(CheckpointError, match="nothing to remove"):
+    with pytest.raises(InvalidParameterError, match="nothing to remove"):
         remove_model(TINY, tmp_path)
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_model(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(path: Path, **options: object) -> None:
+        if path.exists():
+            (path / BIG).unlink()
+            raise KeyboardInterrupt
+
+    fetched(hub, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pulled.shutil, "rmtree", cut_short)
+        remove_model(TINY, tmp_path)
+
+    with pytest.raises(ModelFetchError, match="is not pulled"):
+        find_pulled(TINY, tmp_path)
+    assert kept_models(tmp_path) == []
+    remove_model(TINY, tmp_path)
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
 def test_a_model_is_not_removed_while_it_is_pulled(hub: Hub, tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def test_where_says_how_to_get_what_is_not_there(hub: Hub) -> None:
     result = run.invoke(models_app, ["where", "v1.1"])
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "step1x-edit models pull v1.1" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "v1.1 is not pulled; step1x-edit models pull v1.1 gets it" in line
 
 
 def test_rm_asks_first(hub: Hub, tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_rm_with_yes_does_not_ask(hub: Hub, tmp_path: Path) -> None:
     assert "Remove" not in result.stderr
     assert not folder.exists()
     again = run.invoke(models_app, ["rm", TINY, "--yes"])
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "nothing to remove" in again.stderr
 
 

@@ -63,14 +63,16 @@ def folder_size(folder: Path) -> int:
 
 
 def find_pulled(name: str, models: Path) -> Path:
-    """The folder of a pulled model. Raises CheckpointError if it is not there as a whole."""
+    """The folder of a pulled model. Raises ModelFetchError if it is not there as a whole."""
     model = find_model(name)
     folder = models / model.folder_name
     if not folder.is_dir():
-        raise CheckpointError(
-            f"the model {model.name} is not pulled; {PULL_COMMAND} {model.name} gets it"
-        )
+        raise ModelFetchError(_not_pulled(model))
     return folder
+
+
+def _not_pulled(model: Model) -> str:
+    return f"{model.name} is not pulled; {PULL_COMMAND} {model.name} gets it"
 
 
 def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
@@ -87,23 +89,25 @@ def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
     with contextlib.suppress(InvalidParameterError):
         is_listed = name.lower() in {model.name for model in CATALOG}
         if is_listed or is_hub_id(name):
-            return find_pulled(name, models_folder(data_dir))
+            model = find_model(name)
+            folder = models_folder(data_dir) / model.folder_name
+            if not folder.is_dir():
+                raise CheckpointError(f"MODEL_PATH {_not_pulled(model)}")
+            return folder
     return path
 
 
 def remove_model(name: str, models: Path) -> int:
     """Delete a model, or what a pull has left of it, and say how many bytes that frees.
 
-    Raises CheckpointError if there is nothing.
+    Raises InvalidParameterError if there is nothing.
     """
     model = find_model(name)
     whole = models / model.folder_name
     partial = partial_folder(model, models)
     removed = whole.with_name(whole.name + REMOVED)
     if not any(path.is_dir() for path in (whole, partial, removed)):
-        raise CheckpointError(
-            f"the model {model.name} is not pulled, so there is nothing to remove"
-        )
+        raise InvalidParameterError(f"{model.name} is not pulled, so there is nothing to remove")
     with held(model, models):
         shutil.rmtree(removed, ignore_errors=True)  # of a removal that was cut short
         freed = 0

@@ -62,16 +62,17 @@ def pull(name: Name) -> None:
     """
     with _told_failures():
         models = _models()
+        model = find_model(name)
+        if model.note:
+            err.print(f"Note: {model.note}", style="yellow", markup=False)
         from step1x_edit.checkpoints.fetch import pull as fetch
 
         try:
-            with _bar(find_model(name).name) as show:
+            with _bar(model.name) as show:
                 folder = fetch(name, models, show)
         except KeyboardInterrupt:
             err.print("interrupted; what arrived is kept, and the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
-        if note := find_model(name).note:
-            err.print(f"Note: {note}", style="yellow", markup=False)
         typer.echo(f"MODEL_PATH={shlex.quote(str(folder))}")
 
 
