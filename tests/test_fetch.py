@@ -379,7 +379,7 @@ def test_more_than_was_listed_is_refused_without_an_announced_length(
     assert "(more instead of" in refusal(hub, tmp_path)
 
 
-def test_a_range_that_begins_elsewhere_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_changed_after_it_was_listed_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.faults[BIG] = iter([Fault(cut_after=100_000)])
     listing = hub.listing
 
@@ -419,9 +419,22 @@ def test_what_the_hub_refuses_is_told_in_one_sentence(
 
 
 def test_a_file_behind_a_gate_is_told_as_one(hub: Hub, tmp_path: Path) -> None:
-    hub.faults[BIG] = repeat(Fault(403))
+    hub.faults["config.json"] = repeat(Fault(403))
 
-    assert f"{BIG} of {TINY} is gated" in refusal(hub, tmp_path)
+    assert f"config.json of {TINY} is gated" in refusal(hub, tmp_path)
+
+
+@pytest.mark.parametrize("fault", [Fault(403), Fault(404), Fault(503), Fault(cut_after=0)])
+def test_a_failure_where_the_hub_keeps_large_files_names_that_place(
+    hub: Hub, tmp_path: Path, fault: Fault
+) -> None:
+    hub.faults[BIG] = repeat(fault)
+
+    sentence = refusal(hub, tmp_path)
+
+    assert f"{hub.url.replace('127.0.0.1', 'localhost')} " in sentence
+    assert f"{BIG} of {TINY}" in sentence
+    assert "gated" not in sentence
 
 
 def test_without_a_network_the_hub_is_named(tmp_path: Path) -> None:
@@ -590,9 +603,10 @@ def test_a_removal_that_is_cut_short_leaves_no_half_model(
             raise KeyboardInterrupt
 
     fetched(hub, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(pulled.shutil, "rmtree", cut_short)
-        remove_model(TINY, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            remove_model(TINY, tmp_path)
 
     with pytest.raises(ModelFetchError, match="is not pulled"):
         find_pulled(TINY, tmp_path)

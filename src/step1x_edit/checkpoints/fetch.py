@@ -317,42 +317,54 @@ class _Patience:
         self._wait(_asked_pause(error) or min(2.0 ** (self._failures - 2), LONGEST_PAUSE_S))
 
     def _sentence(self, error: Exception) -> str:
+        host = _asked_host(error) or self._host
         match error:
             case OfflineModeIsEnabled():
                 return "HF_HUB_OFFLINE is set, so nothing is fetched; unset it"
             case HfHubHTTPError():
-                return self._answer(error)
+                return self._answer(error, host)
             case httpx2.TimeoutException():
-                return f"{self._host} does not answer; check the network, or try again later"
+                return f"{host} does not answer; check the network, or try again later"
             case httpx2.ConnectError() | httpx2.ProxyError() | httpx2.InvalidURL():
                 return (
-                    f"{self._host} cannot be reached ({error}); check the network, "
+                    f"{host} cannot be reached ({error}); check the network, "
                     "or set HF_ENDPOINT to a mirror"
                 )
             case httpx2.UnsupportedProtocol():
-                return f"{self._host} is no address to ask; set HF_ENDPOINT to https://…"
+                return f"{host} is no address to ask; set HF_ENDPOINT to https://…"
         return (
-            f"the connection to {self._host} breaks again and again ({self._what}); "
+            f"the connection to {host} breaks again and again ({self._what}); "
             "the same command goes on from where it was"
         )
 
-    def _answer(self, error: HfHubHTTPError) -> str:
+    def _answer(self, error: HfHubHTTPError, host: str) -> str:
         status = error.response.status_code
-        if isinstance(error, GatedRepoError) or status == httpx2.codes.FORBIDDEN:
+        is_hub = host == self._host  # and not where it keeps large files
+        if isinstance(error, GatedRepoError) or (is_hub and status == httpx2.codes.FORBIDDEN):
             return (
-                f"{self._what} is gated: accept its terms on {self._host}, "
+                f"{self._what} is gated: accept its terms on {host}, "
                 "then set HF_TOKEN to a token of that account"
             )
-        if status == httpx2.codes.UNAUTHORIZED:
+        if is_hub and status == httpx2.codes.UNAUTHORIZED:
             return (
-                f"{self._host} shows {self._what} to nobody without a valid token: it does not "
+                f"{host} shows {self._what} to nobody without a valid token: it does not "
                 "exist or is private; check the name, or set HF_TOKEN"
             )
-        if status == httpx2.codes.NOT_FOUND:
-            return f"{self._host} has no {self._what}; check the name"
+        if is_hub and status == httpx2.codes.NOT_FOUND:
+            return f"{host} has no {self._what}; check the name"
         if status == httpx2.codes.TOO_MANY_REQUESTS:
-            return f"{self._host} is asked too often (429); the same command later goes on"
-        return f"{self._host} answers {status} to {self._what}; try again later"
+            return f"{host} is asked too often (429); the same command later goes on"
+        return f"{host} answers {status} to {self._what}; try again later"
+
+
+def _asked_host(error: Exception) -> str | None:
+    """Which server failed: the hub leads on to others, which may be blocked where it is not."""
+    if isinstance(error, HfHubHTTPError):
+        return _host(str(error.response.url))
+    if isinstance(error, httpx2.HTTPError):
+        with suppress(RuntimeError, ValueError):  # no request was made
+            return _host(str(error.request.url))
+    return None
 
 
 def _is_passing(error: Exception) -> bool:
@@ -379,11 +391,6 @@ def _check_length(file: RemoteFile, have: int, response: httpx2.Response) -> Non
     is_plain = announced.isdecimal() and "Content-Encoding" not in response.headers
     if is_plain and have + int(announced) != file.size:
         raise _other_length(file, str(have + int(announced)))
-    content_range = response.headers.get("Content-Range")
-    if content_range is not None:
-        expected = f"bytes {have}-{file.size - 1}/{file.size}"
-        if content_range != expected:
-            raise _other_length(file, content_range)
 
 
 def _other_length(file: RemoteFile, told: str) -> ModelFetchError:

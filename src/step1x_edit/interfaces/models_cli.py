@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 models_app = typer.Typer(
-    help="Fetch the published models, find and remove them.", no_args_is_help=True
+    help="Fetch the published models, find and remove them.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
