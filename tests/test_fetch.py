@@ -276,6 +276,7 @@ def test_a_server_without_ranges_begins_anew(hub: Hub, tmp_path: Path) -> None:
     told: list[PullProgress] = []
 
     assert (fetched(hub, tmp_path, report=told.append) / BIG).read_bytes() == WEIGHTS
+    assert hub.served[BIG] == 100_000 + len(WEIGHTS)
     assert told[-1].done == told[-1].total
 
 
