@@ -19,6 +19,7 @@
     ├── OutOfMemoryError              out_of_memory         CUDA out of memory: …
     ├── ModelUnavailableError         model_unavailable     Manager not initialized: …
     │   └── CheckpointError           model_unavailable     Manager not initialized: …
+    │       └── ModelFetchError       model_unavailable     Cannot get model: …
     ├── EditCancelledError            cancelled             Cancelled
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
@@ -187,6 +188,12 @@ class CheckpointError(ModelUnavailableError):
     """The checkpoint is missing, damaged or of an unknown kind; waiting does not help."""
 
     retryable = False
+
+
+class ModelFetchError(CheckpointError):
+    """A published model could not be fetched; the sentence says what to change."""
+
+    beginning = "Cannot get model"
 
 
 class EditCancelledError(Step1XEditError):

@@ -1,0 +1,133 @@
+"""The published checkpoints as data: what they are called and which files they consist of.
+
+Whatever else lies on the hub can be named by its id. This module reads no disk and no network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from step1x_edit.errors import InvalidParameterError
+
+SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".jinja"})
+"""Of files that are fetched: weights, configurations and vocabularies, nothing that runs."""
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository of the hub, which of its files are needed, and the subfolder they go to."""
+
+    repo: str
+    patterns: tuple[str, ...] = ("*",)
+    subfolder: str = ""
+
+    def wants(self, path: str) -> bool:
+        """Whether a file is one that is needed, and of a kind that is safe to have."""
+        is_wanted = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
+        return is_wanted and PurePosixPath(path).suffix in SUFFIXES
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something that can be fetched, and the name of the folder it is kept in."""
+
+    name: str
+    sources: tuple[Source, ...]
+    version: str | None = None
+    published_bytes: int | None = None
+    """What the published listings add up to, rounded as they are; None where they do not say."""
+    note: str = ""
+
+    @property
+    def folder_name(self) -> str:
+        """Its name as one part of a path."""
+        return self.name.replace("/", "--")
+
+    @property
+    def repos(self) -> tuple[str, ...]:
+        """The ids of its repositories."""
+        return tuple(source.repo for source in self.sources)
+
+
+OFFICIAL: Final = "stepfun-ai/Step1X-Edit"
+QWEN: Final = Source("Qwen/Qwen2.5-VL-7B-Instruct", subfolder="Qwen2.5-VL-7B-Instruct")
+"""The conditioner, which the official single files do not bring along."""
+
+_TRANSFORMER, _VAE, _CONDITIONER = 24_900_000_000, 335_000_000, 16_600_000_000
+_SINGLE_FILES: Final = _TRANSFORMER + _VAE + _CONDITIONER
+_DIFFUSERS: Final = (
+    "model_index.json",
+    "transformer/*",
+    "vae/*",
+    "scheduler/*",
+    "text_encoder/*",
+    "tokenizer/*",
+    "processor/*",
+)
+_NOT_READ_YET: Final = "this version of step1x-edit cannot open it yet"
+
+CATALOG: Final = (
+    Model(
+        "v1.0",
+        (Source(OFFICIAL, ("step1x-edit-i1258.safetensors", "vae.safetensors")), QWEN),
+        "v1.0",
+        _SINGLE_FILES,
+    ),
+    Model(
+        "v1.1",
+        (Source(OFFICIAL, ("step1x-edit-v1p1-official.safetensors", "vae.safetensors")), QWEN),
+        "v1.1",
+        _SINGLE_FILES,
+    ),
+    Model(
+        "v1.1-diffusers",
+        (Source("stepfun-ai/Step1X-Edit-v1p1-diffusers", _DIFFUSERS),),
+        "v1.1",
+        41_800_000_000,
+    ),
+    Model(
+        "v1.2",
+        (Source("stepfun-ai/Step1X-Edit-v1p2", _DIFFUSERS),),
+        "v1.2",
+        note=_NOT_READ_YET,
+    ),
+    Model(
+        "v1.2-preview",
+        (Source("stepfun-ai/Step1X-Edit-v1p2-preview", _DIFFUSERS),),
+        "v1.2",
+        note=_NOT_READ_YET,
+    ),
+)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether it is written as the hub writes its ids: owner/name."""
+    return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
+
+
+def find_model(name: str) -> Model:
+    """The model of a name in the catalog or of a hub id. Raises InvalidParameterError."""
+    named = {model.name: model for model in CATALOG}
+    if name.lower() in named:
+        return named[name.lower()]
+    owners = [model for model in CATALOG if name in (model.name, model.repos[0])]
+    if len(owners) == 1:
+        return owners[0]
+    if owners:
+        several = " or ".join(model.name for model in owners)
+        raise InvalidParameterError(f"{name} holds several models, so say {several}")
+    if is_hub_id(name):
+        return Model(name, (Source(name),))
+    close = difflib.get_close_matches(name.lower(), named, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise InvalidParameterError(
+        f"there is no model '{name}'; {hint}known are {', '.join(named)}, "
+        "and ids of the hub (owner/name)"
+    )
