@@ -36,7 +36,7 @@ def problem(answer: httpx2.Response) -> dict[str, Any]:
     """The problem that an answer tells, after a look at what all of them have in common."""
     assert answer.headers["content-type"] == "application/problem+json"
     told: dict[str, Any] = answer.json()
-    assert told.keys() == {"type", "title", "status", "detail", "code", "instance"}
+    assert told.keys() - {"errors"} == {"type", "title", "status", "detail", "code", "instance"}
     assert told["status"] == answer.status_code
     assert told["instance"].endswith(answer.headers["x-request-id"])
     assert told["type"] == f"urn:step1x-edit:problem:{told['code']}"
@@ -235,6 +235,24 @@ def test_what_is_wrong_with_a_request_is_said_by_name(
     assert answer.status_code == status
     assert told["detail"].startswith(detail)
     assert worker.started == []
+
+
+def test_each_wrong_parameter_is_told_by_itself_too(make_service: MakeService, photo: Path) -> None:
+    hostile = "x\u202e" * 1000  # turns the direction of what follows
+    with calling(make_service()) as client:
+        answer = client.post(
+            "/api/edit",
+            files={"file": photo.read_bytes()},
+            data={"prompt": "x", "num_steps": "5", "seed": "many", hostile: "1"},
+        )
+    told = problem(answer)
+
+    assert [wrong["field"] for wrong in told["errors"][:2]] == ["num_steps", "seed"]
+    assert told["errors"][0]["message"] == "num_steps must be between 10 and 50, got 5"
+    assert "; ".join(wrong["message"] for wrong in told["errors"][:2]) in told["detail"]
+    assert len(told["errors"]) == 3
+    assert len(told["errors"][2]["field"]) <= 500
+    assert told["errors"][2]["field"].isprintable()
 
 
 @pytest.mark.parametrize(

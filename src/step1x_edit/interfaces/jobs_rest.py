@@ -167,6 +167,7 @@ def job_routes(
         openapi_extra={"requestBody": form_body(service.defaults)},
     )
     async def create(request: Request) -> Response:
+        await store.check_room()  # before the upload is read
         data, fields = await read_form(request)
         wanted = service.read_picture(fields)
         await service.check_picture(data)
