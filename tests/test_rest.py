@@ -237,6 +237,28 @@ def test_what_is_wrong_with_a_request_is_said_by_name(
     assert worker.started == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a%0D%0AX-Evil: 1.png", "戴红帽子 🎩.png", "x" * 5000, "../../etc/passwd", "\x1b[31m.png"],
+)
+def test_nothing_of_the_callers_file_name_comes_back(
+    make_service: MakeService, photo: Path, name: str
+) -> None:
+    with calling(make_service()) as client:
+        answer = client.post(
+            "/api/edit",
+            files={"file": (name, photo.read_bytes())},
+            data={"prompt": f"{name}\r\nX-Evil: 1", "num_steps": "10"},
+            headers={"Accept": "image/webp"},
+        )
+
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == 'inline; filename="edited.webp"'
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not [value for value in answer.headers.values() if "Evil" in value or name in value]
+
+
 def test_each_wrong_parameter_is_told_by_itself_too(make_service: MakeService, photo: Path) -> None:
     hostile = "x\u202e" * 1000  # turns the direction of what follows
     with calling(make_service()) as client:

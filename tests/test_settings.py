@@ -56,6 +56,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
         "log_level": "INFO",
+        "log_format": "text",
     }
 
 
@@ -113,6 +114,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
         ("DEFAULT_SIZE_LEVEL", "512", 512),
         ("LOG_LEVEL", "debug", "DEBUG"),
+        ("LOG_FORMAT", "JSON", "json"),
     ],
 )
 def test_every_setting_is_read_from_the_environment(
@@ -171,6 +173,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "DEFAULT_GUIDANCE_SCALE": "nan",
         "DEFAULT_SIZE_LEVEL": "600",
         "LOG_LEVEL": "loud",
+        "LOG_FORMAT": "xml",
     }
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)

@@ -245,6 +245,11 @@ class Settings(BaseSettings):
         Field(description="What is worth a line in the log"),
         BeforeValidator(_upper),
     ] = "INFO"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="Lines for people, or one JSON object in each for programs"),
+        BeforeValidator(_lower),
+    ] = "text"
 
     @property
     def max_pixels(self) -> int:

@@ -40,6 +40,7 @@ from step1x_edit.errors import ImageTooLargeError, RateLimitedError, ServerBusyE
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.problems import Failure
 from step1x_edit.interfaces.rate_limit import RateLimit
+from step1x_edit.logs import current_request
 from step1x_edit.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class Guard:
         elif scope["type"] == "http":
             state = scope.setdefault("state", {})
             state["request_id"] = secrets.token_hex(8)
+            current_request.set(state["request_id"])
             state["start_work"] = lambda: self._rate_limit.spend(self._caller(scope))
             await _Passage(self, scope, receive, send).go(self._app)
         else:  # there are no websockets here
