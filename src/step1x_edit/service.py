@@ -510,6 +510,7 @@ def build_service(
         device=settings.device,
         log_level=settings.log_level,
         loras={str(path): strength for path, strength in settings.lora_path.items()},
+        log_format=settings.log_format,
     )
     engine = Engine(
         start or partial(WorkerProcess, chosen),
