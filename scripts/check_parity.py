@@ -12,9 +12,8 @@ declared in the sidecar but never looked at. Weights in the diffusers layout may
 
 What cannot be checked: the token ids of the `split_string` cases need the tokenizer of Qwen2.5-VL,
 which is not here. Checked are the pieces, and that the recorded ids of the pieces come together to
-the recorded sequence, its window and its mask by our rules. Columns of the `sizing` cases about the
-thinker of v1.2 are left out. Of `v1_2_rules`, the texts of the traces of caps are not compared, as
-nothing is done with them.
+the recorded sequence, its window and its mask by our rules. Of `v1_2_rules`, the words in the
+traces of caps are left out, as nothing is done with them.
 """
 
 from __future__ import annotations
@@ -35,12 +34,20 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.checkpoints import keymap
-from step1x_edit.model import conditioner, conditioner_v1_2, flow, latents, reasoning
+from step1x_edit.model import (
+    conditioner,
+    conditioner_v1_2,
+    flow,
+    language_model,
+    latents,
+    reasoning,
+)
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.config import (
     V1_0,
@@ -250,6 +257,22 @@ def check_sizing(case: Case) -> None:
             case.same("v1_2_vlm_processor_wh", list(seen), row["v1_2_vlm_processor_wh"])
             tokens = seen[0] * seen[1] // 28**2
             case.same("v1_2_image_tokens", tokens, row["v1_2_image_tokens"])
+        if "v1_2_thinker_thumb_wh" in row:
+            _check_thinker_size(case, row)
+
+
+def _check_thinker_size(case: Case, row: Mapping[str, Any]) -> None:
+    """Compare the size in which the language model of v1.2 sees the picture that came in."""
+    thumb = language_model.shrink(Image.new("1", tuple(row["input_wh"]))).size
+    rounded = conditioner.round_to_factor(*thumb)
+    seen = conditioner.vlm_image_size(
+        *rounded, language_model.MIN_PIXELS, language_model.MAX_PIXELS
+    )
+    case.same("v1_2_thinker_thumb_wh", list(thumb), row["v1_2_thinker_thumb_wh"])
+    case.same("v1_2_thinker_fetch_wh", list(rounded), row["v1_2_thinker_fetch_wh"])
+    case.same("v1_2_thinker_processor_wh", list(seen), row["v1_2_thinker_processor_wh"])
+    tokens = seen[0] * seen[1] // conditioner.FACTOR**2
+    case.same("v1_2_thinker_image_tokens", tokens, row["v1_2_thinker_image_tokens"])
 
 
 # `:Picture 1: <|vision_start|>`, the part of the chat text between the cut and the picture, and
