@@ -2,7 +2,8 @@
 
 It knows chat text, token ids and hidden states; it knows nothing about latents or steps.
 What a checkpoint fixes by number comes from its `ConditionerConfig`, and token ids come from its
-tokenizer, so that the real models and the embedded demo run through the same lines.
+tokenizer, so that the real models and the embedded demo run through the same lines. What v1.2
+does otherwise stands in `conditioner_v1_2`.
 """
 
 import math
@@ -64,26 +65,55 @@ class PromptEncoding(NamedTuple):
     prompt_mask: Tensor  # (B, L), or (L)
 
 
-class Conditioner:
+class VlmReader:
+    """Lets the vision-language model look at pictures and places what it sees in a text."""
+
+    def __init__(self, vlm: Qwen2_5_VLModel, tokenizer: Tokenizer) -> None:
+        self.vlm = vlm
+        self.tokenizer = tokenizer
+
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """The vision tower's tokens of all pictures in a row, (tokens, C). Gradients flow."""
+        device = self.vlm.device
+        vision = self.vlm.get_image_features(pixel_values.to(device), grid_thw.to(device))
+        return torch.cat(tuple(vision.pooler_output))
+
+    def embed(self, input_ids: Tensor, is_image: Tensor, image_features: Tensor) -> Tensor:
+        """The embeddings of the tokens, (B, S, C), with what was seen in its places."""
+        embeds = self.vlm.get_input_embeddings()(input_ids)
+        mixed: Tensor = embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds))
+        return mixed
+
+    def rope_positions(
+        self, input_ids: Tensor, is_image: Tensor, grid_thw: Tensor, mask: Tensor
+    ) -> Tensor:
+        """The rotary positions in time, row and column, (3, B, S); masked tokens do not count."""
+        positions: Tensor
+        positions, _ = self.vlm.get_rope_index(
+            input_ids, is_image.int(), image_grid_thw=grid_thw, attention_mask=mask
+        )
+        # The reference ran on a transformers that gave masked positions the rotary position 1.
+        return positions.masked_fill(mask == 0, 1)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text, nothing added."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+class Conditioner(VlmReader):
     """Turns a picture and an instruction into hidden states of the vision-language model."""
 
     def __init__(
         self, vlm: Qwen2_5_VLModel, tokenizer: Tokenizer, config: ConditionerConfig
     ) -> None:
-        self.vlm = vlm
-        self.tokenizer = tokenizer
+        super().__init__(vlm, tokenizer)
         self.config = config
-        self.vision_end_id = _special_id(tokenizer, VISION_END)
-        self.image_pad_id = _special_id(tokenizer, IMAGE_PAD)
+        self.vision_end_id = special_id(tokenizer, VISION_END)
+        self.image_pad_id = special_id(tokenizer, IMAGE_PAD)
         self.wrapping_quotes = _quote_ids(tokenizer)
         if not config.is_padded:
-            raise ValueError("the conditioner of v1.2 is not supported yet")
-        measured = measure_prefix_length(tokenizer, config)
-        if measured != config.prefix_length:
-            raise ValueError(
-                f"the chat text has {measured} tokens to drop, the checkpoint says "
-                f"{config.prefix_length}"
-            )
+            raise ValueError("a sequence without padding is for ConditionerV12")
+        check_prefix_length(tokenizer, config)
 
     @torch.inference_mode()
     def encode(self, prompt: str, image: npt.NDArray[np.uint8]) -> PromptEncoding:
@@ -108,33 +138,22 @@ class Conditioner:
         """Whether the end of the prompt lies beyond what is kept of such a picture's chat text."""
         height, width = image.shape[:2]
         ids = self.tokenize(prompt, num_image_tokens(width, height, self.config))
-        return len(ids) - len(self._ids(CHAT_TAIL)) > self._max_ids
+        return len(ids) - len(self.ids(CHAT_TAIL)) > self._max_ids
 
     def prepare_image(self, image: npt.NDArray[np.uint8]) -> VlmImage:
         """Resize and cut an (H, W, 3) picture into patches, on the CPU."""
-        height, width = image.shape[:2]
-        side = self.config.fixed_image_size
-        size = (side, side) if side else round_to_factor(width, height)
-        picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-        patches = _image_processor(self.config)(picture, return_tensors="pt")
-        return VlmImage(patches["pixel_values"], patches["image_grid_thw"])
+        return prepare_image(image, self.config)
 
     def tokenize(self, prompt: str, num_image_tokens: int) -> list[int]:
         """The ids of the whole chat text, with the quoted letters of the prompt spelled out."""
         text = render_chat(prompt, self.config)
-        ids = self._ids(text.replace(IMAGE_PAD, IMAGE_PAD * num_image_tokens, 1))
+        ids = self.ids(text.replace(IMAGE_PAD, IMAGE_PAD * num_image_tokens, 1))
         if not self.config.quote_characters:
             return ids
         spelled: list[int] = []
         for piece in split_quotes(text, self.config.quote_start, self.config.quote_characters):
-            spelled += strip_wrapping_quotes(self._ids(piece), self.wrapping_quotes)
+            spelled += strip_wrapping_quotes(self.ids(piece), self.wrapping_quotes)
         return join_at(ids, spelled, self.vision_end_id)
-
-    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """The vision tower's tokens of all pictures in a row, (tokens, C). Gradients flow."""
-        device = self.vlm.device
-        vision = self.vlm.get_image_features(pixel_values.to(device), grid_thw.to(device))
-        return torch.cat(tuple(vision.pooler_output))
 
     def encode_ids(
         self, input_ids: Tensor, lengths: Tensor, image_features: Tensor, grid_thw: Tensor
@@ -150,13 +169,8 @@ class Conditioner:
         input_ids, lengths = input_ids.to(device), lengths.to(device)
         is_image = self._image_positions(input_ids, grid_thw)  # (B, S)
         mask = (input_ids > PAD_ID).long()  # (B, S)
-        embeds = self.vlm.get_input_embeddings()(input_ids)  # (B, S, C)
-        embeds = embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds))
-        positions, _ = self.vlm.get_rope_index(
-            input_ids, is_image.int(), image_grid_thw=grid_thw, attention_mask=mask
-        )
-        # The reference ran on a transformers that gave masked positions the rotary position 1.
-        positions = positions.masked_fill(mask == 0, 1)  # (3, B, S)
+        embeds = self.embed(input_ids, is_image, image_features)  # (B, S, C)
+        positions = self.rope_positions(input_ids, is_image, grid_thw, mask)  # (3, B, S)
         states = self.vlm.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state  # (B, S, C)
@@ -172,9 +186,6 @@ class Conditioner:
     def _max_ids(self) -> int:
         return self.config.prefix_length + self.config.text_length
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
 
 def render_head(config: ConditionerConfig) -> str:
     """The chat text up to and including the prefix, the same for every prompt."""
@@ -185,10 +196,23 @@ def render_head(config: ConditionerConfig) -> str:
 
 
 def render_chat(prompt: str, config: ConditionerConfig) -> str:
-    """Qwen2.5-VL's chat template for one user turn of prefix, picture and prompt."""
-    return (
-        f"{render_head(config)}Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}{prompt}{CHAT_TAIL}"
-    )
+    """Qwen2.5-VL's chat template for one user turn of prefix, picture and prompt.
+
+    In v1.2 the prompt stands before the picture, one space behind the prefix.
+    """
+    picture = f"Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}"
+    turn = f"{picture}{prompt}" if config.is_padded else f" {prompt}{picture}"
+    return f"{render_head(config)}{turn}{CHAT_TAIL}"
+
+
+def check_prefix_length(tokenizer: Tokenizer, config: ConditionerConfig) -> None:
+    """Raise ValueError if the checkpoint drops another number of tokens than head and prefix."""
+    measured = measure_prefix_length(tokenizer, config)
+    if measured != config.prefix_length:
+        raise ValueError(
+            f"the chat text has {measured} tokens to drop, the checkpoint says "
+            f"{config.prefix_length}"
+        )
 
 
 def measure_prefix_length(tokenizer: Tokenizer, config: ConditionerConfig) -> int:
@@ -257,6 +281,14 @@ def keep_window(
     return PromptEncoding(kept * mask.unsqueeze(-1), mask)
 
 
+def prepare_image(image: npt.NDArray[np.uint8], config: ConditionerConfig) -> VlmImage:
+    """Resize and cut an (H, W, 3) picture into patches, on the CPU."""
+    size = _first_size(image.shape[1], image.shape[0], config)
+    picture = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    patches = _image_processor(config)(picture, return_tensors="pt")
+    return VlmImage(patches["pixel_values"], patches["image_grid_thw"])
+
+
 def round_to_factor(width: int, height: int) -> tuple[int, int]:
     """The first of two resizes: each side to the nearest multiple of 28 (halves to even)."""
     low, high = PIXELS_BEFORE_PROCESSOR
@@ -265,7 +297,7 @@ def round_to_factor(width: int, height: int) -> tuple[int, int]:
 
 
 def vlm_image_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size in which the processor hands an already rounded picture to the vision tower."""
+    """The size in which the processor hands a picture to the vision tower."""
     sides = [round(side / FACTOR) * FACTOR for side in (width, height)]
     return _limit_pixels((width, height), (sides[0], sides[1]), min_pixels, max_pixels)
 
@@ -274,7 +306,8 @@ def num_image_tokens(width: int, height: int, config: ConditionerConfig) -> int:
     """How many image tokens the vision tower makes of a picture of this size."""
     if config.fixed_image_size:
         return (config.fixed_image_size // FACTOR) ** 2
-    size = vlm_image_size(*round_to_factor(width, height), config.min_pixels, config.max_pixels)
+    first = _first_size(width, height, config)
+    size = vlm_image_size(*first, config.min_pixels, config.max_pixels)
     return size[0] * size[1] // FACTOR**2
 
 
@@ -294,7 +327,7 @@ def small_vlm_config(
     """A Qwen2.5-VL of the given small sizes for a tokenizer that has the chat's special tokens."""
     rotary = hidden_size // num_heads // 2
     spatial = rotary * 3 // 8  # the 7B model splits its 64 pairs into 16 + 24 + 24
-    ids = {name: _special_id(tokenizer, name) for name in SPECIAL_TOKENS}
+    ids = {name: special_id(tokenizer, name) for name in SPECIAL_TOKENS}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": tokenizer.get_vocab_size(),
@@ -346,6 +379,13 @@ def _limit_pixels(
     return width, height
 
 
+def _first_size(width: int, height: int, config: ConditionerConfig) -> tuple[int, int]:
+    """The size in which the processor gets a picture: v1.2 hands it over as it is."""
+    if config.fixed_image_size:
+        return config.fixed_image_size, config.fixed_image_size
+    return round_to_factor(width, height) if config.is_padded else (width, height)
+
+
 def _image_processor(config: ConditionerConfig) -> Qwen2VLImageProcessorPil:
     """The PIL processor: the torchvision one resamples slightly differently from the reference."""
     if config.fixed_image_size:
@@ -354,7 +394,8 @@ def _image_processor(config: ConditionerConfig) -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(min_pixels=config.min_pixels, max_pixels=config.max_pixels)
 
 
-def _special_id(tokenizer: Tokenizer, token: str) -> int:
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that has to be there. Raises ValueError if it is not."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise ValueError(f"the tokenizer has no token {token}")

@@ -90,7 +90,8 @@ class ConditionerConfig:
     text_length: int
     """Longest kept sequence."""
     is_padded: bool = True
-    """Whether shorter sequences are filled with zero rows up to `text_length`."""
+    """Whether shorter sequences are filled with zero rows up to `text_length`; not so in v1.2,
+    whose prompt stands before the picture (`conditioner_v1_2`)."""
     quote_start: int = 155
     """Quotation marks up to this character of the chat text belong to the template."""
     quote_characters: str = "'“”"

@@ -1,0 +1,399 @@
+"""Reasoning of v1.2: think about the instruction, edit, look at the result, try again, choose.
+
+The rules around the language model: what it is asked, how its replies are read, when a round
+follows. It knows pictures as arrays and a language model as something that replies; how either is
+computed, shown or interrupted it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
+
+T = TypeVar("T")
+
+MAX_TRIES: Final = 20
+"""How often a question is put until its reply can be read."""
+
+THINK, SUCCESS, FAILED = "<#Think>", "<#Success>", "<#Failed>"
+REFLECTION, OTHERS = "<#Reflection>", "<#Others>"
+VERDICT_TAGS: Final = (REFLECTION, FAILED, SUCCESS, OTHERS)
+
+GAVE_UP: Final = f"{THINK} The process encountered repeated errors and could not complete.{FAILED}"
+"""The verdict if a reply on the way to it could never be read."""
+
+MEETS_CAPS: Final = {"no": 2.0, "partial": 5.0}
+"""Highest score of a picture that does not fully meet the instruction."""
+
+
+class Prompt(NamedTuple):
+    """One question to the language model, beside the pictures."""
+
+    system: str
+    text: str
+    is_text_first: bool = False
+    """Whether the text stands before the pictures; else behind them."""
+
+
+class LanguageModel(Protocol):
+    """Whatever answers a question about pictures."""
+
+    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> str:
+        """The text of the answer. It may be cut short, and differ when asked again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How well a picture agrees with the description of what it should show."""
+
+    score: float
+    """0 to 10: the raw score, no higher than any of `caps` allows."""
+    raw_score: float
+    caps: tuple[float, ...]
+    meets_instruction: str
+    major_conflicts: int
+    minor_conflicts: int
+    hallucinations: int
+    omissions: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What the model made of an edited picture; `verdict` is its text, tags included."""
+
+    verdict: str
+    description: str = ""
+    consistency: Consistency | None = None
+    """None if no reply could be read."""
+
+
+class Verdict(NamedTuple):
+    """A verdict's text, read: a success, or what to do with the edited picture next."""
+
+    is_valid: bool
+    is_success: bool = False
+    instruction: str | None = None
+    """What to change in the edited picture; None to start again from the original."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Marks from 0 to 10, each for one aspect."""
+
+    score: tuple[float, ...]
+    reasoning: str = ""
+
+
+NO_RATING: Final = Rating((0.0, 0.0))
+"""Stands for a rating that could never be read."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ratings by which the best of several edits is chosen."""
+
+    edit: Rating
+    """How well the instruction was followed, and how much else was left alone."""
+    quality: Rating
+    """How natural the picture looks, and how free of artefacts."""
+
+    @property
+    def value(self) -> float:
+        """The worst mark for the edit times the worst for the quality."""
+        return min(self.edit.score) * min(self.quality.score)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One edit: from which picture, with which prompt, and what was thought of the result."""
+
+    source: Pixels
+    prompt: str
+    image: Pixels
+    reflection: Reflection | None = None
+    ranking: Ranking | None = None
+
+
+@dataclass(frozen=True)
+class Reasoned:
+    """All that was thought and painted, in order."""
+
+    rewritten_prompt: str | None
+    """None without thinking."""
+    rounds: tuple[Round, ...]
+    best_index: int
+
+    @property
+    def image(self) -> Pixels:
+        """The best picture."""
+        return self.rounds[self.best_index].image
+
+
+@dataclass(frozen=True)
+class ReasoningPlan:
+    """How much to think."""
+
+    has_thinking: bool = False
+    """Whether the model rewrites the instruction first."""
+    has_reflection: bool = True
+    """Whether it judges its edits and tries again; else there is one edit."""
+    max_rounds: int = 3
+    """The most edits."""
+
+    def __post_init__(self) -> None:
+        if self.max_rounds < 1:
+            raise ValueError(f"max_rounds must be at least 1, not {self.max_rounds}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What begins now, in which round; thinking is before the first."""
+
+    name: Literal["thinking", "editing", "reflecting", "ranking"]
+    round: int
+
+
+class Reasoner:
+    """Asks a language model the questions of v1.2 and reads its replies."""
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.language_model = language_model
+
+    def think(self, source: Pixels, instruction: str) -> str:
+        """The instruction in clear words; as it was if the model has nothing to say."""
+        question = _fill("think", instruction=instruction, language=language_word(instruction))
+        return self.language_model.reply([source], question).strip() or instruction
+
+    def reflect(self, source: Pixels, edited: Pixels, instruction: str) -> Reflection:
+        """Describe what the edit should show, score what it shows, and come to a verdict."""
+        language = language_word(instruction)
+        question = _fill("describe", instruction=instruction, language=language)
+        description = self.language_model.reply([source], question).strip()
+        question = _fill(
+            "score", instruction=instruction, language=language, description=description
+        )
+        consistency = self._ask([edited], question, parse_consistency)
+        if consistency is None:
+            return Reflection(GAVE_UP, description)
+        question = _fill(
+            "reflect",
+            instruction=instruction,
+            prior_score=str(consistency.score),
+            prior_reason=consistency.reason,
+        )
+        verdict = self._ask([source, edited], question, clean_verdict)
+        return Reflection(verdict or GAVE_UP, description, consistency)
+
+    def rank(self, source: Pixels, edited: Pixels, instruction: str) -> Ranking:
+        """Rate an edit and the picture that it made."""
+        question = _fill("rank_edit", instruction=instruction)
+        edit = self._ask([source, edited], question, _marks)
+        quality = self._ask([edited], _fill("rank_quality"), _marks)
+        return Ranking(edit or NO_RATING, quality or NO_RATING)
+
+    def _ask(
+        self, images: Sequence[Pixels], question: Prompt, read: Callable[[str], T | None]
+    ) -> T | None:
+        """Ask until the reply can be read; None if it never can."""
+        for _ in range(MAX_TRIES):
+            answer = read(self.language_model.reply(images, question))
+            if answer is not None:
+                return answer
+        return None
+
+
+def reason(
+    reasoner: Reasoner,
+    edit: Callable[[Pixels, str], Pixels],
+    source: Pixels,
+    prompt: str,
+    plan: ReasoningPlan,
+) -> Generator[Stage | Reasoned, None, None]:
+    """Yield each stage before it begins and, last, the result; closing the generator stops.
+
+    `edit` paints: it is given a picture and a prompt and returns a picture of the same size. What
+    it or the language model raises ends the generator. Each round is judged against `source` and
+    the (rewritten) prompt, also if it changed an earlier round's picture.
+    """
+    rewritten = None
+    if plan.has_thinking:
+        yield Stage("thinking", 0)
+        rewritten = reasoner.think(source, prompt)
+    goal = prompt if rewritten is None else rewritten
+    rounds: list[Round] = []
+    canvas, instruction = source, goal
+    while len(rounds) < plan.max_rounds:
+        number = len(rounds) + 1
+        yield Stage("editing", number)
+        edited = edit(canvas, instruction)
+        if not plan.has_reflection:
+            rounds.append(Round(canvas, instruction, edited))
+            break
+        yield Stage("reflecting", number)
+        reflection = reasoner.reflect(source, edited, goal)
+        yield Stage("ranking", number)
+        ranking = reasoner.rank(source, edited, goal)
+        rounds.append(Round(canvas, instruction, edited, reflection, ranking))
+        verdict = read_verdict(reflection.verdict)
+        if verdict.is_success:
+            break
+        if verdict.instruction and verdict.instruction.strip():
+            canvas, instruction = edited, verdict.instruction
+        else:
+            canvas, instruction = source, goal
+    yield Reasoned(rewritten, tuple(rounds), best_round(rounds))
+
+
+def best_round(rounds: Sequence[Round]) -> int:
+    """The index of the highest value; among equals success counts, then the later round."""
+
+    def worth(index: int) -> tuple[float, bool, int]:
+        ranking, reflection = rounds[index].ranking, rounds[index].reflection
+        value = ranking.value if ranking else 0.0
+        return value, reflection is not None and SUCCESS in reflection.verdict, index
+
+    return max(range(len(rounds)), key=worth)
+
+
+def language_word(instruction: str) -> str:
+    """“Chinese” or “English”, in Chinese: the prompts are filled in like this, the English too."""
+    num_chinese = sum("\u4e00" <= character <= "\u9fff" for character in instruction)
+    return "中文" if num_chinese >= 2 else "英文"
+
+
+def clean_verdict(reply: str) -> str | None:
+    """The reply from its first thought on; None unless one verdict, once, follows the thought."""
+    thought = reply.find(THINK)
+    tags = [tag for tag in VERDICT_TAGS if tag in reply]
+    if thought < 0 or len(tags) != 1 or reply.count(tags[0]) != 1 or reply.find(tags[0]) < thought:
+        return None
+    return reply[thought:].strip()
+
+
+def read_verdict(text: str) -> Verdict:
+    """What a verdict's text says; a text that is none is a failure."""
+    tags = [tag for tag in VERDICT_TAGS for _ in range(text.count(tag))]
+    if not text.startswith(THINK) or text.count(THINK) != 1 or len(tags) != 1:
+        return Verdict(is_valid=False)
+    if tags[0] == REFLECTION:
+        return Verdict(is_valid=True, instruction=text.partition(REFLECTION)[2])
+    return Verdict(is_valid=True, is_success=tags[0] in (SUCCESS, OTHERS))
+
+
+def parse_consistency(reply: str) -> Consistency | None:
+    """The score in a reply; None if there is none."""
+    block = parse_json_block(reply)
+    return None if block is None else cap_score(block)
+
+
+def parse_json_block(reply: str) -> dict[str, Any] | None:
+    """The JSON object from the first `{` to the last `}`; None if that is none."""
+    start, end = reply.find("{"), reply.rfind("}")
+    try:
+        data = json.loads(reply[start : end + 1]) if start >= 0 else None
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def cap_score(block: Mapping[str, Any]) -> Consistency | None:
+    """The score that the counted mistakes allow; None if what should be a number is none."""
+    try:
+        major, minor, hallucinations, omissions = (
+            int(block.get(name) or 0)
+            for name in ("major_conflicts", "minor_conflicts", "hallucinations", "omissions")
+        )
+        raw_score = float(block["raw_score"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    if not math.isfinite(raw_score):
+        return None
+    if 0 <= raw_score <= 1.0000001:  # a score from 0 to 1 was given
+        raw_score *= 10
+    raw_score = min(max(raw_score, 0.0), 10.0)
+    meets = str(block.get("meets_instruction") or "").strip().lower()
+
+    caps = [MEETS_CAPS[meets]] if meets in MEETS_CAPS else []
+    if major > 0:
+        caps.append(8.0 if major == 1 else 5.0)
+    if hallucinations > 0 or omissions > 0:
+        caps.append(7.0)
+    if meets != "yes" or major > 0 or hallucinations > 0 or omissions > 0:
+        caps.append(8.99)
+    return Consistency(
+        score=round(min([raw_score, *caps]), 4),
+        raw_score=raw_score,
+        caps=tuple(caps),
+        meets_instruction=meets,
+        major_conflicts=major,
+        minor_conflicts=minor,
+        hallucinations=hallucinations,
+        omissions=omissions,
+        reason=str(block.get("reason") or ""),
+    )
+
+
+def parse_rating(reply: str) -> Rating | None:
+    """Marks and reasoning of a reply that is strict JSON; None if it is not.
+
+    A code fence is cut off by length, so a fence that was not closed costs three characters of the
+    JSON: a habit of the reference.
+    """
+    text = reply.strip()
+    if text.startswith("```"):
+        text = text[7 if text.startswith("```json") else 3 : -3]
+    try:
+        data = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or "reasoning" not in data:
+        return None
+    score = data.get("score")
+    if not isinstance(score, list) or not all(map(_is_number, score)):
+        return None
+    return Rating(tuple(map(float, score)), str(data["reasoning"]))
+
+
+def _marks(reply: str) -> Rating | None:
+    """A rating that has a mark; the reference breaks on one that has none."""
+    rating = parse_rating(reply)
+    return rating if rating and rating.score else None
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value out of JSON is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= 1e6  # a NaN is not
+
+
+def _fill(name: str, **values: str) -> Prompt:
+    """One of the prompts, with its placeholders filled in; what is filled in is left alone."""
+
+    def fill(template: str) -> str:
+        return re.sub(
+            r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template, flags=re.ASCII
+        )
+
+    prompt = prompts()[name]
+    return prompt._replace(system=fill(prompt.system), text=fill(prompt.text))
+
+
+@cache
+def prompts() -> Mapping[str, Prompt]:
+    """The questions that the model was trained with, byte for byte."""
+    file = resources.files("step1x_edit.model") / "reasoning_prompts.json"
+    return {name: Prompt(**fields) for name, fields in json.loads(file.read_text("utf-8")).items()}
