@@ -294,7 +294,7 @@ def test_what_is_wrong_with_a_request_is_said_by_name(
 
 @pytest.mark.parametrize(
     "name",
-    ["a%0D%0AX-Evil: 1.png", "戴红帽子 🎩.png", "x" * 5000, "../../etc/passwd", "\x1b[31m.png"],
+    ["a%0D%0AX-Evil: 1.png", "戴红帽子 🎩.png", "x" * 2000, "../../etc/passwd", "\x1b[31m.png"],
 )
 def test_nothing_of_the_callers_file_name_comes_back(
     make_service: MakeService, photo: Path, name: str
@@ -303,7 +303,7 @@ def test_nothing_of_the_callers_file_name_comes_back(
         answer = client.post(
             "/api/edit",
             files={"file": (name, photo.read_bytes())},
-            data={"prompt": f"{name}\r\nX-Evil: 1", "num_steps": "10"},
+            data={"prompt": f"{name[:100]}\r\nX-Evil: 1", "num_steps": "10"},
             headers={"Accept": "image/webp"},
         )
 

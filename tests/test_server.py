@@ -241,7 +241,7 @@ def test_a_signal_ends_the_running_edit_then_the_server(
     with started(FAKE, tmp_path) as process:
         url = process.url()
         edit = Editing(url, photo)
-        process.heard("step")
+        process.heard("step\n")
         process.popen.send_signal(number)
         found = process.ended()
         edit.join()
@@ -266,13 +266,13 @@ def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
         with httpx2.stream("GET", f"{process.url()}{path}/events", timeout=60) as stream:
             lines = stream.iter_lines()
             first = next(lines)
-            process.heard("step")
+            process.heard("step\n")
             process.popen.send_signal(signal.SIGTERM)
             heard = [first, *lines]  # to a proper end, not to a broken connection
         code = process.ended()
     with started(FAKE, tmp_path) as again:
         url = again.url()
-        again.heard("step")
+        again.heard("step\n")
         job = httpx2.get(f"{url}{path}").json()
 
     assert code == 0
@@ -290,12 +290,12 @@ def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> N
             )
             for _ in range(2)
         ]
-        process.heard("step")
+        process.heard("step\n")
         process.popen.kill()
         process.ended()
     with started(FAKE, tmp_path) as again:
         url = again.url()
-        again.heard("step")
+        again.heard("step\n")
         found = [httpx2.get(f"{url}{job.headers['location']}").json() for job in jobs]
 
     assert [job["status"] for job in found] == ["failed", "running"]
@@ -305,7 +305,7 @@ def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> N
 def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Path) -> None:
     with started(FAKE, tmp_path) as process:
         Editing(process.url(), photo, "hang")
-        process.heard("step")
+        process.heard("step\n")
         process.popen.send_signal(signal.SIGTERM)
 
         assert process.ended() == 0
@@ -332,7 +332,7 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, photo: Path) ->
     with started(FAKE, tmp_path) as process:
         url = process.url()
         Editing(url, photo, "hang")
-        process.heard("step")
+        process.heard("step\n")
         process.popen.send_signal(signal.SIGTERM)
         note = process.data_dir / NOTE_NAME
         until(lambda: not note.exists())  # the first has been heard
