@@ -65,10 +65,10 @@ def running(
 def serving(service: EditService, **settings: object) -> Iterator[str]:
     """Serve everything that the unified server offers and yield where.
 
-    By default with TOKEN, and in a data folder of its own.
+    By default with TOKEN, without a limit for requests, and in a data folder of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = {"api_key": TOKEN, "data_dir": folder, **settings}
+        given = {"api_key": TOKEN, "data_dir": folder, "rate_limit": 0, **settings}
         chosen = Settings(_env_file=None, **given)  # type: ignore
         with running(build_app(service, chosen), chosen, chosen.host) as url:
             yield url

@@ -41,6 +41,7 @@ class Start:
     log_level: str = "INFO"
     loras: Mapping[str, float] = field(default_factory=dict)
     """Paths of LoRA files, and how much of each is added to the model."""
+    log_format: str = "text"
 
 
 @dataclass(frozen=True)

@@ -508,6 +508,7 @@ def start_of(settings: Settings) -> Start:
         device=settings.device,
         log_level=settings.log_level,
         loras={str(path): strength for path, strength in settings.lora_path.items()},
+        log_format=settings.log_format,
     )
 
 

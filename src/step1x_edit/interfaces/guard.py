@@ -5,12 +5,13 @@ by the head of the request alone:
 
 - the Host must be a name of this server (or else a page of somebody could reach us by rebinding
   its own name to our address);
-- a request that a browser sends for a page must come from a page of ours: forms of other sites
-  start nothing, neither do programs on other ports of this machine;
+- a request that a browser sends for a page must come from a page of ours, or of a site that the
+  operator has named: forms of others start nothing, neither do pages of other ports;
 - where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
   the password that browsers ask their users for;
+- nobody may start more work a minute than RATE_LIMIT;
 - the body may be no longer than a picture and its form, by its header and by count while it is
-  read, and has to arrive in time.
+  read, has to arrive in time, and to find room beside the bodies of others.
 
 It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
 from guessing, storing and framing. It knows nothing about what the routes do.
@@ -32,18 +33,23 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from step1x_edit.errors import ImageTooLargeError
+from step1x_edit.errors import ImageTooLargeError, RateLimitedError, ServerBusyError
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.problems import Failure
+from step1x_edit.interfaces.rate_limit import RateLimit
+from step1x_edit.logs import current_request
 from step1x_edit.settings import Settings
 
 log = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/livez"})
+MCP_PATH: Final = "/mcp"
 FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
+_BODIES: Final = 8  # of the longest kind that may be held at a time
 _START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
 _BYTES_PER_S: Final = 16 * 1024
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -59,6 +65,17 @@ _HEADERS: Final = {
     "X-Frame-Options": "DENY",
 }
 
+_ASKS_FIRST: Final = "access-control-request-method"
+_TOLD_TO_PAGES: Final = (
+    "Location",
+    "Mcp-Session-Id",
+    "Retry-After",
+    "X-Processing-Time",
+    "X-Request-Id",
+    "X-Seed",
+)
+_GONE: Final[Message] = {"type": "http.disconnect"}
+
 Observe = Callable[[Scope, int, float], None]
 """Told of each request when it has ended: its scope, its status and its seconds."""
 
@@ -68,15 +85,37 @@ def request_id(scope: Scope) -> str:
     return str(scope["state"]["request_id"])
 
 
+def start_work(scope: Scope) -> None:
+    """Count something that a request starts besides itself; raises RateLimitedError."""
+    scope["state"]["start_work"]()
+
+
 class Guard:
     """Lets requests through to `app` that may come in, and answers the others itself."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, observe: Observe | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        observe: Observe | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
+        self._origins = frozenset(settings.allowed_origins)
+        if self._origins:
+            self._app = CORSMiddleware(
+                app,
+                allow_origins=settings.allowed_origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],  # answered by name; no cookies and no passwords come with them
+                expose_headers=_TOLD_TO_PAGES,
+            )
+        self._rate_limit = RateLimit(settings.rate_limit, now)
+        self._held = 0
         self._key = None
         if settings.api_key is not None:
             self._key = settings.api_key.get_secret_value().encode("ascii")
-        self._names = _LOOPBACK_NAMES | {settings.host.lower()}
+        self._names = _LOOPBACK_NAMES | {settings.host.lower(), *settings.allowed_hosts}
         self._is_open = not settings.is_loopback
         if self._is_open:
             self._names |= {socket.gethostname().lower()}
@@ -89,7 +128,10 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            scope.setdefault("state", {})["request_id"] = secrets.token_hex(8)
+            state = scope.setdefault("state", {})
+            state["request_id"] = secrets.token_hex(8)
+            current_request.set(state["request_id"])
+            state["start_work"] = lambda: self._rate_limit.spend(self._caller(scope))
             await _Passage(self, scope, receive, send).go(self._app)
         else:  # there are no websockets here
             await send({"type": "websocket.close", "code": 1008})
@@ -100,8 +142,12 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_ours(host):
             return problems.of_status(421, "This server is not known under the name in Host.")
-        if not _is_from_our_pages(scope["method"], host, headers):
+        origins = headers.getlist("origin")
+        is_named = len(origins) == 1 and origins[0].lower() in self._origins
+        if not is_named and not _is_from_our_pages(scope["method"], host, headers):
             return problems.of_status(403, "Requests from pages of other sites are refused.")
+        if is_named and scope["method"] == "OPTIONS" and _ASKS_FIRST in headers:
+            return None  # answered without looking at anything, and browsers send no key with it
         if not self._may_enter(scope["path"], headers.getlist("authorization")):
             return problems.of_status(
                 401,
@@ -113,7 +159,23 @@ class Guard:
             return self.too_long()
         if headers.get("content-encoding", "identity").lower() != "identity":
             return problems.of_status(415, "Compressed request bodies are not read.")
+        if scope["method"] == "POST" and scope["path"] != MCP_PATH:  # whose tools are counted
+            try:
+                start_work(scope)
+            except RateLimitedError as error:
+                return problems.of_error(error)
         return None
+
+    def hold(self, length: int) -> Failure | None:
+        """Make room for so much of a body, until it is let go; the failure if there is none."""
+        if self._held + length > _BODIES * self._max_body:
+            return problems.of_error(ServerBusyError("too many uploads at a time, try again soon"))
+        self._held += length
+        return None
+
+    def let_go(self, length: int) -> None:
+        """Give back room that was held."""
+        self._held -= length
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         """Tell whoever listens, and the log, that a request has ended."""
@@ -154,6 +216,13 @@ class Guard:
         """The same as an error."""
         return ImageTooLargeError(f"at most {self._max_picture / 2**20:g} MB are allowed")
 
+    def _caller(self, scope: Scope) -> str:
+        """Who counts as one; addresses only where nobody has a key, and never what a proxy says."""
+        if self._key is not None:
+            return "the key"
+        client = scope.get("client")
+        return "" if client is None else str(client[0])
+
     def _is_ours(self, host: str) -> bool:
         name = _name_of(host)
         # Nobody can rebind a number, and which numbers a machine has is hard to know.
@@ -176,6 +245,7 @@ class _Passage:
         self._send = send
         self._started = time.monotonic()
         self._length = 0
+        self._held = 0
         self._waited_s = 0.0
         self._has_arrived = False
         self._cut: Failure | None = None
@@ -183,6 +253,8 @@ class _Passage:
 
     async def go(self, app: ASGIApp) -> None:
         refusal = self._guard.refusal(self._scope)
+        if refusal is None:
+            refusal = self._hold(int(Headers(scope=self._scope).get("content-length", "0")))
         try:
             if refusal is not None:
                 await self._refuse(refusal)
@@ -195,6 +267,7 @@ class _Passage:
             if self._cut is not None and self._status is None:
                 await self._refuse(self._cut)
         finally:
+            self._guard.let_go(self._held)
             seconds = time.monotonic() - self._started
             self._guard.observe(self._scope, self._status or 500, seconds)
 
@@ -212,7 +285,15 @@ class _Passage:
         if self._length > self._guard.max_body:
             self._cut = self._guard.too_long()
             raise self._guard.too_long_error()
-        return message
+        if self._length > self._held:  # its length was not told
+            self._cut = self._hold(self._length - self._held)
+        return message if self._cut is None else _GONE
+
+    def _hold(self, length: int) -> Failure | None:
+        failure = self._guard.hold(length)
+        if failure is None:
+            self._held += length
+        return failure
 
     async def _next_piece(self) -> Message:
         """What comes next of the body; after too long a wait the app hears that nobody is there."""
@@ -222,7 +303,7 @@ class _Passage:
             message = await asyncio.wait_for(self._receive(), patience_s)
         except asyncio.TimeoutError:
             self._cut = self._guard.too_late()
-            return {"type": "http.disconnect"}
+            return _GONE
         self._waited_s += time.monotonic() - started
         self._has_arrived = not message.get("more_body", False)
         return message

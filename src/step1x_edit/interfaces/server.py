@@ -22,7 +22,11 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.http import StarletteWithLifespan
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import ToolResult
+from mcp_types import CallToolRequestParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -34,7 +38,7 @@ from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.interfaces import connections, problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
-from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
+from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
 from step1x_edit.interfaces.hangups import TellHangUps
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
@@ -43,12 +47,11 @@ from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
 from step1x_edit.jobs import JobRunner, JobStore
 from step1x_edit.service import EditService, build_service
-from step1x_edit.settings import Settings
+from step1x_edit.settings import MEBI, Settings
 
 log = logging.getLogger(__name__)
 
-MCP_PATH: Final = "/mcp"
-
+_EDITING_TOOLS: Final = frozenset({"edit_image", "batch_edit_images", "submit_edit"})
 _GRACE_S: Final = 3.0  # for the running step to end
 _LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
 _DESCRIPTION: Final = """\
@@ -71,12 +74,18 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
     mcp, store = None, None
     if settings.enable_api:
-        store = JobStore(settings.data_dir, max_queued=settings.max_queue)
-    if settings.enable_mcp:
-        # Its own guard is the second line behind ours, and knows the session's address.
-        mcp = build_mcp(service, max_wait_s=settings.mcp_max_wait).http_app(
-            path=MCP_PATH, host_origin_protection="auto"
+        store = JobStore(
+            settings.data_dir,
+            max_queued=settings.max_queue,
+            max_bytes=settings.jobs_max_mb * MEBI,
+            max_age_s=settings.jobs_max_age,
         )
+    if settings.enable_mcp:
+        tools = build_mcp(service, max_wait_s=settings.mcp_max_wait)
+        tools.add_middleware(_CountedEdits())
+        # Its own guard is the second line behind ours, and knows no names but the usual ones.
+        has_names = bool(settings.allowed_hosts or settings.allowed_origins)
+        mcp = tools.http_app(path=MCP_PATH, host_origin_protection=False if has_names else "auto")
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
@@ -116,6 +125,19 @@ def _lifespan(
             yield
 
     return lifespan
+
+
+class _CountedEdits(Middleware):
+    """Counts the tools that start work; a POST to the MCP alone may as well ask for the status."""
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        if context.message.name in _EDITING_TOOLS:
+            start_work(get_http_request().scope)
+        return await call_next(context)
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -161,7 +183,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schema["security"] = [{}, {"API_KEY": []}]
         for path, operations in schema["paths"].items():
             for operation in operations.values():
-                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 421]
+                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
                 told = problems.described_status(*of_guard)
                 operation["responses"] |= {str(status): answer for status, answer in told.items()}
                 if path in OPEN_PATHS:
