@@ -500,11 +500,9 @@ def _metadata(
     )
 
 
-def build_service(
-    settings: Settings, start: StartWorker | None = None, clock: Clock | None = None
-) -> EditService:
-    """Wire the service that all interfaces use; `start` brings another worker than the usual."""
-    chosen = Start(
+def start_of(settings: Settings) -> Start:
+    """What a worker is told about the model to run."""
+    return Start(
         model_path=None if settings.model_path is None else str(settings.model_path),
         model_version=settings.model_version,
         device=settings.device,
@@ -512,8 +510,14 @@ def build_service(
         loras={str(path): strength for path, strength in settings.lora_path.items()},
         log_format=settings.log_format,
     )
+
+
+def build_service(
+    settings: Settings, start: StartWorker | None = None, clock: Clock | None = None
+) -> EditService:
+    """Wire the service that all interfaces use; `start` brings another worker than the usual."""
     engine = Engine(
-        start or partial(WorkerProcess, chosen),
+        start or partial(WorkerProcess, start_of(settings)),
         max_queue=settings.max_queue,
         edit_timeout_s=settings.edit_timeout,
         idle_timeout_s=settings.gpu_idle_timeout,

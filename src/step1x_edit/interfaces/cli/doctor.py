@@ -77,16 +77,10 @@ def _checks() -> Iterator[Check]:
         return
     yield _memory()
     yield from _data_dir(settings.data_dir)
-    from step1x_edit.channel import Start
     from step1x_edit.machine import look
+    from step1x_edit.service import start_of
 
-    seen = look(
-        Start(
-            model_path=None if settings.model_path is None else str(settings.model_path),
-            model_version=settings.model_version,
-            device=settings.device,
-        )
-    )
+    seen = look(start_of(settings))
     yield from _torch_and_device(seen)
     if seen.torch_error is None:
         yield _checkpoint(seen, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -65,16 +66,11 @@ def list_models(as_json: AsJson = False) -> None:
 
 def _found(settings: Settings) -> list[dict[str, Any]]:
     """Each checkpoint, as JSON tells it."""
-    from step1x_edit.channel import Start
     from step1x_edit.machine import look
+    from step1x_edit.service import start_of
 
     path = settings.model_path
-    start = Start(
-        model_path=None if path is None else str(path),
-        model_version=settings.model_version,
-        device="cpu",
-    )
-    seen = look(start)  # of the one that would run
+    seen = look(replace(start_of(settings), device="cpu"))  # of the one that would run
     problem = seen.torch_error or seen.checkpoint_error
     of_chosen = {
         "memory": "" if seen.weights_gb is None else f"{seen.weights_gb:.2f} GiB for its weights",
