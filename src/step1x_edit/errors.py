@@ -19,6 +19,8 @@
     ├── OutOfMemoryError              out_of_memory         CUDA out of memory: …
     ├── ModelUnavailableError         model_unavailable     Manager not initialized: …
     │   └── CheckpointError           model_unavailable     Manager not initialized: …
+    ├── ModelNotFoundError            model_not_found       Model not found: …
+    ├── IdempotencyKeyError           idempotency_key       Idempotency-Key in use: …
     ├── EditCancelledError            cancelled             Cancelled
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
@@ -64,10 +66,19 @@ class Step1XEditError(Exception):
 
 
 class InvalidParameterError(Step1XEditError):
-    """A parameter is unknown, missing, of the wrong kind or out of range."""
+    """A parameter is unknown, missing, of the wrong kind or out of range.
+
+    `param` is its name where one is to blame, for faces that tell it apart from the sentence.
+    """
 
     code = "invalid_parameter"
     beginning = "Invalid parameter"
+
+    def __init__(
+        self, detail: str = "", *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
+        self.param = param
 
 
 class ImageFileNotFoundError(Step1XEditError):
@@ -187,6 +198,20 @@ class CheckpointError(ModelUnavailableError):
     """The checkpoint is missing, damaged or of an unknown kind; waiting does not help."""
 
     retryable = False
+
+
+class ModelNotFoundError(Step1XEditError):
+    """The caller asked for a model of another name than the one that is here."""
+
+    code = "model_not_found"
+    beginning = "Model not found"
+
+
+class IdempotencyKeyError(Step1XEditError):
+    """The key of a request belongs to another request."""
+
+    code = "idempotency_key"
+    beginning = "Idempotency-Key in use"
 
 
 class EditCancelledError(Step1XEditError):

@@ -182,7 +182,7 @@ class _Passage:
             self._guard.observe(self._scope, self._status or 500, seconds)
 
     async def _refuse(self, failure: Failure) -> None:
-        answer = problems.response(failure, request_id(self._scope))
+        answer = problems.response(failure, request_id(self._scope), self._scope["path"])
         answer.headers["Connection"] = "close"  # what is left of the body will not be read
         await answer(self._scope, self._receive, self._hardened)
 
