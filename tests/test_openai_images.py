@@ -791,6 +791,21 @@ def test_who_leaves_a_stream_ends_the_edit(make_service: MakeService, photo: Pat
         until(lambda: worker.stopped_at == {"stop": 2})
 
 
+def test_their_client_that_closes_a_stream_ends_the_edit(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(at_step=2), FakeWorker()
+    worker.before_step = gate
+    service = make_service(worker)
+    with theirs(service) as client:
+        stream = client.images.edit(image=photo, prompt="stop", stream=True)
+        assert gate.reached.wait(60)
+        stream.close()
+        until(lambda: service.outcomes.get("cancelled") == 1)
+        gate.open()
+        until(lambda: worker.stopped_at == {"stop": 2})
+
+
 async def test_who_goes_away_ends_the_edit_within_a_step(
     make_service: MakeService, photo: Path
 ) -> None:

@@ -40,6 +40,7 @@ from step1x_edit.errors import (
 from step1x_edit.images import OUTPUT_FORMATS, Limits, Picture, Pixels
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.idempotency import (
+    KEY,
     KEY_PARAMETER,
     REPLAYED,
     Run,
@@ -621,7 +622,8 @@ is taken, with `images: [{"image_url": "data:…"}]`. `num_steps` and `true_cfg_
 names of `num_inference_steps` and `guidance_scale`. Fields that cannot be honoured are refused by \
 name. With `stream=true` the answer is a stream of `image_edit.partial_image` and \
 `image_edit.completed`, or `error`. To close the connection stops the work, unless the request has \
-an `Idempotency-Key` or is one of OpenAI's clients: these find it again for half a minute."""
+an `Idempotency-Key`, or one of OpenAI's clients waits for a whole answer: these find it again \
+for half a minute."""
 
 _ABOUT: Final = {
     "id": "imgedit_0123456789abcdef01234567",
@@ -715,8 +717,10 @@ def image_routes(
         sent = await _read(request)
         asked = _understood(sent.fields)
         _check_model(service, asked.model)
+        # The clients try again before a stream begins, which is soon, and never afterwards.
+        is_named = KEY in request.headers or not asked.stream
         run, was_there = runs.find(
-            identity_of(request, sent.digest),
+            identity_of(request, sent.digest) if is_named else None,
             partial(edits.make, sent, asked),
             lambda answer: answer.size,
             grace_s=_UNTIL_HEARD_S if asked.stream else 0.0,
