@@ -369,7 +369,9 @@ async def test_work_that_nobody_waits_for_ends_when_its_grace_is_over() -> None:
     with run.heard():
         await settled()
     with run.heard():  # came back in time
-        await asyncio.sleep(0.05)
+        later = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.02, later.set)
+        await later.wait()
         assert work.cancelled == 0
     with pytest.raises(EditCancelledError):
         await run.result()
