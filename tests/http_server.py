@@ -13,6 +13,7 @@ import uvicorn
 from fastmcp import FastMCP
 from starlette.types import ASGIApp
 
+from step1x_edit.interfaces import connections
 from step1x_edit.interfaces.discovery import announced
 from step1x_edit.interfaces.server import build_app
 from step1x_edit.service import EditService
@@ -24,9 +25,16 @@ TOKEN = "a-token-of-the-tests"
 class _Server(uvicorn.Server):
     """A server that says when it is ready; it is told to stop by its `should_exit`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, host: str) -> None:
         config = uvicorn.Config(
-            app, port=0, log_config=None, lifespan="on", timeout_graceful_shutdown=1
+            app,
+            http=connections.protocol(settings),
+            timeout_keep_alive=connections.idle_s(settings),
+            host=host,
+            port=0,
+            log_config=None,
+            lifespan="on",
+            timeout_graceful_shutdown=1,
         )
         super().__init__(config)
         self.ready = threading.Event()
@@ -37,15 +45,17 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def running(app: ASGIApp) -> Iterator[str]:
+def running(
+    app: ASGIApp, settings: Settings | None = None, host: str = "127.0.0.1"
+) -> Iterator[str]:
     """Serve an app and yield where."""
-    server = _Server(app)
+    server = _Server(app, settings or Settings(_env_file=None), host)  # type: ignore[call-arg]
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         assert server.ready.wait(60)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
         server.should_exit = True
         thread.join(60)
@@ -55,12 +65,12 @@ def running(app: ASGIApp) -> Iterator[str]:
 def serving(service: EditService, **settings: object) -> Iterator[str]:
     """Serve everything that the unified server offers and yield where.
 
-    By default with TOKEN, and in a data folder of its own.
+    By default with TOKEN, without a limit for requests, and in a data folder of its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given = {"api_key": TOKEN, "data_dir": folder, **settings}
+        given = {"api_key": TOKEN, "data_dir": folder, "rate_limit": 0, **settings}
         chosen = Settings(_env_file=None, **given)  # type: ignore
-        with running(build_app(service, chosen)) as url:
+        with running(build_app(service, chosen), chosen, chosen.host) as url:
             yield url
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import base64
+import itertools
+import json
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,20 @@ from conftest import MakeService
 from fakes import FakeWorker
 from step1x_edit.interfaces.guard import Guard
 from step1x_edit.interfaces.metrics import Metrics
+from step1x_edit.interfaces.rate_limit import RateLimit
 from step1x_edit.interfaces.server import build_app, build_routes
+from step1x_edit.service import EditService
 from step1x_edit.settings import Settings
 
 HOST = "127.0.0.1:8000"
 KEY = "a-token-of-the-tests"
 RIGHT = {"Authorization": f"Bearer {KEY}"}
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    """What a browser sends once its user has been asked."""
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
 
 # Every route of the server. A new one is added here by whoever has thought about who may call it.
 ROUTES = {
@@ -56,7 +67,7 @@ METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", 
 
 
 def settings(**chosen: object) -> Settings:
-    return Settings(_env_file=None, **{"api_key": KEY, **chosen})  # type: ignore[arg-type]
+    return Settings(_env_file=None, **{"api_key": KEY, "rate_limit": 0, **chosen})  # type: ignore[arg-type]
 
 
 class Answer:
@@ -65,7 +76,26 @@ class Answer:
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
+        self.lines: list[tuple[str, str]] = []
         self.pieces_read = 0
+        self.body = b""
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        return json.loads(self.body)
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a header that may come more than once."""
+        return [value for each, value in self.lines if each == name]
+
+
+async def _pieces(given: Iterator[bytes] | AsyncIterable[bytes] | None) -> AsyncIterator[bytes]:
+    if isinstance(given, AsyncIterable):
+        async for piece in given:
+            yield piece
+    else:
+        for piece in given or ():
+            yield piece
 
 
 async def ask(
@@ -73,8 +103,9 @@ async def ask(
     method: str,
     path: str,
     headers: Mapping[str, str] | list[tuple[str, str]] = {},  # noqa: B006 - never changed
-    pieces: Iterator[bytes] | None = None,
+    pieces: Iterator[bytes] | AsyncIterable[bytes] | None = None,
     host: str | None = HOST,
+    client: str = "127.0.0.1",
 ) -> Answer:
     """Send a request as it is, with nothing that a client library would correct."""
     answer = Answer()
@@ -94,25 +125,28 @@ async def ask(
         "root_path": "",
         "headers": [(name.lower().encode(), value.encode("utf-8")) for name, value in given],
         "server": ("127.0.0.1", 8000),
-        "client": ("127.0.0.1", 50000),
+        "client": (client, 50000),
     }
-    remaining, is_over = iter(()) if pieces is None else pieces, False
+    remaining, is_over = _pieces(pieces), False
 
     async def receive() -> dict[str, Any]:
         nonlocal is_over
         if is_over:
             await asyncio.Event().wait()
         answer.pieces_read += 1
-        piece = next(remaining, None)
+        piece = await anext(remaining, None)
         is_over = piece is None
         return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
             answer.status = message["status"]
-            answer.headers = {
-                name.decode().lower(): value.decode("latin-1") for name, value in message["headers"]
-            }
+            answer.lines = [
+                (name.decode().lower(), value.decode("latin-1"))
+                for name, value in message["headers"]
+            ]
+            answer.headers = dict(answer.lines)
+        answer.body += message.get("body", b"")
 
     await app(scope, receive, send)
     return answer
@@ -217,6 +251,15 @@ async def test_the_token_opens_every_route(make_service: MakeService, tmp_path: 
         [("Authorization", "Bearer")],
         [("Authorization", "Bearer ")],
         [("Authorization", f"Basic {KEY}")],
+        [("Authorization", "Basic")],
+        [("Authorization", "Basic 🔑")],
+        [("Authorization", "Basic " + base64.b64encode(KEY.encode()).decode())],
+        [("Authorization", "Basic " + base64.b64encode(b"user:").decode())],
+        [("Authorization", "Basic " + base64.b64encode(b"user:\xff").decode())],
+        [("Authorization", "Bearer " + base64.b64encode(f":{KEY}".encode()).decode())],
+        [*basic("user", f"{KEY}x").items()],
+        [*basic("user", KEY[:-1]).items()],
+        [*basic(KEY, "").items()],
         [("Authorization", KEY)],
         [("Authorization", f"Bearer {KEY}x")],
         [("Authorization", f"Bearer {KEY[:-1]}")],
@@ -245,6 +288,35 @@ async def test_the_token_is_taken(app: Guard, scheme: str) -> None:
     answer = await ask(app, "GET", "/api/gpu/status", {"Authorization": f"{scheme} {KEY}"})
 
     assert answer.status == 200
+
+
+@pytest.mark.parametrize("user", ["", "step1x", "Zoë", KEY])
+async def test_the_token_is_taken_as_the_password_of_anybody(app: Guard, user: str) -> None:
+    answer = await ask(app, "GET", "/api/gpu/status", basic(user, KEY))
+
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "is_asked"),
+    [
+        ("GET", {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, True),
+        ("GET", {"Accept": "*/*", "Sec-Fetch-Mode": "navigate"}, True),
+        ("GET", {"Accept": "text/html", **basic("user", "wrong")}, True),
+        ("GET", {"Accept": "*/*"}, False),
+        ("GET", {"Accept": "application/json", "Sec-Fetch-Mode": "cors"}, False),
+        ("GET", {}, False),
+        ("POST", {"Accept": "text/html", "Sec-Fetch-Mode": "navigate"}, False),
+    ],
+)
+async def test_only_the_user_of_a_browser_is_asked_for_a_password(
+    app: Guard, method: str, headers: dict[str, str], is_asked: bool
+) -> None:
+    answer = await ask(app, method, "/docs", headers)
+
+    asking = ["Bearer", 'Basic realm="step1x-edit", charset="UTF-8"']
+    assert answer.status == 401
+    assert answer.all("www-authenticate") == asking[: 1 + is_asked]
 
 
 async def test_without_a_key_none_is_asked_for(make_service: MakeService) -> None:
@@ -339,6 +411,27 @@ async def test_a_form_of_another_site_starts_nothing_and_is_not_read(
     assert worker.started == []
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", [path for path in ROUTES if "POST" in ROUTES[path]] + ["/mcp"])
+async def test_a_browser_that_knows_the_password_starts_nothing_for_other_sites(
+    make_service: MakeService, tmp_path: Path, path: str, site: str
+) -> None:
+    """Browsers add the password by themselves, also to what a page of somebody else sends."""
+    worker = FakeWorker()
+    app = build_app(make_service(worker), settings(data_dir=tmp_path / "data"))
+    sent = {**basic("user", KEY), "Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with lifespan(app):
+        posted = await ask(app, "POST", path, {**sent, **form}, iter([b"--b--"]))
+        named = await ask(app, "POST", path, {**sent, **form, "Origin": "null"}, iter([b"--b--"]))
+        followed = await ask(app, "GET", f"{path}?prompt=x&_method=POST", sent)
+
+    assert (posted.status, posted.pieces_read) == (403, 0)
+    assert (named.status, named.pieces_read) == (403, 0)
+    assert followed.status in (404, 405, 406, 422)
+    assert worker.started == []
+
+
 @pytest.mark.parametrize(
     ("headers", "host", "status"),
     [
@@ -361,6 +454,186 @@ async def test_what_is_refused_is_refused_before_its_body_is_read(
     assert (answer.status, answer.pieces_read) == (status, 0)
     assert answer.headers["connection"] == "close"
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+# --- names that the operator gives ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("pictures.example", 200),
+        ("PICTURES.example:8443", 200),
+        ("other.example", 200),
+        ("localhost", 200),
+        ("evil.example", 421),
+        ("sub.pictures.example", 421),
+    ],
+)
+async def test_a_proxy_may_call_the_server_by_the_names_it_is_given(
+    make_service: MakeService, host: str, status: int
+) -> None:
+    chosen = settings(allowed_hosts="pictures.example, other.example")
+    answer = await ask(build_app(make_service(), chosen), "GET", "/livez", host=host)
+
+    assert answer.status == status
+
+
+PAGE = {"Origin": "https://app.example", "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"}
+ASKING = {
+    **PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+@pytest.fixture
+def shared(make_service: MakeService) -> Guard:
+    """A server that pages of another site may use."""
+    return build_app(make_service(), settings(allowed_origins="https://app.example"))
+
+
+async def test_a_page_of_a_named_site_may_ask_first_and_then_call(shared: Guard) -> None:
+    asked = await ask(shared, "OPTIONS", "/api/edit", ASKING)
+    read = await ask(shared, "GET", "/api/gpu/status", {**RIGHT, **PAGE})
+
+    assert (asked.status, read.status) == (200, 200)
+    for answer in (asked, read):
+        assert answer.headers["access-control-allow-origin"] == "https://app.example"
+        assert "access-control-allow-credentials" not in answer.headers
+        assert "origin" in answer.headers["vary"].lower()
+    assert "POST" in asked.headers["access-control-allow-methods"]
+    assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+    assert "X-Seed" in read.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("POST", {**PAGE}, 401),  # named or not, a page has to have the key
+        ("OPTIONS", {**PAGE}, 401),
+        ("OPTIONS", {**ASKING, "Access-Control-Request-Method": "BREW"}, 400),
+        ("OPTIONS", {**ASKING, "Origin": "https://evil.example"}, 403),
+        ("OPTIONS", {**ASKING, "Origin": "http://app.example"}, 403),
+        ("OPTIONS", {**ASKING, "Origin": "https://app.example:444"}, 403),
+        ("OPTIONS", {**ASKING, "Origin": "https://app.example.evil.example"}, 403),
+        ("POST", {**RIGHT, **PAGE, "Origin": "https://evil.example"}, 403),
+        ("POST", {**RIGHT, **PAGE, "Origin": "null"}, 403),
+    ],
+)
+async def test_a_named_site_opens_nothing_else(
+    shared: Guard, method: str, headers: dict[str, str], status: int
+) -> None:
+    answer = await ask(shared, method, "/api/edit", headers)
+
+    assert answer.status == status
+
+
+# --- how often ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A time that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+
+def limited(service: EditService, clock: Clock, **chosen: object) -> Guard:
+    given = settings(**{"rate_limit": 60, **chosen})
+    return Guard(build_routes(service, given, Metrics(service)), given, now=clock.now)
+
+
+async def post(app: Guard, path: str = "/api/gpu/offload", **headers: str) -> int:
+    return (await ask(app, "POST", path, {**RIGHT, **headers})).status
+
+
+async def test_work_may_be_started_so_often_and_not_more(make_service: MakeService) -> None:
+    clock = Clock()
+    app = limited(make_service(), clock)
+    at_once = [await post(app) for _ in range(21)]
+    clock.time += 0.999
+    too_early = await post(app)
+    clock.time += 0.001
+    in_time = [await post(app), await post(app)]
+    clock.time += 2.5
+    later = [await post(app) for _ in range(3)]
+    clock.time += 3600
+    rested = [await post(app) for _ in range(21)]
+
+    assert at_once == [200] * 20 + [429]
+    assert (too_early, in_time, later) == (429, [200, 429], [200, 200, 429])
+    assert rested == [200] * 20 + [429]
+
+
+async def test_who_is_refused_hears_when_to_come_back(make_service: MakeService) -> None:
+    clock = Clock()
+    app = limited(make_service(), clock, rate_limit=3)  # one at once, then one in twenty seconds
+    await post(app)
+    clock.time += 4.5
+    refused = await ask(app, "POST", "/api/edit", RIGHT, iter([b"x" * 1000] * 10))
+
+    assert (refused.status, refused.pieces_read) == (429, 0)
+    assert refused.headers["retry-after"] == "16"
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert refused.problem["code"] == "rate_limited"
+    assert "RATE_LIMIT" in refused.problem["detail"]
+
+
+async def test_the_limit_is_for_callers_and_not_for_what_they_say_of_themselves(
+    make_service: MakeService,
+) -> None:
+    app = limited(make_service(), Clock(), rate_limit=3)
+    first = await post(app)
+    again = [
+        await post(app, **{"X-Forwarded-For": f"192.0.2.{number}", "Forwarded": "for=192.0.2.1"})
+        for number in range(5)
+    ]
+
+    assert (first, again) == (200, [429] * 5)
+
+
+async def test_without_a_key_each_address_has_its_own_limit(make_service: MakeService) -> None:
+    app = limited(make_service(), Clock(), rate_limit=3, api_key=None)
+    statuses = [
+        (await ask(app, "POST", "/api/gpu/offload", client=client)).status
+        for client in ("127.0.0.1", "127.0.0.2", "127.0.0.1", "127.0.0.2", "127.0.0.3")
+    ]
+
+    assert statuses == [200, 200, 429, 429, 200]
+
+
+async def test_only_what_starts_work_is_counted(make_service: MakeService) -> None:
+    app = limited(make_service(), Clock(), rate_limit=3)
+    looking = [
+        (await ask(app, "GET", path, RIGHT)).status
+        for path in ("/api/gpu/status", "/health", "/livez", "/metrics") * 30
+    ]
+    strangers = [(await ask(app, "POST", "/api/edit")).status for _ in range(30)]
+    mine = await post(app)
+
+    assert set(looking) == {200}
+    assert set(strangers) == {401}  # who may not come in cannot use up what others may
+    assert mine == 200
+
+
+async def test_zero_is_no_limit(make_service: MakeService) -> None:
+    app = limited(make_service(), Clock(), rate_limit=0)
+
+    assert [await post(app) for _ in range(200)] == [200] * 200
+
+
+async def test_many_callers_are_not_remembered_for_ever() -> None:
+    clock = Clock()
+    limit = RateLimit(60, clock.now)
+    for number in range(5000):
+        limit.spend(str(number))
+        clock.time += 2
+
+    assert limit.remembered <= 1001
 
 
 # --- bodies and answers ---------------------------------------------------------------------------
@@ -387,6 +660,43 @@ async def test_a_body_without_a_length_is_counted_while_it_is_read(
 
     assert answer.pieces_read <= allowed + 2
     assert answer.status == 413
+
+
+@pytest.mark.parametrize("tells_its_length", [True, False])
+async def test_bodies_find_room_beside_each_other_or_are_refused(
+    make_service: MakeService, tells_its_length: bool
+) -> None:
+    """Eight of the longest are read at a time; more would be memory that nobody has counted."""
+    app = build_app(make_service(max_upload_mb=1), settings(max_upload_mb=1))
+    size = 3 * 2**20  # a picture, its mask, and what comes around them
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    all_wait, enough, waiting = asyncio.Event(), asyncio.Event(), itertools.count(1)
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield head
+        yield b"x" * (size - len(head))
+        if next(waiting) == 8:
+            all_wait.set()
+        await enough.wait()
+
+    form = {**RIGHT, "Content-Type": "multipart/form-data; boundary=b"}
+    told = {"Content-Length": str(size)} if tells_its_length else {}
+    slow = [
+        asyncio.ensure_future(ask(app, "POST", "/api/edit", form | told, slow_body()))
+        for _ in range(8)
+    ]
+    await asyncio.wait_for(all_wait.wait(), 60)
+    ninth = await ask(app, "POST", "/api/edit", form, iter([head, b"x" * 1000]))
+    looking = await ask(app, "GET", "/api/gpu/status", RIGHT)
+    enough.set()
+    ended = [answer.status for answer in await asyncio.gather(*slow)]
+    later = await ask(app, "POST", "/api/edit", form, iter([head, b"x" * 1000]))
+
+    assert (ninth.status, ninth.problem["code"]) == (503, "queue_full")
+    assert int(ninth.headers["retry-after"]) > 0
+    assert looking.status == 200
+    assert ended == [422] * 8
+    assert later.status == 422  # the form has no end; but there was room for it
 
 
 class lifespan:  # noqa: N801 - reads like a function

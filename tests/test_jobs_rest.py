@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
 from step1x_edit.images import read_edit_record
 from step1x_edit.interfaces.jobs_rest import job_routes
-from step1x_edit.jobs import JobStore
+from step1x_edit.jobs import DATABASE_NAME, JobStore
 from step1x_edit.schemas import JobAnswer, JobsAnswer
 
 UNKNOWN = "0" * 44
@@ -225,11 +227,44 @@ def test_a_full_queue_says_when_to_come_back(make_service: MakeService, photo: P
         create(client, photo)
         assert gate.reached.wait(60)
         create(client, photo)
-        refused = client.post("/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"})
+        # It is refused before its form is looked at: no such form would be taken.
+        refused = client.post("/v1/jobs", content=b"x" * 1000)
         gate.open()
 
     assert code_of(refused) == (503, "queue_full")
     assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_old_jobs_give_way_where_there_is_no_more_room(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)  # 0.4 MB, twice
+    path = tmp_path / "noise.png"
+    Image.fromarray(noise).save(path)
+    with calling(make_service(), jobs_max_mb=1) as client:
+        first = ended(client, create(client, path)["id"])
+        second = ended(client, create(client, path)["id"])
+        statuses = [client.get(f"/v1/jobs/{job['id']}").status_code for job in (first, second)]
+
+    assert (first["status"], second["status"]) == ("succeeded", "succeeded")
+    assert statuses == [404, 200]
+
+
+def test_jobs_are_forgotten_when_they_are_old(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with calling(make_service(), data_dir=data_dir) as client:
+        job = ended(client, create(client, photo)["id"])
+    with contextlib.closing(sqlite3.connect(data_dir / DATABASE_NAME)) as database, database:
+        database.execute("UPDATE jobs SET finished_at = finished_at - 100")
+    with calling(make_service(), data_dir=data_dir, jobs_max_age=200) as client:
+        still = client.get(f"/v1/jobs/{job['id']}").status_code
+    with calling(make_service(), data_dir=data_dir, jobs_max_age=100) as client:
+        gone = client.get(f"/v1/jobs/{job['id']}").status_code
+
+    assert (still, gone) == (200, 404)
+    assert stored(data_dir) == set()
 
 
 # --- events ---------------------------------------------------------------------------------------

@@ -617,6 +617,18 @@ def test_their_client_raises_its_own_errors(make_service: MakeService, photo: Pa
     assert "API_KEY" in stranger.value.message
 
 
+def test_who_asks_too_often_is_told_so_by_their_client(
+    make_service: MakeService, photo: Path
+) -> None:
+    with theirs(make_service(), settings={"rate_limit": 1}) as client:
+        client.images.edit(image=photo, prompt="x")
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.images.edit(image=photo, prompt="x")
+
+    assert refused.value.code == "rate_limited"
+    assert int(refused.value.response.headers["retry-after"]) >= 1
+
+
 def test_a_full_queue_is_told_with_when_to_come_back(
     make_service: MakeService, photo: Path
 ) -> None:

@@ -36,7 +36,7 @@ def problem(answer: httpx2.Response) -> dict[str, Any]:
     """The problem that an answer tells, after a look at what all of them have in common."""
     assert answer.headers["content-type"] == "application/problem+json"
     told: dict[str, Any] = answer.json()
-    assert told.keys() == {"type", "title", "status", "detail", "code", "instance"}
+    assert told.keys() - {"errors"} == {"type", "title", "status", "detail", "code", "instance"}
     assert told["status"] == answer.status_code
     assert told["instance"].endswith(answer.headers["x-request-id"])
     assert told["type"] == f"urn:step1x-edit:problem:{told['code']}"
@@ -290,6 +290,46 @@ def test_what_is_wrong_with_a_request_is_said_by_name(
     assert answer.status_code == status
     assert told["detail"].startswith(detail)
     assert worker.started == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a%0D%0AX-Evil: 1.png", "戴红帽子 🎩.png", "x" * 5000, "../../etc/passwd", "\x1b[31m.png"],
+)
+def test_nothing_of_the_callers_file_name_comes_back(
+    make_service: MakeService, photo: Path, name: str
+) -> None:
+    with calling(make_service()) as client:
+        answer = client.post(
+            "/api/edit",
+            files={"file": (name, photo.read_bytes())},
+            data={"prompt": f"{name}\r\nX-Evil: 1", "num_steps": "10"},
+            headers={"Accept": "image/webp"},
+        )
+
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == 'inline; filename="edited.webp"'
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert not [value for value in answer.headers.values() if "Evil" in value or name in value]
+
+
+def test_each_wrong_parameter_is_told_by_itself_too(make_service: MakeService, photo: Path) -> None:
+    hostile = "x\u202e" * 1000  # turns the direction of what follows
+    with calling(make_service()) as client:
+        answer = client.post(
+            "/api/edit",
+            files={"file": photo.read_bytes()},
+            data={"prompt": "x", "num_steps": "5", "seed": "many", hostile: "1"},
+        )
+    told = problem(answer)
+
+    assert [wrong["field"] for wrong in told["errors"][:2]] == ["num_steps", "seed"]
+    assert told["errors"][0]["message"] == "num_steps must be between 10 and 50, got 5"
+    assert "; ".join(wrong["message"] for wrong in told["errors"][:2]) in told["detail"]
+    assert len(told["errors"]) == 3
+    assert len(told["errors"][2]["field"]) <= 500
+    assert told["errors"][2]["field"].isprintable()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -340,6 +341,35 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, photo: Path) ->
         assert process.ended() == -signal.SIGTERM
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into the process")
+def test_a_kill_during_an_upload_leaves_no_file(tmp_path: Path) -> None:
+    """The upload is large enough to lie in a file by then; that file has no name."""
+    temp = tmp_path / "temp"
+    temp.mkdir()
+    with started(FAKE, tmp_path, TMPDIR=str(temp)) as process:
+        address = urlsplit(process.url())
+        before = files_in(temp)
+        head = (
+            f"POST /api/edit HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: 9000000\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        )
+        with socket.create_connection((address.hostname, address.port)) as connection:
+            connection.sendall(head.encode() + b"x" * 4_000_000)
+            until(lambda: has_file_in(process.popen.pid, temp))
+            during = files_in(temp)
+            process.popen.kill()
+            process.ended()
+
+    assert during == files_in(temp) == before
+
+
+def has_file_in(pid: int, folder: Path) -> bool:
+    """Whether a process has a file open in a folder, with a name or without."""
+    opened = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    return any(path.startswith(f"{folder}/") for path in opened)
+
+
 # --- MCP over HTTP --------------------------------------------------------------------------------
 
 
@@ -365,6 +395,52 @@ async def test_the_tools_are_there_in_both_eras(
     assert "denoising 1/28" in heard
     assert result.structured_content["status"] == "success"
     assert json.loads(result.content[0].text) == result.structured_content
+
+
+async def test_tools_that_start_work_are_counted_and_others_are_not(
+    make_service: MakeService, photo: Path
+) -> None:
+    worker = FakeWorker()
+    call = {"image_path": str(photo), "prompt": "x", "num_steps": 10}
+    with serving(make_service(worker), rate_limit=3) as url:
+        async with Client(f"{url}/mcp", auth=TOKEN) as client:
+            statuses = [await client.call_tool("get_gpu_status", {}) for _ in range(10)]
+            first = await client.call_tool("edit_image", call)
+            second = await client.call_tool("edit_image", call, raise_on_error=False)
+        posted = httpx2.post(
+            f"{url}/api/gpu/offload", headers={"Authorization": f"Bearer {TOKEN}"}
+        ).status_code
+
+    assert not any(status.is_error for status in statuses)
+    assert first.structured_content["status"] == "success"
+    assert second.structured_content["code"] == "rate_limited"
+    assert second.structured_content["retry_after_s"] > 0
+    assert posted == 429  # one limit for every door
+    assert worker.started == ["x"]
+
+
+async def test_the_mcp_answers_to_the_names_that_the_server_is_given(
+    make_service: MakeService,
+) -> None:
+    names = {"allowed_hosts": "pictures.example", "allowed_origins": "https://app.example"}
+    headers = {"Authorization": f"Bearer {TOKEN}", "Host": "pictures.example"}
+    statuses = []
+    with serving(make_service(), **names) as url:
+        for origin in ("https://pictures.example", "https://app.example", "https://evil.example"):
+            answer = httpx2.post(
+                f"{url}/mcp",
+                headers={
+                    **headers,
+                    "Origin": origin,
+                    "Accept": "application/json, text/event-stream",
+                },
+                json={"jsonrpc": "2.0", "id": 1, "method": "ping"},
+            )
+            statuses.append(answer.status_code)
+
+    assert statuses[:2] == [statuses[0]] * 2
+    assert statuses[0] not in (401, 403, 421)
+    assert statuses[2] == 403
 
 
 CALLS = """

@@ -40,15 +40,23 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "enable_api": True,
         "enable_mcp": True,
         "api_key": None,
+        "allowed_hosts": (),
+        "allowed_origins": (),
+        "rate_limit": 60,
         "max_queue": 32,
         "max_upload_mb": 32,
+        "max_connections": 256,
+        "receive_timeout": 60,
         "max_megapixels": 50,
         "edit_timeout": 900,
         "data_dir": platformdirs.user_data_path("step1x-edit", appauthor=False),
+        "jobs_max_mb": 2048,
+        "jobs_max_age": 604800,
         "default_num_steps": 28,
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
         "log_level": "INFO",
+        "log_format": "text",
     }
 
 
@@ -79,6 +87,22 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DEVICE", "cuda:1", "cuda:1"),
         ("MAX_QUEUE", "2", 2),
         ("MAX_UPLOAD_MB", "5", 5),
+        (
+            "ALLOWED_HOSTS",
+            "Pictures.example, other.example,",
+            ("pictures.example", "other.example"),
+        ),
+        ("ALLOWED_HOSTS", "", ()),
+        (
+            "ALLOWED_ORIGINS",
+            "https://App.example,http://[::1]:80",
+            ("https://app.example", "http://[::1]:80"),
+        ),
+        ("RATE_LIMIT", "0", 0),
+        ("JOBS_MAX_MB", "1", 1),
+        ("JOBS_MAX_AGE", "60", 60),
+        ("MAX_CONNECTIONS", "9", 9),
+        ("RECEIVE_TIMEOUT", "5", 5),
         ("MAX_MEGAPIXELS", "12", 12),
         ("EDIT_TIMEOUT", "60", 60),
         ("HOST", "0.0.0.0", "0.0.0.0"),
@@ -90,6 +114,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
         ("DEFAULT_SIZE_LEVEL", "512", 512),
         ("LOG_LEVEL", "debug", "DEBUG"),
+        ("LOG_FORMAT", "JSON", "json"),
     ],
 )
 def test_every_setting_is_read_from_the_environment(
@@ -135,12 +160,20 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "ENABLE_API": "maybe",
         "API_KEY": "key with spaces",
         "MAX_QUEUE": "many",
+        "ALLOWED_HOSTS": "pictures.example:80",
+        "ALLOWED_ORIGINS": "*",
+        "RATE_LIMIT": "-1",
+        "JOBS_MAX_MB": "0",
+        "JOBS_MAX_AGE": "0",
+        "MAX_CONNECTIONS": "0",
+        "RECEIVE_TIMEOUT": "0",
         "MAX_MEGAPIXELS": "1000",
         "EDIT_TIMEOUT": "0",
         "DEFAULT_NUM_STEPS": "5",
         "DEFAULT_GUIDANCE_SCALE": "nan",
         "DEFAULT_SIZE_LEVEL": "600",
         "LOG_LEVEL": "loud",
+        "LOG_FORMAT": "xml",
     }
     for name, value in wrong.items():
         monkeypatch.setenv(name, value)
@@ -153,6 +186,27 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
     assert "ALLOWED_DIRS holds /nope, which is not a folder" in sentence
     assert "pydantic" not in sentence
     assert "spaces, got" not in sentence  # a key is not repeated
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALLOWED_HOSTS", "*"),
+        ("ALLOWED_HOSTS", "*.example"),
+        ("ALLOWED_HOSTS", "https://pictures.example"),
+        ("ALLOWED_ORIGINS", "app.example"),
+        ("ALLOWED_ORIGINS", "https://*.example"),
+        ("ALLOWED_ORIGINS", "https://app.example/"),
+        ("ALLOWED_ORIGINS", "null"),
+        ("ALLOWED_ORIGINS", "file:///home"),
+    ],
+)
+def test_hosts_and_origins_are_named_one_by_one(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"{name} holds .*, which is not"):
+        load_settings()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "pictures.example"])

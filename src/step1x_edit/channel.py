@@ -38,6 +38,7 @@ class Start:
     model_version: str = "auto"
     device: str = "auto"
     log_level: str = "INFO"
+    log_format: str = "text"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
     │   └── OutputNotWritableError    output_not_writable   Cannot write output: …
     │       └── NoSpaceError          no_space              Cannot write output: …
     ├── ServerBusyError               queue_full            Server busy: …
+    ├── RateLimitedError              rate_limited          Too many requests: …
     ├── ShuttingDownError             shutting_down         Server shutting down
     ├── OutOfMemoryError              out_of_memory         CUDA out of memory: …
     ├── ModelUnavailableError         model_unavailable     Manager not initialized: …
@@ -38,6 +39,7 @@ tree says. This module knows nothing about protocols; the faces turn `code` into
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 _MEMORY_ADDRESS = re.compile(r"0x[0-9a-fA-F]{8,}")
@@ -75,10 +77,20 @@ class InvalidParameterError(Step1XEditError):
     beginning = "Invalid parameter"
 
     def __init__(
-        self, detail: str = "", *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        detail: str = "",
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        fields: Iterable[tuple[str, str]] = (),
     ) -> None:
         super().__init__(detail, retry_after_s=retry_after_s)
         self.param = param
+        self.fields = tuple(
+            (_one_line(name, self.max_length), _one_line(message, self.max_length))
+            for name, message in fields
+        )
+        """Each wrong parameter and what is wrong with it, where that is known."""
 
 
 class ImageFileNotFoundError(Step1XEditError):
@@ -168,6 +180,14 @@ class ServerBusyError(Step1XEditError):
 
     code = "queue_full"
     beginning = "Server busy"
+    retryable = True
+
+
+class RateLimitedError(Step1XEditError):
+    """A caller asks for more than its share; `retry_after_s` says when to come back."""
+
+    code = "rate_limited"
+    beginning = "Too many requests"
     retryable = True
 
 

@@ -249,6 +249,10 @@ class JobStore:
         """
         return await self._do(self._create, JobInput(image, mask), json.dumps(dict(request)))
 
+    async def check_room(self) -> None:
+        """Raise what `create` would say now about any job, before anybody sends one."""
+        await self._do(self._check_room, 0)
+
     async def get(self, job_id: str) -> Job:
         """The job as it is now; raises JobNotFoundError."""
         return await self._do(self._get, job_id)

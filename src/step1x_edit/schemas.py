@@ -656,21 +656,28 @@ def invalid_parameter(
     """Say in plain words what pydantic found wrong with a call."""
     first = error.errors(include_url=False)[0]["loc"]
     name = str(first[0]) if first else ""
+    sentences = complaints(error, parameters)
     return InvalidParameterError(
-        "; ".join(complaints(error, parameters)),
+        "; ".join(sentences),
         param=parameters[name].name if name in parameters else name or None,
+        fields=zip(_wrong_fields(error), sentences, strict=True),
     )
 
 
 def complaints(error: ValidationError, parameters: Mapping[str, Parameter]) -> list[str]:
     """One sentence for each wrong parameter, in the order of the call."""
-    found: dict[object, ErrorDetails] = {}
+    return [_complaint(details, parameters) for details in _wrong_fields(error).values()]
+
+
+def _wrong_fields(error: ValidationError) -> dict[str, ErrorDetails]:
+    """What is wrong with each parameter, by its name; what belongs to none has none."""
+    found: dict[str, ErrorDetails] = {}
     for details in error.errors(include_url=False):
-        name = details["loc"][0] if details["loc"] else None
+        name = str(details["loc"][0]) if details["loc"] else ""
         # A choice of types complains once for each; the deepest complaint is the fitting one.
         if name not in found or len(details["loc"]) > len(found[name]["loc"]):
             found[name] = details
-    return [_complaint(details, parameters) for details in found.values()]
+    return found
 
 
 def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> str:

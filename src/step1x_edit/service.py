@@ -508,6 +508,7 @@ def build_service(
         model_version=settings.model_version,
         device=settings.device,
         log_level=settings.log_level,
+        log_format=settings.log_format,
     )
     engine = Engine(
         start or partial(WorkerProcess, chosen),

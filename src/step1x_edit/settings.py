@@ -72,6 +72,27 @@ def _plain_key(value: SecretStr) -> SecretStr:
     return value
 
 
+def _plain_names(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
+            raise PydanticCustomError(
+                "plain_text", "holds {value}, which is not the name of a host", {"value": value}
+            )
+    return values
+
+
+def _plain_origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    # Each by its name: '*' would let pages of anybody use the browser of somebody who is let in.
+    for value in values:
+        if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?", value):
+            raise PydanticCustomError(
+                "plain_text",
+                "holds {value}, which is not an origin such as https://app.example",
+                {"value": value},
+            )
+    return values
+
+
 def local_folders() -> tuple[Path, ...]:
     """Where callers on this machine may read and write by default: home, here, temp.
 
@@ -156,8 +177,47 @@ class Settings(BaseSettings):
         Annotated[SecretStr, AfterValidator(_plain_key)] | None,
         Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),
     ] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(description="Further names of this server, such as a proxy's, separated by ','"),
+        AfterValidator(_plain_names),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Sites whose pages may call this server, such as https://app.example, "
+            "separated by ','; unset: none but its own"
+        ),
+        AfterValidator(_plain_origins),
+    ] = ()
+    rate_limit: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Requests a minute that start work, for each caller: whoever has the key, "
+            "or an address where there is none; a third of them at once, at most 20; 0: any number",
+        ),
+    ] = 60
     max_queue: Annotated[int, Field(ge=1, description="Edits that may wait")] = 32
     max_upload_mb: Annotated[int, Field(ge=1, description="Largest input file in MiB")] = 32
+    max_connections: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Connections at a time; another machine may have an eighth of them. Above "
+            "that the one that has kept the server waiting longest is closed for the new one",
+        ),
+    ] = 256
+    receive_timeout: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="Seconds that the body of a request may take to arrive; 10 of them for its "
+            "head, or until a body comes at 16 KiB a second",
+        ),
+    ] = 60
     # Pillow itself refuses pictures of twice its own limit, 178 megapixels.
     max_megapixels: Annotated[
         int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")
@@ -171,6 +231,12 @@ class Settings(BaseSettings):
             "server is found; unset: the user's data folder",
         ),
     ]
+    jobs_max_mb: Annotated[
+        int, Field(ge=1, description="MiB that stored jobs may occupy; the oldest give way")
+    ] = 2048
+    jobs_max_age: Annotated[
+        int, Field(ge=1, description="Seconds until a stored job that has ended is forgotten")
+    ] = 7 * 86400
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
@@ -179,6 +245,11 @@ class Settings(BaseSettings):
         Field(description="What is worth a line in the log"),
         BeforeValidator(_upper),
     ] = "INFO"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="Lines for people, or one JSON object in each for programs"),
+        BeforeValidator(_lower),
+    ] = "text"
 
     @property
     def max_pixels(self) -> int:
@@ -204,6 +275,13 @@ class Settings(BaseSettings):
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser()
+
+    @field_validator("allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip().lower() for part in value.split(",") if part.strip())
 
     @field_validator("allowed_dirs", mode="before")
     @classmethod

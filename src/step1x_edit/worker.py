@@ -44,6 +44,7 @@ from step1x_edit.errors import (
     OutOfMemoryError,
     Step1XEditError,
 )
+from step1x_edit.logs import log_to_stderr
 from step1x_edit.schemas import Location
 
 if TYPE_CHECKING:
@@ -295,11 +296,7 @@ class WorkerLoop:
         if not isinstance(first, Start):
             raise TypeError(f"the first message must be a Start, not {first}")
         self._start = first
-        logging.basicConfig(
-            level=first.log_level,
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s worker %(name)s: %(message)s",
-        )
+        log_to_stderr(first.log_level, first.log_format, "worker")
         threading.Thread(target=self._listen, name="requests", daemon=True).start()
         while True:
             match self._requests.get():

@@ -186,6 +186,7 @@ def job_routes(
         openapi_extra={"requestBody": form_body(service.defaults)},
     )
     async def create(request: Request) -> Response:
+        await store.check_room()  # before the upload is read
         form = await read_form(request)
         job = await accept_job(service, store, form.picture, form.fields, form.mask)
         location = {"Location": f"{JOBS_PATH}/{job.id}"}

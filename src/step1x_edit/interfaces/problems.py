@@ -33,6 +33,7 @@ OPENAI_MEDIA_TYPE: Final = "application/json"
 OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
 CLIENT_GONE: Final = 499  # for the log; whoever asked does not see it
 _LONGEST_NAME: Final = 60  # of a field; longer ones are no names
+_LATER: Final = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
 _COME_BACK_S: Final = 5.0  # where nobody knows better
 
 STATUS_OF: Final[Mapping[str, int]] = {
@@ -48,6 +49,7 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "output_not_writable": 403,
     "no_space": 507,
     "queue_full": 503,
+    "rate_limited": 429,
     "shutting_down": 503,
     "out_of_memory": 503,
     "model_unavailable": 503,
@@ -64,6 +66,13 @@ STATUS_OF: Final[Mapping[str, int]] = {
 """The status for each code of `errors`."""
 
 
+class WrongField(BaseModel):
+    """One parameter that is wrong."""
+
+    field: Annotated[str, Field(description="The name of the parameter")]
+    message: Annotated[str, Field(description="What is wrong with it and what to change")]
+
+
 class Problem(BaseModel):
     """What went wrong, in a form for machines and in one sentence for people."""
 
@@ -75,6 +84,9 @@ class Problem(BaseModel):
     instance: Annotated[
         str, Field(description="The request, by the id that X-Request-Id and the log have as well")
     ]
+    errors: Annotated[
+        list[WrongField] | None, Field(description="Each wrong parameter, where that is known")
+    ] = None
 
 
 class OpenAIError(BaseModel):
@@ -112,20 +124,23 @@ class Failure:
     param: str | None = None
     is_worth_another_try: bool = True
     """False where the same request would take as long and fail as before."""
+    wrong_fields: tuple[tuple[str, str], ...] = ()
 
 
 def of_error(error: Step1XEditError) -> Failure:
     """The failure that tells one of our errors."""
     status = STATUS_OF.get(error.code, 500)
     headers = {}
-    if status == HTTPStatus.SERVICE_UNAVAILABLE and (error.retry_after_s or error.retryable):
+    if status in _LATER and (error.retry_after_s or error.retryable):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or _COME_BACK_S))
+    fields = error.fields if isinstance(error, InvalidParameterError) else ()
     return Failure(
         status,
         error.code,
         error.beginning,
         str(error),
         headers,
+        wrong_fields=fields,
         param=_param(error),
         is_worth_another_try=error.retryable and not isinstance(error, DeadlineExceededError),
     )
@@ -167,9 +182,11 @@ def response(failure: Failure, request_id: str, path: str = "") -> Response:
         detail=failure.detail,
         code=failure.code,
         instance=f"urn:step1x-edit:request:{request_id}",
+        errors=[WrongField(field=field, message=message) for field, message in failure.wrong_fields]
+        or None,
     )
     return Response(
-        json.dumps(problem.model_dump(), ensure_ascii=False).encode(),
+        json.dumps(problem.model_dump(exclude_none=True), ensure_ascii=False).encode(),
         failure.status,
         {"Content-Type": MEDIA_TYPE, **failure.headers},
     )
@@ -231,6 +248,7 @@ _EXAMPLES: Final = {
     "or it is damaged",
     "corrupt_image": "the file is damaged or incomplete",
     "image_too_large": "at most 32 MB are allowed",
+    "rate_limited": "at most 60 a minute (RATE_LIMIT), try again in 1 s",
     "queue_full": "32 edits are waiting, try again in 330 s",
     "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
     "deadline_exceeded": "the edit took longer than 900 s",

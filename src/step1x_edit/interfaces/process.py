@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
-import sys
 from typing import Final
 
+from step1x_edit import logs
 from step1x_edit.settings import Settings
 
 _EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 0}
@@ -16,13 +15,7 @@ _EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 0}
 
 def log_to_stderr(settings: Settings) -> None:
     """Have the log go to stderr, one event per line."""
-    logging.basicConfig(
-        level=settings.log_level,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    for library in ("fastmcp", "httpx2", "mcp", "uvicorn"):  # they tell of each start and request
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logs.log_to_stderr(settings.log_level, settings.log_format, "server")
 
 
 def tell(told: asyncio.Future[int], exit_code: int) -> None:

@@ -22,7 +22,11 @@ from typing import Any, Final
 import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.http import StarletteWithLifespan
+from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
+from fastmcp.tools import ToolResult
+from mcp_types import CallToolRequestParams
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -31,10 +35,10 @@ from starlette.types import ASGIApp
 
 from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
-from step1x_edit.interfaces import problems
+from step1x_edit.interfaces import connections, problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
-from step1x_edit.interfaces.guard import OPEN_PATHS, Guard, request_id
+from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
 from step1x_edit.interfaces.idempotency import Runs
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
@@ -44,12 +48,11 @@ from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
 from step1x_edit.jobs import JobRunner, JobStore
 from step1x_edit.service import EditService, build_service
-from step1x_edit.settings import Settings
+from step1x_edit.settings import MEBI, Settings
 
 log = logging.getLogger(__name__)
 
-MCP_PATH: Final = "/mcp"
-
+_EDITING_TOOLS: Final = frozenset({"edit_image", "batch_edit_images", "submit_edit"})
 _GRACE_S: Final = 3.0  # for the running step to end
 _LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
 _DESCRIPTION: Final = """\
@@ -74,10 +77,18 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
     mcp, store = None, None
     if settings.enable_api:
-        store = JobStore(settings.data_dir, max_queued=settings.max_queue)
+        store = JobStore(
+            settings.data_dir,
+            max_queued=settings.max_queue,
+            max_bytes=settings.jobs_max_mb * MEBI,
+            max_age_s=settings.jobs_max_age,
+        )
     if settings.enable_mcp:
-        # Its own guard is the second line behind ours, and knows the session's address.
-        mcp = build_mcp(service).http_app(path=MCP_PATH, host_origin_protection="auto")
+        tools = build_mcp(service)
+        tools.add_middleware(_CountedEdits())
+        # Its own guard is the second line behind ours, and knows no names but the usual ones.
+        has_names = bool(settings.allowed_hosts or settings.allowed_origins)
+        mcp = tools.http_app(path=MCP_PATH, host_origin_protection=False if has_names else "auto")
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
@@ -119,6 +130,19 @@ def _lifespan(
             yield
 
     return lifespan
+
+
+class _CountedEdits(Middleware):
+    """Counts the tools that start work; a POST to the MCP alone may as well ask for the status."""
+
+    async def on_call_tool(
+        self,
+        context: MiddlewareContext[CallToolRequestParams],
+        call_next: CallNext[CallToolRequestParams, ToolResult],
+    ) -> ToolResult:
+        if context.message.name in _EDITING_TOOLS:
+            start_work(get_http_request().scope)
+        return await call_next(context)
 
 
 async def _told(request: Request, error: Exception) -> Response:
@@ -166,7 +190,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         schema["security"] = [{}, {"API_KEY": []}]
         for path, operations in schema["paths"].items():
             for operation in operations.values():
-                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 421]
+                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
                 told = problems.described_status(*of_guard, path=path)
                 operation["responses"] |= {str(status): answer for status, answer in told.items()}
                 if path in OPEN_PATHS:
@@ -221,7 +245,7 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
     hear_signals(told)
     metrics = Metrics(service)
     routes = build_routes(service, settings, metrics)
-    server = _Server(Guard(routes, settings, metrics.observe))
+    server = _Server(Guard(routes, settings, metrics.observe), settings)
     # Not left to uvicorn, which tells with a traceback what stops the start.
     async with routes.router.lifespan_context(routes):
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -244,9 +268,11 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
 class _Server(uvicorn.Server):
     """A server that says when it is ready, and leaves the signals to us."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         config = uvicorn.Config(
             app,
+            http=connections.protocol(settings),
+            timeout_keep_alive=connections.idle_s(settings),
             log_config=None,
             access_log=False,  # the guard logs requests, with their ids
             lifespan="off",

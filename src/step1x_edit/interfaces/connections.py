@@ -1,0 +1,207 @@
+"""Connections: how many there may be, and how long each may keep the server waiting.
+
+A server waits for heads, for bodies and for answers to be read, and it costs nothing to make it
+wait. So there are deadlines for heads and for reading (the guard has those for bodies); and where
+there are too many connections, the one that has kept us waiting longest gives way to the new one.
+Whoever is being answered is not touched. It knows nothing about what requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from step1x_edit.settings import Settings
+
+_HEAD_S: Final = 10.0  # until the head of the next request is complete
+_IDLE_S: Final = 5.0  # until the next request begins
+_READING_S: Final = 15.0  # for an answer to get on by the next figure
+_READING_BYTES: Final = 10 * 1024
+_ADDRESSES: Final = 8  # that many can have all connections between them
+_FULL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"Retry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many connections there may be, in all and from one other machine, and for how long."""
+
+    connections: int
+    per_address: int
+    head_s: float
+    reading_s: float
+
+
+def protocol(settings: Settings) -> type[asyncio.Protocol]:
+    """What uvicorn is to make of each connection."""
+    limits = Limits(
+        settings.max_connections,
+        max(1, settings.max_connections // _ADDRESSES),
+        min(_HEAD_S, settings.receive_timeout),
+        min(_READING_S, settings.receive_timeout),
+    )
+    made: Callable[..., _Connection] = partial(_Connection, limits)
+    return cast("type[asyncio.Protocol]", made)  # uvicorn only calls it
+
+
+def idle_s(settings: Settings) -> int:
+    """The seconds that a connection may be kept for a next request, for uvicorn."""
+    return int(min(_IDLE_S, settings.receive_timeout))
+
+
+class _Connection(H11Protocol):
+    """A connection that uvicorn serves, and that we close when it takes too long."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._limits = limits
+        self._waiting_since: float | None = None
+        self._head = _Alarm(self.loop, limits.head_s, self._give_up)
+        self._reading = _Alarm(self.loop, limits.reading_s, self._check_reader)
+        self._unread = 0
+
+    # --- what asyncio and uvicorn tell ---
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that every unread byte is heard of
+        self._look()
+        if not self._find_room():
+            transport.write(_FULL)
+            transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._look()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._look()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading.set()
+        self._look()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._reading.stop()
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._head.stop()
+        self._reading.stop()
+
+    # --- what we make of it ---
+
+    def _look(self) -> None:
+        """See whose turn it is: ours, or theirs, who have only so much time."""
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        is_unread = self.flow.write_paused
+        if is_answering and not self.cycle.more_body and not is_unread:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = self.loop.time()
+        if is_answering or is_unread or self.transport.is_closing():
+            self._head.stop()
+        else:
+            self._head.set()
+
+    def _check_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if self._unread - unread < _READING_BYTES:
+            self._give_up()
+        else:
+            self._unread = unread
+            self._reading.set()
+
+    def _give_up(self) -> None:
+        """End the connection, and have the kernel forget what it still holds for it."""
+        at_once = struct.pack("ii", 1, 0)
+        end = self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        self.transport.abort()
+
+    def _find_room(self) -> bool:
+        """Whether there is room for this connection, or another one could give way to it."""
+        everybody = cast("set[_Connection]", self.connections)
+        if not _is_this_machine(self._address):
+            neighbours = [one for one in everybody if one._address == self._address]
+            if len(neighbours) > self._limits.per_address and not self._push_out(neighbours):
+                return False
+        return len(everybody) <= self._limits.connections or self._push_out(everybody)
+
+    def _push_out(self, some: Iterable[_Connection]) -> bool:
+        waits = [
+            (one._waiting_since, id(one), one)
+            for one in some
+            if one is not self and one._waiting_since is not None
+        ]
+        if not waits:
+            return False
+        longest = min(waits)[-1]
+        self.connections.discard(longest)  # now, and not when its end is told
+        longest._give_up()
+        return True
+
+    @property
+    def _address(self) -> str:
+        return "" if self.client is None else self.client[0]
+
+
+class _Alarm:
+    """Something that happens after a time if it is not stopped before."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, after_s: float, action: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._after_s = after_s
+        self._action = action
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self) -> None:
+        """Begin to wait; does nothing while it waits already."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(self._after_s, self._ring)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._action()
+
+
+def _is_this_machine(address: str) -> bool:
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:  # no address at all, but a socket of this machine
+        return True
+    inner = found.ipv4_mapped if found.version == 6 else None
+    return (inner or found).is_loopback

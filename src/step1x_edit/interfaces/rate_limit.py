@@ -1,0 +1,49 @@
+"""How much each caller may ask for: so many requests a minute, some of them at once.
+
+It knows nothing about requests; who counts as one caller is for the guard to say.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Final
+
+from step1x_edit.errors import RateLimitedError
+
+_BURST: Final = 20
+_REMEMBERED: Final = 1000  # callers, before those are looked for that have their full share again
+
+
+class RateLimit:
+    """A share for each caller that is used up by requests and grows back evenly."""
+
+    def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
+        """With `per_minute` 0 anybody may do anything."""
+        self._per_minute = per_minute
+        self._burst = max(1, min(_BURST, per_minute // 3))
+        self._now = now
+        self._whole_at: dict[str, float] = {}  # when a caller has the full share again
+
+    @property
+    def remembered(self) -> int:
+        """How many callers it keeps in mind."""
+        return len(self._whole_at)
+
+    def spend(self, caller: str) -> None:
+        """Use up one request of the caller's; raises RateLimitedError if there is none."""
+        if self._per_minute == 0:
+            return
+        now, each_s = self._now(), 60 / self._per_minute
+        whole_at = max(now, self._whole_at.get(caller, now)) + each_s
+        wait_s = whole_at - now - self._burst * each_s
+        if wait_s > 1e-6:  # less is an error of rounding
+            raise RateLimitedError(
+                f"at most {self._per_minute} a minute (RATE_LIMIT), try again in "
+                f"{math.ceil(wait_s)} s",
+                retry_after_s=wait_s,
+            )
+        self._whole_at[caller] = whole_at
+        if len(self._whole_at) > _REMEMBERED:
+            self._whole_at = {who: at for who, at in self._whole_at.items() if at > now}

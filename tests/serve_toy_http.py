@@ -1,0 +1,20 @@
+"""The process of unified_server.py around toy workers: real processes, whose model is a toy."""
+
+import sys
+from functools import partial
+
+from step1x_edit.channel import Start
+from step1x_edit.interfaces import server
+from step1x_edit.interfaces.cli import app
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings
+from step1x_edit.worker_process import WorkerProcess
+
+
+def build(settings: Settings) -> EditService:
+    start = Start(log_level=settings.log_level, log_format=settings.log_format)
+    return build_service(settings, start=partial(WorkerProcess, start, module="toy_worker"))
+
+
+server.build_service = build
+app(["serve", *sys.argv[1:]])
