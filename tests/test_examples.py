@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from http_server import announcing
+from http_server import TOKEN, announcing, serving
 from step1x_edit.interfaces.cli import DEMO_PHOTO
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
@@ -57,11 +57,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, data_dir: Path, name: str, *arguments: str) -> str:
+def run(folder: Path, data_dir: Path, name: str, *arguments: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=folder,
-        env={**os.environ, "DATA_DIR": str(data_dir), "PYTHONUTF8": "1"},
+        env={**os.environ, "DATA_DIR": str(data_dir), "PYTHONUTF8": "1", **environment},
         capture_output=True,
         encoding="utf-8",
         timeout=240,
@@ -132,6 +132,19 @@ def test_monitor(folder: Path, data_dir: Path) -> None:
     output = run(folder, data_dir, "monitor.py", "2", "0")
 
     assert output.splitlines() == ["GPU: CPU", "Memory: 0.0GB"] * 2
+
+
+def test_openai_client(folder: Path, data_dir: Path, service: EditService) -> None:
+    with serving(service) as url:
+        arguments = (str(folder / "portrait.jpg"), "change to night scene", f"{url}/v1")
+        output = run(folder, data_dir, "openai_client.py", *arguments, API_KEY=TOKEN)
+
+    assert output.splitlines() == [
+        "Preview 1",
+        "Preview 2",
+        f"Result: {folder / 'portrait_edited.jpg'}",
+    ]
+    assert edited(folder) == {"portrait_edited.jpg"}
 
 
 def test_five_tools(folder: Path, data_dir: Path, service: EditService) -> None:

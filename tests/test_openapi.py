@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MakeService
 from http_server import calling
-from step1x_edit.schemas import PARAMETERS, PictureRequest
+from step1x_edit.schemas import PARAMETERS, ImageEditRequest, PictureRequest
 from write_openapi import FILE, openapi
 
 DESCRIBED = json.loads(FILE.read_text("utf-8"))
@@ -45,11 +45,18 @@ def test_every_operation_is_described_with_examples_and_errors(
     assert ("401" in failures) == (path != "/livez")
     assert {"403", "421", "500"} <= failures.keys()
     for status, answer in failures.items():
-        content = answer["content"]["application/problem+json"]
-        assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+        ((kind, content),) = answer["content"].items()
+        schema, is_of_openai = content["schema"], path.startswith(("/v1/images", "/v1/models"))
+        if is_of_openai:
+            assert kind == "application/json"
+            assert schema == {"$ref": "#/components/schemas/OpenAIFailure"}
+        else:
+            assert kind == "application/problem+json"
+            assert schema == {"$ref": "#/components/schemas/Problem"}
         for code, example in content["examples"].items():
-            assert example["value"]["code"] == code
-            assert str(example["value"]["status"]) == status
+            told = example["value"]["error"] if is_of_openai else example["value"]
+            assert told["code"] == code
+            assert is_of_openai or str(told["status"]) == status
 
 
 @pytest.mark.parametrize("path", ["/api/edit", "/v1/jobs"])
@@ -62,6 +69,19 @@ def test_the_form_is_that_of_the_schema(path: str) -> None:
     for name in PictureRequest.model_fields:
         assert form["properties"][name]["description"] == PARAMETERS[name].description
     assert form["properties"]["num_steps"]["maximum"] == PARAMETERS["num_steps"].maximum
+
+
+def test_the_form_of_openai_is_that_of_the_schema() -> None:
+    body = DESCRIBED["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]
+    form = body["multipart/form-data"]["schema"]
+    whole = body["application/json"]["schema"]
+
+    assert list(form["properties"]) == ["image", "mask", *ImageEditRequest.model_fields]
+    assert list(whole["properties"]) == ["images", "mask", *ImageEditRequest.model_fields]
+    assert form["required"] == ["image", "prompt"]
+    assert form["properties"]["n"]["maximum"] == 10
+    assert form["properties"]["num_inference_steps"]["default"] == 28
+    assert all("description" in field for field in form["properties"].values())
 
 
 def test_the_page_loads_nothing_from_elsewhere(make_service: MakeService) -> None:

@@ -21,6 +21,8 @@
     ├── ModelUnavailableError         model_unavailable     Manager not initialized: …
     │   └── CheckpointError           model_unavailable     Manager not initialized: …
     │       └── ModelFetchError       model_unavailable     Cannot get model: …
+    ├── ModelNotFoundError            model_not_found       Model not found: …
+    ├── IdempotencyKeyError           idempotency_key       Idempotency-Key in use: …
     ├── EditCancelledError            cancelled             Cancelled
     ├── DeadlineExceededError         deadline_exceeded     Deadline exceeded: …
     ├── SettingsError                 invalid_settings      Invalid settings: …
@@ -67,7 +69,10 @@ class Step1XEditError(Exception):
 
 
 class InvalidParameterError(Step1XEditError):
-    """A parameter is unknown, missing, of the wrong kind or out of range."""
+    """A parameter is unknown, missing, of the wrong kind or out of range.
+
+    `param` is its name where one is to blame, for faces that tell it apart from the sentence.
+    """
 
     code = "invalid_parameter"
     beginning = "Invalid parameter"
@@ -76,10 +81,12 @@ class InvalidParameterError(Step1XEditError):
         self,
         detail: str = "",
         *,
+        param: str | None = None,
         retry_after_s: float | None = None,
         fields: Iterable[tuple[str, str]] = (),
     ) -> None:
         super().__init__(detail, retry_after_s=retry_after_s)
+        self.param = param
         self.fields = tuple(
             (_one_line(name, self.max_length), _one_line(message, self.max_length))
             for name, message in fields
@@ -218,6 +225,20 @@ class ModelFetchError(CheckpointError):
     """A published model could not be fetched; the sentence says what to change."""
 
     beginning = "Cannot get model"
+
+
+class ModelNotFoundError(Step1XEditError):
+    """The caller asked for a model of another name than the one that is here."""
+
+    code = "model_not_found"
+    beginning = "Model not found"
+
+
+class IdempotencyKeyError(Step1XEditError):
+    """The key of a request belongs to another request."""
+
+    code = "idempotency_key"
+    beginning = "Idempotency-Key in use"
 
 
 class EditCancelledError(Step1XEditError):

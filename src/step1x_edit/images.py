@@ -140,11 +140,13 @@ def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
     if (width, height) != size:
         raise InvalidParameterError(
             f"mask is {width}×{height} pixels, the picture is {size[0]}×{size[1]}; "
-            "both must have the same size"
+            "both must have the same size",
+            param="mask",
         )
     if not mask.any():
         raise InvalidParameterError(
-            "mask selects nothing; make white, or transparent, what may change"
+            "mask selects nothing; make white, or transparent, what may change",
+            param="mask",
         )
     return mask
 
@@ -496,8 +498,28 @@ def check_encodable(picture: Picture, suffix: str) -> None:
         )
 
 
-def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> bytes:
+def resized(picture: Picture, width: int, height: int) -> Picture:
+    """The picture in another size."""
+
+    def to_size(pixels: Pixels) -> Pixels:
+        image = Image.fromarray(pixels)
+        return np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+
+    alpha = None if picture.alpha is None else to_size(picture.alpha)
+    return replace(picture, pixels=to_size(picture.pixels), alpha=alpha)
+
+
+def flattened(picture: Picture) -> Picture:
+    """The picture laid on white, where one sees through it."""
+    return replace(picture, pixels=np.array(_image(picture, with_alpha=False)), alpha=None)
+
+
+def encode(
+    picture: Picture, suffix: str, record: EditRecord | None = None, quality: int | None = None
+) -> bytes:
     """The bytes of a file with this suffix; the same picture and record give the same bytes.
+
+    `quality`, from 0 to 100, means something to JPEG, WebP and AVIF only.
 
     JPEG and BMP cannot carry alpha: the picture is laid on white. BMP carries neither a colour
     profile (the colours are converted to sRGB) nor EXIF nor the record.
@@ -505,6 +527,8 @@ def encode(picture: Picture, suffix: str, record: EditRecord | None = None) -> b
     output = OUTPUT_FORMATS[suffix.lower()]
     image = _image(picture, with_alpha=output.carries_alpha)
     options = dict(output.options)
+    if quality is not None and "quality" in options:
+        options["quality"] = quality
     if output is _BMP:
         image = _shown_in_srgb(image, picture.icc_profile)
     else:

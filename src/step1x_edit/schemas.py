@@ -296,6 +296,75 @@ class WaitRequest(HandleRequest):
     wait_s: WaitSeconds = DEFAULT_WAIT_S
 
 
+class ImageEditRequest(_Request):
+    """What to do with a picture, in the words of OpenAI's Images and of who extends them."""
+
+    prompt: Prompt
+    model: Annotated[
+        str,
+        Field(
+            max_length=200,
+            description="`step1x-edit`, the version that runs, or a name of OpenAI's, for clients "
+            "that insist; the answer says which model it was",
+        ),
+    ] = "step1x-edit"
+    n: Annotated[
+        int,
+        Field(ge=1, le=10, description="How many pictures; their seeds follow each other"),
+        BeforeValidator(_whole_number),
+    ] = 1
+    size: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result and has "
+            "to have the input's ratio",
+        ),
+    ] = "auto"
+    quality: Annotated[
+        Literal["auto", "standard", "low", "medium", "high"],
+        Field(description="A name for a number of steps: low 10, medium 28, high 50"),
+    ] = "auto"
+    response_format: Annotated[
+        Literal["b64_json", "url"],
+        Field(description="The picture in the answer, or a link that holds for an hour"),
+    ] = "b64_json"
+    output_format: Annotated[
+        Literal["png", "webp", "jpeg", "avif"], Field(description="The format of the result")
+    ] = "png"
+    output_compression: Annotated[
+        int | None,
+        Field(ge=0, le=100, description="Quality of a WebP, JPEG or AVIF; a PNG has all of it"),
+        BeforeValidator(_whole_number),
+    ] = None
+    background: Annotated[
+        Literal["auto", "opaque"],
+        Field(description="`auto` keeps transparency of the input, `opaque` lays it on white"),
+    ] = "auto"
+    moderation: Annotated[
+        Literal["auto", "low"], Field(description="Nothing is moderated here")
+    ] = "auto"
+    input_fidelity: Annotated[
+        Literal["low", "high"] | None,
+        Field(description="The model always sees the whole picture; both mean the same"),
+    ] = None
+    user: Annotated[str | None, Field(max_length=1000, description="Not looked at")] = None
+    safety_identifier: Annotated[
+        str | None, Field(max_length=1000, description="Not looked at")
+    ] = None
+    stream: Annotated[bool, Field(description="Whether to answer with server-sent events")] = False
+    partial_images: Annotated[
+        int,
+        Field(ge=0, le=3, description="How many previews a stream has"),
+        BeforeValidator(_whole_number),
+    ] = 0
+    num_inference_steps: NumSteps | None = None
+    guidance_scale: GuidanceScale | None = None
+    size_level: SizeLevel | None = None
+    seed: Seed = None
+    negative_prompt: NegativePrompt = ""
+
+
 class JobsRequest(_Request):
     """Which stored jobs to list."""
 
@@ -637,9 +706,13 @@ def invalid_parameter(
     error: ValidationError, parameters: Mapping[str, Parameter] = PARAMETERS
 ) -> InvalidParameterError:
     """Say in plain words what pydantic found wrong with a call."""
+    first = error.errors(include_url=False)[0]["loc"]
+    name = str(first[0]) if first else ""
     sentences = complaints(error, parameters)
     return InvalidParameterError(
-        "; ".join(sentences), fields=zip(_wrong_fields(error), sentences, strict=True)
+        "; ".join(sentences),
+        param=parameters[name].name if name in parameters else name or None,
+        fields=zip(_wrong_fields(error), sentences, strict=True),
     )
 
 

@@ -272,7 +272,7 @@ class _Passage:
             self._guard.observe(self._scope, self._status or 500, seconds)
 
     async def _refuse(self, failure: Failure) -> None:
-        answer = problems.response(failure, request_id(self._scope))
+        answer = problems.response(failure, request_id(self._scope), self._scope["path"])
         answer.headers["Connection"] = "close"  # what is left of the body will not be read
         if failure.status == 401 and _shows_a_page(self._scope):
             # In a line of its own: browsers look at the first challenge of each.

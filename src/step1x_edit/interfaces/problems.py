@@ -1,7 +1,8 @@
 """Every failure over HTTP, as `application/problem+json` (RFC 9457) with a stable `code`.
 
-`PROBLEMS` says for each code which status it has and what callers see above the sentence. Whoever
-answers with a failure, the guard as well as a route, does it through this module.
+`STATUS_OF` says for each code which status it has. Whoever answers with a failure, the guard as
+well as a route, does it through this module. Below the paths of OpenAI's interface failures have
+the form that its clients understand; sentence and `code` are the same.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from step1x_edit.errors import (
+    DeadlineExceededError,
     EditCancelledError,
+    ImageError,
     InternalError,
     InvalidParameterError,
+    ModelNotFoundError,
     Step1XEditError,
     rebuild,
 )
 
 MEDIA_TYPE: Final = "application/problem+json"
+OPENAI_MEDIA_TYPE: Final = "application/json"
+OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
 CLIENT_GONE: Final = 499  # for the log; whoever asked does not see it
+_LONGEST_NAME: Final = 60  # of a field; longer ones are no names
 _LATER: Final = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
 _COME_BACK_S: Final = 5.0  # where nobody knows better
 
@@ -47,6 +54,8 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "out_of_memory": 503,
     "model_unavailable": 503,
     "worker_lost": 503,
+    "model_not_found": 404,
+    "idempotency_key": 409,
     EditCancelledError.code: CLIENT_GONE,
     "deadline_exceeded": 504,
     "not_found": 404,
@@ -80,6 +89,29 @@ class Problem(BaseModel):
     ] = None
 
 
+class OpenAIError(BaseModel):
+    """What went wrong, as clients of OpenAI's interface expect it below `error`."""
+
+    message: Annotated[str, Field(description="What is wrong and what to change")]
+    type: Annotated[str, Field(description="Whose mistake it was, as a name")]
+    param: Annotated[str | None, Field(description="The field that is wrong, if it is one")]
+    code: Annotated[str, Field(description="The kind of failure, the same through every door")]
+
+
+class OpenAIFailure(BaseModel):
+    """The whole answer that tells of an `OpenAIError`."""
+
+    error: OpenAIError
+
+
+OPENAI_SCHEMA: Final = {
+    "type": "object",
+    "description": OpenAIFailure.__doc__,
+    "properties": {"error": OpenAIError.model_json_schema()},
+    "required": ["error"],
+}
+
+
 @dataclass(frozen=True)
 class Failure:
     """A failure before it is bound to a request."""
@@ -89,6 +121,9 @@ class Failure:
     title: str
     detail: str
     headers: Mapping[str, str]
+    param: str | None = None
+    is_worth_another_try: bool = True
+    """False where the same request would take as long and fail as before."""
     wrong_fields: tuple[tuple[str, str], ...] = ()
 
 
@@ -99,7 +134,29 @@ def of_error(error: Step1XEditError) -> Failure:
     if status in _LATER and (error.retry_after_s or error.retryable):
         headers["Retry-After"] = str(math.ceil(error.retry_after_s or _COME_BACK_S))
     fields = error.fields if isinstance(error, InvalidParameterError) else ()
-    return Failure(status, error.code, error.beginning, str(error), headers, fields)
+    return Failure(
+        status,
+        error.code,
+        error.beginning,
+        str(error),
+        headers,
+        wrong_fields=fields,
+        param=_param(error),
+        is_worth_another_try=error.retryable and not isinstance(error, DeadlineExceededError),
+    )
+
+
+def _param(error: Step1XEditError) -> str | None:
+    """The field of a request that an error is about."""
+    match error:
+        case InvalidParameterError():
+            name = error.param or ""
+            return name if name and name.isprintable() and len(name) <= _LONGEST_NAME else None
+        case ModelNotFoundError():
+            return "model"
+        case ImageError():
+            return "mask" if str(error).startswith(f"{error.beginning}: mask: ") else "image"
+    return None
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Failure:
@@ -114,8 +171,10 @@ def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None =
     return Failure(status, code, known.phrase, detail, headers or {})
 
 
-def response(failure: Failure, request_id: str) -> Response:
-    """The answer to the request with this id."""
+def response(failure: Failure, request_id: str, path: str = "") -> Response:
+    """The answer to the request with this id, in the form for its path."""
+    if is_of_openai(path):
+        return _openai_response(failure)
     problem = Problem(
         type=f"urn:step1x-edit:problem:{failure.code}",
         title=failure.title,
@@ -133,21 +192,53 @@ def response(failure: Failure, request_id: str) -> Response:
     )
 
 
-def described(*codes: str) -> dict[int | str, dict[str, Any]]:
+def is_of_openai(path: str) -> bool:
+    """Whether clients of OpenAI's interface ask at this path."""
+    return any(path == known or path.startswith(f"{known}/") for known in OPENAI_PATHS)
+
+
+def openai_body(failure: Failure) -> dict[str, Any]:
+    """The failure as clients of OpenAI's interface expect it."""
+    is_theirs = _openai_status(failure) < HTTPStatus.INTERNAL_SERVER_ERROR
+    error = OpenAIError(
+        message=failure.detail,
+        type="invalid_request_error" if is_theirs else "server_error",
+        param=failure.param,
+        code=failure.code,
+    )
+    return OpenAIFailure(error=error).model_dump()
+
+
+def _openai_response(failure: Failure) -> Response:
+    status = _openai_status(failure)
+    headers = {"Content-Type": OPENAI_MEDIA_TYPE, **failure.headers}
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR and not failure.is_worth_another_try:
+        headers["X-Should-Retry"] = "false"  # the clients would send any 5xx twice more
+    return Response(json.dumps(openai_body(failure), ensure_ascii=False).encode(), status, headers)
+
+
+def _openai_status(failure: Failure) -> int:
+    """There, what is wrong with the fields or the picture is a bad request."""
+    if failure.status == HTTPStatus.UNPROCESSABLE_ENTITY or failure.code == "unsupported_image":
+        return HTTPStatus.BAD_REQUEST
+    return failure.status
+
+
+def described(*codes: str, path: str = "") -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says about an operation that can fail in these ways, with an example each."""
     found: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         error = rebuild(code, _EXAMPLES.get(code, ""))
         failure = of_error(error)
-        _describe(found, failure)
+        _describe(found, failure, path)
     return found
 
 
-def described_status(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def described_status(*statuses: int, path: str = "") -> dict[int | str, dict[str, Any]]:
     """The same for failures that say no more than their status."""
     found: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
-        _describe(found, of_status(status))
+        _describe(found, of_status(status), path)
     return found
 
 
@@ -164,20 +255,24 @@ _EXAMPLES: Final = {
     "no_space": "no space left for stored jobs",
     "not_found": "0000000000078f14e45fceea167a5a36dedd4bea2543",
     "job_conflict": "job 0000000000078f14e45fceea167a5a36dedd4bea2543 has no result, it is queued",
+    "model_not_found": "'v9'; /v1/models lists what there is",
+    "idempotency_key": "it came with another request before; send each request with its own",
     "internal": "the request failed unexpectedly; the server's log says more",
 }
 
 
-def _describe(found: dict[int | str, dict[str, Any]], failure: Failure) -> None:
-    example = json.loads(bytes(response(failure, "0123456789abcdef").body))
+def _describe(found: dict[int | str, dict[str, Any]], failure: Failure, path: str) -> None:
+    answer = response(failure, "0123456789abcdef", path)
+    example, kind = json.loads(bytes(answer.body)), answer.headers["Content-Type"]
+    schema = "OpenAIFailure" if is_of_openai(path) else "Problem"
     entry = found.setdefault(
-        failure.status,
+        answer.status_code,
         {
             "description": failure.title,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "content": {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         },
     )
     if failure.title not in entry["description"]:
         entry["description"] += f"; {failure.title}"
-    examples = entry["content"][MEDIA_TYPE].setdefault("examples", {})
+    examples = entry["content"][kind].setdefault("examples", {})
     examples[failure.code] = {"summary": failure.title, "value": example}

@@ -7,9 +7,8 @@ as exceptions and become answers in `problems`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -27,6 +26,16 @@ from step1x_edit.errors import (
 )
 from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.idempotency import (
+    KEY_PARAMETER,
+    REPLAYED,
+    Runs,
+    Tell,
+    digest_of,
+    identity_of,
+    may_be_known,
+    unless_gone,
+)
 from step1x_edit.interfaces.metrics import TEXT_FORMAT, Metrics
 from step1x_edit.schemas import (
     EditMetadata,
@@ -117,8 +126,8 @@ def _example(answer: GpuAnswer | PictureAnswer | StatusAnswer) -> dict[str, Any]
 # --- the picture ----------------------------------------------------------------------------------
 
 
-def edit_routes(service: EditService) -> APIRouter:
-    """The routes under /api."""
+def edit_routes(service: EditService, runs: Runs) -> APIRouter:
+    """The routes under /api; an edit that is asked for again is one of `runs`."""
     router = APIRouter(prefix="/api")
 
     @router.post(
@@ -152,6 +161,7 @@ def edit_routes(service: EditService) -> APIRouter:
                 "unsupported_image",
                 "invalid_parameter",
                 "corrupt_image",
+                "idempotency_key",
                 "internal",
                 "queue_full",
                 "model_unavailable",
@@ -160,20 +170,30 @@ def edit_routes(service: EditService) -> APIRouter:
             ),
         },
         tags=["Editing"],
-        openapi_extra={"requestBody": form_body(service.defaults)},
+        openapi_extra={
+            "requestBody": form_body(service.defaults),
+            "parameters": [KEY_PARAMETER],
+        },
     )
     async def edit(request: Request) -> Response:
-        service.check_room()  # before the upload is read
+        if not may_be_known(request):
+            service.check_room()  # before the upload is read
         form = await read_form(request)
         wanted = _wanted(request.headers.get("accept", "*/*"))
         suffix = _SUFFIX_OF.get(wanted, ".png")
         asked = service.read_picture(form.fields)
-        work = service.edit_picture(form.picture, asked, suffix=suffix, mask=form.mask)
-        edited = await _unless_gone(request, work)
+
+        async def work(tell: Tell[object]) -> EditedPicture:
+            return await service.edit_picture(form.picture, asked, suffix=suffix, mask=form.mask)
+
+        run, was_there = runs.find(identity_of(request, _digest(form, wanted)), work, _size)
+        with run.heard():
+            edited = await unless_gone(request, run.result())
         headers = {
             "X-Seed": str(edited.metadata.seed),
             "X-Processing-Time": f"{edited.processing_time:.2f}",
             "Vary": "Accept",
+            **(REPLAYED if was_there else {}),
         }
         if edited.metadata.changed_share is not None:
             headers["X-Changed-Share"] = f"{edited.metadata.changed_share:.4f}"
@@ -292,6 +312,17 @@ def _fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
+def _digest(form: Form, wanted: str) -> str:
+    """What is asked for, as a digest."""
+    uploads = {FILE: form.picture, MASK: form.mask or b"", "accept": wanted.encode()}
+    texts = [(name, str(value).encode()) for name, value in form.fields.items()]
+    return digest_of([*uploads.items(), *texts])
+
+
+def _size(edited: EditedPicture) -> int:
+    return len(edited.data) + edited.picture.pixels.nbytes
+
+
 def _wanted(accept: str) -> str:
     """What to answer with, of the kinds that the caller would take; PNG where nothing fits."""
     kinds = []
@@ -315,25 +346,6 @@ def _quality(parameters: str) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for the work, or for the caller to go away, which ends the work."""
-    working = asyncio.ensure_future(work)
-    going = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({working, going}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise EditCancelledError
-        return working.result()
-    finally:
-        for task in (working, going):
-            task.cancel()  # does nothing to one that has ended
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _answer(edited: EditedPicture) -> PictureAnswer:

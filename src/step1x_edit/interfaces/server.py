@@ -40,9 +40,11 @@ from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
 from step1x_edit.interfaces.hangups import TellHangUps
+from step1x_edit.interfaces.idempotency import Runs
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
+from step1x_edit.interfaces.openai_images import image_routes
 from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
 from step1x_edit.jobs import JobRunner, JobStore
@@ -58,7 +60,9 @@ _DESCRIPTION: Final = """\
 Edit pictures by saying what to change, with the open model Step1X-Edit on this machine.
 
 Failures are `application/problem+json`; their `code` is the same through every door, and `detail` \
-is one sentence that says what to change. Every answer has an `X-Request-Id`, and so has the log."""
+is one sentence that says what to change. Below `/v1/images` and `/v1/models` they have the form \
+that OpenAI's clients know, with the same code and sentence. Every answer has an `X-Request-Id`, \
+and so has the log."""
 
 
 # --- the application ------------------------------------------------------------------------------
@@ -98,7 +102,9 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     app.state.closing = asyncio.Event()
     # Plain routes in one list, which a test compares with those that somebody has thought about.
     if store is not None:
-        app.router.routes.extend(edit_routes(service).routes)
+        runs = Runs()
+        app.router.routes.extend(edit_routes(service, runs).routes)
+        app.router.routes.extend(image_routes(service, settings, runs).routes)
         app.router.routes.extend(job_routes(service, store, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())
@@ -153,7 +159,7 @@ async def _told(request: Request, error: Exception) -> Response:
             failure = problems.of_error(
                 InternalError("the request failed unexpectedly; the server's log says more")
             )
-    return problems.response(failure, request_id(request.scope))
+    return problems.response(failure, request_id(request.scope), request.scope["path"])
 
 
 def _allowed(request: Request) -> str:
@@ -172,7 +178,9 @@ def _described(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         components = schema.setdefault("components", {})
-        components.setdefault("schemas", {})["Problem"] = problems.Problem.model_json_schema()
+        schemas = components.setdefault("schemas", {})
+        schemas["Problem"] = problems.Problem.model_json_schema()
+        schemas["OpenAIFailure"] = problems.OPENAI_SCHEMA
         components["securitySchemes"] = {
             "API_KEY": {
                 "type": "http",
@@ -184,7 +192,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
         for path, operations in schema["paths"].items():
             for operation in operations.values():
                 of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
-                told = problems.described_status(*of_guard)
+                told = problems.described_status(*of_guard, path=path)
                 operation["responses"] |= {str(status): answer for status, answer in told.items()}
                 if path in OPEN_PATHS:
                     operation["security"] = []

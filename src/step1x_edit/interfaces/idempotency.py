@@ -1,0 +1,292 @@
+"""Work that is done once, however often it is asked for.
+
+A client that hears nothing for long sends its request again, and must not pay for it with a second
+edit: while the first runs the second waits for the same outcome, and for a while after its end gets
+what came of it. Requests belong together by their `Idempotency-Key`; those of OpenAI's clients,
+which send none, by what they ask for and by the number with which these mark that they try again.
+
+`Runs` keeps the work, a `Shelf` what came of it, in memory and within bounds. What the work is, and
+what protocol it is asked for by, is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+from starlette.requests import Request
+
+from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, InvalidParameterError
+
+E = TypeVar("E")
+T = TypeVar("T")
+
+KEY: Final = "Idempotency-Key"
+REPLAYED: Final = {"Idempotent-Replayed": "true"}
+KEPT_S: Final = 600.0  # the read time-out of OpenAI's clients
+KEPT_BYTES: Final = 128 * 1024 * 1024
+GRACE_S: Final = 30.0  # the clients come back within 8 s
+
+KEY_PARAMETER: Final = {
+    "name": KEY,
+    "in": "header",
+    "description": "A name of the caller's choice for this request: sent again, it is not done "
+    "again, but answered with what came of it, for ten minutes",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+
+_KEPT_AT_LEAST: Final = 1  # the answer that was just made, however large it is
+_KEPT_AT_MOST: Final = 256
+_RETRIES: Final = "X-Stainless-Retry-Count"
+
+
+class Shelf(Generic[T]):
+    """Things by name, for a while, within a number of bytes and a count; the oldest go first."""
+
+    def __init__(
+        self,
+        kept_s: float,
+        kept_bytes: int,
+        at_least: int,
+        at_most: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._kept_s = kept_s
+        self._kept_bytes = kept_bytes
+        self._at_least = at_least
+        self._at_most = at_most
+        self._now = now
+        self._things: OrderedDict[str, tuple[float, int, T]] = OrderedDict()
+        self._bytes = 0
+
+    def put(self, name: str, thing: T, size: int) -> None:
+        """Keep a thing of this many bytes; at least the newest stay, however large they are."""
+        self.remove(name)
+        self._things[name] = self._now() + self._kept_s, size, thing
+        self._bytes += size
+        self._sweep()
+
+    def get(self, name: str) -> T | None:
+        """The thing of this name, if it is still there."""
+        self._sweep()
+        found = self._things.get(name)
+        return None if found is None else found[2]
+
+    def remove(self, name: str) -> None:
+        """Forget a thing; does nothing if there is none of this name."""
+        found = self._things.pop(name, None)
+        if found is not None:
+            self._bytes -= found[1]
+
+    def _sweep(self) -> None:
+        while self._things:
+            name, (until, _, _) = next(iter(self._things.items()))
+            count = len(self._things)
+            is_too_much = self._bytes > self._kept_bytes and count > self._at_least
+            if until > self._now() and not is_too_much and count <= self._at_most:
+                return
+            self.remove(name)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """By what requests belong together: a name, what exactly is asked for, and whether again."""
+
+    name: str
+    digest: str
+    is_retry: bool
+
+
+def identity_of(request: Request, digest: str) -> Identity | None:
+    """The identity of a request, if it has one; raises InvalidParameterError for an unusable key.
+
+    `digest` is what the request asks for. The same key at two paths is two keys.
+    """
+    keys, path = request.headers.getlist(KEY), request.url.path
+    if keys:
+        if len(keys) > 1 or not re.fullmatch("[!-~]{1,255}", keys[0]):
+            raise InvalidParameterError(
+                f"{KEY} must be 1 to 255 ASCII letters, digits and signs, given once", param=KEY
+            )
+        return Identity(f"key {path} {keys[0]}", digest, is_retry=True)
+    count = request.headers.get(_RETRIES, "")
+    if not re.fullmatch("[0-9]{1,9}", count):
+        return None
+    # To ask anew for the same is a new request, unless the client says that it tries again.
+    return Identity(f"sdk {path} {digest}", digest, is_retry=int(count) > 0)
+
+
+def may_be_known(request: Request) -> bool:
+    """Whether a request, by its head, may belong to one that is there already."""
+    return KEY in request.headers or request.headers.get(_RETRIES, "0") != "0"
+
+
+def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
+    """A digest of what a request asks for: its fields in any order, however they were wrapped."""
+    whole = hashlib.sha256()
+    for name, value in sorted(parts):
+        for piece in (name.encode(), value):
+            whole.update(len(piece).to_bytes(8, "big"))
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+Tell: TypeAlias = Callable[[E], None]
+Work: TypeAlias = Callable[[Callable[[E], None]], Awaitable[T]]
+"""What is to be done; it may tell of events on the way."""
+
+
+class Run(Generic[E, T]):
+    """Work that has begun. It is ended when nobody has waited for it for `grace_s`."""
+
+    def __init__(self, work: Work[E, T], grace_s: float) -> None:
+        self._grace_s = grace_s
+        self._events: list[E] = []
+        self._news = asyncio.Event()
+        self._listeners = 0
+        self._leaving: asyncio.TimerHandle | None = None
+        self.is_ending = False
+        """Whether it has been ended, because nobody waited for it."""
+        self._task: asyncio.Task[T] = asyncio.ensure_future(self._do(work))
+        # Whoever leaves may never look at the result; that is no reason for a warning.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._task.add_done_callback(lambda _: self._wake())
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """Count as somebody who waits for the work."""
+        self._listeners += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+        try:
+            yield
+        finally:
+            self._listeners -= 1
+            if self._listeners == 0 and not self._task.done():
+                self._leave()
+
+    async def result(self) -> T:
+        """Wait for the outcome, or raise the error that ended the work."""
+        await asyncio.wait({self._task})  # to give up waiting does not end the work
+        if self._task.cancelled():
+            raise EditCancelledError
+        return self._task.result()
+
+    async def events(self) -> AsyncIterator[E]:
+        """What the work has told and tells, from the beginning to its end."""
+        told = 0
+        while True:
+            news = self._news
+            while told < len(self._events):
+                told += 1
+                yield self._events[told - 1]
+            if self._task.done():
+                return
+            if news is self._news:  # otherwise something was told while we were away
+                await news.wait()
+
+    def when_done(self, then: Callable[[asyncio.Task[T]], None]) -> None:
+        """Have something called at the end of the work, with its task."""
+        self._task.add_done_callback(then)
+
+    async def _do(self, work: Work[E, T]) -> T:
+        return await work(self._tell)
+
+    def _tell(self, event: E) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _leave(self) -> None:
+        if self._grace_s:
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(self._grace_s, self._end)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        self.is_ending = True
+        self._task.cancel()
+
+
+class Runs:
+    """All work that is being done, and the outcomes that are still kept."""
+
+    def __init__(self, kept_s: float = KEPT_S, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
+        self._running: dict[str, tuple[str, Run[Any, Any]]] = {}
+        self._ended: Shelf[tuple[str, Run[Any, Any]]] = Shelf(
+            kept_s, KEPT_BYTES, _KEPT_AT_LEAST, _KEPT_AT_MOST
+        )
+
+    def find(
+        self,
+        identity: Identity | None,
+        work: Work[E, T],
+        size_of: Callable[[T], int],
+        grace_s: float = 0.0,
+    ) -> tuple[Run[E, T], bool]:
+        """The run that a request belongs to, begun now if there is none, and whether there was.
+
+        A run without an identity is ended `grace_s` after its caller has left. Only successes are
+        kept: who sends again what has failed wants it tried again. Raises IdempotencyKeyError.
+        """
+        if identity is None:
+            return Run(work, grace_s), False
+        name, digest = identity.name, identity.digest
+        if identity.is_retry:
+            found = self._running.get(name) or self._ended.get(name)
+            if found is not None and not found[1].is_ending:
+                if found[0] != digest:
+                    raise IdempotencyKeyError(
+                        "it came with another request before; send each request with its own"
+                    )
+                return found[1], True
+        run = Run(work, self._grace_s)
+        self._running[name] = digest, run
+        run.when_done(lambda task: self._keep(name, digest, run, task, size_of))
+        return run, False
+
+    def _keep(
+        self,
+        name: str,
+        digest: str,
+        run: Run[E, T],
+        task: asyncio.Task[T],
+        size_of: Callable[[T], int],
+    ) -> None:
+        if self._running.get(name) != (digest, run):
+            return  # a new request for the same has taken the place
+        del self._running[name]
+        if not task.cancelled() and task.exception() is None:
+            self._ended.put(name, (digest, run), size_of(task.result()))
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Wait for the work, or for the caller to go away, which raises EditCancelledError."""
+    working = asyncio.ensure_future(work)
+    going = asyncio.ensure_future(_gone(request))
+    waiting: set[asyncio.Future[Any]] = {working, going}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise EditCancelledError
+        return working.result()
+    finally:
+        for task in waiting:
+            task.cancel()  # does nothing to one that has ended
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
