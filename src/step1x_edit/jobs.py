@@ -45,7 +45,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.schemas import ErrorAnswer, JobState
+from step1x_edit.schemas import JOB_ID_PATTERN, ErrorAnswer, JobState
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ TIDY_INTERVAL_S: Final = 3600.0
 
 _GUESSED_JOB_S: Final = 10.0  # until the first job has been timed
 _RETRY_S: Final = 5.0  # for a full disk to be emptied
-_ID: Final = re.compile(r"[0-9a-f]{44}")
+_ID: Final = re.compile(JOB_ID_PATTERN)
 _INPUT: Final = "input"
 _MASK: Final = "mask"
 _RESULT: Final = "result"

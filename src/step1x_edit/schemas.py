@@ -190,6 +190,8 @@ MaxSize = Annotated[
     Field(ge=64, le=1024, description="Longest side of what is shown, in pixels"),
     BeforeValidator(_whole_number),
 ]
+JOB_ID_PATTERN: Final = "^[0-9a-f]{44}$"
+
 JobsListed = Annotated[
     int,
     Field(ge=1, le=100, description="How many jobs to list at most"),
@@ -370,7 +372,11 @@ class JobsRequest(_Request):
 
     limit: JobsListed = DEFAULT_JOBS_LISTED
     after: Annotated[
-        str | None, Field(description="The id of a job: list older ones than this")
+        str | None,
+        Field(
+            description="The id of a job: list older ones than this",
+            json_schema_extra={"pattern": JOB_ID_PATTERN},
+        ),
     ] = None
 
 

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 OPEN_PATHS: Final = frozenset({"/livez"})
 MCP_PATH: Final = "/mcp"
+WORK_PATHS: Final = frozenset({"/api/edit", "/v1/images/edits", "/v1/jobs"})
+"""Where a POST starts an edit. Of the MCP those tools count that do so, and of the page its edits."""
 FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
 _BODIES: Final = 8  # of the longest kind that may be held at a time
@@ -159,7 +161,7 @@ class Guard:
             return self.too_long()
         if headers.get("content-encoding", "identity").lower() != "identity":
             return problems.of_status(415, "Compressed request bodies are not read.")
-        if scope["method"] == "POST" and scope["path"] != MCP_PATH:  # whose tools are counted
+        if scope["method"] == "POST" and scope["path"] in WORK_PATHS:
             try:
                 start_work(scope)
             except RateLimitedError as error:

@@ -25,7 +25,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
 )
 from step1x_edit.interfaces import problems
-from step1x_edit.interfaces.rest import METADATA, form_body, once, read_form
+from step1x_edit.interfaces.rest import METADATA, form_body, once, read_form, without_null
 from step1x_edit.jobs import Job, JobEvent, JobInput, JobPage, JobStore, Operation
 from step1x_edit.schemas import (
     JobAnswer,
@@ -94,6 +94,21 @@ _JOB_ID: Final = {
     "description": "The id that the job was accepted with",
     "schema": {"type": "string"},
     "example": _ID,
+}
+_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+del _EVENT_DATA["$defs"]  # they are those of JobAnswer, which is described anyway
+_EVENT_SCHEMA: Final = {
+    "type": "object",
+    "description": "Each of the events",
+    "required": ["id", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "Its number"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": _EVENT_DATA,
+        },
+    },
 }
 _OF_JOB: Final = {"parameters": [_JOB_ID]}
 
@@ -238,7 +253,7 @@ def job_routes(
         responses={
             200: {
                 "description": "The events",
-                "content": {_EVENT_STREAM: {"schema": {"type": "string"}, "example": _EVENTS}},
+                "content": {_EVENT_STREAM: {"schema": _EVENT_SCHEMA, "example": _EVENTS}},
             },
             204: {"description": "The job has ended and all has been told"},
             **problems.described("not_found", "invalid_parameter", "internal", "shutting_down"),
@@ -251,7 +266,7 @@ def job_routes(
                     "name": _LAST_EVENT_ID,
                     "in": "header",
                     "description": "The number of the last event that was heard",
-                    "schema": {"type": "integer", "minimum": 0},
+                    "schema": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
                 },
             ]
         },
@@ -414,7 +429,7 @@ def _query() -> list[dict[str, Any]]:
             "name": name,
             "in": "query",
             "description": schema.pop("description"),
-            "schema": schema,
+            "schema": without_null(schema),
         }
         for name, schema in properties.items()
     ]

@@ -357,11 +357,23 @@ def _answer(edited: EditedPicture) -> PictureAnswer:
     )
 
 
+def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of something that is sent as text, where null is said by leaving it out."""
+    kinds = schema.pop("anyOf", [])
+    for kind in kinds:
+        if kind != {"type": "null"}:
+            schema |= kind
+    return schema
+
+
 def form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
     """The form, as OpenAPI describes it: the picture, and the fields of the schema."""
     schema = PictureRequest.model_json_schema()
     for name, default in defaults.items():
         schema["properties"][name]["default"] = default
+    schema["properties"] = {
+        name: without_null(field) for name, field in schema["properties"].items()
+    }
     schema["properties"] = {
         FILE: {"type": "string", "format": "binary", "description": FILE_DESCRIPTION},
         MASK: {"type": "string", "format": "binary", "description": MASK_DESCRIPTION},
