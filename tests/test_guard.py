@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,12 @@ from step1x_edit.settings import Settings
 HOST = "127.0.0.1:8000"
 KEY = "a-token-of-the-tests"
 RIGHT = {"Authorization": f"Bearer {KEY}"}
+
+
+def basic(user: str, password: str) -> dict[str, str]:
+    """What a browser sends once its user has been asked."""
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
 
 # Every route of the server. A new one is added here by whoever has thought about who may call it.
 ROUTES = {
@@ -61,7 +68,12 @@ class Answer:
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
+        self.lines: list[tuple[str, str]] = []
         self.pieces_read = 0
+
+    def all(self, name: str) -> list[str]:
+        """Every value of a header that may come more than once."""
+        return [value for each, value in self.lines if each == name]
 
 
 async def ask(
@@ -106,9 +118,11 @@ async def ask(
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
             answer.status = message["status"]
-            answer.headers = {
-                name.decode().lower(): value.decode("latin-1") for name, value in message["headers"]
-            }
+            answer.lines = [
+                (name.decode().lower(), value.decode("latin-1"))
+                for name, value in message["headers"]
+            ]
+            answer.headers = dict(answer.lines)
 
     await app(scope, receive, send)
     return answer
@@ -213,6 +227,15 @@ async def test_the_token_opens_every_route(make_service: MakeService, tmp_path: 
         [("Authorization", "Bearer")],
         [("Authorization", "Bearer ")],
         [("Authorization", f"Basic {KEY}")],
+        [("Authorization", "Basic")],
+        [("Authorization", "Basic 🔑")],
+        [("Authorization", "Basic " + base64.b64encode(KEY.encode()).decode())],
+        [("Authorization", "Basic " + base64.b64encode(b"user:").decode())],
+        [("Authorization", "Basic " + base64.b64encode(b"user:\xff").decode())],
+        [("Authorization", "Bearer " + base64.b64encode(f":{KEY}".encode()).decode())],
+        [*basic("user", f"{KEY}x").items()],
+        [*basic("user", KEY[:-1]).items()],
+        [*basic(KEY, "").items()],
         [("Authorization", KEY)],
         [("Authorization", f"Bearer {KEY}x")],
         [("Authorization", f"Bearer {KEY[:-1]}")],
@@ -241,6 +264,35 @@ async def test_the_token_is_taken(app: Guard, scheme: str) -> None:
     answer = await ask(app, "GET", "/api/gpu/status", {"Authorization": f"{scheme} {KEY}"})
 
     assert answer.status == 200
+
+
+@pytest.mark.parametrize("user", ["", "step1x", "Zoë", KEY])
+async def test_the_token_is_taken_as_the_password_of_anybody(app: Guard, user: str) -> None:
+    answer = await ask(app, "GET", "/api/gpu/status", basic(user, KEY))
+
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "is_asked"),
+    [
+        ("GET", {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}, True),
+        ("GET", {"Accept": "*/*", "Sec-Fetch-Mode": "navigate"}, True),
+        ("GET", {"Accept": "text/html", **basic("user", "wrong")}, True),
+        ("GET", {"Accept": "*/*"}, False),
+        ("GET", {"Accept": "application/json", "Sec-Fetch-Mode": "cors"}, False),
+        ("GET", {}, False),
+        ("POST", {"Accept": "text/html", "Sec-Fetch-Mode": "navigate"}, False),
+    ],
+)
+async def test_only_the_user_of_a_browser_is_asked_for_a_password(
+    app: Guard, method: str, headers: dict[str, str], is_asked: bool
+) -> None:
+    answer = await ask(app, method, "/docs", headers)
+
+    asking = ["Bearer", 'Basic realm="step1x-edit", charset="UTF-8"']
+    assert answer.status == 401
+    assert answer.all("www-authenticate") == asking[: 1 + is_asked]
 
 
 async def test_without_a_key_none_is_asked_for(make_service: MakeService) -> None:
@@ -332,6 +384,27 @@ async def test_a_form_of_another_site_starts_nothing_and_is_not_read(
     answer = await ask(app, "POST", path, headers, iter([b"--b--"]))
 
     assert (answer.status, answer.pieces_read) == (403, 0)
+    assert worker.started == []
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+@pytest.mark.parametrize("path", [path for path in ROUTES if "POST" in ROUTES[path]] + ["/mcp"])
+async def test_a_browser_that_knows_the_password_starts_nothing_for_other_sites(
+    make_service: MakeService, tmp_path: Path, path: str, site: str
+) -> None:
+    """Browsers add the password by themselves, also to what a page of somebody else sends."""
+    worker = FakeWorker()
+    app = build_app(make_service(worker), settings(data_dir=tmp_path / "data"))
+    sent = {**basic("user", KEY), "Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with lifespan(app):
+        posted = await ask(app, "POST", path, {**sent, **form}, iter([b"--b--"]))
+        named = await ask(app, "POST", path, {**sent, **form, "Origin": "null"}, iter([b"--b--"]))
+        followed = await ask(app, "GET", f"{path}?prompt=x&_method=POST", sent)
+
+    assert (posted.status, posted.pieces_read) == (403, 0)
+    assert (named.status, named.pieces_read) == (403, 0)
+    assert followed.status in (404, 405, 406, 422)
     assert worker.started == []
 
 

@@ -7,7 +7,8 @@ by the head of the request alone:
   its own name to our address);
 - a request that a browser sends for a page must come from a page of ours: forms of other sites
   start nothing, neither do programs on other ports of this machine;
-- where there is an API_KEY, it has to be shown everywhere but at `/livez`;
+- where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
+  the password that browsers ask their users for;
 - the body may be no longer than a picture and its form, by its header and by count while it is
   read.
 
@@ -17,6 +18,7 @@ from guessing, storing and framing. It knows nothing about what the routes do.
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
 import logging
@@ -44,6 +46,7 @@ FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fiel
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})  # none: typed by the user
+_ASK_THE_USER: Final = 'Basic realm="step1x-edit", charset="UTF-8"'
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -143,12 +146,8 @@ class Guard:
     def _may_enter(self, path: str, shown: list[str]) -> bool:
         if self._key is None or path in OPEN_PATHS:
             return True
-        if len(shown) != 1:
-            return False
-        scheme, _, token = shown[0].partition(" ")
         # Bytes, because the comparison of texts raises for anything but ASCII.
-        is_right = hmac.compare_digest(token.strip().encode("latin-1"), self._key)
-        return is_right and scheme.lower() == "bearer"
+        return len(shown) == 1 and hmac.compare_digest(_key_in(shown[0]), self._key)
 
 
 class _Passage:
@@ -184,6 +183,9 @@ class _Passage:
     async def _refuse(self, failure: Failure) -> None:
         answer = problems.response(failure, request_id(self._scope))
         answer.headers["Connection"] = "close"  # what is left of the body will not be read
+        if failure.status == 401 and _shows_a_page(self._scope):
+            # In a line of its own: browsers look at the first challenge of each.
+            answer.headers.append("WWW-Authenticate", _ASK_THE_USER)
         await answer(self._scope, self._receive, self._hardened)
 
     async def _counted(self) -> Message:
@@ -207,6 +209,28 @@ class _Passage:
                 headers.setdefault(name, value)
             headers["X-Request-Id"] = request_id(self._scope)
         await self._send(message)
+
+
+def _key_in(authorization: str) -> bytes:
+    """What was shown as the key: a bearer token or a password; nothing if it is neither."""
+    scheme, _, shown = authorization.partition(" ")
+    match scheme.lower():
+        case "bearer":
+            return shown.strip().encode("latin-1")
+        case "basic":
+            try:
+                return base64.b64decode(shown.strip(), validate=True).partition(b":")[2]
+            except ValueError:
+                return b""
+        case _:
+            return b""
+
+
+def _shows_a_page(scope: Scope) -> bool:
+    """Whether the answer goes to the window of a browser, whose user can be asked for the key."""
+    headers = Headers(scope=scope)
+    is_page = "text/html" in headers.get("accept", "").lower()
+    return scope["method"] == "GET" and (is_page or headers.get("sec-fetch-mode") == "navigate")
 
 
 def _is_from_our_pages(method: str, host: str, headers: Headers) -> bool:
