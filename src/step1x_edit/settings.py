@@ -100,6 +100,13 @@ def inherited_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def keep_gradio_quiet(folder: Path) -> None:
+    """Have Gradio keep its files in `folder` and call nobody; it takes no arguments for these."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
 class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
@@ -152,6 +159,7 @@ class Settings(BaseSettings):
     )
     enable_api: Annotated[bool, Field(description="Whether there are REST routes")] = True
     enable_mcp: Annotated[bool, Field(description="Whether there is MCP over HTTP")] = True
+    enable_ui: Annotated[bool, Field(description="Whether there is a web page")] = True
     api_key: Annotated[
         Annotated[SecretStr, AfterValidator(_plain_key)] | None,
         Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),
