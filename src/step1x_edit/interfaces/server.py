@@ -97,7 +97,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         # As a route, not as a mount: mounts answer /mcp with a redirect.
         app.router.routes.append(Route(MCP_PATH, endpoint=mcp))
     if page is not None:
-        app.router.routes.extend(page.routes)
+        app.router.routes.extend(page.as_routes())
     for kind in (Step1XEditError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]

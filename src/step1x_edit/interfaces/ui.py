@@ -64,9 +64,8 @@ class Page:
         self._folder: Path | None = None
         self._app: ASGIApp | None = None
 
-    @property
-    def routes(self) -> list[Route]:
-        """Everything that the page consists of."""
+    def as_routes(self) -> list[Route]:
+        """Everything that the page consists of, as routes of the server."""
         return [Route(path, endpoint=self, methods=methods) for path, methods in _ROUTES.items()]
 
     @contextlib.asynccontextmanager

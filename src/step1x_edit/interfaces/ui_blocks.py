@@ -50,6 +50,7 @@ _SHOWN_SIDE: Final = 1280
 _HISTORY: Final = 12
 _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
+_EVENTS: Final = 256  # that may be about to start; also those that only look at the status
 _PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}
 
 _t: Final[Any] = gr.I18n(**translations())
@@ -92,7 +93,7 @@ def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
     blocks = _Page(service, settings, folder).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
-    blocks.queue(max_size=settings.max_queue, default_concurrency_limit=None)
+    blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
     outer = FastAPI()
     gr.mount_gradio_app(
         outer,
@@ -359,8 +360,8 @@ class _Page:
     def _edit_tab(self) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
-                picture = _picture("picture", 320)
-                form, buttons = self._form("edit", picture)
+                picture = self._picture("edit", 320)
+                form, buttons = self._form("edit")
             view = _view("edit")
 
         async def edit(
@@ -385,7 +386,7 @@ class _Page:
     def _region_tab(self) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
-                picture = _picture("picture", 200)
+                picture = self._picture("region", 200)
                 editor = gr.ImageEditor(
                     label=_t("mask"),
                     height=420,
@@ -402,7 +403,7 @@ class _Page:
                     visible=False,
                     elem_id="region-mask",
                 )
-                form, buttons = self._form("region", picture)
+                form, buttons = self._form("region")
             view = _view("region")
         source = gr.State()
 
@@ -622,10 +623,22 @@ class _Page:
 
     # --- what the tabs share ----------------------------------------------------------------------
 
-    def _form(self, name: str, picture: gr.Image | None = None) -> tuple[_Form, _Buttons]:
-        if picture is not None:
-            photo = gr.Button(_t("photo"), size="sm", elem_id=f"{name}-photo")
-            photo.click(self._photo, None, picture, **_PRIVATE)
+    def _picture(self, name: str, height: int) -> gr.Image:
+        picture = gr.Image(
+            label=_t("picture"),
+            type="filepath",
+            format="png",
+            image_mode=None,
+            height=height,
+            sources=["upload", "clipboard", "webcam"],
+            buttons=["fullscreen"],
+            elem_id=f"{name}-picture",
+        )
+        photo = gr.Button(_t("photo"), size="sm", elem_id=f"{name}-photo")
+        photo.click(self._photo, None, picture, **_PRIVATE)
+        return picture
+
+    def _form(self, name: str) -> tuple[_Form, _Buttons]:
         prompt = gr.Textbox(
             label=_t("prompt"),
             placeholder=_t("prompt.hint"),
@@ -702,18 +715,6 @@ class _Page:
 # --- parts of the page ----------------------------------------------------------------------------
 
 
-def _picture(key: str, height: int) -> gr.Image:
-    return gr.Image(
-        label=_t(key),
-        type="filepath",
-        format="png",
-        image_mode=None,
-        height=height,
-        sources=["upload", "clipboard", "webcam"],
-        buttons=["fullscreen"],
-    )
-
-
 def _view(name: str) -> _View:
     with gr.Column(min_width=300):
         slider = gr.ImageSlider(
@@ -726,13 +727,18 @@ def _view(name: str) -> _View:
         )
         with gr.Row(visible=False, elem_classes="actions") as actions:
             download = gr.DownloadButton(
-                _t("download"), variant="primary", min_width=120, elem_id=f"{name}-download"
+                _t("download"),
+                variant="primary",
+                size="md",
+                min_width=120,
+                elem_id=f"{name}-download",
             )
-            reuse = gr.Button(_t("reuse"), min_width=120, elem_id=f"{name}-reuse")
-            again = gr.Button(_t("again"), min_width=120, elem_id=f"{name}-again")
+            reuse = gr.Button(_t("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
+            again = gr.Button(_t("again"), size="md", min_width=120, elem_id=f"{name}-again")
         gallery = gr.Gallery(
             label=_t("history"),
             columns=4,
+            fit_columns=False,
             height=150,
             allow_preview=False,
             interactive=False,

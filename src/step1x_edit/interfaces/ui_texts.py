@@ -58,7 +58,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "results.file": ("All results (zip)", "全部结果（zip）", "全部結果（zip）", "結果一式（zip）"),
     "download": ("Download PNG", "下载 PNG", "下載 PNG", "PNG をダウンロード"),
     "reuse": ("Use as input", "用作输入", "作為輸入", "入力にする"),
-    "again": ("Again, another seed", "换个种子再来", "換個種子再來", "別のシードでもう一度"),
+    "again": ("Again, new seed", "换个种子再来", "換個種子再來", "別のシードでもう一度"),
     "history": (
         "History of this tab",
         "本页的历史",
