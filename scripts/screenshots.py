@@ -27,7 +27,7 @@ SHOTS = {
     "page-phone-dark": (412, "dark"),
 }
 PATIENCE_MS = 300_000
-COLOURS = 128  # of the files: enough for a page, and they stay small
+COLOURS = 256  # of the files: enough for a page, and they stay small
 
 
 @contextlib.contextmanager

@@ -380,8 +380,13 @@ def test_a_text_has_the_same_values_in_every_language() -> None:
 
 
 @needs_browser
-def test_a_phone_shows_the_page_without_scrolling_sideways(open_page: OpenPage) -> None:
+def test_a_phone_shows_the_page_without_scrolling_sideways(
+    open_page: OpenPage, photo: Path
+) -> None:
     page = open_page(viewport={"width": 412, "height": 900})
+    choose(page, "edit", photo)
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-history img")
 
     assert page.evaluate("document.documentElement.scrollWidth") <= 412
 

@@ -57,7 +57,8 @@ _t: Final[Any] = gr.I18n(**translations())
 
 _CSS: Final = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.head { align-items: center; gap: 12px; }
+.head { align-items: center; justify-content: space-between; gap: 12px; flex-wrap: nowrap; }
+.head > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
 .head h1 { margin: 0; font-size: 1.4rem; }
 .chip { text-align: right; }
 .pill { display: inline-block; padding: 3px 12px; border-radius: 999px; font-size: .85rem;
@@ -79,11 +80,11 @@ _CSS: Final = """
   background: var(--border-color-primary); }
 .line .bar i { display: block; height: 100%; background: var(--button-primary-background-fill); }
 .line .problem { border-left: 4px solid #dc2626; padding: 2px 10px; }
+.history .grid-container { grid-template-columns: repeat(auto-fill, 88px) !important; }
 .status table { width: 100%; max-width: 640px; }
 .status td:first-child { color: var(--body-text-color-subdued); width: 45%; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
-  .head { flex-wrap: nowrap; }
   .head h1 { font-size: 1.1rem; }
 }
 """
@@ -746,6 +747,7 @@ def _view(name: str) -> _View:
             object_fit="cover",
             buttons=[],
             elem_id=f"{name}-history",
+            elem_classes="history",
         )
     made, history = gr.State(), gr.State([])
     return _View(slider, actions, download, reuse, again, gallery, made, history)
