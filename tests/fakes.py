@@ -60,6 +60,11 @@ def settled(clock: ManualClock) -> None:
         threading.Event().wait(0.001)
 
 
+def predicted(job: EditJob, step: int) -> Pixels | None:
+    """The preview of a step, flat grey of the step's number, where the job wants one."""
+    return np.full_like(job.image, step) if step in job.preview_steps else None
+
+
 def inverted(job: EditJob) -> Pixels:
     """What a fake worker makes of a picture if it is not told otherwise."""
     return 255 - job.image
@@ -139,7 +144,8 @@ class FakeWorker:
                 self.before_step(job, step)
                 if self._cancelled == job.number:
                     raise EditCancelledError()
-                yield self._report(Progress(Phase.DENOISING, step, job.num_steps))
+                preview = predicted(job, step)
+                yield self._report(Progress(Phase.DENOISING, step, job.num_steps, preview))
             yield self._report(Progress(Phase.DECODING))
         except Step1XEditError as error:
             self.stopped_at[job.prompt] = step

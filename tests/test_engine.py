@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fakes import FakeWorker, Gate, ManualClock, a_job, settled
-from step1x_edit.channel import EditJob, Memory
+from fakes import FakeWorker, Gate, ManualClock, a_job, predicted, settled
+from step1x_edit.channel import EditJob, Memory, Phase, Progress, Report
 from step1x_edit.engine import HEARTBEAT_S, Engine, EngineStatus
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -274,6 +275,48 @@ async def test_silence_is_broken_by_repeating_the_last_event(make_engine: MakeEn
     assert repeated >= 3
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "previews", "expected"),
+    [(10, 0, []), (10, 1, [5]), (28, 3, [7, 14, 21]), (10, 3, [2, 5, 7]), (3, 9, [1, 2])],
+)
+def test_previews_are_spread_evenly_and_leave_the_last_step_out(
+    num_steps: int, previews: int, expected: list[int]
+) -> None:
+    job = replace(a_job(num_steps=num_steps), previews=previews)
+
+    assert sorted(job.preview_steps) == expected
+
+
+async def test_a_preview_is_not_repeated_when_silence_is_broken(make_engine: MakeEngine) -> None:
+    gate = Gate(at_step=6)
+    edit = make_engine(FakeWorker(before_step=gate)).submit(replace(a_job(), previews=1))
+    seen = []
+
+    async for event in edit.events(heartbeat_s=0.01):
+        if event.text == "denoising 5/10":
+            seen.append(event.preview is not None)
+        if len(seen) == 3:
+            gate.open()
+
+    assert seen[:3] == [True, False, False]
+    assert not any(seen[3:])
+
+
+async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
+    make_engine: MakeEngine,
+) -> None:
+    edit = make_engine(FakeWorker()).submit(replace(a_job(), previews=4))
+    await edit.result()
+
+    events = [event async for event in edit.events()]
+
+    steps = [event.step for event in events if event.phase is Phase.DENOISING]
+    assert steps == list(range(1, 11))
+    (shown,) = (event for event in events if event.preview is not None)
+    assert shown.step == 8
+    assert np.array_equal(shown.preview, predicted(edit.job, 8))
+
+
 async def test_closing_ends_every_edit_and_refuses_new_ones(make_engine: MakeEngine) -> None:
     gate = Gate()
     worker = FakeWorker(before_step=gate)
@@ -518,6 +561,31 @@ async def test_a_worker_that_falls_silent_for_ten_usual_steps_is_ended(
     assert not worker.is_alive
     worker.silent_for, worker.before_step = None, lambda job, step: None
     await engine.submit(a_job()).result()
+
+
+async def test_a_slow_preview_is_not_taken_for_silence(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+
+    class SlowPreviews(FakeWorker):
+        late: Report | None = None
+
+        def receive(self, timeout_s: float) -> Report | None:
+            if self.late is not None:
+                report, self.late = self.late, None
+                return report
+            report = super().receive(timeout_s)
+            if report and isinstance(report.event, Progress) and report.event.preview is not None:
+                clock.advance(min(60, timeout_s))
+                self.late = report
+                return None
+            return report
+
+    worker = SlowPreviews(before_step=lambda job, step: clock.advance(0.1))
+    engine = make_engine(worker, clock=clock)
+
+    await engine.submit(replace(a_job(), previews=2)).result()
+
+    assert clock.now() > 220
 
 
 async def test_a_worker_that_ignores_a_cancel_is_ended(make_engine: MakeEngine) -> None:

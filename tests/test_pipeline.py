@@ -57,6 +57,57 @@ def test_an_edit_reports_each_step_and_ends_with_the_picture(pipeline: EditPipel
     assert edited.label is None
 
 
+def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipeline) -> None:
+    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
+
+    _, first, second, last, *_ = pipeline.edit(shown)
+
+    with torch.inference_mode():
+        encoded = pipeline.encode(REQUEST)
+        start = pipeline.start(encoded, REQUEST.seed)
+        states = [start, *pipeline.denoise(encoded, start, REQUEST)]
+        t = schedule(3, encoded.rows * encoded.columns)
+        for k, event in enumerate((first, second)):
+            assert isinstance(event, Progress)
+            assert event.preview is not None
+            here, there = states[k].latents, states[k + 1].latents
+            ahead = there - t[k + 1] * (there - here) / (t[k + 1] - t[k])
+            expected = pipeline.decode(ahead, encoded).astype(int)
+            assert np.abs(event.preview - expected).max() <= 1
+    assert isinstance(last, Progress)
+    assert last.preview is None
+
+
+def test_previews_do_not_change_the_picture(pipeline: EditPipeline) -> None:
+    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
+
+    assert picture(pipeline, shown).tobytes() == picture(pipeline, REQUEST).tobytes()
+
+
+@pytest.mark.parametrize("second", PLANS)
+def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
+    pipeline: EditPipeline, second: Plan
+) -> None:
+    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({2}))
+    _, _, expected, *_ = pipeline.edit(shown)
+    assert isinstance(expected, Progress)
+    assert expected.preview is not None
+    run = EditRun(shown)
+    with broken(pipeline.vae.decoder, 0), pytest.raises(BrokenError):
+        advance(pipeline, run, PLANS[0])
+
+    progress, image = advance(pipeline, run, second)
+
+    assert progress == [
+        Progress("denoising", 2, 3),
+        Progress("denoising", 3, 3),
+        Progress("decoding", 0, 1),
+    ]
+    assert progress[0].preview is not None
+    assert np.abs(progress[0].preview - expected.preview.astype(int)).max() <= 1
+    assert np.abs(image - picture(pipeline, REQUEST).astype(int)).max() <= 1
+
+
 def test_closing_the_generator_stops_the_work(pipeline: EditPipeline) -> None:
     steps = 0
 

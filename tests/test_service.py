@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     UnsupportedImageError,
 )
-from step1x_edit.images import read_edit_record
+from step1x_edit.images import Pixels, read_edit_record
 from step1x_edit.schemas import MAX_SEED
 from step1x_edit.service import EditService
 
@@ -415,6 +416,33 @@ async def test_a_picture_that_is_sent_comes_back_and_no_file_is_touched(
         photo.name,
         "photo_edited.png",
     ]
+
+
+@pytest.mark.parametrize("door", ["edit", "edit_picture"])
+async def test_the_report_brings_as_many_previews_as_were_asked_for(
+    make_service: MakeService, photo: Path, door: str
+) -> None:
+    turns = threading.Semaphore(1)
+    service = make_service(FakeWorker(before_step=lambda job, step: turns.acquire(timeout=60)))
+    previews: dict[str, Pixels] = {}
+
+    async def report(event: Progress) -> None:
+        if event.phase is Phase.DENOISING:
+            turns.release()  # the worker goes no faster than we look
+        if event.preview is not None:
+            previews[event.text] = event.preview
+
+    picture = {"prompt": "x", "num_steps": 10}
+    if door == "edit":
+        request = service.read_edit({"image_path": photo, **picture})
+        await service.edit(request, report, previews=3)
+    else:
+        chosen = service.read_picture(picture)
+        await service.edit_picture(photo.read_bytes(), chosen, report, previews=3)
+
+    assert list(previews) == ["denoising 2/10", "denoising 5/10", "denoising 7/10"]
+    assert {pixels.shape for pixels in previews.values()} == {(48, 64, 3)}
+    assert previews["denoising 5/10"].max() == 5
 
 
 async def test_edits_are_counted_by_how_they_end(make_service: MakeService, photo: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from fakes import FakeWorker, Gate
 from http_server import TOKEN, serving, until
 from step1x_edit import images
 from step1x_edit.channel import Start
@@ -231,6 +232,22 @@ def test_the_page_has_no_line_of_its_own_behind_the_full_one(
     for page in reversed(pages[:2]):
         page.click("#edit-stop")
         expect(page.locator("#edit-line")).to_contain_text("Stopped.")
+
+
+@needs_browser
+def test_the_picture_to_come_is_shown_while_it_is_made(open_page: OpenPage, photo: Path) -> None:
+    gate = Gate(at_step=28)
+    service = build_service(Settings(_env_file=None), FakeWorker(before_step=gate))  # type: ignore
+    with serving(service, api_key=None) as address:
+        page = open_page(address=address)
+        choose(page, "edit", photo)
+        page.click("#edit-run")
+        page.wait_for_selector('#edit-result img[src*="preview.webp"]', state="attached")
+        gate.open()
+        page.wait_for_selector("#edit-download")
+        expect(page.locator('#edit-result img[src*="preview.webp"]')).to_have_count(0)
+        page.close()
+    service.close()
 
 
 @needs_browser

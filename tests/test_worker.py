@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator
 from pathlib import Path
 
@@ -151,6 +152,23 @@ def test_a_model_that_cannot_be_loaded_is_tried_again_by_the_next_edit(folder: P
     texts_of(worker, job())
 
 
+def test_a_step_carries_the_preview_that_was_asked_for(folder: Path) -> None:
+    worker = a_worker(folder)
+
+    events = list(worker.edit(dataclasses.replace(job(), previews=1), go_on))
+
+    previews = {
+        event.text: event.preview
+        for event in events
+        if isinstance(event, Progress) and event.preview is not None
+    }
+    assert list(previews) == ["denoising 1/2"]
+    outcome = events[-1]
+    assert isinstance(outcome, Outcome)
+    assert previews["denoising 1/2"].shape == outcome.image.shape
+    assert np.array_equal(outcome.image, outcome_of(a_worker(folder), job()).image)
+
+
 # --- stopping ------------------------------------------------------------------------------------
 
 
@@ -177,6 +195,22 @@ def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -
     assert np.array_equal(
         outcome_of(worker, job()).image, outcome_of(a_worker(folder), job()).image
     )
+
+
+def test_a_cancel_stops_in_the_middle_of_a_preview(folder: Path) -> None:
+    decoding = Faults()
+    worker = with_faults(folder, "decoding", decoding)
+
+    def check() -> None:
+        if decoding.calls:
+            raise EditCancelledError()
+
+    events = worker.edit(dataclasses.replace(job(), previews=1), check)
+    assert isinstance(encoding := next(events), Progress)
+
+    with pytest.raises(EditCancelledError):
+        next(events)
+    assert encoding.text == "encoding"
 
 
 # --- memory runs out -----------------------------------------------------------------------------
@@ -227,6 +261,19 @@ def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
     assert isinstance(events[-1], Outcome)
     usual = outcome_of(a_worker(folder), job()).image.astype(int)
     assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
+
+
+def test_memory_that_runs_out_in_a_preview_costs_one_retry_and_no_step_twice(folder: Path) -> None:
+    faults = Faults(1)
+    worker = with_faults(folder, "decoding", faults)
+
+    events = list(worker.edit(dataclasses.replace(job(), previews=1), go_on))
+
+    steps = [event for event in events if isinstance(event, Progress) and event.total == 2]
+    assert [event.step for event in steps] == [1, 2]
+    assert steps[0].preview is not None
+    assert faults.calls == 3  # the preview twice, the picture once
+    assert isinstance(events[-1], Outcome)
 
 
 @pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])

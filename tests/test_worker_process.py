@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fakes import predicted
 from step1x_edit.channel import EditJob, Memory, Start
 from step1x_edit.engine import Engine
 from step1x_edit.errors import (
@@ -85,6 +87,15 @@ async def test_a_picture_crosses_the_border_and_comes_back(engine: ToyEngine) ->
     assert result.outcome.warning == "v1.1 雪 "  # what it read from stdin: nothing
     assert result.residence.memory == Memory(0.5, 1.5)
     assert engine.status().residence == result.residence
+
+
+async def test_previews_cross_the_border_with_their_steps(engine: ToyEngine) -> None:
+    edit = engine.submit(job := replace(a_job(), previews=1))
+
+    previews = {event.text: event.preview async for event in edit.events()}
+
+    assert [text for text, preview in previews.items() if preview is not None] == ["denoising 1/3"]
+    assert np.array_equal(previews["denoising 1/3"], predicted(job, 1))
 
 
 async def test_one_process_serves_all_edits_until_it_is_released(engine: ToyEngine) -> None:

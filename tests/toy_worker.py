@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
+from fakes import predicted
 from step1x_edit.channel import (
     Channel,
     EditJob,
@@ -42,7 +43,10 @@ class ToyModel:
         for progress in (
             Progress(Phase.LOADING),
             Progress(Phase.ENCODING),
-            *(Progress(Phase.DENOISING, k, job.num_steps) for k in range(1, job.num_steps + 1)),
+            *(
+                Progress(Phase.DENOISING, k, job.num_steps, predicted(job, k))
+                for k in range(1, job.num_steps + 1)
+            ),
             Progress(Phase.DECODING),
         ):
             if progress.phase is Phase.ENCODING:

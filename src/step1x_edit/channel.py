@@ -1,7 +1,7 @@
 """What engine and worker say to each other, and how it crosses the border between their processes.
 
-The vocabulary is plain data. On the pipe each message is one frame of JSON; a picture follows as a
-second frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The
+The vocabulary is plain data. On the pipe each message is one frame of JSON; pictures follow, each
+as a frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The
 channel knows nothing about queues, models or files.
 """
 
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
 from typing import Any, Final, TypeAlias
@@ -53,6 +53,14 @@ class EditJob:
     seed: int
     number: int = 0
     """Given by the sender; `Cancel` names it."""
+    previews: int = 0
+    """How many pictures to show of the steps before the last."""
+
+    @property
+    def preview_steps(self) -> frozenset[int]:
+        """The steps whose prediction is shown: evenly spaced, never the last one."""
+        number = min(self.previews, self.num_steps - 1)
+        return frozenset(k * self.num_steps // (number + 1) for k in range(1, number + 1))
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,8 @@ class Progress:
     phase: Phase
     step: int = 0
     total: int = 0
+    preview: Pixels | None = field(default=None, compare=False, repr=False)
+    """The picture as predicted at this step, in its working size, where one was asked for."""
 
     @property
     def text(self) -> str:
@@ -163,6 +173,9 @@ _KINDS: Final = {
     for kind in (Start, EditJob, Cancel, Offload, Progress, Outcome, Failure, Done)
 }
 
+_PICTURES: Final = ("image", "preview")
+"""The fields that hold pixels."""
+
 
 def connect(handle: int) -> Connection:
     """Take up the end of a pipe that another process has left us."""
@@ -189,14 +202,13 @@ class Channel:
         else:
             body = message
         fields = {field.name: getattr(body, field.name) for field in dataclasses.fields(body)}
-        image = fields.pop("image", None)
-        header |= {"kind": type(body).__name__, "fields": fields}
-        if image is not None:
-            header["shape"] = image.shape
+        pictures = {name: fields.pop(name) for name in _PICTURES if fields.get(name) is not None}
+        shapes = {name: picture.shape for name, picture in pictures.items()}
+        header |= {"kind": type(body).__name__, "fields": fields, "shapes": shapes}
         with self._sending:
             self._connection.send_bytes(json.dumps(header).encode())
-            if image is not None:
-                self._connection.send_bytes(np.ascontiguousarray(image).reshape(-1).data)
+            for picture in pictures.values():
+                self._connection.send_bytes(np.ascontiguousarray(picture).reshape(-1).data)
 
     def receive(self) -> Request | Report:
         """Wait for a message; raises EOFError or OSError when the other end is gone."""
@@ -207,9 +219,9 @@ class Channel:
         fields = header["fields"]
         if "phase" in fields:
             fields["phase"] = Phase(fields["phase"])
-        if "shape" in header:
+        for name, shape in header["shapes"].items():
             pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8)
-            fields["image"] = pixels.reshape(header["shape"])
+            fields[name] = pixels.reshape(shape)
         message: Any = _KINDS[header["kind"]](**fields)
         if "residence" not in header:
             return message  # type: ignore[no-any-return]

@@ -29,6 +29,7 @@ from step1x_edit.channel import (
     Offload,
     Outcome,
     Phase,
+    Pixels,
     Progress,
     Report,
     Residence,
@@ -127,13 +128,18 @@ class Edit:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | None] = asyncio.Queue()
+        # The latest preview only: what a slow listener has not seen must not pile up.
+        self._preview: dict[Progress, Pixels] = {}
         self._result: asyncio.Future[EditResult] = self._loop.create_future()
         # Whoever cancels may never look at the result; that is no reason for a warning.
         self._result.add_done_callback(lambda result: result.cancelled() or result.exception())
         self.stop_reason: Step1XEditError | None = None
 
     async def events(self, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[Progress]:
-        """Yield progress until the edit has ended; after a silence, the last event again."""
+        """Yield progress until the edit has ended; after a silence, the last event again.
+
+        A preview comes once.
+        """
         last = Progress(Phase.QUEUED, step=1)
         # Not wait_for: before Python 3.12 it can swallow the cancellation of its caller.
         while True:
@@ -146,7 +152,7 @@ class Edit:
             if (event := getting.result()) is None:
                 return
             last = event
-            yield last
+            yield replace(event, preview=self._preview.pop(event, None))
 
     async def result(self) -> EditResult:
         """Wait for the outcome, or raise the error that ended the edit."""
@@ -167,8 +173,12 @@ class Edit:
         self._call(self._settle, result)
 
     def _tell(self, event: Progress) -> None:
-        if not self._result.done():
-            self._events.put_nowait(event)
+        if self._result.done():
+            return
+        bare = replace(event, preview=None)
+        if event.preview is not None:
+            self._preview = {bare: event.preview}
+        self._events.put_nowait(bare)
 
     def _settle(self, result: EditResult | BaseException) -> None:
         if self._result.done():
@@ -471,7 +481,12 @@ class Engine:
     def _follow(self, edit: Edit, worker: Worker) -> EditResult:
         """Have the worker edit, pass on what it tells, and see to it that it comes to an end."""
         worker.send(edit.job)
-        watch = _Watch(self._clock.now(), self._edit_timeout_s, self._min_patience_s)
+        watch = _Watch(
+            self._clock.now(),
+            self._edit_timeout_s,
+            self._min_patience_s,
+            has_previews=bool(edit.job.preview_steps),
+        )
         if edit.stop_reason is not None:  # it came before there was a worker to tell
             worker.cancel(Cancel(edit.job.number))
         while True:
@@ -568,7 +583,10 @@ class Engine:
 class _Watch:
     """How long an edit may go on, and how long its worker may be silent."""
 
-    def __init__(self, now: float, edit_timeout_s: float, min_patience_s: float) -> None:
+    def __init__(
+        self, now: float, edit_timeout_s: float, min_patience_s: float, *, has_previews: bool
+    ) -> None:
+        self._has_previews = has_previews
         self.deadline = now + edit_timeout_s
         self._min_patience_s = min_patience_s
         self._last_sign = now
@@ -583,7 +601,8 @@ class _Watch:
 
     def saw(self, progress: Progress, now: float) -> None:
         """Take a sign of life."""
-        if self._phase is progress.phase is Phase.DENOISING:
+        is_longest = progress.preview is not None or not self._has_previews
+        if is_longest and self._phase is progress.phase is Phase.DENOISING:
             self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
         self._phase, self._last_sign = progress.phase, now
 

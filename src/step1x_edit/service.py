@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
@@ -139,10 +139,16 @@ class EditService:
         """Make a request of what a caller gave, as `read_edit` does."""
         return self._read(BatchRequest, arguments)
 
-    async def edit(self, request: EditRequest, report: Report = unreported) -> FinishedEdit:
-        """Edit one image and save the result; cancelling the call stops the work, unsaved."""
+    async def edit(
+        self, request: EditRequest, report: Report = unreported, previews: int = 0
+    ) -> FinishedEdit:
+        """Edit one image and save the result; cancelling the call stops the work, unsaved.
+
+        So many of the reported steps carry a preview, unless there are fewer steps.
+        """
         self.check_room()  # a server without room must not spend memory on pictures
-        return await self._edit(request, partial(self._plan, request), self._engine.submit, report)
+        submit = partial(self._submit, previews)
+        return await self._edit(request, partial(self._plan, request), submit, report)
 
     async def edit_picture(
         self,
@@ -151,16 +157,18 @@ class EditService:
         report: Report = unreported,
         suffix: str = ".png",
         mask: bytes | None = None,
+        previews: int = 0,
     ) -> EditedPicture:
         """Edit a picture that the caller has sent, and give the result back; no file is touched.
 
         `suffix` chooses the format as that of an output does, `mask` is a picture of what may
-        change. Cancelling the call stops the work.
+        change. Cancelling the call stops the work. Previews are as in `edit`.
         """
         self.check_room()
         started = time.monotonic()
         source = await asyncio.to_thread(self._decode, data, mask, suffix)
-        return await self._make(request, source, suffix, self._engine.submit, report, started)
+        submit = partial(self._submit, previews)
+        return await self._make(request, source, suffix, submit, report, started)
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise what `edit_picture` would say about these bytes, without editing them."""
@@ -315,6 +323,9 @@ class EditService:
             _metadata(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
         )
+
+    def _submit(self, previews: int, job: EditJob) -> Edit:
+        return self._engine.submit(replace(job, previews=previews))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

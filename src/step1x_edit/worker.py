@@ -102,6 +102,7 @@ class PipelineWorker:
                 guidance_scale=job.guidance_scale,
                 size_level=job.size_level,
                 seed=job.seed,
+                preview_steps=job.preview_steps,
             )
         )
         for plan in PLANS[:2]:
@@ -145,7 +146,7 @@ class PipelineWorker:
                 if isinstance(event, Edited):
                     yield Outcome(event.image, _warning(event, checkpoint))
                 else:
-                    yield Progress(Phase(event.phase), event.step, event.total)
+                    yield Progress(Phase(event.phase), event.step, event.total, event.preview)
 
     def _bring(self) -> None:
         """Have the model where it computes."""

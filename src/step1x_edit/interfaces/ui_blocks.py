@@ -502,7 +502,9 @@ class _Page:
             data = await asyncio.to_thread(Path(path).read_bytes)
 
             async def work(report: Report) -> EditedPicture:
-                return await self._service.edit_picture(data, asked, report, mask=mask)
+                return await self._service.edit_picture(
+                    data, asked, report, mask=mask, previews=_PREVIEWS
+                )
 
             teller = _Teller(language)
             async for event in session.run(work):
@@ -520,7 +522,11 @@ class _Page:
                         ),
                     }
                 else:
-                    yield {buttons.line: teller.line(event)}
+                    update: dict[Any, Any] = {buttons.line: teller.line(event)}
+                    if event.preview is not None:
+                        small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
+                        update[view.slider] = (before, session.save("preview.webp", small))
+                    yield update
         except EditCancelledError:
             yield buttons.free(html.escape(text("stopped", language)))
         except Step1XEditError as error:

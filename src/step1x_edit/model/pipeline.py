@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
@@ -41,6 +41,8 @@ class EditRequest:
     guidance_scale: float = 6.0
     size_level: int = 1024
     seed: int = 0
+    preview_steps: frozenset[int] = frozenset()
+    """The steps whose prediction is shown as a picture; the result does not depend on them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Progress:
     phase: Literal["encoding", "denoising", "decoding"]
     step: int
     total: int
+    preview: Pixels | None = field(default=None, compare=False, repr=False)
+    """The picture as predicted at this step, where one was asked for."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class DenoiseState:
 
     latents: Tensor  # (1, N, C) tokens, float32
     step: int  # steps done
+    predicted: Tensor | None = None  # (1, N, C), where the last step's velocity leads at t = 0
 
 
 @dataclass
@@ -88,6 +93,7 @@ class EditRun:
     request: EditRequest
     encoded: Encoded | None = None
     state: DenoiseState | None = None
+    steps_told: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,11 +181,13 @@ class EditPipeline:
         label = self._label(run.encoded)
         if run.state is None:
             run.state = self.start(run.encoded, request.seed)
+        if run.state.step > run.steps_told:  # it was its preview that failed
+            yield self._tell(run, run.state, run.encoded, plan)
         for state in self.denoise(run.encoded, run.state, request, plan):
             run.state = state
-            yield Progress("denoising", state.step, request.num_steps)
+            yield self._tell(run, state, run.encoded, plan)
         yield Progress("decoding", 0, 1)
-        image = self.decode(run.state, run.encoded, plan)
+        image = self.decode(run.state.latents, run.encoded, plan)
         yield Edited(image, label, run.encoded.is_prompt_cut)
 
     @torch.inference_mode()
@@ -248,13 +256,14 @@ class EditPipeline:
             if request.guidance_scale != 1.0:
                 cond, uncond = velocity.chunk(2)
                 velocity = guide(cond, uncond, request.guidance_scale, t, self.config.guidance_rule)
+            predicted = euler_step(latents, velocity, t, 0.0)
             latents = euler_step(latents, velocity, t, t_next)
-            yield DenoiseState(latents, step=index + 1)
+            yield DenoiseState(latents, index + 1, predicted)
 
-    def decode(self, state: DenoiseState, encoded: Encoded, plan: Plan = PLANS[0]) -> Pixels:
-        """Turn latents into a picture."""
-        _check_finite(state.latents)
-        latents = unpack(state.latents, encoded.rows, encoded.columns)
+    def decode(self, latents: Tensor, encoded: Encoded, plan: Plan = PLANS[0]) -> Pixels:
+        """Turn latents, (1, N, C) tokens, into a picture."""
+        _check_finite(latents)
+        latents = unpack(latents, encoded.rows, encoded.columns)
         z = latents / self.config.latent_scale + self.config.latent_shift
         with self._tiles(plan):
             decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample[0]  # (3, H, W)
@@ -262,6 +271,14 @@ class EditPipeline:
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         image: Pixels = pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
         return image
+
+    def _tell(self, run: EditRun, state: DenoiseState, encoded: Encoded, plan: Plan) -> Progress:
+        """The report of a step that is done, with its preview if there is to be one."""
+        preview = None
+        if state.predicted is not None and state.step in run.request.preview_steps:
+            preview = self.decode(state.predicted, encoded, plan)
+        run.steps_told = state.step
+        return Progress("denoising", state.step, run.request.num_steps, preview)
 
     @contextlib.contextmanager
     def _tiles(self, plan: Plan) -> Iterator[None]:
