@@ -41,8 +41,9 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_MS = 30_000
+PATIENCE_MS = 90_000  # mask editors draw without a GPU here
 
+pytestmark = pytest.mark.timeout(300)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 
 OpenPage = Callable[..., Page]
@@ -280,7 +281,7 @@ def test_failures_are_one_sentence_on_the_page(
 
 @needs_browser
 def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> None:
-    Image.open(photo).resize((640, 480)).save(photo)
+    Image.open(photo).resize((320, 240)).save(photo)
     page = open_page()
     page.get_by_role("tab", name="Edit a region").click()
     choose(page, "region", photo)
@@ -294,7 +295,7 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
     left, middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(left, middle)
     page.mouse.down()
-    page.mouse.move(left + 6, middle + 3, steps=4)
+    page.mouse.move(left + 6, middle + 3)
     page.mouse.up()
     page.fill("#region-prompt textarea", "invert")
     page.click("#region-run")
@@ -304,8 +305,8 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
 
     changed = (before != after).any(axis=-1)
     assert 0 < changed.mean() < 0.25
-    assert np.array_equal(after[240, 320], 255 - before[240, 320])
-    assert not changed[:, :200].any()
+    assert np.array_equal(after[120, 160], 255 - before[120, 160])
+    assert not changed[:, :80].any()
 
 
 @needs_browser
