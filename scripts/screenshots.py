@@ -52,13 +52,8 @@ def running_server() -> Iterator[str]:
             server.wait()
 
 
-def edited_page(browser: Browser, url: str, width: int, scheme: str) -> Page:
-    context = browser.new_context(
-        locale="en",
-        viewport={"width": width, "height": 900},
-        color_scheme=scheme,  # type: ignore[arg-type]
-    )
-    page = context.new_page()
+def edited_page(browser: Browser, url: str) -> Page:
+    page = browser.new_context(locale="en").new_page()
     page.set_default_timeout(PATIENCE_MS)
     page.goto(url)
     page.click("#edit-photo")
@@ -66,13 +61,12 @@ def edited_page(browser: Browser, url: str, width: int, scheme: str) -> Page:
     page.wait_for_selector("#edit-picture img")
     page.get_by_role("button", name="Advanced").first.click()
     page.get_by_role("radio", name="512").first.check()
-    page.get_by_label("Steps").locator("visible=true").first.fill("12")
+    page.get_by_label("Steps").locator("visible=true").first.fill("10")
     page.get_by_role("button", name="Advanced").first.click()
     page.click("#edit-run")
     page.wait_for_selector("#edit-history img")
     expect(page.locator("#edit-line")).to_contain_text("Done", timeout=PATIENCE_MS)
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1500)  # for what fades in
     return page
 
 
@@ -82,12 +76,14 @@ def main(folder: Path) -> None:
         browser = playwright.chromium.launch(
             executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
         )
+        page = edited_page(browser, url)
         for name, (width, scheme) in SHOTS.items():
-            page = edited_page(browser, url, width, scheme)
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.wait_for_timeout(1500)  # for what fades in
             image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
             small = image.quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
             small.save(folder / f"{name}.png", optimize=True)
-            page.context.close()
         browser.close()
 
 

@@ -59,7 +59,7 @@ _CSS: Final = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 .head { align-items: center; justify-content: space-between; gap: 12px; flex-wrap: nowrap; }
 .head > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
-.head h1 { margin: 0; font-size: 1.4rem; }
+.head h1 { margin: 0; font-size: 1.4rem; white-space: nowrap; }
 .chip { text-align: right; }
 .pill { display: inline-block; padding: 3px 12px; border-radius: 999px; font-size: .85rem;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
