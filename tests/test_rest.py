@@ -587,16 +587,18 @@ def test_each_request_is_a_line_in_the_log_with_its_id_and_without_its_text(
 def test_each_door_can_be_left_out(make_service: MakeService) -> None:
     service = make_service()
     found = {}
-    for name in ("enable_api", "enable_mcp"):
+    for name in ("enable_api", "enable_mcp", "enable_ui"):
         with calling(service, **{name: False}) as client:
             found[name] = (
                 client.get("/api/gpu/status").status_code != 404,
                 client.get("/mcp").status_code != 404,
                 client.get("/livez").status_code != 404,
+                client.get("/theme.css").status_code != 404,
                 "/api/edit" in client.get("/openapi.json").json()["paths"],
             )
 
     assert found == {
-        "enable_api": (False, True, True, False),
-        "enable_mcp": (True, False, True, True),
+        "enable_api": (False, True, True, True, False),
+        "enable_mcp": (True, False, True, True, True),
+        "enable_ui": (True, True, True, False, True),
     }

@@ -147,6 +147,13 @@ def inherited_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def keep_gradio_quiet(folder: Path) -> None:
+    """Have Gradio keep its files in `folder` and call nobody; it takes no arguments for these."""
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
 class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
@@ -217,6 +224,7 @@ class Settings(BaseSettings):
             "for MCP clients that give up; 0: never",
         ),
     ] = 0
+    enable_ui: Annotated[bool, Field(description="Whether there is a web page")] = True
     api_key: Annotated[
         Annotated[SecretStr, AfterValidator(_plain_key)] | None,
         Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),

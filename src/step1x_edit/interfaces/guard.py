@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 OPEN_PATHS: Final = frozenset({"/livez"})
 MCP_PATH: Final = "/mcp"
 WORK_PATHS: Final = frozenset({"/api/edit", "/v1/images/edits", "/v1/jobs"})
-"""Where a POST starts an edit. Of the MCP those tools count that do so, and of the page its edits."""
+"""Where a POST starts an edit. Of MCP the tools that do so count, wherever they come in."""
 FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
 _BODIES: Final = 8  # of the longest kind that may be held at a time

@@ -47,6 +47,7 @@ from step1x_edit.interfaces.metrics import Metrics
 from step1x_edit.interfaces.openai_images import image_routes
 from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
+from step1x_edit.interfaces.ui import Page
 from step1x_edit.jobs import JobRunner, JobStore
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import MEBI, Settings
@@ -76,7 +77,7 @@ def build_app(service: EditService, settings: Settings) -> Guard:
 
 def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> FastAPI:
     """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
-    mcp, store = None, None
+    mcp, store, page = None, None, None
     if settings.enable_api:
         store = JobStore(
             settings.data_dir,
@@ -90,6 +91,8 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         # Its own guard is the second line behind ours, and knows no names but the usual ones.
         has_names = bool(settings.allowed_hosts or settings.allowed_origins)
         mcp = tools.http_app(path=MCP_PATH, host_origin_protection=False if has_names else "auto")
+    if settings.enable_ui:
+        page = Page(service, settings)
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
@@ -97,7 +100,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from what the caller calls us
-        lifespan=_lifespan(service, store, mcp),
+        lifespan=_lifespan(service, store, mcp, page),
     )
     app.state.closing = asyncio.Event()
     # Plain routes in one list, which a test compares with those that somebody has thought about.
@@ -111,6 +114,8 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
         app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(mcp)))
+    if page is not None:
+        app.router.routes.extend(page.as_routes())
     for kind in (Step1XEditError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
@@ -118,7 +123,10 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
 
 
 def _lifespan(
-    service: EditService, store: JobStore | None, mcp: StarletteWithLifespan | None
+    service: EditService,
+    store: JobStore | None,
+    mcp: StarletteWithLifespan | None,
+    page: Page | None,
 ) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -128,6 +136,8 @@ def _lifespan(
                 await stack.enter_async_context(JobRunner(store, job_operation(service)))
             if mcp is not None:
                 await stack.enter_async_context(mcp.lifespan(mcp))
+            if page is not None:
+                await stack.enter_async_context(page.lifespan())
             yield
 
     return lifespan

@@ -1,0 +1,122 @@
+"""The web page's place in the server: which of Gradio's routes there are, and how they answer.
+
+Gradio is imported when somebody opens the page for the first time: it takes seconds and 100 MB,
+which a server that only assistants use should not spend. Only the routes that our page asks for are
+there; what else Gradio would offer (its own API, a proxy, sign-in, saved runs) is not reachable.
+What stands on the page is in `ui_blocks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Final
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from step1x_edit.service import EditService
+from step1x_edit.settings import Settings, keep_gradio_quiet
+
+_ROUTES: Final = {
+    "/": ["GET"],
+    "/assets/{path:path}": ["GET"],
+    "/config": ["GET"],
+    "/favicon.ico": ["GET"],
+    "/gradio_api/cancel": ["POST"],
+    "/gradio_api/component_server": ["POST"],
+    "/gradio_api/file={path:path}": ["GET"],
+    "/gradio_api/heartbeat/{session_hash}": ["GET"],
+    "/gradio_api/info": ["GET"],
+    "/gradio_api/queue/data": ["GET"],
+    "/gradio_api/queue/join": ["POST"],
+    "/gradio_api/reset": ["POST"],
+    "/gradio_api/upload": ["POST"],
+    "/gradio_api/upload_progress": ["GET"],
+    "/manifest.json": ["GET"],
+    "/static/{path:path}": ["GET"],
+    "/theme.css": ["GET"],
+}
+# Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "media-src 'self' blob:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "manifest-src 'self'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Page:
+    """The page as an application; built at the first request, inside of `lifespan`."""
+
+    def __init__(self, service: EditService, settings: Settings) -> None:
+        self._service = service
+        self._settings = settings
+        self._lock = asyncio.Lock()
+        self._stack = contextlib.AsyncExitStack()
+        self._folder: Path | None = None
+        self._app: ASGIApp | None = None
+
+    def as_routes(self) -> list[Route]:
+        """Everything that the page consists of, as routes of the server."""
+        return [Route(path, endpoint=self, methods=methods) for path, methods in _ROUTES.items()]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Keep the pictures of the page's visitors, no longer than this."""
+        with tempfile.TemporaryDirectory(
+            prefix="step1x-edit-page-", ignore_cleanup_errors=True
+        ) as folder:
+            self._folder = Path(folder)
+            async with self._stack:
+                yield
+            self._app = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "://" in scope["path"]:  # Gradio would fetch the address for the caller
+            raise HTTPException(404)
+        app = await self._built()
+
+        async def allowed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = _POLICY
+                if scope["path"].startswith(("/assets/", "/static/")):
+                    headers.setdefault("Cache-Control", "private, max-age=3600")
+            await send(message)
+
+        inner = {**scope, "root_path": "", "app": app}
+        await app(inner, receive, allowed)
+
+    async def _built(self) -> ASGIApp:
+        async with self._lock:
+            if self._app is None:
+                assert self._folder is not None, "the page is used outside of its lifespan"
+                built: Future[ASGIApp] = Future()
+                # Not a thread of the loop's pool: the end of the process must not wait for it.
+                threading.Thread(
+                    target=self._build, args=(built, self._folder), daemon=True
+                ).start()
+                app = await asyncio.wrap_future(built)
+                from step1x_edit.interfaces import ui_blocks
+
+                await self._stack.enter_async_context(ui_blocks.running(app))
+                self._app = app
+            return self._app
+
+    def _build(self, built: Future[ASGIApp], folder: Path) -> None:
+        try:
+            folder = folder.resolve()
+            keep_gradio_quiet(folder)
+            from step1x_edit.interfaces.ui_blocks import build
+
+            built.set_result(build(self._service, self._settings, folder))
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            built.set_exception(error)

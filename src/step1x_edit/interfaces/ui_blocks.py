@@ -1,0 +1,917 @@
+"""What stands on the web page, and what its buttons do; the only module that imports Gradio.
+
+Each edit runs in a task of its own that belongs to a visitor's session: *Stop* and closing the tab
+cancel the task, and the generator that Gradio reads from only tells what happens to it. Files go to
+and come from the page as they are: Gradio's own reading and writing of pictures is not used for
+them, because it would encode them anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import html
+import io
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Final
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+from starlette.types import ASGIApp
+
+from step1x_edit import images
+from step1x_edit.channel import Phase, Pixels, Progress
+from step1x_edit.errors import EditCancelledError, InvalidParameterError, Step1XEditError
+from step1x_edit.images import Limits
+from step1x_edit.interfaces.ui_texts import (
+    DEMO_EXAMPLES,
+    EXAMPLES,
+    language_of,
+    text,
+    translations,
+)
+from step1x_edit.schemas import PARAMETERS, GpuStatus
+from step1x_edit.service import EditedPicture, EditService, Report
+from step1x_edit.settings import Settings
+
+_EXAMPLE_PHOTO: Final = Path(__file__).parent / "assets" / "coffee.jpg"
+_PREVIEWS: Final = 8  # of one edit
+_PREVIEW_SIDE: Final = 512
+_SHOWN_SIDE: Final = 1280
+_HISTORY: Final = 12
+_REFRESH_S: Final = 3.0
+_DAY_S: Final = 24 * 3600
+_EVENTS: Final = 256  # that may be about to start; also those that only look at the status
+_PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}
+
+_t: Final[Any] = gr.I18n(**translations())
+
+_CSS: Final = """
+.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
+.head { align-items: center; justify-content: space-between; gap: 12px; flex-wrap: nowrap; }
+.head > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
+.head h1 { margin: 0; font-size: 1.4rem; }
+.chip { text-align: right; }
+.pill { display: inline-block; padding: 3px 12px; border-radius: 999px; font-size: .85rem;
+  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
+  white-space: nowrap; }
+.pill b { display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 7px;
+  background: var(--neutral-400); }
+.pill b.CPU { background: #d97706; }
+.pill b.GPU { background: #16a34a; }
+.demo { border-left: 4px solid #d97706; padding: 8px 12px; font-size: .9rem; line-height: 1.5;
+  background: var(--background-fill-secondary); border-radius: 4px; }
+.demo b { display: inline-block; margin-right: 8px; padding: 0 9px; border-radius: 999px;
+  background: #d97706; color: #fff; font-weight: 600; }
+.examples { gap: 6px; flex-wrap: wrap; }
+.examples button { flex: 0 0 auto; min-width: 0 !important; border-radius: 999px;
+  font-weight: 400; }
+.block:has(> .line:empty) { display: none; }
+.line .bar { height: 6px; margin-top: 5px; border-radius: 3px; overflow: hidden;
+  background: var(--border-color-primary); }
+.line .bar i { display: block; height: 100%; background: var(--button-primary-background-fill); }
+.line .problem { border-left: 4px solid #dc2626; padding: 2px 10px; }
+.history .grid-container { grid-template-columns: repeat(auto-fill, 88px) !important; }
+.status table { width: 100%; max-width: 640px; }
+.status td:first-child { color: var(--body-text-color-subdued); width: 45%; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .head h1 { font-size: 1.1rem; }
+}
+"""
+
+
+def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
+    """The page as an application of Gradio's; it has to be entered with `running`."""
+    blocks = _Page(service, settings, folder).blocks()
+    # The engine has the only line: here everything starts at once, and is refused there if need be.
+    blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
+    outer = FastAPI()
+    gr.mount_gradio_app(
+        outer,
+        blocks,
+        path="/",
+        allowed_paths=[],
+        max_file_size=settings.max_bytes,
+        show_error=False,  # what nobody expected is in the log; errors of ours are on the page
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        footer_links=["settings"],
+        i18n=_t,
+        theme=gr.themes.Default(
+            primary_hue="blue",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+        css=_CSS,
+    )
+    return outer
+
+
+@contextlib.asynccontextmanager
+async def running(app: ASGIApp) -> AsyncIterator[None]:
+    """What the application does beside answering, for as long as it answers."""
+    assert isinstance(app, FastAPI)
+    async with app.router.lifespan_context(app):
+        yield
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+class _Session:
+    """The running work and the files of one visitor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._tasks: set[asyncio.Task[EditedPicture]] = set()
+
+    def save(self, name: str, data: bytes) -> str:
+        """Write a file under an address that nobody can guess."""
+        folder = self._folder / token_hex(16)
+        folder.mkdir(parents=True)
+        path = folder / name
+        path.write_bytes(data)
+        return str(path)
+
+    async def run(
+        self, work: Callable[[Report], Awaitable[EditedPicture]]
+    ) -> AsyncIterator[Progress | EditedPicture]:
+        """Yield how far the work has come, and last what came of it."""
+        events: asyncio.Queue[Progress | None] = asyncio.Queue()
+
+        async def report(progress: Progress) -> None:
+            events.put_nowait(progress)
+
+        task = asyncio.ensure_future(work(report))
+        task.add_done_callback(lambda _: events.put_nowait(None))
+        self._tasks.add(task)
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            if task.cancelled():
+                raise EditCancelledError
+            yield task.result()
+        finally:
+            task.cancel()  # does nothing to one that has ended
+            self._tasks.discard(task)
+
+    def stop(self) -> None:
+        """Cancel what runs."""
+        for task in self._tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        """Cancel what runs and forget the files."""
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Sessions(dict[str, _Session]):
+    """The visitors by what their browsers call themselves; such a name is never part of a path."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, name: str) -> _Session:
+        self[name] = session = _Session(self._folder / token_hex(16))
+        return session
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An edit as the history keeps it."""
+
+    source: str
+    before: str
+    after: str
+    result: str
+    caption: str
+    label: str
+    arguments: Mapping[str, object]
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is asked for."""
+
+    prompt: gr.Textbox
+    num_steps: gr.Slider
+    guidance_scale: gr.Slider
+    size_level: gr.Radio
+    seed: gr.Number
+    negative_prompt: gr.Textbox
+
+    @property
+    def inputs(self) -> list[Any]:
+        return list(vars(self).values())
+
+    def arguments(self, values: tuple[object, ...]) -> dict[str, object]:
+        return dict(zip(vars(self), values, strict=True))
+
+
+@dataclass(frozen=True)
+class _Buttons:
+    run: gr.Button
+    stop: gr.Button
+    line: gr.Markdown
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.run, self.stop, self.line]
+
+    def busy(self, line: str) -> dict[Any, Any]:
+        return {
+            self.run: gr.Button(interactive=False),
+            self.stop: gr.Button(interactive=True),
+            self.line: line,
+        }
+
+    def free(self, line: str) -> dict[Any, Any]:
+        return {
+            self.run: gr.Button(interactive=True),
+            self.stop: gr.Button(interactive=False),
+            self.line: line,
+        }
+
+
+@dataclass(frozen=True)
+class _View:
+    """Where a result is shown, and what was made before."""
+
+    slider: gr.ImageSlider
+    actions: gr.Row
+    download: gr.DownloadButton
+    reuse: gr.Button
+    again: gr.Button
+    gallery: gr.Gallery
+    made: gr.State
+    history: gr.State
+
+    @property
+    def outputs(self) -> list[Any]:
+        return [self.slider, self.actions, self.download, self.gallery, self.made, self.history]
+
+    def show(self, made: _Made) -> dict[Any, Any]:
+        return {
+            self.slider: (made.before, made.after),
+            self.actions: gr.Row(visible=True),
+            self.download: gr.DownloadButton(value=made.result),
+            self.made: made,
+        }
+
+
+@dataclass
+class _Teller:
+    """Puts progress into words, with the time that is left as the steps so far foretell it."""
+
+    language: str
+    prefix: str = ""
+    _since: float = field(default=0.0)
+    _first: int = field(default=0)
+
+    def line(self, progress: Progress) -> str:
+        words = text(
+            f"phase.{progress.phase.value}",
+            self.language,
+            step=progress.step,
+            total=progress.total,
+        )
+        share = 0.0
+        if progress.phase is Phase.DENOISING:
+            share = progress.step / progress.total
+            if not self._first:
+                self._since, self._first = time.monotonic(), progress.step
+            elif progress.step > self._first:
+                pace = (time.monotonic() - self._since) / (progress.step - self._first)
+                left = round(pace * (progress.total - progress.step))
+                words += " · " + text("left", self.language, seconds=left)
+        elif progress.phase in (Phase.DECODING, Phase.SAVING):
+            share = 1.0
+        bar = f'<div class="bar"><i style="width:{share:.0%}"></i></div>'
+        return f'<div role="status">{html.escape(self.prefix + words)}{bar}</div>'
+
+
+class _Page:
+    def __init__(self, service: EditService, settings: Settings, folder: Path) -> None:
+        self._service = service
+        self._limits = Limits(settings.max_bytes, settings.max_pixels)
+        self._is_demo = settings.model_path is None
+        self._sessions = _Sessions(folder)
+
+    def blocks(self) -> gr.Blocks:
+        blocks = gr.Blocks(
+            title="step1x-edit", analytics_enabled=False, delete_cache=(3600, _DAY_S)
+        )
+        with blocks:
+            with gr.Row(elem_classes="head"):
+                gr.Markdown("# step1x-edit")
+                chip = gr.Markdown(elem_classes="chip", sanitize_html=False)
+            about = gr.Markdown(visible=self._is_demo, sanitize_html=False, min_height=64)
+            with gr.Tab(_t("tab.edit")):
+                self._edit_tab()
+            with gr.Tab(_t("tab.region")):
+                self._region_tab()
+            with gr.Tab(_t("tab.batch")):
+                self._batch_tab()
+            with gr.Tab(_t("tab.system")):
+                table = gr.Markdown(elem_classes="status", sanitize_html=False)
+                with gr.Row():
+                    offload = gr.Button(_t("offload"), elem_id="offload")
+                    release = gr.Button(_t("release"), elem_id="release")
+                line = gr.Markdown(elem_classes="line", sanitize_html=False)
+
+            def tell(request: gr.Request) -> tuple[str, str]:
+                status, language = self._service.status().gpu_status, _language(request)
+                return _chip(status, language), _table(status, language)
+
+            async def move_away() -> str:
+                return await _answered(self._service.offload())
+
+            async def let_go() -> str:
+                return await _answered(self._service.release())
+
+            shown = [chip, table]
+            blocks.load(_about, None, about, **_PRIVATE)
+            blocks.load(tell, None, shown, **_PRIVATE)
+            gr.Timer(_REFRESH_S).tick(tell, None, shown, **_PRIVATE)
+            offload.click(move_away, None, line, **_PRIVATE).then(tell, None, shown, **_PRIVATE)
+            release.click(let_go, None, line, **_PRIVATE).then(tell, None, shown, **_PRIVATE)
+            blocks.unload(self._leave)
+        return blocks
+
+    # --- editing ----------------------------------------------------------------------------------
+
+    def _edit_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = self._picture("edit", 320)
+                form, buttons = self._form("edit")
+            view = _view("edit")
+
+        async def edit(
+            request: gr.Request,
+            source: dict[str, Any] | None,
+            history: list[_Made],
+            *values: object,
+        ) -> AsyncIterator[dict[Any, Any]]:
+            arguments = form.arguments(values)
+            async for update in self._edit(
+                request, view, buttons, _path(source), arguments, history
+            ):
+                yield update
+
+        outputs = [*view.outputs, *buttons.outputs]
+        for trigger in (buttons.run.click, form.prompt.submit):
+            inputs = [picture, view.history, *form.inputs]
+            trigger(edit, inputs, outputs, preprocess=False, **_PRIVATE)
+        self._repeat(view, buttons)
+        view.reuse.click(_source_of, view.made, picture, **_PRIVATE)
+
+    def _region_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                picture = self._picture("region", 200)
+                editor = gr.ImageEditor(
+                    label=_t("mask"),
+                    height=420,
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(
+                        default_size=48,
+                        colors=[("#e11d48", 0.6)],
+                        color_mode="fixed",
+                    ),
+                    format="png",
+                    buttons=["fullscreen"],
+                    visible=False,
+                    elem_id="region-mask",
+                )
+                form, buttons = self._form("region")
+            view = _view("region")
+        source = gr.State()
+
+        async def take(request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any, str]:
+            """Show a picture to be painted over, small; the edit itself gets the file."""
+            path = _path(given)
+            if path is None:
+                return None, gr.ImageEditor(value=None, visible=False), ""
+            try:
+                shown = await self._shown(self._session(request), path)
+            except Step1XEditError as error:
+                return None, gr.ImageEditor(value=None, visible=False), _problem(error)
+            value: Any = {"background": shown, "layers": [], "composite": None}
+            return path, gr.ImageEditor(value=value, visible=True), ""
+
+        async def edit(
+            request: gr.Request,
+            path: str | None,
+            painted: dict[str, Any] | None,
+            history: list[_Made],
+            *values: object,
+        ) -> AsyncIterator[dict[Any, Any]]:
+            arguments = form.arguments(values)
+            mask = None
+            if path is not None:
+                try:
+                    mask = await asyncio.to_thread(self._mask, path, painted, _language(request))
+                except Step1XEditError as error:
+                    yield buttons.free(_problem(error))
+                    return
+            async for update in self._edit(request, view, buttons, path, arguments, history, mask):
+                yield update
+
+        picture.change(take, picture, [source, editor, buttons.line], preprocess=False, **_PRIVATE)
+        inputs = [source, editor, view.history, *form.inputs]
+        buttons.run.click(edit, inputs, [*view.outputs, *buttons.outputs], **_PRIVATE)
+        self._repeat(view, buttons)
+        view.reuse.click(_source_of, view.made, picture, **_PRIVATE)
+
+    def _mask(self, path: str, painted: dict[str, Any] | None, language: str) -> bytes:
+        """What was painted, in the size of the picture: white on black."""
+        layers = [] if painted is None else painted["layers"]
+        alphas = [np.asarray(layer)[..., 3] for layer in layers]
+        if not any(alpha.any() for alpha in alphas):
+            raise InvalidParameterError(text("no_mask", language))
+        picture = images.decode(Path(path).read_bytes(), self._limits)
+        covered = np.maximum.reduce(alphas) > 0
+        mask = Image.fromarray(covered.astype(np.uint8) * 255)
+        return _encoded(mask.resize((picture.width, picture.height)), "PNG")
+
+    def _repeat(self, view: _View, buttons: _Buttons) -> None:
+        """What the buttons below a result, the history and *Stop* do."""
+
+        async def again(
+            request: gr.Request, made: _Made, history: list[_Made]
+        ) -> AsyncIterator[dict[Any, Any]]:
+            arguments = {**made.arguments, "seed": None}
+            async for update in self._edit(
+                request, view, buttons, made.source, arguments, history, made.mask
+            ):
+                yield update
+
+        def look(event: gr.SelectData, history: list[_Made]) -> dict[Any, Any]:
+            made = history[event.index]
+            return {**view.show(made), buttons.line: made.caption}
+
+        view.again.click(
+            again,
+            [view.made, view.history],
+            [*view.outputs, *buttons.outputs],
+            **_PRIVATE,
+        )
+        view.gallery.select(look, view.history, [*view.outputs, buttons.line], **_PRIVATE)
+        buttons.stop.click(self._stop, None, None, **_PRIVATE)
+
+    async def _edit(
+        self,
+        request: gr.Request,
+        view: _View,
+        buttons: _Buttons,
+        path: str | None,
+        arguments: Mapping[str, object],
+        history: list[_Made],
+        mask: bytes | None = None,
+    ) -> AsyncIterator[dict[Any, Any]]:
+        """Edit one picture, and yield what changes on the page meanwhile."""
+        language, session = _language(request), self._session(request)
+        if path is None:
+            yield buttons.free(_sentence(text("no_picture", language)))
+            return
+        try:
+            asked = self._service.read_picture(arguments)
+            before = await self._shown(session, path)
+            yield {**buttons.busy(""), view.slider: (before, before)}
+            data = await asyncio.to_thread(Path(path).read_bytes)
+
+            async def work(report: Report) -> EditedPicture:
+                return await self._service.edit_picture(
+                    data, asked, report, mask=mask, previews=_PREVIEWS
+                )
+
+            teller = _Teller(language)
+            async for event in session.run(work):
+                if isinstance(event, EditedPicture):
+                    made = await asyncio.to_thread(
+                        _keep, session, event, path, before, arguments, mask, language
+                    )
+                    history = [made, *history][:_HISTORY]
+                    yield {
+                        **view.show(made),
+                        **buttons.free(made.caption),
+                        view.history: history,
+                        view.gallery: gr.Gallery(
+                            value=[(one.after, one.label) for one in history], visible=True
+                        ),
+                    }
+                else:
+                    update: dict[Any, Any] = {buttons.line: teller.line(event)}
+                    if event.preview is not None:
+                        small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
+                        update[view.slider] = (before, session.save("preview.webp", small))
+                    yield update
+        except EditCancelledError:
+            yield buttons.free(html.escape(text("stopped", language)))
+        except Step1XEditError as error:
+            yield buttons.free(_problem(error))
+
+    async def _shown(self, session: _Session, path: str) -> str:
+        """A picture as browsers can show it; raises what is wrong with it."""
+
+        def show() -> str:
+            picture = images.decode(Path(path).read_bytes(), self._limits)
+            return session.save("shown.webp", _small(picture.pixels, _SHOWN_SIDE, picture))
+
+        return await asyncio.to_thread(show)
+
+    # --- several pictures -------------------------------------------------------------------------
+
+    def _batch_tab(self) -> None:
+        with gr.Row():
+            with gr.Column(min_width=300):
+                files = gr.File(
+                    label=_t("pictures"),
+                    file_count="multiple",
+                    file_types=["image"],
+                    height=200,
+                    elem_id="batch-files",
+                )
+                form, buttons = self._form("batch")
+            with gr.Column(min_width=300):
+                gallery = gr.Gallery(
+                    label=_t("results"),
+                    columns=3,
+                    height=420,
+                    object_fit="contain",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="batch-results",
+                )
+                archive = gr.DownloadButton(
+                    _t("results.file"), visible=False, elem_id="batch-download"
+                )
+
+        async def edit(
+            request: gr.Request, given: list[dict[str, Any]] | None, *values: object
+        ) -> AsyncIterator[dict[Any, Any]]:
+            language, session = _language(request), self._session(request)
+            if not given:
+                yield buttons.free(_sentence(text("no_picture", language)))
+                return
+            shown: list[tuple[str, str]] = []
+            results: dict[str, bytes] = {}
+            problems: list[str] = []
+            yield {**buttons.busy(""), gallery: [], archive: gr.DownloadButton(visible=False)}
+            try:
+                asked = self._service.read_picture(form.arguments(values))
+                for number, file in enumerate(given, start=1):
+                    path, name = str(file["path"]), str(file.get("orig_name") or "picture")
+                    place = text("of_batch", language, number=number, total=len(given))
+                    teller = _Teller(language, f"{place} · ")
+
+                    async def work(report: Report, path: str = path) -> EditedPicture:
+                        data = await asyncio.to_thread(Path(path).read_bytes)
+                        return await self._service.edit_picture(data, asked, report)
+
+                    try:
+                        async for event in session.run(work):
+                            if isinstance(event, EditedPicture):
+                                made = await asyncio.to_thread(
+                                    _small, event.picture.pixels, _PREVIEW_SIDE, event.picture
+                                )
+                                shown = [*shown, (session.save("shown.webp", made), name)]
+                                results[_unused(_result_name(name), results)] = event.data
+                                yield {gallery: shown}
+                            else:
+                                yield {buttons.line: teller.line(event)}
+                    except EditCancelledError:
+                        raise
+                    except Step1XEditError as error:
+                        problems.append(f"{name}: {error}")
+                line = html.escape(
+                    text("batch.done", language, successes=len(results), total=len(given))
+                )
+            except EditCancelledError:
+                line = html.escape(text("stopped", language))
+            except Step1XEditError as error:
+                line = _problem(error)
+            line += "".join(_sentence(problem) for problem in problems)
+            yield buttons.free(line)
+            if results:
+                packed = await asyncio.to_thread(_packed, results)
+                path = session.save("step1x-edit.zip", packed)
+                yield {archive: gr.DownloadButton(value=path, visible=True)}
+
+        buttons.run.click(
+            edit,
+            [files, *form.inputs],
+            [gallery, archive, *buttons.outputs],
+            preprocess=False,
+            **_PRIVATE,
+        )
+        buttons.stop.click(self._stop, None, None, **_PRIVATE)
+
+    # --- what the tabs share ----------------------------------------------------------------------
+
+    def _picture(self, name: str, height: int) -> gr.Image:
+        picture = gr.Image(
+            label=_t("picture"),
+            type="filepath",
+            format="png",
+            image_mode=None,
+            height=height,
+            sources=["upload", "clipboard", "webcam"],
+            buttons=["fullscreen"],
+            elem_id=f"{name}-picture",
+        )
+        photo = gr.Button(_t("photo"), size="sm", elem_id=f"{name}-photo")
+        photo.click(self._photo, None, picture, **_PRIVATE)
+        return picture
+
+    def _form(self, name: str) -> tuple[_Form, _Buttons]:
+        prompt = gr.Textbox(
+            label=_t("prompt"),
+            placeholder=_t("prompt.hint"),
+            lines=2,
+            max_lines=6,
+            max_length=PARAMETERS["prompt"].max_length or 0,
+            submit_btn=False,
+            elem_id=f"{name}-prompt",
+        )
+        with gr.Row(elem_classes="examples"):
+            for example in DEMO_EXAMPLES if self._is_demo else EXAMPLES:
+                key = f"edit.{example}"
+                button = gr.Button(_t(key), size="sm", elem_id=f"{name}-{example}")
+                button.click(_saying(key), None, prompt, **_PRIVATE)
+        with gr.Row():
+            run = gr.Button(
+                _t("run.batch" if name == "batch" else "run"),
+                variant="primary",
+                scale=3,
+                min_width=120,
+                elem_id=f"{name}-run",
+            )
+            stop = gr.Button(
+                _t("stop"),
+                variant="stop",
+                interactive=False,
+                min_width=80,
+                elem_id=f"{name}-stop",
+            )
+        line = gr.Markdown(elem_classes="line", elem_id=f"{name}-line", sanitize_html=False)
+        with gr.Accordion(_t("advanced"), open=False):
+            form = _Form(prompt, *self._advanced())
+        return form, _Buttons(run, stop, line)
+
+    def _advanced(self) -> tuple[gr.Slider, gr.Slider, gr.Radio, gr.Number, gr.Textbox]:
+        defaults = self._service.defaults
+        return (
+            gr.Slider(
+                *_range("num_steps"),
+                defaults["num_steps"],
+                step=1,
+                label=_t("num_steps"),
+            ),
+            gr.Slider(
+                *_range("guidance_scale"),
+                defaults["guidance_scale"],
+                step=0.1,
+                label=_t("guidance_scale"),
+            ),
+            gr.Radio(
+                list(PARAMETERS["size_level"].choices),
+                value=defaults["size_level"],
+                label=_t("size_level"),
+            ),
+            gr.Number(-1, precision=0, label=_t("seed"), info=_t("seed.hint")),
+            gr.Textbox(label=_t("negative_prompt"), lines=1),
+        )
+
+    def _session(self, request: gr.Request) -> _Session:
+        return self._sessions[str(request.session_hash)]
+
+    def _photo(self, request: gr.Request) -> str:
+        return self._session(request).save("photo.jpg", _EXAMPLE_PHOTO.read_bytes())
+
+    def _stop(self, request: gr.Request) -> None:
+        self._session(request).stop()
+
+    def _leave(self, request: gr.Request) -> None:
+        session = self._sessions.pop(str(request.session_hash), None)
+        if session is not None:
+            session.close()
+
+
+# --- parts of the page ----------------------------------------------------------------------------
+
+
+def _view(name: str) -> _View:
+    with gr.Column(min_width=300):
+        slider = gr.ImageSlider(
+            label=_t("result"),
+            type="filepath",
+            interactive=False,
+            buttons=["fullscreen"],
+            max_height=520,
+            elem_id=f"{name}-result",
+        )
+        with gr.Row(visible=False, elem_classes="actions") as actions:
+            download = gr.DownloadButton(
+                _t("download"),
+                variant="primary",
+                size="md",
+                min_width=120,
+                elem_id=f"{name}-download",
+            )
+            reuse = gr.Button(_t("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
+            again = gr.Button(_t("again"), size="md", min_width=120, elem_id=f"{name}-again")
+        gallery = gr.Gallery(
+            label=_t("history"),
+            columns=4,
+            fit_columns=False,
+            height=150,
+            allow_preview=False,
+            interactive=False,
+            visible=False,
+            object_fit="cover",
+            buttons=[],
+            elem_id=f"{name}-history",
+            elem_classes="history",
+        )
+    made, history = gr.State(), gr.State([])
+    return _View(slider, actions, download, reuse, again, gallery, made, history)
+
+
+def _range(name: str) -> tuple[float, float]:
+    parameter = PARAMETERS[name]
+    assert parameter.minimum is not None
+    assert parameter.maximum is not None
+    return parameter.minimum, parameter.maximum
+
+
+def _saying(key: str) -> Callable[[gr.Request], str]:
+    def say(request: gr.Request) -> str:
+        return text(key, _language(request))
+
+    return say
+
+
+def _about(request: gr.Request) -> str:
+    language = _language(request)
+    badge, about = text("demo.badge", language), text("demo.about", language)
+    return f'<div class="demo"><b>{html.escape(badge)}</b> {html.escape(about)}</div>'
+
+
+def _chip(status: GpuStatus, language: str) -> str:
+    where = text(f"at.{status.model_location}", language)
+    queue = text("queue", language, length=status.queue_length or 0)
+    return (
+        f'<span class="pill"><b class="{status.model_location}"></b>'
+        f"{html.escape(where)} · {html.escape(queue)}</span>"
+    )
+
+
+def _table(status: GpuStatus, language: str) -> str:
+    statistics = status.statistics
+    memory = text(
+        "memory",
+        language,
+        allocated=status.gpu_memory_allocated_gb,
+        reserved=status.gpu_memory_reserved_gb,
+    )
+    idle = text(
+        "idle.until" if status.idle_timeout else "idle.stays",
+        language,
+        seconds=round(status.idle_time),
+        timeout=status.idle_timeout,
+    )
+    rows = {
+        "location": text(f"at.{status.model_location}", language),
+        "model": status.model or "–",
+        "device": status.device or "–",
+        "memory": memory,
+        "idle": idle,
+        "queue": status.queue_length or 0,
+        "loads": statistics.total_loads,
+        "moves": f"{statistics.cpu_to_gpu} / {statistics.gpu_to_cpu}",
+    }
+    cells = "".join(
+        f"<tr><td>{html.escape(text(f'status.{key}', language))}</td>"
+        f"<td>{html.escape(str(value))}</td></tr>"
+        for key, value in rows.items()
+    )
+    return f"<table><tbody>{cells}</tbody></table>"
+
+
+async def _answered(move: Awaitable[Any]) -> str:
+    try:
+        return html.escape((await move).message)
+    except Step1XEditError as error:
+        return _problem(error)
+
+
+def _problem(error: Step1XEditError) -> str:
+    return _sentence(str(error))
+
+
+def _sentence(words: str) -> str:
+    return f'<div class="problem" role="alert">{html.escape(words)}</div>'
+
+
+def _language(request: gr.Request) -> str:
+    return language_of(request.headers.get("accept-language", ""))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _path(given: dict[str, Any] | None) -> str | None:
+    return None if given is None else str(given["path"])
+
+
+def _source_of(made: _Made) -> str:
+    return made.result
+
+
+def _keep(
+    session: _Session,
+    edited: EditedPicture,
+    source: str,
+    before: str,
+    arguments: Mapping[str, object],
+    mask: bytes | None,
+    language: str,
+) -> _Made:
+    """Write the result, as it is and as it is shown."""
+    metadata = edited.metadata
+    line = text("done", language, seconds=edited.processing_time, seed=metadata.seed)
+    if metadata.changed_share is not None:
+        share = f"{metadata.changed_share * 100:.1f}"
+        line += " · " + text("changed", language, share=share)
+    caption = html.escape(line)
+    if metadata.warning is not None:
+        caption += _sentence(metadata.warning)
+    return _Made(
+        source=source,
+        before=before,
+        after=session.save(
+            "shown.webp", _small(edited.picture.pixels, _SHOWN_SIDE, edited.picture)
+        ),
+        result=session.save(_result_name(Path(source).name), edited.data),
+        caption=caption,
+        label=metadata.prompt,
+        arguments=arguments,
+        mask=mask,
+    )
+
+
+def _small(pixels: Pixels, side: int, picture: images.Picture | None = None) -> bytes:
+    """Pixels as a browser gets them to look at."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    profile = None if picture is None else picture.icc_profile
+    return _encoded(image, "WEBP", quality=85, icc_profile=profile)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _result_name(name: str) -> str:
+    stem = re.sub(r"[^\w-]+", "_", Path(name).stem)[:80].removesuffix("_edited")
+    return f"{stem or 'picture'}_edited.png"
+
+
+def _unused(name: str, taken: Mapping[str, object]) -> str:
+    stem, number, free = name.removesuffix(".png"), 1, name
+    while free in taken:
+        number += 1
+        free = f"{stem}_{number}.png"
+    return free
+
+
+def _packed(results: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in results.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()

@@ -1,0 +1,234 @@
+"""Everything that the web page says, in four languages.
+
+What stands on the page from the start is translated by the browser, what the server says later by
+the language that the browser asks for: both from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+LANGUAGES: Final = ("en", "zh-CN", "zh-TW", "ja")
+
+_TRADITIONAL: Final = ("zh-tw", "zh-hk", "zh-mo", "zh-hant")
+
+# What the demo checkpoint knows and shows well, in the order of the buttons.
+DEMO_EXAMPLES: Final = ("bw", "sketch", "night", "sepia", "painting", "autumn", "pink", "fog")
+EXAMPLES: Final = ("hat", "sketch", "night", "snow", "background", "remove")
+
+# In the order of LANGUAGES.
+_TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
+    "tab.edit": ("Edit", "编辑", "編輯", "編集"),
+    "tab.region": ("Edit a region", "局部编辑", "局部編輯", "範囲を編集"),
+    "tab.batch": ("Batch", "批量", "批次", "一括"),
+    "tab.system": ("System", "系统", "系統", "システム"),
+    "picture": ("Picture", "图片", "圖片", "画像"),
+    "pictures": ("Pictures", "图片", "圖片", "画像"),
+    "mask": (
+        "Paint over what may change",
+        "涂抹允许修改的区域",
+        "塗抹允許修改的區域",
+        "変更してよい部分を塗る",
+    ),
+    "prompt": ("What to change", "要怎么修改", "要怎麼修改", "どう変えるか"),
+    "prompt.hint": (
+        "Say it in plain words, e.g. “turn it into a pencil sketch”",
+        "用一句话说明，例如“变成铅笔素描”",
+        "用一句話說明，例如「變成鉛筆素描」",
+        "ふつうの言葉で。例：「鉛筆スケッチにして」",
+    ),
+    "advanced": ("Advanced", "高级选项", "進階選項", "詳細設定"),
+    "num_steps": ("Steps", "步数", "步數", "ステップ数"),
+    "guidance_scale": ("Guidance", "引导强度", "引導強度", "ガイダンス"),
+    "size_level": ("Working size", "处理尺寸", "處理尺寸", "処理サイズ"),
+    "seed": ("Seed", "随机种子", "隨機種子", "シード値"),
+    "seed.hint": (
+        "−1 draws one; the same seed gives the same picture",
+        "−1 为随机；种子相同，结果相同",
+        "−1 為隨機；種子相同，結果相同",
+        "−1 で自動。同じ値なら同じ結果",
+    ),
+    "negative_prompt": ("What to avoid", "不想出现的内容", "不想出現的內容", "避けたいもの"),
+    "run": ("Edit", "开始编辑", "開始編輯", "編集する"),
+    "run.batch": ("Edit all", "全部编辑", "全部編輯", "すべて編集"),
+    "stop": ("Stop", "停止", "停止", "中止"),
+    "result": ("Before and after", "修改前后", "修改前後", "変更前と変更後"),
+    "results": ("Results", "结果", "結果", "結果"),
+    "results.file": ("All results (zip)", "全部结果（zip）", "全部結果（zip）", "結果一式（zip）"),
+    "download": ("Download PNG", "下载 PNG", "下載 PNG", "PNG をダウンロード"),
+    "reuse": ("Use as input", "用作输入", "作為輸入", "入力にする"),
+    "again": ("Again, new seed", "换个种子再来", "換個種子再來", "別のシードでもう一度"),
+    "history": (
+        "History of this tab",
+        "本页的历史",
+        "本頁的紀錄",
+        "このタブの履歴",
+    ),
+    "photo": ("Try the example photo", "使用示例照片", "使用範例照片", "サンプル写真を使う"),
+    "offload": ("Offload from the GPU", "移出显存", "移出顯示記憶體", "GPU から退避"),
+    "release": ("Release all memory", "释放全部内存", "釋放所有記憶體", "メモリをすべて解放"),
+    "edit.bw": ("make it black and white", "变成黑白照片", "變成黑白照片", "白黒にして"),
+    "edit.sketch": (
+        "turn it into a pencil sketch",
+        "变成铅笔素描",
+        "變成鉛筆素描",
+        "鉛筆スケッチにして",
+    ),
+    "edit.night": ("make it night", "变成夜晚", "變成夜晚", "夜にして"),
+    "edit.sepia": ("make it sepia", "变成怀旧的棕褐色", "變成懷舊的棕褐色", "セピア色にして"),
+    "edit.painting": ("turn it into a painting", "变成油画", "變成油畫", "絵画風にして"),
+    "edit.autumn": ("make it autumn", "变成秋天", "變成秋天", "秋にして"),
+    "edit.pink": ("make it pink", "变成粉红色", "變成粉紅色", "ピンク色にして"),
+    "edit.fog": ("add fog", "加上雾气", "加上霧氣", "霧を加えて"),
+    "edit.hat": ("add a red hat", "加一顶红色的帽子", "加一頂紅色的帽子", "赤い帽子を加えて"),
+    "edit.snow": ("let it snow", "让天空下雪", "讓天空下雪", "雪を降らせて"),
+    "edit.background": (
+        "replace the background with a beach",
+        "把背景换成海滩",
+        "把背景換成海灘",
+        "背景を海辺に変えて",
+    ),
+    "edit.remove": (
+        "remove the people in the background",
+        "去掉背景里的人",
+        "去掉背景裡的人",
+        "背景の人を消して",
+    ),
+    "demo.badge": ("Demo model", "演示模型", "示範模型", "デモモデル"),
+    "demo.about": (
+        "This small built-in model shows how things work and knows only colours, moods and simple "
+        "styles like those below; set MODEL_PATH for the real Step1X-Edit.",
+        "这是内置的小型演示模型，只会下面这类颜色、氛围和简单风格的修改；"
+        "要使用真正的 Step1X-Edit，请设置 MODEL_PATH。",
+        "這是內建的小型示範模型，只會下面這類顏色、氛圍和簡單風格的修改；"
+        "要使用真正的 Step1X-Edit，請設定 MODEL_PATH。",
+        "これは内蔵の小さなデモモデルで、下のような色・雰囲気・簡単な画風の変更しかできません。"
+        "本物の Step1X-Edit を使うには MODEL_PATH を設定してください。",
+    ),
+    # --- what the server says -------------------------------------------------------------------
+    "no_picture": (
+        "Choose a picture first.",
+        "请先选择一张图片。",
+        "請先選擇一張圖片。",
+        "先に画像を選んでください。",
+    ),
+    "no_mask": (
+        "Paint over what may change first.",
+        "请先涂抹允许修改的区域。",
+        "請先塗抹允許修改的區域。",
+        "先に変更してよい部分を塗ってください。",
+    ),
+    "stopped": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
+    "done": (
+        "Done in {seconds} s · seed {seed}",
+        "完成，用时 {seconds} 秒 · 种子 {seed}",
+        "完成，耗時 {seconds} 秒 · 種子 {seed}",
+        "完了（{seconds} 秒）· シード値 {seed}",
+    ),
+    "changed": (
+        "{share} % of the picture changed",
+        "改动了图片的 {share} %",
+        "改動了圖片的 {share} %",
+        "画像の {share} % を変更",
+    ),
+    "phase.queued": (
+        "Waiting, position {step}",
+        "排队中，第 {step} 位",
+        "排隊中，第 {step} 位",
+        "待機中（{step} 番目）",
+    ),
+    "phase.loading": ("Loading the model", "正在加载模型", "正在載入模型", "モデルを読み込み中"),
+    "phase.encoding": (
+        "Reading picture and text",
+        "正在理解图片和文字",
+        "正在理解圖片和文字",
+        "画像と文を読み取り中",
+    ),
+    "phase.denoising": (
+        "Step {step} of {total}",
+        "第 {step} 步，共 {total} 步",
+        "第 {step} 步，共 {total} 步",
+        "ステップ {step} / {total}",
+    ),
+    "phase.decoding": ("Drawing the result", "正在生成图片", "正在產生圖片", "画像を生成中"),
+    "phase.saving": ("Saving", "正在保存", "正在儲存", "保存中"),
+    "left": (
+        "about {seconds} s left",
+        "约剩 {seconds} 秒",
+        "約剩 {seconds} 秒",
+        "残り約 {seconds} 秒",
+    ),
+    "of_batch": (
+        "Picture {number} of {total}",
+        "第 {number} 张，共 {total} 张",
+        "第 {number} 張，共 {total} 張",
+        "{number} 枚目 / {total} 枚",
+    ),
+    "batch.done": (
+        "{successes} of {total} edited",
+        "已编辑 {successes} / {total} 张",
+        "已編輯 {successes} / {total} 張",
+        "{total} 枚中 {successes} 枚を編集",
+    ),
+    "at.Unloaded": ("Model not loaded", "模型未加载", "模型未載入", "モデル未読み込み"),
+    "at.CPU": ("Model in memory", "模型在内存", "模型在記憶體", "モデルはメモリ上"),
+    "at.GPU": ("Model on the GPU", "模型在 GPU", "模型在 GPU", "モデルは GPU 上"),
+    "queue": ("queue {length}", "排队 {length}", "排隊 {length}", "待ち {length}"),
+    "status.location": ("Location", "位置", "位置", "場所"),
+    "status.model": ("Model", "模型", "模型", "モデル"),
+    "status.device": ("Device", "设备", "裝置", "デバイス"),
+    "status.memory": ("GPU memory", "显存", "顯示記憶體", "GPU メモリ"),
+    "status.idle": ("Idle", "空闲", "閒置", "アイドル"),
+    "status.queue": ("Waiting edits", "等待的任务", "等待的工作", "待機中の編集"),
+    "status.loads": ("Loads", "加载次数", "載入次數", "読み込み回数"),
+    "status.moves": (
+        "Moves to / from the GPU",
+        "移入 / 移出 GPU",
+        "移入 / 移出 GPU",
+        "GPU への移動 / 退避",
+    ),
+    "memory": (
+        "{allocated} GB used, {reserved} GB held",
+        "已用 {allocated} GB，占有 {reserved} GB",
+        "已用 {allocated} GB，占有 {reserved} GB",
+        "使用 {allocated} GB、確保 {reserved} GB",
+    ),
+    "idle.until": (
+        "{seconds} s; leaves the GPU after {timeout} s",
+        "{seconds} 秒；{timeout} 秒后移出 GPU",
+        "{seconds} 秒；{timeout} 秒後移出 GPU",
+        "{seconds} 秒（{timeout} 秒で GPU から退避）",
+    ),
+    "idle.stays": (
+        "{seconds} s; stays on the GPU",
+        "{seconds} 秒；一直留在 GPU",
+        "{seconds} 秒；一直留在 GPU",
+        "{seconds} 秒（GPU に残ります）",
+    ),
+}
+
+
+def translations() -> dict[str, dict[str, str]]:
+    """The table by language, and Chinese without a country as in Singapore and on the mainland."""
+    found = {
+        language: {key: texts[index] for key, texts in _TABLE.items()}
+        for index, language in enumerate(LANGUAGES)
+    }
+    return {**found, "zh": found["zh-CN"]}
+
+
+def language_of(accepted: str) -> str:
+    """The language for the value of an Accept-Language header: the first that we know."""
+    for part in accepted.lower().split(","):
+        tag = part.partition(";")[0].strip()
+        if tag.startswith("zh"):
+            return "zh-TW" if tag.startswith(_TRADITIONAL) else "zh-CN"
+        if tag[:2] in ("en", "ja"):
+            return tag[:2]
+    return "en"
+
+
+def text(key: str, language: str, **values: object) -> str:
+    """One text, with its values filled in."""
+    return _TABLE[key][LANGUAGES.index(language)].format(**values)

@@ -1,0 +1,492 @@
+"""The web page in a real browser, before a worker process that needs no model."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from string import Formatter
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from fakes import FakeWorker, Gate
+from http_server import TOKEN, serving, until
+from step1x_edit import images
+from step1x_edit.channel import Start
+from step1x_edit.interfaces.ui_texts import LANGUAGES, language_of, text, translations
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings
+from step1x_edit.worker_process import WorkerProcess
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 90_000  # mask editors draw without a GPU here
+
+pytestmark = pytest.mark.timeout(300)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+
+OpenPage = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[EditService]:
+    settings = Settings(_env_file=None, max_queue=1)  # type: ignore[call-arg]
+    worker = partial(WorkerProcess, Start(), module="toy_worker")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        service = build_service(settings, worker)
+        yield service
+        service.close()
+
+
+@pytest.fixture(scope="module")
+def url(service: EditService) -> Iterator[str]:
+    with serving(service, api_key=None, max_queue=1, max_upload_mb=1) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
+    """Open the page; in the end nothing may have gone wrong in it, or have left the machine."""
+    contexts: list[BrowserContext] = []
+    wrong: list[str] = []
+
+    def open_one(language: str = "en", address: str = url, **options: object) -> Page:
+        context = browser.new_context(locale=language, **options)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        page.on(
+            "request",
+            lambda request: (
+                request.url.startswith((address, "data:", "blob:")) or wrong.append(request.url)
+            ),
+        )
+        page.on(
+            "response",
+            lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"),
+        )
+        page.goto(address)
+        page.wait_for_selector("#edit-run")
+        return page
+
+    expect.set_options(timeout=PATIENCE_MS)
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other one.png"
+    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(path)
+    return path
+
+
+def choose(page: Page, name: str, path: Path) -> None:
+    """Give the page a picture, and wait until it has arrived."""
+    page.locator(f"#{name}-picture input[type=file]").set_input_files(path)
+    page.wait_for_selector(f"#{name}-picture img")
+
+
+def downloaded(page: Page, button: str) -> bytes:
+    with page.expect_download() as download:
+        page.click(button)
+    return Path(download.value.path()).read_bytes()
+
+
+def pixels(source: Path | bytes) -> np.ndarray:
+    opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return np.asarray(opened.convert("RGB"))
+
+
+def cancelled(service: EditService) -> int:
+    return service.outcomes.get("cancelled", 0)
+
+
+# --- editing --------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_a_picture_is_edited_and_downloaded_as_the_service_made_it(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page()
+    choose(page, "edit", photo)
+    page.fill("#edit-prompt textarea", "invert")
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-download")
+    expect(page.locator("#edit-line")).to_contain_text("Done in")
+    result = downloaded(page, "#edit-download")
+
+    assert np.array_equal(pixels(result), 255 - pixels(photo))
+    record = images.read_edit_record(result)
+    assert record is not None
+    assert record.prompt == "invert"
+    expect(page.locator("#edit-line")).to_contain_text(str(record.seed))
+
+    page.click("#edit-again")
+    expect(page.locator("#edit-history img")).to_have_count(2)
+    again = images.read_edit_record(downloaded(page, "#edit-download"))
+    assert again is not None
+    assert again.seed != record.seed
+    page.locator("#edit-history img").nth(1).click()
+    expect(page.locator("#edit-line")).to_contain_text(str(record.seed))
+
+    page.click("#edit-reuse")
+    page.click("#edit-run")
+    expect(page.locator("#edit-history img")).to_have_count(3)
+    assert np.array_equal(pixels(downloaded(page, "#edit-download")), pixels(photo))
+
+
+@needs_browser
+def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> None:
+    page = open_page()
+    choose(page, "edit", photo)
+    page.get_by_role("button", name="Advanced").first.click()
+    page.get_by_label("Steps").locator("visible=true").first.fill("11")
+    page.get_by_role("radio", name="512").first.check()
+    page.get_by_label("Seed").locator("visible=true").first.fill("7")
+    page.get_by_label("What to avoid").locator("visible=true").first.fill("blur")
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-download")
+    record = images.read_edit_record(downloaded(page, "#edit-download"))
+
+    assert record is not None
+    assert (record.num_steps, record.size_level, record.seed) == (11, 512, 7)
+    assert record.negative_prompt == "blur"
+
+
+@needs_browser
+def test_stop_cancels_the_edit(open_page: OpenPage, service: EditService, photo: Path) -> None:
+    before = cancelled(service)
+    page = open_page()
+    choose(page, "edit", photo)
+    page.fill("#edit-prompt textarea", "wait in denoising")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    page.click("#edit-stop")
+    expect(page.locator("#edit-line")).to_contain_text("Stopped.")
+
+    assert cancelled(service) == before + 1
+    expect(page.locator("#edit-run")).to_be_enabled()
+
+
+@needs_browser
+def test_closing_the_tab_cancels_the_edit(
+    open_page: OpenPage, service: EditService, photo: Path
+) -> None:
+    before = cancelled(service)
+    page = open_page()
+    choose(page, "edit", photo)
+    page.fill("#edit-prompt textarea", "wait in denoising")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    page.close()
+
+    until(lambda: cancelled(service) == before + 1)
+
+
+@needs_browser
+def test_the_page_has_no_line_of_its_own_behind_the_full_one(
+    open_page: OpenPage, photo: Path
+) -> None:
+    pages = [open_page() for _ in range(3)]
+    for page, line in zip(pages, ("Step 1", "Waiting, position 1", "Server busy"), strict=True):
+        choose(page, "edit", photo)
+        page.fill("#edit-prompt textarea", "wait in denoising")
+        page.click("#edit-run")
+        expect(page.locator("#edit-line")).to_contain_text(line)
+
+    for page in reversed(pages[:2]):
+        page.click("#edit-stop")
+        expect(page.locator("#edit-line")).to_contain_text("Stopped.")
+
+
+@needs_browser
+def test_the_picture_to_come_is_shown_while_it_is_made(open_page: OpenPage, photo: Path) -> None:
+    gate = Gate(at_step=28)
+    service = build_service(Settings(_env_file=None), FakeWorker(before_step=gate))  # type: ignore
+    with serving(service, api_key=None) as address:
+        page = open_page(address=address)
+        choose(page, "edit", photo)
+        page.click("#edit-run")
+        page.wait_for_selector('#edit-result img[src*="preview.webp"]', state="attached")
+        gate.open()
+        page.wait_for_selector("#edit-download")
+        expect(page.locator('#edit-result img[src*="preview.webp"]')).to_have_count(0)
+        page.close()
+    service.close()
+
+
+@needs_browser
+def test_failures_are_one_sentence_on_the_page(
+    open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    page = open_page()
+    page.click("#edit-run")
+    expect(page.locator("#edit-line")).to_have_text("Choose a picture first.")
+
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    page.locator("#edit-picture input[type=file]").set_input_files(damaged)
+    page.wait_for_selector("#edit-picture img", state="attached")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line [role=alert]")).to_contain_text("Unsupported image format")
+
+    page = open_page()
+    choose(page, "edit", photo)
+    page.fill("#edit-prompt textarea", "fail")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line [role=alert]")).to_contain_text("on purpose")
+    page.fill("#edit-prompt textarea", "stumble <b>")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line [role=alert]")).not_to_contain_text("on purpose")
+    expect(page.locator("#edit-run")).to_be_enabled()
+    assert "secret" not in page.content()
+    assert "Traceback" not in page.content()
+
+
+@needs_browser
+def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> None:
+    Image.open(photo).resize((320, 240)).save(photo)
+    page = open_page()
+    page.get_by_role("tab", name="Edit a region").click()
+    choose(page, "region", photo)
+    canvas = page.locator("#region-mask canvas").first
+    canvas.wait_for()
+    page.click("#region-run")
+    expect(page.locator("#region-line")).to_contain_text("Paint over what may change first.")
+
+    box = canvas.bounding_box()
+    assert box is not None
+    left, middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(left, middle)
+    page.mouse.down()
+    page.mouse.move(left + 6, middle + 3)
+    page.mouse.up()
+    page.fill("#region-prompt textarea", "invert")
+    page.click("#region-run")
+    page.wait_for_selector("#region-download")
+    expect(page.locator("#region-line")).to_contain_text("% of the picture changed")
+    before, after = pixels(photo), pixels(downloaded(page, "#region-download"))
+
+    changed = (before != after).any(axis=-1)
+    assert 0 < changed.mean() < 0.25
+    assert np.array_equal(after[120, 160], 255 - before[120, 160])
+    assert not changed[:, :80].any()
+
+
+@needs_browser
+def test_several_pictures_are_edited_and_packed(
+    open_page: OpenPage, photo: Path, other: Path, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(b"no picture")
+    page = open_page()
+    page.get_by_role("tab", name="Batch").click()
+    page.locator("#batch-files input[type=file]").set_input_files([photo, damaged, other])
+    expect(page.locator("#batch-files")).to_contain_text("damaged")
+    page.fill("#batch-prompt textarea", "invert")
+    page.click("#batch-run")
+    expect(page.locator("#batch-line")).to_contain_text("2 of 3 edited")
+    expect(page.locator("#batch-line [role=alert]")).to_contain_text("damaged.png: Unsupported")
+    page.wait_for_selector("#batch-download")
+
+    with zipfile.ZipFile(io.BytesIO(downloaded(page, "#batch-download"))) as archive:
+        found = {name: pixels(archive.read(name)) for name in archive.namelist()}
+    assert found.keys() == {"photo_edited.png", "other_one_edited.png"}
+    assert np.array_equal(found["photo_edited.png"], 255 - pixels(photo))
+    assert np.array_equal(found["other_one_edited.png"], 255 - pixels(other))
+
+
+@needs_browser
+def test_the_model_is_moved_from_the_page(open_page: OpenPage, photo: Path) -> None:
+    page = open_page()
+    choose(page, "edit", photo)
+    page.click("#edit-run")
+    expect(page.locator(".pill")).to_contain_text("Model on the GPU")
+    page.wait_for_selector("#edit-download")
+    page.get_by_role("tab", name="System").click()
+    page.click("#offload")
+    expect(page.locator(".pill")).to_contain_text("Model in memory")
+    expect(page.get_by_text("GPU offloaded. Model now on CPU")).to_be_visible()
+    page.click("#release")
+    expect(page.locator(".pill")).to_contain_text("Model not loaded")
+
+
+# --- languages ------------------------------------------------------------------------------------
+
+
+@needs_browser
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, language: str) -> None:
+    page = open_page(language)
+    expect(page.locator("#edit-run")).to_have_text(text("run", language))
+    expect(page.get_by_role("tab").nth(1)).to_have_text(text("tab.region", language))
+    expect(page.locator("#edit-prompt textarea")).to_have_attribute(
+        "placeholder", text("prompt.hint", language)
+    )
+    expect(page.locator(".pill")).to_contain_text(text("queue", language, length=0))
+    expect(page.locator(".demo")).to_contain_text(text("demo.about", language))
+    page.click("#edit-night")
+    expect(page.locator("#edit-prompt textarea")).to_have_value(text("edit.night", language))
+    page.click("#edit-run")
+    expect(page.locator("#edit-line")).to_have_text(text("no_picture", language))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "language"),
+    [
+        ("", "en"),
+        ("fr-FR,fr;q=0.9", "en"),
+        ("en-GB,en;q=0.9,ja;q=0.8", "en"),
+        ("ja", "ja"),
+        ("zh", "zh-CN"),
+        ("zh-SG", "zh-CN"),
+        ("zh-HK,zh;q=0.9", "zh-TW"),
+        ("zh-Hant-TW", "zh-TW"),
+        ("fr,zh-TW;q=0.5", "zh-TW"),
+    ],
+)
+def test_the_first_language_that_is_known_is_spoken(accepted: str, language: str) -> None:
+    assert language_of(accepted) == language
+
+
+def test_a_text_has_the_same_values_in_every_language() -> None:
+    def values(words: str) -> set[str | None]:
+        return {name for _, name, _, _ in Formatter().parse(words) if name is not None}
+
+    known = translations()
+    for key, words in known["en"].items():
+        assert len({frozenset(values(known[language][key])) for language in LANGUAGES}) == 1, words
+
+
+# --- its place in the server ----------------------------------------------------------------------
+
+
+@needs_browser
+def test_a_phone_shows_the_page_without_scrolling_sideways(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page(viewport={"width": 412, "height": 900})
+    choose(page, "edit", photo)
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-history img")
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= 412
+
+
+@needs_browser
+def test_a_browser_with_the_key_may_use_the_page(service: EditService, browser: Browser) -> None:
+    with serving(service) as url:
+        context = browser.new_context(http_credentials={"username": "", "password": TOKEN})
+        page = context.new_page()
+        page.goto(url, timeout=PATIENCE_MS)
+        page.click("#edit-night", timeout=PATIENCE_MS)
+        expect(page.locator("#edit-prompt textarea")).to_have_value("make it night")
+        context.close()
+
+
+def test_nothing_of_gradio_answers_but_what_the_page_needs(url: str) -> None:
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+        page = client.get("/")
+        assert page.status_code == 200
+        policy = page.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert "http" not in policy
+        assert (
+            client.get("/livez")
+            .headers["content-security-policy"]
+            .startswith("default-src 'none'; frame")
+        )
+        for path in (
+            "/gradio_api/proxy=http://127.0.0.1/",
+            "/gradio_api/file=http://127.0.0.1/",
+            "/gradio_api/runs",
+            "/gradio_api/startup-events",
+            "/gradio_api/openapi.json",
+            "/login",
+            "/monitoring",
+            "/nope",
+        ):
+            answer = client.get(path)
+            assert answer.status_code == 404, path
+            assert answer.headers["content-type"] == "application/problem+json"
+        assert client.post("/gradio_api/run/predict", json={}).status_code == 404
+        assert client.post("/gradio_api/call/edit", json={}).status_code == 404
+        assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+        config = client.get("/config").json()
+        assert not config["analytics_enabled"]
+        assert {one["api_visibility"] for one in config["dependencies"]} == {"private"}
+
+
+def test_the_upload_has_the_limit_of_the_other_doors(url: str) -> None:
+    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+
+        def upload(size: int) -> int:
+            files = {"files": ("a.png", b"\0" * size)}
+            return client.post("/gradio_api/upload", files=files).status_code
+
+        assert upload(1024 * 1024) == 200
+        assert upload(1024 * 1024 + 1) == 413
+        assert upload(3 * 1024 * 1024) == 413
+
+
+def test_the_server_starts_without_gradio_and_the_page_can_be_left_out() -> None:
+    script = """
+import sys, tempfile
+from fastapi.testclient import TestClient
+from step1x_edit.interfaces.server import build_app
+from step1x_edit.service import build_service
+from step1x_edit.settings import Settings
+
+def status(path, **chosen):
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(_env_file=None, data_dir=folder, enable_mcp=False, **chosen)
+        service = build_service(settings)
+        with TestClient(build_app(service, settings), base_url="http://127.0.0.1") as client:
+            answer = client.get(path).status_code
+        service.close()
+        return answer
+
+print(status("/livez"), status("/", enable_ui=False), "gradio" in sys.modules)
+print(status("/"), "gradio" in sys.modules, "torch" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
+    )
+
+    assert done.stdout.split() == ["200", "404", "False", "200", "True", "False"], done.stderr
