@@ -140,7 +140,7 @@ def test_models_lists_what_there_is_and_marks_what_would_run() -> None:
     found: list[dict[str, Any]] = json.loads(result.stdout)["models"]
     assert [model["name"] for model in found if model["runs"]] == ["demo"]
     assert Path(found[0]["place"], "model.safetensors").stat().st_size / 1e9 < found[0]["disk_gb"]
-    assert {"Step1X-Edit v1.0", "Step1X-Edit v1.1"} <= {model["name"] for model in found}
+    assert {"v1.0", "v1.1", "v1.1-diffusers"} <= {model["name"] for model in found}
 
 
 def test_models_tells_why_the_chosen_one_does_not_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from http_server import until
 from hub import LISTING, Fault, Hub, running_hub
 from step1x_edit.checkpoints.catalog import CATALOG
 from step1x_edit.checkpoints.fetch import pull
-from step1x_edit.interfaces.models_cli import models_app
+from step1x_edit.checkpoints.read import DEMO_FOLDER
+from step1x_edit.interfaces.cli.models import models_app
 
 TINY = "acme/tiny"
 BIG = "model.safetensors"
 CONTENT = bytes(range(256)) * 2000
-PROGRAM = "from step1x_edit.interfaces.models_cli import models_app; models_app()"
+PROGRAM = "from step1x_edit.interfaces.cli.models import models_app; models_app()"
 
 run = CliRunner()
 
@@ -109,24 +111,35 @@ def test_list_shows_what_can_be_had_and_what_is_there(hub: Hub, tmp_path: Path) 
     begun.mkdir()
     (begun / "vae.safetensors").write_bytes(b"x" * 1000)
 
-    rows = json.loads(run.invoke(models_app, ["list", "--json"]).stdout)
+    rows = json.loads(run.invoke(models_app, ["list", "--json"]).stdout)["models"]
 
-    states = {row["name"]: row["state"] for row in rows}
-    assert states == {
+    found = {row["name"]: row for row in rows}
+    assert {name: row["state"] for name, row in found.items() if "state" in row} == {
         **dict.fromkeys((model.name for model in CATALOG), "available"),
         "v1.1": "partial",
         TINY: "pulled",
     }
-    found = {row["name"]: row for row in rows}
-    assert found[TINY]["path"] == str(folder)
-    assert found[TINY]["bytes"] == len(CONTENT) + 2
-    assert found["v1.1"]["bytes"] == 1000
-    assert found["v1.1"]["path"] is None
+    assert found[TINY]["place"] == str(folder)
+    assert found["v1.1"]["place"] == str(begun)
     table = run.invoke(models_app, ["list"]).stdout
-    assert len(table.splitlines()) == len(rows)
     for model in CATALOG:
         assert model.name in table
-    assert "41.8 GB" in table
+    assert "available, 41.8 GB on disk" in table
+
+
+def test_model_path_may_be_the_name_of_a_pulled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown with the embedded checkpoint, put where a pull would put a model."""
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("MODEL_PATH", "acme/own")
+    before = run.invoke(models_app, ["list"]).stdout
+    shutil.copytree(DEMO_FOLDER, tmp_path / "models" / "acme--own")
+    after = json.loads(run.invoke(models_app, ["list", "--json"]).stdout)["models"]
+
+    assert "MODEL_PATH acme/own is not pulled; step1x-edit models pull acme/own gets it" in before
+    chosen = next(model for model in after if model["runs"])
+    assert chosen["place"] == str(tmp_path / "models" / "acme--own")
 
 
 def test_where_says_how_to_get_what_is_not_there(hub: Hub) -> None:
@@ -166,7 +179,7 @@ def test_help_does_not_wait_for_the_library_of_the_hub() -> None:
     code = """
 import sys
 from typer.testing import CliRunner
-from step1x_edit.interfaces.models_cli import models_app
+from step1x_edit.interfaces.cli.models import models_app
 assert CliRunner().invoke(models_app, ["pull", "--help"]).exit_code == 0
 assert "huggingface_hub" not in sys.modules
 import step1x_edit.checkpoints.fetch

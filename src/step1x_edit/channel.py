@@ -36,6 +36,8 @@ class Start:
     """The first message: which model to run, and where."""
 
     model_path: str | None = None
+    """A path, or the name of a model that was pulled into `data_dir`."""
+    data_dir: str = ""
     model_version: str = "auto"
     device: str = "auto"
     log_level: str = "INFO"

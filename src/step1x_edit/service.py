@@ -23,6 +23,7 @@ from typing import TypeAlias, TypeVar
 
 from step1x_edit import images
 from step1x_edit.channel import EditJob, Phase, Progress, Start
+from step1x_edit.checkpoints.pulled import resolve_model_path
 from step1x_edit.engine import (
     HEARTBEAT_S,
     Clock,
@@ -251,7 +252,7 @@ class EditService:
         self._engine.check_room()
 
     def _check_checkpoint(self) -> None:
-        path = self._settings.model_path
+        path = resolve_model_path(self._settings.model_path, self._settings.data_dir)
         if path is not None and not path.exists():
             raise CheckpointError(f"there is nothing at MODEL_PATH {path}")
 
@@ -504,6 +505,7 @@ def start_of(settings: Settings) -> Start:
     """What a worker is told about the model to run."""
     return Start(
         model_path=None if settings.model_path is None else str(settings.model_path),
+        data_dir=str(settings.data_dir),
         model_version=settings.model_version,
         device=settings.device,
         log_level=settings.log_level,

@@ -266,9 +266,10 @@ def chosen_device(start: Start) -> str:
 
 def open_chosen(start: Start) -> OpenedCheckpoint:
     """Open the checkpoint that is to be run; raises CheckpointError."""
+    from step1x_edit.checkpoints.pulled import resolve_model_path
     from step1x_edit.checkpoints.read import open_checkpoint
 
-    path = None if start.model_path is None else Path(start.model_path)
+    path = resolve_model_path(start.model_path, Path(start.data_dir))
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
     opened = open_checkpoint(path, version=wanted, loras=loras)

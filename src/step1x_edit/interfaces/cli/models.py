@@ -1,55 +1,74 @@
-"""The commands about checkpoints: which there are, where they lie, and which would run."""
+"""The commands about checkpoints: which there are and which would run; fetch, find, remove them.
+
+What speaks to the hub is imported when something is pulled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from step1x_edit.checkpoints.catalog import CATALOG, Model, find_model
+from step1x_edit.checkpoints.pulled import (
+    Kept,
+    find_pulled,
+    kept_models,
+    models_folder,
+    remove_model,
+    resolve_model_path,
+)
+from step1x_edit.errors import CheckpointError
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
+    err,
     out,
     print_json,
     told_failures,
 )
 
 if TYPE_CHECKING:
+    from step1x_edit.checkpoints.fetch import PullProgress
     from step1x_edit.settings import Settings
 
 _GIGA: Final = 10**9
 
-models_app = typer.Typer(help="See which checkpoints there are.", no_args_is_help=True)
-
-# The lists of files of the repositories, in GB as they count (1e9 bytes): transformer, autoencoder
-# and, where it belongs to the repository, Qwen2.5-VL-7B-Instruct. The memory is what the authors
-# publish for their own code in bfloat16 at 1024 px on an H800, without offloading.
-_VLM_GB: Final = 16.6
-_PUBLISHED_MEMORY: Final = "49.8 GB of GPU memory, as published"
-OFFICIAL: Final = (
-    ("v1.0", "stepfun-ai/Step1X-Edit: step1x-edit-i1258.safetensors", 24.9 + 0.3 + _VLM_GB),
-    ("v1.1", "stepfun-ai/Step1X-Edit: step1x-edit-v1p1-official.safetensors", 24.9 + 0.3 + _VLM_GB),
-    ("v1.1", "stepfun-ai/Step1X-Edit-v1p1-diffusers", 41.8),
+models_app = typer.Typer(
+    help="See which checkpoints there are; fetch, find and remove them.", no_args_is_help=True
 )
 
+# What the authors publish for their own code in bfloat16 at 1024 px on an H800, without offloading.
+_PUBLISHED_MEMORY: Final = "49.8 GB of GPU memory, as published"
 
-@models_app.callback()
-def models() -> None:
-    """See which checkpoints there are."""
+Name = Annotated[
+    str,
+    typer.Argument(
+        help=f"{', '.join(model.name for model in CATALOG)}, or an id of the hub (owner/name)",
+        show_default=False,
+    ),
+]
 
 
 @models_app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """List the checkpoints: the embedded one, that of MODEL_PATH, and the published ones.
 
-    The one that an edit would run is marked with *. The published ones are not
-    downloaded: put the files into a folder and set MODEL_PATH to it. Those of
-    stepfun-ai/Step1X-Edit need vae.safetensors from there and the folder
-    Qwen2.5-VL-7B-Instruct beside them.
+    The one that an edit would run is marked with *. `pull` fetches the others.
     """
     with told_failures(as_json):
         found = _found(cli_settings())
@@ -64,12 +83,56 @@ def list_models(as_json: AsJson = False) -> None:
                 out.print(f"{'':<20}does not run: {model['error']}", markup=False)
 
 
+@models_app.command()
+def pull(name: Name) -> None:
+    """Fetch a model; after a cut, the same command goes on from where it was.
+
+    HF_ENDPOINT names a mirror to fetch from; HF_TOKEN is shown where a model wants one.
+    """
+    with told_failures(False, "interrupted; what arrived is kept, and the same command goes on"):
+        models = models_folder(cli_settings().data_dir)
+        model = find_model(name)
+        if model.note:
+            err.print(f"Note: {model.note}", style="yellow", markup=False)
+        from step1x_edit.checkpoints.fetch import pull as fetch
+
+        with _bar(model.name) as show:
+            folder = fetch(name, models, show)
+        typer.echo(f"MODEL_PATH={shlex.quote(str(folder))}")
+
+
+@models_app.command()
+def where(name: Name) -> None:
+    """Print the folder of a pulled model."""
+    with told_failures(False):
+        typer.echo(find_pulled(name, models_folder(cli_settings().data_dir)))
+
+
+@models_app.command()
+def rm(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
+) -> None:
+    """Remove a pulled model, or what a pull has left of it."""
+    with told_failures(False):
+        models = models_folder(cli_settings().data_dir)
+        model = find_model(name)
+        sizes = [kept.size for kept in kept_models(models) if kept.name == model.name]
+        if sizes and not yes:
+            question = f"Remove {model.name} ({_gigabytes(sum(sizes))}) from {models}?"
+            typer.confirm(question, abort=True, err=True)
+        freed = remove_model(name, models)
+        err.print(f"removed {model.name}, {_gigabytes(freed)}", markup=False)
+
+
 def _found(settings: Settings) -> list[dict[str, Any]]:
     """Each checkpoint, as JSON tells it."""
     from step1x_edit.machine import look
     from step1x_edit.service import start_of
 
     path = settings.model_path
+    with contextlib.suppress(CheckpointError):  # told below, as the worker tells it
+        path = resolve_model_path(path, settings.data_dir)
     seen = look(replace(start_of(settings), device="cpu"))  # of the one that would run
     problem = seen.torch_error or seen.checkpoint_error
     of_chosen = {
@@ -89,17 +152,23 @@ def _found(settings: Settings) -> list[dict[str, Any]]:
     if path is not None:
         name = seen.checkpoint or "MODEL_PATH"
         found.append({"name": name, "place": str(path), "disk_gb": _size_gb(path), **of_chosen})
-    for version, place, size in OFFICIAL:
-        found.append(
-            {
-                "name": f"Step1X-Edit {version}",
-                "place": place,
-                "disk_gb": round(size, 1),
-                "memory": _PUBLISHED_MEMORY,
-                "runs": False,
-            }
-        )
-    return found
+    kept = {item.name: item for item in kept_models(models_folder(settings.data_dir))}
+    others = [find_model(name) for name in kept if name not in {m.name for m in CATALOG}]
+    return found + [_published(model, kept.get(model.name)) for model in (*CATALOG, *others)]
+
+
+def _published(model: Model, kept: Kept | None) -> dict[str, Any]:
+    """A model of the hub, and how much of it is here."""
+    size = model.published_bytes if kept is None else kept.size
+    return {
+        "name": model.name,
+        "place": str(kept.folder) if kept else " + ".join(model.repos),
+        "state": kept.state if kept else "available",
+        "disk_gb": None if size is None else round(size / _GIGA, 1),
+        "memory": _PUBLISHED_MEMORY if model in CATALOG else "",
+        "note": model.note,
+        "runs": False,
+    }
 
 
 def _size_gb(path: Path) -> float:
@@ -110,5 +179,33 @@ def _size_gb(path: Path) -> float:
 
 def _needs(model: Mapping[str, Any]) -> str:
     size = model["disk_gb"]
-    disk = f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.0f} MB"
-    return ", ".join(filter(None, (f"{disk} on disk", model["memory"])))
+    disk = "" if size is None else _gigabytes(size * _GIGA) + " on disk"
+    return ", ".join(
+        filter(None, (model.get("state", ""), disk, model["memory"], model.get("note", "")))
+    )
+
+
+@contextlib.contextmanager
+def _bar(name: str) -> Iterator[Callable[[PullProgress], None]]:
+    """A bar of bytes on stderr."""
+    with Progress(
+        TextColumn("{task.fields[model]}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=err,
+        transient=not err.is_terminal,
+    ) as bar:
+        task = bar.add_task("asking the hub", total=None, model=name)
+
+        def show(progress: PullProgress) -> None:
+            text = progress.text if progress.phase != "checking" else f"checking {progress.text}"
+            bar.update(task, completed=progress.done, total=progress.total, description=text)
+
+        yield show
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / _GIGA:.1f} GB" if count >= _GIGA else f"{count / 10**6:.0f} MB"
