@@ -453,6 +453,17 @@ def test_nothing_of_gradio_answers_but_what_the_page_needs(url: str) -> None:
         assert {one["api_visibility"] for one in config["dependencies"]} == {"private"}
 
 
+def test_no_address_is_fetched_for_a_caller(url: str) -> None:
+    """Where Gradio would fetch one that stands in the place of an upload."""
+    import gradio as gr
+
+    assert httpx2.get(url, timeout=60, trust_env=False).status_code == 200  # the page is built
+    fetching = gr.processing_utils.async_ssrf_protected_get("http://example.invalid/a.png")
+
+    with pytest.raises(gr.Error, match="not fetched from addresses"):
+        fetching.send(None)  # its first step; a loop of its own is running the browser
+
+
 def test_the_upload_has_the_limit_of_the_other_doors(url: str) -> None:
     with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
 

@@ -20,11 +20,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
+from gradio import processing_utils
 from PIL import Image
 from starlette.types import ASGIApp
 
@@ -92,6 +93,8 @@ _CSS: Final = """
 
 def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
+    # Our page uploads pictures; whoever names an address instead would have us fetch it.
+    processing_utils.async_ssrf_protected_get = _no_fetching
     blocks = _Page(service, settings, folder).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
@@ -118,6 +121,10 @@ def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
         css=_CSS,
     )
     return outer
+
+
+async def _no_fetching(url: str) -> NoReturn:
+    raise gr.Error("pictures are uploaded and not fetched from addresses", print_exception=False)
 
 
 @contextlib.asynccontextmanager
