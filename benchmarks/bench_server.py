@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "src" / "step1x_edit" / "interfaces" / "assets" / "coffee.jpg"
 PROMPT = "change to night scene"
 SIZE = 512
-PROBES = {"status": "/api/gpu/status", "health": "/health", "page": "/docs"}
+PROBES = {"status": "/api/gpu/status", "health": "/health", "page": "/"}
 PROBE_PAUSE_S = 0.05
 PATIENCE_S = 600
 
