@@ -23,7 +23,7 @@ def serve(
         typer.Option(help="Port to listen at; 0: a free one (default 8000)", show_default=False),
     ] = None,
 ) -> None:
-    """Serve REST, MCP over HTTP and their documentation, until a signal comes.
+    """Serve the web page, REST and MCP over HTTP until a signal comes.
 
     Where to listen and what to open is also set by HOST, PORT, ENABLE_API,
     ENABLE_MCP and API_KEY.
