@@ -1,0 +1,248 @@
+"""What the device can do, whether our path is right, and how fast it is beside others.
+
+Each section returns its figures; what there was no time for is named in `left_out`. Figures that
+the device cannot give are left away, never estimated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench_residency import GB, copy_gb_per_s, held_gb
+from gpu.bench import (
+    Bench,
+    Figures,
+    attention_kernels,
+    best_seconds,
+    first_line,
+    furthest,
+    relative,
+    rows,
+    smi,
+)
+from gpu.networks import (
+    NUM_STEPS,
+    CompiledHelpers,
+    PlainNetwork,
+    compiled,
+    our_network,
+    our_pipeline,
+    our_states,
+    our_velocities,
+    peer_steps,
+    plain_states,
+    plain_velocities,
+)
+from step1x_edit.model.pipeline import Encoded
+
+STRICT = 1e-4
+"""How far two float32 paths through a shallow network may be apart, as a share of the norm."""
+FLOORS = 2.0
+"""How many times the error of the plain path ours may have, both against float32."""
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def probe(bench: Bench) -> Figures:
+    """What the device can do: nothing below can be faster."""
+    device, n = bench.device, bench.scale.matrix
+    figures: Figures = {"held_before_gb": held_gb(device)}
+    if device.type == "cuda":
+        figures |= {
+            "driver": smi("driver_version"),
+            "memory_gb": torch.cuda.get_device_properties(device).total_memory / GB,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        }
+    a, b = (torch.randn(n, n, device=device).to(bench.dtype) for _ in range(2))
+    figures["product_tflop_per_s"] = 2 * n**3 / 1e12 / best_seconds(device, lambda: a @ b)
+    times = []
+    until = time.perf_counter() + (5 if device.type == "cuda" else 0)
+    while not times or (time.perf_counter() < until and not bench.is_over()):
+        times.append(best_seconds(device, lambda: a @ b, repeat=1))
+    figures["product_sustained_tflop_per_s"] = 2 * n**3 / 1e12 / statistics.median(times)
+    if device.type == "cuda":
+        for _ in range(500):  # it goes on computing while the driver is asked
+            torch.mm(a, b)
+        figures["clock_and_power_under_load"] = smi("clocks.sm,power.draw,temperature.gpu")
+    target = torch.empty_like(a)
+    copied = best_seconds(device, lambda: target.copy_(a))
+    figures["memory_gb_per_s"] = 2 * a.nbytes / GB / copied  # read and written
+    figures["host_to_device_gb_per_s"] = copy_gb_per_s(device, 1.0 if n > 64 else 0.001)
+    host = torch.empty(a.shape, dtype=a.dtype, pin_memory=device.type == "cuda")
+    back = best_seconds(device, lambda: host.copy_(a, non_blocking=True))
+    figures["device_to_host_gb_per_s"] = a.nbytes / GB / back
+    figures["attention"] = [
+        _attention(bench, pixels, kernel)
+        for pixels in bench.scale.pictures
+        for kernel in (None, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        if device.type == "cuda" or kernel is None
+    ]
+    return figures
+
+
+def _attention(bench: Bench, pixels: int, kernel: SDPBackend | None) -> Figures:
+    """The joint attention of a block with one kernel; None is torch's own choice."""
+    config = bench.scale.model.transformer
+    encoded = bench.encoded(pixels)
+    length = bench.scale.model.conditioner.text_length + 2 * encoded.reference.shape[1]
+    shape = (2, config.num_heads, length, config.head_dim)
+    q, k, v = (torch.randn(shape, device=bench.device).to(bench.dtype) for _ in range(3))
+    work = 4 * 2 * length**2 * config.hidden_size / 1e12
+    told: Figures = {"tokens": length, "kernel": kernel.name if kernel else "torch's choice"}
+    try:
+        with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+            taken = best_seconds(bench.device, lambda: F.scaled_dot_product_attention(q, k, v))
+    except RuntimeError as error:
+        return told | {"failed": first_line(error)}
+    return told | {"tflop_per_s": work / taken}
+
+
+# --- is it the same? ------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def correctness(bench: Bench) -> Figures:
+    """Whether our path computes the function of the plain one; raises nothing, says it."""
+    model, steps = bench.scale.model, (0, NUM_STEPS // 2, NUM_STEPS - 1)
+    encoded = bench.encoded(bench.smallest)
+    shallow = replace(model.transformer, depth=1, depth_single=2)
+    network = our_network(shallow, bench.device, torch.float32, seed=2)
+    strict = furthest(
+        our_velocities(network, model, encoded, steps),
+        plain_velocities(PlainNetwork(network, torch.float32), model, encoded, steps),
+    )
+    del network
+    plain = plain_velocities(PlainNetwork(bench.reference, bench.dtype), model, encoded, steps)
+    bench.exact = plain_velocities(
+        PlainNetwork(bench.reference, torch.float32), model, encoded, steps
+    )
+    bench.floor = furthest(plain, bench.exact)
+    found = our_velocities(bench.ours, model, encoded, steps)
+    return {
+        "pixels": bench.smallest,
+        "float32_shallow": strict,
+        "float32_shallow_allowed": STRICT,
+        "plain_from_float32": bench.floor,
+        "between": furthest(found, plain),
+        "is_right": strict <= STRICT,
+    } | _judged(bench, found, and_also=strict <= STRICT)
+
+
+def _judged(bench: Bench, found: Sequence[Tensor], and_also: bool = True) -> Figures:
+    """How far velocities are from float32, and whether that is near enough."""
+    if bench.floor is None:
+        return {"ours_from_float32": "not compared: the section correctness did not run"}
+    error = furthest(found, bench.exact)
+    return {
+        "ours_from_float32": error,
+        "allowed": FLOORS * bench.floor,
+        "is_right": and_also and error <= FLOORS * bench.floor,
+    }
+
+
+def drift(bench: Bench, name: str) -> Figures:
+    """How far the latents are from the plain path's after all 28 steps."""
+    if name not in bench.finals or "baseline" not in bench.finals:
+        return {}
+    return {"latents_from_baseline": relative(bench.finals[name], bench.finals["baseline"])}
+
+
+# --- how fast? ------------------------------------------------------------------------------------
+
+
+def plain_loop(bench: Bench, network: PlainNetwork, encoded: Encoded) -> Iterator[Any]:
+    model = bench.scale.model
+    start = our_pipeline(bench.reference, model).start(encoded, seed=0)
+    return plain_states(network, model, encoded, start)
+
+
+def our_loop(bench: Bench, encoded: Encoded) -> Iterator[Any]:
+    return our_states(our_pipeline(bench.ours, bench.scale.model), encoded)
+
+
+def peer_loop(bench: Bench, encoded: Encoded) -> Iterator[Any]:
+    return peer_steps(bench.peer, bench.scale.model, encoded)
+
+
+def baseline(bench: Bench) -> Figures:
+    """The plain path with the kernel that the reference uses, eager."""
+    network = PlainNetwork(bench.reference, bench.dtype)
+    with attention_kernels(SDPBackend.FLASH_ATTENTION):
+        return rows(bench, partial(plain_loop, bench, network), "baseline")
+
+
+def baseline_helpers(bench: Bench) -> Figures:
+    """The same with the three small functions compiled that the reference has compiled."""
+    torch.compiler.reset()
+    network = PlainNetwork(bench.reference, bench.dtype, CompiledHelpers(bench.scale.backend))
+    with attention_kernels(SDPBackend.FLASH_ATTENTION):
+        return rows(bench, partial(plain_loop, bench, network), most=8)
+
+
+def exact(bench: Bench) -> Figures:
+    """Our path as it is, with torch's choice of kernels."""
+    return rows(bench, partial(our_loop, bench), "exact") | drift(bench, "exact")
+
+
+def exact_flash(bench: Bench) -> Figures:
+    """Ours with the kernel of the baseline: what is left is not owed to the kernel."""
+    with attention_kernels(SDPBackend.FLASH_ATTENTION):
+        return rows(bench, partial(our_loop, bench), most=8)
+
+
+def exact_cudnn(bench: Bench) -> Figures:
+    """Ours with cuDNN's kernel, where it can be had."""
+    with attention_kernels(SDPBackend.CUDNN_ATTENTION):
+        return rows(bench, partial(our_loop, bench), most=8)
+
+
+def exact_compiled(bench: Bench) -> Figures:
+    """Our path with its blocks compiled."""
+    blocks = [*bench.ours.double_blocks, *bench.ours.single_blocks]
+    encoded = bench.encoded(bench.smallest)
+    with compiled(blocks, bench.scale.backend), torch.inference_mode():
+        counters.clear()
+        started = time.perf_counter()
+        found = our_velocities(
+            bench.ours, bench.scale.model, encoded, (0, NUM_STEPS // 2, NUM_STEPS - 1)
+        )
+        figures: Figures = {"first_run_s": time.perf_counter() - started}
+        figures |= _judged(bench, found)
+        figures |= rows(bench, partial(our_loop, bench), "exact_compiled")
+        figures["graphs"] = counters["stats"]["unique_graphs"]
+    return figures | drift(bench, "exact_compiled")
+
+
+def peer(bench: Bench) -> Figures:
+    """diffusers' FLUX at the same lengths and batch, eager, as it comes."""
+    return rows(bench, partial(peer_loop, bench), most=8)
+
+
+def peer_compiled(bench: Bench) -> Figures:
+    blocks = [*bench.peer.transformer_blocks, *bench.peer.single_transformer_blocks]
+    with compiled(blocks, bench.scale.backend):
+        return rows(bench, partial(peer_loop, bench), most=8)
+
+
+def again(bench: Bench) -> Figures:
+    """Baseline, ours and peer once more, so that drift of the machine shows."""
+    network = PlainNetwork(bench.reference, bench.dtype)
+    with attention_kernels(SDPBackend.FLASH_ATTENTION):
+        figures: Figures = {"baseline": rows(bench, partial(plain_loop, bench, network), most=8)}
+    figures["exact"] = rows(bench, partial(our_loop, bench), most=8)
+    figures["peer"] = rows(bench, partial(peer_loop, bench), most=8)
+    return figures

@@ -1,0 +1,354 @@
+"""Everything that a GPU has to show, in one command of at most eight minutes.
+
+    python benchmarks/gpu_check.py                       # one large GPU, full size, random weights
+    python benchmarks/gpu_check.py --tiny --device cpu   # the same code on a stand-in
+
+It holds our path against the same network written plainly (`gpu/networks.py`) and against
+diffusers' FLUX of the same sizes: the numbers first, then the speed. What bounds both is what the
+device reaches in the same run (the section `probe`). Baseline, ours and peer run twice, at the
+beginning and `again`, so that drift shows. Then the memory: edits under caps, and the model's way
+from disk to the device and back. Sections have budgets; what did not run is named, and no figure
+is estimated but the `extrapolated` seconds of 28 steps. Full size takes 60 GB of the GPU, 60 GB of
+host memory and 6 GB of disk. Results go to `benchmarks/results/`; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gpu import memory, sections
+from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 440  # and the libraries have to be read before
+GRACE_S = 15
+"""A section looks at the clock between steps. Whoever is stuck is stopped after so much more."""
+
+
+@dataclass(frozen=True)
+class Section:
+    run: Callable[[Bench], Figures]
+    budget_s: float
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+SECTIONS = (
+    Section(sections.probe, 25),
+    Section(sections.correctness, 40),
+    Section(sections.baseline, 40),
+    Section(sections.exact, 40),
+    Section(sections.peer, 30),
+    Section(sections.exact_compiled, 80),
+    Section(sections.again, 45),
+    Section(memory.streaming, 80),
+    Section(memory.residency, 60),
+    # what explains the figures above, with the time that is left
+    Section(sections.exact_flash, 25),
+    Section(sections.exact_cudnn, 25),
+    Section(sections.baseline_helpers, 30),
+    Section(sections.peer_compiled, 60),
+)
+
+
+@dataclass
+class Report:
+    """What is known so far; it can be written at any moment."""
+
+    facts: Figures
+    found: dict[str, Figures] = field(default_factory=dict)
+
+    def as_json(self) -> Figures:
+        return self.facts | {"sections": self.found}
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing failed and nothing was wrong; what did not run is neither."""
+        return not any(
+            section["status"].startswith(("failed", "wrong")) for section in self.found.values()
+        )
+
+    def write(self, folder: Path) -> Path:
+        name = re.sub(r"\W+", "-", str(self.facts["device"])).strip("-").lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{self.facts['date']}_gpu_check_{name}.json"
+        file.write_text(json.dumps(_rounded(self.as_json()), indent=1) + "\n", "utf-8")
+        return file
+
+
+def run_sections(
+    bench: Bench, todo: Sequence[Section], report: Report, limit_s: float, folder: Path
+) -> None:
+    """Run one after the other until the time is up; the report is written after each."""
+    end = time.monotonic() + limit_s
+    for section in todo:
+        report.found[section.name] = {"status": "not run: the time was up"}
+    for section in todo:
+        started = time.monotonic()
+        if started >= end:
+            continue
+        deadline = min(end, started + section.budget_s)
+        bench.is_over = lambda deadline=deadline: time.monotonic() >= deadline
+        report.found[section.name] = {"status": "stopped: it was stuck when the time was up"}
+        report.found[section.name] = _attempt(section, bench)
+        report.found[section.name]["seconds"] = time.monotonic() - started
+        report.write(folder)
+        said = report.found[section.name]
+        print(f"{section.name}: {said['status']}, {said['seconds']:.1f} s", file=sys.stderr)
+
+
+def _attempt(section: Section, bench: Bench) -> Figures:
+    try:
+        figures = section.run(bench)
+    except Exception as error:  # noqa: BLE001  one section must not cost the figures of the others
+        traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)  # they hold memory of the device
+        bench.drop()
+        return {"status": f"failed: {first_line(error)}"}
+    if figures.get("is_right") is False:
+        return {"status": "wrong: the numbers differ by more than is allowed"} | figures
+    return {"status": "in part" if figures.get("left_out") else "ran"} | figures
+
+
+def _rounded(value: object) -> object:
+    match value:
+        case dict():
+            return {key: _rounded(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_rounded(each) for each in value]
+        case float():
+            return float(f"{value:.5g}")
+        case _:
+            return value
+
+
+def stop_if_stuck(report: Report, folder: Path, seconds: float) -> threading.Timer:
+    """After so long, write what there is and end the process, whatever it is doing."""
+
+    def stop() -> None:
+        say(report, folder)
+        sys.stdout.flush()
+        os._exit(3)
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> str:
+    """Rows for docs/benchmarks.md."""
+    facts, found = report.facts, report.found
+    what = f"`python benchmarks/gpu_check.py`, {facts['device']}, driver {facts['driver']}"
+    lines = [
+        f"{what}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}, "
+        f"{facts['dtype']}, random weights.",
+        "",
+        *_speed_rows(found),
+        *_correctness_rows(found),
+        *_streaming_rows(found.get("streaming", {})),
+        *_figure_rows("probe", found.get("probe", {})),
+        *_figure_rows("residency", found.get("residency", {})),
+        "| section | |",
+        "|---|---|",
+        *(f"| {name} | {section['status']} |" for name, section in found.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _speed_rows(found: dict[str, Figures]) -> list[str]:
+    again = {
+        f"{name}, again": {"rows": section["rows"]}
+        for name, section in found.get("again", {}).items()
+        if isinstance(section, dict)
+    }
+    base, rival = (
+        {row["pixels"]: row["step_ms"] for row in found.get(name, {}).get("rows", [])}
+        for name in ("baseline", "peer")
+    )
+    lines = [
+        "| path | size | first step, ms | a step, ms (least–most) | 28 steps, s | baseline ÷ this "
+        "| peer ÷ this | TFLOP/s | activations, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, section in (found | again).items():
+        if name == "streaming":
+            continue
+        for row in section.get("rows", []):
+            size, step = row["pixels"], row["step_ms"]
+            least_most = f"{row['step_min_ms']:.1f}–{row['step_max_ms']:.1f}"
+            cells = (
+                name,
+                size,
+                f"{row['first_step_ms']:.1f}",
+                f"{step:.1f} ({least_most})",
+                f"{row['loop_s']:.2f} {row['loop_is']}",
+                f"{base[size] / step:.2f}" if size in base else "–",
+                f"{rival[size] / step:.2f}" if size in rival else "–",
+                f"{row['tflop_per_s']:.3g}",
+                _cell(row.get("activations_gb")),
+            )
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, ""]
+
+
+def _correctness_rows(found: dict[str, Figures]) -> list[str]:
+    names = (
+        "float32_shallow",
+        "float32_shallow_allowed",
+        "plain_from_float32",
+        "ours_from_float32",
+        "allowed",
+        "between",
+        "latents_from_baseline",
+    )
+    lines = ["| relative difference | correctness | exact | exact_compiled |", "|---|---|---|---|"]
+    for name in names:
+        cells = [
+            _cell(found.get(section, {}).get(name), digits=2)
+            for section in ("correctness", "exact", "exact_compiled")
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _streaming_rows(section: Figures) -> list[str]:
+    if not section.get("rows"):
+        return []
+    steps = [key for key in section["rows"][0] if key.startswith("step_ms") and key.count("_") == 2]
+    names = [
+        "core_share",
+        "slots",
+        *steps,
+        "peak_reserved_gb",
+        "onload_s",
+        "offload_s",
+        "held_after_offload_gb",
+        "out_of_memory",
+        "is_right",
+    ]
+    lines = [f"| cap, GB | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in section["rows"]:
+        cap = "none" if row["cap_gb"] is None else row["cap_gb"]
+        cells = [row["failed"]] if "failed" in row else [_cell(row.get(name)) for name in names]
+        lines.append(f"| {cap} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _figure_rows(name: str, section: Figures) -> list[str]:
+    plain = {
+        key: value
+        for key, value in section.items()
+        if isinstance(value, float | int | str) and key not in ("status", "seconds")
+    }
+    lines = [f"| {key} | {_cell(value)} |" for key, value in plain.items()]
+    lines += [
+        f"| attention, {row['tokens']} tokens, {row['kernel']}: TFLOP/s "
+        f"| {row.get('failed') or _cell(row['tflop_per_s'])} |"
+        for row in section.get("attention", [])
+    ]
+    return [f"| {name} | |", "|---|---|", *lines, ""] if lines else []
+
+
+def _cell(value: object, digits: int = 3) -> str:
+    match value:
+        case None:
+            return "–"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.{digits}g}"
+        case _:
+            return str(value)
+
+
+def say(report: Report, folder: Path) -> None:
+    file = report.write(folder)
+    print(table(report), f"\n{file}\n", sep="\n")
+    print(json.dumps(_rounded(report.as_json())))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """The commit that is checked out, and whether files differ from it."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short", "HEAD") + changed
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def facts_of(device: torch.device, is_tiny: bool, commit_name: str) -> Figures:
+    is_cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_cuda else "a stand-in for a GPU"
+    return {
+        "device": name + (", tiny sizes" if is_tiny else ""),
+        "driver": (smi("driver_version") or "unknown") if is_cuda else "none",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": commit_name,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "dtype": "bfloat16",
+        "cores": os.cpu_count(),
+    }
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [section.name for section in SECTIONS]
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the code itself")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for all sections")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args(words)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; to try the code itself: --tiny --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # some calls want the number
+
+    if arguments.tiny:
+        torch.set_num_threads(1)  # so little work is no faster with more, and waiting takes cores
+
+    report = Report(facts_of(device, arguments.tiny, arguments.commit or commit()))
+    bench = Bench(SMALL if arguments.tiny else FULL, device)
+    todo = [section for section in SECTIONS if section.name in arguments.only]
+    timer = stop_if_stuck(report, arguments.out, arguments.limit + GRACE_S)
+    run_sections(bench, todo, report, arguments.limit, arguments.out)
+    timer.cancel()
+    say(report, arguments.out)
+    return 0 if report.is_good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
