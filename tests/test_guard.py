@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute
 
 from conftest import MakeService
 from fakes import FakeWorker
-from step1x_edit.interfaces.guard import Guard
+from step1x_edit.interfaces.guard import WORK_PATHS, Guard
 from step1x_edit.interfaces.metrics import Metrics
 from step1x_edit.interfaces.rate_limit import RateLimit
 from step1x_edit.interfaces.server import build_app, build_routes
@@ -574,7 +574,10 @@ def limited(service: EditService, clock: Clock, **chosen: object) -> Guard:
     return Guard(build_routes(service, given, Metrics(service)), given, now=clock.now)
 
 
-async def post(app: Guard, path: str = "/api/gpu/offload", **headers: str) -> int:
+STARTED = 415  # what an edit without a form is told: it was let through
+
+
+async def post(app: Guard, path: str = "/api/edit", **headers: str) -> int:
     return (await ask(app, "POST", path, {**RIGHT, **headers})).status
 
 
@@ -591,9 +594,9 @@ async def test_work_may_be_started_so_often_and_not_more(make_service: MakeServi
     clock.time += 3600
     rested = [await post(app) for _ in range(21)]
 
-    assert at_once == [200] * 20 + [429]
-    assert (too_early, in_time, later) == (429, [200, 429], [200, 200, 429])
-    assert rested == [200] * 20 + [429]
+    assert at_once == [STARTED] * 20 + [429]
+    assert (too_early, in_time, later) == (429, [STARTED, 429], [STARTED, STARTED, 429])
+    assert rested == [STARTED] * 20 + [429]
 
 
 async def test_who_is_refused_hears_when_to_come_back(make_service: MakeService) -> None:
@@ -620,17 +623,17 @@ async def test_the_limit_is_for_callers_and_not_for_what_they_say_of_themselves(
         for number in range(5)
     ]
 
-    assert (first, again) == (200, [429] * 5)
+    assert (first, again) == (STARTED, [429] * 5)
 
 
 async def test_without_a_key_each_address_has_its_own_limit(make_service: MakeService) -> None:
     app = limited(make_service(), Clock(), rate_limit=3, api_key=None)
     statuses = [
-        (await ask(app, "POST", "/api/gpu/offload", client=client)).status
+        (await ask(app, "POST", "/api/edit", client=client)).status
         for client in ("127.0.0.1", "127.0.0.2", "127.0.0.1", "127.0.0.2", "127.0.0.3")
     ]
 
-    assert statuses == [200, 200, 429, 429, 200]
+    assert statuses == [STARTED, STARTED, 429, 429, STARTED]
 
 
 async def test_only_what_starts_work_is_counted(make_service: MakeService) -> None:
@@ -639,18 +642,28 @@ async def test_only_what_starts_work_is_counted(make_service: MakeService) -> No
         (await ask(app, "GET", path, RIGHT)).status
         for path in ("/api/gpu/status", "/health", "/livez", "/metrics") * 30
     ]
+    moving = [await post(app, "/api/gpu/offload") for _ in range(10)]
     strangers = [(await ask(app, "POST", "/api/edit")).status for _ in range(30)]
-    mine = await post(app)
+    mine = [await post(app) for _ in range(2)]
 
-    assert set(looking) == {200}
+    assert set(looking) == set(moving) == {200}
     assert set(strangers) == {401}  # who may not come in cannot use up what others may
-    assert mine == 200
+    assert mine == [STARTED, 429]
+
+
+@pytest.mark.parametrize("path", sorted(WORK_PATHS))
+async def test_every_route_that_starts_work_is_counted(
+    make_service: MakeService, path: str
+) -> None:
+    app = limited(make_service(), Clock(), rate_limit=3)
+
+    assert [(await post(app, path)) == 429 for _ in range(2)] == [False, True]
 
 
 async def test_zero_is_no_limit(make_service: MakeService) -> None:
     app = limited(make_service(), Clock(), rate_limit=0)
 
-    assert [await post(app) for _ in range(200)] == [200] * 200
+    assert [await post(app) for _ in range(200)] == [STARTED] * 200
 
 
 async def test_many_callers_are_not_remembered_for_ever() -> None:

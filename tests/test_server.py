@@ -407,9 +407,8 @@ async def test_tools_that_start_work_are_counted_and_others_are_not(
             statuses = [await client.call_tool("get_gpu_status", {}) for _ in range(10)]
             first = await client.call_tool("edit_image", call)
             second = await client.call_tool("edit_image", call, raise_on_error=False)
-        posted = httpx2.post(
-            f"{url}/api/gpu/offload", headers={"Authorization": f"Bearer {TOKEN}"}
-        ).status_code
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        posted = httpx2.post(f"{url}/api/edit", headers=headers).status_code
 
     assert not any(status.is_error for status in statuses)
     assert first.structured_content["status"] == "success"
