@@ -139,7 +139,7 @@ def test_the_demo_leaves_before_after_and_a_comparison_and_says_where(tmp_path: 
     assert all(
         Image.open(folder / f"after-{name}.jpg").size == before.size for name in DEMO_PROMPTS
     )
-    assert "MODEL_PATH" in result.stdout
+    assert "models pull v1.1" in result.stdout
 
 
 @pytest.mark.usefixtures("_fake_model")

@@ -112,8 +112,9 @@ def _print_demo(before: Path, results: Mapping[str, Path], comparison: Path) -> 
         f"""
 Go on:
   your own picture    {as_typed("step1x-edit")} edit photo.jpg "make it a night scene"
+  a web page          {as_typed("step1x-edit")} serve
   an MCP client       let it start: {as_typed("step1x-edit")} mcp   (mcp_config.json is an example)
-  the real model      set MODEL_PATH to a folder with Step1X-Edit v1.0 or v1.1; the embedded
-                      demo checkpoint knows edits of the whole picture, no objects""",
+  the real model      {as_typed("step1x-edit")} models pull v1.1   (41.8 GB; the embedded demo
+                      checkpoint knows edits of the whole picture, no objects)""",
         markup=False,
     )
