@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from step1x_edit.memory_plan import BRANCH, FIXED, GB, GIB, everything, fitting, with_share
+from step1x_edit.channel import GIB
+from step1x_edit.memory_plan import BRANCH, FIXED, GB, everything, fitting, with_share
 
 LINEAR = 2  # bytes of a number
 

@@ -195,7 +195,7 @@ def test_copies_beside_the_computing_are_waited_for_and_begun_one_block_ahead(
     opened = open_checkpoint(folder)
     arena = Arena(opened.weights)
     arena.fill()
-    arena.attach()
+    arena.attach(arena.memories)
     pipeline = opened.checkpoint.pipeline
     plan = with_share(arena.blocks, 0.0)
     passing = [block for block in arena.blocks if block.name not in plan.resident]

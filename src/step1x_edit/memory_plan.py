@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 GB: Final = 1_000_000_000
-GIB: Final = 2**30
 
-# What was measured on cards of several sizes, see docs/decisions.md.
+# Estimates: none of them has been measured on a card yet.
 FIXED: Final = int(1.15 * GB)
 """Context, workspaces of the libraries, tables."""
 BRANCH: Final = int(1.1 * GB)
@@ -98,18 +97,17 @@ def fitting(blocks: Iterable[Sized], free: int) -> MemoryPlan:
     if whole.peak <= usable:
         return whole
     num_slots = MAX_SLOTS if free >= ROOMY else MIN_SLOTS
-    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
     slots = num_slots * slot_size((block.size for block in blocks if _may_pass(block)), num_slots)
     fixed = _total(block for block in blocks if not _may_pass(block))
     room = usable - FIXED - BRANCH - slots - fixed
-    resident = _spread(core, room)
+    resident = _spread(_passing(blocks, "core"), room)
     return _with_more(blocks, resident, num_slots, room - _total(resident))
 
 
 def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
     """The plan that keeps about so much of the core and nothing else that may pass."""
     blocks = list(blocks)
-    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
+    core = _passing(blocks, "core")
     resident = _spread(core, int(core_share * _total(core)))
     return _with_more(blocks, resident, MIN_SLOTS, room=0)
 
@@ -124,15 +122,15 @@ def _with_more(
     blocks: Sequence[Sized], resident: Sequence[Sized], num_slots: int, room: int
 ) -> MemoryPlan:
     """Spend what is left when the core has been served."""
-    core = [block for block in blocks if block.component == "core" and _may_pass(block)]
+    core = _passing(blocks, "core")
     kept = list(resident)
     has_joint_branches = False
     if len(resident) == len(core):
         has_joint_branches = room >= BRANCH
         room -= BRANCH if has_joint_branches else 0
         for component in ("conditioner", "prologue"):
-            for block in blocks:
-                if block.component == component and _may_pass(block) and block.size <= room:
+            for block in _passing(blocks, component):
+                if block.size <= room:
                     kept.append(block)
                     room -= block.size
     fixed = [block for block in blocks if not _may_pass(block)]
@@ -167,6 +165,11 @@ def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _passing(blocks: Iterable[Sized], component: str) -> list[Sized]:
+    """The blocks of a component that may pass."""
+    return [block for block in blocks if block.component == component and _may_pass(block)]
 
 
 def _may_pass(block: Sized) -> bool:

@@ -132,8 +132,7 @@ class Residency:
             _forget_locals(error)
             del arena, host
             raise
-        arena.attach()
-        arena.bind(host)
+        arena.attach(host)
         self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
         if self._device is not None and self._device.type == "cuda":
             self._page_lock = PageLock(arena.memory, CudaPages(self._device))
@@ -214,9 +213,9 @@ class Residency:
         self._refuse_if_lent()
         if self._arena is None:
             return
+        self._leave_device()  # first, because a copy that is under way needs its pages locked
         if self._page_lock is not None:
             self._page_lock.undo()
-        self._leave_device()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
         memories = [self._arena.memory, *self._host.values(), *self._slabs]

@@ -155,8 +155,8 @@ class Arena:
                 view.copy_(view.float() + delta)
         return memories
 
-    def attach(self) -> None:
-        """Make the network's parameters and buffers views into the arena.
+    def attach(self, memories: Mapping[str, Tensor]) -> None:
+        """Make the network's parameters and buffers views into the arena, or `changed` copies.
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
@@ -167,7 +167,7 @@ class Arena:
             made = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
             setattr(weight.module, weight.attribute, made)
         # Only now, because a tensor that is born a view never lets go of what it was a view of.
-        self.bind(self.memories)
+        self.bind(memories)
 
     def bind(self, memories: Mapping[str, Tensor]) -> None:
         """Let the network's tensors be views into these copies of their blocks, by name.

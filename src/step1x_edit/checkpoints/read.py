@@ -170,9 +170,7 @@ def read_checkpoint(
     opened = open_checkpoint(path, dtype, version, releases, loras)
     arena = Arena(opened.weights)
     arena.fill()
-    arena.attach()
-    if opened.delta_of is not None:
-        arena.bind(arena.changed(opened.delta_of))
+    arena.attach(arena.changed(opened.delta_of) if opened.delta_of else arena.memories)
     for module in opened.checkpoint.pipeline.modules.values():
         module.to(device)
     return opened.checkpoint

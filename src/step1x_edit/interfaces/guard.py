@@ -14,7 +14,7 @@ by the head of the request alone:
   read, has to arrive in time, and to find room beside the bodies of others.
 
 It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
-from guessing, storing and framing. It knows nothing about what the routes do.
+from guessing, storing and framing. Of the routes it knows only which of them start work.
 """
 
 from __future__ import annotations
