@@ -51,3 +51,25 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     yield make
     for service in services:
         service.close()
+
+
+@pytest.fixture
+def worker() -> FakeWorker:
+    """What edits in a test that wants to know what was asked of it."""
+    return FakeWorker()
+
+
+@pytest.fixture
+def fake_model(
+    make_service: MakeService,
+    worker: FakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Commands edit with `worker`, in the test's folder."""
+
+    def build_service(settings: Settings) -> EditService:
+        return make_service(worker)
+
+    monkeypatch.setattr("step1x_edit.service.build_service", build_service)
+    monkeypatch.chdir(tmp_path)

@@ -14,36 +14,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import MakeService
 from fakes import FakeWorker
 from http_server import until
 from step1x_edit.interfaces.batches import JOURNAL_NAME
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service import EditService
-from step1x_edit.settings import Settings
 
 HERE = Path(__file__).parent
 run = CliRunner()
 QUICK = ["--num-steps", "10", "--seed", "1"]
 
-
-@pytest.fixture
-def worker() -> FakeWorker:
-    return FakeWorker()
-
-
-@pytest.fixture(autouse=True)
-def _fake_model(
-    make_service: MakeService,
-    worker: FakeWorker,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    def build_service(settings: Settings) -> EditService:
-        return make_service(worker)
-
-    monkeypatch.setattr("step1x_edit.service.build_service", build_service)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fake_model")
 
 
 @pytest.fixture

@@ -18,32 +18,11 @@ from conftest import MakeService
 from fakes import FakeWorker
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service import EditService
-from step1x_edit.settings import Settings
 
 run = CliRunner()
 QUICK = ["--num-steps", "10"]
 
-pytestmark = pytest.mark.usefixtures("_fake_model")
-
-
-@pytest.fixture
-def worker() -> FakeWorker:
-    return FakeWorker()
-
-
-@pytest.fixture
-def _fake_model(
-    make_service: MakeService,
-    worker: FakeWorker,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    def build_service(settings: Settings) -> EditService:
-        return make_service(worker)
-
-    monkeypatch.setattr("step1x_edit.service.build_service", build_service)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fake_model")
 
 
 @pytest.fixture
