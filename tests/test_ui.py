@@ -406,6 +406,22 @@ def test_a_browser_with_the_key_may_use_the_page(service: EditService, browser: 
         context.close()
 
 
+@needs_browser
+def test_the_documentation_is_whole_without_internet(url: str, browser: Browser) -> None:
+    paths = httpx2.get(f"{url}/openapi.json", timeout=60, trust_env=False).json()["paths"]
+    asked: list[str] = []
+    context = browser.new_context()
+    page = context.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+
+    page.goto(f"{url}/docs", timeout=PATIENCE_MS)
+
+    operations = sum(len(methods) for methods in paths.values())
+    expect(page.locator(".opblock")).to_have_count(operations, timeout=PATIENCE_MS)
+    assert [one for one in asked if not one.startswith((url, "data:"))] == []
+    context.close()
+
+
 def test_nothing_of_gradio_answers_but_what_the_page_needs(url: str) -> None:
     with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
         page = client.get("/")
