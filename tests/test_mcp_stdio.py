@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mcp.client.stdio import stdio_client
 from PIL import Image
 
 from step1x_edit.interfaces.cli import DEMO_PHOTO
+from step1x_edit.interfaces.stdio import _Wire
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "mcp_server.py"
@@ -50,6 +52,18 @@ def environment(**settings: str) -> dict[str, str]:
     return {**os.environ, "MODEL_PATH": "", **settings}
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_outlives_its_test() -> Iterator[None]:
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
+
+
 def start(
     tmp_path: Path,
     command: tuple[str, ...] = (str(SERVER),),
@@ -58,7 +72,7 @@ def start(
 ) -> subprocess.Popen[str]:
     with contextlib.ExitStack() as files:
         log = subprocess.PIPE if log_file is None else files.enter_context(log_file.open("w"))
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -67,6 +81,8 @@ def start(
             cwd=tmp_path,
             env=environment(**settings),
         )
+    _started.append(process)
+    return process
 
 
 def say(process: subprocess.Popen[str], *messages: dict[str, Any]) -> None:
@@ -411,6 +427,31 @@ def test_nothing_but_protocol_is_on_stdout_whatever_libraries_do(tmp_path: Path)
     ):
         assert f"noise of {kind}" in log
     assert "most recent call first" in log  # of faulthandler
+
+
+def test_another_thread_finds_no_way_to_the_client_while_the_transport_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment `sys.stdout` is the client's; only the thread that put it there may use it."""
+    client, wire = os.pipe()
+    with (tmp_path / "log").open("w+") as log, os.fdopen(client, "rb") as heard:
+        monkeypatch.setattr(sys, "stdout", log)
+        ours = _Wire(wire, lambda: None)
+
+        def intrude() -> None:
+            os.write(sys.stdout.fileno(), b"its descriptor\n")
+            sys.stdout.buffer.write(b"its buffer\n")
+            sys.stdout.buffer.flush()
+            sys.stdout.write("its text\n")
+
+        assert sys.stdout is ours
+        intruder = threading.Thread(target=intrude)
+        intruder.start()
+        intruder.join()
+        os.close(wire)
+
+        assert heard.read() == b""
+        assert (tmp_path / "log").read_text() == "its descriptor\nits buffer\n"
 
 
 # --- the end --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -66,18 +67,25 @@ class _Wire(io.TextIOWrapper):
     """The real stdout, as `sys.stdout` for the moment in which the transport takes its buffer.
 
     Right after that `sys.stdout` is what it was, whose descriptor 1 leads to stderr; so neither
-    its text, its buffer nor its descriptor are a way to the client, for whoever comes later.
+    its text, its buffer nor its descriptor are a way to the client, for whoever comes later. Nor
+    are ours for other threads, who may look in that moment.
     """
 
     def __init__(self, descriptor: int, broken: Callable[[], object]) -> None:
         super().__init__(_Pipe(descriptor, broken), encoding="utf-8")
+        self._thread = threading.get_ident()
         self._before = sys.stdout
         sys.stdout = self
 
     @property
     def buffer(self) -> Any:
+        if threading.get_ident() != self._thread:
+            return self._before.buffer
         asyncio.get_running_loop().call_soon(setattr, sys, "stdout", self._before)
         return super().buffer
+
+    def fileno(self) -> int:
+        return self._before.fileno()
 
     def close(self) -> None:
         """Do nothing, also at the end of our life: the buffer is the transport's now."""
