@@ -12,7 +12,7 @@ import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
@@ -61,6 +61,10 @@ class EditJob:
     """Given by the sender; `Cancel` names it."""
     previews: int = 0
     """How many pictures to show of the steps before the last."""
+    thinking: bool = False
+    """Whether the model first rewrites the prompt; only v1.2 can."""
+    reflection: bool = False
+    """Whether it judges its edit and tries again, and the best is taken; only v1.2 can."""
 
     @property
     def preview_steps(self) -> frozenset[int]:
@@ -92,9 +96,11 @@ class Phase(str, Enum):
 
     QUEUED = "queued"
     LOADING = "loading"
+    THINKING = "thinking"
     ENCODING = "encoding"
     DENOISING = "denoising"
     DECODING = "decoding"
+    REFLECTING = "reflecting"
     SAVING = "saving"
 
 
@@ -146,6 +152,23 @@ class Outcome:
     image: Pixels
     warning: str | None = None
     """Set if the model does not know such an edit or did not read all of its prompt."""
+    reasoning: Mapping[str, Any] | None = None
+    """What was thought on the way, where that was asked for; see `reasoning_of`."""
+    rounds: Pixels | None = None
+    """(R, H, W, 3): the pictures of all rounds of a reflection, in the same size."""
+
+
+def reasoning_of(
+    prompt: str | None, rounds: Sequence[Mapping[str, Any]], best: int
+) -> dict[str, Any]:
+    """The reasoning as plain data: the rewritten prompt, the rounds, and which was taken (from 1).
+
+    A round has `prompt`, `from_round` (the round whose picture it changed; 0 is the input) and,
+    with reflection, `verdict`, `description`, `score` (0 to 10, None if it could not be read),
+    `reason`, `edit_score` and `quality_score` (lists of 0 to 10) and `value`, by which the best
+    is chosen.
+    """
+    return {"prompt": prompt, "rounds": [dict(each) for each in rounds], "best": best}
 
 
 @dataclass(frozen=True)
@@ -179,7 +202,7 @@ _KINDS: Final = {
     for kind in (Start, EditJob, Cancel, Offload, Progress, Outcome, Failure, Done)
 }
 
-_PICTURES: Final = ("image", "preview")
+_PICTURES: Final = ("image", "preview", "rounds")
 """The fields that hold pixels."""
 
 
