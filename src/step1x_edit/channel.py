@@ -48,14 +48,17 @@ class Start:
 
 @dataclass(frozen=True)
 class EditJob:
-    """All the model needs to know of an edit."""
+    """All the model needs to know of an edit, or of a picture to make from words alone."""
 
-    image: Pixels
+    image: Pixels | None
+    """None: there is nothing to edit, and the picture is made in `width` × `height`."""
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
+    """None: what the model was published with for such a job."""
     num_steps: int
     guidance_scale: float
     size_level: int
+    """Means nothing where there is no image; `width` and `height` mean nothing where there is."""
     seed: int
     number: int = 0
     """Given by the sender; `Cancel` names it."""
@@ -65,6 +68,8 @@ class EditJob:
     """Whether the model first rewrites the prompt; only v1.2 can."""
     reflection: bool = False
     """Whether it judges its edit and tries again, and the best is taken; only v1.2 can."""
+    width: int = 0
+    height: int = 0
 
     @property
     def preview_steps(self) -> frozenset[int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 import unicodedata
@@ -36,6 +37,7 @@ from step1x_edit.errors import (
 from step1x_edit.images import OUTPUT_FORMATS
 
 MAX_NAME_BYTES: Final = 255
+MAX_STEM_BYTES: Final = 60  # of a name that a text gives
 _ROOM_FOR_NUMBER: Final = len("_99999")
 _CHUNK: Final = 1 << 20
 _TEMPORARY_PREFIX: Final = ".step1x-edit-"  # only where files without a name are unknown
@@ -215,6 +217,27 @@ class FileAccess:
         _check_folder(output)
         return output
 
+    def plan_new_output(self, text: str, *, overwrite: bool = False) -> Output:
+        """A PNG named after a text, numbered when taken, for a picture that has no input.
+
+        It goes into the start folder, or where that is not allowed into the first allowed folder.
+        """
+        shown_folder = next(
+            (folder for folder in (Path.cwd(), *self._roots) if self._allows(_real(str(folder)))),
+            Path.cwd(),
+        )
+        output = Output(
+            folder=self._real_inside(str(shown_folder)),
+            shown_folder=shown_folder,
+            stem=stem_of(text),
+            suffix=".png",
+            overwrite=overwrite,
+            number=1,
+            inputs=frozenset(),
+        )
+        _check_folder(output)
+        return output
+
     def publish(self, output: Output, data: bytes) -> Path:
         """Put the result into its place, complete or not at all; returns its absolute path."""
         existing = _nearest_existing(output.folder)
@@ -381,6 +404,18 @@ class _Folder:
 
     def _at(self, name: str) -> str:
         return name if self._descriptor is not None else str(self._path / name)
+
+
+def stem_of(text: str) -> str:
+    """A name that the beginning of a text gives: "A red fox, at night" is `a-red-fox-at-night`."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+    stem = ""
+    for word in words:
+        longer = f"{stem}-{word}" if stem else _cut(word, MAX_STEM_BYTES)
+        if len(os.fsencode(longer)) > MAX_STEM_BYTES:
+            break
+        stem = longer
+    return stem or "generated"
 
 
 def _open_regular(real: Path, path: str) -> int:

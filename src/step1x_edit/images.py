@@ -38,6 +38,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from pydantic import TypeAdapter
+
 from step1x_edit.errors import (
     CorruptImageError,
     ImageAspectError,
@@ -47,7 +49,7 @@ from step1x_edit.errors import (
     InvalidParameterError,
     UnsupportedImageError,
 )
-from step1x_edit.schemas import EditRecord
+from step1x_edit.schemas import EditRecord, Record
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -515,7 +517,7 @@ def flattened(picture: Picture) -> Picture:
 
 
 def encode(
-    picture: Picture, suffix: str, record: EditRecord | None = None, quality: int | None = None
+    picture: Picture, suffix: str, record: Record | None = None, quality: int | None = None
 ) -> bytes:
     """The bytes of a file with this suffix; the same picture and record give the same bytes.
 
@@ -575,7 +577,7 @@ def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image if profile is None else _to_srgb(image, profile) or image
 
 
-def _exif_of(picture: Picture, record: EditRecord | None) -> bytes | None:
+def _exif_of(picture: Picture, record: Record | None) -> bytes | None:
     exif = Image.Exif()
     for tag, value in picture.exif.items():
         (exif if tag in _IMAGE_TAGS else exif.get_ifd(ExifTags.IFD.Exif))[tag] = value
@@ -592,23 +594,30 @@ def _exif_of(picture: Picture, record: EditRecord | None) -> bytes | None:
 # character set; UTF-16 in big-endian order is what other programs write and expect there.
 
 _UNICODE: Final = b"UNICODE\0"
+_RECORD: Final[TypeAdapter[Record]] = TypeAdapter(Record)
 
 
-def _written(record: EditRecord) -> str:
+def _written(record: Record) -> str:
     return record.model_dump_json(exclude_none=True)
 
 
-def _comment(record: EditRecord) -> bytes:
+def _comment(record: Record) -> bytes:
     return _UNICODE + _written(record).encode("utf-16-be")
 
 
 def read_edit_record(source: bytes | Path) -> EditRecord | None:
-    """What the picture was made with, or None if it was not made here or lost its notes."""
+    """What the picture was edited with, or None if it was not edited here or lost its notes."""
+    record = read_record(source)
+    return record if isinstance(record, EditRecord) else None
+
+
+def read_record(source: bytes | Path) -> Record | None:
+    """What the picture was edited or made with, or None if it was not here or lost its notes."""
     data = source.read_bytes() if isinstance(source, Path) else source
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
             text = image.info.get(_RECORD_KEY) or _commented(_exif(image))
-            return EditRecord.model_validate_json(text)
+            return _RECORD.validate_json(text)
     except Exception:  # noqa: BLE001 - notes of others, or none: see _damaged
         return None
 

@@ -96,6 +96,7 @@ class JobInput:
     """What a job was given: the file of a picture, and that of a mask if there is one."""
 
     image: bytes
+    """Empty where nothing is edited and the picture is made from words alone."""
     mask: bytes | None = None
 
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -38,9 +38,11 @@ Location = Literal["Unloaded", "CPU", "GPU"]
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
+DEFAULT_SIDE: Final = 1024
 DEFAULT_MAX_SIZE: Final = 768
 DEFAULT_JOBS_LISTED: Final = 20
 DEFAULT_WAIT_S: Final = 20.0
+SIDE_MULTIPLE: Final = 16  # one token of the real models
 MAX_BATCH: Final = 1000  # so many results, without metadata, are what an answer over MCP can hold
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
@@ -185,6 +187,28 @@ Prompts = Annotated[
     Field(description="What to change: one text for all images, or a list with one per image"),
     BeforeValidator(_text_or_list),
 ]
+NewPrompt = Annotated[
+    _PromptText, Field(description="What the picture shows, such as 'a red fox in the snow'")
+]
+NewOutputPath = Annotated[
+    _PathText | None,
+    Field(
+        description="Where to save the picture; the suffix (.png, .jpg, .webp, .avif, .tiff, .bmp) "
+        "chooses the format. Default: a PNG named after the prompt in the start folder"
+    ),
+]
+NewNegativePrompt = Annotated[
+    _PromptText | None,
+    Field(
+        description="What the picture should not show, such as 'blurry'. Default: the list of "
+        "flaws that the model was published with"
+    ),
+]
+_Side = Annotated[
+    int, Field(ge=256, le=2048, multiple_of=SIDE_MULTIPLE), BeforeValidator(_whole_number)
+]
+Width = Annotated[_Side, Field(description="Width in pixels, a multiple of 16")]
+Height = Annotated[_Side, Field(description="Height in pixels, a multiple of 16")]
 MaxSize = Annotated[
     int,
     Field(ge=64, le=1024, description="Longest side of what is shown, in pixels"),
@@ -248,6 +272,32 @@ class PictureRequest(_Request):
     negative_prompt: NegativePrompt = ""
 
 
+class GenerateRequest(_Request):
+    """A picture to make from words alone."""
+
+    prompt: NewPrompt
+    output_path: NewOutputPath = None
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    width: Width = DEFAULT_SIDE
+    height: Height = DEFAULT_SIDE
+    seed: Seed = None
+    overwrite: Overwrite = False
+    negative_prompt: NewNegativePrompt = None
+
+
+class GeneratePictureRequest(_Request):
+    """A picture to make from words alone and to give back, without a file on our disk."""
+
+    prompt: NewPrompt
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    width: Width = DEFAULT_SIDE
+    height: Height = DEFAULT_SIDE
+    seed: Seed = None
+    negative_prompt: NewNegativePrompt = None
+
+
 class BatchRequest(_Request):
     """Several pictures to edit with the same parameters."""
 
@@ -298,8 +348,8 @@ class WaitRequest(HandleRequest):
     wait_s: WaitSeconds = DEFAULT_WAIT_S
 
 
-class ImageEditRequest(_Request):
-    """What to do with a picture, in the words of OpenAI's Images and of who extends them."""
+class OpenAIRequest(_Request):
+    """What OpenAI's Images and who extends them have in common for every picture."""
 
     prompt: Prompt
     model: Annotated[
@@ -315,14 +365,6 @@ class ImageEditRequest(_Request):
         Field(ge=1, le=10, description="How many pictures; their seeds follow each other"),
         BeforeValidator(_whole_number),
     ] = 1
-    size: Annotated[
-        str,
-        Field(
-            pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result and has "
-            "to have the input's ratio",
-        ),
-    ] = "auto"
     quality: Annotated[
         Literal["auto", "standard", "low", "medium", "high"],
         Field(description="A name for a number of steps: low 10, medium 28, high 50"),
@@ -339,17 +381,9 @@ class ImageEditRequest(_Request):
         Field(ge=0, le=100, description="Quality of a WebP, JPEG or AVIF; a PNG has all of it"),
         BeforeValidator(_whole_number),
     ] = None
-    background: Annotated[
-        Literal["auto", "opaque"],
-        Field(description="`auto` keeps transparency of the input, `opaque` lays it on white"),
-    ] = "auto"
     moderation: Annotated[
         Literal["auto", "low"], Field(description="Nothing is moderated here")
     ] = "auto"
-    input_fidelity: Annotated[
-        Literal["low", "high"] | None,
-        Field(description="The model always sees the whole picture; both mean the same"),
-    ] = None
     user: Annotated[str | None, Field(max_length=1000, description="Not looked at")] = None
     safety_identifier: Annotated[
         str | None, Field(max_length=1000, description="Not looked at")
@@ -362,9 +396,48 @@ class ImageEditRequest(_Request):
     ] = 0
     num_inference_steps: NumSteps | None = None
     guidance_scale: GuidanceScale | None = None
-    size_level: SizeLevel | None = None
     seed: Seed = None
+
+
+class ImageEditRequest(OpenAIRequest):
+    """What to do with a picture, in the words of OpenAI's Images and of who extends them."""
+
+    size: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
+            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result and has "
+            "to have the input's ratio",
+        ),
+    ] = "auto"
+    background: Annotated[
+        Literal["auto", "opaque"],
+        Field(description="`auto` keeps transparency of the input, `opaque` lays it on white"),
+    ] = "auto"
+    input_fidelity: Annotated[
+        Literal["low", "high"] | None,
+        Field(description="The model always sees the whole picture; both mean the same"),
+    ] = None
+    size_level: SizeLevel | None = None
     negative_prompt: NegativePrompt = ""
+
+
+class ImageGenerationRequest(OpenAIRequest):
+    """A picture to make from words alone, in the words of OpenAI's Images."""
+
+    prompt: NewPrompt
+    size: Annotated[
+        str,
+        Field(
+            pattern=r"^(auto|[1-9][0-9]{2,3}x[1-9][0-9]{2,3})$",
+            description="`auto`: 1024x1024; or `WIDTHxHEIGHT`, each a multiple of 16 from 256 to "
+            "2048",
+        ),
+    ] = "auto"
+    background: Annotated[
+        Literal["auto", "opaque"], Field(description="The picture is opaque; both mean the same")
+    ] = "auto"
+    negative_prompt: NewNegativePrompt = None
 
 
 class JobsRequest(_Request):
@@ -395,6 +468,24 @@ class EditRecord(_Request):
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
 
 
+class GenerationRecord(_Request):
+    """What a picture was made with from words alone, written into its file as an `EditRecord`."""
+
+    software: Literal["step1x-edit"] = "step1x-edit"
+    model: str
+    prompt: NewPrompt
+    negative_prompt: NewNegativePrompt = None
+    """None, which is left out: what the model was published with."""
+    num_steps: NumSteps
+    guidance_scale: GuidanceScale
+    width: Width
+    height: Height
+    seed: _SeedNumber
+
+
+Record: TypeAlias = EditRecord | GenerationRecord
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
@@ -409,12 +500,14 @@ class _Answer(BaseModel):
 
 
 class EditMetadata(_Answer):
-    """With what, where and by which model the picture was edited."""
+    """With what, where and by which model the picture was edited, or made."""
 
     prompt: str
     num_steps: int
     guidance_scale: float
-    size_level: int
+    size_level: Annotated[
+        int | None, Field(description="Left out for a picture that was made from words alone")
+    ] = None
     seed: int
     gpu_location: Location
     gpu_memory_gb: float
@@ -431,7 +524,7 @@ class EditMetadata(_Answer):
 
 
 class EditAnswer(_Answer):
-    """One picture was edited and saved."""
+    """One picture was edited, or made from words alone, and saved."""
 
     status: Literal["success"] = "success"
     message: str = "Image edited successfully"
@@ -573,7 +666,7 @@ class JobAnswer(_Answer):
     finished_at: float | None = None
     position: int | None = None
     progress: JobProgress | None = None
-    request: PictureRequest
+    request: PictureRequest | GeneratePictureRequest
     processing_time: float | None = None
     metadata: EditMetadata | None = None
     error: str | None = None
@@ -690,6 +783,7 @@ def _parameter(name: str, schema: Mapping[str, Any]) -> Parameter:
 
 PARAMETERS: Final[Mapping[str, Parameter]] = {
     **parameters_of(ViewRequest),
+    **parameters_of(GenerateRequest),
     **parameters_of(BatchRequest),
     **parameters_of(EditRequest),
 }
@@ -752,6 +846,9 @@ def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> st
             return f"{_shown(name)} is unknown{_suggestion(name, parameters)}"
         case "missing" | "missing_argument" | "missing_keyword_only_argument":
             return f"{label} is missing"
+        case "multiple_of":
+            kind = f"a multiple of {details['ctx']['multiple_of']:g}"
+            return f"{label} must be {_worded(kind, parameter)}{got}"
         case "greater_than_equal" | "less_than_equal" | "literal_error" if parameter.range:
             return f"{label} must be {parameter.range}{got}"
         case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":

@@ -19,7 +19,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
+
+from pydantic import BaseModel
 
 from step1x_edit import images
 from step1x_edit.channel import EditJob, Phase, Progress, Start
@@ -46,10 +48,14 @@ from step1x_edit.schemas import (
     EditRecord,
     EditRequest,
     ErrorAnswer,
+    GeneratePictureRequest,
+    GenerateRequest,
+    GenerationRecord,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
     PictureRequest,
+    Record,
     StatusAnswer,
     ViewRequest,
     read_request,
@@ -58,7 +64,11 @@ from step1x_edit.settings import Settings
 from step1x_edit.worker_process import WorkerProcess
 
 T = TypeVar("T")
-_Request = TypeVar("_Request", EditRequest, BatchRequest, PictureRequest)
+_Request = TypeVar("_Request", bound=BaseModel)
+_Seeded = TypeVar("_Seeded", PictureRequest, GeneratePictureRequest)
+_Asked: TypeAlias = EditRequest | PictureRequest | GenerateRequest | GeneratePictureRequest
+
+GENERATED: Final = "Image generated successfully"
 
 Report: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
@@ -81,8 +91,16 @@ class FinishedEdit:
 
 
 @dataclass(frozen=True)
+class GeneratedImage:
+    """The answer, and the picture, for faces that show it."""
+
+    answer: EditAnswer
+    picture: Picture
+
+
+@dataclass(frozen=True)
 class EditedPicture:
-    """An edited picture as the bytes of a file, and how it was made."""
+    """An edited picture, or one made from words alone, as the bytes of a file, and how it was made."""
 
     picture: Picture
     data: bytes
@@ -137,6 +155,14 @@ class EditService:
         """Make a request of what a caller gave, as `read_edit` does."""
         return self._read(PictureRequest, arguments)
 
+    def read_generate(self, arguments: Mapping[str, object]) -> GenerateRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(GenerateRequest, arguments)
+
+    def read_generate_picture(self, arguments: Mapping[str, object]) -> GeneratePictureRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(GeneratePictureRequest, arguments)
+
     def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
         """Make a request of what a caller gave, as `read_edit` does."""
         return self._read(BatchRequest, arguments)
@@ -171,6 +197,36 @@ class EditService:
         source = await asyncio.to_thread(self._decode, data, mask, suffix)
         submit = partial(self._submit, previews)
         return await self._make(request, source, suffix, submit, report, started)
+
+    async def generate(
+        self, request: GenerateRequest, report: Report = unreported, previews: int = 0
+    ) -> GeneratedImage:
+        """Make one picture from words alone and save it; all else is as in `edit`."""
+        self.check_room()
+        started = time.monotonic()
+        output = await asyncio.to_thread(self._plan_new, request)
+        submit = partial(self._submit, previews)
+        made = await self._make(request, None, output.suffix, submit, report, started)
+        path = await asyncio.to_thread(self._files.publish, output, made.data)
+        answer = EditAnswer(
+            message=GENERATED,
+            output_path=str(path),
+            processing_time=round(time.monotonic() - started, 2),
+            metadata=made.metadata,
+        )
+        return GeneratedImage(answer, made.picture)
+
+    async def generate_picture(
+        self,
+        request: GeneratePictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+        previews: int = 0,
+    ) -> EditedPicture:
+        """Make a picture from words alone and give it back; all else is as in `edit_picture`."""
+        self.check_room()
+        submit = partial(self._submit, previews)
+        return await self._make(request, None, suffix, submit, report, time.monotonic())
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise what `edit_picture` would say about these bytes, without editing them."""
@@ -278,7 +334,8 @@ class EditService:
             for name, value in arguments.items()
             if value is not None or name not in fields or fields[name].is_required()
         }
-        return read_request(kind, {**self.defaults, **given})
+        defaults = {name: value for name, value in self.defaults.items() if name in fields}
+        return read_request(kind, {**defaults, **given})
 
     async def _edit(
         self,
@@ -301,18 +358,18 @@ class EditService:
 
     async def _make(
         self,
-        request: EditRequest | PictureRequest,
-        source: _Source,
+        request: _Asked,
+        source: _Source | None,
         suffix: str,
         submit: Callable[[EditJob], Edit],
         report: Report,
         started: float,
     ) -> EditedPicture:
-        """The part of every edit that is the same wherever the picture comes from and goes to."""
+        """The part that is the same wherever the picture comes from, if from any, and goes to."""
         seed = _seed_of(request)
         with self._counted():
-            result = await _run(submit(_job(request, source.picture, seed)), report)
-            record = _record(request, seed, result.residence.model or "", source.mask_sha256)
+            result = await _run(submit(_job(request, source, seed)), report)
+            record = _record(request, seed, result.residence.model or "", source)
 
             def finished() -> tuple[Picture, float | None, bytes]:
                 picture, share = _restored(result.outcome.image, source)
@@ -393,6 +450,11 @@ class EditService:
             decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
+    def _plan_new(self, request: GenerateRequest) -> Output:
+        if request.output_path is None:
+            return self._files.plan_new_output(request.prompt, overwrite=request.overwrite)
+        return self._files.plan_output(request.output_path, (), overwrite=request.overwrite)
+
     def _plan(self, request: EditRequest, read: frozenset[FileIdentity]) -> Output:
         if request.output_path is None:
             return self._files.plan_default_output(
@@ -411,12 +473,12 @@ def _told_of_the_mask() -> Iterator[None]:
         raise type(error)(f"mask: {detail}") from None
 
 
-def with_seed(request: PictureRequest) -> PictureRequest:
+def with_seed(request: _Seeded) -> _Seeded:
     """The same request; where it leaves the seed to chance, one is drawn now."""
     return request.model_copy(update={"seed": _seed_of(request)})
 
 
-def _seed_of(request: EditRequest | PictureRequest) -> int:
+def _seed_of(request: _Asked) -> int:
     return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
 
 
@@ -443,8 +505,10 @@ async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T
     return task.result()
 
 
-def _restored(edited: Pixels, source: _Source) -> tuple[Picture, float | None]:
+def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
     """The edited picture as its source was, and the share that changed if there was a mask."""
+    if source is None:
+        return Picture(edited), None
     picture = images.restore(edited, source.picture)
     if source.mask is None:
         return picture, None
@@ -452,9 +516,21 @@ def _restored(edited: Pixels, source: _Source) -> tuple[Picture, float | None]:
     return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
-def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> EditJob:
+def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
+    if isinstance(request, GenerateRequest | GeneratePictureRequest):
+        return EditJob(
+            image=None,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            size_level=0,
+            seed=seed,
+            width=request.width,
+            height=request.height,
+        )
     return EditJob(
-        image=source.pixels,
+        image=None if source is None else source.picture.pixels,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_steps=request.num_steps,
@@ -464,9 +540,18 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
     )
 
 
-def _record(
-    request: EditRequest | PictureRequest, seed: int, model: str, mask_sha256: str | None
-) -> EditRecord:
+def _record(request: _Asked, seed: int, model: str, source: _Source | None) -> Record:
+    if isinstance(request, GenerateRequest | GeneratePictureRequest):
+        return GenerationRecord(
+            model=model,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            width=request.width,
+            height=request.height,
+            seed=seed,
+        )
     return EditRecord(
         model=model,
         prompt=request.prompt,
@@ -475,19 +560,19 @@ def _record(
         guidance_scale=request.guidance_scale,
         size_level=request.size_level,
         seed=seed,
-        mask_sha256=mask_sha256,
+        mask_sha256=None if source is None else source.mask_sha256,
     )
 
 
 def _metadata(
-    record: EditRecord, result: EditResult, picture: Picture, changed_share: float | None
+    record: Record, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
     residence = result.residence
     return EditMetadata(
         prompt=record.prompt,
         num_steps=record.num_steps,
         guidance_scale=record.guidance_scale,
-        size_level=record.size_level,
+        size_level=record.size_level if isinstance(record, EditRecord) else None,
         seed=record.seed,
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),

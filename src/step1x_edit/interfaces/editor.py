@@ -19,6 +19,7 @@ from step1x_edit.schemas import (
     EditAnswer,
     EditMetadata,
     EditRequest,
+    GenerateRequest,
     GpuAnswer,
     StatusAnswer,
     read_request,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited:
-    """The bytes of an edited picture, and how it was made."""
+    """The bytes of a picture that was edited or made, and how."""
 
     data: bytes
     metadata: EditMetadata
@@ -56,6 +57,14 @@ class Editor(Protocol):
         """Edit a picture; cancelling the call stops the work. `suffix` chooses the format.
 
         `arguments` are fields of a `PictureRequest`; those left out are chosen by who edits.
+        """
+
+    async def generate_picture(
+        self, arguments: Mapping[str, object], report: Report, suffix: str = ".png"
+    ) -> Edited:
+        """Make a picture from words alone, as `edit_picture` edits one.
+
+        `arguments` are fields of a `GeneratePictureRequest`.
         """
 
     async def status(self) -> StatusAnswer:
@@ -88,6 +97,14 @@ class InProcess:
         request = self._service.read_picture(arguments)
         edited = await self._service.edit_picture(data, request, report, suffix, mask)
         return Edited(edited.data, edited.metadata)
+
+    async def generate_picture(
+        self, arguments: Mapping[str, object], report: Report, suffix: str = ".png"
+    ) -> Edited:
+        """Make a picture with our own model."""
+        request = self._service.read_generate_picture(arguments)
+        made = await self._service.generate_picture(request, report, suffix)
+        return Edited(made.data, made.metadata)
 
     async def status(self) -> StatusAnswer:
         """Our own model is not loaded: nothing has been edited."""
@@ -149,6 +166,11 @@ def given(arguments: Mapping[str, object]) -> dict[str, object]:
 def read_edit(arguments: Mapping[str, object]) -> EditRequest:
     """The request that is made of these arguments; raises InvalidParameterError."""
     return read_request(EditRequest, given(arguments))
+
+
+def read_generate(arguments: Mapping[str, object]) -> GenerateRequest:
+    """The request that is made of these arguments; raises InvalidParameterError."""
+    return read_request(GenerateRequest, given(arguments))
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,19 @@ from step1x_edit.errors import (
     ShuttingDownError,
 )
 from step1x_edit.interfaces import problems
-from step1x_edit.interfaces.rest import METADATA, form_body, once, read_form, without_null
+from step1x_edit.interfaces.rest import (
+    METADATA,
+    form_body,
+    is_json,
+    json_content,
+    once,
+    read_form,
+    read_json,
+    without_null,
+)
 from step1x_edit.jobs import Job, JobEvent, JobInput, JobPage, JobStore, Operation
 from step1x_edit.schemas import (
+    GeneratePictureRequest,
     JobAnswer,
     JobEventAnswer,
     JobProgress,
@@ -121,19 +131,23 @@ def _example(answer: JobAnswer | JobsAnswer) -> dict[str, Any]:
 
 
 def job_operation(service: EditService) -> Operation:
-    """What is done for a stored job: its picture is edited as a caller's who waits for it."""
+    """What is done for a stored job: the same as for a caller who waits for it."""
 
-    async def edit(
+    async def work(
         given: JobInput,
         request: Mapping[str, object],
         report: Callable[[Progress], Awaitable[None]],
     ) -> tuple[bytes, Mapping[str, object]]:
-        asked = service.read_picture(request)
-        edited = await service.edit_picture(given.image, asked, report, mask=given.mask)
+        if given.image:
+            asked = service.read_picture(request)
+            edited = await service.edit_picture(given.image, asked, report, mask=given.mask)
+        else:
+            new = service.read_generate_picture(request)
+            edited = await service.generate_picture(new, report)
         result = JobResult(processing_time=edited.processing_time, metadata=edited.metadata)
         return edited.data, result.to_dict()
 
-    return edit
+    return work
 
 
 async def accept_job(
@@ -150,6 +164,14 @@ async def accept_job(
     request = with_seed(service.read_picture(arguments))
     await service.check_picture(picture, mask)
     return await store.create(picture, request.model_dump(mode="json"), mask)
+
+
+async def accept_generation(
+    service: EditService, store: JobStore, arguments: Mapping[str, object]
+) -> Job:
+    """Store a job that makes a picture from words alone, or raise what is wrong with it."""
+    request = with_seed(service.read_generate_picture(arguments))
+    return await store.create(b"", request.model_dump(mode="json"))
 
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -173,7 +195,8 @@ def job_routes(
         summary="Have a picture edited later",
         description="Takes the same form as `/api/edit` and answers as soon as the job is on the "
         "disk: from then on it is done even if the caller goes away or the server starts anew. "
-        "`Location` is where it can be asked for.",
+        "`Location` is where it can be asked for. JSON instead of a form asks for a picture that "
+        "is made from words alone, which needs Step1X-Edit v1.1.",
         status_code=202,
         response_model=JobAnswer,
         responses={
@@ -198,12 +221,15 @@ def job_routes(
                 "no_space",
             ),
         },
-        openapi_extra={"requestBody": form_body(service.defaults)},
+        openapi_extra={"requestBody": _bodies(service.defaults)},
     )
     async def create(request: Request) -> Response:
         await store.check_room()  # before the upload is read
-        form = await read_form(request)
-        job = await accept_job(service, store, form.picture, form.fields, form.mask)
+        if is_json(request):
+            job = await accept_generation(service, store, await read_json(request))
+        else:
+            form = await read_form(request)
+            job = await accept_job(service, store, form.picture, form.fields, form.mask)
         location = {"Location": f"{JOBS_PATH}/{job.id}"}
         return JSONResponse(_answer(job).to_dict(), 202, location)
 
@@ -339,6 +365,15 @@ def job_routes(
         return Response(status_code=204)
 
     return router
+
+
+def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """What a job is asked for by, as OpenAPI describes it."""
+    body = form_body(defaults)
+    body["content"] |= json_content(
+        GeneratePictureRequest, defaults, {"prompt": "a red fox in the snow", "seed": 42}
+    )
+    return body
 
 
 def _id_in(request: Request) -> str:

@@ -80,8 +80,18 @@ class RemoteServer:
         if mask is not None:
             files["mask"] = ("mask", mask)
         fields = {name: str(value) for name, value in arguments.items()}
+        return await self._done({"files": files, "data": fields}, report, suffix)
+
+    async def generate_picture(
+        self, arguments: Mapping[str, object], report: Report, suffix: str = ".png"
+    ) -> Edited:
+        """Have a picture made from words alone; cancelling the call withdraws the job."""
+        return await self._done({"json": dict(arguments)}, report, suffix)
+
+    async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> Edited:
+        """What comes of a job with this body, in the format of a suffix."""
         async with self._client() as client:
-            job = await self._sent(client, files, fields)
+            job = await self._sent(client, body)
             try:
                 ended = await self._heard(client, job, report)
                 if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
@@ -115,12 +125,10 @@ class RemoteServer:
 
     # --- a job ---
 
-    async def _sent(
-        self, client: httpx2.AsyncClient, files: Mapping[str, Any], fields: Mapping[str, str]
-    ) -> JobAnswer:
+    async def _sent(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
         async with self._told():
             try:
-                answer = await client.post(_JOBS, files=files, data=fields)
+                answer = await client.post(_JOBS, **body)
             except (httpx2.ReadError, httpx2.WriteError):  # it refuses by the head of the request
                 raise ModelUnavailableError(
                     f"the server at {self._url} did not take the picture; it may be larger than "
@@ -162,7 +170,7 @@ class RemoteServer:
     def _converted(self, png: bytes, suffix: str) -> bytes:
         """The same picture as the server would have encoded it in this format."""
         picture = images.decode(png, self._limits)
-        return images.encode(picture, suffix, images.read_edit_record(png))
+        return images.encode(picture, suffix, images.read_record(png))
 
     # --- asking ---
 

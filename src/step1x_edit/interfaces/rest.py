@@ -8,11 +8,13 @@ as exceptions and become answers in `problems`.
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -286,6 +288,25 @@ async def read_form(request: Request) -> Form:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
 
 
+def is_json(request: Request) -> bool:
+    """Whether the body says that it is JSON."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == _JSON
+
+
+async def read_json(request: Request) -> dict[str, object]:
+    """Read the fields of a JSON object."""
+    try:
+        values = json.loads(await request.body())
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    except (ValueError, RecursionError):
+        raise InvalidParameterError("the body is no JSON that can be read") from None
+    if not isinstance(values, dict):
+        raise InvalidParameterError("the body must be a JSON object")
+    return values
+
+
 async def _uploaded(value: object, name: str) -> bytes | None:
     if value is None:
         return None
@@ -382,6 +403,17 @@ def form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
     schema["required"] = [FILE, *schema["required"]]
     schema["example"] = {"prompt": "change to night scene", "seed": 42}
     return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+
+
+def json_content(
+    kind: type[BaseModel], defaults: Mapping[str, object], example: Mapping[str, object]
+) -> dict[str, Any]:
+    """A body in JSON, as OpenAPI describes it."""
+    schema = kind.model_json_schema()
+    for name, default in defaults.items():
+        if name in schema["properties"]:
+            schema["properties"][name]["default"] = default
+    return {_JSON: {"schema": {**schema, "example": dict(example)}}}
 
 
 # --- whether all is well --------------------------------------------------------------------------

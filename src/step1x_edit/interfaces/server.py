@@ -54,7 +54,9 @@ from step1x_edit.settings import MEBI, Settings
 
 log = logging.getLogger(__name__)
 
-_EDITING_TOOLS: Final = frozenset({"edit_image", "batch_edit_images", "submit_edit"})
+_EDITING_TOOLS: Final = frozenset(
+    {"edit_image", "batch_edit_images", "submit_edit", "generate_image"}
+)
 _GRACE_S: Final = 3.0  # for the running step to end
 _LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
 _DESCRIPTION: Final = """\
