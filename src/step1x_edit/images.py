@@ -37,7 +37,6 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,
 )
-
 from pydantic import TypeAdapter
 
 from step1x_edit.errors import (

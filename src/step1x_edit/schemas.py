@@ -523,6 +523,9 @@ class EditMetadata(_Answer):
     ] = None
 
 
+GENERATED: Final = "Image generated successfully"
+
+
 class EditAnswer(_Answer):
     """One picture was edited, or made from words alone, and saved."""
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Final, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
@@ -39,6 +39,7 @@ from step1x_edit.errors import CheckpointError, EditCancelledError, ImageError, 
 from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.images import Limits, Picture, Pixels
 from step1x_edit.schemas import (
+    GENERATED,
     MAX_SEED,
     BatchAnswer,
     BatchItem,
@@ -67,8 +68,6 @@ T = TypeVar("T")
 _Request = TypeVar("_Request", bound=BaseModel)
 _Seeded = TypeVar("_Seeded", PictureRequest, GeneratePictureRequest)
 _Asked: TypeAlias = EditRequest | PictureRequest | GenerateRequest | GeneratePictureRequest
-
-GENERATED: Final = "Image generated successfully"
 
 Report: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
@@ -100,7 +99,7 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class EditedPicture:
-    """An edited picture, or one made from words alone, as the bytes of a file, and how it was made."""
+    """A picture, edited or made from words alone, as the bytes of a file, and how it was made."""
 
     picture: Picture
     data: bytes

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from step1x_edit.errors import InvalidParameterError
 from step1x_edit.interfaces.discovery import find_server
 from step1x_edit.schemas import (
+    GENERATED,
     EditAnswer,
     EditMetadata,
     EditRequest,
@@ -193,6 +194,26 @@ def read_inputs(files: FileAccess, image: str | bytes, mask_path: str | None) ->
     if mask is not None:
         identities.add(mask.identity)
     return Inputs(image, None if mask is None else mask.data, frozenset(identities))
+
+
+async def generate_file(
+    editor: Editor,
+    files: FileAccess,
+    arguments: Mapping[str, object],
+    plan: Callable[[], Output],
+    report: Report,
+) -> EditAnswer:
+    """Have a picture made from words alone and save it where `plan` wants it."""
+    started = time.monotonic()
+    output = await asyncio.to_thread(plan)
+    made = await editor.generate_picture(arguments, report, output.suffix)
+    path = await asyncio.to_thread(files.publish, output, made.data)
+    return EditAnswer(
+        message=GENERATED,
+        output_path=str(path),
+        processing_time=round(time.monotonic() - started, 2),
+        metadata=made.metadata,
+    )
 
 
 async def edit_file(

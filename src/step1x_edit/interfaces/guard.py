@@ -50,7 +50,8 @@ MCP_PATH: Final = "/mcp"
 WORK_PATHS: Final = frozenset(
     {"/api/edit", "/v1/images/edits", "/v1/images/generations", "/v1/jobs"}
 )
-"""Where a POST starts an edit, or a picture. Of MCP the tools that do so count, wherever they come in."""
+"""Where a POST starts an edit, or a new picture. Of MCP the tools that do so count, wherever they
+come in."""
 FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
 
 _BODIES: Final = 8  # of the longest kind that may be held at a time

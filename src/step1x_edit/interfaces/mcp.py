@@ -56,6 +56,7 @@ from step1x_edit.schemas import (
     EditAnswer,
     EditRequest,
     ErrorAnswer,
+    GenerateRequest,
     GpuAnswer,
     HandleRequest,
     RunningAnswer,
@@ -79,6 +80,7 @@ the result is a new file beside the input, or output_path.
 - One short, concrete instruction per edit: "add a red hat", "change to night scene". The same \
 seed repeats a picture, another one is another attempt.
 - Several pictures: batch_edit_images, not many single calls. view_image shows a picture.
+- With the model v1.1, generate_image makes a picture from words alone.
 - The first edit also loads the model. Calls report progress and can be cancelled. If calls of \
 yours may not last: submit_edit, then get_job.
 - When done, offload_gpu frees the GPU and keeps the model in memory; release_gpu frees all.
@@ -106,6 +108,10 @@ _DESCRIPTIONS: Final = {
     "inputs). The model stays loaded between them, and one picture that fails does not stop the "
     "others: status is 'partial' then, and results says for each input, in order, where its result "
     "is or what was wrong. Edits of other callers may come in between.",
+    "generate_image": "Make one picture from words alone and save it as a new file. Say what it "
+    "shows: 'a red fox in fresh snow, early light'. It needs Step1X-Edit v1.1; the demo and the "
+    "other versions only edit, for which edit_image is there. The answer holds the path of the "
+    "picture, the seed that repeats it, and a small preview. It takes seconds to minutes.",
     "get_gpu_status": "Say where the model is (Unloaded, CPU or GPU), how much GPU memory it holds "
     "as measured, how long it has been idle and after which time it leaves the GPU, how often it "
     "was moved, and how many edits wait. Answers at once, also during an edit.",
@@ -156,16 +162,22 @@ def build_mcp(
 ) -> FastMCP:
     """Make the server, with one tool for each operation of the service.
 
-    Steps of an edit are told at most every `step_pause_s` seconds. A call of `edit_image` that
-    lasts longer than `max_wait_s` leaves its edit to go on by itself; 0 is never.
+    Steps of an edit are told at most every `step_pause_s` seconds. A call of `edit_image` or
+    `generate_image` that lasts longer than `max_wait_s` leaves its work to go on by itself; 0 is
+    never.
     """
     handles: Handles[_Editing] = Handles()
 
-    async def edit_image(arguments: dict[str, Any]) -> ToolResult:
-        edit = _Editing(service, service.read_edit(arguments))
+    async def followed(edit: _Editing) -> ToolResult:
         with edit.ending_with_its_call():
             await edit.tell(step_pause_s, _patience_of_this_caller() or max_wait_s or None)
         return edit.result() if edit.is_done else _running(handles.add(edit), edit)
+
+    async def edit_image(arguments: dict[str, Any]) -> ToolResult:
+        return await followed(_Editing(service, service.read_edit(arguments)))
+
+    async def generate_image(arguments: dict[str, Any]) -> ToolResult:
+        return await followed(_Editing(service, service.read_generate(arguments)))
 
     async def submit_edit(arguments: dict[str, Any]) -> ToolResult:
         edit = _Editing(service, service.read_edit(arguments))
@@ -258,6 +270,14 @@ def build_mcp(
             ),
             _Operation.of(cancel_job, "Cancel an edit", _MOVING, HandleRequest, [CancelAnswer]),
             _Operation.of(view_image, "View image", _LOOKING, ViewRequest),
+            _Operation.of(
+                generate_image,
+                "Generate image",
+                _EDITING,
+                GenerateRequest,
+                [EditAnswer, RunningAnswer],
+                defaults,
+            ),
         ],
     )
     server.add_resource(
@@ -358,7 +378,8 @@ def _told(error: Exception) -> Step1XEditError:
 
 def _with_defaults(schema: dict[str, Any], defaults: Mapping[str, object]) -> dict[str, Any]:
     for name, default in defaults.items():
-        schema["properties"][name]["default"] = default
+        if name in schema["properties"]:
+            schema["properties"][name]["default"] = default
     return schema
 
 
@@ -416,15 +437,19 @@ def _running(job_id: str, edit: _Editing) -> ToolResult:
 
 def _shown(request: EditRequest, answer: EditAnswer, before: bytes, after: bytes) -> ToolResult:
     """The answer, a small picture for whoever can see, and a link to the file."""
+    link = _link(answer, "The edited picture in full size")
+    return result_of(answer.to_dict(), _jpeg(after), link, meta=app_meta(request, before))
+
+
+def _link(answer: EditAnswer, description: str) -> ResourceLink:
     path = Path(answer.output_path)
-    link = ResourceLink(
+    return ResourceLink(
         type="resource_link",
         uri=path.as_uri(),
         name=path.name,
         mime_type=OUTPUT_FORMATS[path.suffix.lower()].media_type,
-        description="The edited picture in full size",
+        description=description,
     )
-    return result_of(answer.to_dict(), _jpeg(after), link, meta=app_meta(request, before))
 
 
 def _jpeg(data: bytes) -> ImageContent:
@@ -440,10 +465,18 @@ def _jpeg(data: bytes) -> ImageContent:
 
 
 class _Editing(Pursuit[ToolResult]):
-    """An edit in a task of its own. What it leaves is what is shown of it, not its pictures."""
+    """An edit in a task of its own. What it leaves is what is shown of it, not its pictures.
 
-    def __init__(self, service: EditService, request: EditRequest) -> None:
+    A picture that is made from words alone counts as one.
+    """
+
+    def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
         async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
+            if isinstance(request, GenerateRequest):
+                made = await service.generate(request, report)
+                shown = _jpeg(await asyncio.to_thread(preview, made.picture))
+                link = _link(made.answer, "The picture in full size")
+                return result_of(made.answer.to_dict(), shown, link)
             edit = await service.edit(request, report)
             before, after = await asyncio.gather(
                 asyncio.to_thread(preview, edit.source), asyncio.to_thread(preview, edit.picture)

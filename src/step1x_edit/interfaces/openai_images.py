@@ -1,36 +1,31 @@
 """The face of OpenAI's Images: what their clients send is understood, what is told is true here.
 
-Requests come as forms, or as JSON with the pictures in data URLs; nothing is ever fetched for a
-caller. A field either has an effect, or a value that asks for nothing, or it is refused by name.
-An edit that a client sends again because it heard nothing for long is not done again: `idempotency`
-knows how. Failures leave as exceptions and get the form of this interface in `problems`.
+What a request may hold is read by `openai_requests`; here is what is done and told. A request that
+a client sends again because it heard nothing for long is not done again: `idempotency` knows how.
+Failures leave as exceptions and get the form of this interface in `problems`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 from fastapi import APIRouter
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from step1x_edit import images
 from step1x_edit.channel import Progress
 from step1x_edit.errors import (
-    EditCancelledError,
     InternalError,
     InvalidParameterError,
     ModelNotFoundError,
@@ -47,27 +42,36 @@ from step1x_edit.interfaces.idempotency import (
     Runs,
     Shelf,
     Tell,
-    digest_of,
+    Work,
     identity_of,
     may_be_known,
     unless_gone,
 )
+from step1x_edit.interfaces.openai_requests import (
+    EDITS_PATH,
+    STEPS_OF,
+    Sent,
+    read_edit,
+    read_generation,
+    understood,
+)
 from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION
 from step1x_edit.schemas import (
     MAX_SEED,
+    PARAMETERS,
+    SIDE_MULTIPLE,
     EditMetadata,
+    GeneratePictureRequest,
     ImageEditRequest,
-    Parameter,
+    ImageGenerationRequest,
     PictureRequest,
-    invalid_parameter,
-    parameters_of,
 )
 from step1x_edit.service import EditedPicture, EditService, with_seed
 from step1x_edit.settings import Settings
 
 log = logging.getLogger(__name__)
 
-EDITS_PATH: Final = "/v1/images/edits"
+GENERATIONS_PATH: Final = "/v1/images/generations"
 CONTENT_PATH: Final = "/v1/images/{image_id}/content"
 MODELS_PATH: Final = "/v1/models"
 MODEL: Final = "step1x-edit"
@@ -79,32 +83,7 @@ _MOST_PICTURES: Final = 10  # of one answer, all of which can be fetched
 _MOST_LINKED: Final = 1000
 _UNTIL_HEARD_S: Final = 1.0  # between the head of a stream and the first who listens to it
 _COME_BACK_S: Final = 1.0  # when the line is full in the middle of several pictures
-_MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
-_MAX_FIELDS: Final = 40
-_MAX_FIELD_BYTES: Final = 64 * 1024
-
-_PICTURES: Final = frozenset({"image", "image[]"})
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
-_STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
-_SAME: Final[Mapping[str, str]] = {
-    "num_steps": "num_inference_steps",
-    "true_cfg_scale": "guidance_scale",
-}
-_UNSUPPORTED: Final[Mapping[str, str]] = {
-    "markup": "send a mask, or say in the prompt what to change",
-    "complexity": "the model plans nothing",
-    "frame_count": "the result is one picture",
-    "frame_duration_ms": "the result is one picture",
-    "svg": "the result is made of pixels",
-    "url": "no URL is fetched; send the picture itself",
-    "file_id": "no files are kept; send the picture itself",
-}
-_PARAMETERS: Final[Mapping[str, Parameter]] = parameters_of(ImageEditRequest)
-_KNOWN: Final[Mapping[str, Parameter]] = {
-    **_PARAMETERS,
-    **{name: replace(_PARAMETERS[same], name=name) for name, same in _SAME.items()},
-    **{name: Parameter(name, "", "", None) for name in ("image", "mask")},
-}
 _NOTHING_COUNTED: Final = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -115,156 +94,8 @@ _NOTHING_COUNTED: Final = {
 
 # --- what is asked for ----------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class _Sent:
-    """What a caller has sent: the uploads, and the other fields as they came."""
-
-    picture: bytes
-    mask: bytes | None
-    fields: Mapping[str, object]
-
-    @property
-    def digest(self) -> str:
-        parts = [("image", self.picture), ("mask", self.mask or b"")]
-        parts += [(name, json.dumps(value).encode()) for name, value in self.fields.items()]
-        return digest_of(parts)
-
-
-async def _read(request: Request) -> _Sent:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if kind == "application/json":
-            return _read_json(await request.body())
-        if kind == "multipart/form-data":
-            return await _read_form(request)
-    except ClientDisconnect:
-        raise EditCancelledError from None
-    raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
-
-
-async def _read_form(request: Request) -> _Sent:
-    pictures: list[object] = []
-    fields: dict[str, object] = {}
-    try:
-        async with request.form(
-            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-        ) as form:
-            for name, value in form.multi_items():
-                _check_supported(name)
-                if name in _PICTURES:
-                    pictures.append(value)
-                elif name in fields:
-                    raise InvalidParameterError(f"{name!r} is given twice", param=name)
-                elif isinstance(value, UploadFile) and name != "mask":
-                    raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
-                else:
-                    fields[name] = value
-            picture = await _uploaded(_only(pictures, "image"), "image")
-            mask = fields.pop("mask", None)
-            return _Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
-    except HTTPException as error:
-        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
-
-
-async def _uploaded(value: object, name: str) -> bytes:
-    if not isinstance(value, UploadFile):
-        raise InvalidParameterError(
-            f"{name} must be an uploaded file; no URL is fetched", param=name
-        )
-    return await value.read()
-
-
-def _read_json(body: bytes) -> _Sent:
-    try:
-        values = json.loads(body)
-    except (ValueError, RecursionError):
-        raise InvalidParameterError("the body is no JSON that can be read") from None
-    if not isinstance(values, dict):
-        raise InvalidParameterError("the body must be a JSON object")
-    fields = {name: value for name, value in values.items() if value is not None}
-    for name in fields:
-        _check_supported(name)
-    pictures, mask = fields.pop("images", []), fields.pop("mask", None)
-    if not isinstance(pictures, list):
-        raise InvalidParameterError("images must be a list", param="images")
-    picture = _in_data_url(_only(pictures, "images"), "images")
-    return _Sent(picture, None if mask is None else _in_data_url(mask, "mask"), fields)
-
-
-def _only(pictures: list[object], name: str) -> object:
-    if not pictures:
-        raise InvalidParameterError(f"{name} is missing", param=name)
-    if len(pictures) > 1:
-        raise InvalidParameterError(
-            f"{name} must be one picture, got {len(pictures)}: the model takes no references",
-            param=name,
-        )
-    return pictures[0]
-
-
-def _in_data_url(value: object, name: str) -> bytes:
-    """The bytes of `{"image_url": "data:image/png;base64,…"}`."""
-    url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else None
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not (comma and head.startswith("data:") and head.endswith(";base64")):
-        raise InvalidParameterError(
-            f"{name} must have an image_url that begins with 'data:' and holds base64, and nothing "
-            "else; no other URL is fetched, and no files are kept",
-            param=name,
-        )
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
-
-
-def _check_supported(name: str) -> None:
-    if not name.isprintable():
-        raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
-    why = _UNSUPPORTED.get(name.partition("[")[0])
-    if why is not None:
-        raise InvalidParameterError(f"{name!r} is not supported: {why}", param=name)
-
-
-def _understood(fields: Mapping[str, object]) -> ImageEditRequest:
-    """The request that the fields make; complaints name a field as the caller did."""
-    values: dict[str, object] = {}
-    parameters = dict(_KNOWN)
-    for name, value in fields.items():
-        known = _SAME.get(name, name)
-        if known in values:
-            raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
-        values[known] = value
-        if known in _PARAMETERS:
-            parameters[known] = replace(_PARAMETERS[known], name=name)
-    try:
-        asked = ImageEditRequest.model_validate(values)
-    except ValidationError as error:
-        raise invalid_parameter(error, parameters) from None
-    _check_together(asked)
-    return asked
-
-
-def _check_together(asked: ImageEditRequest) -> None:
-    """Refuse what would have no effect, or two, beside the other fields."""
-    if asked.output_format == "png" and asked.output_compression not in (None, 100):
-        raise InvalidParameterError(
-            "output_compression needs output_format jpeg, webp or avif: a PNG loses nothing",
-            param="output_compression",
-        )
-    if asked.partial_images and not asked.stream:
-        raise InvalidParameterError("partial_images needs stream=true", param="partial_images")
-    if asked.stream and asked.n > 1:
-        raise InvalidParameterError("n must be 1 with stream=true", param="n")
-    if asked.stream and asked.response_format == "url":
-        raise InvalidParameterError(
-            "response_format must be b64_json with stream=true", param="response_format"
-        )
-    if asked.quality in _STEPS_OF and asked.num_inference_steps is not None:
-        raise InvalidParameterError(
-            "quality and num_inference_steps both choose the steps; give one", param="quality"
-        )
+_Asked: TypeAlias = ImageEditRequest | ImageGenerationRequest
+_Own = TypeVar("_Own", PictureRequest, GeneratePictureRequest)
 
 
 def _check_model(service: EditService, name: str) -> None:
@@ -285,13 +116,49 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
             {
                 "prompt": asked.prompt,
                 "negative_prompt": asked.negative_prompt,
-                "num_steps": _STEPS_OF.get(asked.quality, asked.num_inference_steps),
+                "num_steps": STEPS_OF.get(asked.quality, asked.num_inference_steps),
                 "guidance_scale": asked.guidance_scale,
                 "size_level": asked.size_level,
                 "seed": asked.seed,
             }
         )
     )
+
+
+def _generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
+    """The same in our own words, as `_request_of` does."""
+    width, height = _new_size(asked)
+    return with_seed(
+        service.read_generate_picture(
+            {
+                "prompt": asked.prompt,
+                "negative_prompt": asked.negative_prompt,
+                "num_steps": STEPS_OF.get(asked.quality, asked.num_inference_steps),
+                "guidance_scale": asked.guidance_scale,
+                "width": width,
+                "height": height,
+                "seed": asked.seed,
+            }
+        )
+    )
+
+
+def _new_size(asked: ImageGenerationRequest) -> tuple[int | None, int | None]:
+    """Width and height as asked for, or None where that is left to us."""
+    if asked.size == "auto":
+        return None, None
+    width, height = map(int, asked.size.split("x"))
+    allowed = PARAMETERS["width"]
+    assert allowed.minimum is not None
+    assert allowed.maximum is not None
+    for side in (width, height):
+        if side % SIDE_MULTIPLE or not allowed.minimum <= side <= allowed.maximum:
+            raise InvalidParameterError(
+                f"size must be auto, or WIDTHxHEIGHT with multiples of {SIDE_MULTIPLE} "
+                f"{allowed.range}, got {asked.size}",
+                param="size",
+            )
+    return width, height
 
 
 # --- the work -------------------------------------------------------------------------------------
@@ -353,46 +220,69 @@ class _Edits:
         self._limits = limits
         self._linked = linked
 
-    async def make(self, sent: _Sent, asked: ImageEditRequest, tell: Tell[_Event]) -> _Answer:
+    async def edit(self, sent: Sent, asked: ImageEditRequest, tell: Tell[_Event]) -> _Answer:
         """Do all that is asked for; pictures that are to be linked can be fetched afterwards."""
-        started = time.monotonic()
-        size = await asyncio.to_thread(self._size, sent.picture, asked)
+        data = sent.picture
+        assert data is not None
+        size = await asyncio.to_thread(self._size, data, asked)
         first = _request_of(self._service, asked)
+
+        async def one(request: PictureRequest) -> EditedPicture:
+            return await self._service.edit_picture(
+                data,
+                request,
+                _Teller(asked, tell),
+                suffix=_suffix(asked),
+                mask=sent.mask,
+                previews=asked.partial_images,
+            )
+
+        return await self._all(asked, first, one, size)
+
+    async def generate(self, asked: ImageGenerationRequest, tell: Tell[_Event]) -> _Answer:
+        """Make all that is asked for from words alone, as `edit` does."""
+        first = _generation_of(self._service, asked)
+
+        async def one(request: GeneratePictureRequest) -> EditedPicture:
+            return await self._service.generate_picture(
+                request, _Teller(asked, tell), _suffix(asked), previews=asked.partial_images
+            )
+
+        return await self._all(asked, first, one, None)
+
+    async def _all(
+        self,
+        asked: _Asked,
+        first: _Own,
+        one: Callable[[_Own], Awaitable[EditedPicture]],
+        size: tuple[int, int] | None,
+    ) -> _Answer:
+        started = time.monotonic()
         seed = first.seed or 0
         pictures = []
         for number in range(asked.n):
             request = first.model_copy(update={"seed": (seed + number) % (MAX_SEED + 1)})
-            edited = await self._edit(sent, asked, request, tell, may_wait=number > 0)
-            pictures.append(await asyncio.to_thread(_finished, edited, asked, size))
+            made = await self._in_turn(partial(one, request), may_wait=number > 0)
+            pictures.append(await asyncio.to_thread(_finished, made, asked, size))
         if asked.response_format == "url":
-            for made in pictures:
-                self._linked.put(made.image_id, (made.data, made.media_type), len(made.data))
+            for picture in pictures:
+                self._linked.put(
+                    picture.image_id, (picture.data, picture.media_type), len(picture.data)
+                )
         return _Answer(
-            answer_id=f"imgedit_{secrets.token_hex(12)}",
+            answer_id=f"{_words_of(asked).answer}_{secrets.token_hex(12)}",
             created=int(time.time()),
             seconds=round(time.monotonic() - started, 2),
             pictures=tuple(pictures),
         )
 
-    async def _edit(
-        self,
-        sent: _Sent,
-        asked: ImageEditRequest,
-        request: PictureRequest,
-        tell: Tell[_Event],
-        may_wait: bool,
+    async def _in_turn(
+        self, work: Callable[[], Awaitable[EditedPicture]], may_wait: bool
     ) -> EditedPicture:
-        """One edit, in its turn; a request that was let in is not refused in the middle."""
+        """One picture, in its turn; a request that was let in is not refused in the middle."""
         while True:
             try:
-                return await self._service.edit_picture(
-                    sent.picture,
-                    request,
-                    _Teller(asked, tell),
-                    suffix=_suffix(asked),
-                    mask=sent.mask,
-                    previews=asked.partial_images,
-                )
+                return await work()
             except ServerBusyError:
                 if not may_wait:
                     raise
@@ -424,7 +314,7 @@ class _Edits:
 class _Teller:
     """Tells of the progress of an edit what those who listen can show."""
 
-    def __init__(self, asked: ImageEditRequest, tell: Tell[_Event]) -> None:
+    def __init__(self, asked: _Asked, tell: Tell[_Event]) -> None:
         self._asked = asked
         self._tell = tell
         self._has_begun = False
@@ -445,17 +335,15 @@ class _Teller:
         self._count += 1
 
 
-def _suffix(asked: ImageEditRequest) -> str:
+def _suffix(asked: _Asked) -> str:
     return f".{asked.output_format}"
 
 
-def _encoded(picture: Picture, asked: ImageEditRequest) -> bytes:
+def _encoded(picture: Picture, asked: _Asked) -> bytes:
     return images.encode(picture, _suffix(asked), quality=asked.output_compression)
 
 
-def _finished(
-    edited: EditedPicture, asked: ImageEditRequest, size: tuple[int, int] | None
-) -> _Made:
+def _finished(edited: EditedPicture, asked: _Asked, size: tuple[int, int] | None) -> _Made:
     """The picture as it was asked for."""
     picture, data, suffix = edited.picture, edited.data, _suffix(asked)
     if asked.background == "opaque" and picture.alpha is not None:
@@ -464,7 +352,7 @@ def _finished(
         picture = images.resized(picture, *size)
         images.check_encodable(picture, suffix)
     if picture is not edited.picture or asked.output_compression is not None:
-        record = images.read_edit_record(data)
+        record = images.read_record(data)
         data = images.encode(picture, suffix, record, asked.output_compression)
     output = OUTPUT_FORMATS[suffix]
     return _Made(
@@ -481,7 +369,21 @@ def _finished(
 # --- what is told ---------------------------------------------------------------------------------
 
 
-def _told(answer: _Answer, asked: ImageEditRequest, base_url: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Words:
+    """What answers to one kind of request are called."""
+
+    event: str
+    answer: str
+
+
+def _words_of(asked: _Asked) -> _Words:
+    if isinstance(asked, ImageGenerationRequest):
+        return _Words(event="image_generation", answer="imggen")
+    return _Words(event="image_edit", answer="imgedit")
+
+
+def _told(answer: _Answer, asked: _Asked, base_url: str) -> dict[str, Any]:
     """The whole answer."""
     return {
         "created": answer.created,
@@ -492,7 +394,7 @@ def _told(answer: _Answer, asked: ImageEditRequest, base_url: str) -> dict[str, 
     }
 
 
-def _told_of(made: _Made, asked: ImageEditRequest, base_url: str) -> dict[str, Any]:
+def _told_of(made: _Made, asked: _Asked, base_url: str) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if asked.response_format == "url":
         told["url"] = base_url + CONTENT_PATH.format(image_id=made.image_id)
@@ -512,31 +414,32 @@ def _how(made: _Made) -> dict[str, Any]:
     }
 
 
-def _form_of(made: _Made, asked: ImageEditRequest) -> dict[str, Any]:
+def _form_of(made: _Made, asked: _Asked) -> dict[str, Any]:
     form = {
         "output_format": asked.output_format,
         "size": f"{made.width}x{made.height}",
         "background": "transparent" if made.is_see_through else "opaque",
     }
-    return form | ({"quality": asked.quality} if asked.quality in _STEPS_OF else {})
+    return form | ({"quality": asked.quality} if asked.quality in STEPS_OF else {})
 
 
 def _about(answer: _Answer) -> dict[str, Any]:
     first = answer.pictures[0].metadata
+    level = {} if first.size_level is None else {"size_level": first.size_level}
     return {
         "id": answer.answer_id,
         "model": first.model,
         "num_inference_steps": first.num_steps,
         "guidance_scale": first.guidance_scale,
-        "size_level": first.size_level,
+        **level,
         "inference_time_s": answer.seconds,
     }
 
 
-def _told_partial(event: _Partial, asked: ImageEditRequest) -> str:
+def _told_partial(event: _Partial, asked: _Asked) -> str:
     return _sse(
         {
-            "type": "image_edit.partial_image",
+            "type": f"{_words_of(asked).event}.partial_image",
             "b64_json": _base64(event.data),
             "partial_image_index": event.index,
             "created_at": event.created,
@@ -548,11 +451,11 @@ def _told_partial(event: _Partial, asked: ImageEditRequest) -> str:
     )
 
 
-def _told_completed(answer: _Answer, asked: ImageEditRequest) -> str:
+def _told_completed(answer: _Answer, asked: _Asked) -> str:
     made = answer.pictures[0]
     return _sse(
         {
-            "type": "image_edit.completed",
+            "type": f"{_words_of(asked).event}.completed",
             "b64_json": _base64(made.data),
             "created_at": answer.created,
             "quality": asked.quality,
@@ -573,7 +476,7 @@ def _base64(data: bytes) -> str:
 
 
 async def _stream(
-    run: Run[_Event, _Answer], asked: ImageEditRequest, keep_alive_s: float
+    run: Run[_Event, _Answer], asked: _Asked, keep_alive_s: float
 ) -> AsyncIterator[str]:
     """The events of a run as text, and a comment whenever there was none for a while."""
     events = run.events()
@@ -656,6 +559,33 @@ _STREAMED: Final = _sse(
         **_ABOUT,
     }
 )
+_GENERATION_DESCRIPTION: Final = """\
+Makes a picture from the prompt alone, which needs Step1X-Edit v1.1; the demo and the other \
+versions only edit. The body is JSON, `OpenAI(base_url="http://127.0.0.1:8000/v1", \
+api_key="none").images.generate(…)` sends it. Fields, answers, streams (of \
+`image_generation.partial_image` and `image_generation.completed`) and what happens when the \
+connection is closed are those of `/v1/images/edits`, but that there is no picture to send."""
+_OF_GENERATION: Final = {
+    "size": "1024x1024",
+    "id": "imggen_0123456789abcdef01234567",
+}
+_GENERATION_EXAMPLE: Final = {
+    name: value for name, value in {**_EXAMPLE, **_OF_GENERATION}.items() if name != "size_level"
+}
+_GENERATION_STREAMED: Final = _sse(
+    {
+        "type": "image_generation.completed",
+        "b64_json": "iVBORw0KGgo…",
+        "created_at": 1767225617,
+        "quality": "auto",
+        "output_format": "png",
+        "background": "opaque",
+        "usage": _NOTHING_COUNTED,
+        "seed": 42,
+        **{name: value for name, value in _ABOUT.items() if name != "size_level"},
+        **_OF_GENERATION,
+    }
+)
 _MODEL_EXAMPLE: Final = {
     "id": MODEL,
     "object": "model",
@@ -714,14 +644,67 @@ def image_routes(
     async def edit(request: Request) -> Response:
         if not may_be_known(request):
             service.check_room()  # before the upload is read
-        sent = await _read(request)
-        asked = _understood(sent.fields)
+        sent = await read_edit(request)
+        asked = understood(ImageEditRequest, sent.fields)
+        return await answered(request, sent, asked, partial(edits.edit, sent, asked))
+
+    @router.post(
+        GENERATIONS_PATH,
+        operation_id="generate_image_openai",
+        summary="Make a picture from words, as OpenAI's Images do",
+        description=_GENERATION_DESCRIPTION,
+        responses={
+            200: {
+                "description": "The picture",
+                "content": {
+                    "application/json": {
+                        "schema": {"type": "object"},
+                        "example": _GENERATION_EXAMPLE,
+                    },
+                    "text/event-stream": {
+                        "schema": {"type": "string"},
+                        "example": _GENERATION_STREAMED,
+                    },
+                },
+            },
+            **problems.described(
+                "invalid_parameter",
+                "model_not_found",
+                "idempotency_key",
+                "image_too_large",
+                "internal",
+                "queue_full",
+                "model_unavailable",
+                "out_of_memory",
+                "deadline_exceeded",
+                path=GENERATIONS_PATH,
+            ),
+            **problems.described_status(415, path=GENERATIONS_PATH),
+        },
+        response_class=JSONResponse,
+        openapi_extra={
+            "requestBody": {"required": True, "content": _generation_body(service.defaults)},
+            "parameters": [KEY_PARAMETER],
+        },
+    )
+    async def generate(request: Request) -> Response:
+        if not may_be_known(request):
+            service.check_room()
+        sent = await read_generation(request)
+        asked = understood(ImageGenerationRequest, sent.fields)
+        _new_size(asked)  # what is wrong is told before a stream begins
+        return await answered(request, sent, asked, partial(edits.generate, asked))
+
+    async def answered(
+        request: Request, sent: Sent, asked: _Asked, work: Work[_Event, _Answer]
+    ) -> Response:
+        """Do the work once, and answer with the whole of it or with a stream."""
         _check_model(service, asked.model)
         # The clients try again before a stream begins, which is soon, and never afterwards.
         is_named = KEY in request.headers or not asked.stream
         run, was_there = runs.find(
             identity_of(request, sent.digest) if is_named else None,
-            partial(edits.make, sent, asked),
+            work,
             lambda answer: answer.size,
             grace_s=_UNTIL_HEARD_S if asked.stream else 0.0,
         )
@@ -889,3 +872,13 @@ def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
             }
         },
     }
+
+
+def _generation_body(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The JSON of a generation, as OpenAPI describes it."""
+    schema = ImageGenerationRequest.model_json_schema()
+    fields = {name: _plain(field) for name, field in schema["properties"].items()}
+    fields["num_inference_steps"]["default"] = defaults["num_steps"]
+    fields["guidance_scale"]["default"] = defaults["guidance_scale"]
+    example = {"prompt": "a red fox in the snow", "seed": 42}
+    return {"application/json": {"schema": {**schema, "properties": fields, "example": example}}}

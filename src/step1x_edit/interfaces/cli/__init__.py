@@ -13,6 +13,7 @@ from step1x_edit.interfaces.cli.batching import batch
 from step1x_edit.interfaces.cli.demo import DEMO_PHOTO, DEMO_PROMPTS, demo
 from step1x_edit.interfaces.cli.doctor import doctor
 from step1x_edit.interfaces.cli.editing import edit
+from step1x_edit.interfaces.cli.generating import generate
 from step1x_edit.interfaces.cli.gpu import offload, release, status
 from step1x_edit.interfaces.cli.mcp_commands import mcp_app
 from step1x_edit.interfaces.cli.models import models_app
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, edit, batch, serve, status, offload, release, doctor):
+for command in (demo, edit, batch, generate, serve, status, offload, release, doctor):
     app.command()(command)
 app.add_typer(models_app, name="models")
 app.add_typer(mcp_app, name="mcp")

@@ -7,7 +7,7 @@ import glob
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -27,13 +27,16 @@ from step1x_edit.interfaces.cli.options import (
 )
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
+    STREAM,
+    check_stdout,
     cli_settings,
     err,
+    print_answer,
     print_json,
-    print_made,
     print_results,
     shown_progress,
     told_failures,
+    write_picture,
 )
 from step1x_edit.schemas import PARAMETERS, BatchAnswer, BatchItem, EditAnswer, ErrorAnswer
 
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
     from step1x_edit.files import FileAccess, FileIdentity, Output
     from step1x_edit.interfaces.editor import Edited, Editor
 
-STREAM: Final = "-"
 _MAGIC: Final = frozenset("*?[")
 
 
@@ -105,10 +107,10 @@ def edit(
         with opened_editor(settings, url, api_key, standalone) as editor:
             work = _Work(editor, files, chosen, mask, overwrite)
             if output == STREAM:
-                _write_picture(asyncio.run(work.to_stdout(_source(paths[0], settings.max_bytes))))
+                write_picture(asyncio.run(work.to_stdout(_source(paths[0], settings.max_bytes))))
             elif len(paths) == 1:
                 source = _source(paths[0], settings.max_bytes)
-                _tell_one(asyncio.run(work.to_file(source, output, output_dir)), as_json)
+                print_answer(asyncio.run(work.to_file(source, output, output_dir)), as_json)
             else:
                 _tell_several(asyncio.run(work.to_files(paths, output_dir)), as_json)
 
@@ -142,12 +144,7 @@ def _check_places(
         raise InvalidParameterError("--output and --output-dir exclude each other")
     if paths == [STREAM] and output_dir is not None:
         raise InvalidParameterError("an image from stdin has no name; use --output")
-    if output == STREAM and as_json:
-        raise InvalidParameterError("stdout takes the picture or the --json answer, not both")
-    if output == STREAM and sys.stdout.isatty():
-        raise InvalidParameterError(
-            "stdout is a terminal and no place for a picture; use --output, or > file.png"
-        )
+    check_stdout(output, as_json)
     if STREAM in paths and sys.stdin.isatty():
         raise InvalidParameterError("stdin is a terminal; give it a picture, such as < photo.jpg")
 
@@ -241,21 +238,6 @@ class _Work:
 def _source(path: str, max_bytes: int) -> str | bytes:
     """A path, or the picture on stdin; of one that is too long, enough to see that it is."""
     return sys.stdin.buffer.read(max_bytes + 1) if path == STREAM else path
-
-
-def _write_picture(edited: Edited) -> None:
-    stdout: BinaryIO = sys.stdout.buffer
-    stdout.write(edited.data)
-    stdout.flush()
-    print_made(edited.metadata)
-
-
-def _tell_one(answer: EditAnswer, as_json: bool) -> None:
-    if as_json:
-        print_json(answer.to_dict())
-        return
-    print_made(answer.metadata, answer.processing_time)
-    typer.echo(answer.output_path)
 
 
 def _tell_several(answer: BatchAnswer, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import typer
 from rich.console import Console
@@ -26,11 +26,15 @@ from step1x_edit.schemas import EditAnswer, EditMetadata, ErrorAnswer
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
+    from step1x_edit.interfaces.editor import Edited
     from step1x_edit.settings import Settings
 
 FAILED: Final = 1
 USAGE: Final = 2
 INTERRUPTED: Final = 130
+
+STREAM: Final = "-"
+"""As the name of a file: stdin or stdout."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -142,6 +146,33 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
     err.print(f"{metadata.model} on {metadata.device}, {took}seed {metadata.seed}", markup=False)
     if metadata.warning is not None:
         err.print(f"Warning: {metadata.warning}", style="yellow", markup=False)
+
+
+def print_answer(answer: EditAnswer, as_json: bool) -> None:
+    """Say how one picture was made, and print where it is."""
+    if as_json:
+        print_json(answer.to_dict())
+        return
+    print_made(answer.metadata, answer.processing_time)
+    typer.echo(answer.output_path)
+
+
+def check_stdout(output: str | None, as_json: bool) -> None:
+    """Raise InvalidParameterError if a picture is to go to a stdout that is no place for it."""
+    if output == STREAM and as_json:
+        raise InvalidParameterError("stdout takes the picture or the --json answer, not both")
+    if output == STREAM and sys.stdout.isatty():
+        raise InvalidParameterError(
+            "stdout is a terminal and no place for a picture; use --output, or > file.png"
+        )
+
+
+def write_picture(edited: Edited) -> None:
+    """Write the file of a picture to stdout."""
+    stdout: BinaryIO = sys.stdout.buffer
+    stdout.write(edited.data)
+    stdout.flush()
+    print_made(edited.metadata)
 
 
 def print_results(

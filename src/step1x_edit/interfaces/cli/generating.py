@@ -1,0 +1,104 @@
+"""The command that makes a picture from words alone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from step1x_edit.interfaces.cli.options import (
+    ApiKey,
+    AsJson,
+    GuidanceScale,
+    NumSteps,
+    Overwrite,
+    Seed,
+    Standalone,
+    Url,
+    option,
+)
+from step1x_edit.interfaces.cli.terminal import (
+    STREAM,
+    check_stdout,
+    cli_settings,
+    print_answer,
+    shown_progress,
+    told_failures,
+    write_picture,
+)
+from step1x_edit.schemas import DEFAULT_SIDE, GenerateRequest, parameters_of
+
+if TYPE_CHECKING:
+    from step1x_edit.files import Output
+
+_LABEL: Final = "generate"
+_PARAMETERS: Final = parameters_of(GenerateRequest)
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(help=_PARAMETERS["prompt"].description, show_default=False)
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{_PARAMETERS['output_path'].description}. - writes a PNG to stdout",
+            show_default=False,
+        ),
+    ] = None,
+    num_steps: NumSteps = None,
+    guidance_scale: GuidanceScale = None,
+    width: Annotated[int, option("width", default=DEFAULT_SIDE)] = DEFAULT_SIDE,
+    height: Annotated[int, option("height", default=DEFAULT_SIDE)] = DEFAULT_SIDE,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help=_PARAMETERS["negative_prompt"].description, show_default=False),
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    standalone: Standalone = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a picture from words alone, which needs Step1X-Edit v1.1.
+
+    A server that runs on this machine does it with its model, and otherwise
+    this process. The path of the picture is printed on stdout.
+    """
+    from step1x_edit.files import FileAccess
+    from step1x_edit.interfaces.editor import generate_file, given, opened_editor, read_generate
+
+    with told_failures(as_json):
+        check_stdout(output, as_json)
+        chosen = given(
+            {
+                "prompt": prompt,
+                "num_steps": num_steps,
+                "guidance_scale": guidance_scale,
+                "width": width,
+                "height": height,
+                "seed": seed,
+                "negative_prompt": negative_prompt,
+            }
+        )
+        read_generate({**chosen, "output_path": output})
+        settings = cli_settings()
+        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
+
+        def plan() -> Output:
+            if output is None:
+                return files.plan_new_output(prompt, overwrite=overwrite)
+            return files.plan_output(output, (), overwrite=overwrite)
+
+        with (
+            opened_editor(settings, url, api_key, standalone) as editor,
+            shown_progress() as progress_of,
+        ):
+            report = progress_of(_LABEL)
+            if output == STREAM:
+                write_picture(asyncio.run(editor.generate_picture(chosen, report)))
+            else:
+                work = generate_file(editor, files, chosen, plan, report)
+                print_answer(asyncio.run(work), as_json)

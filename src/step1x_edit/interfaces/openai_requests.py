@@ -1,0 +1,222 @@
+"""Requests in the words of OpenAI's Images: forms and JSON in, requests of the schema out.
+
+A field either has an effect, or a value that asks for nothing, or it is refused by name. Pictures
+come as uploads or in data URLs; nothing is ever fetched for a caller.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from step1x_edit.errors import EditCancelledError, InvalidParameterError
+from step1x_edit.interfaces.idempotency import digest_of
+from step1x_edit.interfaces.rest import is_json, read_json
+from step1x_edit.schemas import OpenAIRequest, Parameter, invalid_parameter, parameters_of
+
+EDITS_PATH: Final = "/v1/images/edits"
+STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
+"""What `quality` means."""
+
+_Asked = TypeVar("_Asked", bound=OpenAIRequest)
+
+_MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
+_MAX_FIELDS: Final = 40
+_MAX_FIELD_BYTES: Final = 64 * 1024
+
+_PICTURES: Final = frozenset({"image", "image[]"})
+_SAME: Final[Mapping[str, str]] = {
+    "num_steps": "num_inference_steps",
+    "true_cfg_scale": "guidance_scale",
+}
+_UNSUPPORTED: Final[Mapping[str, str]] = {
+    "markup": "send a mask, or say in the prompt what to change",
+    "complexity": "the model plans nothing",
+    "frame_count": "the result is one picture",
+    "frame_duration_ms": "the result is one picture",
+    "svg": "the result is made of pixels",
+    "url": "no URL is fetched; send the picture itself",
+    "file_id": "no files are kept; send the picture itself",
+}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a caller has sent: the uploads, and the other fields as they came."""
+
+    picture: bytes | None
+    """None where a picture is to be made from words alone."""
+    mask: bytes | None
+    fields: Mapping[str, object]
+
+    @property
+    def digest(self) -> str:
+        """What is asked for, as a digest."""
+        parts = [("image", self.picture or b""), ("mask", self.mask or b"")]
+        parts += [(name, json.dumps(value).encode()) for name, value in self.fields.items()]
+        return digest_of(parts)
+
+
+async def read_edit(request: Request) -> Sent:
+    """What is sent to be edited."""
+    if is_json(request):
+        return _pictures_of(await _given(request))
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if kind == "multipart/form-data":
+            return await _read_form(request)
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
+
+
+async def read_generation(request: Request) -> Sent:
+    """What is sent for a picture that is to be made from words alone."""
+    if not is_json(request):
+        raise HTTPException(415, "Send JSON.")
+    fields = await _given(request)
+    for name in ("image", "images", "mask"):
+        if name in fields:
+            raise InvalidParameterError(
+                f"{name!r} is not for this route: pictures are edited at {EDITS_PATH}", param=name
+            )
+    return Sent(None, None, fields)
+
+
+async def _given(request: Request) -> dict[str, object]:
+    """The fields of a JSON body that have a value, none of which we cannot honour."""
+    fields = {
+        name: value for name, value in (await read_json(request)).items() if value is not None
+    }
+    for name in fields:
+        _check_supported(name)
+    return fields
+
+
+async def _read_form(request: Request) -> Sent:
+    pictures: list[object] = []
+    fields: dict[str, object] = {}
+    try:
+        async with request.form(
+            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        ) as form:
+            for name, value in form.multi_items():
+                _check_supported(name)
+                if name in _PICTURES:
+                    pictures.append(value)
+                elif name in fields:
+                    raise InvalidParameterError(f"{name!r} is given twice", param=name)
+                elif isinstance(value, UploadFile) and name != "mask":
+                    raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
+                else:
+                    fields[name] = value
+            picture = await _uploaded(_only(pictures, "image"), "image")
+            mask = fields.pop("mask", None)
+            return Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
+    except HTTPException as error:
+        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+
+
+async def _uploaded(value: object, name: str) -> bytes:
+    if not isinstance(value, UploadFile):
+        raise InvalidParameterError(
+            f"{name} must be an uploaded file; no URL is fetched", param=name
+        )
+    return await value.read()
+
+
+def _pictures_of(fields: dict[str, object]) -> Sent:
+    pictures, mask = fields.pop("images", []), fields.pop("mask", None)
+    if not isinstance(pictures, list):
+        raise InvalidParameterError("images must be a list", param="images")
+    picture = _in_data_url(_only(pictures, "images"), "images")
+    return Sent(picture, None if mask is None else _in_data_url(mask, "mask"), fields)
+
+
+def _only(pictures: list[object], name: str) -> object:
+    if not pictures:
+        raise InvalidParameterError(f"{name} is missing", param=name)
+    if len(pictures) > 1:
+        raise InvalidParameterError(
+            f"{name} must be one picture, got {len(pictures)}: the model takes no references",
+            param=name,
+        )
+    return pictures[0]
+
+
+def _in_data_url(value: object, name: str) -> bytes:
+    """The bytes of `{"image_url": "data:image/png;base64,…"}`."""
+    url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else None
+    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not (comma and head.startswith("data:") and head.endswith(";base64")):
+        raise InvalidParameterError(
+            f"{name} must have an image_url that begins with 'data:' and holds base64, and nothing "
+            "else; no other URL is fetched, and no files are kept",
+            param=name,
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
+
+
+def _check_supported(name: str) -> None:
+    if not name.isprintable():
+        raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
+    why = _UNSUPPORTED.get(name.partition("[")[0])
+    if why is not None:
+        raise InvalidParameterError(f"{name!r} is not supported: {why}", param=name)
+
+
+def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
+    """The request that the fields make; complaints name a field as the caller did."""
+    own = parameters_of(kind)
+    values: dict[str, object] = {}
+    parameters = {
+        **own,
+        **{name: replace(own[same], name=name) for name, same in _SAME.items()},
+        **{name: Parameter(name, "", "", None) for name in ("image", "mask")},
+    }
+    for name, value in fields.items():
+        known = _SAME.get(name, name)
+        if known in values:
+            raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
+        values[known] = value
+        if known in own:
+            parameters[known] = replace(own[known], name=name)
+    try:
+        asked = kind.model_validate(values)
+    except ValidationError as error:
+        raise invalid_parameter(error, parameters) from None
+    _check_together(asked)
+    return asked
+
+
+def _check_together(asked: OpenAIRequest) -> None:
+    """Refuse what would have no effect, or two, beside the other fields."""
+    if asked.output_format == "png" and asked.output_compression not in (None, 100):
+        raise InvalidParameterError(
+            "output_compression needs output_format jpeg, webp or avif: a PNG loses nothing",
+            param="output_compression",
+        )
+    if asked.partial_images and not asked.stream:
+        raise InvalidParameterError("partial_images needs stream=true", param="partial_images")
+    if asked.stream and asked.n > 1:
+        raise InvalidParameterError("n must be 1 with stream=true", param="n")
+    if asked.stream and asked.response_format == "url":
+        raise InvalidParameterError(
+            "response_format must be b64_json with stream=true", param="response_format"
+        )
+    if asked.quality in STEPS_OF and asked.num_inference_steps is not None:
+        raise InvalidParameterError(
+            "quality and num_inference_steps both choose the steps; give one", param="quality"
+        )
