@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
@@ -22,7 +23,12 @@ from step1x_edit.channel import (
     Residence,
 )
 from step1x_edit.engine import Clock
-from step1x_edit.errors import EditCancelledError, Step1XEditError, WorkerLostError
+from step1x_edit.errors import (
+    EditCancelledError,
+    InvalidParameterError,
+    Step1XEditError,
+    WorkerLostError,
+)
 from step1x_edit.images import Pixels
 
 
@@ -62,12 +68,21 @@ def settled(clock: ManualClock) -> None:
 
 def predicted(job: EditJob, step: int) -> Pixels | None:
     """The preview of a step, flat grey of the step's number, where the job wants one."""
-    return np.full_like(job.image, step) if step in job.preview_steps else None
+    return np.full_like(canvas(job), step) if step in job.preview_steps else None
+
+
+def canvas(job: EditJob) -> Pixels:
+    """The picture to edit; where there is none, one of the wanted size that depends on the job."""
+    if job.image is not None:
+        return job.image
+    asked = (job.prompt, job.negative_prompt, job.num_steps, job.guidance_scale, job.seed)
+    random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
+    return np.full((job.height, job.width, 3), random.integers(0, 256, 3), dtype=np.uint8)
 
 
 def inverted(job: EditJob) -> Pixels:
     """What a fake worker makes of a picture if it is not told otherwise."""
-    return 255 - job.image
+    return 255 - canvas(job)
 
 
 @dataclass
@@ -79,6 +94,7 @@ class FakeWorker:
 
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
     paint: Callable[[EditJob], Pixels] = inverted
+    can_generate: bool = True
     device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
@@ -139,6 +155,10 @@ class FakeWorker:
                 yield self._report(Progress(Phase.LOADING))
             location = "CPU" if self.device == "cpu" else "GPU"
             self.residence = Residence(location, "fake", self.device, self.held)
+            if job.image is None and not self.can_generate:
+                raise InvalidParameterError(
+                    "text to image needs Step1X-Edit v1.1; the model here is demo"
+                )
             yield self._report(Progress(Phase.ENCODING))
             for step in range(1, job.num_steps + 1):
                 self.before_step(job, step)

@@ -78,6 +78,7 @@ def tiny_releases(pipeline: EditPipeline) -> dict[str, Release]:
         pipeline.config,
         transformer=dataclasses.replace(transformer, connector=connector),
         reference_offset=(0.0, 0.0, 0.0),
+        generation_negative_prompt=None,
     )
     return {"v1.0": Release(v1_0, VAE), "v1.1": Release(pipeline.config, VAE)}
 

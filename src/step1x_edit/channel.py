@@ -72,6 +72,11 @@ class EditJob:
     height: int = 0
 
     @property
+    def smaller(self) -> str:
+        """What to ask for, in words, where this job needs too much."""
+        return "a lower size_level" if self.image is not None else "a smaller width and height"
+
+    @property
     def preview_steps(self) -> frozenset[int]:
         """The steps whose prediction is shown: evenly spaced, never the last one."""
         number = min(self.previews, self.num_steps - 1)

@@ -518,7 +518,7 @@ class Engine:
                 edit,
                 DeadlineExceededError(
                     f"the edit took longer than {self._edit_timeout_s:g} s; use fewer num_steps, "
-                    "a lower size_level, or a higher EDIT_TIMEOUT"
+                    f"{edit.job.smaller}, or a higher EDIT_TIMEOUT"
                 ),
             )
 

@@ -43,6 +43,7 @@ from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
     InternalError,
+    InvalidParameterError,
     ModelUnavailableError,
     OutOfMemoryError,
     Step1XEditError,
@@ -110,6 +111,8 @@ class PipelineWorker:
                 size_level=job.size_level,
                 seed=job.seed,
                 preview_steps=job.preview_steps,
+                width=job.width,
+                height=job.height,
             )
         )
         for plan in itertools.chain(PLANS, self._smaller_plans()):
@@ -122,7 +125,7 @@ class PipelineWorker:
             else:
                 return
             free_memory()  # only here: while an exception is handled its frames keep tensors alive
-        raise OutOfMemoryError("this edit needs more than is free; try a lower size_level")
+        raise OutOfMemoryError(f"this edit needs more than is free; try {job.smaller}")
 
     def offload(self) -> None:
         """Take the model to host memory; does nothing if it is there already."""
@@ -151,6 +154,8 @@ class PipelineWorker:
         if self._residency.location != self._workplace:
             yield Progress(Phase.LOADING)
             self._bring()
+        if run.request.image is None:
+            self._check_can_generate()
         placed = self._residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
@@ -164,6 +169,14 @@ class PipelineWorker:
                     yield Outcome(event.image, _warning(event, checkpoint))
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total, event.preview)
+
+    def _check_can_generate(self) -> None:
+        checkpoint = self._residency.checkpoint
+        assert checkpoint is not None
+        if not checkpoint.pipeline.config.can_generate:
+            raise InvalidParameterError(
+                f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.version}"
+            )
 
     def _bring(self) -> None:
         """Have the model where it computes."""

@@ -118,6 +118,8 @@ class ModelConfig:
     latent_shift: float = 0.1159
     """Latents are `latent_scale * (z - latent_shift)` for the autoencoder's z."""
     guidance_rule: GuidanceRule = GuidanceRule.OFFICIAL
+    generation_negative_prompt: str | None = None
+    """What pictures made from words alone are steered away from; None: the model only edits."""
 
     def __post_init__(self) -> None:
         channels = self.latent_channels * PATCH_SIZE**2
@@ -127,6 +129,11 @@ class ModelConfig:
                 f"the transformer has {self.transformer.in_channels} in and "
                 f"{self.transformer.out_channels} out"
             )
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model makes pictures from words alone."""
+        return self.generation_negative_prompt is not None
 
     @property
     def size_multiple(self) -> int:
@@ -194,6 +201,13 @@ The description should include the requirements in the editing instruction and t
 match the content of the target image.
 The editing instruction is:"""
 
+GENERATION_NEGATIVE_PROMPT = """\
+worst quality, wrong limbs, unreasonable limbs, normal quality, low quality, low res, \
+blurry, text, watermark, logo, banner, extra digits, cropped, jpeg artifacts, \
+signature, username, error, sketch ,duplicate, ugly, monochrome, horror, geometry, \
+mutation, disgusting"""
+"""What pictures made from words alone are steered away from, exactly as published."""
+
 # The weights of v1.0 and v1.1 expect hidden states from position 217 on: the colon that ends the
 # prefix. v1.2 has a shorter prefix and cuts at 90 by the same rule.
 _CONDITIONER_V1 = ConditionerConfig(
@@ -222,8 +236,9 @@ V1_1 = ModelConfig(
     transformer=TransformerConfig(),
     conditioner=_CONDITIONER_V1,
     reference_offset=(1.0, 1.0, 1.0),
+    generation_negative_prompt=GENERATION_NEGATIVE_PROMPT,
 )
-"""July 2025."""
+"""July 2025; the first that also makes pictures from words alone."""
 
 V1_2 = ModelConfig(
     version="v1.2",
@@ -276,5 +291,6 @@ TINY = ModelConfig(
         prompt_prefix="Edit the picture:", prefix_length=4, text_length=12, fixed_image_size=28
     ),
     reference_offset=(1.0, 1.0, 1.0),
+    generation_negative_prompt="blurry",
 )
 """The architecture of v1.1 in 100 thousand parameters; for tests."""

@@ -1,5 +1,7 @@
 """The pipeline: a picture and an instruction go in, progress and the edited picture come out.
 
+Some checkpoints also make a picture from words alone, by the same stages without a reference.
+
 Three stages: *encode* (reference latents, hidden states of both prompts), *prologue* (whatever the
 transformer needs to know of all timesteps) and the *core loop*, which yields after each step, so
 that progress and cancellation need no callback. It knows nothing of files, queues or devices'
@@ -24,7 +26,14 @@ from step1x_edit.model.conditioner import Conditioner, PromptEncoding
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
-from step1x_edit.model.latents import draw_noise, fit_size, image_position_ids, pack, unpack
+from step1x_edit.model.latents import (
+    draw_noise,
+    fit_size,
+    image_position_ids,
+    pack,
+    position_ids,
+    unpack,
+)
 from step1x_edit.model.transformer import PrologueStep, Transformer
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
@@ -32,17 +41,24 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit as the network sees it; at guidance 1.0 the negative prompt has no say."""
+    """One edit as the network sees it; at guidance 1.0 the negative prompt has no say.
 
-    image: Pixels
+    Without an image a picture of `width` × `height` is made from the prompt alone; `size_level`
+    means nothing then, and otherwise width and height do.
+    """
+
+    image: Pixels | None
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = ""
+    """None: the one that the model was published with for such a request."""
     num_steps: int = 28
     guidance_scale: float = 6.0
     size_level: int = 1024
     seed: int = 0
     preview_steps: frozenset[int] = frozenset()
     """The steps whose prediction is shown as a picture; the result does not depend on them."""
+    width: int = 0
+    height: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Edited:
 class Encoded:
     """The output of the first stage. Two rows where there is guidance, prompt first; else one."""
 
-    reference: Tensor  # (1, N, C) tokens
+    reference: Tensor  # (1, N, C) tokens; (1, 0, C) if there is no picture
     prompt: PromptEncoding  # (B, L, C) and (B, L)
     rows: int
     columns: int
@@ -116,6 +132,9 @@ PLANS: Final = (Plan(), Plan(has_joint_branches=False, has_vae_tiles=True))
 VAE_TILE: Final = 512
 """Side of a tile in pixels."""
 
+BLACK_SIDE: Final = 1024
+"""Side of the black picture that the conditioner is shown where there is none, whatever is made."""
+
 
 class Recogniser(nn.Linear):
     """Names the edit that a prompt asks for, from the mean of its states."""
@@ -160,8 +179,8 @@ class EditPipeline:
     def edit(self, request: EditRequest) -> Generator[Progress | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
 
-        Raises ValueError for a picture that is too narrow and FloatingPointError when the numbers
-        overflow.
+        Raises ValueError for a picture that is too narrow, for one that this checkpoint cannot
+        make, and FloatingPointError when the numbers overflow.
         """
         return self.advance(EditRun(request), PLANS[0])
 
@@ -199,23 +218,47 @@ class EditPipeline:
 
     def encode(self, request: EditRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Look at the picture once, as latents and, with the prompts, as hidden states."""
+        if request.image is None:
+            return self._encode_words(request)
         multiple = self.config.size_multiple
         height, width = request.image.shape[:2]
         size = fit_size(width, height, request.size_level, multiple)
         picture = Image.fromarray(request.image).resize(size, Image.Resampling.LANCZOS)
         image = np.asarray(picture)
-        prompts = [request.prompt]
-        if request.guidance_scale != 1.0:
-            prompts.append(request.negative_prompt)
         with self._tiles(plan):
             reference = pack(self._encode_latents(image))
         return Encoded(
             reference=reference,
-            prompt=self.conditioner.encode_many(prompts, image),
+            prompt=self.conditioner.encode_many(self._prompts(request), image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
             is_prompt_cut=self.conditioner.cuts(request.prompt, image),
         )
+
+    def _encode_words(self, request: EditRequest) -> Encoded:
+        """The prompts alone, about a black picture: the latents have none beside them."""
+        multiple, sides = self.config.size_multiple, (request.width, request.height)
+        if not self.config.can_generate:
+            raise ValueError(f"{self.config.version} makes no pictures from words alone")
+        if min(sides) < multiple or any(side % multiple for side in sides):
+            raise ValueError(f"width and height must be multiples of {multiple}, not {sides}")
+        black = np.zeros((BLACK_SIDE, BLACK_SIDE, 3), np.uint8)
+        return Encoded(
+            reference=torch.empty(1, 0, self.transformer.config.in_channels),
+            prompt=self.conditioner.encode_many(self._prompts(request), black),
+            rows=request.height // multiple,
+            columns=request.width // multiple,
+            is_prompt_cut=self.conditioner.cuts(request.prompt, black),
+        )
+
+    def _prompts(self, request: EditRequest) -> list[str]:
+        """The prompt and, where there is guidance, the negative prompt."""
+        if request.guidance_scale == 1.0:
+            return [request.prompt]
+        negative = request.negative_prompt
+        if negative is None and request.image is None:
+            negative = self.config.generation_negative_prompt
+        return [request.prompt, negative or ""]
 
     def start(self, encoded: Encoded, seed: int) -> DenoiseState:
         """The noise that the seed stands for."""
@@ -241,7 +284,7 @@ class EditPipeline:
                 torch.split(embeds, rows), torch.split(mask, rows), strict=True
             )
         ]
-        ids = image_position_ids(encoded.rows, encoded.columns, self.config.reference_offset)
+        ids = self._image_ids(encoded)
         rope = self.transformer.rope(ids.to(device), embeds.shape[1])
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
@@ -259,6 +302,13 @@ class EditPipeline:
             predicted = euler_step(latents, velocity, t, 0.0)
             latents = euler_step(latents, velocity, t, t_next)
             yield DenoiseState(latents, index + 1, predicted)
+
+    def _image_ids(self, encoded: Encoded) -> Tensor:
+        """The coordinates of the image tokens: those of the reference only where there is one."""
+        rows, columns = encoded.rows, encoded.columns
+        if encoded.reference.shape[1] == 0:
+            return position_ids(rows, columns)
+        return image_position_ids(rows, columns, self.config.reference_offset)
 
     def decode(self, latents: Tensor, encoded: Encoded, plan: Plan = PLANS[0]) -> Pixels:
         """Turn latents, (1, N, C) tokens, into a picture."""
