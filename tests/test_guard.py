@@ -70,6 +70,7 @@ ROUTES = {
     "/static/{path:path}": {"GET", "HEAD"},
     "/theme.css": {"GET", "HEAD"},
     "/v1/images/edits": {"POST"},
+    "/v1/images/generations": {"POST"},
     "/v1/images/{image_id}/content": {"GET"},
     "/v1/jobs": {"GET", "POST"},
     "/v1/jobs/{job_id}": {"DELETE", "GET"},
@@ -86,7 +87,10 @@ OF_THE_PAGE = {
     or path in ("/", "/theme.css", "/static/{path:path}")
 }
 ENDLESS = "/gradio_api/heartbeat/{session_hash}"
-TAKES_A_FORM = {("POST", "/api/edit"), ("POST", "/v1/images/edits"), ("POST", "/v1/jobs")}
+TAKES_A_BODY = {
+    ("POST", path)
+    for path in ("/api/edit", "/v1/images/edits", "/v1/images/generations", "/v1/jobs")
+}
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
 
 
@@ -262,7 +266,7 @@ async def test_the_token_opens_every_route(make_service: MakeService, tmp_path: 
             for method in methods:
                 answer = await ask(app, method, path, RIGHT)
                 expected = 404 if "{" in path else 200
-                if (method, path) in TAKES_A_FORM:
+                if (method, path) in TAKES_A_BODY:
                     expected = 415
                 assert answer.status == expected, (method, path)
 

@@ -238,7 +238,8 @@ async def test_annotations_are_honest(make_service: MakeService) -> None:
     def names(hint: str) -> set[str]:
         return {name for name, annotations in told.items() if getattr(annotations, hint)}
 
-    edits = {"edit_image", "batch_edit_images", "submit_edit"}  # with overwrite they replace files
+    # With overwrite they replace files.
+    edits = {"edit_image", "batch_edit_images", "submit_edit", "generate_image"}
     assert names("destructive_hint") == edits
     assert names("read_only_hint") == {"get_gpu_status", "get_job", "view_image"}
     assert names("idempotent_hint") == told.keys() - edits
@@ -316,6 +317,8 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
         ("get_job", {"wait_s": 50}),
         ("cancel_job", {}),
         ("get_job", {"job_id": "none"}),
+        ("generate_image", {"prompt": "x", "width": 256}),
+        ("generate_image", {"prompt": "x", "width": 250}),
     ]
     server = build_mcp(make_service(FakeWorker(device="cuda")))
     async with Client(server) as client:
@@ -341,6 +344,7 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
         *(["success", "error", "success", "partial", "error", "error"]),
         *["success"] * 3,
         *["error", "running", "error", "success", "success", "error"],
+        *["success", "error"],
     ]
     assert [result.is_error for _, result in results] == [status == "error" for status in stati]
     with pytest.raises(jsonschema.ValidationError):
