@@ -24,6 +24,7 @@ from step1x_edit.schemas import (
     EditMetadata,
     EditRequest,
     ErrorAnswer,
+    GenerateRequest,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
@@ -231,6 +232,7 @@ def test_plain_values_come_from_the_schema() -> None:
     assert set(PARAMETERS) == {
         *EditRequest.model_fields,
         *BatchRequest.model_fields,
+        *GenerateRequest.model_fields,
         *ViewRequest.model_fields,
     }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from step1x_edit.errors import Step1XEditError
-    from step1x_edit.images import read_edit_record
+    from step1x_edit.images import read_edit_record, read_record
     from step1x_edit.interfaces.client import MCPClient
     from step1x_edit.schemas import (
         BatchAnswer,
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         EditRecord,
         EditRequest,
         ErrorAnswer,
+        GenerateRequest,
+        GenerationRecord,
         GpuAnswer,
         StatusAnswer,
     )
@@ -35,6 +37,8 @@ __all__ = [
     "EditRequest",
     "EditService",
     "ErrorAnswer",
+    "GenerateRequest",
+    "GenerationRecord",
     "GpuAnswer",
     "MCPClient",
     "Settings",
@@ -44,6 +48,7 @@ __all__ = [
     "build_service",
     "load_settings",
     "read_edit_record",
+    "read_record",
 ]
 
 _HOMES: Final = {
@@ -54,6 +59,7 @@ _HOMES: Final = {
     "build_service": "service",
     "load_settings": "settings",
     "read_edit_record": "images",
+    "read_record": "images",
 }
 
 
