@@ -195,28 +195,6 @@ def test_memory_is_that_of_the_slabs(residency: Residency) -> None:
     assert residency.memory() == Memory()
 
 
-def test_the_peak_is_that_of_the_last_edit_also_when_the_model_has_left(
-    residency: Residency,
-) -> None:
-    assert residency.device_peak == 0
-    residency.onload()
-
-    with residency.on_device():
-        pass
-    residency.offload()
-
-    assert residency.device_peak == sum(block.size for block in residency.blocks)
-    assert residency.host_peak > residency.device_peak
-
-
-def test_without_a_device_there_is_no_peak_on_it(folder: Path) -> None:
-    residency = Residency(partial(open_checkpoint, folder), None)
-    residency.load()
-
-    with residency.on_device():
-        assert residency.device_peak == 0
-
-
 def test_offloading_copies_nothing_and_frees_the_device(folder: Path) -> None:
     slabs: list[weakref.ref[Tensor]] = []
 

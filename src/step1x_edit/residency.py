@@ -28,7 +28,6 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from step1x_edit import host_memory
 from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
@@ -76,7 +75,6 @@ class Residency:
         self._streamer: BlockStreamer | None = None
         self._page_lock: PageLock | None = None
         self._is_lent = False
-        self._device_peak = 0
 
     @property
     def location(self) -> Location:
@@ -101,21 +99,6 @@ class Residency:
     def plan(self) -> MemoryPlan | None:
         """What lives on the device and what passes through it; None while nothing is there."""
         return self._plan
-
-    @property
-    def device_peak(self) -> int:
-        """The most bytes that the device has held for us since the last edit began.
-
-        Of a stand-in, those of the slabs; 0 without a device.
-        """
-        if self._device is not None and self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        return self._device_peak
-
-    @property
-    def host_peak(self) -> int:
-        """The most bytes of host memory that this process has held; 0 if nobody can tell."""
-        return host_memory.most_used()
 
     def memory(self) -> Memory:
         """What the device's allocator says; of a stand-in, the bytes of the slabs."""
@@ -254,9 +237,6 @@ class Residency:
         if self._checkpoint is None or (self._device is not None and self._plan is None):
             raise RuntimeError(f"the model is not on the device: it is {self.location}")
         self._is_lent = True
-        self._device_peak = sum(slab.nbytes for slab in self._slabs)
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
         try:
             yield self._checkpoint
         finally:
