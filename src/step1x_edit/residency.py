@@ -23,15 +23,17 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB, Memory
-from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
+from step1x_edit.channel import GIB, Memory, Placement
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, never_stop
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
+from step1x_edit.peak import PeakMeter
 from step1x_edit.schemas import Location
 from step1x_edit.streaming import BlockStreamer, copies_for
 
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 LOCKED_AT_ONCE: Final = GIB
 """Bytes that are page-locked in one call: calls for hundreds of gigabytes fail."""
+
+_PRECISIONS: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def allocate_slab(size: int, device: torch.device) -> Tensor:
@@ -69,6 +73,9 @@ class Residency:
         self._arena: Arena | None = None
         self._host: dict[str, Tensor] = {}  # the arena's blocks, or copies with LoRAs in them
         self._plan: MemoryPlan | None = None  # of what is on the device
+        self._last_plan: MemoryPlan | None = None  # or was there before it was offloaded
+        self._precision = ""
+        self._peak = PeakMeter(device, lambda: sum(slab.nbytes for slab in self._slabs))
         self._most_of_core = 1.0  # that may stay, as a share of its bytes
         self._tried_of_core = 0.0  # the last time
         self._slabs: list[Tensor] = []
@@ -112,6 +119,27 @@ class Residency:
         taken_gb = sum(slab.nbytes for slab in self._slabs) / GIB
         return Memory(allocated_gb=taken_gb, reserved_gb=taken_gb)
 
+    def begin_edit(self) -> None:
+        """Measure the peak of memory anew from here."""
+        self._peak.begin()
+
+    def placement(self) -> Placement | None:
+        """How the model is placed and what an edit has needed; None while that is not decided."""
+        if self._arena is None or (self._device is not None and self._last_plan is None):
+            return None
+        storages = {
+            memory.data_ptr(): memory.nbytes()
+            for memory in (
+                host.untyped_storage() for host in (self._arena.memory, *self._host.values())
+            )
+        }
+        peak = self._peak.read()
+        return replace(
+            placement_of(self._last_plan, self._precision),
+            measured_peak_gb=None if peak is None else peak / GIB,
+            host_gb=sum(storages.values()) / GIB,
+        )
+
     @torch.inference_mode(False)
     def load(self, check: Callable[[], None] = never_stop) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
@@ -134,6 +162,7 @@ class Residency:
             raise
         arena.attach(host)
         self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
+        self._precision = precision_of(opened.weights)
         if self._device is not None and self._device.type == "cuda":
             self._page_lock = PageLock(arena.memory, CudaPages(self._device))
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
@@ -177,7 +206,8 @@ class Residency:
                 slots,
                 copies_for(self._device, len(slots), self._copy),
             )
-        self._slabs, self._plan = slabs, plan
+        self._slabs, self._plan, self._last_plan = slabs, plan, plan
+        self._peak.note()
         logger.info("CPU → GPU: %.2f GB, %s", sum(s.nbytes for s in slabs) / GIB, plan.reason)
 
     @torch.inference_mode(False)
@@ -222,7 +252,7 @@ class Residency:
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
         self._checkpoint, self._arena, self._page_lock = None, None, None
-        self._host, self._slabs, self._plan = {}, [], None
+        self._host, self._slabs, self._plan, self._last_plan = {}, [], None, None
         self._most_of_core, self._tried_of_core = 1.0, 0.0
         self._give_back(storages)
         logger.info("released: Unloaded")
@@ -301,6 +331,34 @@ class Residency:
             gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
+    """What there is to tell of a plan; without one the model computes in host memory."""
+    if plan is None:
+        return Placement(
+            resident_share=1.0,
+            precision=precision,
+            streaming=False,
+            slots=0,
+            joint_branches=True,
+            reason="the model computes in host memory",
+        )
+    return Placement(
+        resident_share=plan.core_share,
+        precision=precision,
+        streaming=plan.is_streaming,
+        slots=plan.num_slots,
+        joint_branches=plan.has_joint_branches,
+        reason=plan.reason,
+        predicted_peak_gb=plan.peak / GIB,
+    )
+
+
+def precision_of(weights: Iterable[Weight]) -> str:
+    """In which numbers the transformer computes."""
+    dtype = next(weight.dtype for weight in weights if weight.name.startswith("transformer."))
+    return _PRECISIONS.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _forget_locals(error: BaseException) -> None:

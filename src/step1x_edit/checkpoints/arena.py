@@ -257,6 +257,11 @@ def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[_Piece]:
         place += span.count
 
 
+def blocks_of(weights: Iterable[Weight]) -> tuple[Block, ...]:
+    """The blocks that an arena of these weights would have; no memory is taken."""
+    return _lay_out(weights)[0]
+
+
 def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:
     """The blocks in execution order, and where in them the weights lie."""
     # sorted() is stable: within a block the order of the network's definition remains.
