@@ -135,28 +135,31 @@ class Arena:
                 for future in under_way:
                     future.cancel()
 
-    def changed(
-        self, delta_of: Callable[[str], Tensor | None], check: Callable[[], None] = never_stop
-    ) -> dict[str, Tensor]:
-        """The blocks with something added to some weights; those that are changed are copies.
+    def weights_of(self, block: str) -> list[str]:
+        """The names of the weights in a block."""
+        return [place.weight.name for place in self._places[block]]
+
+    def write_changed(
+        self,
+        block: str,
+        memory: Tensor,
+        delta_of: Callable[[str], Tensor | None],
+        check: Callable[[], None] = never_stop,
+    ) -> None:
+        """Write a block with something added to some weights into memory of its size.
 
         `delta_of` says by the name of a weight what is added to it, in float32.
         """
-        memories = dict(self.memories)
-        for name, places in self._places.items():
-            for place in places:
-                check()
-                delta = delta_of(place.weight.name)
-                if delta is None:
-                    continue
-                if memories[name] is self.memories[name]:
-                    memories[name] = self.memories[name].clone()
-                view = place.view(memories[name])
+        memory.copy_(self.memories[block])
+        for place in self._places[block]:
+            check()
+            delta = delta_of(place.weight.name)
+            if delta is not None:
+                view = place.view(memory)
                 view.copy_(view.float() + delta)
-        return memories
 
     def attach(self, memories: Mapping[str, Tensor]) -> None:
-        """Make the network's parameters and buffers views into the arena, or `changed` copies.
+        """Make the network's parameters and buffers views into the arena, or changed copies.
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
