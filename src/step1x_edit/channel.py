@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from step1x_edit.schemas import Location
+from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -44,6 +44,7 @@ class Start:
     loras: Mapping[str, float] = field(default_factory=dict)
     """Paths of LoRA files, and how much of each is added to the model."""
     log_format: str = "text"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
