@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from step1x_edit.schemas import Location
+from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -47,6 +47,7 @@ class Start:
     An edit names a file by its stem.
     """
     log_format: str = "text"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)

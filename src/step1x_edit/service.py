@@ -676,6 +676,7 @@ def start_of(settings: Settings) -> Start:
         log_level=settings.log_level,
         loras={str(path): strength for path, strength in settings.lora_path.items()},
         log_format=settings.log_format,
+        precision=settings.precision,
     )
 
 

@@ -292,7 +292,7 @@ def open_chosen(start: Start) -> OpenedCheckpoint:
     path = resolve_model_path(start.model_path, Path(start.data_dir))
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
-    opened = open_checkpoint(path, version=wanted, loras=loras)
+    opened = open_checkpoint(path, version=wanted, loras=loras, precision=start.precision)
     found = opened.checkpoint.version
     if wanted not in (None, found):
         raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
