@@ -29,7 +29,7 @@ def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate float32 or float64 x (B, H, N, D) by a table that broadcasts to (B, H, N, D/2, 2)."""
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = x.view(*x.shape[:-1], -1, 2)
     # The compiler makes one kernel of sums and products and cannot compile complex numbers; run
     # line by line, one complex product is several times as fast.
     if torch.compiler.is_compiling():
