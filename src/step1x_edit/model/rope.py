@@ -8,10 +8,15 @@ Tables are real: cosine and sine of each pair, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
+
+MOST_TABLES: Final = 4
+"""A table for 1024 × 1024 pixels has 4.5 MB."""
 
 
 def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
@@ -43,6 +48,27 @@ def rotate_pairs(pairs: Tensor, rope: Tensor) -> Tensor:
     x, y = pairs.unbind(-1)
     cos, sin = rope.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+
+
+class RecentTables:
+    """Keeps the tables that were asked for last, where they are used."""
+
+    def __init__(self, most: int = MOST_TABLES) -> None:
+        self._most = most
+        self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The table of this key, made if it is not there."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        self._tables.move_to_end(key)
+        if len(self._tables) > self._most:
+            self._tables.popitem(last=False)
+        return self._tables[key]
+
+    def clear(self) -> None:
+        """Forget all tables."""
+        self._tables.clear()
 
 
 def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
