@@ -16,16 +16,18 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
-from step1x_edit.model.config import PATCH_SIZE, ModelConfig
+from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
+from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import draw_noise, fit_size, image_position_ids, pack, unpack
-from step1x_edit.model.transformer import PrologueStep, Transformer
+from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
 
@@ -43,6 +45,8 @@ class EditRequest:
     seed: int = 0
     preview_steps: frozenset[int] = frozenset()
     """The steps whose prediction is shown as a picture; the result does not depend on them."""
+    draw: int = 0
+    """Which of the noises that the seed gives one after the other the edit starts from."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,30 @@ class Edited:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A prompt as the transformer takes it, or several in one batch (`join`)."""
+
+    embeds: Tensor  # (B, L, C), the conditioner's states
+    mask: Tensor  # (B, L) of 0 and 1
+    quoted: QuotedText | None = None
+    txt_ids: Tensor | None = None  # (L, 3); without them all tokens stand at the origin
+
+
+def join(branches: Sequence[Branch]) -> Branch:
+    """Branches of one length, without places of their own, as one batch."""
+    return Branch(
+        torch.cat([branch.embeds for branch in branches]),
+        torch.cat([branch.mask for branch in branches]),
+    )
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """The output of the first stage. Two rows where there is guidance, prompt first; else one."""
+    """The output of the first stage."""
 
     reference: Tensor  # (1, N, C) tokens
-    prompt: PromptEncoding  # (B, L, C) and (B, L)
+    branches: tuple[Branch, ...]
+    """The prompt's and, where there is guidance, the negative prompt's."""
     rows: int
     columns: int
     is_prompt_cut: bool = False
@@ -101,7 +124,10 @@ class Plan:
     """How an edit spends memory."""
 
     has_joint_branches: bool = True
-    """Whether prompt and negative prompt run as one batch rather than one after the other."""
+    """Whether prompt and negative prompt run as one batch rather than one after the other.
+
+    Those of v1.2 differ in length and never do.
+    """
     has_vae_tiles: bool = False
     """Whether the autoencoder sees pictures larger than `VAE_TILE` in overlapping tiles.
 
@@ -137,7 +163,7 @@ class EditPipeline:
         self,
         transformer: Transformer,
         vae: AutoencoderKL,
-        conditioner: Conditioner,
+        conditioner: Conditioner | ConditionerV12,
         config: ModelConfig,
         recogniser: Recogniser | None = None,
     ) -> None:
@@ -178,9 +204,9 @@ class EditPipeline:
         if run.encoded is None:
             yield Progress("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
-        label = self._label(run.encoded)
+        label = self._name(run.encoded.branches[0])
         if run.state is None:
-            run.state = self.start(run.encoded, request.seed)
+            run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_told:  # it was its preview that failed
             yield self._tell(run, run.state, run.encoded, plan)
         for state in self.denoise(run.encoded, run.state, request, plan):
@@ -195,7 +221,8 @@ class EditPipeline:
         """Name the edit that the prompt asks for; None if the checkpoint has no recogniser."""
         if self.recogniser is None:
             return None
-        return self.recogniser.recognise(self.conditioner.encode(prompt, image))
+        (branch,) = self._read([prompt], image)
+        return self._name(branch)
 
     def encode(self, request: EditRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Look at the picture once, as latents and, with the prompts, as hidden states."""
@@ -204,23 +231,30 @@ class EditPipeline:
         size = fit_size(width, height, request.size_level, multiple)
         picture = Image.fromarray(request.image).resize(size, Image.Resampling.LANCZOS)
         image = np.asarray(picture)
+        match self.config.reference_resize:
+            case ReferenceResize.LANCZOS:
+                pixels = _as_tensor(image)
+            case ReferenceResize.BILINEAR:
+                pixels = F.interpolate(
+                    _as_tensor(request.image).float(), size[::-1], mode="bilinear", antialias=True
+                )
         prompts = [request.prompt]
         if request.guidance_scale != 1.0:
             prompts.append(request.negative_prompt)
         with self._tiles(plan):
-            reference = pack(self._encode_latents(image))
+            reference = pack(self._encode_latents(pixels))
         return Encoded(
             reference=reference,
-            prompt=self.conditioner.encode_many(prompts, image),
+            branches=self._read(prompts, image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
             is_prompt_cut=self.conditioner.cuts(request.prompt, image),
         )
 
-    def start(self, encoded: Encoded, seed: int) -> DenoiseState:
-        """The noise that the seed stands for."""
+    def start(self, encoded: Encoded, seed: int, draw: int = 0) -> DenoiseState:
+        """The noise that the seed stands for; `draw` as in `draw_noise`."""
         rows, columns = encoded.rows * PATCH_SIZE, encoded.columns * PATCH_SIZE
-        noise = draw_noise((1, self.config.latent_channels, rows, columns), seed)
+        noise = draw_noise((1, self.config.latent_channels, rows, columns), seed, draw)
         return DenoiseState(pack(noise), step=0)
 
     def denoise(
@@ -229,20 +263,14 @@ class EditPipeline:
         """Run the steps that remain, and yield after each."""
         if start.step == request.num_steps:
             return
-        device, dtype = self._device, self._dtype
+        device = self._device
         timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)
-        embeds, mask = encoded.prompt
-        rows = embeds.shape[0] if plan.has_joint_branches else 1
-        prologues = [
-            self.transformer.prologue(
-                some_embeds.to(device, dtype), some_mask.to(device), timesteps[:-1].to(device)
-            )
-            for some_embeds, some_mask in zip(
-                torch.split(embeds, rows), torch.split(mask, rows), strict=True
-            )
-        ]
+        branches: Sequence[Branch] = encoded.branches
+        if plan.has_joint_branches and all(branch.txt_ids is None for branch in branches):
+            branches = [join(branches)]
+        prologues = [self._prologue(branch, timesteps[:-1]) for branch in branches]
         ids = image_position_ids(encoded.rows, encoded.columns, self.config.reference_offset)
-        rope = self.transformer.rope(ids.to(device), embeds.shape[1])
+        ropes = [self._rope(branch, ids) for branch in branches]
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
         for index in range(start.step, request.num_steps):
@@ -250,7 +278,7 @@ class EditPipeline:
             velocity = torch.cat(
                 [
                     self._velocity(latents, reference, prologue[index], rope)
-                    for prologue in prologues
+                    for prologue, rope in zip(prologues, ropes, strict=True)
                 ]
             )
             if request.guidance_scale != 1.0:
@@ -294,9 +322,31 @@ class EditPipeline:
         finally:
             vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
-    def _encode_latents(self, image: Pixels) -> Tensor:
-        """The reference latents (1, C, H, W): the mode, not a sample, so that runs repeat."""
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
+    def _read(self, prompts: Sequence[str], image: Pixels) -> tuple[Branch, ...]:
+        """The branches of several prompts about one picture."""
+        if isinstance(self.conditioner, ConditionerV12):
+            return tuple(map(_branch_v1_2, self.conditioner.encode_each(prompts, image)))
+        embeds, mask = self.conditioner.encode_many(prompts, image)
+        return tuple(map(Branch, torch.split(embeds, 1), torch.split(mask, 1)))
+
+    def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:
+        device, dtype = self._device, self._dtype
+        quoted = branch.quoted
+        if quoted is not None:
+            quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
+        return self.transformer.prologue(
+            branch.embeds.to(device, dtype), branch.mask.to(device), timesteps.to(device), quoted
+        )
+
+    def _rope(self, branch: Branch, img_ids: Tensor) -> Tensor:
+        txt_ids = None if branch.txt_ids is None else branch.txt_ids.to(self._device)
+        return self.transformer.rope(img_ids.to(self._device), branch.embeds.shape[1], txt_ids)
+
+    def _encode_latents(self, pixels: Tensor) -> Tensor:
+        """Latents (1, C, H, W) of pixels (1, 3, H, W), 0 to 255.
+
+        The mode, not a sample, so that runs repeat.
+        """
         scaled = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
         z: Tensor = self.vae.encode(scaled).latent_dist.mode().float()
         return (z - self.config.latent_shift) * self.config.latent_scale
@@ -309,11 +359,11 @@ class EditPipeline:
         wanted = latents.shape[1]  # the reference tokens' velocity is of no use
         return self.transformer.core(img.to(self._dtype), step, rope, num_wanted=wanted).float()
 
-    def _label(self, encoded: Encoded) -> str | None:
+    def _name(self, branch: Branch) -> str | None:
+        """The edit that the prompt asks for, if there is a recogniser."""
         if self.recogniser is None:
             return None
-        embeds, mask = encoded.prompt
-        return self.recogniser.recognise(PromptEncoding(embeds[0], mask[0]))
+        return self.recogniser.recognise(PromptEncoding(branch.embeds[0], branch.mask[0]))
 
     @property
     def _device(self) -> torch.device:
@@ -322,6 +372,22 @@ class EditPipeline:
     @property
     def _dtype(self) -> torch.dtype:
         return self.transformer.img_in.weight.dtype
+
+
+def _branch_v1_2(encoding: PromptEncodingV12) -> Branch:
+    """A branch that is as long as its prompt, so all of it is real."""
+    embeds = encoding.prompt_embeds.unsqueeze(0)
+    return Branch(
+        embeds=embeds,
+        mask=embeds.new_ones(embeds.shape[:2]),
+        quoted=QuotedText(encoding.token_embeds.unsqueeze(0), encoding.text_mask.unsqueeze(0)),
+        txt_ids=encoding.position_ids,
+    )
+
+
+def _as_tensor(image: Pixels) -> Tensor:
+    """Pixels (H, W, 3) as (1, 3, H, W)."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
 
 
 def _check_finite(numbers: Tensor) -> None:
