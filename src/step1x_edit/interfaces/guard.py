@@ -75,6 +75,7 @@ _TOLD_TO_PAGES: Final = (
     "Location",
     "Mcp-Session-Id",
     "Retry-After",
+    "X-Changed-Share",
     "X-Processing-Time",
     "X-Request-Id",
     "X-Seed",

@@ -138,6 +138,7 @@ def _generation_of(service: EditService, asked: ImageGenerationRequest) -> Gener
                 "width": width,
                 "height": height,
                 "seed": asked.seed,
+                "loras": asked.loras,
             }
         )
     )
