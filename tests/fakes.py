@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,6 +83,7 @@ class FakeWorker:
     device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
+    usual_loras: Mapping[str, float] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
@@ -138,7 +140,8 @@ class FakeWorker:
             if self.residence.location == "Unloaded":
                 yield self._report(Progress(Phase.LOADING))
             location = "CPU" if self.device == "cpu" else "GPU"
-            self.residence = Residence(location, "fake", self.device, self.held)
+            loras = self.usual_loras if job.loras is None else job.loras
+            self.residence = Residence(location, "fake", self.device, self.held, loras)
             yield self._report(Progress(Phase.ENCODING))
             for step in range(1, job.num_steps + 1):
                 self.before_step(job, step)
@@ -155,16 +158,13 @@ class FakeWorker:
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":
-            self.residence = Residence("CPU", "fake", self.device)
+            self.residence = dataclasses.replace(self.residence, location="CPU")
         yield self._report(Done())
 
     def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
         is_home = self.residence.location == ("CPU" if self.device == "cpu" else "GPU")
         held = self.held if is_home else Memory()
-        return Report(
-            event,
-            Residence(self.residence.location, self.residence.model, self.residence.device, held),
-        )
+        return Report(event, dataclasses.replace(self.residence, memory=held))
 
 
 class Gate:

@@ -248,7 +248,10 @@ MaskPath = Annotated[
 Loras = Annotated[
     list[
         Annotated[
-            str, Field(min_length=1, max_length=300), AfterValidator(_plain_text), AfterValidator(_lora)
+            str,
+            Field(min_length=1, max_length=300),
+            AfterValidator(_plain_text),
+            AfterValidator(_lora),
         ]
     ]
     | None,

@@ -170,7 +170,8 @@ class Loras:
 
         Raises CheckpointError for a file that cannot be read or does not fit.
         """
-        parts = [(self._lora(name, stamp), (name, stamp, strength)) for name, stamp, strength in self.marks(strengths)]
+        marks = self.marks(strengths)
+        parts = [(self._lora(name, stamp), (name, stamp, part)) for name, stamp, part in marks]
         for key in list(self._read)[: -(KEPT + len(parts))]:
             del self._read[key]
         return Changes(tuple(parts), self._links_by_name)

@@ -52,7 +52,7 @@ from step1x_edit.interfaces.idempotency import (
     may_be_known,
     unless_gone,
 )
-from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION
+from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION, in_one_text
 from step1x_edit.schemas import (
     MAX_SEED,
     EditMetadata,
@@ -289,6 +289,7 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
                 "guidance_scale": asked.guidance_scale,
                 "size_level": asked.size_level,
                 "seed": asked.seed,
+                "loras": asked.loras,
             }
         )
     )
@@ -523,6 +524,7 @@ def _form_of(made: _Made, asked: ImageEditRequest) -> dict[str, Any]:
 
 def _about(answer: _Answer) -> dict[str, Any]:
     first = answer.pictures[0].metadata
+    loras = {} if first.loras is None else {"loras": first.loras}
     return {
         "id": answer.answer_id,
         "model": first.model,
@@ -530,6 +532,7 @@ def _about(answer: _Answer) -> dict[str, Any]:
         "guidance_scale": first.guidance_scale,
         "size_level": first.size_level,
         "inference_time_s": answer.seconds,
+        **loras,
     }
 
 
@@ -875,7 +878,10 @@ def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
         "multipart/form-data": {
             "schema": {
                 **schema,
-                "properties": {**of_form, **fields},
+                "properties": {
+                    **of_form,
+                    **{name: in_one_text(field) for name, field in fields.items()},
+                },
                 "required": ["image", "prompt"],
                 "example": values,
             }
