@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from step1x_edit.schemas import Location
+from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -47,6 +47,7 @@ class Start:
     An edit names a file by its stem.
     """
     log_format: str = "text"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How a model is spread over device and host, and what that needs; memory in GiB.
+
+    `schemas.PlanStatus` has the same fields, with what they mean to people.
+    """
+
+    resident_share: float
+    precision: str
+    streaming: bool
+    slots: int
+    joint_branches: bool
+    reason: str
+    predicted_peak_gb: float | None = None
+    measured_peak_gb: float | None = None
+    host_gb: float | None = None
+
+
+@dataclass(frozen=True)
 class Residence:
     """Which model there is, where it is and what it occupies, as measured."""
 
@@ -148,6 +167,11 @@ class Residence:
     model: str | None = None
     device: str | None = None
     memory: Memory = Memory()
+    version: str | None = None
+    size_multiple: int | None = None
+    """Sides of the edited picture, in its working size, are multiples of so many pixels."""
+    placement: Placement | None = None
+    """How it was placed when it came to where it computes; kept while it waits in host memory."""
     loras: Mapping[str, float] = field(default_factory=dict)
     """Those that are in the model, by name, and how much of each."""
 
@@ -273,8 +297,10 @@ class Channel:
         if "residence" not in header:
             return message  # type: ignore[no-any-return]
         residence = header["residence"]
-        memory = Memory(**residence.pop("memory"))
-        return Report(message, Residence(**residence, memory=memory))
+        residence["memory"] = Memory(**residence["memory"])
+        if residence["placement"] is not None:
+            residence["placement"] = Placement(**residence["placement"])
+        return Report(message, Residence(**residence))
 
     def hang_up(self) -> None:
         """Say that nothing more will come, also while another thread waits in `receive`."""

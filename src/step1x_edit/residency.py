@@ -24,17 +24,19 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB, Memory
-from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
+from step1x_edit.channel import GIB, Memory, Placement
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes, Loras
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
+from step1x_edit.peak import PeakMeter
 from step1x_edit.schemas import Location
 from step1x_edit.streaming import BlockStreamer, copies_for
 
@@ -42,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 LOCKED_AT_ONCE: Final = GIB
 """Bytes that are page-locked in one call: calls for hundreds of gigabytes fail."""
+
+_PRECISIONS: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def allocate_slab(size: int, device: torch.device) -> Tensor:
@@ -75,6 +79,9 @@ class Residency:
         self._changes = Changes()  # that are in the model
         self._wanted: Mapping[str, float] | None = None  # of LoRAs, when the model is loaded
         self._plan: MemoryPlan | None = None  # of what is on the device
+        self._last_plan: MemoryPlan | None = None  # or was there before it was offloaded
+        self._precision = ""
+        self._peak = PeakMeter(device, lambda: sum(slab.nbytes for slab in self._slabs))
         self._resident: dict[str, Tensor] = {}  # where in the slabs the blocks are that stay
         self._most_of_core = 1.0  # that may stay, as a share of its bytes
         self._tried_of_core = 0.0  # the last time
@@ -128,6 +135,30 @@ class Residency:
         taken_gb = sum(slab.nbytes for slab in self._slabs) / GIB
         return Memory(allocated_gb=taken_gb, reserved_gb=taken_gb)
 
+    def begin_edit(self) -> None:
+        """Measure the peak of memory anew from here."""
+        self._peak.begin()
+
+    def placement(self) -> Placement | None:
+        """How the model is placed and what an edit has needed; None while that is not decided."""
+        if self._host is None or self._arena is None:
+            return None
+        if self._device is not None and self._last_plan is None:
+            return None
+        storages = {
+            memory.data_ptr(): memory.nbytes()
+            for memory in (
+                host.untyped_storage()
+                for host in (self._arena.memory, *self._host.memories.values())
+            )
+        }
+        peak = self._peak.read()
+        return replace(
+            placement_of(self._last_plan, self._precision),
+            measured_peak_gb=None if peak is None else peak / GIB,
+            host_gb=sum(storages.values()) / GIB,
+        )
+
     @torch.inference_mode(False)
     def load(self, check: Callable[[], None] = never_stop) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
@@ -151,6 +182,7 @@ class Residency:
             raise
         arena.attach(host.memories)
         self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
+        self._precision = precision_of(opened.weights)
         self._loras, self._changes = opened.loras, changes
         if self._device is not None and self._device.type == "cuda":
             self._page_lock = PageLock(arena.memory, CudaPages(self._device))
@@ -220,7 +252,8 @@ class Residency:
                 slots,
                 copies_for(self._device, len(slots), self._copy),
             )
-        self._slabs, self._plan = slabs, plan
+        self._slabs, self._plan, self._last_plan = slabs, plan, plan
+        self._peak.note()
         logger.info("CPU → GPU: %.2f GB, %s", sum(s.nbytes for s in slabs) / GIB, plan.reason)
 
     @torch.inference_mode(False)
@@ -265,7 +298,8 @@ class Residency:
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
         self._checkpoint, self._arena, self._page_lock = None, None, None
-        self._host, self._slabs, self._resident, self._plan = None, [], {}, None
+        self._host, self._slabs, self._resident = None, [], {}
+        self._plan, self._last_plan = None, None
         self._loras, self._changes = Loras(), Changes()
         self._most_of_core, self._tried_of_core = 1.0, 0.0
         self._give_back(storages)
@@ -349,7 +383,9 @@ class Residency:
             self.release()
 
     def _leave_device(self) -> None:
-        """Stop the blocks that pass."""
+        """Stop the blocks that pass, and forget what was kept beside the weights."""
+        if self._checkpoint is not None:
+            self._checkpoint.pipeline.forget_tables()
         if self._streamer is not None:
             self._streamer.close()
             self._streamer = None
@@ -372,6 +408,34 @@ class Residency:
             gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
+    """What there is to tell of a plan; without one the model computes in host memory."""
+    if plan is None:
+        return Placement(
+            resident_share=1.0,
+            precision=precision,
+            streaming=False,
+            slots=0,
+            joint_branches=True,
+            reason="the model computes in host memory",
+        )
+    return Placement(
+        resident_share=plan.core_share,
+        precision=precision,
+        streaming=plan.is_streaming,
+        slots=plan.num_slots,
+        joint_branches=plan.has_joint_branches,
+        reason=plan.reason,
+        predicted_peak_gb=plan.peak / GIB,
+    )
+
+
+def precision_of(weights: Iterable[Weight]) -> str:
+    """In which numbers the transformer computes."""
+    dtype = next(weight.dtype for weight in weights if weight.name.startswith("transformer."))
+    return _PRECISIONS.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -34,6 +34,8 @@ from step1x_edit.errors import InvalidParameterError, Step1XEditError
 
 Size = Literal[512, 768, 1024]
 Location = Literal["Unloaded", "CPU", "GPU"]
+Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
+"""In which the model's weights are kept; auto: as the checkpoint has them."""
 
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
@@ -48,6 +50,23 @@ MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
 MAX_LORAS: Final = 16  # of one edit
 MAX_STRENGTH: Final = 4
 """Of a LoRA; beyond it no picture is left."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What the authors of a version recommend."""
+
+    num_steps: int
+    guidance_scale: float
+
+
+SUGGESTED: Final[Mapping[str, Suggestion]] = {
+    "v1.0": Suggestion(28, 6.0),
+    "v1.1": Suggestion(28, 6.0),
+    "v1.2-preview": Suggestion(28, 4.0),
+    "v1.2": Suggestion(50, 6.0),
+}
+"""By version. They only are suggestions: the defaults are the same for all versions."""
 
 
 # --- reading leniently ---------------------------------------------------------------------------
@@ -460,6 +479,26 @@ class ImageEditRequest(_Request):
     loras: Loras = None
 
 
+_Side = Annotated[
+    int | None,
+    Field(ge=1, le=100_000, description="Pixels of the picture that would be sent"),
+    BeforeValidator(_whole_number),
+]
+
+
+class PictureSize(_Request):
+    """How large a picture is that has not been sent; both sides or none."""
+
+    width: _Side = None
+    height: _Side = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise PydanticCustomError("both_or_none", "width and height must be given together")
+        return self
+
+
 class JobsRequest(_Request):
     """Which stored jobs to list."""
 
@@ -707,6 +746,34 @@ class GpuStatistics(_Answer):
     full_releases: int = 0
 
 
+class PlanStatus(_Answer):
+    """How the loaded model is spread over device and host, and what that needs; memory in GiB."""
+
+    resident_share: Annotated[
+        float,
+        Field(description="Share of the denoising core that stays on the device, 0 to 1"),
+    ]
+    precision: Annotated[str, Field(description="The numbers that the model computes with")]
+    streaming: Annotated[bool, Field(description="Whether blocks pass through the device")]
+    slots: Annotated[int, Field(description="Through how many slots they pass")]
+    joint_branches: Annotated[
+        bool, Field(description="Whether prompt and negative prompt run together, if memory allows")
+    ]
+    reason: Annotated[str, Field(description="The plan in words")]
+    predicted_peak_gb: Annotated[
+        float | None,
+        Field(description="What an edit at size level 1024 is expected to need on the device"),
+    ] = None
+    measured_peak_gb: Annotated[
+        float | None,
+        Field(
+            description="The most that the last edit, or the running one, has taken: of the "
+            "device's memory, or without a device of the host's, by the whole worker process"
+        ),
+    ] = None
+    host_gb: Annotated[float | None, Field(description="Host memory that holds the weights")] = None
+
+
 class GpuStatus(_Answer):
     """Where the model is and what it occupies; times in seconds, memory in GiB."""
 
@@ -720,6 +787,13 @@ class GpuStatus(_Answer):
     model: str | None = None
     device: str | None = None
     queue_length: int | None = None
+    plan: Annotated[
+        PlanStatus | None,
+        Field(
+            description="How the model is placed; while it waits in host memory, how it was on the "
+            "device. Left out while none is loaded"
+        ),
+    ] = None
     loras: Annotated[
         list[str] | None,
         Field(description="The names of the LoRAs that edits can ask for, if there are any"),
@@ -743,6 +817,36 @@ class GpuAnswer(_Answer):
     status: Literal["success"] = "success"
     message: str
     gpu_status: GpuStatus
+
+
+class EstimateAnswer(_Answer):
+    """What an edit would take; null is what nobody knows. Nothing was run."""
+
+    status: Literal["success"] = "success"
+    width: Annotated[int, Field(description="Pixels of the picture while it is edited")]
+    height: Annotated[int, Field(description="The same")]
+    num_steps: int
+    guidance_scale: float
+    size_level: int
+    n: Annotated[int, Field(description="How many pictures, one after the other")]
+    predicted_seconds: Annotated[
+        float | None,
+        Field(
+            description="For all n, by the last edit of the same kind, once it is their turn and "
+            "the model is where it computes"
+        ),
+    ]
+    predicted_peak_gb: Annotated[
+        float | None, Field(description="GiB of the device's memory; an estimate")
+    ]
+    must_load: Annotated[
+        bool, Field(description="Whether the model has to be loaded, or brought back, first")
+    ]
+    queue_length: Annotated[int, Field(description="Edits that wait")]
+    model: str | None
+    device: str | None
+    reason: Annotated[str | None, Field(description="The memory plan in words")]
+    note: Annotated[str | None, Field(description="Why less is known than usual, where that is so")]
 
 
 # --- what is allowed, in plain values -------------------------------------------------------------

@@ -40,6 +40,7 @@ from step1x_edit.schemas import (
     GuidanceScale,
     NumSteps,
     Parameter,
+    Precision,
     SizeLevel,
     complaints,
     parameters_of,
@@ -220,6 +221,14 @@ class Settings(BaseSettings):
         str,
         Field(description="Where to compute: auto, cpu, cuda or cuda:N"),
         AfterValidator(_known_device),
+        BeforeValidator(_lower),
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        Field(
+            description="How weights are kept: bf16, or most of them as fp8, int8 or nf4, which "
+            "takes a half or a third of the memory and changes pictures a little; auto: exact"
+        ),
         BeforeValidator(_lower),
     ] = "auto"
     allowed_dirs: Annotated[

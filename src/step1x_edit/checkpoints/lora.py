@@ -170,8 +170,10 @@ class Loras:
 
         Raises CheckpointError for a file that cannot be read or does not fit.
         """
-        marks = self.marks(strengths)
-        parts = [(self._lora(name, stamp), (name, stamp, part)) for name, stamp, part in marks]
+        parts = [
+            (self._lora(name, stamp), (name, stamp, strength))
+            for name, stamp, strength in self.marks(strengths)
+        ]
         for key in list(self._read)[: -(KEPT + len(parts))]:
             del self._read[key]
         return Changes(tuple(parts), self._links_by_name)

@@ -44,6 +44,7 @@ from step1x_edit.checkpoints.keymap import (
     vae_links,
 )
 from step1x_edit.checkpoints.lora import Loras
+from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
@@ -51,9 +52,11 @@ from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.schemas import Precision
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 1
+DEMO_NAME: Final = "demo"
 QWEN_IM_START: Final = 151644
 """The id of <|im_start|> in the vocabulary of Qwen2.5-VL."""
 
@@ -112,18 +115,42 @@ def open_checkpoint(
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
     loras: Mapping[Path, float] = NO_LORAS,
+    precision: Precision = "auto",
 ) -> OpenedCheckpoint:
     """Open a folder or file; None is the embedded demo. Only headers are read.
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
     without it, or if there is none of that version, the newest is opened. `loras` are files that
-    may be added to it and their usual strengths. Raises CheckpointError.
+    may be added to it and their usual strengths. `precision` is as in `with_precision`. Raises
+    CheckpointError.
     """
-    opened = _open(path, dtype, version, releases)
-    transformer = opened.checkpoint.pipeline.transformer
-    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    return replace(opened, loras=Loras(loras, shapes, transformer_links(transformer.config)))
+    if precision == "bf16":
+        dtype = torch.bfloat16
+    opened = with_precision(_open(path, dtype, version, releases), precision)
+    shapes = {
+        weight.name.removeprefix("transformer."): weight.source.shape
+        for weight in opened.weights
+        if weight.source is not None
+    }
+    links = transformer_links(opened.checkpoint.pipeline.transformer.config)
+    return replace(opened, loras=Loras(loras, shapes, links))
+
+
+def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedCheckpoint:
+    """The same with most matrices kept as codes, if the precision is one of fp8, int8 and nf4.
+
+    A precision that the checkpoint does not have of itself is told in its name. The network is
+    changed; to be asked for before the weights are read.
+    """
+    checkpoint = opened.checkpoint
+    if is_code(precision):
+        weights = with_codes(checkpoint.pipeline.modules, opened.weights, precision)
+        opened = replace(opened, weights=weights)
+    elif precision == "auto" or checkpoint.name != DEMO_NAME:
+        return opened  # published models are bf16
+    named = replace(checkpoint, name=f"{checkpoint.name} ({precision})")
+    return replace(opened, checkpoint=named)
 
 
 def _open(
@@ -152,9 +179,10 @@ def read_checkpoint(
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
     loras: Mapping[Path, float] = NO_LORAS,
+    precision: Precision = "auto",
 ) -> Checkpoint:
     """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
-    opened = open_checkpoint(path, dtype, version, releases, loras)
+    opened = open_checkpoint(path, dtype, version, releases, loras, precision)
     changes = opened.loras.changes()
     arena = Arena(opened.weights)
     arena.fill()
@@ -218,7 +246,7 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
         raise CheckpointError(f"{folder} has unknown tensors {some_of(parts)}")
     conditioner = _conditioner(vlm, folder, model)
     pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser)
-    checkpoint = Checkpoint("demo", str(config["version"]), pipeline)
+    checkpoint = Checkpoint(DEMO_NAME, str(config["version"]), pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
