@@ -141,7 +141,7 @@ class FakeWorker:
                 yield self._report(Progress(Phase.LOADING))
             location = "CPU" if self.device == "cpu" else "GPU"
             loras = self.usual_loras if job.loras is None else job.loras
-            self.residence = Residence(location, "fake", self.device, self.held, loras)
+            self.residence = Residence(location, "fake", self.device, self.held, loras=loras)
             yield self._report(Progress(Phase.ENCODING))
             for step in range(1, job.num_steps + 1):
                 self.before_step(job, step)

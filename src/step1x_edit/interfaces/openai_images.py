@@ -84,6 +84,7 @@ _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURES: Final = frozenset({"image", "image[]"})
+_LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
 _STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
 _SAME: Final[Mapping[str, str]] = {
@@ -145,6 +146,7 @@ async def _read(request: Request) -> _Sent:
 
 async def _read_form(request: Request) -> _Sent:
     pictures: list[object] = []
+    loras: list[object] = []
     fields: dict[str, object] = {}
     try:
         async with request.form(
@@ -154,6 +156,8 @@ async def _read_form(request: Request) -> _Sent:
                 _check_supported(name)
                 if name in _PICTURES:
                     pictures.append(value)
+                elif name == _LORAS:
+                    loras.append(value)
                 elif name in fields:
                     raise InvalidParameterError(f"{name!r} is given twice", param=name)
                 elif isinstance(value, UploadFile) and name != "mask":
@@ -162,6 +166,10 @@ async def _read_form(request: Request) -> _Sent:
                     fields[name] = value
             picture = await _uploaded(_only(pictures, "image"), "image")
             mask = fields.pop("mask", None)
+            if loras and "loras" in fields:
+                raise InvalidParameterError("'loras' is given twice", param="loras")
+            if loras:
+                fields["loras"] = loras
             return _Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
     except HTTPException as error:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
