@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import zlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -98,6 +99,7 @@ class FakeWorker:
     device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
+    usual_loras: Mapping[str, float] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
@@ -154,7 +156,8 @@ class FakeWorker:
             if self.residence.location == "Unloaded":
                 yield self._report(Progress(Phase.LOADING))
             location = "CPU" if self.device == "cpu" else "GPU"
-            self.residence = Residence(location, "fake", self.device, self.held)
+            loras = self.usual_loras if job.loras is None else job.loras
+            self.residence = Residence(location, "fake", self.device, self.held, loras=loras)
             if job.image is None and not self.can_generate:
                 raise InvalidParameterError(
                     "text to image needs Step1X-Edit v1.1; the model here is demo"
@@ -175,16 +178,13 @@ class FakeWorker:
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":
-            self.residence = Residence("CPU", "fake", self.device)
+            self.residence = dataclasses.replace(self.residence, location="CPU")
         yield self._report(Done())
 
     def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
         is_home = self.residence.location == ("CPU" if self.device == "cpu" else "GPU")
         held = self.held if is_home else Memory()
-        return Report(
-            event,
-            Residence(self.residence.location, self.residence.model, self.residence.device, held),
-        )
+        return Report(event, dataclasses.replace(self.residence, memory=held))
 
 
 class Gate:

@@ -23,7 +23,7 @@ from http_server import TOKEN, serving
 from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError, Step1XEditError
-from step1x_edit.images import Pixels
+from step1x_edit.images import Pixels, read_edit_record
 from step1x_edit.interfaces.cli import app as cli
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.service import EditService
@@ -33,6 +33,9 @@ Result = bytes | str
 """The file of the edited picture, or the sentence of an error."""
 
 TAKES_NO_PATH = {"REST"}
+
+USUAL_LORAS = {"look": 0.5}
+LORA_PATH = {Path("hand.safetensors"): 0.0, Path("look.safetensors"): 0.5}
 
 
 def painted(job: EditJob) -> Pixels:
@@ -44,6 +47,7 @@ def painted(job: EditJob) -> Pixels:
         job.guidance_scale,
         job.size_level,
         job.seed,
+        USUAL_LORAS if job.loras is None else job.loras,
     )
     random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
     return job.image ^ random.integers(0, 256, job.image.shape, dtype=np.uint8)
@@ -91,7 +95,7 @@ class Doors:
             answer = await client.post(
                 f"{self._url}/api/edit",
                 files=files,
-                data={name: str(value) for name, value in fields.items()},
+                data={name: _as_text(value) for name, value in fields.items()},
                 headers={"Authorization": f"Bearer {TOKEN}"},
             )
         if answer.status_code == 200:
@@ -106,6 +110,7 @@ class Doors:
         given = dict(asked)
         words = ["edit", str(picture), given.pop("prompt"), "--json", "--overwrite", *way]
         words += ["--output", self._out("l")["output_path"]]
+        words += [f"--lora={lora}" for lora in given.pop("loras", None) or ()]
         for name, value in given.items():
             words.append(f"--{name.replace('_', '-')}={value}")
         # In a thread, because the command has an event loop of its own.
@@ -141,6 +146,11 @@ def _by_path(asked: dict[str, Any]) -> dict[str, Any]:
     return named if mask is None else {**named, "mask_path": str(mask)}
 
 
+def _as_text(value: object) -> str:
+    """How a form says it."""
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
 def _result(answer: dict[str, Any]) -> Result:
     if answer["status"] == "error":
         sentence: str = answer["error"]
@@ -152,11 +162,15 @@ def _result(answer: dict[str, Any]) -> Result:
 def doors(
     make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Doors]:
-    limits = {"max_megapixels": 1, "default_num_steps": 11}
-    service = make_service(FakeWorker(before_step=worked, paint=painted), **limits)
+    limits = {"max_megapixels": 1, "default_num_steps": 11, "lora_path": LORA_PATH}
+
+    def worker() -> FakeWorker:
+        return FakeWorker(before_step=worked, paint=painted, usual_loras=USUAL_LORAS)
+
+    service = make_service(worker(), **limits)
 
     def build_service(settings: Settings) -> EditService:
-        return make_service(FakeWorker(before_step=worked, paint=painted), **limits)
+        return make_service(worker(), **limits)
 
     monkeypatch.setattr("step1x_edit.service.build_service", build_service)
     with serving(service) as url:
@@ -168,6 +182,9 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "给它一顶红帽子", "seed": 0, "num_steps": 10, "size_level": 512},
     {"prompt": "", "seed": 2**32 - 1, "guidance_scale": 1.5, "negative_prompt": "blurry, 模糊"},
     {"prompt": "a\nb", "seed": 7, "num_steps": 50, "guidance_scale": 15, "size_level": 768},
+    {"prompt": "x", "seed": 1, "loras": ["hand", "look:-1.25"]},
+    {"prompt": "x", "seed": 1, "loras": [""]},
+    {"prompt": "x", "seed": 1},
 ]
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -179,6 +196,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("photo", {"seed": 2**32}, "Invalid parameter: seed must be"),
     ("photo", {"prompt": "x" * 4001}, "Invalid parameter: prompt must have at most 4000 characte"),
     ("photo", {"num_steps": 1, "seed": -5}, "Invalid parameter: num_steps must be between 10 and"),
+    ("photo", {"loras": ["hand:5"]}, "Invalid parameter: loras[0] must be a name or name:strength"),
+    ("photo", {"loras": ["hand", "hand:2"]}, "Invalid parameter: loras names 'hand' twice"),
+    (
+        "photo",
+        {"loras": ["look", "../hand.safetensors"]},
+        "Invalid parameter: loras has '../hand.safetensors', which is not here; there are hand, l",
+    ),
     ("photo", {"prompt": "too much"}, "CUDA out of memory: use a smaller size_level"),
     ("text", {}, "Unsupported image format: the file is none of PNG, JPEG, WebP"),
     ("cut", {}, "Cannot read image: the file is damaged or incomplete"),
@@ -225,6 +249,20 @@ async def test_the_same_request_gives_the_same_file(doors: Doors, photo: Path) -
     assert len(set(expected)) == len(GOOD)
     for name, results in found.items():
         assert results == expected, name
+
+
+async def test_the_loras_of_an_edit_stand_in_its_file(doors: Doors, photo: Path) -> None:
+    for asked, used in (
+        ({"loras": ["look:-1.25", "hand:0"]}, ["look:-1.25"]),
+        ({"loras": ["look", "hand:2"]}, ["hand:2", "look:1"]),
+        ({"loras": []}, None),
+        ({}, ["look:0.5"]),
+    ):
+        result = await doors.rest(photo, {"prompt": "x", "seed": 1, **asked})
+        assert isinstance(result, bytes)
+        record = read_edit_record(result)
+        assert record is not None
+        assert record.loras == used
 
 
 async def test_the_same_mistake_gives_the_same_sentence(

@@ -74,6 +74,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "overwrite": False,
         "negative_prompt": "",
         "mask_path": None,
+        "loras": None,
     }
     assert list(BatchRequest.model_fields)[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]

@@ -94,6 +94,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
                 Path("d@e.safetensors"): 1.0,
             },
         ),
+        ("LORA_PATH", "a.safetensors@0", {Path("a.safetensors"): 0.0}),
         ("GPU_IDLE_TIMEOUT", "300", 300),
         ("GPU_RELEASE_TIMEOUT", "900", 900),
         ("DATA_DIR", "~/data", Path.home() / "data"),
@@ -137,6 +138,30 @@ def test_every_setting_is_read_from_the_environment(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert getattr(load_settings(), name.lower()) == read
+
+
+def test_loras_in_a_folder_are_there_and_added_only_if_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for name in ("b.safetensors", "a.safetensors", ".hidden.safetensors", "c.ckpt", "a.txt"):
+        (folder / name).touch()
+    a, b = folder / "a.safetensors", folder / "b.safetensors"
+
+    def read(value: str) -> dict[Path, float]:
+        monkeypatch.setenv("LORA_PATH", value)
+        return load_settings().lora_path
+
+    assert read(str(folder)) == {a: 0.0, b: 0.0}
+    assert list(read(str(folder))) == [a, b]
+    assert read(f"{folder}@0.5") == {a: 0.5, b: 0.5}
+    assert read(f"{folder}{os.pathsep}{b}@0.8") == {a: 0.0, b: 0.8}
+    assert read(f"{b}@0.8{os.pathsep}{folder}") == {a: 0.0, b: 0.8}
+    with pytest.raises(SettingsError) as caught:
+        read(f"{folder}{os.pathsep}{tmp_path}/a.safetensors")
+    assert "LORA_PATH has two files of the name a, " in str(caught.value)
+    assert str(caught.value).endswith("; rename one")
 
 
 def test_flags_win_over_the_environment_and_this_over_the_file(

@@ -189,11 +189,9 @@ def check_loras(wanted: Iterable[str], known: Collection[str]) -> None:
     for name in wanted:
         if name not in known:
             there_are = f"there are {', '.join(known)}" if known else "LORA_PATH names none"
-            raise InvalidParameterError(
-                f"loras has {_shown(name)}, which is not here{_suggestion(name, known)}; "
-                f"{there_are}",
-                param="loras",
-            )
+            wrong = f"loras has {_shown(name)}, which is not here{_suggestion(name, known)}"
+            sentence = f"{wrong}; {there_are}"
+            raise InvalidParameterError(sentence, param="loras", fields=[("loras", sentence)])
 
 
 # --- parameters ----------------------------------------------------------------------------------

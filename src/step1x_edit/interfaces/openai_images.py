@@ -55,7 +55,7 @@ from step1x_edit.interfaces.openai_requests import (
     read_generation,
     understood,
 )
-from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION
+from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION, in_one_text
 from step1x_edit.schemas import (
     MAX_SEED,
     PARAMETERS,
@@ -120,6 +120,7 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
                 "guidance_scale": asked.guidance_scale,
                 "size_level": asked.size_level,
                 "seed": asked.seed,
+                "loras": asked.loras,
             }
         )
     )
@@ -427,6 +428,7 @@ def _form_of(made: _Made, asked: _Asked) -> dict[str, Any]:
 def _about(answer: _Answer) -> dict[str, Any]:
     first = answer.pictures[0].metadata
     level = {} if first.size_level is None else {"size_level": first.size_level}
+    loras = {} if first.loras is None else {"loras": first.loras}
     return {
         "id": answer.answer_id,
         "model": first.model,
@@ -434,6 +436,7 @@ def _about(answer: _Answer) -> dict[str, Any]:
         "guidance_scale": first.guidance_scale,
         **level,
         "inference_time_s": answer.seconds,
+        **loras,
     }
 
 
@@ -859,7 +862,10 @@ def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
         "multipart/form-data": {
             "schema": {
                 **schema,
-                "properties": {**of_form, **fields},
+                "properties": {
+                    **of_form,
+                    **{name: in_one_text(field) for name, field in fields.items()},
+                },
                 "required": ["image", "prompt"],
                 "example": values,
             }

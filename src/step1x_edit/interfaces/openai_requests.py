@@ -34,6 +34,7 @@ _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURES: Final = frozenset({"image", "image[]"})
+_LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
 _SAME: Final[Mapping[str, str]] = {
     "num_steps": "num_inference_steps",
     "true_cfg_scale": "guidance_scale",
@@ -104,6 +105,7 @@ async def _given(request: Request) -> dict[str, object]:
 
 async def _read_form(request: Request) -> Sent:
     pictures: list[object] = []
+    loras: list[object] = []
     fields: dict[str, object] = {}
     try:
         async with request.form(
@@ -113,6 +115,8 @@ async def _read_form(request: Request) -> Sent:
                 _check_supported(name)
                 if name in _PICTURES:
                     pictures.append(value)
+                elif name == _LORAS:
+                    loras.append(value)
                 elif name in fields:
                     raise InvalidParameterError(f"{name!r} is given twice", param=name)
                 elif isinstance(value, UploadFile) and name != "mask":
@@ -121,6 +125,10 @@ async def _read_form(request: Request) -> Sent:
                     fields[name] = value
             picture = await _uploaded(_only(pictures, "image"), "image")
             mask = fields.pop("mask", None)
+            if loras and "loras" in fields:
+                raise InvalidParameterError("'loras' is given twice", param="loras")
+            if loras:
+                fields["loras"] = loras
             return Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
     except HTTPException as error:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None

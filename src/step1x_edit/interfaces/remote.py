@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -79,7 +80,10 @@ class RemoteServer:
         files = {"file": ("picture", data)}
         if mask is not None:
             files["mask"] = ("mask", mask)
-        fields = {name: str(value) for name, value in arguments.items()}
+        fields = {
+            name: json.dumps(value) if isinstance(value, list) else str(value)
+            for name, value in arguments.items()
+        }
         return await self._done({"files": files, "data": fields}, report, suffix)
 
     async def generate_picture(

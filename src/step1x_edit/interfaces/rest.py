@@ -387,13 +387,21 @@ def without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+def in_one_text(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field of a form, which holds a list as one text."""
+    if schema.get("type") != "array":
+        return schema
+    description = f"{schema['description']}. In a form: separated by commas, or a list in JSON"
+    return {"type": "string", "title": schema["title"], "description": description}
+
+
 def form_body(defaults: Mapping[str, object]) -> dict[str, Any]:
     """The form, as OpenAPI describes it: the picture, and the fields of the schema."""
     schema = PictureRequest.model_json_schema()
     for name, default in defaults.items():
         schema["properties"][name]["default"] = default
     schema["properties"] = {
-        name: without_null(field) for name, field in schema["properties"].items()
+        name: in_one_text(without_null(field)) for name, field in schema["properties"].items()
     }
     schema["properties"] = {
         FILE: {"type": "string", "format": "binary", "description": FILE_DESCRIPTION},

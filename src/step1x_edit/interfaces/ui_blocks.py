@@ -40,7 +40,7 @@ from step1x_edit.interfaces.ui_texts import (
     text,
     translations,
 )
-from step1x_edit.schemas import PARAMETERS, GpuStatus
+from step1x_edit.schemas import PARAMETERS, GpuStatus, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
 
@@ -224,6 +224,7 @@ class _Form:
     size_level: gr.Radio
     seed: gr.Number
     negative_prompt: gr.Textbox
+    loras: gr.Dropdown
 
     @property
     def inputs(self) -> list[Any]:
@@ -687,8 +688,11 @@ class _Page:
             form = _Form(prompt, *self._advanced())
         return form, _Buttons(run, stop, line)
 
-    def _advanced(self) -> tuple[gr.Slider, gr.Slider, gr.Radio, gr.Number, gr.Textbox]:
-        defaults = self._service.defaults
+    def _advanced(
+        self,
+    ) -> tuple[gr.Slider, gr.Slider, gr.Radio, gr.Number, gr.Textbox, gr.Dropdown]:
+        defaults, loras = self._service.defaults, self._service.loras
+        usual = {name: strength for name, strength in loras.items() if strength}
         return (
             gr.Slider(
                 *_range("num_steps"),
@@ -709,6 +713,15 @@ class _Page:
             ),
             gr.Number(-1, precision=0, label=_t("seed"), info=_t("seed.hint")),
             gr.Textbox(label=_t("negative_prompt"), lines=1),
+            gr.Dropdown(
+                [*loras_of(usual), *(name for name in loras if name not in usual)],
+                value=loras_of(usual),
+                multiselect=True,
+                allow_custom_value=True,
+                label=_t("loras"),
+                info=_t("loras.hint"),
+                visible=bool(loras),
+            ),
         )
 
     def _session(self, request: gr.Request) -> _Session:
@@ -819,6 +832,8 @@ def _table(status: GpuStatus, language: str) -> str:
         "loads": statistics.total_loads,
         "moves": f"{statistics.cpu_to_gpu} / {statistics.gpu_to_cpu}",
     }
+    if status.loras is not None:
+        rows["loras"] = ", ".join(status.loras_in_model or ["–"])
     cells = "".join(
         f"<tr><td>{html.escape(text(f'status.{key}', language))}</td>"
         f"<td>{html.escape(str(value))}</td></tr>"

@@ -50,6 +50,13 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "−1 で自動。同じ値なら同じ結果",
     ),
     "negative_prompt": ("What to avoid", "不想出现的内容", "不想出現的內容", "避けたいもの"),
+    "loras": ("LoRAs", "LoRA", "LoRA", "LoRA"),
+    "loras.hint": (
+        "Choose, or type name:strength with a strength from −4 to 4",
+        "选择，或输入 名称:强度（强度为 −4 到 4）",
+        "選擇，或輸入 名稱:強度（強度為 −4 到 4）",
+        "選ぶか、「名前:強さ」（−4～4）と入力",
+    ),
     "run": ("Edit", "开始编辑", "開始編輯", "編集する"),
     "run.batch": ("Edit all", "全部编辑", "全部編輯", "すべて編集"),
     "stop": ("Stop", "停止", "停止", "中止"),
@@ -188,6 +195,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "移入 / 移出 GPU",
         "GPU への移動 / 退避",
     ),
+    "status.loras": ("LoRAs in the model", "模型中的 LoRA", "模型中的 LoRA", "モデル内の LoRA"),
     "memory": (
         "{allocated} GB used, {reserved} GB held",
         "已用 {allocated} GB，占有 {reserved} GB",

@@ -13,6 +13,7 @@ from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
     GuidanceScale,
+    Lora,
     NegativePrompt,
     NumSteps,
     Overwrite,
@@ -69,6 +70,7 @@ def batch(
     overwrite: Overwrite = False,
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
+    lora: Lora = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -92,6 +94,7 @@ def batch(
             "size_level": size_level,
             "seed": seed,
             "negative_prompt": negative_prompt,
+            "loras": lora,
         }
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
         chosen["mask"] = mask

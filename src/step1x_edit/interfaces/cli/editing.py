@@ -16,6 +16,7 @@ from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
     GuidanceScale,
+    Lora,
     NegativePrompt,
     NumSteps,
     Overwrite,
@@ -74,6 +75,7 @@ def edit(
     overwrite: Overwrite = False,
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
+    lora: Lora = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -99,6 +101,7 @@ def edit(
             "size_level": size_level,
             "seed": seed,
             "negative_prompt": negative_prompt,
+            "loras": lora,
         }
         for path in paths:
             read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})

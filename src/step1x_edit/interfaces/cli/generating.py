@@ -11,6 +11,7 @@ from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
     GuidanceScale,
+    Lora,
     NumSteps,
     Overwrite,
     Seed,
@@ -57,6 +58,7 @@ def generate(
         str | None,
         typer.Option(help=_PARAMETERS["negative_prompt"].description, show_default=False),
     ] = None,
+    lora: Lora = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -81,6 +83,7 @@ def generate(
                 "height": height,
                 "seed": seed,
                 "negative_prompt": negative_prompt,
+                "loras": lora,
             }
         )
         read_generate({**chosen, "output_path": output})

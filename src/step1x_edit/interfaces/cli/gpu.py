@@ -29,6 +29,8 @@ def status(
         for name, value in {"server": server, **answer.gpu_status.to_dict()}.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
+            if isinstance(value, list):
+                value = ", ".join(value)
             out.print(f"{name:<24} {value}", markup=False)
 
 

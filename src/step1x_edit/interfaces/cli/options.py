@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from step1x_edit.schemas import PARAMETERS
+from step1x_edit.schemas import MAX_STRENGTH, PARAMETERS
 
 
 def option(name: str, *flags: str, default: int | None = None) -> Any:
@@ -27,6 +27,17 @@ SizeLevel = Annotated[int | None, option("size_level")]
 Seed = Annotated[int | None, option("seed")]
 NegativePrompt = Annotated[str | None, option("negative_prompt")]
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME[:STRENGTH]",
+        help="A LoRA to edit with, of those that LORA_PATH names, with a strength from "
+        f"-{MAX_STRENGTH} to {MAX_STRENGTH}; may be given several times. An empty text: none "
+        "(default: what LORA_PATH says)",
+        show_default=False,
+    ),
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON")]
 Url = Annotated[
