@@ -106,6 +106,7 @@ class Doors:
         given = dict(asked)
         words = ["generate", given.pop("prompt"), "--json", "--overwrite", *way]
         words += ["--output", self._out("l")["output_path"]]
+        words += [f"--lora={lora}" for lora in given.pop("loras", [])]
         words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         # In a thread, because the command has an event loop of its own.
         done = await asyncio.to_thread(CliRunner().invoke, cli, words)
@@ -146,7 +147,11 @@ def doors_of(
 
     def of(**worker: Any) -> Doors:
         def service() -> EditService:
-            return make_service(FakeWorker(before_step=worked, **worker), default_num_steps=11)
+            return make_service(
+                FakeWorker(before_step=worked, **worker),
+                default_num_steps=11,
+                lora_path={Path("/there/hand.safetensors"): 0.0},
+            )
 
         monkeypatch.setattr("step1x_edit.service.build_service", lambda settings: service())
         one = service()
@@ -165,6 +170,7 @@ async def test_the_same_request_gives_the_same_file(doors_of: Callable[..., Door
         {"prompt": "a red fox in the snow", "seed": 42},
         {"prompt": "雪地里的狐狸", "seed": 0, "num_steps": 10, "width": 256, "height": 2048},
         {"prompt": "", "seed": 2**32 - 1, "guidance_scale": 1.5, "negative_prompt": "blurry"},
+        {"prompt": "a hand", "seed": 1, "loras": ["hand:0.5"], "width": 256},
     ):
         found = {name: await door(asked) for name, door in doors.every().items()}
 
@@ -172,6 +178,9 @@ async def test_the_same_request_gives_the_same_file(doors_of: Callable[..., Door
         assert found == dict.fromkeys(found, found["service"]), asked
         size = (asked.get("width", 1024), asked.get("height", 1024))
         assert Image.open(io.BytesIO(found["service"])).size == size
+        record = read_record(found["service"])
+        assert isinstance(record, GenerationRecord)
+        assert record.loras == asked.get("loras")
 
 
 async def test_the_same_mistake_gives_the_same_sentence(doors_of: Callable[..., Doors]) -> None:
@@ -185,6 +194,7 @@ async def test_the_same_mistake_gives_the_same_sentence(doors_of: Callable[..., 
             {"width": 1000},
             "Invalid parameter: width must be a multiple of 16 between 256 and 2048, got 1000",
         ),
+        ({"loras": ["feet"]}, "Invalid parameter: loras has 'feet', which is not here; there are"),
         ({"width": 2064}, "Invalid parameter: width must be between 256 and 2048, got 2064"),
     ):
         found = {name: await door({"prompt": "x", **asked}) for name, door in doors.every().items()}
