@@ -266,13 +266,15 @@ def chosen_device(start: Start) -> str:
 
 def open_chosen(start: Start) -> OpenedCheckpoint:
     """Open the checkpoint that is to be run; raises CheckpointError."""
-    from step1x_edit.checkpoints.pulled import resolve_model_path
+    from step1x_edit.checkpoints.pulled import pulled_version, resolve_model_path
     from step1x_edit.checkpoints.read import open_checkpoint
 
-    path = resolve_model_path(start.model_path, Path(start.data_dir))
+    data_dir = Path(start.data_dir)
+    path = resolve_model_path(start.model_path, data_dir)
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
-    opened = open_checkpoint(path, version=wanted, loras=loras)
+    version = wanted or pulled_version(path, data_dir)
+    opened = open_checkpoint(path, version=version, loras=loras)
     found = opened.checkpoint.version
     if wanted not in (None, found):
         raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")

@@ -140,6 +140,12 @@ class ChatModel(VlmReader):
         return chat
 
 
+def add_lm_head(vlm: Qwen2_5_VLModel) -> None:
+    """Give the model a language head, as a part of it: it is read, moved and streamed with it."""
+    text = vlm.config.text_config
+    vlm.add_module("lm_head", nn.Linear(text.hidden_size, text.vocab_size, bias=False))
+
+
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
     """Draw a token from logits (V); tokens that were `seen` (V) are made less likely.
 
