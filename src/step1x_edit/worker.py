@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from step1x_edit.channel import (
     Cancel,
@@ -56,7 +56,10 @@ if TYPE_CHECKING:
     from step1x_edit.checkpoints.arena import Block
     from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
     from step1x_edit.memory_plan import MemoryPlan
-    from step1x_edit.model.pipeline import Edited, EditRun, Plan
+    from step1x_edit.model.config import ReasoningConfig
+    from step1x_edit.model.language_model import ChatModel, Said, Sampling
+    from step1x_edit.model.pipeline import Edited, EditRequest, Plan
+    from step1x_edit.model.reasoning import Pixels, Prompt
     from step1x_edit.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -80,6 +83,9 @@ _SPOKEN: Final = {
 }
 """Labels that would not be understood as they are."""
 
+T = TypeVar("T")
+Event = TypeVar("Event")
+
 Check = Callable[[], None]
 """Called between small pieces of work; raises what is to end the work."""
 
@@ -87,8 +93,10 @@ Check = Callable[[], None]
 class PipelineWorker:
     """Edits with the model of a `Residency`, which it loads and moves as edits need it."""
 
-    def __init__(self, residency: Residency, device: str) -> None:
+    def __init__(self, residency: Residency, device: str, sampling: Sampling | None = None) -> None:
+        """`sampling` is how replies of a model that thinks are drawn; else as published."""
         self._residency = residency
+        self._sampling = sampling
         self._device = device
         self._workplace: Location = "CPU" if device == "cpu" else "GPU"
         self._check: Check = _go_on
@@ -99,33 +107,24 @@ class PipelineWorker:
         When memory runs out, the edit goes on from where it is with the cheaper plan, and then
         with less and less of the model on the device.
         """
-        from step1x_edit.model.pipeline import PLANS, EditRequest, EditRun
+        from step1x_edit.model.pipeline import EditRequest
 
         self._check = check
         self._residency.begin_edit()
-        run = EditRun(
-            EditRequest(
-                image=job.image,
-                prompt=job.prompt,
-                negative_prompt=job.negative_prompt,
-                num_steps=job.num_steps,
-                guidance_scale=job.guidance_scale,
-                size_level=job.size_level,
-                seed=job.seed,
-                preview_steps=job.preview_steps,
-            )
+        request = EditRequest(
+            image=job.image,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            num_steps=job.num_steps,
+            guidance_scale=job.guidance_scale,
+            size_level=job.size_level,
+            seed=job.seed,
+            preview_steps=job.preview_steps,
         )
-        for plan in itertools.chain(PLANS, self._smaller_plans()):
-            try:
-                yield from self._attempt(run, plan, job.loras)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                log.warning("out of memory with %s", plan)
-            else:
-                return
-            free_memory()  # only here: while an exception is handled its frames keep tensors alive
-        raise OutOfMemoryError("this edit needs more than is free; try a lower size_level")
+        if job.thinking or job.reflection:
+            yield from self._reason(job, request)
+        else:
+            yield from self._edit(request, job.loras)
 
     def offload(self) -> None:
         """Take the model to host memory; does nothing if it is there already."""
@@ -154,11 +153,82 @@ class PipelineWorker:
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
 
-    def _attempt(
-        self, run: EditRun, plan: Plan, loras: Mapping[str, float] | None
+    def _edit(
+        self, request: EditRequest, loras: Mapping[str, float] | None
     ) -> Generator[Progress | Outcome, None, None]:
-        from step1x_edit.model.pipeline import Edited
+        """One edit."""
+        from step1x_edit.model.pipeline import Edited, EditRun
 
+        run = EditRun(request)
+
+        def advance(
+            checkpoint: Checkpoint, plan: Plan
+        ) -> Generator[Progress | Outcome, None, None]:
+            # Closed with us, so that whoever drops this iterator stops the network at once.
+            with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
+                for event in events:
+                    if isinstance(event, Edited):
+                        yield Outcome(event.image, _warning(event, checkpoint))
+                    else:
+                        yield Progress(Phase(event.phase), event.step, event.total, event.preview)
+
+        yield from self._persistently(advance, loras)
+
+    def _reason(
+        self, job: EditJob, request: EditRequest
+    ) -> Generator[Progress | Outcome, None, None]:
+        """An edit, or several, with thoughts before and after."""
+        from step1x_edit.model.language_model import ChatModel, Sampling
+        from step1x_edit.worker_reasoning import check_can_reason, reasoned_edit
+
+        def meet(
+            checkpoint: Checkpoint, _: Plan
+        ) -> Generator[Progress, None, tuple[ReasoningConfig, ChatModel]]:
+            yield from ()  # it is quick
+            pipeline = checkpoint.pipeline
+            config = check_can_reason(job, pipeline.config.reasoning, checkpoint.name)
+            vlm, tokenizer = pipeline.conditioner.vlm, pipeline.conditioner.tokenizer
+            head = vlm.get_submodule("lm_head")
+            sampling = self._sampling or Sampling()
+            return config, ChatModel(vlm, head, tokenizer, sampling=sampling, seed=job.seed)
+
+        def say(images: Sequence[Pixels], prompt: Prompt) -> Generator[Progress | Said, None, str]:
+            before = chat.rng.get_state()
+
+            def reply(_: Checkpoint, __: Plan) -> Generator[Said, None, str]:
+                chat.rng.set_state(before)  # also when memory has run out on the way
+                return (yield from chat.reply(images, prompt))
+
+            return (yield from self._persistently(reply, job.loras))
+
+        config, chat = yield from self._persistently(meet, job.loras)
+        edit = partial(self._edit, loras=job.loras)
+        yield from reasoned_edit(job, request, config, edit, say)
+
+    def _persistently(
+        self,
+        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
+        loras: Mapping[str, float] | None,
+    ) -> Generator[Event | Progress, None, T]:
+        """Work with the model where it computes; when memory runs out, with less and less of it."""
+        from step1x_edit.model.pipeline import PLANS
+
+        for plan in itertools.chain(PLANS, self._smaller_plans()):
+            try:
+                return (yield from self._attempt(work, plan, loras))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory with %s", plan)
+            free_memory()  # only here: while an exception is handled its frames keep tensors alive
+        raise OutOfMemoryError("this edit needs more than is free; try a lower size_level")
+
+    def _attempt(
+        self,
+        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
+        plan: Plan,
+        loras: Mapping[str, float] | None,
+    ) -> Generator[Event | Progress, None, T]:
         is_there = self._residency.location == self._workplace
         if not is_there or not self._residency.has_loras(loras):
             yield Progress(Phase.LOADING)
@@ -166,16 +236,8 @@ class PipelineWorker:
         placed = self._residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
-        with (
-            self._residency.on_device() as checkpoint,
-            # Closed with us, so that whoever drops this iterator stops the network at once.
-            contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events,
-        ):
-            for event in events:
-                if isinstance(event, Edited):
-                    yield Outcome(event.image, _warning(event, checkpoint))
-                else:
-                    yield Progress(Phase(event.phase), event.step, event.total, event.preview)
+        with self._residency.on_device() as checkpoint:
+            return (yield from work(checkpoint, plan))
 
     def _bring(self, loras: Mapping[str, float] | None) -> None:
         """Have the model where it computes, with these LoRAs in it."""
