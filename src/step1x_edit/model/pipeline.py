@@ -9,8 +9,8 @@ memory; mistakes of a caller are `ValueError`s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -21,12 +21,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from step1x_edit.model.blocks import widen
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import draw_noise, image_position_ids, pack, unpack
+from step1x_edit.model.rope import RecentTables
+from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
@@ -79,6 +82,8 @@ class Branch:
     mask: Tensor  # (B, L) of 0 and 1
     quoted: QuotedText | None = None
     txt_ids: Tensor | None = None  # (L, 3); without them all tokens stand at the origin
+    pad_copies: int = 0
+    """So many rows of padding more there would be, all like the last one."""
 
 
 def join(branches: Sequence[Branch]) -> Branch:
@@ -86,7 +91,27 @@ def join(branches: Sequence[Branch]) -> Branch:
     return Branch(
         torch.cat([branch.embeds for branch in branches]),
         torch.cat([branch.mask for branch in branches]),
+        pad_copies=branches[0].pad_copies,
     )
+
+
+def keep_one_pad(branches: Sequence[Branch]) -> Sequence[Branch]:
+    """Cut prompts behind the first row that is padding in all of them; it stands for the rest.
+
+    They stay equally long. A prompt that fills its rows, and each of v1.2 does, leaves nothing to
+    cut in any.
+    """
+    # Counted, not added up: the masks of a bfloat16 network cannot tell 353 from 352.
+    kept = max(int(branch.mask.count_nonzero(dim=1).max()) for branch in branches) + 1
+    return [
+        replace(
+            branch,
+            embeds=branch.embeds[:, :kept],
+            mask=branch.mask[:, :kept],
+            pad_copies=max(0, branch.mask.shape[1] - kept),
+        )
+        for branch in branches
+    ]
 
 
 @dataclass(frozen=True)
@@ -167,12 +192,15 @@ class EditPipeline:
         conditioner: Conditioner | ConditionerV12,
         config: ModelConfig,
         recogniser: Recogniser | None = None,
+        savings: Savings = ALL,
     ) -> None:
         self.transformer = transformer
         self.vae = vae
         self.conditioner = conditioner
         self.config = config
         self.recogniser = recogniser
+        self.savings = savings
+        self._tables = RecentTables()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -183,6 +211,10 @@ class EditPipeline:
             "conditioner": self.conditioner.vlm,
             **({"recogniser": self.recogniser} if self.recogniser else {}),
         }
+
+    def forget_tables(self) -> None:
+        """Give back the device's memory that is kept from edit to edit; it is not missed."""
+        self._tables.clear()
 
     def edit(self, request: EditRequest) -> Generator[Progress | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
@@ -267,18 +299,21 @@ class EditPipeline:
         device = self._device
         timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)
         branches: Sequence[Branch] = encoded.branches
+        if self.savings.pad_rows:
+            branches = keep_one_pad(branches)
         if plan.has_joint_branches and all(branch.txt_ids is None for branch in branches):
             branches = [join(branches)]
-        prologues = [self._prologue(branch, timesteps[:-1]) for branch in branches]
+        prologues = [self._steps(branch, timesteps[:-1]) for branch in branches]
         ids = image_position_ids(encoded.rows, encoded.columns, self.config.reference_offset)
-        ropes = [self._rope(branch, ids) for branch in branches]
+        size = encoded.rows, encoded.columns
+        ropes = [self._rope(branch, ids, size) for branch in branches]
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
             velocity = torch.cat(
                 [
-                    self._velocity(latents, reference, prologue[index], rope)
+                    self._velocity(latents, reference, prologue(index), rope)
                     for prologue, rope in zip(prologues, ropes, strict=True)
                 ]
             )
@@ -325,10 +360,18 @@ class EditPipeline:
 
     def _read(self, prompts: Sequence[str], image: Pixels) -> tuple[Branch, ...]:
         """The branches of several prompts about one picture."""
+        if len(prompts) > 1 and not self.savings.shared_prefix:
+            return tuple(self._read([prompt], image)[0] for prompt in prompts)
         if isinstance(self.conditioner, ConditionerV12):
             return tuple(map(_branch_v1_2, self.conditioner.encode_each(prompts, image)))
         embeds, mask = self.conditioner.encode_many(prompts, image)
         return tuple(map(Branch, torch.split(embeds, 1), torch.split(mask, 1)))
+
+    def _steps(self, branch: Branch, timesteps: Tensor) -> Callable[[int], PrologueStep]:
+        """What the core needs to know about a step, by its number."""
+        if self.savings.all_timesteps:
+            return self._prologue(branch, timesteps).__getitem__
+        return lambda index: self._prologue(branch, timesteps[index : index + 1])[0]
 
     def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:
         device, dtype = self._device, self._dtype
@@ -336,12 +379,28 @@ class EditPipeline:
         if quoted is not None:
             quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
         return self.transformer.prologue(
-            branch.embeds.to(device, dtype), branch.mask.to(device), timesteps.to(device), quoted
+            branch.embeds.to(device, dtype),
+            branch.mask.to(device),
+            timesteps.to(device),
+            quoted,
+            branch.pad_copies,
         )
 
-    def _rope(self, branch: Branch, img_ids: Tensor) -> Tensor:
-        txt_ids = None if branch.txt_ids is None else branch.txt_ids.to(self._device)
-        return self.transformer.rope(img_ids.to(self._device), branch.embeds.shape[1], txt_ids)
+    def _rope(self, branch: Branch, img_ids: Tensor, size: tuple[int, int]) -> Tensor:
+        """The rotations of a branch's tokens and those of a picture of `size` (rows, columns)."""
+        device, length = self._device, branch.embeds.shape[1] + branch.pad_copies
+        if branch.txt_ids is not None:
+            return self.transformer.rope(img_ids.to(device), length, branch.txt_ids.to(device))
+
+        def make() -> Tensor:
+            return self.transformer.rope(img_ids.to(device), length)
+
+        if self.savings.rope_cache:
+            table = self._tables.get((size, len(img_ids), length, device), make)
+        else:
+            table = make()
+        # All text stands at the origin, so it does not matter which rows of it are left out.
+        return table[..., branch.pad_copies :, :, :]
 
     def _encode_latents(self, pixels: Tensor) -> Tensor:
         """Latents (1, C, H, W) of pixels (1, 3, H, W), 0 to 255.
@@ -358,7 +417,9 @@ class EditPipeline:
         """The velocity of the latents in float32, (B, N, C), for one or both prompts."""
         img = torch.cat([latents, reference], dim=1).expand(step.txt.shape[0], -1, -1)
         wanted = latents.shape[1]  # the reference tokens' velocity is of no use
-        return self.transformer.core(img.to(self._dtype), step, rope, num_wanted=wanted).float()
+        trim = wanted if self.savings.last_block else None
+        velocity = self.transformer.core(img.to(self._dtype), step, rope, num_wanted=trim)
+        return widen(velocity[:, :wanted])
 
     def _name(self, branch: Branch) -> str | None:
         """The edit that the prompt asks for, if there is a recogniser."""
