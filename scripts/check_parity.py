@@ -25,7 +25,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -487,9 +487,12 @@ def _rule_loop(row: Row) -> tuple[object, object]:
     reasoner = _Scripted(scenario)
     pictures = itertools.count(1)
     plan = reasoning.ReasoningPlan(scenario["thinking"], scenario["reflection"])
-    *_, result = reasoning.reason(
-        reasoner, lambda *_: _picture(next(pictures)), _picture(0), scenario["prompt"], plan
-    )
+
+    def edit(*_: object) -> Generator[None, None, reasoning.Pixels]:
+        yield
+        return _picture(next(pictures))
+
+    *_, result = reasoning.reason(reasoner, edit, _picture(0), scenario["prompt"], plan)
     assert isinstance(result, reasoning.Reasoned)
     rounds = result.rounds
     reflections = [round_.reflection.verdict for round_ in rounds if round_.reflection]
@@ -512,19 +515,21 @@ def _rule_loop(row: Row) -> tuple[object, object]:
     return found, expected
 
 
-class _Scripted(reasoning.Reasoner):
+class _Scripted(reasoning.Reasoner[None]):
     """Says what a scenario holds and keeps what it was asked to reflect on."""
 
     def __init__(self, scenario: Row) -> None:
         self.scenario = scenario
         self.calls: list[dict[str, str]] = []
 
-    def think(self, source: reasoning.Pixels, instruction: str) -> str:
+    def think(self, source: reasoning.Pixels, instruction: str) -> Generator[None, None, str]:
+        yield
         return str(self.scenario["think"])
 
     def reflect(
         self, source: reasoning.Pixels, edited: reasoning.Pixels, instruction: str
-    ) -> reasoning.Reflection:
+    ) -> Generator[None, None, reasoning.Reflection]:
+        yield
         self.calls.append(
             {"source": _name(source), "result": _name(edited), "instruction": instruction}
         )
@@ -532,7 +537,8 @@ class _Scripted(reasoning.Reasoner):
 
     def rank(
         self, source: reasoning.Pixels, edited: reasoning.Pixels, instruction: str
-    ) -> reasoning.Ranking:
+    ) -> Generator[None, None, reasoning.Ranking]:
+        yield
         scores = self.scenario["rounds"][len(self.calls) - 1]["scores"]
         return _ranking({name: rating["score"] for name, rating in scores.items()})
 

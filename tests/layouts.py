@@ -17,10 +17,10 @@ from step1x_edit.checkpoints.keymap import (
     vae_links,
 )
 from step1x_edit.checkpoints.read import FLUX_VAE, Release
-from step1x_edit.model.config import V1_1
+from step1x_edit.model.config import V1_1, V1_2_PREVIEW, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.transformer import Transformer
-from tiny import VAE, tiny_pipeline
+from tiny import VAE, tiny_pipeline, tiny_pipeline_v1_2
 
 FULL_VAE = {**FLUX_VAE, "block_out_channels": (32,) * 4, "norm_num_groups": 32}
 """All tensors of the published autoencoder, and few numbers in each."""
@@ -83,18 +83,24 @@ def tiny_releases(pipeline: EditPipeline) -> dict[str, Release]:
     return {"v1.0": Release(v1_0, VAE), "v1.1": Release(pipeline.config, VAE)}
 
 
-def narrow_pipeline(depth: int, depth_single: int) -> EditPipeline:
-    """The published model at a width of one head and with so many blocks; the conditioner is tiny.
+def tiny_releases_v1_2(pipeline: EditPipeline) -> dict[str, Release]:
+    """The same for v1.2 and its preview."""
+    preview = dataclasses.replace(pipeline.config, reasoning=V1_2_PREVIEW.reasoning)
+    return {"v1.2": Release(pipeline.config, VAE), "v1.2-preview": Release(preview, VAE)}
+
+
+def narrow_pipeline(depth: int, depth_single: int, preset: ModelConfig = V1_1) -> EditPipeline:
+    """A published model at a width of one head and with so many blocks; the conditioner is tiny.
 
     What shapes do not tell is as published, so that it can be read without knowing its sizes.
     """
-    base = tiny_pipeline()
+    base = tiny_pipeline() if preset is V1_1 else tiny_pipeline_v1_2()
     in_features = base.config.transformer.connector.in_features
     connector = dataclasses.replace(
-        V1_1.transformer.connector, in_features=in_features, hidden_size=128, num_heads=1
+        preset.transformer.connector, in_features=in_features, hidden_size=128, num_heads=1
     )
     sizes = dataclasses.replace(
-        V1_1.transformer,
+        preset.transformer,
         hidden_size=128,
         num_heads=1,
         mlp_ratio=1.0,
@@ -108,5 +114,5 @@ def narrow_pipeline(depth: int, depth_single: int) -> EditPipeline:
     for module in (transformer, vae):
         for parameter in module.parameters():
             parameter.copy_(parameter.bfloat16())  # so that storing them loses nothing
-    model = dataclasses.replace(V1_1, transformer=sizes)
+    model = dataclasses.replace(preset, transformer=sizes)
     return EditPipeline(transformer, vae, base.conditioner, model)

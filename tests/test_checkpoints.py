@@ -452,7 +452,7 @@ def test_opening_a_checkpoint_takes_no_memory_for_its_weights(
             assert parameter.is_meta or parameter.dim() == 1, name
 
 
-def test_v1_2_is_recognised_and_refused(copies: Path, pipeline: EditPipeline) -> None:
+def test_a_version_that_is_not_known_is_named(copies: Path, pipeline: EditPipeline) -> None:
     change(
         copies / "diffusers" / "transformer" / "model-1-of-2.safetensors",
         lambda tensors: tensors.update({"text_token_mapping.weight": torch.ones(1)}),

@@ -1,7 +1,7 @@
 """A tiny Qwen2.5-VL that talks: as the library's own generation, repeatable, stoppable."""
 
 import dataclasses
-import itertools
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from step1x_edit.model.language_model import (
     ChatModel,
+    Said,
     Sampling,
     prepare_image,
     sample,
@@ -38,6 +39,17 @@ def talker() -> Qwen2_5_VLForConditionalGeneration:
 
 def chat_model(talker: Qwen2_5_VLForConditionalGeneration, **changes: object) -> ChatModel:
     return ChatModel(talker.model, talker.lm_head, talker.tokenizer, **changes)  # type: ignore[arg-type]
+
+
+def said_and_reply(model: ChatModel) -> list[Said | str]:
+    """What a reply yields on its way, and its text."""
+    heard: list[Said | str] = []
+
+    def listen() -> Generator[Said, None, None]:
+        heard.append((yield from model.reply(PICTURES, PROMPT)))
+
+    said = list(listen())
+    return [*said, *heard]
 
 
 def library_reply(
@@ -99,7 +111,7 @@ def test_a_reply_is_no_longer_than_allowed(talker: Qwen2_5_VLForConditionalGener
 def test_the_same_seed_gives_the_same_replies(talker: Qwen2_5_VLForConditionalGeneration) -> None:
     def replies(seed: int) -> list[str]:
         model = chat_model(talker, sampling=Sampling(max_new_tokens=8, temperature=2), seed=seed)
-        return [model.reply(PICTURES, PROMPT) for _ in range(2)]
+        return [str(said_and_reply(model)[-1]) for _ in range(2)]
 
     first = replies(1)
 
@@ -113,26 +125,28 @@ def test_a_reply_is_the_text_of_its_tokens(talker: Qwen2_5_VLForConditionalGener
     model = chat_model(talker, sampling=GREEDY)
     tokens = list(model.generate(PICTURES, PROMPT))
 
-    reply = model.reply(PICTURES, PROMPT)
+    *said, reply = said_and_reply(model)
 
+    assert said == [Said(number, GREEDY.max_new_tokens) for number in range(1, len(tokens) + 1)]
     assert reply == talker.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     assert reply
 
 
-def test_a_cancel_is_heard_between_two_tokens(talker: Qwen2_5_VLForConditionalGeneration) -> None:
-    calls = itertools.count(1)
-
-    def check() -> None:
-        if next(calls) == 4:
-            raise InterruptedError
-
-    model = chat_model(talker, sampling=dataclasses.replace(GREEDY, max_new_tokens=50), check=check)
+def test_closing_a_reply_stops_between_two_tokens(
+    talker: Qwen2_5_VLForConditionalGeneration,
+) -> None:
+    model = chat_model(talker, sampling=dataclasses.replace(GREEDY, max_new_tokens=50))
     model.end_id = -1
+    asked: list[object] = []
+    hook = talker.lm_head.register_forward_pre_hook(lambda _, inputs: asked.append(inputs))
+    reply = model.reply(PICTURES, PROMPT)
 
-    with pytest.raises(InterruptedError):
-        model.reply(PICTURES, PROMPT)
+    said = [next(reply) for _ in range(3)]
+    reply.close()
+    hook.remove()
 
-    assert next(calls) == 5  # one before the first token, and one after each of three
+    assert said[-1] == Said(3, 50)
+    assert len(asked) == 3
 
 
 def test_a_prompt_is_rendered_as_the_model_was_trained(

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
+from step1x_edit.model.config import V1_2_PREVIEW
 from step1x_edit.model.reasoning import (
     GAVE_UP,
     MAX_TRIES,
@@ -61,6 +63,27 @@ PUBLISHED = {
     ),
 }
 
+PUBLISHED_PREVIEW = {
+    "think": (
+        "370052d2624a65b5c1610c15c2c9b697d1fc68b899cc6bf6cda407d24df331ba",
+        "c096d60dbb12f0d0847e7f9357cc2541ba3bdd7699554aaa7b45095c4efc5fca",
+    ),
+    "describe": (
+        "518ec112258fad3982bdb74fed061d36e2586c4476819b022830fb20d3c25e2d",
+        "9f93c6b17b401f815b43ee0527cd40bf97b172ca80dce9d9ea910e1f6c173e5f",
+    ),
+    "score": (
+        "18de6f1d27c14ee8cc158d5d025db96a6048108ae904536ea7749fb118538453",
+        "5a3738e59fd5a2e97e3ef238b046db3c7bcba4bf1c01ba6459130a22ee4dac0e",
+    ),
+    "reflect": (
+        "4c3c7c8dcc907b6f2bae740a4a31fad1881503cc81ffbd0a0a526ba24f7239b2",
+        "ae3dd9ac41bd3a41524f7fe5f03c05266bb4125098bf144e8f3f50f738a29aea",
+    ),
+}
+
+T = TypeVar("T")
+
 
 def picture(number: int) -> Pixels:
     return np.full((2, 3, 3), number, dtype=np.uint8)
@@ -88,10 +111,11 @@ class Scripted:
             for name, lines in script.items()
         }
         self.asked: list[tuple[str, list[int], Prompt]] = []
+        self.questions = prompts()
 
-    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> str:
-        starts = {name: question.text[:60] for name, question in prompts().items()}
-        systems = {name: question.system[:60] for name, question in prompts().items()}
+    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[str, None, str]:
+        starts = {name: question.text[:60] for name, question in self.questions.items()}
+        systems = {name: question.system[:60] for name, question in self.questions.items()}
         (name,) = (
             name
             for name in starts
@@ -100,6 +124,7 @@ class Scripted:
         )
         self.asked.append((name, [number(image) for image in images], prompt))
         lines = self.replies[name]
+        yield name
         return lines.pop(0) if len(lines) > 1 else lines[0]
 
     def names(self) -> list[str]:
@@ -115,13 +140,16 @@ class Painter:
     def __init__(self) -> None:
         self.calls: list[tuple[int, str]] = []
 
-    def __call__(self, image: Pixels, prompt: str) -> Pixels:
+    def __call__(self, image: Pixels, prompt: str) -> Generator[str, None, Pixels]:
         self.calls.append((number(image), prompt))
+        yield "painting"
         return picture(len(self.calls))
 
 
 def run(
-    model: Scripted, painter: Callable[[Pixels, str], Pixels], **plan: object
+    model: Scripted,
+    painter: Callable[[Pixels, str], Generator[str, None, Pixels]],
+    **plan: object,
 ) -> tuple[list[Stage], Reasoned]:
     *stages, result = reason(
         Reasoner(model),
@@ -134,13 +162,46 @@ def run(
     return [stage for stage in stages if isinstance(stage, Stage)], result
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_questions_are_those_that_were_published(name: str) -> None:
-    prompt = prompts()[name]
+def returned(work: Generator[str, None, T]) -> T:
+    """What a generator returns at its end."""
+    try:
+        while True:
+            next(work)
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
-    found = [hashlib.sha256(text.encode()).hexdigest() for text in (prompt.system, prompt.text)]
 
-    assert tuple(found) == PUBLISHED[name]
+@pytest.mark.parametrize(
+    ("file", "published"),
+    [("reasoning_prompts.json", PUBLISHED), ("reasoning_prompts_preview.json", PUBLISHED_PREVIEW)],
+)
+def test_the_questions_are_those_that_were_published(
+    file: str, published: dict[str, tuple[str, str]]
+) -> None:
+    found = {
+        name: tuple(
+            hashlib.sha256(text.encode()).hexdigest() for text in (prompt.system, prompt.text)
+        )
+        for name, prompt in prompts(file).items()
+    }
+
+    assert found == published
+
+
+def test_the_preview_asks_its_own_questions_and_takes_the_last_picture() -> None:
+    rules = V1_2_PREVIEW.reasoning
+    assert rules is not None
+    model = Scripted(reflect=FAILED)
+    model.questions = prompts(rules.prompts)
+    plan = ReasoningPlan(has_thinking=True, has_ranking=rules.has_ranking)
+
+    *_, result = reason(Reasoner(model, model.questions), Painter(), picture(0), "do it", plan)
+
+    assert isinstance(result, Reasoned)
+    assert number(result.image) == 3
+    assert all(round_.ranking is None for round_ in result.rounds)
+    assert model.names() == ["think", *["describe", "score", "reflect"] * 3]
 
 
 def test_only_the_score_is_asked_with_the_text_before_the_picture() -> None:
@@ -255,7 +316,7 @@ def test_the_questions_build_on_each_other() -> None:
 def test_what_a_user_writes_is_not_taken_for_a_placeholder() -> None:
     model = Scripted()
 
-    Reasoner(model).think(picture(0), r"write {language} and {x} and \1")
+    list(Reasoner(model).think(picture(0), r"write {language} and {x} and \1"))
 
     assert r"instruction:write {language} and {x} and \1" in model.question("think").text
 
@@ -266,7 +327,7 @@ def test_what_a_user_writes_is_not_taken_for_a_placeholder() -> None:
 def test_the_questions_name_the_language_of_the_instruction(instruction: str, word: str) -> None:
     model = Scripted()
 
-    Reasoner(model).reflect(picture(0), picture(1), instruction)
+    list(Reasoner(model).reflect(picture(0), picture(1), instruction))
 
     assert f"a concise, factual {word} description" in model.question("describe").system
     assert f"Brief reasoning in {word}:" in model.question("score").text
@@ -303,7 +364,7 @@ def test_a_reflection_gives_up_after_twenty_tries(name: str) -> None:
 def test_a_score_that_cannot_be_read_leaves_no_verdict_to_ask_for() -> None:
     model = Scripted(score="?")
 
-    reflection = Reasoner(model).reflect(picture(0), picture(1), "do it")
+    reflection = returned(Reasoner(model).reflect(picture(0), picture(1), "do it"))
 
     assert "reflect" not in model.names()
     assert reflection.consistency is None
@@ -313,7 +374,7 @@ def test_a_score_that_cannot_be_read_leaves_no_verdict_to_ask_for() -> None:
 def test_a_rating_that_cannot_be_read_counts_as_nothing(reply: str) -> None:
     model = Scripted(rank_edit=reply)
 
-    ranking = Reasoner(model).rank(picture(0), picture(1), "do it")
+    ranking = returned(Reasoner(model).rank(picture(0), picture(1), "do it"))
 
     assert model.names().count("rank_edit") == MAX_TRIES
     assert (ranking.edit, ranking.value) == (NO_RATING, 0)
@@ -349,18 +410,19 @@ def test_closing_the_generator_stops_the_work() -> None:
     model, painter = Scripted(), Painter()
     stages = reason(Reasoner(model), painter, picture(0), "do it", ReasoningPlan())
 
-    assert next(stages) == Stage("editing", 1)
-    assert next(stages) == Stage("reflecting", 1)
+    heard = [next(stages) for _ in range(4)]
     stages.close()
 
+    assert heard == [Stage("editing", 1), "painting", Stage("reflecting", 1), "describe"]
     assert len(painter.calls) == 1
-    assert model.asked == []
+    assert model.names() == ["describe"]
 
 
 def test_what_stops_an_edit_stops_the_rounds() -> None:
     model = Scripted()
 
-    def cancelled(_image: Pixels, _prompt: str) -> Pixels:
+    def cancelled(_image: Pixels, _prompt: str) -> Generator[str, None, Pixels]:
+        yield "painting"
         raise InterruptedError
 
     with pytest.raises(InterruptedError):

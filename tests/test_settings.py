@@ -84,6 +84,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("MODEL_PATH", "~/models", Path.home() / "models"),
         ("MODEL_PATH", "", None),
         ("MODEL_VERSION", "V1.1", "v1.1"),
+        ("MODEL_VERSION", "V1.2-preview", "v1.2-preview"),
         ("LORA_PATH", "/a/hand.safetensors", {Path("/a/hand.safetensors"): 1.0}),
         (
             "LORA_PATH",

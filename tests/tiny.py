@@ -19,6 +19,7 @@ from step1x_edit.model.conditioner import (
 )
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import TINY, V1_2, ModelConfig
+from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 
@@ -114,7 +115,11 @@ def tiny_pipeline_v1_2() -> EditPipeline:
         reference_offset=V1_2.reference_offset,
         guidance_rule=V1_2.guidance_rule,
         reference_resize=V1_2.reference_resize,
+        reasoning=V1_2.reasoning,
     )
+    add_lm_head(conditioner.vlm)
+    torch.manual_seed(5)
+    conditioner.vlm.lm_head.weight.data.normal_()
     return assemble(conditioner, config)
 
 

@@ -33,7 +33,7 @@ ROOMY: Final = 10 * GB
 """With less than this the third slot is worth less than a resident block."""
 
 STREAMABLE: Final = re.compile(
-    r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+))"
+    r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+)|lm_head)"
     r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+"
     r"|transformer\.double_blocks\.\d+(\.(img|txt)_mod)?"
     r"|transformer\.single_blocks\.\d+(\.modulation)?"

@@ -196,7 +196,7 @@ class Settings(BaseSettings):
         Path | None, Field(description="Checkpoint to load; unset: the embedded demo checkpoint")
     ] = None
     model_version: Annotated[
-        Literal["auto", "demo", "v1.0", "v1.1", "v1.2"],
+        Literal["auto", "demo", "v1.0", "v1.1", "v1.2", "v1.2-preview"],
         Field(description="Version that the checkpoint must have; auto: recognise it"),
         BeforeValidator(_lower),
     ] = "auto"

@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from step1x_edit.channel import (
     Cancel,
@@ -57,7 +57,10 @@ if TYPE_CHECKING:
     from step1x_edit.checkpoints.arena import Block
     from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
     from step1x_edit.memory_plan import MemoryPlan
-    from step1x_edit.model.pipeline import Edited, EditRun, Plan
+    from step1x_edit.model.config import ReasoningConfig
+    from step1x_edit.model.language_model import ChatModel, Said, Sampling
+    from step1x_edit.model.pipeline import Edited, EditRequest, Plan
+    from step1x_edit.model.reasoning import Pixels, Prompt
     from step1x_edit.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,9 @@ _SPOKEN: Final = {
 }
 """Labels that would not be understood as they are."""
 
+T = TypeVar("T")
+Event = TypeVar("Event")
+
 Check = Callable[[], None]
 """Called between small pieces of work; raises what is to end the work."""
 
@@ -88,11 +94,14 @@ Check = Callable[[], None]
 class PipelineWorker:
     """Edits with the model of a `Residency`, which it loads and moves as edits need it."""
 
-    def __init__(self, residency: Residency, device: str) -> None:
+    def __init__(self, residency: Residency, device: str, sampling: Sampling | None = None) -> None:
+        """`sampling` is how replies of a model that thinks are drawn; else as published."""
         self._residency = residency
+        self._sampling = sampling
         self._device = device
         self._workplace: Location = "CPU" if device == "cpu" else "GPU"
         self._check: Check = _go_on
+        self._smaller = ""
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
         """Yield progress and, last, the outcome; closing the iterator stops the work.
@@ -100,35 +109,26 @@ class PipelineWorker:
         When memory runs out, the edit goes on from where it is with the cheaper plan, and then
         with less and less of the model on the device.
         """
-        from step1x_edit.model.pipeline import PLANS, EditRequest, EditRun
+        from step1x_edit.model.pipeline import EditRequest
 
-        self._check = check
+        self._check, self._smaller = check, job.smaller
         self._residency.begin_edit()
-        run = EditRun(
-            EditRequest(
-                image=job.image,
-                prompt=job.prompt,
-                negative_prompt=job.negative_prompt,
-                num_steps=job.num_steps,
-                guidance_scale=job.guidance_scale,
-                size_level=job.size_level,
-                seed=job.seed,
-                preview_steps=job.preview_steps,
-                width=job.width,
-                height=job.height,
-            )
+        request = EditRequest(
+            image=job.image,
+            prompt=job.prompt,
+            negative_prompt=job.negative_prompt,
+            num_steps=job.num_steps,
+            guidance_scale=job.guidance_scale,
+            size_level=job.size_level,
+            seed=job.seed,
+            preview_steps=job.preview_steps,
+            width=job.width,
+            height=job.height,
         )
-        for plan in itertools.chain(PLANS, self._smaller_plans()):
-            try:
-                yield from self._attempt(run, plan, job.loras)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                log.warning("out of memory with %s", plan)
-            else:
-                return
-            free_memory()  # only here: while an exception is handled its frames keep tensors alive
-        raise OutOfMemoryError(f"this edit needs more than is free; try {job.smaller}")
+        if job.image is not None and (job.thinking or job.reflection):
+            yield from self._reason(job, request)
+        else:
+            yield from self._edit(request, job.loras)
 
     def offload(self) -> None:
         """Take the model to host memory; does nothing if it is there already."""
@@ -157,38 +157,93 @@ class PipelineWorker:
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
 
-    def _attempt(
-        self, run: EditRun, plan: Plan, loras: Mapping[str, float] | None
+    def _edit(
+        self, request: EditRequest, loras: Mapping[str, float] | None
     ) -> Generator[Progress | Outcome, None, None]:
-        from step1x_edit.model.pipeline import Edited
+        """One edit."""
+        from step1x_edit.model.pipeline import Edited, EditRun
 
+        run = EditRun(request)
+
+        def advance(
+            checkpoint: Checkpoint, plan: Plan
+        ) -> Generator[Progress | Outcome, None, None]:
+            if request.image is None:
+                _check_can_generate(checkpoint)
+            # Closed with us, so that whoever drops this iterator stops the network at once.
+            with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
+                for event in events:
+                    if isinstance(event, Edited):
+                        yield Outcome(event.image, _warning(event, checkpoint))
+                    else:
+                        yield Progress(Phase(event.phase), event.step, event.total, event.preview)
+
+        yield from self._persistently(advance, loras)
+
+    def _reason(
+        self, job: EditJob, request: EditRequest
+    ) -> Generator[Progress | Outcome, None, None]:
+        """An edit, or several, with thoughts before and after."""
+        from step1x_edit.model.language_model import ChatModel, Sampling
+        from step1x_edit.worker_reasoning import check_can_reason, reasoned_edit
+
+        def meet(
+            checkpoint: Checkpoint, _: Plan
+        ) -> Generator[Progress, None, tuple[ReasoningConfig, ChatModel]]:
+            yield from ()  # it is quick
+            pipeline = checkpoint.pipeline
+            config = check_can_reason(job, pipeline.config.reasoning, checkpoint.name)
+            vlm, tokenizer = pipeline.conditioner.vlm, pipeline.conditioner.tokenizer
+            head = vlm.get_submodule("lm_head")
+            sampling = self._sampling or Sampling()
+            return config, ChatModel(vlm, head, tokenizer, sampling=sampling, seed=job.seed)
+
+        def say(images: Sequence[Pixels], prompt: Prompt) -> Generator[Progress | Said, None, str]:
+            before = chat.rng.get_state()
+
+            def reply(_: Checkpoint, __: Plan) -> Generator[Said, None, str]:
+                chat.rng.set_state(before)  # also when memory has run out on the way
+                return (yield from chat.reply(images, prompt))
+
+            return (yield from self._persistently(reply, job.loras))
+
+        config, chat = yield from self._persistently(meet, job.loras)
+        edit = partial(self._edit, loras=job.loras)
+        yield from reasoned_edit(job, request, config, edit, say)
+
+    def _persistently(
+        self,
+        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
+        loras: Mapping[str, float] | None,
+    ) -> Generator[Event | Progress, None, T]:
+        """Work with the model where it computes; when memory runs out, with less and less of it."""
+        from step1x_edit.model.pipeline import PLANS
+
+        for plan in itertools.chain(PLANS, self._smaller_plans()):
+            try:
+                return (yield from self._attempt(work, plan, loras))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory with %s", plan)
+            free_memory()  # only here: while an exception is handled its frames keep tensors alive
+        raise OutOfMemoryError(f"this edit needs more than is free; try {self._smaller}")
+
+    def _attempt(
+        self,
+        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
+        plan: Plan,
+        loras: Mapping[str, float] | None,
+    ) -> Generator[Event | Progress, None, T]:
         is_there = self._residency.location == self._workplace
         if not is_there or not self._residency.has_loras(loras):
             yield Progress(Phase.LOADING)
             self._bring(loras)
-        if run.request.image is None:
-            self._check_can_generate()
         placed = self._residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
-        with (
-            self._residency.on_device() as checkpoint,
-            # Closed with us, so that whoever drops this iterator stops the network at once.
-            contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events,
-        ):
-            for event in events:
-                if isinstance(event, Edited):
-                    yield Outcome(event.image, _warning(event, checkpoint))
-                else:
-                    yield Progress(Phase(event.phase), event.step, event.total, event.preview)
-
-    def _check_can_generate(self) -> None:
-        checkpoint = self._residency.checkpoint
-        assert checkpoint is not None
-        if not checkpoint.pipeline.config.can_generate:
-            raise InvalidParameterError(
-                f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.version}"
-            )
+        with self._residency.on_device() as checkpoint:
+            return (yield from work(checkpoint, plan))
 
     def _bring(self, loras: Mapping[str, float] | None) -> None:
         """Have the model where it computes, with these LoRAs in it."""
@@ -218,6 +273,13 @@ class PipelineWorker:
         for part in (pipeline.vae, pipeline.conditioner.vlm):
             for module in part.modules():
                 module.register_forward_pre_hook(before_layer)
+
+
+def _check_can_generate(checkpoint: Checkpoint) -> None:
+    if not checkpoint.pipeline.config.can_generate:
+        raise InvalidParameterError(
+            f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.name}"
+        )
 
 
 def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:
@@ -299,13 +361,15 @@ def chosen_device(start: Start) -> str:
 
 def open_chosen(start: Start) -> OpenedCheckpoint:
     """Open the checkpoint that is to be run; raises CheckpointError."""
-    from step1x_edit.checkpoints.pulled import resolve_model_path
+    from step1x_edit.checkpoints.pulled import pulled_version, resolve_model_path
     from step1x_edit.checkpoints.read import open_checkpoint
 
-    path = resolve_model_path(start.model_path, Path(start.data_dir))
+    data_dir = Path(start.data_dir)
+    path = resolve_model_path(start.model_path, data_dir)
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
-    opened = open_checkpoint(path, version=wanted, loras=loras, precision=start.precision)
+    version = wanted or pulled_version(path, data_dir)
+    opened = open_checkpoint(path, version=version, loras=loras, precision=start.precision)
     found = opened.checkpoint.version
     if wanted not in (None, found):
         raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")

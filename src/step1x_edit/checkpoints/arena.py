@@ -40,6 +40,7 @@ ORDER: Final = (
     ("conditioner", r"conditioner\.visual\.\w+"),
     ("conditioner", r"conditioner\.language_model\.(embed_tokens|rotary_emb)"),
     ("conditioner", r"conditioner\.language_model\.layers\.\d+"),
+    ("conditioner", r"conditioner\.lm_head"),
     ("conditioner", r"conditioner\.\w+\.\w+"),
     ("encoder", r"vae\.encoder\.(conv_in|down_blocks\.\d+)"),
     ("encoder", r"vae\.(encoder|quant_conv)"),

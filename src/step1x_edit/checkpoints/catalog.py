@@ -71,7 +71,6 @@ _DIFFUSERS: Final = (
     "tokenizer/*",
     "processor/*",
 )
-_NOT_READ_YET: Final = "this version of step1x-edit cannot open it yet"
 
 CATALOG: Final = (
     Model(
@@ -96,13 +95,11 @@ CATALOG: Final = (
         "v1.2",
         (Source("stepfun-ai/Step1X-Edit-v1p2", _DIFFUSERS),),
         "v1.2",
-        note=_NOT_READ_YET,
     ),
     Model(
         "v1.2-preview",
         (Source("stepfun-ai/Step1X-Edit-v1p2-preview", _DIFFUSERS),),
-        "v1.2",
-        note=_NOT_READ_YET,
+        "v1.2-preview",
     ),
 )
 

@@ -97,6 +97,14 @@ def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
     return path
 
 
+def pulled_version(folder: Path | None, data_dir: Path) -> str | None:
+    """The version that a folder was pulled as, if it is one of the catalog's."""
+    if folder is None or folder.resolve().parent != models_folder(data_dir).resolve():
+        return None
+    known = {model.folder_name: model.version for model in CATALOG}
+    return known.get(folder.resolve().name)
+
+
 def remove_model(name: str, models: Path) -> int:
     """Delete a model, or what a pull has left of it, and say how many bytes that frees.
 

@@ -49,7 +49,9 @@ from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
-from step1x_edit.model.config import V1_0, V1_1, ModelConfig
+from step1x_edit.model.conditioner_v1_2 import ConditionerV12
+from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
+from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.schemas import Precision
@@ -85,7 +87,15 @@ FLUX_VAE: Final[Mapping[str, Any]] = {
 RELEASES: Final[Mapping[str, Release]] = {
     "v1.0": Release(V1_0, FLUX_VAE),
     "v1.1": Release(V1_1, FLUX_VAE),
+    "v1.2": Release(V1_2, FLUX_VAE),
+    "v1.2-preview": Release(V1_2_PREVIEW, FLUX_VAE),
 }
+
+SAME_TENSORS: Final = {"v1.2-preview": "v1.2"}
+"""Versions that cannot be told from another by their tensors: somebody has to say so."""
+
+LM_HEAD: Final = "lm_head.weight"
+EMBEDDINGS: Final = "language_model.embed_tokens.weight"
 
 NO_LORAS: Final[Mapping[Path, float]] = MappingProxyType({})
 
@@ -121,9 +131,9 @@ def open_checkpoint(
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is opened. `loras` are files that
-    may be added to it and their usual strengths. `precision` is as in `with_precision`. Raises
-    CheckpointError.
+    without it, or if there is none of that version, the newest is opened. It also tells versions
+    of `SAME_TENSORS`. `loras` are files that may be added to it and their usual strengths.
+    `precision` is as in `with_precision`. Raises CheckpointError.
     """
     if precision == "bf16":
         dtype = torch.bfloat16
@@ -168,7 +178,7 @@ def _open(
     if read_json(path / "config.json").get("format") is not None:
         return _open_demo(path, dtype)
     if (path / "transformer").is_dir():
-        return _open_diffusers(path, dtype, releases)
+        return _open_diffusers(path, dtype, version, releases)
     return _open_official(file_sets(path), path, dtype, version, releases)
 
 
@@ -229,7 +239,7 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
             transformer = Transformer(model.transformer)
             vae = AutoencoderKL(**config["vae"])
             recogniser = Recogniser(features, labels) if labels else None
-        vlm = _build_vlm(config["conditioner"], folder / "config.json")
+        vlm = _build_vlm(config["conditioner"], folder / "config.json", model)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error!r}") from error
     dtype = dtype or torch.float32
@@ -257,14 +267,15 @@ def _open_official(
     wanted: str | None,
     releases: Mapping[str, Release],
 ) -> OpenedCheckpoint:
-    chosen = choose_transformer(sets, place, wanted)
+    chosen = choose_transformer(sets, place, SAME_TENSORS.get(wanted or "", wanted))
     folder = place if place.is_dir() else place.parent
     vlm_folder = find_vlm(folder)
-    return _assemble(chosen, {}, find_vae(folder), vlm_folder, vlm_folder, dtype, releases)
+    version = _version(chosen, wanted)
+    return _assemble(chosen, {}, find_vae(folder), vlm_folder, vlm_folder, dtype, version, releases)
 
 
 def _open_diffusers(
-    folder: Path, dtype: torch.dtype | None, releases: Mapping[str, Release]
+    folder: Path, dtype: torch.dtype | None, wanted: str | None, releases: Mapping[str, Release]
 ) -> OpenedCheckpoint:
     inside = folder / "transformer"
     chosen = choose_transformer(file_sets(inside), inside, None)
@@ -272,7 +283,16 @@ def _open_diffusers(
     tokenizer = next((each for each in places if (each / "tokenizer.json").is_file()), places[0])
     described = read_json(inside / "config.json")
     vlm_folder = folder / "text_encoder"
-    return _assemble(chosen, described, find_vae(folder), vlm_folder, tokenizer, dtype, releases)
+    version = _version(chosen, wanted)
+    vae = find_vae(folder)
+    return _assemble(chosen, described, vae, vlm_folder, tokenizer, dtype, version, releases)
+
+
+def _version(chosen: FileSet, wanted: str | None) -> str:
+    """The version of a transformer: by its tensors, or as wanted where they do not tell."""
+    if wanted is not None and SAME_TENSORS.get(wanted) == chosen.version:
+        return wanted
+    return chosen.version
 
 
 def _assemble(
@@ -282,10 +302,10 @@ def _assemble(
     vlm_folder: Path,
     tokenizer_folder: Path,
     dtype: torch.dtype | None,
+    version: str,
     releases: Mapping[str, Release],
 ) -> OpenedCheckpoint:
     """Put a published model together, whichever layouts its parts have."""
-    version = chosen.version
     if version not in releases:
         raise CheckpointError(f"{chosen} is Step1X-Edit {version}, which is not supported yet")
     release = releases[version]
@@ -299,7 +319,7 @@ def _assemble(
     with _WithoutWeights():
         transformer = Transformer(sizes)
         vae = AutoencoderKL(**vae_config)
-    vlm, vlm_tensors = _open_vlm(vlm_folder)
+    vlm, vlm_tensors = _open_vlm(vlm_folder, release.model)
     weights = [
         *_weights("transformer", transformer, tensors, dtype),
         *_weights("vae", vae, vae_tensors, torch.float32),
@@ -323,28 +343,36 @@ def _open_vae(files: FileSet, release: Release) -> tuple[dict[str, Any], dict[st
     return config, tensors
 
 
-def _open_vlm(folder: Path) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
-    """The inner model, without the language head, and its tensors by its own names."""
+def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
+    """The inner model, with the language head if it is to talk, and its tensors by its own names.
+
+    Where the head shares its weights with the embeddings, it gets them once more.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     file = folder / "config.json"
-    vlm = _build_vlm(read_json(file), file)
+    vlm = _build_vlm(read_json(file), file, model)
     tensors: dict[str, Stored] = {}
     for published, tensor in stored_tensors(files).items():
-        if published.startswith("lm_head."):
+        if published.startswith("lm_head.") and model.reasoning is None:
             continue
         name = _inner_name(published)
         if name in tensors:
             raise CheckpointError(f"the conditioner has unknown tensors {published}")
         tensors[name] = tensor
+    if model.reasoning and vlm.config.tie_word_embeddings and EMBEDDINGS in tensors:
+        tensors.setdefault(LM_HEAD, tensors[EMBEDDINGS])
     return vlm, tensors
 
 
-def _build_vlm(config: Mapping[str, Any], file: Path) -> Qwen2_5_VLModel:
+def _build_vlm(config: Mapping[str, Any], file: Path, model: ModelConfig) -> Qwen2_5_VLModel:
     try:
         with _WithoutWeights():
-            return Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
+            vlm = Qwen2_5_VLModel(Qwen2_5_VLConfig(**config))
+            if model.reasoning is not None:
+                add_lm_head(vlm)
+            return vlm
     except Exception as error:  # a bad config fails anywhere in two libraries
         raise CheckpointError(f"{file} is not valid: {error!r}") from error
 
@@ -356,12 +384,13 @@ def _inner_name(published: str) -> str:
     `model.language_model.layers…` and `model.visual…`.
     """
     name = published.removeprefix("model.")
-    return name if name.startswith(("visual.", "language_model.")) else f"language_model.{name}"
+    known = ("visual.", "language_model.", "lm_head.")
+    return name if name.startswith(known) else f"language_model.{name}"
 
 
 def _conditioner(
     vlm: Qwen2_5_VLModel, folder: Path, model: ModelConfig, is_published: bool = False
-) -> Conditioner:
+) -> Conditioner | ConditionerV12:
     """The conditioner with the tokenizer of a folder.
 
     How many tokens of a published prompt are dropped is a fact of Qwen2.5-VL's vocabulary; in
@@ -375,7 +404,9 @@ def _conditioner(
         config = model.conditioner
         if is_published and tokenizer.token_to_id("<|im_start|>") != QWEN_IM_START:
             config = replace(config, prefix_length=measure_prefix_length(tokenizer, config))
-        return Conditioner(vlm, tokenizer, config)
+        if config.is_padded:
+            return Conditioner(vlm, tokenizer, config)
+        return ConditionerV12(vlm, tokenizer, config)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise CheckpointError(f"{file} does not fit this model: {error}") from error
 

@@ -112,6 +112,16 @@ class ConditionerConfig:
 
 
 @dataclass(frozen=True)
+class ReasoningConfig:
+    """How a model whose conditioner also talks thinks about an edit (`reasoning`)."""
+
+    prompts: str = "reasoning_prompts.json"
+    """File beside this module with the questions that it was trained with."""
+    has_ranking: bool = True
+    """Whether it rates the pictures of all rounds; else the last one is taken."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model: the transformer and the geometry around it."""
 
@@ -128,6 +138,8 @@ class ModelConfig:
     """Latents are `latent_scale * (z - latent_shift)` for the autoencoder's z."""
     guidance_rule: GuidanceRule = GuidanceRule.OFFICIAL
     reference_resize: ReferenceResize = ReferenceResize.LANCZOS
+    reasoning: ReasoningConfig | None = None
+    """None: it cannot think, and its language head is not read."""
     generation_negative_prompt: str | None = None
     """What pictures made from words alone are steered away from; None: the model only edits."""
 
@@ -169,6 +181,9 @@ class ModelConfig:
             "reference_offset": tuple(data.get("reference_offset", ())),
             "guidance_rule": GuidanceRule(data.get("guidance_rule", cls.guidance_rule)),
             "reference_resize": ReferenceResize(data.get("reference_resize", cls.reference_resize)),
+            "reasoning": _from_fields(ReasoningConfig, data["reasoning"])
+            if data.get("reasoning")
+            else None,
         }
         return _from_fields(cls, fields)
 
@@ -258,8 +273,16 @@ V1_2 = ModelConfig(
     reference_offset=(1.0, 0.0, 0.0),
     guidance_rule=GuidanceRule.ALWAYS,
     reference_resize=ReferenceResize.BILINEAR,
+    reasoning=ReasoningConfig(),
 )
-"""November 2025, with thinking and reflection; the preview of September has the same sizes."""
+"""November 2025, with thinking and reflection."""
+
+V1_2_PREVIEW = dataclasses.replace(
+    V1_2,
+    version="v1.2-preview",
+    reasoning=ReasoningConfig(prompts="reasoning_prompts_preview.json", has_ranking=False),
+)
+"""September 2025. Its tensors have the names and shapes of v1.2."""
 
 DEMO = ModelConfig(
     version="demo",

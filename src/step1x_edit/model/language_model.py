@@ -5,7 +5,8 @@ It knows chat text and sampling; what is asked and what a reply means stand in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,6 +58,13 @@ class Chat(NamedTuple):
     is_image: list[bool]
 
 
+class Said(NamedTuple):
+    """How much of a reply there is."""
+
+    tokens: int
+    limit: int
+
+
 class ChatModel(VlmReader):
     """Replies to prompts about pictures. The same seed and questions give the same replies."""
 
@@ -68,28 +76,28 @@ class ChatModel(VlmReader):
         *,
         sampling: Sampling = Sampling(),
         seed: int = 0,
-        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """`check` is called before each token; what it raises ends the reply."""
         super().__init__(vlm, tokenizer)
         self.lm_head = lm_head
         self.sampling = sampling
-        self.check = check
         # On the CPU, so that a seed means the same on every device.
         self.rng = torch.Generator().manual_seed(seed)
         self.end_id = special_id(tokenizer, END)
 
-    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> str:
-        """The reply's text, without special tokens and surrounding space."""
+    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[Said, None, str]:
+        """Yield after each token and return the text, without special tokens and outer space.
+
+        Closing the generator stops.
+        """
         tokens = []
-        self.check()
-        for token in self.generate(images, prompt):
-            tokens.append(token)
-            self.check()
+        with contextlib.closing(self.generate(images, prompt)) as generated:
+            for token in generated:
+                tokens.append(token)
+                yield Said(len(tokens), self.sampling.max_new_tokens)
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     @torch.inference_mode()
-    def generate(self, images: Sequence[Pixels], prompt: Prompt) -> Iterator[int]:
+    def generate(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[int, None, None]:
         """Yield token after token until the model ends its turn; closing the iterator stops."""
         device = self.vlm.device
         pictures = [prepare_image(image) for image in images]
@@ -138,6 +146,12 @@ class ChatModel(VlmReader):
             add(self.ids(VISION_END), is_image=False)
         add(self.ids(after + CHAT_TAIL), is_image=False)
         return chat
+
+
+def add_lm_head(vlm: Qwen2_5_VLModel) -> None:
+    """Give the model a language head, as a part of it: it is read, moved and streamed with it."""
+    text = vlm.config.text_config
+    vlm.add_module("lm_head", nn.Linear(text.hidden_size, text.vocab_size, bias=False))
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, rng: torch.Generator) -> int:

@@ -2,7 +2,8 @@
 
 The rules around the language model: what it is asked, how its replies are read, when a round
 follows. It knows pictures as arrays and a language model as something that replies; how either is
-computed, shown or interrupted it does not know.
+computed or shown it does not know. Whatever takes long is a generator: what an edit or a reply
+yields on its way is passed on, so that progress and cancellation need no callback.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from step1x_edit.model.config import ReasoningConfig
+
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
 
 T = TypeVar("T")
+Event = TypeVar("Event")
+Event_co = TypeVar("Event_co", covariant=True)
 
 MAX_TRIES: Final = 20
 """How often a question is put until its reply can be read."""
@@ -46,11 +51,11 @@ class Prompt(NamedTuple):
     """Whether the text stands before the pictures; else behind them."""
 
 
-class LanguageModel(Protocol):
+class LanguageModel(Protocol[Event_co]):
     """Whatever answers a question about pictures."""
 
-    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> str:
-        """The text of the answer. It may be cut short, and differ when asked again."""
+    def reply(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[Event_co, None, str]:
+        """Return the text of the answer. It may be cut short, and differ when asked again."""
         ...
 
 
@@ -152,6 +157,8 @@ class ReasoningPlan:
     """Whether it judges its edits and tries again; else there is one edit."""
     max_rounds: int = 3
     """The most edits."""
+    has_ranking: bool = True
+    """Whether each picture is rated; else the last one is the best."""
 
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
@@ -166,86 +173,112 @@ class Stage:
     round: int
 
 
-class Reasoner:
+class Reasoner(Generic[Event]):
     """Asks a language model the questions of v1.2 and reads its replies."""
 
-    def __init__(self, language_model: LanguageModel) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel[Event],
+        questions: Mapping[str, Prompt] | None = None,
+    ) -> None:
+        """`questions` are those that the model was trained with; else those of v1.2."""
         self.language_model = language_model
+        self.questions = prompts() if questions is None else questions
 
-    def think(self, source: Pixels, instruction: str) -> str:
-        """The instruction in clear words; as it was if the model has nothing to say."""
-        question = _fill("think", instruction=instruction, language=language_word(instruction))
-        return self.language_model.reply([source], question).strip() or instruction
+    def think(self, source: Pixels, instruction: str) -> Generator[Event, None, str]:
+        """Return the instruction in clear words; as it was if the model has nothing to say."""
+        question = self._fill("think", instruction=instruction, language=language_word(instruction))
+        thought = yield from self.language_model.reply([source], question)
+        return thought.strip() or instruction
 
-    def reflect(self, source: Pixels, edited: Pixels, instruction: str) -> Reflection:
+    def reflect(
+        self, source: Pixels, edited: Pixels, instruction: str
+    ) -> Generator[Event, None, Reflection]:
         """Describe what the edit should show, score what it shows, and come to a verdict."""
         language = language_word(instruction)
-        question = _fill("describe", instruction=instruction, language=language)
-        description = self.language_model.reply([source], question).strip()
-        question = _fill(
+        question = self._fill("describe", instruction=instruction, language=language)
+        description = yield from self.language_model.reply([source], question)
+        description = description.strip()
+        question = self._fill(
             "score", instruction=instruction, language=language, description=description
         )
-        consistency = self._ask([edited], question, parse_consistency)
+        consistency = yield from self._ask([edited], question, parse_consistency)
         if consistency is None:
             return Reflection(GAVE_UP, description)
-        question = _fill(
+        question = self._fill(
             "reflect",
             instruction=instruction,
             prior_score=str(consistency.score),
             prior_reason=consistency.reason,
         )
-        verdict = self._ask([source, edited], question, clean_verdict)
+        verdict = yield from self._ask([source, edited], question, clean_verdict)
         return Reflection(verdict or GAVE_UP, description, consistency)
 
-    def rank(self, source: Pixels, edited: Pixels, instruction: str) -> Ranking:
+    def rank(
+        self, source: Pixels, edited: Pixels, instruction: str
+    ) -> Generator[Event, None, Ranking]:
         """Rate an edit and the picture that it made."""
-        question = _fill("rank_edit", instruction=instruction)
-        edit = self._ask([source, edited], question, _marks)
-        quality = self._ask([edited], _fill("rank_quality"), _marks)
+        question = self._fill("rank_edit", instruction=instruction)
+        edit = yield from self._ask([source, edited], question, _marks)
+        quality = yield from self._ask([edited], self._fill("rank_quality"), _marks)
         return Ranking(edit or NO_RATING, quality or NO_RATING)
 
     def _ask(
         self, images: Sequence[Pixels], question: Prompt, read: Callable[[str], T | None]
-    ) -> T | None:
+    ) -> Generator[Event, None, T | None]:
         """Ask until the reply can be read; None if it never can."""
         for _ in range(MAX_TRIES):
-            answer = read(self.language_model.reply(images, question))
+            reply = yield from self.language_model.reply(images, question)
+            answer = read(reply)
             if answer is not None:
                 return answer
         return None
 
+    def _fill(self, name: str, **values: str) -> Prompt:
+        """A question with its placeholders filled in; what is filled in is left alone."""
+
+        def fill(template: str) -> str:
+            return re.sub(
+                r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template, flags=re.ASCII
+            )
+
+        question = self.questions[name]
+        return question._replace(system=fill(question.system), text=fill(question.text))
+
 
 def reason(
-    reasoner: Reasoner,
-    edit: Callable[[Pixels, str], Pixels],
+    reasoner: Reasoner[Event],
+    edit: Callable[[Pixels, str], Generator[Event, None, Pixels]],
     source: Pixels,
     prompt: str,
     plan: ReasoningPlan,
-) -> Generator[Stage | Reasoned, None, None]:
+) -> Generator[Stage | Event | Reasoned, None, None]:
     """Yield each stage before it begins and, last, the result; closing the generator stops.
 
     `edit` paints: it is given a picture and a prompt and returns a picture of the same size. What
-    it or the language model raises ends the generator. Each round is judged against `source` and
-    the (rewritten) prompt, also if it changed an earlier round's picture.
+    it and the language model yield is passed on, and what they raise ends the generator. Each round
+    is judged against `source` and the (rewritten) prompt, also if it changed an earlier picture.
     """
     rewritten = None
     if plan.has_thinking:
         yield Stage("thinking", 0)
-        rewritten = reasoner.think(source, prompt)
+        rewritten = yield from reasoner.think(source, prompt)
     goal = prompt if rewritten is None else rewritten
     rounds: list[Round] = []
     canvas, instruction = source, goal
     while len(rounds) < plan.max_rounds:
         number = len(rounds) + 1
         yield Stage("editing", number)
-        edited = edit(canvas, instruction)
+        edited = yield from edit(canvas, instruction)
         if not plan.has_reflection:
             rounds.append(Round(canvas, instruction, edited))
             break
         yield Stage("reflecting", number)
-        reflection = reasoner.reflect(source, edited, goal)
-        yield Stage("ranking", number)
-        ranking = reasoner.rank(source, edited, goal)
+        reflection = yield from reasoner.reflect(source, edited, goal)
+        ranking = None
+        if plan.has_ranking:
+            yield Stage("ranking", number)
+            ranking = yield from reasoner.rank(source, edited, goal)
         rounds.append(Round(canvas, instruction, edited, reflection, ranking))
         verdict = read_verdict(reflection.verdict)
         if verdict.is_success:
@@ -380,20 +413,8 @@ def _is_number(value: object) -> bool:
     return abs(value) <= 1e6  # a NaN is not
 
 
-def _fill(name: str, **values: str) -> Prompt:
-    """One of the prompts, with its placeholders filled in; what is filled in is left alone."""
-
-    def fill(template: str) -> str:
-        return re.sub(
-            r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template, flags=re.ASCII
-        )
-
-    prompt = prompts()[name]
-    return prompt._replace(system=fill(prompt.system), text=fill(prompt.text))
-
-
 @cache
-def prompts() -> Mapping[str, Prompt]:
-    """The questions that the model was trained with, byte for byte."""
-    file = resources.files("step1x_edit.model") / "reasoning_prompts.json"
+def prompts(name: str = ReasoningConfig.prompts) -> Mapping[str, Prompt]:
+    """The questions of a file, those that the models were trained with, byte for byte."""
+    file = resources.files("step1x_edit.model") / name
     return {name: Prompt(**fields) for name, fields in json.loads(file.read_text("utf-8")).items()}
