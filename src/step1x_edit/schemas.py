@@ -167,6 +167,20 @@ Overwrite = Annotated[bool, Field(description="Replace the output file if it exi
 NegativePrompt = Annotated[
     _PromptText, Field(description="What the picture should not show, such as 'blurry'")
 ]
+Thinking = Annotated[
+    bool,
+    Field(
+        description="Have the model put the prompt into clearer words before it edits; "
+        "only Step1X-Edit v1.2 can"
+    ),
+]
+Reflection = Annotated[
+    bool,
+    Field(
+        description="Have the model judge its result, try again where it is not satisfied, and "
+        "take the best of up to three rounds; only Step1X-Edit v1.2 can"
+    ),
+]
 MaskPath = Annotated[
     _PathText | None,
     Field(
@@ -235,6 +249,8 @@ class EditRequest(_Request):
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
     mask_path: MaskPath = None
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 class PictureRequest(_Request):
@@ -246,6 +262,8 @@ class PictureRequest(_Request):
     size_level: SizeLevel = DEFAULT_SIZE_LEVEL
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 class BatchRequest(_Request):
@@ -260,6 +278,8 @@ class BatchRequest(_Request):
     seed: Seed = None
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
+    thinking: Thinking = False
+    reflection: Reflection = False
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -365,6 +385,8 @@ class ImageEditRequest(_Request):
     size_level: SizeLevel | None = None
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 class JobsRequest(_Request):
@@ -393,6 +415,10 @@ class EditRecord(_Request):
     seed: _SeedNumber
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
+    thinking: Literal[True] | None = None
+    reflection: Literal[True] | None = None
+    rewritten_prompt: str | None = None
+    """What thinking has made of the prompt."""
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -406,6 +432,48 @@ class _Answer(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain JSON values, in the order of the contract."""
         return self.model_dump(mode="json", exclude_none=True)
+
+
+class ReasoningRound(_Answer):
+    """One edit of a reflection, and what the model thought of it; marks from 0 to 10."""
+
+    prompt: Annotated[str, Field(description="What this round was told to change")]
+    from_round: Annotated[
+        int, Field(description="The round whose picture it changed, from 1; 0 is the input")
+    ]
+    verdict: Annotated[
+        str | None,
+        Field(
+            description="<#Think> and a thought, then <#Success>, <#Others>, <#Failed>, or "
+            "<#Reflection> and what to change next"
+        ),
+    ] = None
+    description: Annotated[
+        str | None, Field(description="What the picture should show, as the model sees it")
+    ] = None
+    score: Annotated[
+        float | None, Field(description="How well the picture agrees with the description")
+    ] = None
+    reason: Annotated[str | None, Field(description="Why this score")] = None
+    edit_score: Annotated[
+        list[float] | None, Field(description="Marks for how well the prompt was followed")
+    ] = None
+    quality_score: Annotated[
+        list[float] | None, Field(description="Marks for how natural and clean the picture is")
+    ] = None
+    value: Annotated[
+        float | None, Field(description="The worst mark of the edit times that of the quality")
+    ] = None
+
+
+class Reasoning(_Answer):
+    """What the model has thought and tried on the way to the picture."""
+
+    prompt: Annotated[
+        str | None, Field(description="The prompt in the model's words, if it was to think")
+    ] = None
+    rounds: list[ReasoningRound]
+    best: Annotated[int, Field(description="The round whose picture is the result, from 1")]
 
 
 class EditMetadata(_Answer):
@@ -428,6 +496,9 @@ class EditMetadata(_Answer):
         float | None,
         Field(description="Share of the pixels that changed, 0 to 1, if there was a mask"),
     ] = None
+    reasoning: Annotated[
+        Reasoning | None, Field(description="What was thought, if that was asked for")
+    ] = None
 
 
 class EditAnswer(_Answer):
@@ -448,7 +519,10 @@ class RunningAnswer(_Answer):
     message: Annotated[str, Field(description="How far the edit has come, in words")]
     phase: Annotated[
         str | None,
-        Field(description="queued, loading, encoding, denoising, decoding or saving"),
+        Field(
+            description="queued, loading, thinking, encoding, denoising, decoding, reflecting or "
+            "saving"
+        ),
     ] = None
     step: Annotated[int | None, Field(description="Denoising steps that are done")] = None
     total: Annotated[int | None, Field(description="Denoising steps that there are")] = None
@@ -463,6 +537,12 @@ class CancelAnswer(_Answer):
     job_id: Annotated[str, Field(description="The edit that was asked for")]
 
 
+class RoundPicture(_Answer):
+    """What a round of a reflection has painted, small, as a JPEG in base64."""
+
+    image: str
+
+
 class PictureAnswer(_Answer):
     """One picture was edited, and here it is."""
 
@@ -472,6 +552,10 @@ class PictureAnswer(_Answer):
     metadata: EditMetadata
     media_type: str
     image_base64: str
+    rounds: Annotated[
+        list[RoundPicture] | None,
+        Field(description="The pictures of the rounds in metadata.reasoning, in order"),
+    ] = None
 
 
 class ErrorAnswer(_Answer):

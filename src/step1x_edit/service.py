@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
 from step1x_edit import images
-from step1x_edit.channel import EditJob, Phase, Progress, Start
+from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Start
 from step1x_edit.checkpoints.pulled import resolve_model_path
 from step1x_edit.engine import (
     HEARTBEAT_S,
@@ -50,6 +50,7 @@ from step1x_edit.schemas import (
     GpuStatistics,
     GpuStatus,
     PictureRequest,
+    Reasoning,
     StatusAnswer,
     ViewRequest,
     read_request,
@@ -78,6 +79,8 @@ class FinishedEdit:
     answer: EditAnswer
     picture: Picture
     source: Picture
+    rounds: tuple[bytes, ...] = ()
+    """Small JPEGs of what each round of a reflection has painted."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ class EditedPicture:
     data: bytes
     metadata: EditMetadata
     processing_time: float
+    rounds: tuple[bytes, ...] = ()
+    """Small JPEGs of what each round of a reflection has painted."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,7 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             metadata=made.metadata,
         )
-        return FinishedEdit(answer, made.picture, source.picture)
+        return FinishedEdit(answer, made.picture, source.picture, made.rounds)
 
     async def _make(
         self,
@@ -312,18 +317,20 @@ class EditService:
         seed = _seed_of(request)
         with self._counted():
             result = await _run(submit(_job(request, source.picture, seed)), report)
-            record = _record(request, seed, result.residence.model or "", source.mask_sha256)
+            record = _record(request, seed, result, source.mask_sha256)
 
-            def finished() -> tuple[Picture, float | None, bytes]:
+            def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
                 picture, share = _restored(result.outcome.image, source)
-                return picture, share, images.encode(picture, suffix, record)
+                data = images.encode(picture, suffix, record)
+                return picture, share, data, _rounds(result.outcome, source.picture)
 
-            picture, share, data = await _aside(finished, Progress(Phase.SAVING), report)
+            picture, share, data, rounds = await _aside(finished, Progress(Phase.SAVING), report)
         return EditedPicture(
             picture,
             data,
             _metadata(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
+            rounds=rounds,
         )
 
     def _submit(self, previews: int, job: EditJob) -> Edit:
@@ -452,6 +459,17 @@ def _restored(edited: Pixels, source: _Source) -> tuple[Picture, float | None]:
     return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
+def _rounds(outcome: Outcome, source: Picture) -> tuple[bytes, ...]:
+    """What each round has painted, as it is shown: without what a mask or alpha would hide."""
+    return tuple(
+        images.preview(
+            Picture(pixels, icc_profile=source.icc_profile),
+            max_base64_bytes=images.ROUND_BASE64_BYTES,
+        )
+        for pixels in (() if outcome.rounds is None else outcome.rounds)
+    )
+
+
 def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> EditJob:
     return EditJob(
         image=source.pixels,
@@ -461,14 +479,16 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
         guidance_scale=request.guidance_scale,
         size_level=request.size_level,
         seed=seed,
+        thinking=request.thinking,
+        reflection=request.reflection,
     )
 
 
 def _record(
-    request: EditRequest | PictureRequest, seed: int, model: str, mask_sha256: str | None
+    request: EditRequest | PictureRequest, seed: int, result: EditResult, mask_sha256: str | None
 ) -> EditRecord:
     return EditRecord(
-        model=model,
+        model=result.residence.model or "",
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_steps=request.num_steps,
@@ -476,13 +496,16 @@ def _record(
         size_level=request.size_level,
         seed=seed,
         mask_sha256=mask_sha256,
+        thinking=request.thinking or None,
+        reflection=request.reflection or None,
+        rewritten_prompt=(result.outcome.reasoning or {}).get("prompt"),
     )
 
 
 def _metadata(
     record: EditRecord, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
-    residence = result.residence
+    residence, reasoning = result.residence, result.outcome.reasoning
     return EditMetadata(
         prompt=record.prompt,
         num_steps=record.num_steps,
@@ -498,6 +521,7 @@ def _metadata(
         negative_prompt=record.negative_prompt or None,
         warning=result.outcome.warning,
         changed_share=None if changed_share is None else round(changed_share, 4),
+        reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
     )
 
 

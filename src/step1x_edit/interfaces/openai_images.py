@@ -289,6 +289,8 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
                 "guidance_scale": asked.guidance_scale,
                 "size_level": asked.size_level,
                 "seed": asked.seed,
+                "thinking": asked.thinking,
+                "reflection": asked.reflection,
             }
         )
     )
@@ -504,12 +506,9 @@ def _told_of(made: _Made, asked: ImageEditRequest, base_url: str) -> dict[str, A
 def _how(made: _Made) -> dict[str, Any]:
     """What repeats a picture, and what there is to say about it."""
     metadata = made.metadata
-    told = {"seed": metadata.seed, "changed_share": metadata.changed_share}
-    return {
-        name: value
-        for name, value in {**told, "warning": metadata.warning}.items()
-        if value is not None
-    }
+    told = metadata.to_dict()
+    names = ("seed", "changed_share", "warning", "reasoning")
+    return {name: told[name] for name in names if name in told}
 
 
 def _form_of(made: _Made, asked: ImageEditRequest) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from step1x_edit.interfaces.cli.options import (
     NegativePrompt,
     NumSteps,
     Overwrite,
+    Reflection,
     Seed,
     SizeLevel,
     Standalone,
+    Thinking,
     Url,
     option,
 )
@@ -69,6 +71,8 @@ def batch(
     overwrite: Overwrite = False,
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
+    thinking: Thinking = None,
+    reflection: Reflection = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -92,6 +96,8 @@ def batch(
             "size_level": size_level,
             "seed": seed,
             "negative_prompt": negative_prompt,
+            "thinking": thinking,
+            "reflection": reflection,
         }
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
         chosen["mask"] = mask

@@ -19,9 +19,11 @@ from step1x_edit.interfaces.cli.options import (
     NegativePrompt,
     NumSteps,
     Overwrite,
+    Reflection,
     Seed,
     SizeLevel,
     Standalone,
+    Thinking,
     Url,
     option,
 )
@@ -72,6 +74,8 @@ def edit(
     overwrite: Overwrite = False,
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
+    thinking: Thinking = None,
+    reflection: Reflection = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -97,6 +101,8 @@ def edit(
             "size_level": size_level,
             "seed": seed,
             "negative_prompt": negative_prompt,
+            "thinking": thinking,
+            "reflection": reflection,
         }
         for path in paths:
             read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})

@@ -27,6 +27,8 @@ SizeLevel = Annotated[int | None, option("size_level")]
 Seed = Annotated[int | None, option("seed")]
 NegativePrompt = Annotated[str | None, option("negative_prompt")]
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
+Thinking = Annotated[bool | None, option("thinking", "--thinking")]
+Reflection = Annotated[bool | None, option("reflection", "--reflection")]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON")]
 Url = Annotated[
