@@ -417,8 +417,8 @@ class EditRecord(_Request):
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
     thinking: Literal[True] | None = None
     reflection: Literal[True] | None = None
-    rewritten_prompt: str | None = None
-    """What thinking has made of the prompt."""
+    rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
+    """What thinking has made of the prompt, unless it is too long for a file."""
 
 
 # --- answers -------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from step1x_edit.errors import CheckpointError, EditCancelledError, ImageError, 
 from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.images import Limits, Picture, Pixels
 from step1x_edit.schemas import (
+    MAX_PROMPT_LENGTH,
     MAX_SEED,
     BatchAnswer,
     BatchItem,
@@ -487,6 +488,7 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
 def _record(
     request: EditRequest | PictureRequest, seed: int, result: EditResult, mask_sha256: str | None
 ) -> EditRecord:
+    rewritten = (result.outcome.reasoning or {}).get("prompt") or ""
     return EditRecord(
         model=result.residence.model or "",
         prompt=request.prompt,
@@ -498,7 +500,7 @@ def _record(
         mask_sha256=mask_sha256,
         thinking=request.thinking or None,
         reflection=request.reflection or None,
-        rewritten_prompt=(result.outcome.reasoning or {}).get("prompt"),
+        rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
 
 
