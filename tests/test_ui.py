@@ -550,7 +550,8 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
         rewritten = page.locator("#edit-rewritten textarea")
         expect(rewritten).to_have_value("add a hat, and nothing else")
         expect(page.locator("#edit-verdicts textarea")).to_have_value(
-            "Round 1: The hat is too small. → make the hat larger\nRound 2: The hat fits."
+            "Round 1 · score 6.5: The hat is too small. → make the hat larger\n"
+            "Round 2 · score 9 · best: The hat fits."
         )
         rounds = page.locator("#edit-rounds")
         expect(rounds.locator("img")).to_have_count(2)

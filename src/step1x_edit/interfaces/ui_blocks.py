@@ -995,13 +995,14 @@ def _thoughts(session: _Session, edited: EditedPicture, language: str) -> _Thoug
     pictures, verdicts = [], []
     for number, (each, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
         words = [text("round", language, number=number)]
-        if each.verdict is not None:
-            verdicts.append(f"{words[0]}: {read_verdict(each.verdict).words}")
         if each.score is not None:
             words.append(text("round.score", language, score=f"{each.score:g}"))
         if number == reasoning.best:
             words.append(text("round.best", language))
-        pictures.append((session.save("round.jpg", small), " · ".join(words)))
+        caption = " · ".join(words)
+        pictures.append((session.save("round.jpg", small), caption))
+        if each.verdict is not None:
+            verdicts.append(f"{caption}: {read_verdict(each.verdict).words}")
     return _Thoughts(reasoning.prompt or "", pictures, "\n".join(verdicts))
 
 
