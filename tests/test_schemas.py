@@ -74,6 +74,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "overwrite": False,
         "negative_prompt": "",
         "mask_path": None,
+        "loras": None,
         "thinking": False,
         "reflection": False,
     }
