@@ -7,6 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from step1x_edit.channel import (
     Progress,
     Report,
     Residence,
+    reasoning_of,
 )
 from step1x_edit.engine import Clock
 from step1x_edit.errors import (
@@ -86,6 +88,45 @@ def inverted(job: EditJob) -> Pixels:
     return 255 - canvas(job)
 
 
+def check_can_reason(job: EditJob, model: str) -> None:
+    """Refuse what only v1.2 can do, in the words of the real worker."""
+    for name in ("thinking", "reflection"):
+        if getattr(job, name) and model != "v1.2":
+            raise InvalidParameterError(f"{name} needs Step1X-Edit v1.2; the model here is {model}")
+
+
+def reasoned(job: EditJob) -> dict[str, Any] | None:
+    """What a fake worker thinks: a clearer prompt, and two rounds of which the second is good."""
+    if not job.thinking and not job.reflection:
+        return None
+    rewritten = f"{job.prompt}, and nothing else" if job.thinking else None
+    rounds: list[dict[str, Any]] = [{"prompt": rewritten or job.prompt, "from_round": 0}]
+    if job.reflection:
+        rounds[0] |= {
+            "verdict": "<#Think> The hat is too small.<#Reflection> make the hat larger",
+            "description": "The same picture with a hat.",
+            "score": 6.5,
+            "reason": "The hat is hard to see.",
+            "edit_score": [6.0, 8.0],
+            "quality_score": [8.0, 9.0],
+            "value": 48.0,
+        }
+        rounds += [
+            {
+                "prompt": "make the hat larger",
+                "from_round": 1,
+                "verdict": "<#Think> The hat fits.<#Success>",
+                "description": "The same picture with a hat.",
+                "score": 9.0,
+                "reason": "Nothing is missing.",
+                "edit_score": [9.0, 8.0],
+                "quality_score": [8.0, 9.0],
+                "value": 64.0,
+            }
+        ]
+    return reasoning_of(rewritten, rounds, best=len(rounds))
+
+
 @dataclass
 class FakeWorker:
     """Inverts pictures, in as many steps as it is asked for, on the engine's own thread.
@@ -97,6 +138,8 @@ class FakeWorker:
     paint: Callable[[EditJob], Pixels] = inverted
     can_generate: bool = True
     device: str = "cpu"
+    model: str = "fake"
+    """Its name; only one that is called v1.2 can think and reflect."""
     warning: str | None = None
     held: Memory = Memory()
     usual_loras: Mapping[str, float] = field(default_factory=dict)
@@ -157,24 +200,32 @@ class FakeWorker:
                 yield self._report(Progress(Phase.LOADING))
             location = "CPU" if self.device == "cpu" else "GPU"
             loras = self.usual_loras if job.loras is None else job.loras
-            self.residence = Residence(location, "fake", self.device, self.held, loras=loras)
+            self.residence = Residence(location, self.model, self.device, self.held, loras=loras)
             if job.image is None and not self.can_generate:
                 raise InvalidParameterError(
                     "text to image needs Step1X-Edit v1.1; the model here is demo"
                 )
-            yield self._report(Progress(Phase.ENCODING))
-            for step in range(1, job.num_steps + 1):
-                self.before_step(job, step)
-                if self._cancelled == job.number:
-                    raise EditCancelledError()
-                preview = predicted(job, step)
-                yield self._report(Progress(Phase.DENOISING, step, job.num_steps, preview))
-            yield self._report(Progress(Phase.DECODING))
+            check_can_reason(job, self.model)
+            if job.thinking:
+                yield self._report(Progress(Phase.THINKING))
+            for _ in range(2 if job.reflection else 1):
+                yield self._report(Progress(Phase.ENCODING))
+                for step in range(1, job.num_steps + 1):
+                    self.before_step(job, step)
+                    if self._cancelled == job.number:
+                        raise EditCancelledError()
+                    preview = predicted(job, step)
+                    yield self._report(Progress(Phase.DENOISING, step, job.num_steps, preview))
+                yield self._report(Progress(Phase.DECODING))
+                if job.reflection:
+                    yield self._report(Progress(Phase.REFLECTING))
         except Step1XEditError as error:
             self.stopped_at[job.prompt] = step
             yield self._report(Failure(error.code, str(error)))
         else:
-            yield self._report(Outcome(image=self.paint(job), warning=self.warning))
+            image = self.paint(job)
+            rounds = np.stack([job.image, image]) if job.reflection else None
+            yield self._report(Outcome(image, self.warning, reasoned(job), rounds))
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":

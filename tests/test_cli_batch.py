@@ -161,6 +161,31 @@ def test_a_manifest_says_for_each_picture_what_to_do(folder: Path, worker: FakeW
     ]
 
 
+def test_what_the_model_is_to_think_is_a_flag_and_a_column(
+    folder: Path, worker: FakeWorker
+) -> None:
+    worker.model = "v1.2"
+    (folder / "list.csv").write_text(
+        "image,thinking,reflection\na.png,,\nb.png,false,true\nc.png,,maybe\n"
+    )
+    words = ["batch", "in/list.csv", "--prompt", "x", "--thinking", *QUICK]
+
+    wrong = run.invoke(app, words)
+    (folder / "list.csv").write_text("image,thinking,reflection\na.png,,\nb.png,false,true\n")
+    done = run.invoke(app, words)
+    again = run.invoke(app, [*words, "--json"])
+
+    assert "list.csv line 4: reflection must be true or false, got 'maybe'" in wrong.stderr
+    assert done.exit_code == 0, done.stderr
+    assert "line 2: a.png: rewritten prompt: x, and nothing else" in done.stderr
+    assert "line 3: b.png: round 2 (best): score 9, success: The hat fits." in done.stderr
+    assert "line 3: b.png: rewritten" not in done.stderr
+    results = [item["result"] for item in json.loads(again.stdout)["results"]]
+    assert [one["message"].startswith("Kept") for one in results] == [True, True]
+    thoughts = [one["metadata"]["reasoning"] for one in results]
+    assert [one.get("prompt") for one in thoughts] == ["x, and nothing else", None]
+
+
 def test_a_manifest_may_be_lines_of_json(folder: Path) -> None:
     rows = [{"image": "a.png", "prompt": "x"}, {"image": "b.png", "prompt": "y", "seed": 5}]
     (folder / "list.jsonl").write_text("\n\n".join(map(json.dumps, rows)))

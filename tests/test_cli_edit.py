@@ -103,6 +103,33 @@ def test_images_of_one_name_get_numbers_in_one_folder(pictures: list[Path], tmp_
     ]
 
 
+def test_what_the_model_thought_is_told_round_by_round(
+    pictures: list[Path], worker: FakeWorker
+) -> None:
+    worker.model = "v1.2"
+    words = ["edit", str(pictures[0]), "add a hat", "--thinking", "--reflection", *QUICK]
+
+    told = run.invoke(app, words)
+    several = run.invoke(app, [*words[:2], str(pictures[1]), *words[2:]])
+    as_json = run.invoke(app, [*words, "--json"])
+
+    assert told.exit_code == several.exit_code == as_json.exit_code == 0, told.stderr
+    lines = [
+        "rewritten prompt: add a hat, and nothing else",
+        "round 1: score 6.5, reflection: The hat is too small. → make the hat larger",
+        "round 2 (best): score 9, success: The hat fits.",
+    ]
+    assert told.stderr.splitlines()[-3:] == lines
+    assert "edit: thinking" in told.stderr
+    assert told.stderr.count("edit: reflecting") == 2
+    assert len(told.stdout.splitlines()) == 1
+    for path in pictures[:2]:
+        for line in lines:
+            assert f"{path}: {line}" in several.stderr.splitlines()
+    reasoning = json.loads(as_json.stdout)["metadata"]["reasoning"]
+    assert (reasoning["best"], len(reasoning["rounds"])) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("words", "exit_code", "message"),
     [

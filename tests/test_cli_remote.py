@@ -34,7 +34,7 @@ QUICK = ["--num-steps", "10", "--seed", "1"]
 
 @pytest.fixture
 def worker() -> FakeWorker:
-    return FakeWorker(device="cuda:0", warning="does not know hats")
+    return FakeWorker(device="cuda:0", model="v1.2", warning="does not know hats")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def server(make_service: MakeService, worker: FakeWorker) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _own_model(make_service: MakeService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def build_service(settings: Settings) -> EditService:
-        return make_service(FakeWorker(device="cuda:0", warning="does not know hats"))
+        return make_service(FakeWorker(device="cuda:0", model="v1.2", warning="does not know hats"))
 
     monkeypatch.setattr("step1x_edit.service.build_service", build_service)
     monkeypatch.chdir(tmp_path)
@@ -99,6 +99,7 @@ def test_the_answer_is_that_of_an_edit_in_process(photo: Path, at: list[str]) ->
     mask[:, 40:] = 255
     Image.fromarray(mask).save("mask.png")
     words = ["edit", str(photo), "x", "--mask", "mask.png", "--json", "--overwrite", *QUICK]
+    words += ["--thinking", "--reflection"]
 
     answers = [
         json.loads(run.invoke(app, [*words, "--output", "o.png", *way]).stdout)
@@ -108,6 +109,7 @@ def test_the_answer_is_that_of_an_edit_in_process(photo: Path, at: list[str]) ->
     for answer in answers:
         del answer["processing_time"]
     assert answers[0] == answers[1]
+    assert answers[0]["metadata"]["reasoning"]["best"] == 2
     assert "changed_share" in answers[0]["metadata"]
 
 

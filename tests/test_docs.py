@@ -14,7 +14,14 @@ from conftest import MakeService
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.client_config import ClientName, config_file
 from step1x_edit.interfaces.mcp import build_mcp
-from step1x_edit.schemas import BatchAnswer, EditAnswer, ErrorAnswer, RunningAnswer, StatusAnswer
+from step1x_edit.schemas import (
+    BatchAnswer,
+    EditAnswer,
+    ErrorAnswer,
+    Reasoning,
+    RunningAnswer,
+    StatusAnswer,
+)
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -91,10 +98,11 @@ def _kinds(root: type[Step1XEditError]) -> Iterator[type[Step1XEditError]]:
 
 def test_the_answers_of_the_guide_are_those_of_the_schema() -> None:
     blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)]
-    config, edit, batch, status, failure, running = blocks
+    config, thoughts, edit, batch, status, failure, running = blocks
 
     assert config == json.loads((ROOT / "mcp_config.json").read_text())
     EditAnswer.model_validate(edit)
+    Reasoning.model_validate(thoughts)
     first, second = batch["results"]
     first["result"]["metadata"] = edit["metadata"]
     BatchAnswer.model_validate(batch)

@@ -48,6 +48,8 @@ def painted(job: EditJob) -> Pixels:
         job.size_level,
         job.seed,
         USUAL_LORAS if job.loras is None else job.loras,
+        job.thinking,
+        job.reflection,
     )
     random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
     return job.image ^ random.integers(0, 256, job.image.shape, dtype=np.uint8)
@@ -112,7 +114,8 @@ class Doors:
         words += ["--output", self._out("l")["output_path"]]
         words += [f"--lora={lora}" for lora in given.pop("loras", None) or ()]
         for name, value in given.items():
-            words.append(f"--{name.replace('_', '-')}={value}")
+            flag = f"--{name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag}={value}")
         # In a thread, because the command has an event loop of its own.
         done = await asyncio.to_thread(CliRunner().invoke, cli, words)
         return _result(json.loads(done.stdout))
@@ -159,19 +162,22 @@ def _result(answer: dict[str, Any]) -> Result:
 
 
 @pytest.fixture
+def model() -> str:
+    """Which model the doors lead to."""
+    return "v1.2"
+
+
+@pytest.fixture
 def doors(
-    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> Iterator[Doors]:
     limits = {"max_megapixels": 1, "default_num_steps": 11, "lora_path": LORA_PATH}
 
-    def worker() -> FakeWorker:
-        return FakeWorker(before_step=worked, paint=painted, usual_loras=USUAL_LORAS)
+    def build_service(settings: Settings | None = None) -> EditService:
+        worker = FakeWorker(before_step=worked, paint=painted, model=model, usual_loras=USUAL_LORAS)
+        return make_service(worker, **limits)
 
-    service = make_service(worker(), **limits)
-
-    def build_service(settings: Settings) -> EditService:
-        return make_service(worker(), **limits)
-
+    service = build_service()
     monkeypatch.setattr("step1x_edit.service.build_service", build_service)
     with serving(service) as url:
         yield Doors(service, url, tmp_path)
@@ -185,6 +191,8 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "x", "seed": 1, "loras": ["hand", "look:-1.25"]},
     {"prompt": "x", "seed": 1, "loras": [""]},
     {"prompt": "x", "seed": 1},
+    {"prompt": "add a red hat", "seed": 42, "thinking": True},
+    {"prompt": "add a red hat", "seed": 42, "thinking": True, "reflection": True},
 ]
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -274,6 +282,18 @@ async def test_the_same_mistake_gives_the_same_sentence(
 
         assert str(found["service"]).startswith(beginning), asked
         assert found == dict.fromkeys(found, found["service"]), asked
+
+
+@pytest.mark.parametrize("model", ["demo"])
+@pytest.mark.parametrize("asked", ["thinking", "reflection"])
+async def test_a_model_that_cannot_reason_gives_the_same_sentence(
+    doors: Doors, photo: Path, asked: str
+) -> None:
+    given = {"prompt": "x", asked: True}
+    found = {name: await door(photo, given) for name, door in doors.every().items()}
+
+    sentence = f"Invalid parameter: {asked} needs Step1X-Edit v1.2; the model here is demo"
+    assert found == dict.fromkeys(found, sentence)
 
 
 async def test_the_same_mask_gives_the_same_file(doors: Doors, pictures: dict[str, Path]) -> None:

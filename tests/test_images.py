@@ -368,7 +368,8 @@ def test_the_record_of_the_edit_can_be_read_back(suffix: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".avif", ".tiff"])
 def test_the_longest_prompts_fit_into_the_file(suffix: str) -> None:
-    record = RECORD.model_copy(update={"prompt": "字" * 4000, "negative_prompt": "é" * 4000})
+    texts = {"prompt": "字" * 4000, "negative_prompt": "é" * 4000, "rewritten_prompt": "界" * 4000}
+    record = RECORD.model_copy(update={**texts, "thinking": True})
     assert read_edit_record(encode(Picture(noise(32, 32)), suffix, record)) == record
 
 

@@ -474,6 +474,39 @@ def test_after_a_restart_ended_jobs_are_there_and_the_others_run(
     assert states == ["queued", "running", "queued", "running", "succeeded"]
 
 
+def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    data_dir, gate = tmp_path / "data", Gate()
+    asked = {"thinking": "true", "reflection": "true"}
+    holding = FakeWorker(before_step=gate, model="v1.2")
+    with calling(make_service(holding), data_dir=data_dir) as client:
+        accepted = create(client, photo, **asked)
+        waiting = create(client, photo, "after it", **asked)
+        assert gate.reached.wait(60)
+    with calling(make_service(FakeWorker(model="v1.2")), data_dir=data_dir) as client:
+        job = ended(client, accepted["id"])
+        ended(client, waiting["id"])
+        heard = events_in(client.get(f"/v1/jobs/{accepted['id']}/events").text)
+        picture = client.get(f"/v1/jobs/{accepted['id']}/content").content
+    with calling(make_service(), data_dir=data_dir) as client:
+        kept = client.get(f"/v1/jobs/{accepted['id']}").json()
+        refused = ended(client, create(client, photo, **asked)["id"])
+    gate.open()
+
+    assert (job["request"]["thinking"], job["request"]["reflection"]) == (True, True)
+    assert kept == job
+    assert job["metadata"]["reasoning"]["prompt"] == "x, and nothing else"
+    assert [one["score"] for one in job["metadata"]["reasoning"]["rounds"]] == [6.5, 9.0]
+    phases = {event["progress"]["phase"] for _, event in heard if "progress" in event}
+    assert {"thinking", "reflecting"} <= phases
+    record = read_edit_record(picture)
+    assert record is not None
+    assert record.rewritten_prompt == "x, and nothing else"
+    assert (refused["status"], refused["code"]) == ("failed", "invalid_parameter")
+    assert "thinking needs Step1X-Edit v1.2" in refused["error"]
+
+
 @pytest.mark.parametrize("given", [{}, {"seed": "-1"}])
 def test_a_job_that_is_run_again_after_a_restart_makes_the_same_picture(
     make_service: MakeService, photo: Path, tmp_path: Path, given: dict[str, str]

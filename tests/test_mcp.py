@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from fastmcp import Client
 from mcp.shared.exceptions import MCPError
-from mcp_types import INVALID_PARAMS, CallToolResult, PromptReference
+from mcp_types import INVALID_PARAMS, CallToolResult, ImageContent, PromptReference
 from PIL import Image
 
 from conftest import MakeService
@@ -71,6 +72,32 @@ async def test_progress_rises_strictly_and_names_every_step(
     assert numbers[-1] <= heard[-1][1]
 
 
+async def test_progress_rises_over_the_rounds_of_a_reflection(
+    make_service: MakeService, photo: Path
+) -> None:
+    heard: list[tuple[float, float | None, str | None]] = []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append((progress, total, message))
+
+    service = make_service(FakeWorker(model="v1.2"))
+    arguments = {"image_path": str(photo), "prompt": "x", "num_steps": 10}
+    arguments |= {"thinking": True, "reflection": True}
+    async with Client(build_mcp(service, step_pause_s=0)) as client:
+        await client.call_tool("edit_image", arguments, progress_handler=listen)
+
+    numbers = [progress for progress, _, _ in heard]
+    messages = [message for _, _, message in heard]
+    steps = [f"denoising {k}/10" for k in range(1, 11)]
+    one_round = ["encoding", *steps, "decoding", "reflecting"]
+    assert messages[2:] == ["thinking", *one_round, *one_round, "saving"]
+    assert all(later > earlier for earlier, later in pairwise(numbers))
+    first, second = (numbers[at] for at, message in enumerate(messages) if message == steps[4])
+    assert second - first == len(one_round)
+    assert {total for _, total, _ in heard} == {1.0 + 3 * len(one_round) + 1}
+    assert numbers[-1] == heard[-1][1] - 1
+
+
 async def test_steps_that_nobody_could_read_are_not_told(
     make_service: MakeService, photo: Path
 ) -> None:
@@ -87,6 +114,41 @@ async def test_steps_that_nobody_could_read_are_not_told(
         )
 
     assert heard[-4:] == ["denoising 1/10", "denoising 10/10", "decoding", "saving"]
+
+
+async def test_a_reflection_is_told_in_the_answer_and_shown_round_by_round(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service(FakeWorker(model="v1.2"))
+    arguments = {"image_path": str(photo), "prompt": "x", "thinking": True, "reflection": True}
+    async with Client(build_mcp(service)) as client:
+        result = await client.call_tool("edit_image", arguments)
+        started = await client.call_tool("submit_edit", arguments)
+        job = {"job_id": started.structured_content["job_id"], "wait_s": 50}
+        later = await client.call_tool("get_job", job)
+        batch = await client.call_tool(
+            "batch_edit_images",
+            {"image_paths": [str(photo)], "prompts": "x", "thinking": True, "reflection": True},
+        )
+
+    types = ["text", "image", "resource_link", "image", "image"]
+    answers = [result.structured_content, later.structured_content]
+    answers.append(batch.structured_content["results"][0]["result"])
+    for one, answer in zip((result, later), answers, strict=False):
+        assert [block.type for block in one.content] == types
+        assert json.loads(one.content[0].text) == answer
+        after, first, second = (shown_in(block) for block in one.content if block.type == "image")
+        assert np.abs(first - (255 - second)).mean() < 8  # the fake's first round is the input
+        assert np.abs(second - after).mean() < 8
+    for answer in answers:
+        reasoning = answer["metadata"]["reasoning"]
+        assert reasoning["prompt"] == "x, and nothing else"
+        assert [one["score"] for one in reasoning["rounds"]] == [6.5, 9.0]
+
+
+def shown_in(block: ImageContent) -> np.ndarray:
+    image = Image.open(io.BytesIO(base64.b64decode(block.data)))
+    return np.asarray(image.convert("RGB")).astype(int)
 
 
 async def test_sloppy_numbers_are_understood(make_service: MakeService, photo: Path) -> None:

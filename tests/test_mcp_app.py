@@ -85,6 +85,8 @@ async def test_only_meta_is_added_to_a_result(make_service: MakeService, photo: 
         "guidance_scale": 6.0,
         "size_level": 1024,
         "negative_prompt": "",
+        "thinking": False,
+        "reflection": False,
     }
 
 
@@ -94,8 +96,11 @@ async def test_the_whole_result_of_an_edit_stays_within_the_budget(
     path = tmp_path / f"{'n' * 200}.png"
     Image.effect_noise((1600, 1600), 200).convert("RGB").save(path)
     texts = {"prompt": "\N{PENCIL}" * 4000, "negative_prompt": '"' * 4000}
-    async with Client(build_mcp(make_service())) as client:
-        result = await client.call_tool("edit_image", {"image_path": str(path), **texts})
+    reasoning = {"thinking": True, "reflection": True}
+    async with Client(build_mcp(make_service(FakeWorker(model="v1.2")))) as client:
+        result = await client.call_tool(
+            "edit_image", {"image_path": str(path), **texts, **reasoning}
+        )
 
     wire = CallToolResult(
         content=result.content, structured_content=result.structured_content, _meta=result.meta

@@ -753,6 +753,36 @@ def test_a_stream_shows_previews_and_then_the_picture(
     assert record.seed == 3
 
 
+def test_a_reflection_is_told_beside_the_picture_and_in_a_stream(
+    make_service: MakeService, photo: Path
+) -> None:
+    extra = {"thinking": True, "reflection": True}
+    with theirs(make_service(FakeWorker(model="v1.2"))) as client:
+        answer = client.images.edit(image=photo, prompt="x", n=2, extra_body=extra)
+        stream = client.images.edit(
+            image=photo, prompt="x", stream=True, partial_images=1, extra_body=extra
+        )
+        *_, completed = stream
+
+    assert answer.data is not None
+    told = [(one.model_extra or {})["reasoning"] for one in (*answer.data, completed)]
+    assert len(told) == 3
+    for reasoning in told:
+        assert reasoning["prompt"] == "x, and nothing else"
+        assert [one["score"] for one in reasoning["rounds"]] == [6.5, 9.0]
+
+
+def test_who_cannot_reason_says_so_in_their_words(make_service: MakeService, photo: Path) -> None:
+    sentence = "Invalid parameter: reflection needs Step1X-Edit v1.2; the model here is fake"
+    with (
+        theirs(make_service()) as client,
+        pytest.raises(openai.BadRequestError, match=sentence) as raised,
+    ):
+        client.images.edit(image=photo, prompt="x", extra_body={"reflection": True})
+
+    assert raised.value.code == "invalid_parameter"
+
+
 async def test_their_async_client_streams_too(make_service: MakeService, photo: Path) -> None:
     async with theirs_async(make_service()) as client:
         stream = await client.images.edit(image=photo, prompt="invert", stream=True)

@@ -71,6 +71,37 @@ def test_a_picture_comes_back_edited_with_what_repeats_it(
     assert [path.name for path in photo.parent.iterdir()] == [photo.name]
 
 
+def test_a_reflection_is_told_in_json_with_a_small_picture_of_each_round(
+    make_service: MakeService, photo: Path
+) -> None:
+    asked = {"prompt": "invert", "num_steps": "10", "thinking": "true", "reflection": "true"}
+    with calling(make_service(FakeWorker(model="v1.2"))) as client:
+        answer = client.post(
+            "/api/edit", files=files(photo), data=asked, headers={"Accept": "application/json"}
+        )
+        plain = client.post(
+            "/api/edit",
+            files=files(photo),
+            data={"prompt": "invert", "thinking": "no"},
+            headers={"Accept": "application/json"},
+        )
+        wrong = client.post("/api/edit", files=files(photo), data={**asked, "thinking": "maybe"})
+
+    told = answer.json()
+    reasoning = told["metadata"]["reasoning"]
+    assert reasoning["prompt"] == "invert, and nothing else"
+    assert (len(reasoning["rounds"]), reasoning["best"]) == (2, 2)
+    before = pixels_of(photo.read_bytes()).astype(int)
+    shown = [pixels_of(base64.b64decode(one["image"])).astype(int) for one in told["rounds"]]
+    for small, expected in zip(shown, (before, 255 - before), strict=True):
+        assert np.abs(small - expected).mean() < 8
+    assert "rounds" not in plain.json()
+    assert "reasoning" not in plain.json()["metadata"]
+    assert problem(wrong)["detail"] == (
+        "Invalid parameter: thinking must be true or false, got 'maybe'"
+    )
+
+
 @pytest.mark.parametrize("given", [{}, {"seed": "-1"}])
 def test_a_missing_seed_is_drawn_and_reported(
     make_service: MakeService, photo: Path, given: dict[str, str]

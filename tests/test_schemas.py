@@ -28,6 +28,7 @@ from step1x_edit.schemas import (
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    ImageEditRequest,
     NumSteps,
     PictureRequest,
     StatusAnswer,
@@ -75,7 +76,12 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "negative_prompt": "",
         "mask_path": None,
         "loras": None,
+        "thinking": False,
+        "reflection": False,
     }
+    for model in (BatchRequest, PictureRequest, ImageEditRequest):
+        assert model.model_fields["thinking"].default is False
+        assert model.model_fields["reflection"].default is False
     assert list(BatchRequest.model_fields)[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]
 
@@ -115,6 +121,8 @@ def test_the_schema_shows_ranges_and_no_leniency() -> None:
         ("seed", -1, None),
         ("seed", None, None),
         ("overwrite", "true", True),
+        ("thinking", "true", True),
+        ("reflection", "False", False),
         ("prompt", "", ""),
         ("prompt", "x" * 4000, "x" * 4000),
         ("image_path", Path("cat.jpg"), "cat.jpg"),
@@ -158,6 +166,8 @@ def test_what_callers_mean_is_understood(name: str, value: object, read: object)
         ("mask_path", 5, "mask_path must be a text, got 5"),
         ("mask", "m.png", "'mask' is unknown, did you mean mask_path?"),
         ("overwrite", "perhaps", "overwrite must be true or false, got 'perhaps'"),
+        ("thinking", "much", "thinking must be true or false, got 'much'"),
+        ("reflect", True, "'reflect' is unknown, did you mean reflection?"),
         ("num_step", 20, "'num_step' is unknown, did you mean num_steps?"),
         ("bogus", 20, "'bogus' is unknown"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import io
 import threading
@@ -62,6 +63,81 @@ async def test_an_edit_answers_exactly_as_the_contract_says(
             "height": 48,
         },
     }
+
+
+async def test_an_edit_answers_what_the_model_thought(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service(FakeWorker(model="v1.2"))
+
+    answer = await edit(service, photo, thinking=True, reflection=True)
+
+    metadata: Any = answer["metadata"]
+    assert metadata["prompt"] == "invert"
+    reasoning = metadata["reasoning"]
+    assert reasoning["prompt"] == "invert, and nothing else"
+    assert reasoning["best"] == 2
+    first, second = reasoning["rounds"]
+    assert (first["from_round"], second["from_round"]) == (0, 1)
+    assert second["prompt"] == "make the hat larger"
+    assert list(second) == [
+        "prompt",
+        "from_round",
+        "verdict",
+        "description",
+        "score",
+        "reason",
+        "edit_score",
+        "quality_score",
+        "value",
+    ]
+
+
+async def test_thoughts_without_a_reflection_have_one_round_and_no_verdict(
+    make_service: MakeService, photo: Path
+) -> None:
+    answer = await edit(make_service(FakeWorker(model="v1.2")), photo, thinking=True)
+
+    metadata: Any = answer["metadata"]
+    assert metadata["reasoning"] == {
+        "prompt": "invert, and nothing else",
+        "rounds": [{"prompt": "invert, and nothing else", "from_round": 0}],
+        "best": 1,
+    }
+
+
+async def test_the_file_says_that_the_model_thought_and_only_then(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service(FakeWorker(model="v1.2"))
+
+    plain = await edit(service, photo)
+    thought = await edit(service, photo, thinking=True, reflection=True)
+
+    record = read_edit_record(Path(str(thought["output_path"])))
+    assert record is not None
+    assert (record.prompt, record.thinking, record.reflection) == ("invert", True, True)
+    assert record.rewritten_prompt == "invert, and nothing else"
+    written = Path(str(plain["output_path"])).read_bytes()
+    assert b"thinking" not in written
+    assert b"rewritten_prompt" not in written
+
+
+async def test_each_round_is_shown_small_in_the_colours_of_the_input(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    path = tmp_path / "noise.png"
+    Image.effect_noise((900, 700), 200).convert("RGB").save(path)
+    service = make_service(FakeWorker(model="v1.2"))
+    request = service.read_picture({"prompt": "x", "reflection": True})
+
+    edited = await service.edit_picture(path.read_bytes(), request)
+
+    assert len(edited.rounds) == 2
+    for small in edited.rounds:
+        shown = Image.open(io.BytesIO(small))
+        assert (shown.format, max(shown.size) <= 512) == ("JPEG", True)
+        assert len(base64.b64encode(small)) <= 48 * 1024
 
 
 async def test_the_result_is_the_models_picture_in_the_size_of_the_input(

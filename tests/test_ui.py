@@ -377,6 +377,15 @@ def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, langua
     expect(page.locator("#edit-line")).to_have_text(text("no_picture", language))
 
 
+@needs_browser
+def test_a_page_whose_model_cannot_reason_does_not_offer_it(open_page: OpenPage) -> None:
+    page = open_page("ja")
+    page.get_by_role("button", name=text("advanced", "ja")).first.click()
+    for choice in ("thinking", "reflection"):
+        expect(page.locator(f"#edit-{choice} input")).to_be_disabled()
+        expect(page.locator(f"#edit-{choice}")).to_contain_text(text("reasoning.needs", "ja"))
+
+
 @pytest.mark.parametrize(
     ("accepted", "language"),
     [
@@ -542,5 +551,44 @@ def test_the_picture_to_come_is_shown_while_it_is_made(open_page: OpenPage, phot
         gate.open()
         page.wait_for_selector("#edit-download")
         expect(page.locator('#edit-result img[src*="preview.webp"]')).to_have_count(0)
+        page.close()
+    service.close()
+
+
+@needs_browser
+def test_what_the_model_thought_is_shown_with_its_rounds(
+    open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    """After the one above, for the same reason."""
+    able = Settings(_env_file=None, model_path=tmp_path)  # type: ignore[call-arg]
+    service = build_service(able, FakeWorker(model="v1.2"))
+    with serving(service, api_key=None, model_path=tmp_path) as address:
+        page = open_page(address=address)
+        choose(page, "edit", photo)
+        page.fill("#edit-prompt textarea", "add a hat")
+        page.get_by_role("button", name="Advanced").first.click()
+        page.locator("#edit-thinking input").check()
+        page.locator("#edit-reflection input").check()
+        page.click("#edit-run")
+        page.wait_for_selector("#edit-download")
+        rewritten = page.locator("#edit-rewritten textarea")
+        expect(rewritten).to_have_value("add a hat, and nothing else")
+        expect(page.locator("#edit-verdicts textarea")).to_have_value(
+            "Round 1 · score 6.5: The hat is too small. → make the hat larger\n"
+            "Round 2 · score 9 · best: The hat fits."
+        )
+        rounds = page.locator("#edit-rounds")
+        expect(rounds.locator("img")).to_have_count(2)
+        expect(rounds).to_contain_text("Round 1 · score 6.5")
+        expect(rounds).to_contain_text("Round 2 · score 9 · best")
+        record = images.read_edit_record(downloaded(page, "#edit-download"))
+        assert record is not None
+        assert (record.thinking, record.reflection) == (True, True)
+
+        page.locator("#edit-thinking input").uncheck()
+        page.locator("#edit-reflection input").uncheck()
+        page.click("#edit-run")
+        expect(page.locator("#edit-history img")).to_have_count(2)
+        expect(rewritten).to_have_count(0)
         page.close()
     service.close()

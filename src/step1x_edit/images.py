@@ -75,6 +75,7 @@ MAX_FEATHER: Final = 64  # pixels; each of them is one more pass over the masked
 
 PREVIEW_SIDE: Final = 512
 PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cutting
+ROUND_BASE64_BYTES: Final = 48 * 1024  # several stand beside that in one result
 
 _MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
 _MAX_PROFILE_LENGTH: Final = 2**20  # what PNG decoders are willing to read
@@ -553,7 +554,9 @@ def encode(
     return buffer.getvalue()
 
 
-def preview(picture: Picture, side: int = PREVIEW_SIDE) -> bytes:
+def preview(
+    picture: Picture, side: int = PREVIEW_SIDE, max_base64_bytes: int = PREVIEW_BASE64_BYTES
+) -> bytes:
     """A JPEG of the picture in sRGB, `side` pixels or less, short enough to be shown in a chat."""
     image = _image(picture, with_alpha=False)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -562,7 +565,7 @@ def preview(picture: Picture, side: int = PREVIEW_SIDE) -> bytes:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=80)
-        if len(base64.b64encode(buffer.getvalue())) <= PREVIEW_BASE64_BYTES:
+        if len(base64.b64encode(buffer.getvalue())) <= max_base64_bytes:
             return buffer.getvalue()
         side = side * 3 // 4
 

@@ -256,6 +256,20 @@ Overwrite = Annotated[bool, Field(description="Replace the output file if it exi
 NegativePrompt = Annotated[
     _PromptText, Field(description="What the picture should not show, such as 'blurry'")
 ]
+Thinking = Annotated[
+    bool,
+    Field(
+        description="Have the model put the prompt into clearer words before it edits; "
+        "only Step1X-Edit v1.2 can"
+    ),
+]
+Reflection = Annotated[
+    bool,
+    Field(
+        description="Have the model judge its result, try again where it is not satisfied, and "
+        "take the best of up to three rounds; only Step1X-Edit v1.2 can"
+    ),
+]
 MaskPath = Annotated[
     _PathText | None,
     Field(
@@ -366,6 +380,8 @@ class EditRequest(_Request):
     negative_prompt: NegativePrompt = ""
     mask_path: MaskPath = None
     loras: Loras = None
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 class PictureRequest(_Request):
@@ -378,6 +394,8 @@ class PictureRequest(_Request):
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
     loras: Loras = None
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 class GenerateRequest(_Request):
@@ -421,6 +439,8 @@ class BatchRequest(_Request):
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
     loras: Loras = None
+    thinking: Thinking = False
+    reflection: Reflection = False
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -532,6 +552,8 @@ class ImageEditRequest(OpenAIRequest):
     size_level: SizeLevel | None = None
     negative_prompt: NegativePrompt = ""
     loras: Loras = None
+    thinking: Thinking = False
+    reflection: Reflection = False
 
 
 _Side = Annotated[
@@ -601,6 +623,10 @@ class EditRecord(_Request):
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
     loras: Loras = None
     """Those that were in the model, if there were any."""
+    thinking: Literal[True] | None = None
+    reflection: Literal[True] | None = None
+    rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
+    """What thinking has made of the prompt, unless it is too long for a file."""
 
 
 class GenerationRecord(_Request):
@@ -636,6 +662,48 @@ class _Answer(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
+class ReasoningRound(_Answer):
+    """One edit of a reflection, and what the model thought of it; marks from 0 to 10."""
+
+    prompt: Annotated[str, Field(description="What this round was told to change")]
+    from_round: Annotated[
+        int, Field(description="The round whose picture it changed, from 1; 0 is the input")
+    ]
+    verdict: Annotated[
+        str | None,
+        Field(
+            description="<#Think> and a thought, then <#Success>, <#Others>, <#Failed>, or "
+            "<#Reflection> and what to change next"
+        ),
+    ] = None
+    description: Annotated[
+        str | None, Field(description="What the picture should show, as the model sees it")
+    ] = None
+    score: Annotated[
+        float | None, Field(description="How well the picture agrees with the description")
+    ] = None
+    reason: Annotated[str | None, Field(description="Why this score")] = None
+    edit_score: Annotated[
+        list[float] | None, Field(description="Marks for how well the prompt was followed")
+    ] = None
+    quality_score: Annotated[
+        list[float] | None, Field(description="Marks for how natural and clean the picture is")
+    ] = None
+    value: Annotated[
+        float | None, Field(description="The worst mark of the edit times that of the quality")
+    ] = None
+
+
+class Reasoning(_Answer):
+    """What the model has thought and tried on the way to the picture."""
+
+    prompt: Annotated[
+        str | None, Field(description="The prompt in the model's words, if it was to think")
+    ] = None
+    rounds: list[ReasoningRound]
+    best: Annotated[int, Field(description="The round whose picture is the result, from 1")]
+
+
 class EditMetadata(_Answer):
     """With what, where and by which model the picture was edited, or made."""
 
@@ -662,6 +730,9 @@ class EditMetadata(_Answer):
         list[str] | None,
         Field(description="The LoRAs that it was edited with, as name:strength, if there were any"),
     ] = None
+    reasoning: Annotated[
+        Reasoning | None, Field(description="What was thought, if that was asked for")
+    ] = None
 
 
 GENERATED: Final = "Image generated successfully"
@@ -685,7 +756,10 @@ class RunningAnswer(_Answer):
     message: Annotated[str, Field(description="How far the edit has come, in words")]
     phase: Annotated[
         str | None,
-        Field(description="queued, loading, encoding, denoising, decoding or saving"),
+        Field(
+            description="queued, loading, thinking, encoding, denoising, decoding, reflecting or "
+            "saving"
+        ),
     ] = None
     step: Annotated[int | None, Field(description="Denoising steps that are done")] = None
     total: Annotated[int | None, Field(description="Denoising steps that there are")] = None
@@ -700,6 +774,12 @@ class CancelAnswer(_Answer):
     job_id: Annotated[str, Field(description="The edit that was asked for")]
 
 
+class RoundPicture(_Answer):
+    """What a round of a reflection has painted, small, as a JPEG in base64."""
+
+    image: str
+
+
 class PictureAnswer(_Answer):
     """One picture was edited, and here it is."""
 
@@ -709,6 +789,10 @@ class PictureAnswer(_Answer):
     metadata: EditMetadata
     media_type: str
     image_base64: str
+    rounds: Annotated[
+        list[RoundPicture] | None,
+        Field(description="The pictures of the rounds in metadata.reasoning, in order"),
+    ] = None
 
 
 class ErrorAnswer(_Answer):

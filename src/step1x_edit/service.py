@@ -24,7 +24,16 @@ from typing import Final, TypeAlias, TypeVar
 import numpy as np
 
 from step1x_edit import images
-from step1x_edit.channel import GIB, EditJob, Phase, Placement, Progress, Residence, Start
+from step1x_edit.channel import (
+    GIB,
+    EditJob,
+    Outcome,
+    Phase,
+    Placement,
+    Progress,
+    Residence,
+    Start,
+)
 from step1x_edit.checkpoints.catalog import CATALOG
 from step1x_edit.checkpoints.pulled import resolve_model_path
 from step1x_edit.engine import (
@@ -51,6 +60,7 @@ from step1x_edit.model.config import DEMO, V1_1
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
     GENERATED,
+    MAX_PROMPT_LENGTH,
     MAX_SEED,
     SUGGESTED,
     BatchAnswer,
@@ -70,6 +80,7 @@ from step1x_edit.schemas import (
     GpuStatus,
     PictureRequest,
     PlanStatus,
+    Reasoning,
     Record,
     StatusAnswer,
     Suggestion,
@@ -112,6 +123,8 @@ class FinishedEdit:
     answer: EditAnswer
     picture: Picture
     source: Picture
+    rounds: tuple[bytes, ...] = ()
+    """Small JPEGs of what each round of a reflection has painted."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,8 @@ class EditedPicture:
     data: bytes
     metadata: EditMetadata
     processing_time: float
+    rounds: tuple[bytes, ...] = ()
+    """Small JPEGs of what each round of a reflection has painted."""
 
 
 @dataclass(frozen=True)
@@ -471,7 +486,7 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             metadata=made.metadata,
         )
-        return FinishedEdit(answer, made.picture, source.picture)
+        return FinishedEdit(answer, made.picture, source.picture, made.rounds)
 
     async def _make(
         self,
@@ -486,18 +501,20 @@ class EditService:
         seed = _seed_of(request)
         with self._counted():
             result = await _run(submit(_job(request, source, seed)), report)
-            record = _record(request, seed, result.residence, source)
+            record = _record(request, seed, result, source)
 
-            def finished() -> tuple[Picture, float | None, bytes]:
+            def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
                 picture, share = _restored(result.outcome.image, source)
-                return picture, share, images.encode(picture, suffix, record)
+                data = images.encode(picture, suffix, record)
+                return picture, share, data, _rounds(result.outcome, source)
 
-            picture, share, data = await _aside(finished, Progress(Phase.SAVING), report)
+            picture, share, data, rounds = await _aside(finished, Progress(Phase.SAVING), report)
         return EditedPicture(
             picture,
             data,
             _metadata(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
+            rounds=rounds,
         )
 
     def _submit(self, previews: int, job: EditJob) -> Edit:
@@ -636,6 +653,18 @@ def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | 
     return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
+def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
+    """What each round has painted, as it is shown: without what a mask or alpha would hide."""
+    profile = None if source is None else source.picture.icc_profile
+    return tuple(
+        images.preview(
+            Picture(pixels, icc_profile=profile),
+            max_base64_bytes=images.ROUND_BASE64_BYTES,
+        )
+        for pixels in (() if outcome.rounds is None else outcome.rounds)
+    )
+
+
 def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
     if isinstance(request, GenerateRequest | GeneratePictureRequest):
         return EditJob(
@@ -659,10 +688,13 @@ def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
         size_level=request.size_level,
         seed=seed,
         loras=None if request.loras is None else strengths_of(request.loras),
+        thinking=request.thinking,
+        reflection=request.reflection,
     )
 
 
-def _record(request: _Asked, seed: int, residence: Residence, source: _Source | None) -> Record:
+def _record(request: _Asked, seed: int, result: EditResult, source: _Source | None) -> Record:
+    residence = result.residence
     if isinstance(request, GenerateRequest | GeneratePictureRequest):
         return GenerationRecord(
             model=residence.model_with_loras or "",
@@ -675,6 +707,7 @@ def _record(request: _Asked, seed: int, residence: Residence, source: _Source | 
             seed=seed,
             loras=loras_of(residence.loras) or None,
         )
+    rewritten = (result.outcome.reasoning or {}).get("prompt") or ""
     return EditRecord(
         model=residence.model_with_loras or "",
         prompt=request.prompt,
@@ -685,13 +718,17 @@ def _record(request: _Asked, seed: int, residence: Residence, source: _Source | 
         seed=seed,
         mask_sha256=None if source is None else source.mask_sha256,
         loras=loras_of(residence.loras) or None,
+        thinking=request.thinking or None,
+        reflection=request.reflection or None,
+        rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
 
 
 def _metadata(
     record: Record, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
-    residence, negative = result.residence, record.negative_prompt
+    residence, reasoning = result.residence, result.outcome.reasoning
+    negative = record.negative_prompt
     if isinstance(record, EditRecord):
         negative = negative or None  # empty is the usual one of an edit, and no news
     return EditMetadata(
@@ -710,6 +747,7 @@ def _metadata(
         warning=result.outcome.warning,
         changed_share=None if changed_share is None else round(changed_share, 4),
         loras=record.loras,
+        reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
     )
 
 

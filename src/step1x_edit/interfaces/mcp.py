@@ -49,6 +49,7 @@ from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.hangups import EndWithConnection
 from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
+from step1x_edit.model.reasoning import ReasoningPlan
 from step1x_edit.schemas import (
     BatchAnswer,
     BatchRequest,
@@ -89,6 +90,7 @@ fog, black and white, tints, ...), no objects; metadata.warning says what it did
 """
 
 STEP_PAUSE_S: Final = 0.25
+_OF_MANY_STEPS: Final = (Phase.THINKING, Phase.DENOISING, Phase.REFLECTING)
 MAX_WAIT_HEADER: Final = "X-Max-Wait"
 """Over HTTP, for how many seconds the caller waits for `edit_image`."""
 
@@ -102,7 +104,9 @@ _DESCRIPTIONS: Final = {
     "(or transparent) in the mask may change. The answer holds the path of the result, the seed "
     "that repeats it, and a small preview to judge it by; metadata.warning, where present, says "
     "that the model did not understand. An edit takes seconds to minutes, the first one also loads "
-    "the model.",
+    "the model. Where the model is v1.2, thinking has it put a vague prompt into clear words, and "
+    "reflection has it judge and repeat its work, at several times the cost; what it thought "
+    "stands in metadata.reasoning, and a small picture of each round follows the others.",
     "batch_edit_images": "Edit several pictures in one call, with one prompt for all or a list "
     "with one prompt for each, and save the results as new files (in output_dir, or beside the "
     "inputs). The model stays loaded between them, and one picture that fails does not stop the "
@@ -202,9 +206,7 @@ def build_mcp(
 
     async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_batch(arguments)
-        report = _ProgressReport(
-            get_context(), step_pause_s, len(request.image_paths), request.num_steps
-        )
+        report = _ProgressReport(get_context(), step_pause_s, len(request.image_paths), request)
         answer = await service.edit_batch(request, report.step)
         return result_of(within_budget(answer.to_dict()), is_error=answer.status == "error")
 
@@ -435,10 +437,17 @@ def _running(job_id: str, edit: _Editing) -> ToolResult:
     return result_of(answer.to_dict())
 
 
-def _shown(request: EditRequest, answer: EditAnswer, before: bytes, after: bytes) -> ToolResult:
-    """The answer, a small picture for whoever can see, and a link to the file."""
+def _shown(
+    request: EditRequest,
+    answer: EditAnswer,
+    before: bytes,
+    after: bytes,
+    rounds: Sequence[bytes],
+) -> ToolResult:
+    """The answer, a small picture for whoever can see, a link to the file, and the rounds."""
     link = _link(answer, "The edited picture in full size")
-    return result_of(answer.to_dict(), _jpeg(after), link, meta=app_meta(request, before))
+    more: list[ContentBlock] = [_jpeg(after), link, *map(_jpeg, rounds)]
+    return result_of(answer.to_dict(), *more, meta=app_meta(request, before))
 
 
 def _link(answer: EditAnswer, description: str) -> ResourceLink:
@@ -481,7 +490,7 @@ class _Editing(Pursuit[ToolResult]):
             before, after = await asyncio.gather(
                 asyncio.to_thread(preview, edit.source), asyncio.to_thread(preview, edit.picture)
             )
-            return _shown(request, edit.answer, before, after)
+            return _shown(request, edit.answer, before, after, edit.rounds)
 
         super().__init__(work)
         self._request = request
@@ -497,7 +506,7 @@ class _Editing(Pursuit[ToolResult]):
 
     async def tell(self, step_pause_s: float, wait_s: float | None) -> None:
         """Tell the client of the running call how it goes, until the end or for `wait_s` s."""
-        report = _ProgressReport(get_context(), step_pause_s, 1, self._request.num_steps)
+        report = _ProgressReport(get_context(), step_pause_s, 1, self._request)
         async with contextlib.aclosing(self.events(wait_s)) as events:
             async for event in events:
                 await report.step(0, event)
@@ -520,8 +529,8 @@ def _patience_of_this_caller() -> int:
 class _ProgressReport:
     """Tells the client, from the tool's own task, how far its edits have come.
 
-    One scale for all images: each has one unit per step, and one more each for encoding, decoding
-    and saving. The protocol wants numbers that only rise, so a repeated event rises by a hair.
+    One scale for all images. The protocol wants numbers that only rise, so a repeated event rises
+    by a hair.
 
     Steps that follow each other faster than anybody reads are not all told: a message costs the
     processor milliseconds, which a model on the CPU lacks then.
@@ -529,36 +538,75 @@ class _ProgressReport:
 
     _HAIR: Final = 0.0001
 
-    def __init__(self, context: Context, pause_s: float, images: int, steps: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        pause_s: float,
+        images: int,
+        request: EditRequest | BatchRequest | GenerateRequest,
+    ) -> None:
         self._context = context
         self._pause_s = pause_s  # between two steps that are told
-        self._images = images
-        self._units = steps + 3
+        self._ways = [_Way(request) for _ in range(images)]
+        self._phase: Phase | None = None
         self._last = 0.0
         self._told_step_at = -math.inf
 
     async def step(self, index: int, event: Progress) -> None:
         """Tell an event of the image with this number, from 0."""
-        if event.phase is Phase.DENOISING and event.step < event.total:
+        images, units = len(self._ways), self._ways[0].units
+        position = index * units + self._ways[index].position(event)
+        if event.phase in _OF_MANY_STEPS and event.step < event.total:
             now = time.monotonic()
-            if now < self._told_step_at + self._pause_s:
+            if event.phase is self._phase and now < self._told_step_at + self._pause_s:
                 return
             self._told_step_at = now
-        position = index * self._units + self._within(event)
+        self._phase = event.phase
         self._last = max(position, self._last + self._HAIR)
         text = event.text
-        if self._images > 1:
-            text = f"image {index + 1}/{self._images}, {text}"
-        await self._context.report_progress(self._last, float(self._images * self._units), text)
+        if images > 1:
+            text = f"image {index + 1}/{images}, {text}"
+        await self._context.report_progress(self._last, float(images * units), text)
 
-    def _within(self, event: Progress) -> float:
+
+class _Way:
+    """How far an edit has come on its way through the phases, in units.
+
+    There is one unit per step, and one more each for every other phase. A reflection has room for
+    as many rounds as there may be; where fewer do, the last of its way is one leap.
+    """
+
+    def __init__(self, request: EditRequest | BatchRequest | GenerateRequest) -> None:
+        thinks = reflects = False
+        if not isinstance(request, GenerateRequest):
+            thinks, reflects = request.thinking, request.reflection
+        rounds = ReasoningPlan.max_rounds if reflects else 1
+        self._before = int(thinks)
+        self._steps = request.num_steps
+        self._units_of_round = self._steps + 2 + int(reflects)
+        self._last_round = rounds - 1
+        self._round = 0
+        self._has_reflected = False
+        self.units = self._before + rounds * self._units_of_round + 1
+
+    def position(self, event: Progress) -> float:
+        """Where an event stands; to be told of each, because a round follows the reflection."""
+        if self._has_reflected and event.phase in (Phase.ENCODING, Phase.DENOISING):
+            self._round = min(self._round + 1, self._last_round)
+            self._has_reflected = False
+        start = self._before + self._round * self._units_of_round
         match event.phase:
+            case Phase.ENCODING:
+                return float(start)
             case Phase.DENOISING:
-                return event.step + 1.0
+                return start + event.step + 1.0
             case Phase.DECODING:
-                return self._units - 2.0
+                return start + self._steps + 1.0
+            case Phase.REFLECTING:
+                self._has_reflected = True
+                return start + self._steps + 2.0
             case Phase.SAVING:
-                return self._units - 1.0
+                return self.units - 1.0
         return 0.0
 
 

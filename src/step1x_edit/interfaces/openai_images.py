@@ -121,6 +121,8 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
                 "size_level": asked.size_level,
                 "seed": asked.seed,
                 "loras": asked.loras,
+                "thinking": asked.thinking,
+                "reflection": asked.reflection,
             }
         )
     )
@@ -408,12 +410,9 @@ def _told_of(made: _Made, asked: _Asked, base_url: str) -> dict[str, Any]:
 def _how(made: _Made) -> dict[str, Any]:
     """What repeats a picture, and what there is to say about it."""
     metadata = made.metadata
-    told = {"seed": metadata.seed, "changed_share": metadata.changed_share}
-    return {
-        name: value
-        for name, value in {**told, "warning": metadata.warning}.items()
-        if value is not None
-    }
+    told = metadata.to_dict()
+    names = ("seed", "changed_share", "warning", "reasoning")
+    return {name: told[name] for name in names if name in told}
 
 
 def _form_of(made: _Made, asked: _Asked) -> dict[str, Any]:

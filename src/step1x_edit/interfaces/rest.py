@@ -46,6 +46,7 @@ from step1x_edit.schemas import (
     GpuStatus,
     PictureAnswer,
     PictureRequest,
+    RoundPicture,
     StatusAnswer,
 )
 from step1x_edit.service import EditedPicture, EditService
@@ -341,7 +342,7 @@ def _digest(form: Form, wanted: str) -> str:
 
 
 def _size(edited: EditedPicture) -> int:
-    return len(edited.data) + edited.picture.pixels.nbytes
+    return len(edited.data) + edited.picture.pixels.nbytes + sum(map(len, edited.rounds))
 
 
 def _wanted(accept: str) -> str:
@@ -374,8 +375,13 @@ def _answer(edited: EditedPicture) -> PictureAnswer:
         processing_time=edited.processing_time,
         metadata=edited.metadata,
         media_type="image/png",
-        image_base64=base64.b64encode(edited.data).decode("ascii"),
+        image_base64=_base64(edited.data),
+        rounds=[RoundPicture(image=_base64(small)) for small in edited.rounds] or None,
     )
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def without_null(schema: dict[str, Any]) -> dict[str, Any]:

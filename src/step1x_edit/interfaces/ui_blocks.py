@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -33,6 +33,7 @@ from step1x_edit import images
 from step1x_edit.channel import Phase, Pixels, Progress
 from step1x_edit.errors import EditCancelledError, InvalidParameterError, Step1XEditError
 from step1x_edit.images import Limits
+from step1x_edit.interfaces.rounds import read_verdict
 from step1x_edit.interfaces.ui_texts import (
     DEMO_EXAMPLES,
     EXAMPLES,
@@ -52,6 +53,7 @@ _HISTORY: Final = 12
 _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
 _EVENTS: Final = 256  # that may be about to start; also those that only look at the status
+_REASONING: Final = ("thinking", "reflection")
 _PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}
 
 _t: Final[Any] = gr.I18n(**translations())
@@ -212,6 +214,17 @@ class _Made:
     label: str
     arguments: Mapping[str, object]
     mask: bytes | None = None
+    thoughts: _Thoughts | None = None
+
+
+@dataclass(frozen=True)
+class _Thoughts:
+    """What is shown of the reasoning behind an edit."""
+
+    rewritten: str
+    rounds: Sequence[tuple[str, str]]
+    """Each picture's path, and what stands below it."""
+    verdicts: str
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,8 @@ class _Form:
     seed: gr.Number
     negative_prompt: gr.Textbox
     loras: gr.Dropdown
+    thinking: gr.Checkbox
+    reflection: gr.Checkbox
 
     @property
     def inputs(self) -> list[Any]:
@@ -268,13 +283,17 @@ class _View:
     download: gr.DownloadButton
     reuse: gr.Button
     again: gr.Button
+    thoughts: gr.Accordion
+    rewritten: gr.Textbox
+    rounds: gr.Gallery
+    verdicts: gr.Textbox
     gallery: gr.Gallery
     made: gr.State
     history: gr.State
 
     @property
     def outputs(self) -> list[Any]:
-        return [self.slider, self.actions, self.download, self.gallery, self.made, self.history]
+        return [one for one in vars(self).values() if one not in (self.reuse, self.again)]
 
     def show(self, made: _Made) -> dict[Any, Any]:
         return {
@@ -282,6 +301,17 @@ class _View:
             self.actions: gr.Row(visible=True),
             self.download: gr.DownloadButton(value=made.result),
             self.made: made,
+            **self._told(made.thoughts),
+        }
+
+    def _told(self, thoughts: _Thoughts | None) -> dict[Any, Any]:
+        if thoughts is None:
+            return {self.thoughts: gr.Accordion(visible=False)}
+        return {
+            self.thoughts: gr.Accordion(visible=True),
+            self.rewritten: gr.Textbox(thoughts.rewritten, visible=bool(thoughts.rewritten)),
+            self.rounds: gr.Gallery(list(thoughts.rounds), visible=bool(thoughts.rounds)),
+            self.verdicts: gr.Textbox(thoughts.verdicts, visible=bool(thoughts.verdicts)),
         }
 
 
@@ -302,7 +332,9 @@ class _Teller:
             total=progress.total,
         )
         share = 0.0
-        if progress.phase is Phase.DENOISING:
+        if progress.phase is Phase.ENCODING:
+            self._first = 0  # steps are timed anew in each round
+        elif progress.phase is Phase.DENOISING:
             share = progress.step / progress.total
             if not self._first:
                 self._since, self._first = time.monotonic(), progress.step
@@ -310,7 +342,7 @@ class _Teller:
                 pace = (time.monotonic() - self._since) / (progress.step - self._first)
                 left = round(pace * (progress.total - progress.step))
                 words += " · " + text("left", self.language, seconds=left)
-        elif progress.phase in (Phase.DECODING, Phase.SAVING):
+        elif progress.phase in (Phase.DECODING, Phase.REFLECTING, Phase.SAVING):
             share = 1.0
         bar = f'<div class="bar"><i style="width:{share:.0%}"></i></div>'
         return f'<div role="status">{html.escape(self.prefix + words)}{bar}</div>'
@@ -321,6 +353,8 @@ class _Page:
         self._service = service
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._is_demo = settings.model_path is None
+        self._model_version = "demo" if self._is_demo else settings.model_version
+        self._checkboxes: list[gr.Checkbox] = []
         self._sessions = _Sessions(folder)
 
     def blocks(self) -> gr.Blocks:
@@ -357,6 +391,7 @@ class _Page:
 
             shown = [chip, table]
             blocks.load(_about, None, about, **_PRIVATE)
+            blocks.load(self._offered, None, self._checkboxes, **_PRIVATE)
             blocks.load(tell, None, shown, **_PRIVATE)
             gr.Timer(_REFRESH_S).tick(tell, None, shown, **_PRIVATE)
             offload.click(move_away, None, line, **_PRIVATE).then(tell, None, shown, **_PRIVATE)
@@ -506,7 +541,11 @@ class _Page:
         try:
             asked = self._service.read_picture(arguments)
             before = await self._shown(session, path)
-            yield {**buttons.busy(""), view.slider: (before, before)}
+            yield {
+                **buttons.busy(""),
+                view.slider: (before, before),
+                view.thoughts: gr.Accordion(visible=False),
+            }
             data = await asyncio.to_thread(Path(path).read_bytes)
 
             async def work(report: Report) -> EditedPicture:
@@ -685,8 +724,35 @@ class _Page:
             )
         line = gr.Markdown(elem_classes="line", elem_id=f"{name}-line", sanitize_html=False)
         with gr.Accordion(_t("advanced"), open=False):
-            form = _Form(prompt, *self._advanced())
+            form = _Form(prompt, *self._advanced(), *self._reasoning(name))
         return form, _Buttons(run, stop, line)
+
+    def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox]:
+        thinking, reflection = (
+            gr.Checkbox(
+                label=_t(choice),
+                info=_t(f"{choice}.hint" if self._can_reason() else "reasoning.needs"),
+                interactive=self._can_reason(),
+                elem_id=f"{name}-{choice}",
+            )
+            for choice in _REASONING
+        )
+        self._checkboxes += thinking, reflection
+        return thinking, reflection
+
+    def _can_reason(self) -> bool:
+        """Whether v1.2 runs, as far as that is known before the model is loaded."""
+        model = self._service.status().gpu_status.model or self._model_version
+        return model == "auto" or model.startswith("v1.2")
+
+    def _offered(self, request: gr.Request) -> list[gr.Checkbox]:
+        """The choices that the model does not have are grey, and say why."""
+        language, can_reason = _language(request), self._can_reason()
+        hints = [f"{choice}.hint" if can_reason else "reasoning.needs" for choice in _REASONING]
+        return [
+            gr.Checkbox(info=text(hint, language), interactive=can_reason)
+            for hint in hints * (len(self._checkboxes) // len(hints))
+        ]
 
     def _advanced(
         self,
@@ -762,6 +828,25 @@ def _view(name: str) -> _View:
             )
             reuse = gr.Button(_t("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
             again = gr.Button(_t("again"), size="md", min_width=120, elem_id=f"{name}-again")
+        # Text boxes, because what a model says must not become part of the page.
+        with gr.Accordion(
+            _t("reasoning"), open=True, visible=False, elem_id=f"{name}-thoughts"
+        ) as thoughts:
+            rewritten = gr.Textbox(
+                label=_t("rewritten"), interactive=False, elem_id=f"{name}-rewritten"
+            )
+            rounds = gr.Gallery(
+                label=_t("rounds"),
+                columns=3,
+                height=220,
+                interactive=False,
+                object_fit="contain",
+                buttons=["fullscreen"],
+                elem_id=f"{name}-rounds",
+            )
+            verdicts = gr.Textbox(
+                label=_t("verdicts"), interactive=False, elem_id=f"{name}-verdicts"
+            )
         gallery = gr.Gallery(
             label=_t("history"),
             columns=4,
@@ -776,7 +861,20 @@ def _view(name: str) -> _View:
             elem_classes="history",
         )
     made, history = gr.State(), gr.State([])
-    return _View(slider, actions, download, reuse, again, gallery, made, history)
+    return _View(
+        slider,
+        actions,
+        download,
+        reuse,
+        again,
+        thoughts,
+        rewritten,
+        rounds,
+        verdicts,
+        gallery,
+        made,
+        history,
+    )
 
 
 def _range(name: str) -> tuple[float, float]:
@@ -901,7 +999,26 @@ def _keep(
         label=metadata.prompt,
         arguments=arguments,
         mask=mask,
+        thoughts=_thoughts(session, edited, language),
     )
+
+
+def _thoughts(session: _Session, edited: EditedPicture, language: str) -> _Thoughts | None:
+    reasoning = edited.metadata.reasoning
+    if reasoning is None:
+        return None
+    pictures, verdicts = [], []
+    for number, (each, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
+        words = [text("round", language, number=number)]
+        if each.score is not None:
+            words.append(text("round.score", language, score=f"{each.score:g}"))
+        if number == reasoning.best:
+            words.append(text("round.best", language))
+        caption = " · ".join(words)
+        pictures.append((session.save("round.jpg", small), caption))
+        if each.verdict is not None:
+            verdicts.append(f"{caption}: {read_verdict(each.verdict).words}")
+    return _Thoughts(reasoning.prompt or "", pictures, "\n".join(verdicts))
 
 
 def _small(pixels: Pixels, side: int, picture: images.Picture | None = None) -> bytes:

@@ -17,9 +17,11 @@ from step1x_edit.interfaces.cli.options import (
     NegativePrompt,
     NumSteps,
     Overwrite,
+    Reflection,
     Seed,
     SizeLevel,
     Standalone,
+    Thinking,
     Url,
     option,
 )
@@ -71,6 +73,8 @@ def batch(
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
     lora: Lora = None,
+    thinking: Thinking = None,
+    reflection: Reflection = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -95,6 +99,8 @@ def batch(
             "seed": seed,
             "negative_prompt": negative_prompt,
             "loras": lora,
+            "thinking": thinking,
+            "reflection": reflection,
         }
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
         chosen["mask"] = mask

@@ -20,9 +20,11 @@ from step1x_edit.interfaces.cli.options import (
     NegativePrompt,
     NumSteps,
     Overwrite,
+    Reflection,
     Seed,
     SizeLevel,
     Standalone,
+    Thinking,
     Url,
     option,
 )
@@ -76,6 +78,8 @@ def edit(
     negative_prompt: NegativePrompt = None,
     mask: Annotated[str | None, option("mask_path")] = None,
     lora: Lora = None,
+    thinking: Thinking = None,
+    reflection: Reflection = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -102,6 +106,8 @@ def edit(
             "seed": seed,
             "negative_prompt": negative_prompt,
             "loras": lora,
+            "thinking": thinking,
+            "reflection": reflection,
         }
         for path in paths:
             read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})

@@ -27,6 +27,8 @@ SizeLevel = Annotated[int | None, option("size_level")]
 Seed = Annotated[int | None, option("seed")]
 NegativePrompt = Annotated[str | None, option("negative_prompt")]
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
+Thinking = Annotated[bool | None, option("thinking", "--thinking")]
+Reflection = Annotated[bool | None, option("reflection", "--reflection")]
 Lora = Annotated[
     list[str] | None,
     typer.Option(

@@ -22,7 +22,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from step1x_edit.errors import InvalidParameterError, SettingsError, Step1XEditError
-from step1x_edit.schemas import EditAnswer, EditMetadata, ErrorAnswer
+from step1x_edit.schemas import EditAnswer, EditMetadata, ErrorAnswer, Reasoning
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
@@ -144,8 +144,34 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
     """Say on stderr how a picture was made."""
     took = "" if processing_time is None else f"{processing_time:.1f} s, "
     err.print(f"{metadata.model} on {metadata.device}, {took}seed {metadata.seed}", markup=False)
+    if metadata.reasoning is not None:
+        print_reasoning(metadata.reasoning)
     if metadata.warning is not None:
         err.print(f"Warning: {metadata.warning}", style="yellow", markup=False)
+
+
+def print_reasoning(reasoning: Reasoning, prefix: str = "") -> None:
+    """Say on stderr what the model made of the prompt and of its rounds, one line for each."""
+    from step1x_edit.interfaces.rounds import read_verdict
+
+    if reasoning.prompt is not None:
+        err.print(f"{prefix}rewritten prompt: {_one_line(reasoning.prompt)}", markup=False)
+    for number, each in enumerate(reasoning.rounds, 1):
+        if each.verdict is None:
+            continue
+        verdict = read_verdict(each.verdict)
+        best = " (best)" if number == reasoning.best else ""
+        score = "none" if each.score is None else f"{each.score:g}"
+        err.print(
+            f"{prefix}round {number}{best}: score {score}, {verdict.kind}: "
+            f"{_one_line(verdict.words)}",
+            markup=False,
+        )
+
+
+def _one_line(words: str) -> str:
+    """What a model has said, which may have paragraphs."""
+    return " ".join(words.split())
 
 
 def print_answer(answer: EditAnswer, as_json: bool) -> None:
@@ -182,7 +208,7 @@ def print_results(
 
     Answers whose message is `kept` have cost no time now.
     """
-    rows, failures = [], []
+    rows, failures, thoughts = [], [], []
     warnings: dict[str, None] = {}  # each once, in order
     for name, result in results:
         if isinstance(result, ErrorAnswer):
@@ -193,7 +219,11 @@ def print_results(
         rows.append((name, Path(result.output_path).name, took, str(result.metadata.seed)))
         if result.metadata.warning is not None:
             warnings[result.metadata.warning] = None
+        if result.metadata.reasoning is not None:
+            thoughts.append((name, result.metadata.reasoning))
     print_table(("image", "result", "time", "seed"), rows, err)
+    for name, reasoning in thoughts:
+        print_reasoning(reasoning, f"{name}: ")
     for failure in failures:
         err.print(failure, style="red", markup=False)
     for warning in warnings:

@@ -1,0 +1,31 @@
+"""The rounds of a reflection for people to read: verdicts without their tags."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from step1x_edit.model.reasoning import THINK, VERDICT_TAGS
+
+
+class Verdict(NamedTuple):
+    """What a verdict's text says."""
+
+    kind: str
+    """success, others, failed or reflection; empty where the text names none."""
+    thought: str
+    next: str
+    """What to change in the picture next."""
+
+    @property
+    def words(self) -> str:
+        """The thought, and what follows from it."""
+        return f"{self.thought} → {self.next}" if self.next else self.thought
+
+
+def read_verdict(text: str) -> Verdict:
+    """Take apart "<#Think> a thought <#Reflection> what to change next"."""
+    tag = next((tag for tag in VERDICT_TAGS if tag in text), "")
+    thought, after = text, ""
+    if tag:
+        thought, _, after = text.partition(tag)
+    return Verdict(tag[2:-1].lower(), thought.strip().removeprefix(THINK).strip(), after.strip())
