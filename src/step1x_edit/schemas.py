@@ -523,8 +523,8 @@ class EditRecord(_Request):
     seed: _SeedNumber
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
-    loras: Loras = None
-    """Those that were in the model, if there were any."""
+    loras: list[str] | None = None
+    """Those that were in the model, as `name:strength`, if there were any."""
 
 
 # --- answers -------------------------------------------------------------------------------------
