@@ -137,6 +137,20 @@ def test_each_set_gives_the_picture_of_a_fresh_start(
     assert [id(tensor) for tensor in tensors(residency)] == before
 
 
+def test_matrices_that_are_kept_as_codes_are_those_of_a_fresh_start(folder: Path) -> None:
+    def residency(strengths: Strengths | None) -> Residency:
+        opened = open_checkpoint(folder / "model", loras=files(folder, strengths), precision="int8")
+        return Residency(lambda: opened, DEVICE, plan=share(0.3))
+
+    switching = residency(None)
+    for strengths in ({"hand": 1.0, "look": 0.5}, {"look": 0.5}, {}):
+        fresh = residency(strengths)
+        fresh.onload()
+        switching.use_loras(strengths)
+        switching.onload()
+        assert edited(switching) == edited(fresh)
+
+
 def test_a_model_that_is_away_comes_back_with_what_was_asked_for_meanwhile(
     folder: Path, expected: list[bytes]
 ) -> None:

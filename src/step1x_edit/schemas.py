@@ -621,8 +621,8 @@ class EditRecord(_Request):
     seed: _SeedNumber
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
-    loras: Loras = None
-    """Those that were in the model, if there were any."""
+    loras: list[str] | None = None
+    """Those that were in the model, as `name:strength`, if there were any."""
     thinking: Literal[True] | None = None
     reflection: Literal[True] | None = None
     rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
@@ -642,8 +642,8 @@ class GenerationRecord(_Request):
     width: Width
     height: Height
     seed: _SeedNumber
-    loras: Loras = None
-    """Those that were in the model."""
+    loras: list[str] | None = None
+    """As in an `EditRecord`."""
 
 
 Record: TypeAlias = EditRecord | GenerationRecord
