@@ -117,7 +117,7 @@ def test_prompts_read_together_are_as_if_read_alone(pipeline: EditPipeline, prom
 
 def test_an_edit_by_the_demo_is_the_same_picture() -> None:
     pipeline = read_checkpoint().pipeline
-    request = EditRequest(a_picture(300, 200), "change to night scene", num_steps=4, size_level=256)
+    request = EditRequest(a_picture(300, 200), "change to night scene", num_steps=3, size_level=192)
     found = picture(pipeline, request)
     pipeline.savings = NONE
 
