@@ -3,10 +3,10 @@
     python benchmarks/bench_savings.py [--size 512] [--steps 4] [--rounds 3]
 
 The demo on the CPU, with one thread. Every round runs all variants in turn, so that good and bad
-minutes of the machine meet all of them. Counted are seconds of the processor and not of the wall,
-and of the rounds the quickest: other programs take little of either. Bound by the products of
-matrices. The same on a GPU at full size: `gpu_check.py --only savings`. The last line is one JSON
-object.
+minutes of the machine meet all of them. Times are seconds of the processor and not of the wall, and
+of the rounds the quickest: other programs take little of either. Bound by the products of matrices,
+whose operations are counted as well: that count is the same on every machine. Times on a GPU at
+full size: `gpu_check.py --only savings`. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import fields, replace
 import torch
 from skimage import data
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
@@ -61,26 +62,39 @@ def main() -> None:
         num_steps=arguments.steps,
         size_level=arguments.size,
     )
+    work: dict[str, float] = {}
     taken: dict[str, dict[str, float]] = defaultdict(dict)
     furthest: dict[str, float] = {}
-    _, expected = parts(pipeline, request)  # what is slow once only
+    _, expected = parts(pipeline, request)
+    for name, savings in WITHOUT.items():
+        pipeline.savings = savings
+        with FlopCounterMode(display=False) as counter:
+            _, latents = parts(pipeline, request)
+        work[name] = counter.get_total_flops() / 1e9
+        furthest[name] = float((latents - expected).abs().max())
     for _ in range(arguments.rounds):
         for name, savings in WITHOUT.items():
             pipeline.savings = savings
-            seconds, latents = parts(pipeline, request)
-            furthest[name] = float((latents - expected).abs().max())
+            seconds, _ = parts(pipeline, request)
             for part, value in seconds.items():
                 taken[name][part] = min(value, taken[name].get(part, value))
-    print("| without | encode, s | denoise, s | both ÷ with all savings | latents differ by |")
-    print("|---|---|---|---|---|")
+    print("| without | GFLOP | ÷ with all | encode, s | denoise, s | ÷ with all | differ by |")
+    print("|---|---|---|---|---|---|---|")
     whole = {name: sum(each.values()) for name, each in taken.items()}
     figures = {
-        name: {**each, "ratio": whole[name] / whole["nothing"], "latents_differ_by": furthest[name]}
+        name: {
+            **each,
+            "gflop": work[name],
+            "work_ratio": work[name] / work["nothing"],
+            "time_ratio": whole[name] / whole["nothing"],
+            "latents_differ_by": furthest[name],
+        }
         for name, each in taken.items()
     }
     for name, each in figures.items():
         print(
-            f"| {name} | {each['encode_s']:.3f} | {each['denoise_s']:.3f} | {each['ratio']:.3f} "
+            f"| {name} | {each['gflop']:.2f} | {each['work_ratio']:.4f} | {each['encode_s']:.3f} "
+            f"| {each['denoise_s']:.3f} | {each['time_ratio']:.3f} "
             f"| {each['latents_differ_by']:.1g} |"
         )
     print(json.dumps({"savings": figures, "size": arguments.size, "steps": arguments.steps}))
