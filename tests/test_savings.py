@@ -247,6 +247,26 @@ def test_rows_are_counted_exactly_in_bfloat16(valid: int) -> None:
     assert kept.embeds.shape[1] == valid + 1
 
 
+def test_blocks_are_given_tables_of_the_same_strides_whatever_was_cut(
+    pipeline: EditPipeline,
+) -> None:
+    """Compiled code would be compiled anew for others."""
+    tables: list[Tensor] = []
+    hook = pipeline.transformer.double_blocks[0].register_forward_pre_hook(
+        lambda _, inputs: tables.append(inputs[4])
+    )
+    try:
+        for savings in (ALL, NONE):
+            pipeline.savings = savings
+            picture(pipeline, replace(REQUEST, num_steps=1))
+    finally:
+        hook.remove()
+
+    cut, whole = tables
+    assert cut.shape[2] < whole.shape[2]
+    assert all(table.stride() == torch.empty(table.shape).stride() for table in tables)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
