@@ -48,6 +48,7 @@ from step1x_edit.model import (
     language_model,
     latents,
     reasoning,
+    sizes,
 )
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.config import (
@@ -233,7 +234,7 @@ def check_cfg_combine(case: Case) -> None:
 def check_sizing(case: Case) -> None:
     for row in case.rows:
         width, height = row["input_wh"]
-        size = latents.fit_size(width, height, row["size_level"], V1_1.size_multiple)
+        size = sizes.fit_size(width, height, row["size_level"], V1_1.size_multiple)
         rows, cols = size[1] // V1_1.vae_scale, size[0] // V1_1.vae_scale
         case.same("resized_wh", list(size), row["resized_wh"])
         case.same("latent_hw", [rows, cols], row["latent_hw"])

@@ -27,9 +27,10 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
-from step1x_edit.model.latents import draw_noise, fit_size, image_position_ids, pack, unpack
+from step1x_edit.model.latents import draw_noise, image_position_ids, pack, unpack
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
+from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
