@@ -60,6 +60,7 @@ SECTIONS = (
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
     # what explains the figures above, with the time that is left
+    Section(sections.savings, 30),
     Section(sections.exact_flash, 25),
     Section(sections.exact_cudnn, 25),
     Section(sections.baseline_helpers, 30),
@@ -168,6 +169,7 @@ def table(report: Report) -> str:
         *_streaming_rows(found.get("streaming", {})),
         *_figure_rows("probe", found.get("probe", {})),
         *_figure_rows("residency", found.get("residency", {})),
+        *_figure_rows("savings", found.get("savings", {})),
         "| section | |",
         "|---|---|",
         *(f"| {name} | {section['status']} |" for name, section in found.items()),

@@ -218,6 +218,31 @@ def test_offloading_copies_nothing_and_frees_the_device(folder: Path) -> None:
     assert not any(bool((tensor == 7).all()) for tensor in tensors(residency))
 
 
+@pytest.mark.parametrize("leave", [Residency.offload, Residency.release])
+def test_what_an_edit_keeps_on_the_device_leaves_with_the_model(
+    residency: Residency, leave: Callable[[Residency], None]
+) -> None:
+    tables: list[weakref.ref[torch.UntypedStorage]] = []
+    residency.onload()
+    with residency.on_device() as checkpoint:
+        transformer = checkpoint.pipeline.transformer
+        tabulate = transformer.rope
+
+        def watched(*arguments: object) -> Tensor:
+            table = tabulate(*arguments)
+            tables.append(weakref.ref(table.untyped_storage()))
+            return table
+
+        transformer.rope = watched
+        list(checkpoint.pipeline.edit(REQUEST))
+        list(checkpoint.pipeline.edit(REQUEST))
+    assert [table() is not None for table in tables] == [True]  # kept for the second edit
+
+    leave(residency)
+
+    assert tables[0]() is None
+
+
 def test_releasing_gives_the_memory_back_even_if_somebody_keeps_the_network(
     residency: Residency,
 ) -> None:

@@ -117,7 +117,7 @@ def test_prompts_read_together_are_as_if_read_alone(pipeline: EditPipeline, prom
 
 def test_an_edit_by_the_demo_is_the_same_picture() -> None:
     pipeline = read_checkpoint().pipeline
-    request = EditRequest(a_picture(300, 200), "change to night scene", num_steps=4, size_level=256)
+    request = EditRequest(a_picture(300, 200), "change to night scene", num_steps=3, size_level=192)
     found = picture(pipeline, request)
     pipeline.savings = NONE
 
@@ -245,6 +245,26 @@ def test_rows_are_counted_exactly_in_bfloat16(valid: int) -> None:
     (kept,) = keep_one_pad([branch(640, valid, torch.bfloat16)])
 
     assert kept.embeds.shape[1] == valid + 1
+
+
+def test_blocks_are_given_tables_of_the_same_strides_whatever_was_cut(
+    pipeline: EditPipeline,
+) -> None:
+    """Compiled code would be compiled anew for others."""
+    tables: list[Tensor] = []
+    hook = pipeline.transformer.double_blocks[0].register_forward_pre_hook(
+        lambda _, inputs: tables.append(inputs[4])
+    )
+    try:
+        for savings in (ALL, NONE):
+            pipeline.savings = savings
+            picture(pipeline, replace(REQUEST, num_steps=1))
+    finally:
+        hook.remove()
+
+    cut, whole = tables
+    assert cut.shape[-3] < whole.shape[-3]
+    assert all(table.stride() == torch.empty(table.shape).stride() for table in tables)
 
 
 # --- tables ---------------------------------------------------------------------------------------

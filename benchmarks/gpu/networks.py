@@ -29,7 +29,9 @@ from step1x_edit.model.pipeline import (
     Encoded,
     Plan,
     join,
+    keep_one_pad,
 )
+from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.transformer import Transformer
 
 NUM_STEPS = 28
@@ -124,9 +126,9 @@ def our_states(
     yield from pipeline.denoise(encoded, start, request, plan or Plan())
 
 
-def our_pipeline(network: Transformer, model: ModelConfig) -> EditPipeline:
+def our_pipeline(network: Transformer, model: ModelConfig, savings: Savings = ALL) -> EditPipeline:
     """A pipeline that can denoise and nothing else."""
-    return EditPipeline(network, None, None, model)  # type: ignore[arg-type]
+    return EditPipeline(network, None, None, model, savings=savings)  # type: ignore[arg-type]
 
 
 def our_velocities(
@@ -135,8 +137,10 @@ def our_velocities(
     """What our path predicts for the first latents, if they stood at each of these steps."""
     dtype = network.img_in.weight.dtype
     img, timesteps = _tokens(encoded, model)
-    prompts = join(encoded.branches)
-    prologue = network.prologue(prompts.embeds.to(dtype), prompts.mask, timesteps[:-1])
+    prompts = join(keep_one_pad(encoded.branches))
+    prologue = network.prologue(
+        prompts.embeds.to(dtype), prompts.mask, timesteps[:-1], pad_copies=prompts.pad_copies
+    )
     ids = _ids(encoded, model)
     rope = network.rope(ids, prompts.embeds.shape[1])
     wanted = img.shape[1] // 2

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import bench_savings
 from bench_residency import GB, copy_gb_per_s, held_gb
 from gpu.bench import (
     Bench,
@@ -31,6 +32,7 @@ from gpu.bench import (
     relative,
     rows,
     smi,
+    step_seconds,
 )
 from gpu.networks import (
     NUM_STEPS,
@@ -196,6 +198,31 @@ def baseline_helpers(bench: Bench) -> Figures:
 def exact(bench: Bench) -> Figures:
     """Our path as it is, with torch's choice of kernels."""
     return rows(bench, partial(our_loop, bench), "exact") | drift(bench, "exact")
+
+
+@torch.inference_mode()
+def savings(bench: Bench) -> Figures:
+    """How much longer the loop takes without one of the exact savings, and without all of them.
+
+    In turn, so that drift of the machine meets all alike. What reading the prompts spares is no
+    part of the loop.
+    """
+    model, encoded = bench.scale.model, bench.encoded(bench.smallest)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(3):
+        for name, spared in bench_savings.WITHOUT.items():
+            if name == "shared_prefix":
+                continue
+            steps = our_states(our_pipeline(bench.ours, model, spared), encoded)
+            taken, _ = step_seconds(bench, steps, 5)
+            if len(taken) > 1:
+                loop = taken[0] + (NUM_STEPS - 1) * statistics.median(taken[1:])
+                seconds.setdefault(name, []).append(loop)
+    best = {name: min(each) for name, each in seconds.items()}
+    figures: Figures = {f"without_{name}_s": value for name, value in best.items()}
+    figures |= {f"without_{name}_ratio": best[name] / best["nothing"] for name in best}
+    left_out = [name for name, each in seconds.items() if len(each) < 3]
+    return {"pixels": bench.smallest} | figures | ({"left_out": left_out} if left_out else {})
 
 
 def exact_flash(bench: Bench) -> Figures:

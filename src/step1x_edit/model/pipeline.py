@@ -449,7 +449,7 @@ class EditPipeline:
         else:
             table = make()
         # All text stands at the origin, so it does not matter which rows of it are left out.
-        return table[..., branch.pad_copies :, :, :]
+        return table[0, branch.pad_copies :].unsqueeze(0)
 
     def _encode_latents(self, pixels: Tensor) -> Tensor:
         """Latents (1, C, H, W) of pixels (1, 3, H, W), 0 to 255.
