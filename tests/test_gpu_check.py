@@ -27,6 +27,7 @@ from gpu.networks import PlainNetwork, encoded_prompts, our_network, plain_veloc
 from gpu.sections import correctness, exact_compiled, peer_compiled
 from gpu_check import SECTIONS, Report, Section, main, run_sections, table
 from step1x_edit.model import blocks
+from step1x_edit.model.quantised import CODES
 from step1x_edit.residency import Residency, allocate_slab
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,11 @@ def test_every_section_reports(run: tuple[subprocess.CompletedProcess[str], Path
     assert 0 < found["exact"]["latents_from_baseline"] < 0.1
     assert found["residency"]["onload_gb_per_s"] > 0
     assert found["probe"]["memory_gb_per_s"] > 0
+    blocks = {row["precision"]: row for row in found["coded_blocks"]["blocks"]}
+    assert list(blocks) == ["bf16", *CODES]
+    assert all(row["ms"] > 0 and row["compiled_ms"] > 0 for row in blocks.values())
+    errors = [blocks[name]["from_float32"] for name in ("bf16", "int8", "fp8", "nf4")]
+    assert errors == sorted(errors)
 
 
 def test_caps_make_blocks_pass_and_change_no_number(

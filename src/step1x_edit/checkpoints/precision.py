@@ -19,7 +19,7 @@ CODED: Final = re.compile(
     r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+\."
     r"|conditioner\.(visual\.blocks|language_model\.layers)\.\d+\."
 )
-"""Where linear layers are kept as codes: nine tenths of the weights, and none of the ends."""
+"""Where linear layers are kept as codes: nearly all the weights, and none of the ends."""
 
 
 def is_code(precision: Precision) -> TypeIs[Code]:

@@ -205,9 +205,10 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
-    """The next larger numbers, in float32, that bfloat16 has; x is positive."""
-    rounded = x.bfloat16().float()
-    return torch.where(rounded < x, (x * (1 + 2**-7)).bfloat16().float(), rounded)
+    """The smallest numbers that bfloat16 has and that are not below x; in float32."""
+    rounded = x.bfloat16()
+    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    return torch.where(rounded < x, above, rounded).float()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
