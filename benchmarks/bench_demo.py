@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_prompts
 from demo_data import CORE_EDITS, EDITS, HELD_OUT_PHOTOS, Picture, load_photo
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.latents import fit_size
 from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
+from step1x_edit.model.sizes import fit_size
 
 PROMPTS = {
     "bw": "turn it into a black and white photo",

@@ -48,6 +48,7 @@ from step1x_edit.model import (
     language_model,
     latents,
     reasoning,
+    sizes,
 )
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.config import (
@@ -184,8 +185,8 @@ def check_rope(case: Case) -> None:
         ids = torch.cat([text, latents.image_position_ids(rows, cols, offset)])
         table = rope_table(ids, sidecar["axes_dim"], sidecar["theta"])
         case.expect(f"{version}.ids", ids, EXACT)
-        case.expect(f"{version}.cos", table.real, EXACT)
-        case.expect(f"{version}.sin", table.imag, EXACT)
+        case.expect(f"{version}.cos", table[..., 0], EXACT)
+        case.expect(f"{version}.sin", table[..., 1], EXACT)
         for name in ("q", "k"):
             if f"{version}.{name}_rot" not in case.sidecar["tensors"]:
                 continue
@@ -233,7 +234,7 @@ def check_cfg_combine(case: Case) -> None:
 def check_sizing(case: Case) -> None:
     for row in case.rows:
         width, height = row["input_wh"]
-        size = latents.fit_size(width, height, row["size_level"], V1_1.size_multiple)
+        size = sizes.fit_size(width, height, row["size_level"], V1_1.size_multiple)
         rows, cols = size[1] // V1_1.vae_scale, size[0] // V1_1.vae_scale
         case.same("resized_wh", list(size), row["resized_wh"])
         case.same("latent_hw", [rows, cols], row["latent_hw"])
@@ -691,8 +692,8 @@ def check_dit_forward(case: Case) -> None:
         case.compare(f"{layout} layout", velocity, case.tensors["out.pred"], tolerance)
         rope = transformer.rope(ids, text_tokens, inputs["txt_ids"][0]).squeeze(0)
         if "out.pe_cos" in case.outputs():
-            case.expect("out.pe_cos", rope.real, EXACT)
-            case.expect("out.pe_sin", rope.imag, EXACT)
+            case.expect("out.pe_cos", rope[..., 0], EXACT)
+            case.expect("out.pe_sin", rope[..., 1], EXACT)
         found = {
             "connector.encoder_hidden_states": recorded["connector"][0].squeeze(0),
             "connector.global_out": recorded["connector"][1],

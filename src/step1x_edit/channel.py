@@ -42,7 +42,10 @@ class Start:
     device: str = "auto"
     log_level: str = "INFO"
     loras: Mapping[str, float] = field(default_factory=dict)
-    """Paths of LoRA files, and how much of each is added to the model."""
+    """Paths of LoRA files, and how much of each is added where an edit does not say otherwise.
+
+    An edit names a file by its stem.
+    """
     log_format: str = "text"
     precision: Precision = "auto"
 
@@ -66,6 +69,8 @@ class EditJob:
     """Whether the model first rewrites the prompt; only v1.2 can."""
     reflection: bool = False
     """Whether it judges its edit and tries again, and the best is taken; only v1.2 can."""
+    loras: Mapping[str, float] | None = None
+    """The LoRAs to edit with, and how much of each; None: those of the `Start`."""
 
     @property
     def preview_steps(self) -> frozenset[int]:
@@ -137,6 +142,24 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How a model is spread over device and host, and what that needs; memory in GiB.
+
+    `schemas.PlanStatus` has the same fields, with what they mean to people.
+    """
+
+    resident_share: float
+    precision: str
+    streaming: bool
+    slots: int
+    joint_branches: bool
+    reason: str
+    predicted_peak_gb: float | None = None
+    measured_peak_gb: float | None = None
+    host_gb: float | None = None
+
+
+@dataclass(frozen=True)
 class Residence:
     """Which model there is, where it is and what it occupies, as measured."""
 
@@ -144,6 +167,24 @@ class Residence:
     model: str | None = None
     device: str | None = None
     memory: Memory = Memory()
+    version: str | None = None
+    size_multiple: int | None = None
+    """Sides of the edited picture, in its working size, are multiples of so many pixels."""
+    placement: Placement | None = None
+    """How it was placed when it came to where it computes; kept while it waits in host memory."""
+    loras: Mapping[str, float] = field(default_factory=dict)
+    """Those that are in the model, by name, and how much of each."""
+
+    @property
+    def model_with_loras(self) -> str | None:
+        """What a picture was made with, in words: demo with LoRA hand 0.5."""
+        return self.model and name_with_loras(self.model, self.loras)
+
+
+def name_with_loras(model: str, loras: Mapping[str, float]) -> str:
+    """The name of a model with LoRAs in it."""
+    named = ", ".join(f"{name} {strength:g}" for name, strength in loras.items())
+    return f"{model} with LoRA {named}" if named else model
 
 
 @dataclass(frozen=True)
@@ -256,8 +297,10 @@ class Channel:
         if "residence" not in header:
             return message  # type: ignore[no-any-return]
         residence = header["residence"]
-        memory = Memory(**residence.pop("memory"))
-        return Report(message, Residence(**residence, memory=memory))
+        residence["memory"] = Memory(**residence["memory"])
+        if residence["placement"] is not None:
+            residence["placement"] = Placement(**residence["placement"])
+        return Report(message, Residence(**residence))
 
     def hang_up(self) -> None:
         """Say that nothing more will come, also while another thread waits in `receive`."""

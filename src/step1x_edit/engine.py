@@ -45,6 +45,7 @@ from step1x_edit.errors import (
     WorkerLostError,
     rebuild,
 )
+from step1x_edit.pace import Paces, Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +250,8 @@ class Engine:
         self._snapshot = EngineStatus(is_monitoring=idle_timeout_s > 0 or release_timeout_s > 0)
         self._last_use: float | None = None
         self._last_edit_s = _GUESSED_EDIT_S
+        self._paces = Paces()
+        self._last_model = Residence()  # what it was, also when it has been released
         self._number = 0
         self._worker: Worker | None = None
         self._losses: deque[float] = deque()
@@ -307,6 +310,10 @@ class Engine:
             queue_length=len(self._waiting),
             idle_time_s=self._clock.now() - last_use if is_idle and last_use is not None else 0.0,
         )
+
+    def predicted_s(self, job: EditJob) -> float | None:
+        """How long such an edit would take with the model of the last edit; None if unknown."""
+        return self._paces.seconds(job, self._last_model)
 
     def close(self, timeout_s: float = _STOP_S) -> None:
         """Refuse new edits, end the waiting ones, stop the running one and end the worker."""
@@ -487,6 +494,7 @@ class Engine:
             self._min_patience_s,
             has_previews=bool(edit.job.preview_steps),
         )
+        stopwatch = Stopwatch()
         if edit.stop_reason is not None:  # it came before there was a worker to tell
             worker.cancel(Cancel(edit.job.number))
         while True:
@@ -503,9 +511,13 @@ class Engine:
             self._observe(report.residence)
             match report.event:
                 case Progress() as progress:
-                    watch.saw(progress, self._clock.now())
+                    watch.saw(progress, now := self._clock.now())
+                    stopwatch.saw(progress, now)
                     edit.publish(progress)
                 case Outcome() as outcome:
+                    pace = stopwatch.pace(edit.job, self._clock.now())
+                    self._paces.learn(edit.job, report.residence, pace)
+                    self._last_model = report.residence
                     return EditResult(outcome, report.residence)
                 case Failure(code, sentence):
                     raise rebuild(code, sentence)

@@ -158,11 +158,7 @@ def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
         raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
-            if image.width * image.height > limits.max_pixels:
-                raise ImageTooLargeError(
-                    f"{image.width}×{image.height} pixels, "
-                    f"at most {limits.max_pixels / 1e6:g} megapixels are allowed"
-                )
+            _check_pixels(image.width, image.height, limits)
             yield image
     except ImageError:
         raise
@@ -187,6 +183,19 @@ def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
     if isinstance(error, MemoryError):
         return ImageTooLargeError("it does not fit into memory")
     return CorruptImageError("the file is damaged or incomplete")
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Raise what `decode` would say of a picture of this size."""
+    _check_pixels(width, height, limits)
+    _check_shape(width, height)
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"{width}×{height} pixels, at most {limits.max_pixels / 1e6:g} megapixels are allowed"
+        )
 
 
 def _check_shape(width: int, height: int) -> None:

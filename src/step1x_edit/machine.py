@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Final
 
-from step1x_edit.channel import Start
+from step1x_edit.channel import Placement, Start
 from step1x_edit.errors import InternalError
 from step1x_edit.settings import inherited_environment
 
@@ -32,9 +32,13 @@ class Survey:
     version: str | None = None
     weights_gb: float | None = None
     checkpoint_error: str | None = None
+    size_multiple: int | None = None
+    """Sides of an edited picture, in its working size, are multiples of so many pixels."""
+    placement: Placement | None = None
+    """What would be kept where if the model were loaded now."""
 
 
-def look(start: Start) -> Survey:
+def look(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
     """Have a process of its own look, so that nothing of torch stays in ours."""
     try:
         done = subprocess.run(
@@ -42,15 +46,20 @@ def look(start: Start) -> Survey:
             input=json.dumps(dataclasses.asdict(start)),
             capture_output=True,
             text=True,
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
             env=inherited_environment(PYTHONSAFEPATH="1"),
             check=True,
         )
-        return Survey(**json.loads(done.stdout.splitlines()[-1]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        if found["placement"] is not None:
+            found["placement"] = Placement(**found["placement"])
+        return Survey(**found)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
         return Survey(torch_error=first_line(last))
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError, TypeError) as error:
+    except subprocess.TimeoutExpired:
+        return Survey(torch_error=f"no answer within {timeout_s:g} s")
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
 
 

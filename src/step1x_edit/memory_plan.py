@@ -21,6 +21,8 @@ FIXED: Final = int(1.15 * GB)
 """Context, workspaces of the libraries, tables."""
 BRANCH: Final = int(1.1 * GB)
 """Activations of one branch at 1024 pixels."""
+BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
+"""The same by size level."""
 RESERVE: Final = (int(0.4 * GB), 0.03)
 """What is left alone for others: so much, or this share of what is free."""
 
@@ -110,6 +112,11 @@ def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
     core = _passing(blocks, "core")
     resident = _spread(core, int(core_share * _total(core)))
     return _with_more(blocks, resident, MIN_SLOTS, room=0)
+
+
+def spared(size_level: int, has_joint_branches: bool) -> int:
+    """Bytes by which an edit at this level stays below the peak of its plan, made for 1024."""
+    return (1 + has_joint_branches) * (BRANCH - BRANCH_AT.get(size_level, BRANCH))
 
 
 def slot_size(sizes: Iterable[int], num_slots: int) -> int:

@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -47,6 +47,26 @@ MAX_BATCH: Final = 1000  # so many results, without metadata, are what an answer
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
+MAX_LORAS: Final = 16  # of one edit
+MAX_STRENGTH: Final = 4
+"""Of a LoRA; beyond it no picture is left."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What the authors of a version recommend."""
+
+    num_steps: int
+    guidance_scale: float
+
+
+SUGGESTED: Final[Mapping[str, Suggestion]] = {
+    "v1.0": Suggestion(28, 6.0),
+    "v1.1": Suggestion(28, 6.0),
+    "v1.2-preview": Suggestion(28, 4.0),
+    "v1.2": Suggestion(50, 6.0),
+}
+"""By version. They only are suggestions: the defaults are the same for all versions."""
 
 
 # --- reading leniently ---------------------------------------------------------------------------
@@ -105,6 +125,73 @@ def _plain_text(value: str) -> str:
 
 def _drawn_if_negative(value: int | None) -> int | None:
     return None if value == -1 else value
+
+
+def _loras(value: object) -> object:
+    """Read "hand, look:0.5" and {"hand": 1} as the list that they mean; empty texts say nothing."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        return [f"{name}:{strength}" for name, strength in value.items()]
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return value
+    return [each for each in value if not isinstance(each, str) or each.strip()]
+
+
+def _lora(value: str) -> str:
+    name, strength = _name_and_strength(value)
+    if not name or not abs(strength) <= MAX_STRENGTH:  # nor what is not a number
+        raise PydanticCustomError(
+            "plain_text",
+            "must be a name or name:strength with a strength between -{most} and {most}, "
+            "got {value}",
+            {"most": _plain(MAX_STRENGTH), "value": _shown(value)},
+        )
+    return f"{name}:{_plain(strength)}"
+
+
+def _name_and_strength(value: str) -> tuple[str, float]:
+    name, mark, strength = value.rpartition(":")
+    if not mark:
+        return value.strip(), 1.0
+    try:
+        return name.strip(), float(strength)
+    except ValueError:
+        return name.strip(), math.nan
+
+
+def _each_lora_once(values: list[str] | None) -> list[str] | None:
+    names = [_name_and_strength(value)[0] for value in values or []]
+    for name in names:
+        if names.count(name) > 1:
+            raise PydanticCustomError("plain_text", "names {name} twice", {"name": _shown(name)})
+    return values
+
+
+def strengths_of(loras: Iterable[str]) -> dict[str, float]:
+    """The strengths by name that a list of `name:strength` says; 0 is the same as not there."""
+    strengths = dict(map(_name_and_strength, loras))
+    return {name: strengths[name] for name in sorted(strengths) if strengths[name] != 0}
+
+
+def loras_of(strengths: Mapping[str, float]) -> list[str]:
+    """The same as a list of `name:strength`."""
+    return [f"{name}:{_plain(strength)}" for name, strength in strengths.items()]
+
+
+def check_loras(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raise InvalidParameterError unless there are LoRAs of all these names."""
+    for name in wanted:
+        if name not in known:
+            there_are = f"there are {', '.join(known)}" if known else "LORA_PATH names none"
+            raise InvalidParameterError(
+                f"loras has {_shown(name)}, which is not here{_suggestion(name, known)}; "
+                f"{there_are}",
+                param="loras",
+            )
 
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -177,6 +264,25 @@ MaskPath = Annotated[
         "Default: the whole picture may change"
     ),
 ]
+Loras = Annotated[
+    list[
+        Annotated[
+            str,
+            Field(min_length=1, max_length=300),
+            AfterValidator(_plain_text),
+            AfterValidator(_lora),
+        ]
+    ]
+    | None,
+    Field(
+        max_length=MAX_LORAS,
+        description="LoRAs to edit with, of those that get_gpu_status lists: each a name, or "
+        "name:strength with a strength from -4 to 4. Default: those that the server was started "
+        "with; an empty list is none",
+    ),
+    AfterValidator(_each_lora_once),
+    BeforeValidator(_loras),
+]
 ImagePaths = Annotated[
     list[_PathText],
     Field(min_length=1, max_length=MAX_BATCH, description="Paths of the images to edit"),
@@ -237,6 +343,7 @@ class EditRequest(_Request):
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
     mask_path: MaskPath = None
+    loras: Loras = None
 
 
 class PictureRequest(_Request):
@@ -248,6 +355,7 @@ class PictureRequest(_Request):
     size_level: SizeLevel = DEFAULT_SIZE_LEVEL
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
 
 
 class BatchRequest(_Request):
@@ -262,6 +370,7 @@ class BatchRequest(_Request):
     seed: Seed = None
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -367,6 +476,27 @@ class ImageEditRequest(_Request):
     size_level: SizeLevel | None = None
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
+
+
+_Side = Annotated[
+    int | None,
+    Field(ge=1, le=100_000, description="Pixels of the picture that would be sent"),
+    BeforeValidator(_whole_number),
+]
+
+
+class PictureSize(_Request):
+    """How large a picture is that has not been sent; both sides or none."""
+
+    width: _Side = None
+    height: _Side = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise PydanticCustomError("both_or_none", "width and height must be given together")
+        return self
 
 
 class JobsRequest(_Request):
@@ -395,6 +525,8 @@ class EditRecord(_Request):
     seed: _SeedNumber
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
+    loras: Loras = None
+    """Those that were in the model, if there were any."""
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -429,6 +561,10 @@ class EditMetadata(_Answer):
     changed_share: Annotated[
         float | None,
         Field(description="Share of the pixels that changed, 0 to 1, if there was a mask"),
+    ] = None
+    loras: Annotated[
+        list[str] | None,
+        Field(description="The LoRAs that it was edited with, as name:strength, if there were any"),
     ] = None
 
 
@@ -610,6 +746,34 @@ class GpuStatistics(_Answer):
     full_releases: int = 0
 
 
+class PlanStatus(_Answer):
+    """How the loaded model is spread over device and host, and what that needs; memory in GiB."""
+
+    resident_share: Annotated[
+        float,
+        Field(description="Share of the denoising core that stays on the device, 0 to 1"),
+    ]
+    precision: Annotated[str, Field(description="The numbers that the model computes with")]
+    streaming: Annotated[bool, Field(description="Whether blocks pass through the device")]
+    slots: Annotated[int, Field(description="Through how many slots they pass")]
+    joint_branches: Annotated[
+        bool, Field(description="Whether prompt and negative prompt run together, if memory allows")
+    ]
+    reason: Annotated[str, Field(description="The plan in words")]
+    predicted_peak_gb: Annotated[
+        float | None,
+        Field(description="What an edit at size level 1024 is expected to need on the device"),
+    ] = None
+    measured_peak_gb: Annotated[
+        float | None,
+        Field(
+            description="The most that the last edit, or the running one, has taken: of the "
+            "device's memory, or without a device of the host's, by the whole worker process"
+        ),
+    ] = None
+    host_gb: Annotated[float | None, Field(description="Host memory that holds the weights")] = None
+
+
 class GpuStatus(_Answer):
     """Where the model is and what it occupies; times in seconds, memory in GiB."""
 
@@ -623,6 +787,21 @@ class GpuStatus(_Answer):
     model: str | None = None
     device: str | None = None
     queue_length: int | None = None
+    plan: Annotated[
+        PlanStatus | None,
+        Field(
+            description="How the model is placed; while it waits in host memory, how it was on the "
+            "device. Left out while none is loaded"
+        ),
+    ] = None
+    loras: Annotated[
+        list[str] | None,
+        Field(description="The names of the LoRAs that edits can ask for, if there are any"),
+    ] = None
+    loras_in_model: Annotated[
+        list[str] | None,
+        Field(description="Those that the last edit was made with, as name:strength"),
+    ] = None
 
 
 class StatusAnswer(_Answer):
@@ -638,6 +817,36 @@ class GpuAnswer(_Answer):
     status: Literal["success"] = "success"
     message: str
     gpu_status: GpuStatus
+
+
+class EstimateAnswer(_Answer):
+    """What an edit would take; null is what nobody knows. Nothing was run."""
+
+    status: Literal["success"] = "success"
+    width: Annotated[int, Field(description="Pixels of the picture while it is edited")]
+    height: Annotated[int, Field(description="The same")]
+    num_steps: int
+    guidance_scale: float
+    size_level: int
+    n: Annotated[int, Field(description="How many pictures, one after the other")]
+    predicted_seconds: Annotated[
+        float | None,
+        Field(
+            description="For all n, by the last edit of the same kind, once it is their turn and "
+            "the model is where it computes"
+        ),
+    ]
+    predicted_peak_gb: Annotated[
+        float | None, Field(description="GiB of the device's memory; an estimate")
+    ]
+    must_load: Annotated[
+        bool, Field(description="Whether the model has to be loaded, or brought back, first")
+    ]
+    queue_length: Annotated[int, Field(description="Edits that wait")]
+    model: str | None
+    device: str | None
+    reason: Annotated[str | None, Field(description="The memory plan in words")]
+    note: Annotated[str | None, Field(description="Why less is known than usual, where that is so")]
 
 
 # --- what is allowed, in plain values -------------------------------------------------------------

@@ -19,10 +19,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
+
+import numpy as np
 
 from step1x_edit import images
-from step1x_edit.channel import EditJob, Phase, Progress, Start
+from step1x_edit.channel import GIB, EditJob, Phase, Placement, Progress, Residence, Start
+from step1x_edit.checkpoints.catalog import CATALOG
 from step1x_edit.checkpoints.pulled import resolve_model_path
 from step1x_edit.engine import (
     HEARTBEAT_S,
@@ -33,11 +36,22 @@ from step1x_edit.engine import (
     EngineStatus,
     StartWorker,
 )
-from step1x_edit.errors import CheckpointError, EditCancelledError, ImageError, Step1XEditError
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    ImageError,
+    ModelUnavailableError,
+    Step1XEditError,
+)
 from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.images import Limits, Picture, Pixels
+from step1x_edit.machine import Survey, look
+from step1x_edit.memory_plan import spared
+from step1x_edit.model.config import DEMO, V1_1
+from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
     MAX_SEED,
+    SUGGESTED,
     BatchAnswer,
     BatchItem,
     BatchRequest,
@@ -46,19 +60,30 @@ from step1x_edit.schemas import (
     EditRecord,
     EditRequest,
     ErrorAnswer,
+    EstimateAnswer,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
     PictureRequest,
+    PlanStatus,
     StatusAnswer,
+    Suggestion,
     ViewRequest,
+    check_loras,
+    loras_of,
     read_request,
+    strengths_of,
 )
 from step1x_edit.settings import Settings
 from step1x_edit.worker_process import WorkerProcess
 
 T = TypeVar("T")
 _Request = TypeVar("_Request", EditRequest, BatchRequest, PictureRequest)
+
+LOOK_S: Final = 60.0
+"""How long an estimate waits for the process that looks at the checkpoint."""
+LOOKED_FOR_S: Final = 600.0
+"""How long its answer is believed: the memory that is free changes."""
 
 Report: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
@@ -110,12 +135,18 @@ class EditService:
         engine: Engine,
         files: FileAccess,
         settings: Settings,
+        look_around: Callable[[], Survey] | None = None,
     ) -> None:
+        """`look_around` finds out about a model that is not loaded; it may take long."""
         self._engine = engine
         self._files = files
         self._settings = settings
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
+        self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
+        self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
+        self._looking: asyncio.Future[Survey] | None = None
+        self._seen: tuple[float, Survey] | None = None
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -125,6 +156,11 @@ class EditService:
             "guidance_scale": self._settings.default_guidance_scale,
             "size_level": self._settings.default_size_level,
         }
+
+    @property
+    def loras(self) -> Mapping[str, float]:
+        """The LoRAs that edits can ask for, and how much of each is added if they do not."""
+        return MappingProxyType(self._loras)
 
     def read_edit(self, arguments: Mapping[str, object]) -> EditRequest:
         """Make a request of what a caller gave; raises InvalidParameterError.
@@ -238,6 +274,86 @@ class EditService:
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
     @property
+    def suggestion(self) -> Suggestion | None:
+        """What the authors recommend for the model, where it is known and others are the defaults.
+
+        The model is known once it is loaded, or if a setting names it.
+        """
+        version = self._engine.status().residence.version or named_version(self._settings)
+        return suggestion_for(version, self._settings)
+
+    async def estimate(
+        self,
+        request: PictureRequest,
+        size: tuple[int, int] | None = None,
+        n: int = 1,
+        previews: int = 0,
+    ) -> EstimateAnswer:
+        """What `n` such edits of a picture of this size (or of a square one) would take.
+
+        Nothing is run and no worker is started; about a model that has not been loaded a process
+        of its own finds out. Raises what such a picture or the checkpoint would be told.
+        """
+        width, height = size or (request.size_level, request.size_level)
+        images.check_size(width, height, self._limits)
+        status, note = self._engine.status(), None
+        residence = status.residence
+        if residence.placement is None:
+            seen = await self._survey()
+            note = seen.torch_error
+            residence = Residence(
+                model=seen.checkpoint,
+                device=seen.device,
+                size_multiple=seen.size_multiple,
+                placement=seen.placement,
+            )
+        placement = residence.placement
+        multiple = residence.size_multiple or self._usual_multiple
+        working = fit_size(width, height, request.size_level, multiple)
+        job = replace(_job(request, Picture(_NO_PIXELS), seed=0), previews=previews)
+        seconds = self._engine.predicted_s(job)
+        return EstimateAnswer(
+            width=working[0],
+            height=working[1],
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            size_level=request.size_level,
+            n=n,
+            predicted_seconds=None if seconds is None else round(n * seconds, 1),
+            predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,
+            must_load=_must_load(status.residence),
+            queue_length=status.queue_length,
+            model=residence.model,
+            device=residence.device,
+            reason=placement.reason if placement else None,
+            note=note,
+        )
+
+    @property
+    def _usual_multiple(self) -> int:
+        """Of what the sides of a working size are multiples, where nobody has looked."""
+        return (DEMO if self._settings.model_path is None else V1_1).size_multiple
+
+    async def _survey(self) -> Survey:
+        """What is known of a model that is not loaded; whoever asks meanwhile waits along.
+
+        Raises what stands in the way of edits.
+        """
+        if self._seen is None or self._seen[0] < time.monotonic() - LOOKED_FOR_S:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.ensure_future(asyncio.to_thread(self._look_around))
+            seen = await asyncio.shield(self._looking)
+            if seen.torch_error is None:
+                self._seen = (time.monotonic(), seen)
+        else:
+            seen = self._seen[1]
+        if seen.device_error is not None:
+            raise ModelUnavailableError(f"DEVICE {seen.device}: {seen.device_error}")
+        if seen.checkpoint_error is not None:
+            raise CheckpointError(seen.checkpoint_error)
+        return seen
+
+    @property
     def outcomes(self) -> Mapping[str, int]:
         """How many edits have ended how since the start: "success", or the code of the error."""
         return MappingProxyType(self._outcomes)
@@ -278,7 +394,9 @@ class EditService:
             for name, value in arguments.items()
             if value is not None or name not in fields or fields[name].is_required()
         }
-        return read_request(kind, {**self.defaults, **given})
+        request = read_request(kind, {**self.defaults, **given})
+        check_loras(strengths_of(request.loras or []), self._loras)
+        return request
 
     async def _edit(
         self,
@@ -312,7 +430,7 @@ class EditService:
         seed = _seed_of(request)
         with self._counted():
             result = await _run(submit(_job(request, source.picture, seed)), report)
-            record = _record(request, seed, result.residence.model or "", source.mask_sha256)
+            record = _record(request, seed, result.residence, source.mask_sha256)
 
             def finished() -> tuple[Picture, float | None, bytes]:
                 picture, share = _restored(result.outcome.image, source)
@@ -370,6 +488,9 @@ class EditService:
             model=residence.model,
             device=residence.device,
             queue_length=status.queue_length,
+            plan=None if residence.placement is None else _plan_status(residence.placement),
+            loras=list(self._loras) or None,
+            loras_in_model=loras_of(residence.loras) or None,
         )
 
     def _open(
@@ -461,14 +582,15 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
         guidance_scale=request.guidance_scale,
         size_level=request.size_level,
         seed=seed,
+        loras=None if request.loras is None else strengths_of(request.loras),
     )
 
 
 def _record(
-    request: EditRequest | PictureRequest, seed: int, model: str, mask_sha256: str | None
+    request: EditRequest | PictureRequest, seed: int, residence: Residence, mask_sha256: str | None
 ) -> EditRecord:
     return EditRecord(
-        model=model,
+        model=residence.model_with_loras or "",
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_steps=request.num_steps,
@@ -476,6 +598,7 @@ def _record(
         size_level=request.size_level,
         seed=seed,
         mask_sha256=mask_sha256,
+        loras=loras_of(residence.loras) or None,
     )
 
 
@@ -498,7 +621,49 @@ def _metadata(
         negative_prompt=record.negative_prompt or None,
         warning=result.outcome.warning,
         changed_share=None if changed_share is None else round(changed_share, 4),
+        loras=record.loras,
     )
+
+
+_NO_PIXELS: Final = np.zeros((1, 1, 3), np.uint8)
+
+
+def _plan_status(placement: Placement) -> PlanStatus:
+    """The placement for people: figures that are estimated or fluctuate need few digits."""
+    return PlanStatus(
+        **{
+            name: round(value, 2) if isinstance(value, float) else value
+            for name, value in vars(placement).items()
+        }
+    )
+
+
+def _peak_at(placement: Placement, size_level: int) -> float | None:
+    """GiB that an edit at this size level is expected to need on the device."""
+    if placement.predicted_peak_gb is None:
+        return None
+    less = spared(size_level, placement.joint_branches)
+    return round(placement.predicted_peak_gb - less / GIB, 2)
+
+
+def _must_load(residence: Residence) -> bool:
+    """Whether the next edit has to bring the model to where it computes."""
+    return residence.location != ("CPU" if residence.device == "cpu" else "GPU")
+
+
+def named_version(settings: Settings) -> str | None:
+    """The version of the model as the settings name it, if they do; nothing is opened."""
+    if settings.model_version != "auto":
+        return settings.model_version
+    names = {each.name: each.version for each in CATALOG}
+    return None if settings.model_path is None else names.get(settings.model_path.name)
+
+
+def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None:
+    """What is recommended for a version, if the operator's defaults are others."""
+    suggested = SUGGESTED.get(version or "")
+    chosen = Suggestion(settings.default_num_steps, settings.default_guidance_scale)
+    return None if suggested == chosen else suggested
 
 
 def start_of(settings: Settings) -> Start:
@@ -516,7 +681,10 @@ def start_of(settings: Settings) -> Start:
 
 
 def build_service(
-    settings: Settings, start: StartWorker | None = None, clock: Clock | None = None
+    settings: Settings,
+    start: StartWorker | None = None,
+    clock: Clock | None = None,
+    look_around: Callable[[], Survey] | None = None,
 ) -> EditService:
     """Wire the service that all interfaces use; `start` brings another worker than the usual."""
     engine = Engine(
@@ -528,4 +696,4 @@ def build_service(
         clock=clock,
     )
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
-    return EditService(engine, files, settings)
+    return EditService(engine, files, settings, look_around)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from step1x_edit.channel import GIB, Start
+from step1x_edit.channel import GIB, Start, name_with_loras
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.machine import Survey, first_line
 
@@ -51,15 +51,25 @@ def _with_device(found: Survey, start: Start) -> Survey:
 
 
 def _with_checkpoint(found: Survey, start: Start) -> Survey:
-    from step1x_edit.worker import open_chosen
+    from step1x_edit.checkpoints.arena import blocks_of
+    from step1x_edit.residency import placement_of, precision_of
+    from step1x_edit.worker import chosen_device, open_chosen, place_of, plan_for
 
     try:
         opened = open_chosen(start)
+        loras = opened.loras.changes()
     except (Step1XEditError, OSError) as error:
         return dataclasses.replace(found, checkpoint_error=first_line(str(error)))
+    placement = None
+    if found.device_error is None:
+        place = place_of(chosen_device(start))
+        plan = None if place is None else plan_for(place, blocks_of(opened.weights))
+        placement = placement_of(plan, precision_of(opened.weights))
     return dataclasses.replace(
         found,
-        checkpoint=opened.checkpoint.name,
+        size_multiple=opened.checkpoint.pipeline.config.size_multiple,
+        placement=placement,
+        checkpoint=name_with_loras(opened.checkpoint.name, loras.strengths),
         version=opened.checkpoint.version,
         weights_gb=round(sum(weight.size for weight in opened.weights) / GIB, 2),
     )

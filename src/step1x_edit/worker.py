@@ -18,7 +18,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,8 @@ from step1x_edit.logs import log_to_stderr
 from step1x_edit.schemas import Location
 
 if TYPE_CHECKING:
+    import torch
+
     from step1x_edit.checkpoints.arena import Block
     from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
     from step1x_edit.memory_plan import MemoryPlan
@@ -100,6 +102,7 @@ class PipelineWorker:
         from step1x_edit.model.pipeline import PLANS, EditRequest, EditRun
 
         self._check = check
+        self._residency.begin_edit()
         run = EditRun(
             EditRequest(
                 image=job.image,
@@ -114,7 +117,7 @@ class PipelineWorker:
         )
         for plan in itertools.chain(PLANS, self._smaller_plans()):
             try:
-                yield from self._attempt(run, plan)
+                yield from self._attempt(run, plan, job.loras)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -131,11 +134,17 @@ class PipelineWorker:
     def residence(self) -> Residence:
         """Which model there is, where it is and what it occupies, as measured."""
         checkpoint = self._residency.checkpoint
+        if checkpoint is None:
+            return Residence(memory=self._residency.memory())
         return Residence(
             location=self._residency.location,
-            model=None if checkpoint is None else checkpoint.name,
-            device=None if checkpoint is None else self._device,
+            model=checkpoint.name,
+            device=self._device,
             memory=self._residency.memory(),
+            version=checkpoint.version,
+            size_multiple=checkpoint.pipeline.config.size_multiple,
+            placement=self._residency.placement(),
+            loras=self._residency.loras,
         )
 
     def _smaller_plans(self) -> Iterator[Plan]:
@@ -145,12 +154,15 @@ class PipelineWorker:
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
 
-    def _attempt(self, run: EditRun, plan: Plan) -> Generator[Progress | Outcome, None, None]:
+    def _attempt(
+        self, run: EditRun, plan: Plan, loras: Mapping[str, float] | None
+    ) -> Generator[Progress | Outcome, None, None]:
         from step1x_edit.model.pipeline import Edited
 
-        if self._residency.location != self._workplace:
+        is_there = self._residency.location == self._workplace
+        if not is_there or not self._residency.has_loras(loras):
             yield Progress(Phase.LOADING)
-            self._bring()
+            self._bring(loras)
         placed = self._residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
@@ -165,10 +177,11 @@ class PipelineWorker:
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total, event.preview)
 
-    def _bring(self) -> None:
-        """Have the model where it computes."""
+    def _bring(self, loras: Mapping[str, float] | None) -> None:
+        """Have the model where it computes, with these LoRAs in it."""
         is_new = self._residency.location == "Unloaded"
         try:
+            self._residency.use_loras(loras, self._check)
             self._residency.load(self._check)
         except (Step1XEditError, MemoryError):
             raise
@@ -227,10 +240,8 @@ def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
 def load_worker(start: Start) -> PipelineWorker:
     """Prepare a worker; its model is read by the first edit."""
     import diffusers
-    import torch
     import transformers
 
-    from step1x_edit.memory_plan import everything, fitting
     from step1x_edit.residency import Residency
 
     # Bars of ours tell the progress; theirs would fill the log of a server.
@@ -238,21 +249,30 @@ def load_worker(start: Start) -> PipelineWorker:
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what the libraries have brought stays, and need not be looked through again
     device = chosen_device(start)
-    match device:
-        case "cpu":
-            place = None  # the model computes where the host keeps it
-        case _ if device == STAND_IN:
-            place = torch.device("cpu")
-        case _:
-            place = torch.device(device)
-
-    def plan(blocks: Sequence[Block]) -> MemoryPlan:
-        if place is None or place.type != "cuda":
-            return everything(blocks)
-        free, _ = torch.cuda.mem_get_info(place)
-        return fitting(blocks, free)
-
+    place = place_of(device)
+    plan = partial(plan_for, place)
     return PipelineWorker(Residency(partial(open_chosen, start), place, plan=plan), device)
+
+
+def place_of(device: str) -> torch.device | None:
+    """The device of this name; None if the model computes where the host keeps it."""
+    import torch
+
+    if device == "cpu":
+        return None
+    return torch.device("cpu" if device == STAND_IN else device)
+
+
+def plan_for(place: torch.device | None, blocks: Sequence[Block]) -> MemoryPlan:
+    """What of the model will live on the device, by the memory that is free there now."""
+    import torch
+
+    from step1x_edit.memory_plan import everything, fitting
+
+    if place is None or place.type != "cuda":
+        return everything(blocks)
+    free, _ = torch.cuda.mem_get_info(place)
+    return fitting(blocks, free)
 
 
 def chosen_device(start: Start) -> str:

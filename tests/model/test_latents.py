@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from step1x_edit.model.latents import (
     draw_noise,
-    fit_size,
     image_position_ids,
     pack,
     position_ids,
     unpack,
 )
+from step1x_edit.model.sizes import fit_size
 
 
 @given(

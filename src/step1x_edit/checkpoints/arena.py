@@ -147,28 +147,31 @@ class Arena:
                 for future in under_way:
                     future.cancel()
 
-    def changed(
-        self, delta_of: Callable[[str], Tensor | None], check: Callable[[], None] = never_stop
-    ) -> dict[str, Tensor]:
-        """The blocks with something added to some weights; those that are changed are copies.
+    def weights_of(self, block: str) -> list[str]:
+        """The names of the weights in a block."""
+        return [place.weight.name for place in self._places[block]]
+
+    def write_changed(
+        self,
+        block: str,
+        memory: Tensor,
+        delta_of: Callable[[str], Tensor | None],
+        check: Callable[[], None] = never_stop,
+    ) -> None:
+        """Write a block with something added to some weights into memory of its size.
 
         `delta_of` says by the name of a weight what is added to it, in float32. A matrix that is
         kept as codes is read again for that, so that it is rounded once; raises as `fill`.
         """
-        memories = dict(self.memories)
-        for name, places in self._places.items():
-            for place in places:
-                check()
-                delta = delta_of(place.weight.name)
-                if delta is None:
-                    continue
-                if memories[name] is self.memories[name]:
-                    memories[name] = self.memories[name].clone()
-                self._add(name, place, delta, memories[name], check)
-        return memories
+        memory.copy_(self.memories[block])
+        for place in self._places[block]:
+            check()
+            delta = delta_of(place.weight.name)
+            if delta is not None:
+                self._add(block, place, delta, memory, check)
 
     def attach(self, memories: Mapping[str, Tensor]) -> None:
-        """Make the network's parameters and buffers views into the arena, or `changed` copies.
+        """Make the network's parameters and buffers views into the arena, or changed copies.
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
@@ -336,6 +339,11 @@ def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[_Piece]:
             stop = min(start + step, span.count)
             yield _Piece(weight, span.part(start, stop), flat[place + start : place + stop])
         place += span.count
+
+
+def blocks_of(weights: Iterable[Weight]) -> tuple[Block, ...]:
+    """The blocks that an arena of these weights would have; no memory is taken."""
+    return _lay_out(weights)[0]
 
 
 def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:

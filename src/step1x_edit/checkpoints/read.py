@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -21,11 +21,12 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.arena import Arena, Weight
+from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.find import (
     FileSet,
     choose_transformer,
@@ -42,7 +43,7 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
-from step1x_edit.checkpoints.lora import deltas, read_lora
+from step1x_edit.checkpoints.lora import Loras
 from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
@@ -104,8 +105,8 @@ class OpenedCheckpoint:
 
     checkpoint: Checkpoint
     weights: tuple[Weight, ...]
-    delta_of: Callable[[str], Tensor | None] | None = None
-    """What LoRAs add to a weight, by its name; None if there are none."""
+    loras: Loras = field(default_factory=Loras)
+    """What can be added to its transformer."""
 
 
 def open_checkpoint(
@@ -116,17 +117,24 @@ def open_checkpoint(
     loras: Mapping[Path, float] = NO_LORAS,
     precision: Precision = "auto",
 ) -> OpenedCheckpoint:
-    """Open a folder or file; None is the embedded demo. Only headers are read, and LoRAs.
+    """Open a folder or file; None is the embedded demo. Only headers are read.
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is opened. `loras` are files and
-    their strengths. `precision` is as in `with_precision`. Raises CheckpointError.
+    without it, or if there is none of that version, the newest is opened. `loras` are files that
+    may be added to it and their usual strengths. `precision` is as in `with_precision`. Raises
+    CheckpointError.
     """
     if precision == "bf16":
         dtype = torch.bfloat16
     opened = with_precision(_open(path, dtype, version, releases), precision)
-    return _with_loras(opened, loras) if loras else opened
+    shapes = {
+        weight.name.removeprefix("transformer."): weight.source.shape
+        for weight in opened.weights
+        if weight.source is not None
+    }
+    links = transformer_links(opened.checkpoint.pipeline.transformer.config)
+    return replace(opened, loras=Loras(loras, shapes, links))
 
 
 def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedCheckpoint:
@@ -164,26 +172,6 @@ def _open(
     return _open_official(file_sets(path), path, dtype, version, releases)
 
 
-def _with_loras(opened: OpenedCheckpoint, files: Mapping[Path, float]) -> OpenedCheckpoint:
-    """The same with changes to its transformer, told in its name."""
-    checkpoint = opened.checkpoint
-    transformer = checkpoint.pipeline.transformer
-    shapes = {
-        weight.name.removeprefix("transformer."): weight.source.shape
-        for weight in opened.weights
-        if weight.source is not None
-    }
-    links = transformer_links(transformer.config)
-    loras = [(read_lora(file, shapes, links), strength) for file, strength in files.items()]
-    named = ", ".join(f"{lora.name} {strength:g}" for lora, strength in loras)
-    delta_of = deltas(loras, links)
-    return replace(
-        opened,
-        checkpoint=replace(checkpoint, name=f"{checkpoint.name} with LoRA {named}"),
-        delta_of=lambda name: delta_of(name.removeprefix("transformer.")),
-    )
-
-
 def read_checkpoint(
     path: Path | None = None,
     device: str | torch.device = "cpu",
@@ -195,9 +183,13 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
     opened = open_checkpoint(path, dtype, version, releases, loras, precision)
+    changes = opened.loras.changes()
     arena = Arena(opened.weights)
     arena.fill()
-    arena.attach(arena.changed(opened.delta_of) if opened.delta_of else arena.memories)
+    blocks = ChangedBlocks(arena)
+    for name in blocks.differing(changes):
+        blocks.put(name, changes)
+    arena.attach(blocks.memories)
     for module in opened.checkpoint.pipeline.modules.values():
         module.to(device)
     return opened.checkpoint

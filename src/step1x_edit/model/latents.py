@@ -1,8 +1,7 @@
-"""Latents as tokens: packing, token coordinates, picture sizes, noise."""
+"""Latents as tokens: packing, token coordinates, noise."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -43,27 +42,12 @@ def image_position_ids(rows: int, cols: int, reference_offset: Sequence[float]) 
     return torch.cat([position_ids(rows, cols), position_ids(rows, cols, reference_offset)])
 
 
-def fit_size(width: int, height: int, size_level: int, multiple: int) -> tuple[int, int]:
-    """Return the size (width, height) at which a picture is edited.
+def draw_noise(shape: Sequence[int], seed: int, draw: int = 0) -> Tensor:
+    """Draw the start of the denoising on the CPU: one seed, one picture, on every device.
 
-    About `size_level`² pixels in the picture's own shape, both sides multiples of `multiple`.
-    Raises ValueError for a strip so narrow that a side would vanish.
+    `draw` counts from 0: several edits with one seed take what its generator gives in turn.
     """
-    ratio = width / height
-    if width > height:
-        fitted_width = math.ceil(math.sqrt(size_level * size_level * ratio))
-        fitted_height = math.ceil(fitted_width / ratio)
-    else:
-        fitted_height = math.ceil(math.sqrt(size_level * size_level / ratio))
-        fitted_width = math.ceil(fitted_height * ratio)
-    fitted_width -= fitted_width % multiple
-    fitted_height -= fitted_height % multiple
-    if not fitted_width or not fitted_height:
-        raise ValueError(f"a picture of {width} x {height} is too narrow for size {size_level}")
-    return fitted_width, fitted_height
-
-
-def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Draw the start of the denoising on the CPU: one seed, one picture, on every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    for _ in range(draw):
+        torch.randn(tuple(shape), generator=generator)
     return torch.randn(tuple(shape), generator=generator)
