@@ -59,7 +59,7 @@ SECTIONS = (
     Section(sections.again, 45),
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
-    Section(coded.coded_blocks, 40),
+    Section(coded.coded_blocks, 60),
     # what explains the figures above, with the time that is left
     Section(sections.exact_flash, 25),
     Section(sections.exact_cudnn, 25),

@@ -34,20 +34,6 @@ def with_codes(
     return tuple(_with_codes(modules, list(weights), kind))
 
 
-def bytes_with(weights: Iterable[Weight], kind: Code) -> int:
-    """What weights in full precision would take with codes."""
-    total = 0
-    for weight in weights:
-        if _is_coded(weight):
-            assert isinstance(weight.module, nn.Linear)
-            total += sum(
-                tensor.nbytes for tensor in QuantLinear.like(weight.module, kind).buffers()
-            )
-        else:
-            total += weight.size
-    return total
-
-
 def _with_codes(
     modules: Mapping[str, nn.Module], weights: list[Weight], kind: Code
 ) -> Iterator[Weight]:
