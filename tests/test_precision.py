@@ -103,8 +103,20 @@ def test_the_layers_of_all_blocks_are_codes_and_the_ends_are_not(folder: Path) -
         *(f"transformer.connector.S.c_embedder.linear_{i}" for i in (1, 2)),
         *(f"conditioner.visual.merger.mlp.{i}" for i in (0, 2)),
     }
-    codes = [layer for module in found.values() for layer in layers(module).values()]
-    assert sum(isinstance(layer, QuantLinear) for layer in codes) > 30
+    codes = {
+        f"{part}.{name}": layer.may_round_input
+        for part, module in found.items()
+        for name, layer in layers(module).items()
+        if isinstance(layer, QuantLinear)
+    }
+    assert len(codes) > 30
+    core = ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2")
+    rounding = {name for name, may_round_input in codes.items() if may_round_input}
+    assert rounding == {
+        *(f"transformer.double_blocks.0.{name}" for name in core),
+        *(f"transformer.double_blocks.0.{name.replace('img', 'txt')}" for name in core),
+        *(f"transformer.single_blocks.{i}.linear{j}" for i in (0, 1) for j in (1, 2)),
+    }
 
 
 @pytest.mark.parametrize("layout", ["demo", "official", "diffusers"])

@@ -76,5 +76,7 @@ def _coded(block: nn.Module, kind: Code) -> nn.Module:
     coded = copy.deepcopy(block)
     for name, layer in list(coded.named_modules()):
         if isinstance(layer, nn.Linear):
-            coded.set_submodule(name, QuantLinear.of(layer, kind))
+            made = QuantLinear.of(layer, kind)
+            made.may_round_input = True  # as in a model that is read
+            coded.set_submodule(name, made)
     return coded
