@@ -67,7 +67,7 @@ def _inputs(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
         numbers = torch.randn(shape, device=bench.device, generator=generator)
         return numbers.to(bench.dtype)
 
-    rope = rope_table(ids, config.axes_dim, config.theta).unsqueeze(-3)
+    rope = rope_table(ids, config.axes_dim, config.theta).unsqueeze(-4)  # (1, L+2N, D/2H, 2)
     return drawn(2, len(ids), config.hidden_size), drawn(2, 3 * config.hidden_size), rope
 
 
