@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from gpu import memory, sections
+from gpu import coded, memory, sections
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +59,7 @@ SECTIONS = (
     Section(sections.again, 45),
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
+    Section(coded.coded_blocks, 60),
     # what explains the figures above, with the time that is left
     Section(sections.savings, 30),
     Section(sections.exact_flash, 25),
@@ -167,6 +168,7 @@ def table(report: Report) -> str:
         *_speed_rows(found),
         *_correctness_rows(found),
         *_streaming_rows(found.get("streaming", {})),
+        *_coded_rows(found.get("coded_blocks", {})),
         *_figure_rows("probe", found.get("probe", {})),
         *_figure_rows("residency", found.get("residency", {})),
         *_figure_rows("savings", found.get("savings", {})),
@@ -253,6 +255,17 @@ def _streaming_rows(section: Figures) -> list[str]:
         cap = "none" if row["cap_gb"] is None else row["cap_gb"]
         cells = [row["failed"]] if "failed" in row else [_cell(row.get(name)) for name in names]
         lines.append(f"| {cap} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _coded_rows(section: Figures) -> list[str]:
+    if not section.get("blocks"):
+        return []
+    names = ["weights_gb", "ms", "compiled_ms", "activations_gb", "from_float32", "allowed"]
+    lines = [f"| one block | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in section["blocks"]:
+        cells = [_cell(row.get(name)) for name in names]
+        lines.append(f"| {row['precision']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

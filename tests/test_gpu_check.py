@@ -22,11 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpu.bench import SMALL, Bench, block_tflop
+from gpu.coded import coded_blocks
 from gpu.memory import Cap, capped, opened_from, streaming
 from gpu.networks import PlainNetwork, encoded_prompts, our_network, plain_velocities
 from gpu.sections import correctness, exact_compiled, peer_compiled
 from gpu_check import SECTIONS, Report, Section, main, run_sections, table
 from step1x_edit.model import blocks
+from step1x_edit.model.quantised import CODES, QuantLinear
 from step1x_edit.residency import Residency, allocate_slab
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +86,11 @@ def test_every_section_reports(run: tuple[subprocess.CompletedProcess[str], Path
     assert 0 < found["exact"]["latents_from_baseline"] < 0.1
     assert found["residency"]["onload_gb_per_s"] > 0
     assert found["probe"]["memory_gb_per_s"] > 0
+    blocks = {row["precision"]: row for row in found["coded_blocks"]["blocks"]}
+    assert list(blocks) == ["bf16", *CODES]
+    assert all(row["ms"] > 0 and row["compiled_ms"] > 0 for row in blocks.values())
+    errors = [blocks[name]["from_float32"] for name in ("bf16", "int8", "fp8", "nf4")]
+    assert errors == sorted(errors)
 
 
 def test_caps_make_blocks_pass_and_change_no_number(
@@ -228,6 +235,19 @@ def test_numbers_that_are_not_finite_are_noticed(tmp_path: Path) -> None:
     bench.ours.final_layer.linear.bias[0] = torch.nan
 
     assert not checked(bench, tmp_path).is_good
+
+
+def test_codes_that_stand_for_other_weights_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usual = QuantLinear.weight
+    monkeypatch.setattr(QuantLinear, "weight", lambda self, dtype: usual(self, dtype).roll(1, 0))
+    report = Report(dict(FACTS))
+
+    todo = [Section(coded_blocks, 600)]
+    run_sections(Bench(SMALL, torch.device("cpu")), todo, report, 600, tmp_path)
+
+    assert report.found["coded_blocks"]["status"].startswith("wrong")
 
 
 # --- time is limited ------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "gpu_idle_timeout": 60,
         "gpu_release_timeout": 0,
         "device": "auto",
+        "precision": "auto",
         "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
         "host": "127.0.0.1",
         "port": 8000,
@@ -100,6 +101,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("GPU_RELEASE_TIMEOUT", "900", 900),
         ("DATA_DIR", "~/data", Path.home() / "data"),
         ("DEVICE", "cuda:1", "cuda:1"),
+        ("PRECISION", " INT8", "int8"),
         ("MAX_QUEUE", "2", 2),
         ("MAX_UPLOAD_MB", "5", 5),
         (
@@ -196,6 +198,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "GPU_IDLE_TIMEOUT": "-5",
         "MODEL_VERSION": "v9",
         "DEVICE": "tpu",
+        "PRECISION": "fp4",
         "LORA_PATH": "a.safetensors@much",
         "ALLOWED_DIRS": "/nope",
         "PORT": "65536",

@@ -433,8 +433,12 @@ def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
 
 
 def precision_of(weights: Iterable[Weight]) -> str:
-    """In which numbers the transformer computes."""
-    dtype = next(weight.dtype for weight in weights if weight.name.startswith("transformer."))
+    """In which numbers the transformer computes, or in which codes its matrices are kept."""
+    weights = [weight for weight in weights if weight.name.startswith("transformer.")]
+    code = next((weight.code for weight in weights if weight.code is not None), None)
+    if code is not None:
+        return code
+    dtype = weights[0].dtype
     return _PRECISIONS.get(dtype, str(dtype).removeprefix("torch."))
 
 

@@ -19,7 +19,11 @@ CODED: Final = re.compile(
     r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+\."
     r"|conditioner\.(visual\.blocks|language_model\.layers)\.\d+\."
 )
-"""Where linear layers are kept as codes: nine tenths of the weights, and none of the ends."""
+"""Where linear layers are kept as codes: nearly all the weights, and none of the ends."""
+
+IN_EVERY_STEP: Final = re.compile(r"transformer\.(double|single)_blocks\.\d+\.(?!.*mod)")
+"""Where a GPU multiplies the codes. What runs once for an edit would gain no time by that, and the
+conditioner's inputs have a few very large numbers, which rounding to 8 bits does not stand."""
 
 
 def is_code(precision: Precision) -> TypeIs[Code]:
@@ -34,20 +38,6 @@ def with_codes(
     return tuple(_with_codes(modules, list(weights), kind))
 
 
-def bytes_with(weights: Iterable[Weight], kind: Code) -> int:
-    """What weights in full precision would take with codes."""
-    total = 0
-    for weight in weights:
-        if _is_coded(weight):
-            assert isinstance(weight.module, nn.Linear)
-            total += sum(
-                tensor.nbytes for tensor in QuantLinear.like(weight.module, kind).buffers()
-            )
-        else:
-            total += weight.size
-    return total
-
-
 def _with_codes(
     modules: Mapping[str, nn.Module], weights: list[Weight], kind: Code
 ) -> Iterator[Weight]:
@@ -56,17 +46,18 @@ def _with_codes(
         if not _is_coded(weight):
             continue
         assert isinstance(weight.module, nn.Linear)
-        made[weight.module] = QuantLinear.like(weight.module, kind)
+        layer = QuantLinear.like(weight.module, kind)
+        layer.may_round_input = IN_EVERY_STEP.match(weight.name) is not None
+        made[weight.module] = layer
         part, _, path = weight.name.removesuffix(".weight").partition(".")
-        modules[part].set_submodule(path, made[weight.module])
+        modules[part].set_submodule(path, layer)
     for weight in weights:
-        layer = made.get(weight.module)
-        if layer is None:
+        if weight.module not in made:
             yield weight
         elif weight.attribute == "weight":
-            yield from _codes_of(weight, layer)
+            yield from _codes_of(weight, made[weight.module])
         else:
-            yield replace(weight, module=layer)
+            yield replace(weight, module=made[weight.module])
 
 
 def _codes_of(weight: Weight, layer: QuantLinear) -> Iterator[Weight]:

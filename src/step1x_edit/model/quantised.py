@@ -2,9 +2,9 @@
 
 A matrix W (N, K) is kept as codes and scales. A row of 8-bit codes has one scale; of 4-bit codes
 every 64 columns have one, and two codes share a byte. Every row is coded by itself, so that a
-matrix that is coded piece by piece is the same as one that is coded at once. Where a GPU can
-multiply the codes themselves, it does, and the input is rounded to 8 bits as well, row by row;
-everywhere else the weights are widened to the input's type first.
+matrix that is coded piece by piece is the same as one that is coded at once. A layer that is told
+to has a GPU multiply the codes themselves, where it can; then the input is rounded to 8 bits as
+well, row by row. Everywhere else the weights are widened to the input's type first.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        self.may_round_input = False
+        """Whether a GPU may multiply the codes."""
         coded = empty((out_features, in_features), kind, device)
         self.register_buffer("codes", coded.codes)
         self.register_buffer("scale", coded.scale)
@@ -146,7 +148,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., K) to (..., N)."""
-        if not (x.is_cuda and self._can_multiply_codes(x)):
+        if not (self.may_round_input and x.is_cuda and self._can_multiply_codes(x)):
             return F.linear(x, self.weight(x.dtype), self.bias)
         multiply = multiply_float8 if self.kind == "fp8" else multiply_int8
         rows = x.reshape(-1, self.in_features)
@@ -159,10 +161,11 @@ class QuantLinear(nn.Module):
             case "fp8":
                 fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
                 # The product knows bfloat16 only.
-                return fits and x.dtype == torch.bfloat16 and _has_float8(x.device.index)
+                return fits and x.dtype == torch.bfloat16 and _capability(x.device.index) >= (8, 9)
             case "int8":
                 fits = self.in_features % 8 == 0 and self.out_features % 8 == 0
-                return fits and x.numel() >= INT_MM_ROWS * self.in_features
+                are_enough = x.numel() >= INT_MM_ROWS * self.in_features
+                return fits and are_enough and _capability(x.device.index) >= (7, 5)
             case "nf4":
                 return False
 
@@ -205,12 +208,13 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
-    """The next larger numbers, in float32, that bfloat16 has; x is positive."""
-    rounded = x.bfloat16().float()
-    return torch.where(rounded < x, (x * (1 + 2**-7)).bfloat16().float(), rounded)
+    """The smallest numbers that bfloat16 has and that are not below x; in float32."""
+    rounded = x.bfloat16()
+    above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    return torch.where(rounded < x, above, rounded).float()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_float8(index: int) -> bool:
-    """Whether this GPU multiplies 8-bit floats."""
-    return torch.cuda.get_device_capability(index) >= (8, 9)
+def _capability(index: int) -> tuple[int, int]:
+    """The generation of a GPU."""
+    return torch.cuda.get_device_capability(index)
