@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
@@ -48,6 +48,7 @@ from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
+from step1x_edit.memory_plan import HostPlan
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
@@ -107,6 +108,8 @@ class OpenedCheckpoint:
     weights: tuple[Weight, ...]
     loras: Loras = field(default_factory=Loras)
     """What can be added to its transformer."""
+    host: HostPlan = HostPlan()
+    """Which of its blocks stay on disk."""
 
 
 def open_checkpoint(
