@@ -274,6 +274,8 @@ def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
                 room -= block.size
             else:
                 out.add(block.name)
+        if out:
+            room = 0  # crumbs of what is less important would be of no use
     return [block for block in blocks if block.name in out]
 
 
