@@ -429,7 +429,9 @@ class Residency:
             self.release()
 
     def _leave_device(self) -> None:
-        """Stop the blocks that pass."""
+        """Stop the blocks that pass, and forget what was kept beside the weights."""
+        if self._checkpoint is not None:
+            self._checkpoint.pipeline.forget_tables()
         if self._streamer is not None:
             self._streamer.close()
             self._streamer = None
