@@ -35,9 +35,9 @@ BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
 RESERVE: Final = (int(0.4 * GB), 0.03)
 """What is left alone for others: so much, or this share of what is free."""
 
-HOST_RESERVE: Final = (4 * GB, 0.15)
-"""Host memory that is left for pictures, libraries, blocks on their way and other programs: so
-much, or this share of what is free."""
+HOST_RESERVE: Final = 4 * GB
+"""Host memory that is left for pictures, libraries, blocks on their way and other programs; where
+there is little, half of what is free."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
 """The precisions that are tried in this order where nobody has asked for one."""
@@ -203,7 +203,7 @@ def hosted(
     """
     for precision in precisions:
         blocks = list(blocks_of(precision))
-        on_disk = [] if free is None else _left_on_disk(blocks, free - _host_reserve(free))
+        on_disk = [] if free is None else _left_on_disk(blocks, free - min(HOST_RESERVE, free // 2))
         needed = [block for block in on_disk if block.component == "core" or not has_device]
         if not needed:
             break
@@ -253,11 +253,6 @@ def _with_more(
         core_share=_total(resident) / max(1, _total(core)),
         peak=_total(fixed) + _total(kept) + slots + FIXED + branches,
     )
-
-
-def _host_reserve(free: int) -> int:
-    """What is not planned with; of very little, half."""
-    return max(int(HOST_RESERVE[1] * free), min(HOST_RESERVE[0], free // 2))
 
 
 def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:

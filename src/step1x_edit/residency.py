@@ -341,6 +341,8 @@ class Residency:
             raise
         finally:
             self._is_lent = False
+            if self._disk is not None:
+                self._disk.drop()  # what would have been next
 
     def _refuse_if_lent(self) -> None:
         if self._is_lent:

@@ -187,7 +187,7 @@ class BlockStreamer:
         if len(slots) < wanted:
             return []
         name = self._blocks[index].name
-        source = self._host[name] if self._is_in_host(index) else self._read(name)
+        source = self._host[name] if self._is_in_host(index) else self._read(index)
         self._turn = (slots[-1] + 1) % len(self._slots)
         # A large block is gone as a whole; and the new one is not here if copying fails.
         gone = {self._holds[slot] for slot in slots}
@@ -202,9 +202,12 @@ class BlockStreamer:
     def _is_in_host(self, index: int) -> bool:
         return self._blocks[index].name in self._host
 
-    def _read(self, block: str) -> Tensor:
+    def _read(self, index: int) -> Tensor:
+        """A block from disk; the next one is read while this one is copied."""
         assert self._disk is not None
-        return self._disk.take(block)
+        source = self._disk.take(self._blocks[index].name)
+        self._read_ahead(index)
+        return source
 
     def _read_ahead(self, index: int) -> None:
         """Begin to read the next block that comes from disk, if there is one."""
