@@ -272,6 +272,28 @@ def test_where_nobody_knows_what_is_free_everything_is_in_memory() -> None:
     assert plan.reason() == ""
 
 
+@pytest.mark.parametrize(
+    ("free", "precision", "components"),
+    [
+        (45, "auto", set()),
+        (44, "auto", {"conditioner"}),
+        (22, "auto", {"conditioner", "prologue"}),
+        (21, "int8", {"conditioner"}),
+        (14, "int8", {"conditioner", "prologue"}),
+        (13, "nf4", {"conditioner"}),
+        (10, "nf4", {"conditioner", "prologue"}),
+        (9, "nf4", {"conditioner", "prologue", "core"}),
+    ],
+)
+def test_the_tiers_are_those_of_the_guide(
+    free: int, precision: Precision, components: set[str]
+) -> None:
+    plan = on_host(free)
+
+    assert plan.precision == precision
+    assert {part.component for part in MODEL if part.name in plan.on_disk} == components
+
+
 @pytest.mark.parametrize("share", [0.4, 0.6])
 def test_a_share_of_what_is_free_may_be_page_locked(share: float) -> None:
     assert on_host(50, lockable_share=share).lockable == pytest.approx(share * 50 * GB)
