@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from step1x_edit.host_memory import HostMemory, lockable_share, look, most_used
+from step1x_edit.host_memory import HostMemory, lockable_share, look
 
 MEMINFO = "MemTotal:       64000 kB\nMemFree:  1000 kB\nMemAvailable:   32000 kB\n"
 SECOND = "30 23 0:26 {inside} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
@@ -122,13 +122,6 @@ def test_less_may_be_page_locked_under_windows(tmp_path: Path, release: str, sha
     write(tmp_path / "proc/sys/kernel/osrelease", release)
 
     assert lockable_share(tmp_path) == share
-
-
-def test_the_most_that_this_process_has_held_is_known(tmp_path: Path) -> None:
-    write(tmp_path / "proc/self/status", "Name:\tpython\nVmHWM:\t  5000 kB\nVmRSS:\t 4000 kB\n")
-
-    assert most_used(tmp_path) == 5000 * KIB
-    assert most_used() > 1_000_000
 
 
 def test_this_machine_has_memory() -> None:

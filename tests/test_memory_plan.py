@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
 from step1x_edit.channel import GIB
-from step1x_edit.memory_plan import BRANCH, FIXED, GB, everything, fitting, with_share
+from step1x_edit.memory_plan import (
+    BRANCH,
+    FIXED,
+    GB,
+    HostPlan,
+    everything,
+    fitting,
+    hosted,
+    with_share,
+)
+from step1x_edit.schemas import Precision
 
 LINEAR = 2  # bytes of a number
 
@@ -56,6 +68,32 @@ MODEL = [
     Part("vae.decoder", "decoder", 4 * 50_000_000),
 ]
 CORE = [part for part in MODEL if part.component == "core"]
+BYTES: dict[Precision, float] = {"auto": 2, "bf16": 2, "int8": 1, "nf4": 4.5 / 8}
+"""Of a number in the blocks that may pass; a scale for each 64 of nf4 counts half a bit."""
+
+
+def in_precision(precision: Precision) -> list[Part]:
+    share = BYTES[precision] / LINEAR
+    return [
+        replace(part, size=int(share * part.size)) if is_matrix(part) else part for part in MODEL
+    ]
+
+
+def is_matrix(part: Part) -> bool:
+    return re.search(r"[a-z]s\.\d", part.name) is not None
+
+
+def on_host(gb: float, **asked: Any) -> HostPlan:
+    return hosted(in_precision, int(gb * GB), **{"has_device": True, **asked})
+
+
+def names(component: str) -> set[str]:
+    """What may stay on disk of a component."""
+    return {
+        part.name
+        for part in MODEL
+        if part.component == component and (is_matrix(part) or "embed_tokens" in part.name)
+    }
 
 
 def test_the_core_is_as_large_as_published() -> None:
@@ -128,3 +166,143 @@ def test_the_more_room_the_more_stays() -> None:
     shares = [fitting(MODEL, card * GIB).core_share for card in range(4, 26)]
 
     assert shares == sorted(shares)
+
+
+# --- host memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("free", [48, 64, 256])
+def test_a_host_with_48_gb_keeps_everything_as_it_is(free: int) -> None:
+    plan = on_host(free)
+
+    assert not plan.on_disk
+    assert plan.precision == "auto"
+    assert plan.size == sum(part.size for part in MODEL)
+    assert plan.reason() == ""
+    assert replace(everything(MODEL), host=plan).reason == "everything fits"
+
+
+@pytest.mark.parametrize("free", [24, 28])
+def test_from_24_gb_on_the_core_is_exact_and_the_rest_is_read_from_disk(free: int) -> None:
+    plan = on_host(free)
+
+    assert plan.precision == "auto"
+    assert not plan.on_disk & names("core")
+    assert names("conditioner") & plan.on_disk
+    assert plan.size < 0.86 * free * GB
+
+
+def test_the_plan_for_24_gb_says_why_in_words() -> None:
+    host = on_host(24)
+
+    streaming = replace(fitting(MODEL, 24 * GIB), host=host)
+    resident = replace(everything(MODEL), host=host)
+    assert streaming.on_disk == host.on_disk
+    assert streaming.reason.endswith(
+        "; 24 GB of memory are free: the conditioner and a part of the prologue are read from disk "
+        "for each edit"
+    )
+    assert resident.reason.endswith("are read from disk whenever the model goes to the device")
+
+
+@pytest.mark.parametrize("free", [24, 28, 32, 36, 40, 44])
+def test_the_conditioner_stays_on_disk_before_the_prologue(free: int) -> None:
+    out = on_host(free).on_disk
+
+    assert out <= names("conditioner") | names("prologue")
+    assert out >= names("conditioner") or not out & names("prologue")
+
+
+@pytest.mark.parametrize("free", [14, 16, 20])
+def test_from_14_gb_on_the_core_is_in_8_bits(free: int) -> None:
+    plan = on_host(free)
+
+    assert plan.precision == "int8"
+    assert plan.is_rounded
+    assert not plan.on_disk & names("core")
+    assert plan.reason().startswith(
+        f"{free} GB of memory are free: the weights are rounded to int8"
+    )
+
+
+@pytest.mark.parametrize("free", [10, 13])
+def test_below_14_gb_the_core_is_in_4_bits(free: int) -> None:
+    plan = on_host(free)
+
+    assert plan.precision == "nf4"
+    assert not plan.on_disk & names("core")
+
+
+def test_where_nothing_fits_a_part_of_the_core_is_read_from_disk_as_well() -> None:
+    plan = on_host(5)
+
+    assert plan.precision == "nf4"
+    assert plan.on_disk & names("core")
+    assert plan.on_disk >= names("conditioner") | names("prologue")
+    assert "a part of the core" in plan.reason()
+
+
+@pytest.mark.parametrize(
+    ("free", "precision"), [(14, "bf16"), (32, "int8"), (64, "nf4"), (5, "int8")]
+)
+def test_a_precision_that_was_asked_for_is_kept(free: int, precision: Precision) -> None:
+    plan = on_host(free, precisions=[precision])
+
+    assert plan.precision == precision
+    assert not plan.is_rounded
+    assert bool(plan.on_disk) == (free < 24)
+    assert "rounded" not in plan.reason()
+
+
+@pytest.mark.parametrize(
+    ("free", "precision"), [(64, "auto"), (40, "int8"), (20, "nf4"), (8, "nf4")]
+)
+def test_without_a_device_everything_is_in_memory(free: int, precision: Precision) -> None:
+    plan = on_host(free, has_device=False)
+
+    assert plan.precision == precision
+    assert not plan.on_disk
+    assert plan.size == sum(part.size for part in in_precision(precision))
+
+
+def test_where_nobody_knows_what_is_free_everything_is_in_memory() -> None:
+    plan = hosted(in_precision, None, has_device=True)
+
+    assert plan == HostPlan(size=sum(part.size for part in MODEL))
+    assert plan.reason() == ""
+
+
+@pytest.mark.parametrize(
+    ("free", "precision", "components"),
+    [
+        (45, "auto", set()),
+        (44, "auto", {"conditioner"}),
+        (22, "auto", {"conditioner", "prologue"}),
+        (21, "int8", {"conditioner"}),
+        (14, "int8", {"conditioner", "prologue"}),
+        (13, "nf4", {"conditioner"}),
+        (10, "nf4", {"conditioner", "prologue"}),
+        (9, "nf4", {"conditioner", "prologue", "core"}),
+    ],
+)
+def test_the_tiers_are_those_of_the_guide(
+    free: int, precision: Precision, components: set[str]
+) -> None:
+    plan = on_host(free)
+
+    assert plan.precision == precision
+    assert {part.component for part in MODEL if part.name in plan.on_disk} == components
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_a_share_of_what_is_free_may_be_page_locked(share: float) -> None:
+    assert on_host(50, lockable_share=share).lockable == pytest.approx(share * 50 * GB)
+
+
+def test_a_small_model_is_not_rounded_on_a_small_host() -> None:
+    demo = [replace(part, size=part.size // 800) for part in MODEL]
+
+    plan = hosted(lambda _: demo, GB, has_device=False)
+
+    assert plan.precision == "auto"
+    assert not plan.on_disk

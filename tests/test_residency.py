@@ -496,7 +496,7 @@ def test_memory_is_page_locked_piece_by_piece_and_unlocked_again() -> None:
     memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages()
     pages.go.set()
 
-    lock = PageLock(memory, pages, at_once=300)
+    lock = PageLock([memory], pages, at_once=300)
     wait_for_page_lock()
 
     start = memory.data_ptr()
@@ -510,7 +510,7 @@ def test_a_system_that_refuses_to_lock_pages_is_not_asked_again() -> None:
     memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages(room=2)
     pages.go.set()
 
-    lock = PageLock(memory, pages, at_once=300)
+    lock = PageLock([memory], pages, at_once=300)
     wait_for_page_lock()
 
     assert pages.refused == 1
@@ -520,7 +520,7 @@ def test_a_system_that_refuses_to_lock_pages_is_not_asked_again() -> None:
 
 def test_unlocking_waits_for_the_piece_under_way_and_lets_no_other_begin() -> None:
     memory, pages = torch.empty(1000, dtype=torch.uint8), FakePages()
-    lock = PageLock(memory, pages, at_once=300)
+    lock = PageLock([memory], pages, at_once=300)
     assert pages.is_asked.wait(30)
     undoing = threading.Thread(target=lock.undo)
 

@@ -1,4 +1,4 @@
-"""The host's memory: how much of it is free for us, what may be page-locked, what we have used.
+"""The host's memory: how much of it is free for us, and how much of that may be page-locked.
 
 Linux answers in /proc, and in the control groups that a container or a service puts us into; their
 limits are often far below what the machine has. Sizes are bytes. Where a system does not tell, the
@@ -71,19 +71,6 @@ def lockable_share(root: Path = ROOT) -> float:
     if sys.platform == "win32" or "microsoft" in _text(root / "proc/sys/kernel/osrelease").lower():
         return LOCKABLE_SHARE_WINDOWS
     return LOCKABLE_SHARE
-
-
-def most_used(root: Path = ROOT) -> int:
-    """The most that this process has held in memory at once; 0 if the system does not tell."""
-    if sys.platform == "win32":
-        return _most_used_on_windows()
-    # getrusage would count what our parent held before it became us.
-    if found := _numbers(root / "proc/self/status").get("VmHWM:"):
-        return 1024 * found
-    import resource  # which Windows does not have
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
@@ -174,32 +161,8 @@ if sys.platform == "win32":
             ("others", ctypes.c_ulonglong * 5),
         )
 
-    class _Counters(ctypes.Structure):
-        """PROCESS_MEMORY_COUNTERS of the Windows API."""
-
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("faults", ctypes.c_ulong),
-            ("most", ctypes.c_size_t),
-            ("others", ctypes.c_size_t * 7),
-        )
-
     def _look_on_windows() -> HostMemory | None:
         status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             return None
         return HostMemory(status.available, status.total)
-
-    def _most_used_on_windows() -> int:
-        counters = _Counters(length=ctypes.sizeof(_Counters))
-        kernel = ctypes.windll.kernel32
-        kernel.GetCurrentProcess.restype = ctypes.c_void_p
-        kernel.K32GetProcessMemoryInfo.argtypes = (
-            ctypes.c_void_p,
-            ctypes.POINTER(_Counters),
-            ctypes.c_ulong,
-        )
-        process = kernel.GetCurrentProcess()
-        if not kernel.K32GetProcessMemoryInfo(process, ctypes.byref(counters), counters.length):
-            return 0
-        return int(counters.most)

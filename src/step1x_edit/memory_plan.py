@@ -1,18 +1,27 @@
-"""The memory plan: which blocks of the model live on the device, and which pass through it.
+"""The memory plan: which blocks of the model live on the device, which pass through it, and which
+stay on disk.
 
 Every step of an edit runs all core blocks; the conditioner and the prologue run once. So room is
 spent in this order: on the slots and the activations that any edit needs, on core blocks, on the
 activations of a second branch, on the conditioner, on the prologue. Core blocks that stay out are
-spread evenly over the order of execution, so that the copies are as well. What a plan decides
-costs time or memory, never a bit of the picture. Sizes are bytes; nothing here needs torch.
+spread evenly over the order of execution, so that the copies are as well.
+
+Host memory is spent in the same spirit: what the core passes over and over is there first, and
+conditioner and prologue, which an edit reads once, may stay on disk. What a plan decides costs
+time or memory, never a bit of the picture, with one exception: where a host has too little memory
+even for the core, and nobody has asked for a precision, it is rounded. Sizes are bytes; nothing
+here needs torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
+
+from step1x_edit.host_memory import LOCKABLE_SHARE
+from step1x_edit.schemas import Precision
 
 GB: Final = 1_000_000_000
 
@@ -25,6 +34,13 @@ BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
 """The same by size level."""
 RESERVE: Final = (int(0.4 * GB), 0.03)
 """What is left alone for others: so much, or this share of what is free."""
+
+HOST_RESERVE: Final = 4 * GB
+"""Host memory that is left for pictures, libraries, blocks on their way and other programs; where
+there is little, half of what is free."""
+
+FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
+"""The precisions that are tried in this order where nobody has asked for one."""
 
 ALIGNMENT: Final = 256
 MAX_SLOTS: Final = 3
@@ -55,6 +71,41 @@ class Sized(Protocol):
 
 
 @dataclass(frozen=True)
+class HostPlan:
+    """What of the model is in host memory; by default all of it."""
+
+    on_disk: frozenset[str] = frozenset()
+    """Names of the blocks that are read from disk each time they are needed."""
+    precision: Precision = "auto"
+    """In which the weights are kept."""
+    lockable: int | None = None
+    """Bytes that may be page-locked; None is all of them."""
+    size: int = 0
+    """Bytes of the blocks in host memory, as planned."""
+    free: int | None = None
+    """Bytes that were free; None if nobody knows."""
+    left_out: tuple[str, ...] = ()
+    """What stays on disk, in words."""
+    is_rounded: bool = False
+    """Whether the precision is less than there is because memory is."""
+
+    def reason(self, is_passing: bool = True) -> str:
+        """The plan in words; empty if there is nothing to say.
+
+        `is_passing` says whether what is on disk passes through the device in each edit.
+        """
+        if self.free is None:
+            return ""
+        found = [f"the weights are rounded to {self.precision}"] if self.is_rounded else []
+        if self.left_out:
+            verb = "are" if len(self.left_out) > 1 else "is"
+            when = "for each edit" if is_passing else "whenever the model goes to the device"
+            found.append(f"{' and '.join(self.left_out)} {verb} read from disk {when}")
+        told = f"{self.free / GB:.0f} GB of memory are free: "
+        return told + " and ".join(found) if found else ""
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What lives on the device, and how an edit runs there."""
 
@@ -65,7 +116,9 @@ class MemoryPlan:
     core_share: float
     """Share of the core's bytes that is resident."""
     peak: int
-    """What this is expected to need at most."""
+    """What this is expected to need at most of the device."""
+    host: HostPlan = HostPlan()
+    """What is in host memory."""
 
     @property
     def is_streaming(self) -> bool:
@@ -73,8 +126,23 @@ class MemoryPlan:
         return self.num_slots > 0
 
     @property
+    def on_disk(self) -> frozenset[str]:
+        """Names of the blocks that are not in host memory."""
+        return self.host.on_disk
+
+    @property
+    def precision(self) -> Precision:
+        """In which the weights are kept."""
+        return self.host.precision
+
+    @property
     def reason(self) -> str:
         """The plan in words."""
+        host = self.host.reason(is_passing=bool(self.host.on_disk - self.resident))
+        return f"{self._device_reason}; {host}" if host else self._device_reason
+
+    @property
+    def _device_reason(self) -> str:
         if not self.is_streaming:
             return "everything fits"
         kept = f"{100 * self.core_share:.0f} % of the core"
@@ -119,6 +187,39 @@ def spared(size_level: int, has_joint_branches: bool) -> int:
     return (1 + has_joint_branches) * (BRANCH - BRANCH_AT.get(size_level, BRANCH))
 
 
+def hosted(
+    blocks_of: Callable[[Precision], Iterable[Sized]],
+    free: int | None,
+    *,
+    has_device: bool,
+    precisions: Sequence[Precision] = FALLING,
+    lockable_share: float = LOCKABLE_SHARE,
+) -> HostPlan:
+    """The plan for a host with so many bytes free; None if nobody knows, then all is there.
+
+    `blocks_of` says the blocks that the model has in a precision. The first precision is taken
+    whose core fits, and without a device, where nothing can stay on disk, all of the model; if
+    none does, the last.
+    """
+    for precision in precisions:
+        blocks = list(blocks_of(precision))
+        on_disk = [] if free is None else _left_on_disk(blocks, free - min(HOST_RESERVE, free // 2))
+        needed = [block for block in on_disk if block.component == "core" or not has_device]
+        if not needed:
+            break
+    if not has_device:
+        on_disk = []
+    return HostPlan(
+        on_disk=frozenset(block.name for block in on_disk),
+        precision=precision,
+        lockable=None if free is None else int(lockable_share * free),
+        size=_total(blocks) - _total(on_disk),
+        free=free,
+        left_out=tuple(_in_words(blocks, on_disk)),
+        is_rounded=precision != precisions[0],
+    )
+
+
 def slot_size(sizes: Iterable[int], num_slots: int) -> int:
     """Bytes of a slot for blocks of these sizes; the largest may take all slots together."""
     *others, largest = sorted(sizes) or [0]
@@ -152,6 +253,34 @@ def _with_more(
         core_share=_total(resident) / max(1, _total(core)),
         peak=_total(fixed) + _total(kept) + slots + FIXED + branches,
     )
+
+
+def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
+    """The blocks for which there is no room, in execution order.
+
+    The core comes first, because each step passes it; then the prologue, which is passed twice
+    where the branches run one after the other.
+    """
+    room -= _total(block for block in blocks if not _may_pass(block))
+    out = set()
+    for component in ("core", "prologue", "conditioner"):
+        for block in _passing(blocks, component):
+            if block.size <= room:
+                room -= block.size
+            else:
+                out.add(block.name)
+        if out:
+            room = 0  # crumbs of what is less important would be of no use
+    return [block for block in blocks if block.name in out]
+
+
+def _in_words(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> Iterator[str]:
+    """What stays on disk."""
+    for component in ("conditioner", "prologue", "core"):
+        out = [block for block in on_disk if block.component == component]
+        if out:
+            is_whole = len(out) == len(_passing(blocks, component))
+            yield f"the {component}" if is_whole else f"a part of the {component}"
 
 
 def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:

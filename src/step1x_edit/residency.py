@@ -7,6 +7,7 @@ Weights never change, so the arena in host memory stays valid for as long as the
 onloading copies its blocks into slabs on the device and lets the network's parameters be views
 into them; offloading turns the parameters back to the arena, drops the slabs and copies nothing.
 What the memory plan does not keep on the device passes through it while the model computes.
+Blocks for which the host has no memory stay on disk and are read each time they are needed.
 LoRAs are added to copies of the blocks that they change, of which only the changed ones move.
 Residency belongs to one thread and has no lock. It knows nothing of jobs, pipes or users' files.
 
@@ -31,11 +32,13 @@ import torch
 from torch import Tensor
 
 from step1x_edit.channel import GIB, Memory, Placement
+from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes, Loras
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
-from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
+from step1x_edit.errors import CheckpointError
+from step1x_edit.memory_plan import HostPlan, MemoryPlan, everything, slot_size, with_share
 from step1x_edit.peak import PeakMeter
 from step1x_edit.schemas import Location
 from step1x_edit.streaming import BlockStreamer, copies_for
@@ -87,6 +90,8 @@ class Residency:
         self._tried_of_core = 0.0  # the last time
         self._slabs: list[Tensor] = []
         self._streamer: BlockStreamer | None = None
+        self._disk: ReadAhead | None = None  # reads the blocks that are not in host memory
+        self._host_plan = HostPlan()
         self._page_lock: PageLock | None = None
         self._is_lent = False
 
@@ -154,7 +159,7 @@ class Residency:
         }
         peak = self._peak.read()
         return replace(
-            placement_of(self._last_plan, self._precision),
+            placement_of(self._last_plan, self._precision, self._host_plan),
             measured_peak_gb=None if peak is None else peak / GIB,
             host_gb=sum(storages.values()) / GIB,
         )
@@ -163,14 +168,16 @@ class Residency:
     def load(self, check: Callable[[], None] = never_stop) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
 
-        `check` is called between pieces; if it raises, nothing is kept. Raises CheckpointError.
+        What its memory plan leaves on disk stays there, if there is a device. `check` is called
+        between pieces; if it raises, nothing is kept. Raises CheckpointError.
         """
         self._refuse_if_lent()
         if self._arena is not None:
             return
         opened = self._open_checkpoint()
         changes = opened.loras.changes(self._wanted)
-        arena = Arena(opened.weights)
+        plan = opened.host
+        arena = Arena(opened.weights, plan.on_disk if self._device is not None else ())
         host = ChangedBlocks(arena)
         try:
             arena.fill(check)
@@ -181,11 +188,13 @@ class Residency:
             del arena, host
             raise
         arena.attach(host.memories)
+        self._disk, self._host_plan = ReadAhead(arena.read), plan
         self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
         self._precision = precision_of(opened.weights)
         self._loras, self._changes = opened.loras, changes
         if self._device is not None and self._device.type == "cuda":
-            self._page_lock = PageLock(arena.memory, CudaPages(self._device))
+            parts = lock_order(arena, plan.lockable)
+            self._page_lock = PageLock(parts, CudaPages(self._device))
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
 
     @torch.inference_mode(False)
@@ -228,6 +237,7 @@ class Residency:
         plan = self._choose_plan(self._arena.blocks)
         if plan.core_share > self._most_of_core:
             plan = with_share(self._arena.blocks, self._most_of_core)
+        plan = replace(plan, host=self._host_plan)
         self._tried_of_core = plan.core_share
         slabs: list[Tensor] = []
         try:
@@ -240,6 +250,8 @@ class Residency:
             storages = [weakref.ref(slab.untyped_storage()) for slab in slabs]
             slabs.clear()
             self._give_back(storages)
+            if isinstance(error, CheckpointError):  # what was left on disk is not there any more
+                self.release()
             raise
         self._arena.bind(resident)
         self._resident = resident
@@ -251,6 +263,7 @@ class Residency:
                 [block for block in self._arena.blocks if block.name not in plan.resident],
                 slots,
                 copies_for(self._device, len(slots), self._copy),
+                self._disk,
             )
         self._slabs, self._plan, self._last_plan = slabs, plan, plan
         self._peak.note()
@@ -266,7 +279,7 @@ class Residency:
         if self._arena is None or self._host is None or self._plan is None:
             return
         self._leave_device()
-        self._arena.bind(self._host.memories)
+        self._bind_on_host(block.name for block in self._arena.blocks)
         storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs]
         self._slabs, self._resident, self._plan = [], {}, None
         self._give_back(storages)
@@ -292,12 +305,15 @@ class Residency:
         self._leave_device()  # first, because a copy that is under way needs its pages locked
         if self._page_lock is not None:
             self._page_lock.undo()
+        if self._disk is not None:
+            self._disk.close()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
         memories = [self._arena.memory, *self._host.memories.values(), *self._slabs]
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
         self._checkpoint, self._arena, self._page_lock = None, None, None
+        self._disk, self._host_plan = None, HostPlan()
         self._host, self._slabs, self._resident = None, [], {}
         self._plan, self._last_plan = None, None
         self._loras, self._changes = Loras(), Changes()
@@ -309,7 +325,8 @@ class Residency:
     def on_device(self) -> Iterator[Checkpoint]:
         """Lend the model where it computes; nothing moves it until it is given back.
 
-        Raises RuntimeError if it is not there: `onload` brings it.
+        Raises RuntimeError if it is not there: `onload` brings it. A model whose files have
+        changed or gone while it is lent is released, so that the next edit reads them anew.
         """
         self._refuse_if_lent()
         if self._checkpoint is None or (self._device is not None and self._plan is None):
@@ -317,8 +334,15 @@ class Residency:
         self._is_lent = True
         try:
             yield self._checkpoint
+        except CheckpointError as error:
+            _forget_locals(error)
+            self._is_lent = False
+            self.release()
+            raise
         finally:
             self._is_lent = False
+            if self._disk is not None:
+                self._disk.drop()  # what would have been next
 
     def _refuse_if_lent(self) -> None:
         if self._is_lent:
@@ -330,8 +354,10 @@ class Residency:
         """Copy what is to stay into new slabs, one for each component; tells where it lies."""
         assert self._arena is not None
         assert self._host is not None
+        assert self._disk is not None
         assert self._device is not None
         staying = [block for block in self._arena.blocks if block.name in plan.resident]
+        on_disk = [block.name for block in staying if block.name not in self._host.memories]
         places = {}
         for _, members in itertools.groupby(staying, key=lambda block: block.component):
             blocks = list(members)
@@ -341,9 +367,32 @@ class Residency:
             start = 0
             for block in blocks:
                 places[block.name] = slab[start : start + block.size]
-                self._copy(self._host.memories[block.name], places[block.name], check)
+                self._put(block.name, places[block.name], check)
+                if block.name in on_disk[:-1]:
+                    self._disk.begin(on_disk[on_disk.index(block.name) + 1])
                 start += block.size
         return places
+
+    def _put(self, block: str, target: Tensor, check: Callable[[], None]) -> None:
+        """Copy a block to where it lies on the device, from host memory or from disk."""
+        assert self._host is not None
+        assert self._disk is not None
+        if block in self._host.memories:
+            self._copy(self._host.memories[block], target, check)
+            return
+        self._copy(self._disk.take(block), target, check)
+        if target.is_cuda:  # what has been read is let go
+            torch.cuda.synchronize(target.device)
+
+    def _bind_on_host(self, blocks: Iterable[str]) -> None:
+        """Turn blocks to host memory; what is not there is nowhere."""
+        assert self._arena is not None
+        assert self._host is not None
+        for block in blocks:
+            if block in self._host.memories:
+                self._arena.bind({block: self._host.memories[block]})
+            else:
+                self._arena.empty(block, torch.device("cpu"))
 
     def _slots(self, plan: MemoryPlan, slabs: list[Tensor]) -> Tensor | None:
         """Room for what passes, in one slab."""
@@ -366,11 +415,10 @@ class Residency:
         for name in names:
             check()
             self._host.put(name, changes, check)
-            memory = self._host.memories[name]
             if self._plan is None:
-                self._arena.bind({name: memory})
+                self._bind_on_host([name])
             elif name in self._resident:  # the others pass, and are copied when their turn comes
-                self._copy(memory, self._resident[name], check)
+                self._put(name, self._resident[name], check)
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -378,7 +426,7 @@ class Residency:
         """Undo what has been done of a change; a model for which that fails is released."""
         try:
             self._change(changes, never_stop)
-        except (MemoryError, RuntimeError):
+        except (CheckpointError, MemoryError, RuntimeError):
             logger.exception("a change of LoRAs could not be undone: the model is loaded anew")
             self.release()
 
@@ -389,6 +437,8 @@ class Residency:
         if self._streamer is not None:
             self._streamer.close()
             self._streamer = None
+        if self._disk is not None:
+            self._disk.drop()
 
     def _copy(self, source: Tensor, target: Tensor, check: Callable[[], None] = never_stop) -> None:
         """Copy a block in pieces."""
@@ -410,7 +460,7 @@ class Residency:
             torch.cuda.empty_cache()
 
 
-def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
+def placement_of(plan: MemoryPlan | None, precision: str, host: HostPlan) -> Placement:
     """What there is to tell of a plan; without one the model computes in host memory."""
     if plan is None:
         return Placement(
@@ -419,7 +469,7 @@ def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
             streaming=False,
             slots=0,
             joint_branches=True,
-            reason="the model computes in host memory",
+            reason="; ".join(filter(None, ("the model computes in host memory", host.reason()))),
         )
     return Placement(
         resident_share=plan.core_share,
@@ -479,8 +529,11 @@ class PageLock:
     Where the system refuses, copies go through the driver's own buffers: slower, not wrong.
     """
 
-    def __init__(self, memory: Tensor, pages: Pages, at_once: int = LOCKED_AT_ONCE) -> None:
-        self._memory = memory
+    def __init__(
+        self, memories: Sequence[Tensor], pages: Pages, at_once: int = LOCKED_AT_ONCE
+    ) -> None:
+        """`memories` are locked one after the other."""
+        self._memories = memories
         self._pages = pages
         self._at_once = at_once
         self._locked: list[int] = []
@@ -506,15 +559,40 @@ class PageLock:
         self._locked.clear()
 
     def _lock_all(self) -> None:
-        for offset in range(0, self._memory.nbytes, self._at_once):
-            if self._is_stopped.is_set():
-                return
-            address = self._memory.data_ptr() + offset
-            try:
-                with self._locking:
-                    self._pages.lock(address, min(self._at_once, self._memory.nbytes - offset))
-            except RuntimeError as error:
-                logger.info("host memory stays pageable: %s", error)
-                return
-            self._locked.append(address)
-        logger.info("page-locked %.2f GB of host memory", self._memory.nbytes / GIB)
+        for memory in self._memories:
+            for offset in range(0, memory.nbytes, self._at_once):
+                if self._is_stopped.is_set():
+                    return
+                address = memory.data_ptr() + offset
+                try:
+                    with self._locking:
+                        self._pages.lock(address, min(self._at_once, memory.nbytes - offset))
+                except RuntimeError as error:
+                    logger.info("host memory stays pageable: %s", error)
+                    return
+                self._locked.append(address)
+        locked = sum(memory.nbytes for memory in self._memories)
+        logger.info("page-locked %.2f GB of host memory", locked / GIB)
+
+
+def lock_order(arena: Arena, lockable: int | None) -> list[Tensor]:
+    """The parts of an arena that may be page-locked, so many bytes together.
+
+    The core comes first: it is what passes in each step. Parts end where pieces of copies do.
+    """
+    offsets = [
+        (block.offset, block.offset + block.size)
+        for block in arena.blocks
+        if block.component == "core" and block.offset is not None
+    ]
+    start = min((first for first, _ in offsets), default=0) // PIECE * PIECE
+    stop = -(-max((last for _, last in offsets), default=0) // PIECE) * PIECE
+    parts = []
+    room = arena.size if lockable is None else lockable
+    for part in (arena.memory[start:stop], arena.memory[:start], arena.memory[stop:]):
+        if part.nbytes > room:
+            part = part[: room // PIECE * PIECE]
+        if part.nbytes:
+            parts.append(part)
+        room -= part.nbytes
+    return parts

@@ -35,7 +35,7 @@ from step1x_edit.errors import InvalidParameterError, Step1XEditError
 Size = Literal[512, 768, 1024]
 Location = Literal["Unloaded", "CPU", "GPU"]
 Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
-"""In which the model's weights are kept; auto: as the checkpoint has them."""
+"""In which the model's weights are kept; auto: as the checkpoint has them, if memory allows."""
 
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0

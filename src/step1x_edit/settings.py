@@ -227,7 +227,8 @@ class Settings(BaseSettings):
         Precision,
         Field(
             description="How weights are kept: bf16, or most of them as fp8, int8 or nf4, which "
-            "takes a half or a third of the memory and changes pictures a little; auto: exact"
+            "takes a half or a third of the memory and changes pictures a little; "
+            "auto: exact if the memory of the host allows it"
         ),
         BeforeValidator(_lower),
     ] = "auto"

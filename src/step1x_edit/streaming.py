@@ -4,6 +4,9 @@ A few slots on the device take turns. While one block computes, the next is copi
 slot; before a block runs its parameters become views into its slot, and after it they are empty,
 so that weights which are not there can never be used by mistake. The numbers are those of the
 host's arena, so the result is the same bit for bit, whatever passes and whatever stays.
+
+A block that is not in host memory either is read from disk while the one before it computes, and
+its memory is given back as soon as it has been copied.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import Arena, Block
 
 Copy = Callable[[Tensor, Tensor], None]
@@ -104,16 +108,19 @@ class BlockStreamer:
         blocks: Sequence[Block],
         slots: Tensor,
         copies: Copies,
+        disk: ReadAhead | None = None,
     ) -> None:
         """`modules` holds the network's parts; `blocks` are those that pass, in order.
 
-        `slots` (N, size) are bytes on the device; a block larger than one slot takes them all.
+        What is not in `host` comes from `disk`. `slots` (N, size) are bytes on the device; a block
+        larger than one slot takes them all.
         """
         self._arena = arena
         self._host = host
         self._blocks = blocks
         self._slots = slots
         self._copies = copies
+        self._disk = disk
         self._holds: list[int | None] = [None] * len(slots)  # index of the block in each slot
         self._turn = 0
         self._handles: list[RemovableHandle] = []
@@ -147,8 +154,10 @@ class BlockStreamer:
                 self._copies.wait(slots)
                 self._arena.bind({self._blocks[index].name: self._memory(index, slots)})
                 following = self._following(index)
-                if not self._where(following):
+                # To wait for the disk here would let the device wait as well.
+                if self._is_in_host(following) and not self._where(following):
                     self._fetch(following, [s for s in range(len(self._slots)) if s not in slots])
+                self._read_ahead(index)
 
         return bring
 
@@ -177,15 +186,42 @@ class BlockStreamer:
         slots = sorted(by_turn[:wanted])
         if len(slots) < wanted:
             return []
+        name = self._blocks[index].name
+        source = self._host[name] if self._is_in_host(index) else self._read(index)
         self._turn = (slots[-1] + 1) % len(self._slots)
         # A large block is gone as a whole; and the new one is not here if copying fails.
         gone = {self._holds[slot] for slot in slots}
         self._holds = [None if held in gone else held for held in self._holds]
-        source = self._host[self._blocks[index].name]
         self._copies.start(slots, source, self._memory(index, slots))
+        if not self._is_in_host(index):
+            self._copies.finish()  # what has been read is let go
         for slot in slots:
             self._holds[slot] = index
         return slots
+
+    def _is_in_host(self, index: int) -> bool:
+        return self._blocks[index].name in self._host
+
+    def _read(self, index: int) -> Tensor:
+        """A block from disk; the next one is read while this one is copied."""
+        assert self._disk is not None
+        source = self._disk.take(self._blocks[index].name)
+        self._read_ahead(index)
+        return source
+
+    def _read_ahead(self, index: int) -> None:
+        """Begin to read the next block that comes from disk, if there is one."""
+        if self._disk is None:
+            return
+        passed = {index}
+        following = self._following(index)
+        while following not in passed:
+            if not self._is_in_host(following):
+                if not self._where(following):
+                    self._disk.begin(self._blocks[following].name)
+                return
+            passed.add(following)
+            following = self._following(following)
 
     def _following(self, index: int) -> int:
         """The block that is likely to run next: the core is run over and over."""

@@ -63,8 +63,10 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
     placement = None
     if found.device_error is None:
         place = place_of(chosen_device(start))
-        plan = None if place is None else plan_for(place, blocks_of(opened.weights))
-        placement = placement_of(plan, precision_of(opened.weights))
+        plan = None
+        if place is not None:
+            plan = dataclasses.replace(plan_for(place, blocks_of(opened.weights)), host=opened.host)
+        placement = placement_of(plan, precision_of(opened.weights), opened.host)
     return dataclasses.replace(
         found,
         size_multiple=opened.checkpoint.pipeline.config.size_multiple,

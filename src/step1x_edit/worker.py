@@ -24,7 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+from step1x_edit import host_memory
 from step1x_edit.channel import (
+    GIB,
     Cancel,
     Channel,
     Done,
@@ -48,8 +50,9 @@ from step1x_edit.errors import (
     OutOfMemoryError,
     Step1XEditError,
 )
+from step1x_edit.host_memory import HostMemory
 from step1x_edit.logs import log_to_stderr
-from step1x_edit.schemas import Location
+from step1x_edit.schemas import Location, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +89,9 @@ _SPOKEN: Final = {
 
 T = TypeVar("T")
 Event = TypeVar("Event")
+
+Look = Callable[[], HostMemory | None]
+"""Tells how much memory the host has, and how much of it is free."""
 
 Check = Callable[[], None]
 """Called between small pieces of work; raises what is to end the work."""
@@ -312,8 +318,8 @@ def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
     )
 
 
-def load_worker(start: Start) -> PipelineWorker:
-    """Prepare a worker; its model is read by the first edit."""
+def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
+    """Prepare a worker; its model is read by the first edit. `look` tells of the host's memory."""
     import diffusers
     import transformers
 
@@ -326,7 +332,8 @@ def load_worker(start: Start) -> PipelineWorker:
     device = chosen_device(start)
     place = place_of(device)
     plan = partial(plan_for, place)
-    return PipelineWorker(Residency(partial(open_chosen, start), place, plan=plan), device)
+    residency = Residency(partial(open_chosen, start, look), place, plan=plan)
+    return PipelineWorker(residency, device)
 
 
 def place_of(device: str) -> torch.device | None:
@@ -359,21 +366,45 @@ def chosen_device(start: Start) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_chosen(start: Start) -> OpenedCheckpoint:
-    """Open the checkpoint that is to be run; raises CheckpointError."""
+def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint:
+    """Open the checkpoint that is to be run, as the host's memory allows; `look` tells of that.
+
+    Raises CheckpointError, or ModelUnavailableError if it is too large for this machine.
+    """
+    from step1x_edit.checkpoints.arena import blocks_of
     from step1x_edit.checkpoints.pulled import pulled_version, resolve_model_path
     from step1x_edit.checkpoints.read import open_checkpoint
+    from step1x_edit.memory_plan import FALLING, hosted
 
     data_dir = Path(start.data_dir)
     path = resolve_model_path(start.model_path, data_dir)
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
     version = wanted or pulled_version(path, data_dir)
-    opened = open_checkpoint(path, version=version, loras=loras, precision=start.precision)
-    found = opened.checkpoint.version
-    if wanted not in (None, found):
-        raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
-    return opened
+    tried: dict[Precision, OpenedCheckpoint] = {}
+
+    def blocks_with(precision: Precision) -> tuple[Block, ...]:
+        tried[precision] = open_checkpoint(path, version=version, loras=loras, precision=precision)
+        found = tried[precision].checkpoint.version
+        if wanted not in (None, found):
+            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+        return blocks_of(tried[precision].weights)
+
+    memory, has_device = look(), place_of(chosen_device(start)) is not None
+    plan = hosted(
+        blocks_with,
+        None if memory is None else memory.available,
+        has_device=has_device,
+        precisions=FALLING if start.precision == "auto" else (start.precision,),
+        lockable_share=host_memory.lockable_share(),
+    )
+    if memory is not None and not has_device and plan.size > memory.available:
+        smaller = "" if plan.precision == FALLING[-1] else f", or set PRECISION={FALLING[-1]}"
+        raise ModelUnavailableError(
+            f"the model needs {plan.size / GIB:.1f} GiB of memory and "
+            f"{memory.available / GIB:.1f} GiB are free: free some{smaller}"
+        )
+    return replace(tried[plan.precision], host=plan)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

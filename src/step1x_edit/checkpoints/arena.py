@@ -1,7 +1,8 @@
 """The weights of a checkpoint in one piece of host memory, block by block in execution order.
 
-Parameters and buffers of the network are views into the arena, or into copies of its blocks
-elsewhere; whoever holds such copies says which (`bind`). The arena knows nothing about devices.
+Blocks may also stay on disk, to be read each time they are needed. Parameters and buffers of the
+network are views into the arena, or into copies of its blocks elsewhere; whoever holds such copies
+says which (`bind`). The arena knows nothing about devices.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import mmap
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -106,7 +107,8 @@ class Block:
 
     name: str
     component: str
-    offset: int
+    offset: int | None
+    """None of a block that stays on disk: it is not in the arena."""
     size: int
 
 
@@ -117,26 +119,43 @@ def never_stop() -> None:
 class Arena:
     """Host memory for the weights of one network; it is given back with the last view into it."""
 
-    def __init__(self, weights: Iterable[Weight]) -> None:
-        self.blocks, self._places = _lay_out(weights)
-        self.size = self.blocks[-1].offset + self.blocks[-1].size
+    def __init__(self, weights: Iterable[Weight], on_disk: Collection[str] = frozenset()) -> None:
+        """`on_disk` names the blocks that stay there."""
+        self.blocks, self._places = _lay_out(weights, on_disk)
+        self.size = sum(block.size for block in self.blocks if block.offset is not None)
         self.memory = _reserve(self.size)
         self.memories = {
             block.name: self.memory[block.offset : block.offset + block.size]
             for block in self.blocks
+            if block.offset is not None
         }
+        self._sizes = {block.name: block.size for block in self.blocks}
 
     def fill(self, check: Callable[[], None] = never_stop) -> None:
-        """Read all weights. `check` is called between pieces; what it raises stops the reading.
+        """Read all weights that do not stay on disk.
 
-        Raises CheckpointError if a file cannot be read, has changed, or holds numbers that are
-        not finite.
+        `check` is called between pieces; what it raises stops the reading. Raises CheckpointError
+        if a file cannot be read, has changed, or holds numbers that are not finite.
         """
+        self._read(self.memories, check)
+
+    def read(self, block: str, check: Callable[[], None] = never_stop) -> Tensor:
+        """The bytes of a block as they are in the files, in memory of its own; raises as `fill`."""
+        memory = self.room_for(block)
+        self._read({block: memory}, check)
+        return memory
+
+    def room_for(self, block: str) -> Tensor:
+        """New memory of the size of a block."""
+        return _reserve(self._sizes[block])
+
+    def _read(self, memories: Mapping[str, Tensor], check: Callable[[], None]) -> None:
+        """Read the blocks of these names into this memory."""
         threads = min(16, 2 * (os.cpu_count() or 1))
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
             try:
-                for piece in sorted(self._pieces(), key=_place_on_disk):
+                for piece in sorted(self._pieces(memories), key=_place_on_disk):
                     check()
                     if len(under_way) == 2 * threads:
                         under_way.popleft().result()
@@ -164,7 +183,10 @@ class Arena:
         `delta_of` says by the name of a weight what is added to it, in float32. A matrix that is
         kept as codes is read again for that, so that it is rounded once; raises as `fill`.
         """
-        memory.copy_(self.memories[block])
+        if block in self.memories:
+            memory.copy_(self.memories[block])
+        else:
+            self._read({block: memory}, check)
         for place in self._places[block]:
             check()
             delta = delta_of(place.weight.name)
@@ -229,9 +251,9 @@ class Arena:
     def _all_places(self) -> Iterator[_Place]:
         return itertools.chain.from_iterable(self._places.values())
 
-    def _pieces(self) -> Iterator[_Piece | _CodedPiece]:
+    def _pieces(self, memories: Mapping[str, Tensor]) -> Iterator[_Piece | _CodedPiece]:
         """What is to be read, in pieces."""
-        for name, memory in self.memories.items():
+        for name, memory in memories.items():
             for place in self._places[name]:
                 if place.weight.code is not None:
                     yield from self._coded_pieces(name, place, memory)
@@ -347,7 +369,9 @@ def blocks_of(weights: Iterable[Weight]) -> tuple[Block, ...]:
     return _lay_out(weights)[0]
 
 
-def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:
+def _lay_out(
+    weights: Iterable[Weight], on_disk: Collection[str] = frozenset()
+) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:
     """The blocks in execution order, and where in them the weights lie."""
     # sorted() is stable: within a block the order of the network's definition remains.
     ordered = sorted(weights, key=lambda weight: _rank(weight.name)[0])
@@ -357,12 +381,14 @@ def _lay_out(weights: Iterable[Weight]) -> tuple[tuple[Block, ...], dict[str, li
     for (component, name), members in itertools.groupby(
         ordered, key=lambda weight: _rank(weight.name)[1:]
     ):
-        start = end
+        size = 0
         places[name] = []
         for weight in members:
-            places[name].append(_Place(weight, end - start))
-            end += -(-weight.size // ALIGNMENT) * ALIGNMENT
-        blocks.append(Block(name, component, start, end - start))
+            places[name].append(_Place(weight, size))
+            size += -(-weight.size // ALIGNMENT) * ALIGNMENT
+        stays = name in on_disk
+        blocks.append(Block(name, component, None if stays else end, size))
+        end += 0 if stays else size
     return tuple(blocks), places
 
 

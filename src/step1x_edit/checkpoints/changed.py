@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, empty_like
+from torch import Tensor
 
 from step1x_edit.checkpoints.arena import Arena, never_stop
 from step1x_edit.checkpoints.lora import Changes, Mark
@@ -19,9 +19,13 @@ class ChangedBlocks:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._marks: dict[str, tuple[Mark, ...] | None] = dict.fromkeys(arena.memories, ())
+        names = (block.name for block in arena.blocks)
+        self._marks: dict[str, tuple[Mark, ...] | None] = dict.fromkeys(names, ())
         self.memories: dict[str, Tensor] = dict(arena.memories)
-        """Always the same dictionary, so that whoever copies from it sees what is there now."""
+        """Always the same dictionary, so that whoever copies from it sees what is there now.
+
+        Blocks that stay on disk are not in it, unless LoRAs change them.
+        """
 
     def differing(self, changes: Changes) -> list[str]:
         """The blocks that are not as these changes make them, in execution order."""
@@ -33,14 +37,16 @@ class ChangedBlocks:
         `check` is called between its weights; if it raises, or memory runs out, the block differs
         from everything until it is put again.
         """
-        wanted, base = self._wanted(block, changes), self._arena.memories[block]
+        wanted, base = self._wanted(block, changes), self._arena.memories.get(block)
         self._marks[block] = None
-        if not wanted:
-            self.memories[block] = base
-        else:
-            if self.memories[block] is base:
-                self.memories[block] = empty_like(base)
+        if wanted:
+            if self.memories.get(block) is base:
+                self.memories[block] = self._arena.room_for(block)
             self._arena.write_changed(block, self.memories[block], changes.delta_of, check)
+        elif base is None:
+            self.memories.pop(block, None)
+        else:
+            self.memories[block] = base
         self._marks[block] = wanted
 
     def _wanted(self, block: str, changes: Changes) -> tuple[Mark, ...]:

@@ -48,6 +48,7 @@ from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
+from step1x_edit.memory_plan import HostPlan
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
@@ -117,6 +118,8 @@ class OpenedCheckpoint:
     weights: tuple[Weight, ...]
     loras: Loras = field(default_factory=Loras)
     """What can be added to its transformer."""
+    host: HostPlan = HostPlan()
+    """Which of its blocks stay on disk."""
 
 
 def open_checkpoint(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
-from step1x_edit import __version__
+from step1x_edit import __version__, host_memory
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from step1x_edit.settings import Settings
 
 _GIB: Final = 1024**3
-_MEMORY_INFO: Final = Path("/proc/meminfo")  # Linux
 _STYLES: Final = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
@@ -88,12 +87,10 @@ def _checks() -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    try:
-        lines = _MEMORY_INFO.read_text(encoding="ascii").splitlines()
-        kib = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-        free, total = (kib[name] * 1024 / _GIB for name in ("MemAvailable", "MemTotal"))
-    except (OSError, ValueError, KeyError, IndexError):
+    found = host_memory.look()
+    if found is None:
         return Check("note", "memory", "this system does not tell how much there is")
+    free, total = found.available / _GIB, found.total / _GIB
     return Check("ok", "memory", f"{free:.1f} GiB of {total:.1f} GiB free")
 
 
