@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from step1x_edit.channel import (
     Offload,
     Outcome,
     Phase,
+    Placement,
     Progress,
     Report,
     Residence,
@@ -24,6 +26,20 @@ from step1x_edit.channel import (
 from step1x_edit.engine import Clock
 from step1x_edit.errors import EditCancelledError, Step1XEditError, WorkerLostError
 from step1x_edit.images import Pixels
+from step1x_edit.schemas import Location
+
+STREAMED: Final = Placement(
+    resident_share=0.31,
+    precision="bf16",
+    streaming=True,
+    slots=2,
+    joint_branches=False,
+    reason="31 % of the core stays on the device, the rest passes through 2 slots",
+    predicted_peak_gb=7.4,
+    measured_peak_gb=7.123,
+    host_gb=39.0,
+)
+"""How a large model is placed on a small card."""
 
 
 class ManualClock(Clock):
@@ -82,6 +98,9 @@ class FakeWorker:
     device: str = "cpu"
     warning: str | None = None
     held: Memory = Memory()
+    version: str | None = None
+    size_multiple: int | None = None
+    placement: Placement | None = None
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
@@ -137,8 +156,8 @@ class FakeWorker:
         try:
             if self.residence.location == "Unloaded":
                 yield self._report(Progress(Phase.LOADING))
-            location = "CPU" if self.device == "cpu" else "GPU"
-            self.residence = Residence(location, "fake", self.device, self.held)
+            location: Location = "CPU" if self.device == "cpu" else "GPU"
+            self.residence = self._at(location)
             yield self._report(Progress(Phase.ENCODING))
             for step in range(1, job.num_steps + 1):
                 self.before_step(job, step)
@@ -155,15 +174,22 @@ class FakeWorker:
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":
-            self.residence = Residence("CPU", "fake", self.device)
+            self.residence = self._at("CPU")
         yield self._report(Done())
 
     def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
         is_home = self.residence.location == ("CPU" if self.device == "cpu" else "GPU")
         held = self.held if is_home else Memory()
-        return Report(
-            event,
-            Residence(self.residence.location, self.residence.model, self.residence.device, held),
+        return Report(event, replace(self.residence, memory=held))
+
+    def _at(self, location: Location) -> Residence:
+        return Residence(
+            location,
+            "fake",
+            self.device,
+            version=self.version,
+            size_multiple=self.size_multiple,
+            placement=self.placement,
         )
 
 

@@ -80,8 +80,8 @@ _MOST_LINKED: Final = 1000
 _UNTIL_HEARD_S: Final = 1.0  # between the head of a stream and the first who listens to it
 _COME_BACK_S: Final = 1.0  # when the line is full in the middle of several pictures
 _MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
-_MAX_FIELDS: Final = 40
-_MAX_FIELD_BYTES: Final = 64 * 1024
+MAX_FIELDS: Final = 40
+MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURES: Final = frozenset({"image", "image[]"})
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
@@ -148,10 +148,10 @@ async def _read_form(request: Request) -> _Sent:
     fields: dict[str, object] = {}
     try:
         async with request.form(
-            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+            max_files=_MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         ) as form:
             for name, value in form.multi_items():
-                _check_supported(name)
+                check_supported(name)
                 if name in _PICTURES:
                     pictures.append(value)
                 elif name in fields:
@@ -175,7 +175,8 @@ async def _uploaded(value: object, name: str) -> bytes:
     return await value.read()
 
 
-def _read_json(body: bytes) -> _Sent:
+def json_fields(body: bytes) -> dict[str, object]:
+    """The fields of a body in JSON; those that are null count as left out."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
@@ -184,7 +185,12 @@ def _read_json(body: bytes) -> _Sent:
         raise InvalidParameterError("the body must be a JSON object")
     fields = {name: value for name, value in values.items() if value is not None}
     for name in fields:
-        _check_supported(name)
+        check_supported(name)
+    return fields
+
+
+def _read_json(body: bytes) -> _Sent:
+    fields = json_fields(body)
     pictures, mask = fields.pop("images", []), fields.pop("mask", None)
     if not isinstance(pictures, list):
         raise InvalidParameterError("images must be a list", param="images")
@@ -219,7 +225,8 @@ def _in_data_url(value: object, name: str) -> bytes:
         raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
 
 
-def _check_supported(name: str) -> None:
+def check_supported(name: str) -> None:
+    """Raise for a field that has a meaning elsewhere and none here."""
     if not name.isprintable():
         raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
     why = _UNSUPPORTED.get(name.partition("[")[0])
@@ -227,7 +234,7 @@ def _check_supported(name: str) -> None:
         raise InvalidParameterError(f"{name!r} is not supported: {why}", param=name)
 
 
-def _understood(fields: Mapping[str, object]) -> ImageEditRequest:
+def understood(fields: Mapping[str, object]) -> ImageEditRequest:
     """The request that the fields make; complaints name a field as the caller did."""
     values: dict[str, object] = {}
     parameters = dict(_KNOWN)
@@ -267,7 +274,7 @@ def _check_together(asked: ImageEditRequest) -> None:
         )
 
 
-def _check_model(service: EditService, name: str) -> None:
+def check_model(service: EditService, name: str) -> None:
     """Take our own name, that of the version that runs, and those that OpenAI's clients need."""
     if name not in _names(service) and not name.startswith(_OF_OPENAI):
         raise ModelNotFoundError(f"{name!r}; {MODELS_PATH} lists what there is")
@@ -278,7 +285,7 @@ def _names(service: EditService) -> set[str]:
     return {MODEL} if version is None else {MODEL, version}
 
 
-def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
+def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
     """The same in our own words; the operator's defaults for what is left out, and a seed."""
     return with_seed(
         service.read_picture(
@@ -357,7 +364,7 @@ class _Edits:
         """Do all that is asked for; pictures that are to be linked can be fetched afterwards."""
         started = time.monotonic()
         size = await asyncio.to_thread(self._size, sent.picture, asked)
-        first = _request_of(self._service, asked)
+        first = request_of(self._service, asked)
         seed = first.seed or 0
         pictures = []
         for number in range(asked.n):
@@ -664,14 +671,14 @@ _MODEL_EXAMPLE: Final = {
     "version": "v1.1",
     "location": "GPU",
 }
-_TAGS: Final = ["OpenAI Images"]
+TAGS: Final = ["OpenAI Images"]
 
 
 def image_routes(
     service: EditService, settings: Settings, runs: Runs, keep_alive_s: float = KEEP_ALIVE_S
 ) -> APIRouter:
     """The routes under /v1/images and /v1/models; an edit asked for again is one of `runs`."""
-    router = APIRouter(tags=list(_TAGS))
+    router = APIRouter(tags=list(TAGS))
     linked: _Linked = Shelf(_LINKED_S, _LINKED_BYTES, _MOST_PICTURES, _MOST_LINKED)
     edits = _Edits(service, Limits(settings.max_bytes, settings.max_pixels), linked)
     started = int(time.time())
@@ -715,8 +722,8 @@ def image_routes(
         if not may_be_known(request):
             service.check_room()  # before the upload is read
         sent = await _read(request)
-        asked = _understood(sent.fields)
-        _check_model(service, asked.model)
+        asked = understood(sent.fields)
+        check_model(service, asked.model)
         # The clients try again before a stream begins, which is soon, and never afterwards.
         is_named = KEY in request.headers or not asked.stream
         run, was_there = runs.find(
@@ -841,20 +848,27 @@ def _in_path(name: str, example: str, what: str) -> dict[str, Any]:
     }
 
 
-def _plain(field: Mapping[str, Any]) -> dict[str, Any]:
+def plain(field: Mapping[str, Any]) -> dict[str, Any]:
     """A field that may be left out, described as what it is when it is there."""
     values = [each for each in field.get("anyOf", []) if each.get("type") != "null"]
     rest = {name: value for name, value in field.items() if name != "anyOf" and value is not None}
     return {**values[0], **rest} if values else rest
 
 
-def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
-    """The form and the JSON, as OpenAPI describes them."""
-    schema = ImageEditRequest.model_json_schema()
-    fields = {name: _plain(field) for name, field in schema["properties"].items()}
+def described_fields(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The fields beside the pictures, with the operator's defaults."""
+    properties = ImageEditRequest.model_json_schema()["properties"]
+    fields = {name: plain(field) for name, field in properties.items()}
     fields["num_inference_steps"]["default"] = defaults["num_steps"]
     for name in ("guidance_scale", "size_level"):
         fields[name]["default"] = defaults[name]
+    return fields
+
+
+def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The form and the JSON, as OpenAPI describes them."""
+    schema = ImageEditRequest.model_json_schema()
+    fields = described_fields(defaults)
     file = {"type": "string", "format": "binary"}
     link = {
         "type": "object",
