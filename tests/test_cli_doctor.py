@@ -20,6 +20,7 @@ from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.interfaces.cli import app
 from step1x_edit.machine import Survey, look
 from step1x_edit.schemas import SUGGESTED
+from step1x_edit.survey import survey
 from step1x_edit.worker import STAND_IN
 from test_server import FAKE, started
 from tiny import tiny_pipeline
@@ -179,12 +180,10 @@ def test_other_defaults_are_suggested_for_versions_that_want_them(
     assert "defaults" not in followed
 
 
-def test_a_survey_foresees_the_plan_without_loading_anything(
-    tmp_path: Path,
-) -> None:
+def test_a_survey_foresees_the_plan_without_loading_anything(tmp_path: Path) -> None:
     write_demo(tmp_path / "checkpoint", tiny_pipeline())
 
-    seen = look(Start(model_path=str(tmp_path / "checkpoint"), device=STAND_IN))
+    seen = survey(Start(model_path=str(tmp_path / "checkpoint"), device=STAND_IN))
 
     assert seen.size_multiple == 16
     assert seen.placement is not None

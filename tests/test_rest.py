@@ -583,14 +583,15 @@ def test_status_and_metrics_tell_how_the_model_is_placed(
         "measured_peak_gb": 7.12,
         "host_gb": 39.0,
     }
-    for line in (
-        "step1x_plan_resident_share 0.31",
-        "step1x_plan_slots 2.0",
-        f'step1x_peak_memory_bytes{{kind="predicted"}} {7.4 * 2**30}',
-        f'step1x_peak_memory_bytes{{kind="measured"}} {7.12 * 2**30}',
-        f"step1x_host_memory_bytes {39.0 * 2**30}",
-    ):
-        assert f"\n{line}\n" in metrics
+    samples = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
+    for name, value in {
+        "step1x_plan_resident_share": 0.31,
+        "step1x_plan_slots": 2,
+        'step1x_peak_memory_bytes{kind="predicted"}': 7.4 * 2**30,
+        'step1x_peak_memory_bytes{kind="measured"}': 7.12 * 2**30,
+        "step1x_host_memory_bytes": 39.0 * 2**30,
+    }.items():
+        assert float(samples[name]) == pytest.approx(value)
 
 
 def test_each_request_is_a_line_in_the_log_with_its_id_and_without_its_text(

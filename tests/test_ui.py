@@ -344,10 +344,10 @@ def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo
     expect(page.locator(".pill")).to_contain_text("Model on the GPU")
     page.wait_for_selector("#edit-download")
     page.get_by_role("tab", name="System").click()
-    expect(page.locator(".status")).to_contain_text(
+    expect(page.locator(".status table")).to_contain_text(
         "31 % of the core stays on the GPU, the rest passes through 2 slots"
     )
-    expect(page.locator(".status")).to_contain_text("planned 7.4 GB · measured 7.12 GB")
+    expect(page.locator(".status table")).to_contain_text("planned 7.4 GB · measured 7.12 GB")
     page.click("#offload")
     expect(page.locator(".pill")).to_contain_text("Model in memory")
     expect(page.get_by_text("GPU offloaded. Model now on CPU")).to_be_visible()
