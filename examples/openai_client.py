@@ -28,7 +28,8 @@ def main(image_path: str, prompt: str, base_url: str) -> None:
             print(f"Preview {event.partial_image_index + 1}")
         else:
             output_path = Path(image_path).with_name(f"{Path(image_path).stem}_edited.jpg")
-            output_path.write_bytes(base64.b64decode(event.b64_json))
+            with output_path.open("xb") as output:  # an earlier result is never replaced
+                output.write(base64.b64decode(event.b64_json))
             print(f"Result: {output_path}")
 
 

@@ -23,21 +23,7 @@ from step1x_edit.model.conditioner_v1_2 import (
 )
 from step1x_edit.model.config import V1_1, V1_2, ConditionerConfig
 from tiny import a_picture, tiny_conditioner
-
-
-def conditioner(**changes: object) -> ConditionerV12:
-    """A tiny one with random weights, which looks at pictures of four tokens and more."""
-    v1 = tiny_conditioner()
-    fields = {
-        "text_length": 300,
-        "is_padded": False,
-        "quote_start": 75,
-        "fixed_image_size": None,
-        "min_pixels": 56 * 56,
-        "max_pixels": 112 * 112,
-        **changes,
-    }
-    return ConditionerV12(v1.vlm, v1.tokenizer, dataclasses.replace(v1.config, **fields))
+from tiny import tiny_conditioner_v1_2 as conditioner
 
 
 def encode(

@@ -257,7 +257,7 @@ def test_the_model_edits_as_if_it_had_been_stored_with_the_lora_in_it(
             assert (picture(checkpoint.pipeline) == merged_by_hand).all()
         residency.offload()
 
-    assert checkpoint.name == "demo with LoRA hand 0.5"
+    assert residency.loras == {"hand": 0.5}
     assert (before != merged_by_hand).any()
 
 

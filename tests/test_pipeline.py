@@ -172,8 +172,8 @@ def test_the_loop_agrees_with_one_written_from_the_training_forward(
             predicted = pipeline.transformer(
                 torch.cat([latents, encoded.reference], dim=1),
                 ids,
-                encoded.prompt.prompt_embeds[branch : branch + 1],
-                encoded.prompt.prompt_mask[branch : branch + 1],
+                encoded.branches[branch].embeds,
+                encoded.branches[branch].mask,
                 t.view(1),
             )
             return predicted[:, :number]

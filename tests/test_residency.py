@@ -363,7 +363,7 @@ def test_moving_does_not_make_compiled_blocks_compile_again(residency: Residency
     block = network(residency)["transformer"].single_blocks[0]
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     x, mod = torch.randn(1, 5, 32), torch.randn(1, 96)
-    rope = torch.complex(torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8))
+    rope = torch.randn(1, 1, 5, 8, 2)
     results = []
     with torch.inference_mode():  # in which a careless move would make tensors of another kind
         results.append(block(x, mod, rope))

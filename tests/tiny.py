@@ -17,7 +17,8 @@ from step1x_edit.model.conditioner import (
     measure_prefix_length,
     small_vlm_config,
 )
-from step1x_edit.model.config import TINY, ModelConfig
+from step1x_edit.model.conditioner_v1_2 import ConditionerV12
+from step1x_edit.model.config import TINY, V1_2, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 
@@ -80,10 +81,47 @@ def tiny_conditioner(**changes: object) -> Conditioner:
     return Conditioner(vlm, tokenizer, tiny_config(tokenizer, **changes).conditioner)
 
 
+def tiny_conditioner_v1_2(**changes: object) -> ConditionerV12:
+    """One of v1.2, which looks at pictures of four tokens and more."""
+    v1 = tiny_conditioner()
+    fields = {
+        "text_length": 300,
+        "is_padded": False,
+        "quote_start": 75,
+        "fixed_image_size": None,
+        "min_pixels": 56 * 56,
+        "max_pixels": 112 * 112,
+        **changes,
+    }
+    return ConditionerV12(v1.vlm, v1.tokenizer, dataclasses.replace(v1.config, **fields))
+
+
 def tiny_pipeline(labels: tuple[str, ...] = ()) -> EditPipeline:
     """A pipeline whose weights are exact in bfloat16, so that storing them loses nothing."""
     conditioner = tiny_conditioner()
+    return assemble(conditioner, tiny_config(conditioner.tokenizer), labels)
+
+
+def tiny_pipeline_v1_2() -> EditPipeline:
+    """The same of v1.2."""
+    conditioner = tiny_conditioner_v1_2()
     config = tiny_config(conditioner.tokenizer)
+    config = dataclasses.replace(
+        config,
+        version="tiny v1.2",
+        transformer=dataclasses.replace(config.transformer, has_text_token_mapping=True),
+        conditioner=conditioner.config,
+        reference_offset=V1_2.reference_offset,
+        guidance_rule=V1_2.guidance_rule,
+        reference_resize=V1_2.reference_resize,
+    )
+    return assemble(conditioner, config)
+
+
+def assemble(
+    conditioner: Conditioner | ConditionerV12, config: ModelConfig, labels: tuple[str, ...] = ()
+) -> EditPipeline:
+    """A pipeline with other networks of the given sizes around a conditioner."""
     torch.manual_seed(2)
     transformer = Transformer(config.transformer).eval()
     vae = AutoencoderKL(**VAE).eval()

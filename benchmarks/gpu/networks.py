@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from step1x_edit.model.conditioner import PromptEncoding
 from step1x_edit.model.config import ModelConfig, TransformerConfig
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import image_position_ids
-from step1x_edit.model.pipeline import DenoiseState, EditPipeline, EditRequest, Encoded, Plan
+from step1x_edit.model.pipeline import (
+    Branch,
+    DenoiseState,
+    EditPipeline,
+    EditRequest,
+    Encoded,
+    Plan,
+    join,
+)
 from step1x_edit.model.transformer import Transformer
 
 NUM_STEPS = 28
@@ -100,11 +107,9 @@ def encoded_prompts(
     reference = torch.randn(1, side * side, transformer.in_channels, generator=generator)
     embeds = torch.randn(2, length, transformer.connector.in_features, generator=generator)
     mask = (torch.arange(length) < torch.tensor(valid).unsqueeze(1)).long()
-    prompt = PromptEncoding(
-        (embeds * mask.unsqueeze(-1)).to(device),
-        mask.to(device),  # padded rows are zero
-    )
-    return Encoded(reference=reference.to(device), prompt=prompt, rows=side, columns=side)
+    embeds, mask = (embeds * mask.unsqueeze(-1)).to(device), mask.to(device)  # padded rows are zero
+    branches = tuple(map(Branch, embeds.split(1), mask.split(1)))
+    return Encoded(reference=reference.to(device), branches=branches, rows=side, columns=side)
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -130,11 +135,10 @@ def our_velocities(
     """What our path predicts for the first latents, if they stood at each of these steps."""
     dtype = network.img_in.weight.dtype
     img, timesteps = _tokens(encoded, model)
-    prologue = network.prologue(
-        encoded.prompt.prompt_embeds.to(dtype), encoded.prompt.prompt_mask, timesteps[:-1]
-    )
+    prompts = join(encoded.branches)
+    prologue = network.prologue(prompts.embeds.to(dtype), prompts.mask, timesteps[:-1])
     ids = _ids(encoded, model)
-    rope = network.rope(ids, encoded.prompt.prompt_embeds.shape[1])
+    rope = network.rope(ids, prompts.embeds.shape[1])
     wanted = img.shape[1] // 2
     return [
         network.core(img.to(dtype), prologue[step], rope, num_wanted=wanted).float()
@@ -208,9 +212,9 @@ class PlainNetwork:
         self.weights = dict(weights_of.named_parameters())
         self.help = helpers or Helpers()
 
-    def velocity(self, img: Tensor, ids: Tensor, prompt: PromptEncoding, t: Tensor) -> Tensor:
+    def velocity(self, img: Tensor, ids: Tensor, prompts: Branch, t: Tensor) -> Tensor:
         """(B, N, Cin) to (B, N, Cout), for timesteps t (B,)."""
-        text, pooled = self.connector(prompt.prompt_embeds.to(self.dtype), prompt.prompt_mask, t)
+        text, pooled = self.connector(prompts.embeds.to(self.dtype), prompts.mask, t)
         img = self.linear("img_in", img)
         vec = self.mlp_embedder("time_in", self.wave(1000 * t))
         vec = vec + self.mlp_embedder("vector_in", pooled)
@@ -345,11 +349,11 @@ def plain_states(
     device = encoded.reference.device
     latents, number = start.latents.to(device), start.latents.shape[1]
     times = schedule(NUM_STEPS, number).tolist()
-    ids = _ids(encoded, model)
+    ids, prompts = _ids(encoded, model), join(encoded.branches)
     for step, (t, t_next) in enumerate(itertools.pairwise(times), 1):
         img = torch.cat([latents, encoded.reference], dim=1).expand(2, -1, -1)
         timestep = torch.full((2,), t, device=device)
-        velocity = network.velocity(img, ids, encoded.prompt, timestep)[:, :number].float()
+        velocity = network.velocity(img, ids, prompts, timestep)[:, :number].float()
         cond, uncond = velocity.chunk(2)
         latents = euler_step(
             latents, guide(cond, uncond, GUIDANCE, t, model.guidance_rule), t, t_next
@@ -362,8 +366,9 @@ def plain_velocities(
 ) -> list[Tensor]:
     img, timesteps = _tokens(encoded, model)
     ids, wanted = _ids(encoded, model), img.shape[1] // 2
+    prompts = join(encoded.branches)
     return [
-        network.velocity(img, ids, encoded.prompt, timesteps[step].expand(2))[:, :wanted].float()
+        network.velocity(img, ids, prompts, timesteps[step].expand(2))[:, :wanted].float()
         for step in steps
     ]
 

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from step1x_edit.schemas import Location
+from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -42,8 +42,12 @@ class Start:
     device: str = "auto"
     log_level: str = "INFO"
     loras: Mapping[str, float] = field(default_factory=dict)
-    """Paths of LoRA files, and how much of each is added to the model."""
+    """Paths of LoRA files, and how much of each is added where an edit does not say otherwise.
+
+    An edit names a file by its stem.
+    """
     log_format: str = "text"
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class EditJob:
     """Whether the model first rewrites the prompt; only v1.2 can."""
     reflection: bool = False
     """Whether it judges its edit and tries again, and the best is taken; only v1.2 can."""
+    loras: Mapping[str, float] | None = None
+    """The LoRAs to edit with, and how much of each; None: those of the `Start`."""
 
     @property
     def preview_steps(self) -> frozenset[int]:
@@ -166,6 +172,19 @@ class Residence:
     """Sides of the edited picture, in its working size, are multiples of so many pixels."""
     placement: Placement | None = None
     """How it was placed when it came to where it computes; kept while it waits in host memory."""
+    loras: Mapping[str, float] = field(default_factory=dict)
+    """Those that are in the model, by name, and how much of each."""
+
+    @property
+    def model_with_loras(self) -> str | None:
+        """What a picture was made with, in words: demo with LoRA hand 0.5."""
+        return self.model and name_with_loras(self.model, self.loras)
+
+
+def name_with_loras(model: str, loras: Mapping[str, float]) -> str:
+    """The name of a model with LoRAs in it."""
+    named = ", ".join(f"{name} {strength:g}" for name, strength in loras.items())
+    return f"{model} with LoRA {named}" if named else model
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Weights never change, so the arena in host memory stays valid for as long as the
 onloading copies its blocks into slabs on the device and lets the network's parameters be views
 into them; offloading turns the parameters back to the arena, drops the slabs and copies nothing.
 What the memory plan does not keep on the device passes through it while the model computes.
+LoRAs are added to copies of the blocks that they change, of which only the changed ones move.
 Residency belongs to one thread and has no lock. It knows nothing of jobs, pipes or users' files.
 
 Moves are made outside of inference mode whatever the caller is in: tensors born in it are of
@@ -22,7 +23,7 @@ import logging
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -31,6 +32,8 @@ from torch import Tensor
 
 from step1x_edit.channel import GIB, Memory, Placement
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, never_stop
+from step1x_edit.checkpoints.changed import ChangedBlocks
+from step1x_edit.checkpoints.lora import Changes, Loras
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
 from step1x_edit.peak import PeakMeter
@@ -71,11 +74,15 @@ class Residency:
         self._choose_plan = plan
         self._checkpoint: Checkpoint | None = None
         self._arena: Arena | None = None
-        self._host: dict[str, Tensor] = {}  # the arena's blocks, or copies with LoRAs in them
+        self._host: ChangedBlocks | None = None
+        self._loras = Loras()  # that there are
+        self._changes = Changes()  # that are in the model
+        self._wanted: Mapping[str, float] | None = None  # of LoRAs, when the model is loaded
         self._plan: MemoryPlan | None = None  # of what is on the device
         self._last_plan: MemoryPlan | None = None  # or was there before it was offloaded
         self._precision = ""
         self._peak = PeakMeter(device, lambda: sum(slab.nbytes for slab in self._slabs))
+        self._resident: dict[str, Tensor] = {}  # where in the slabs the blocks are that stay
         self._most_of_core = 1.0  # that may stay, as a share of its bytes
         self._tried_of_core = 0.0  # the last time
         self._slabs: list[Tensor] = []
@@ -107,6 +114,15 @@ class Residency:
         """What lives on the device and what passes through it; None while nothing is there."""
         return self._plan
 
+    @property
+    def loras(self) -> Mapping[str, float]:
+        """The LoRAs that are in the model, and how much of each."""
+        return self._changes.strengths
+
+    def has_loras(self, strengths: Mapping[str, float] | None) -> bool:
+        """Whether the model is loaded, and as `use_loras` would make it."""
+        return self._host is not None and self._loras.marks(strengths) == self._changes.marks
+
     def memory(self) -> Memory:
         """What the device's allocator says; of a stand-in, the bytes of the slabs."""
         if self._device is None:
@@ -125,12 +141,15 @@ class Residency:
 
     def placement(self) -> Placement | None:
         """How the model is placed and what an edit has needed; None while that is not decided."""
-        if self._arena is None or (self._device is not None and self._last_plan is None):
+        if self._host is None or self._arena is None:
+            return None
+        if self._device is not None and self._last_plan is None:
             return None
         storages = {
             memory.data_ptr(): memory.nbytes()
             for memory in (
-                host.untyped_storage() for host in (self._arena.memory, *self._host.values())
+                host.untyped_storage()
+                for host in (self._arena.memory, *self._host.memories.values())
             )
         }
         peak = self._peak.read()
@@ -150,22 +169,47 @@ class Residency:
         if self._arena is not None:
             return
         opened = self._open_checkpoint()
+        changes = opened.loras.changes(self._wanted)
         arena = Arena(opened.weights)
-        host = arena.memories
+        host = ChangedBlocks(arena)
         try:
             arena.fill(check)
-            if opened.delta_of is not None:
-                host = arena.changed(opened.delta_of, check)
+            for name in host.differing(changes):
+                host.put(name, changes, check)
         except BaseException as error:
             _forget_locals(error)
             del arena, host
             raise
-        arena.attach(host)
+        arena.attach(host.memories)
         self._checkpoint, self._arena, self._host = opened.checkpoint, arena, host
         self._precision = precision_of(opened.weights)
+        self._loras, self._changes = opened.loras, changes
         if self._device is not None and self._device.type == "cuda":
             self._page_lock = PageLock(arena.memory, CudaPages(self._device))
         logger.info("Unloaded → CPU: %s, %.2f GB", opened.checkpoint.name, arena.size / GIB)
+
+    @torch.inference_mode(False)
+    def use_loras(
+        self, strengths: Mapping[str, float] | None, check: Callable[[], None] = never_stop
+    ) -> None:
+        """Have these LoRAs in the model, by their names; None is as the checkpoint was opened.
+
+        Only blocks that differ are made anew and copied to where they lie. If that fails, or
+        `check` raises in between, the model is as before. A model that is not loaded will be
+        loaded so. Raises InvalidParameterError for a name that there is not, and CheckpointError
+        for a file that does not fit.
+        """
+        self._refuse_if_lent()
+        if self._host is not None:
+            before, wanted = self._changes, self._loras.changes(strengths)
+            try:
+                self._change(wanted, check)
+            except BaseException as error:
+                _forget_locals(error)
+                self._change_back(before)
+                raise
+            self._changes = wanted
+        self._wanted = strengths
 
     @torch.inference_mode(False)
     def onload(self, check: Callable[[], None] = never_stop) -> None:
@@ -179,6 +223,7 @@ class Residency:
         if self._device is None or self._plan is not None:
             return
         assert self._arena is not None
+        assert self._host is not None
         assert self._checkpoint is not None
         plan = self._choose_plan(self._arena.blocks)
         if plan.core_share > self._most_of_core:
@@ -197,10 +242,11 @@ class Residency:
             self._give_back(storages)
             raise
         self._arena.bind(resident)
+        self._resident = resident
         if slots is not None:
             self._streamer = BlockStreamer(
                 self._arena,
-                self._host,
+                self._host.memories,
                 self._checkpoint.pipeline.modules,
                 [block for block in self._arena.blocks if block.name not in plan.resident],
                 slots,
@@ -217,12 +263,12 @@ class Residency:
         Does nothing if the model is not on the device.
         """
         self._refuse_if_lent()
-        if self._arena is None or self._plan is None:
+        if self._arena is None or self._host is None or self._plan is None:
             return
         self._leave_device()
-        self._arena.bind(self._host)
+        self._arena.bind(self._host.memories)
         storages = [weakref.ref(slab.untyped_storage()) for slab in self._slabs]
-        self._slabs, self._plan = [], None
+        self._slabs, self._resident, self._plan = [], {}, None
         self._give_back(storages)
         logger.info("GPU → CPU")
 
@@ -241,18 +287,20 @@ class Residency:
     def release(self) -> None:
         """Forget the model, on the device and in host memory; does nothing if there is none."""
         self._refuse_if_lent()
-        if self._arena is None:
+        if self._arena is None or self._host is None:
             return
         self._leave_device()  # first, because a copy that is under way needs its pages locked
         if self._page_lock is not None:
             self._page_lock.undo()
         # Whoever still holds the network, holds no weights.
         self._arena.detach()
-        memories = [self._arena.memory, *self._host.values(), *self._slabs]
+        memories = [self._arena.memory, *self._host.memories.values(), *self._slabs]
         storages = [weakref.ref(memory.untyped_storage()) for memory in memories]
         del memories
         self._checkpoint, self._arena, self._page_lock = None, None, None
-        self._host, self._slabs, self._plan, self._last_plan = {}, [], None, None
+        self._host, self._slabs, self._resident = None, [], {}
+        self._plan, self._last_plan = None, None
+        self._loras, self._changes = Loras(), Changes()
         self._most_of_core, self._tried_of_core = 1.0, 0.0
         self._give_back(storages)
         logger.info("released: Unloaded")
@@ -281,6 +329,7 @@ class Residency:
     ) -> dict[str, Tensor]:
         """Copy what is to stay into new slabs, one for each component; tells where it lies."""
         assert self._arena is not None
+        assert self._host is not None
         assert self._device is not None
         staying = [block for block in self._arena.blocks if block.name in plan.resident]
         places = {}
@@ -292,7 +341,7 @@ class Residency:
             start = 0
             for block in blocks:
                 places[block.name] = slab[start : start + block.size]
-                self._copy(self._host[block.name], places[block.name], check)
+                self._copy(self._host.memories[block.name], places[block.name], check)
                 start += block.size
         return places
 
@@ -307,8 +356,36 @@ class Residency:
         slabs.append(self._allocate(plan.num_slots * size, self._device))
         return slabs[-1].view(plan.num_slots, size)
 
+    def _change(self, changes: Changes, check: Callable[[], None]) -> None:
+        """Make the blocks as these changes make them, in host memory and where they compute."""
+        assert self._arena is not None
+        assert self._host is not None
+        names = self._host.differing(changes)
+        if self._streamer is not None:
+            self._streamer.forget(names)
+        for name in names:
+            check()
+            self._host.put(name, changes, check)
+            memory = self._host.memories[name]
+            if self._plan is None:
+                self._arena.bind({name: memory})
+            elif name in self._resident:  # the others pass, and are copied when their turn comes
+                self._copy(memory, self._resident[name], check)
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _change_back(self, changes: Changes) -> None:
+        """Undo what has been done of a change; a model for which that fails is released."""
+        try:
+            self._change(changes, never_stop)
+        except (MemoryError, RuntimeError):
+            logger.exception("a change of LoRAs could not be undone: the model is loaded anew")
+            self.release()
+
     def _leave_device(self) -> None:
-        """Stop the blocks that pass."""
+        """Stop the blocks that pass, and forget what was kept beside the weights."""
+        if self._checkpoint is not None:
+            self._checkpoint.pipeline.forget_tables()
         if self._streamer is not None:
             self._streamer.close()
             self._streamer = None

@@ -13,7 +13,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -34,6 +34,8 @@ from step1x_edit.errors import InvalidParameterError, Step1XEditError
 
 Size = Literal[512, 768, 1024]
 Location = Literal["Unloaded", "CPU", "GPU"]
+Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
+"""In which the model's weights are kept; auto: as the checkpoint has them."""
 
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
@@ -45,6 +47,9 @@ MAX_BATCH: Final = 1000  # so many results, without metadata, are what an answer
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
+MAX_LORAS: Final = 16  # of one edit
+MAX_STRENGTH: Final = 4
+"""Of a LoRA; beyond it no picture is left."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,73 @@ def _drawn_if_negative(value: int | None) -> int | None:
     return None if value == -1 else value
 
 
+def _loras(value: object) -> object:
+    """Read "hand, look:0.5" and {"hand": 1} as the list that they mean; empty texts say nothing."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        return [f"{name}:{strength}" for name, strength in value.items()]
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return value
+    return [each for each in value if not isinstance(each, str) or each.strip()]
+
+
+def _lora(value: str) -> str:
+    name, strength = _name_and_strength(value)
+    if not name or not abs(strength) <= MAX_STRENGTH:  # nor what is not a number
+        raise PydanticCustomError(
+            "plain_text",
+            "must be a name or name:strength with a strength between -{most} and {most}, "
+            "got {value}",
+            {"most": _plain(MAX_STRENGTH), "value": _shown(value)},
+        )
+    return f"{name}:{_plain(strength)}"
+
+
+def _name_and_strength(value: str) -> tuple[str, float]:
+    name, mark, strength = value.rpartition(":")
+    if not mark:
+        return value.strip(), 1.0
+    try:
+        return name.strip(), float(strength)
+    except ValueError:
+        return name.strip(), math.nan
+
+
+def _each_lora_once(values: list[str] | None) -> list[str] | None:
+    names = [_name_and_strength(value)[0] for value in values or []]
+    for name in names:
+        if names.count(name) > 1:
+            raise PydanticCustomError("plain_text", "names {name} twice", {"name": _shown(name)})
+    return values
+
+
+def strengths_of(loras: Iterable[str]) -> dict[str, float]:
+    """The strengths by name that a list of `name:strength` says; 0 is the same as not there."""
+    strengths = dict(map(_name_and_strength, loras))
+    return {name: strengths[name] for name in sorted(strengths) if strengths[name] != 0}
+
+
+def loras_of(strengths: Mapping[str, float]) -> list[str]:
+    """The same as a list of `name:strength`."""
+    return [f"{name}:{_plain(strength)}" for name, strength in strengths.items()]
+
+
+def check_loras(wanted: Iterable[str], known: Collection[str]) -> None:
+    """Raise InvalidParameterError unless there are LoRAs of all these names."""
+    for name in wanted:
+        if name not in known:
+            there_are = f"there are {', '.join(known)}" if known else "LORA_PATH names none"
+            raise InvalidParameterError(
+                f"loras has {_shown(name)}, which is not here{_suggestion(name, known)}; "
+                f"{there_are}",
+                param="loras",
+            )
+
+
 # --- parameters ----------------------------------------------------------------------------------
 # Constraints stand before the readers: the other way round they would not reach the JSON schema.
 
@@ -192,6 +264,25 @@ MaskPath = Annotated[
         "Default: the whole picture may change"
     ),
 ]
+Loras = Annotated[
+    list[
+        Annotated[
+            str,
+            Field(min_length=1, max_length=300),
+            AfterValidator(_plain_text),
+            AfterValidator(_lora),
+        ]
+    ]
+    | None,
+    Field(
+        max_length=MAX_LORAS,
+        description="LoRAs to edit with, of those that get_gpu_status lists: each a name, or "
+        "name:strength with a strength from -4 to 4. Default: those that the server was started "
+        "with; an empty list is none",
+    ),
+    AfterValidator(_each_lora_once),
+    BeforeValidator(_loras),
+]
 ImagePaths = Annotated[
     list[_PathText],
     Field(min_length=1, max_length=MAX_BATCH, description="Paths of the images to edit"),
@@ -252,6 +343,7 @@ class EditRequest(_Request):
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
     mask_path: MaskPath = None
+    loras: Loras = None
 
 
 class PictureRequest(_Request):
@@ -263,6 +355,7 @@ class PictureRequest(_Request):
     size_level: SizeLevel = DEFAULT_SIZE_LEVEL
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
 
 
 class BatchRequest(_Request):
@@ -277,6 +370,7 @@ class BatchRequest(_Request):
     seed: Seed = None
     overwrite: Overwrite = False
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -382,6 +476,7 @@ class ImageEditRequest(_Request):
     size_level: SizeLevel | None = None
     seed: Seed = None
     negative_prompt: NegativePrompt = ""
+    loras: Loras = None
 
 
 _Side = Annotated[
@@ -430,6 +525,8 @@ class EditRecord(_Request):
     seed: _SeedNumber
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
+    loras: Loras = None
+    """Those that were in the model, if there were any."""
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -464,6 +561,10 @@ class EditMetadata(_Answer):
     changed_share: Annotated[
         float | None,
         Field(description="Share of the pixels that changed, 0 to 1, if there was a mask"),
+    ] = None
+    loras: Annotated[
+        list[str] | None,
+        Field(description="The LoRAs that it was edited with, as name:strength, if there were any"),
     ] = None
 
 
@@ -692,6 +793,14 @@ class GpuStatus(_Answer):
             description="How the model is placed; while it waits in host memory, how it was on the "
             "device. Left out while none is loaded"
         ),
+    ] = None
+    loras: Annotated[
+        list[str] | None,
+        Field(description="The names of the LoRAs that edits can ask for, if there are any"),
+    ] = None
+    loras_in_model: Annotated[
+        list[str] | None,
+        Field(description="Those that the last edit was made with, as name:strength"),
     ] = None
 
 

@@ -69,7 +69,10 @@ from step1x_edit.schemas import (
     StatusAnswer,
     Suggestion,
     ViewRequest,
+    check_loras,
+    loras_of,
     read_request,
+    strengths_of,
 )
 from step1x_edit.settings import Settings
 from step1x_edit.worker_process import WorkerProcess
@@ -139,6 +142,7 @@ class EditService:
         self._files = files
         self._settings = settings
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
+        self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
         self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
         self._looking: asyncio.Future[Survey] | None = None
@@ -152,6 +156,11 @@ class EditService:
             "guidance_scale": self._settings.default_guidance_scale,
             "size_level": self._settings.default_size_level,
         }
+
+    @property
+    def loras(self) -> Mapping[str, float]:
+        """The LoRAs that edits can ask for, and how much of each is added if they do not."""
+        return MappingProxyType(self._loras)
 
     def read_edit(self, arguments: Mapping[str, object]) -> EditRequest:
         """Make a request of what a caller gave; raises InvalidParameterError.
@@ -385,7 +394,9 @@ class EditService:
             for name, value in arguments.items()
             if value is not None or name not in fields or fields[name].is_required()
         }
-        return read_request(kind, {**self.defaults, **given})
+        request = read_request(kind, {**self.defaults, **given})
+        check_loras(strengths_of(request.loras or []), self._loras)
+        return request
 
     async def _edit(
         self,
@@ -419,7 +430,7 @@ class EditService:
         seed = _seed_of(request)
         with self._counted():
             result = await _run(submit(_job(request, source.picture, seed)), report)
-            record = _record(request, seed, result.residence.model or "", source.mask_sha256)
+            record = _record(request, seed, result.residence, source.mask_sha256)
 
             def finished() -> tuple[Picture, float | None, bytes]:
                 picture, share = _restored(result.outcome.image, source)
@@ -478,6 +489,8 @@ class EditService:
             device=residence.device,
             queue_length=status.queue_length,
             plan=None if residence.placement is None else _plan_status(residence.placement),
+            loras=list(self._loras) or None,
+            loras_in_model=loras_of(residence.loras) or None,
         )
 
     def _open(
@@ -569,14 +582,15 @@ def _job(request: EditRequest | PictureRequest, source: Picture, seed: int) -> E
         guidance_scale=request.guidance_scale,
         size_level=request.size_level,
         seed=seed,
+        loras=None if request.loras is None else strengths_of(request.loras),
     )
 
 
 def _record(
-    request: EditRequest | PictureRequest, seed: int, model: str, mask_sha256: str | None
+    request: EditRequest | PictureRequest, seed: int, residence: Residence, mask_sha256: str | None
 ) -> EditRecord:
     return EditRecord(
-        model=model,
+        model=residence.model_with_loras or "",
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         num_steps=request.num_steps,
@@ -584,6 +598,7 @@ def _record(
         size_level=request.size_level,
         seed=seed,
         mask_sha256=mask_sha256,
+        loras=loras_of(residence.loras) or None,
     )
 
 
@@ -606,6 +621,7 @@ def _metadata(
         negative_prompt=record.negative_prompt or None,
         warning=result.outcome.warning,
         changed_share=None if changed_share is None else round(changed_share, 4),
+        loras=record.loras,
     )
 
 
@@ -661,6 +677,7 @@ def start_of(settings: Settings) -> Start:
         log_level=settings.log_level,
         loras={str(path): strength for path, strength in settings.lora_path.items()},
         log_format=settings.log_format,
+        precision=settings.precision,
     )
 
 

@@ -36,9 +36,11 @@ from step1x_edit.schemas import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_NUM_STEPS,
     DEFAULT_SIZE_LEVEL,
+    MAX_STRENGTH,
     GuidanceScale,
     NumSteps,
     Parameter,
+    Precision,
     SizeLevel,
     complaints,
     parameters_of,
@@ -46,8 +48,6 @@ from step1x_edit.schemas import (
 
 MEGA: Final = 1_000_000
 MEBI: Final = 1024 * 1024
-MAX_STRENGTH: Final = 4
-"""Of a LoRA; beyond it no picture is left."""
 
 
 def _lower(value: object) -> object:
@@ -76,15 +76,20 @@ def _plain_key(value: SecretStr) -> SecretStr:
 
 
 def _loras(value: object) -> object:
-    """What `hand.safetensors@0.8:other.safetensors` says: files and their strengths."""
+    """What `hand.safetensors@0.8:other.safetensors` says: files, or folders, and their strengths.
+
+    What a folder holds is there to be asked for, and is not added unless that is said.
+    """
     if not isinstance(value, str):
         return value
     found: dict[Path, float] = {}
     for part in filter(None, map(str.strip, value.split(os.pathsep))):
         file, mark, strength = part.rpartition("@")
         if not mark or strength.endswith(".safetensors") or os.sep in strength:
-            file, strength = part, "1"  # the sign belongs to the name
+            file, strength = part, ""  # the sign belongs to the name
         path = Path(file).expanduser()
+        if file == part:
+            strength = "0" if path.is_dir() else "1"
         try:
             found[path] = float(strength)
         except ValueError:
@@ -94,6 +99,28 @@ def _loras(value: object) -> object:
                 "plain_text",
                 "wants a strength between -{most} and {most} after '@', got '{part}'",
                 {"most": MAX_STRENGTH, "part": part},
+            )
+    return found
+
+
+def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
+    """The files, also those in folders: one that is named itself has the strength said there."""
+    found: dict[Path, float] = {}
+    for path, strength in paths.items():
+        if not path.is_dir():
+            found[path] = strength
+            continue
+        for file in sorted(path.glob("*.safetensors")):
+            if file.stem.isprintable() and not file.name.startswith("."):
+                found.setdefault(file, paths.get(file, strength))
+    by_name: dict[str, Path] = {}
+    for file in found:
+        other = by_name.setdefault(file.stem, file)
+        if other != file:
+            raise PydanticCustomError(
+                "plain_text",
+                "has two files of the name {name}, {one} and {other}; rename one",
+                {"name": file.stem, "one": str(other), "other": str(file)},
             )
     return found
 
@@ -176,11 +203,12 @@ class Settings(BaseSettings):
     lora_path: Annotated[
         dict[Path, float],
         NoDecode,
+        AfterValidator(_lora_files),
         BeforeValidator(_loras),
         Field(
             default_factory=dict,
             description=f"LoRA files that change the model, separated by '{os.pathsep}'; "
-            "file@0.8 adds that much of it",
+            "file@0.8 adds that much of it. Those in a folder are there to be asked for by edits",
         ),
     ]
     gpu_idle_timeout: Annotated[
@@ -193,6 +221,14 @@ class Settings(BaseSettings):
         str,
         Field(description="Where to compute: auto, cpu, cuda or cuda:N"),
         AfterValidator(_known_device),
+        BeforeValidator(_lower),
+    ] = "auto"
+    precision: Annotated[
+        Precision,
+        Field(
+            description="How weights are kept: bf16, or most of them as fp8, int8 or nf4, which "
+            "takes a half or a third of the memory and changes pictures a little; auto: exact"
+        ),
         BeforeValidator(_lower),
     ] = "auto"
     allowed_dirs: Annotated[

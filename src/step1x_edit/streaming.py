@@ -8,7 +8,7 @@ host's arena, so the result is the same bit for bit, whatever passes and whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -132,6 +132,12 @@ class BlockStreamer:
         for handle in self._handles:
             handle.remove()
         self._copies.finish()
+
+    def forget(self, blocks: Collection[str]) -> None:
+        """Have these blocks copied anew when they are next needed: their memory will change."""
+        self._copies.finish()
+        stale = {index for index, block in enumerate(self._blocks) if block.name in blocks}
+        self._holds = [None if held in stale else held for held in self._holds]
 
     def _before(self, index: int) -> Callable[..., None]:
         def bring(*_: object) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from step1x_edit.channel import GIB, Start
+from step1x_edit.channel import GIB, Start, name_with_loras
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.machine import Survey, first_line
 
@@ -57,6 +57,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
 
     try:
         opened = open_chosen(start)
+        loras = opened.loras.changes()
     except (Step1XEditError, OSError) as error:
         return dataclasses.replace(found, checkpoint_error=first_line(str(error)))
     placement = None
@@ -68,7 +69,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         found,
         size_multiple=opened.checkpoint.pipeline.config.size_multiple,
         placement=placement,
-        checkpoint=opened.checkpoint.name,
+        checkpoint=name_with_loras(opened.checkpoint.name, loras.strengths),
         version=opened.checkpoint.version,
         weights_gb=round(sum(weight.size for weight in opened.weights) / GIB, 2),
     )

@@ -18,7 +18,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ class PipelineWorker:
         )
         for plan in itertools.chain(PLANS, self._smaller_plans()):
             try:
-                yield from self._attempt(run, plan)
+                yield from self._attempt(run, plan, job.loras)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -144,6 +144,7 @@ class PipelineWorker:
             version=checkpoint.version,
             size_multiple=checkpoint.pipeline.config.size_multiple,
             placement=self._residency.placement(),
+            loras=self._residency.loras,
         )
 
     def _smaller_plans(self) -> Iterator[Plan]:
@@ -153,12 +154,15 @@ class PipelineWorker:
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
 
-    def _attempt(self, run: EditRun, plan: Plan) -> Generator[Progress | Outcome, None, None]:
+    def _attempt(
+        self, run: EditRun, plan: Plan, loras: Mapping[str, float] | None
+    ) -> Generator[Progress | Outcome, None, None]:
         from step1x_edit.model.pipeline import Edited
 
-        if self._residency.location != self._workplace:
+        is_there = self._residency.location == self._workplace
+        if not is_there or not self._residency.has_loras(loras):
             yield Progress(Phase.LOADING)
-            self._bring()
+            self._bring(loras)
         placed = self._residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
@@ -173,10 +177,11 @@ class PipelineWorker:
                 else:
                     yield Progress(Phase(event.phase), event.step, event.total, event.preview)
 
-    def _bring(self) -> None:
-        """Have the model where it computes."""
+    def _bring(self, loras: Mapping[str, float] | None) -> None:
+        """Have the model where it computes, with these LoRAs in it."""
         is_new = self._residency.location == "Unloaded"
         try:
+            self._residency.use_loras(loras, self._check)
             self._residency.load(self._check)
         except (Step1XEditError, MemoryError):
             raise
@@ -287,7 +292,7 @@ def open_chosen(start: Start) -> OpenedCheckpoint:
     path = resolve_model_path(start.model_path, Path(start.data_dir))
     wanted = None if start.model_version == "auto" else start.model_version
     loras = {Path(file): strength for file, strength in start.loras.items()}
-    opened = open_checkpoint(path, version=wanted, loras=loras)
+    opened = open_checkpoint(path, version=wanted, loras=loras, precision=start.precision)
     found = opened.checkpoint.version
     if wanted not in (None, found):
         raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")

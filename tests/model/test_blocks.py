@@ -1,5 +1,7 @@
 """Our blocks against an independent oracle: diffusers' FLUX blocks with the same random weights."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from step1x_edit.checkpoints.keymap import to_diffusers, transformer_links
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.config import TINY
 from step1x_edit.model.latents import image_position_ids
-from step1x_edit.model.rope import rope_table
+from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import Transformer
 
 CONFIG = TINY.transformer
@@ -55,10 +57,10 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_rope_table_equals_flux(transformer: Transformer) -> None:
     cos, sin = oracle_rope()
 
-    table = transformer.rope(IDS, L).squeeze(0)
+    found_cos, found_sin = transformer.rope(IDS, L).squeeze(0).unbind(-1)
 
-    torch.testing.assert_close(table.real.repeat_interleave(2, -1), cos.float(), rtol=0, atol=0)
-    torch.testing.assert_close(table.imag.repeat_interleave(2, -1), sin.float(), rtol=0, atol=0)
+    torch.testing.assert_close(found_cos.repeat_interleave(2, -1), cos.float(), rtol=0, atol=0)
+    torch.testing.assert_close(found_sin.repeat_interleave(2, -1), sin.float(), rtol=0, atol=0)
 
 
 def test_double_block_equals_flux(transformer: Transformer) -> None:
@@ -106,7 +108,23 @@ def test_rope_of_far_positions_keeps_its_precision() -> None:
     table = rope_table(torch.tensor([[position]]), (16,), 10_000)
 
     expected = torch.tensor(position * frequency, dtype=torch.float64).cos().float()
-    assert table[0, 1].real == expected
+    assert table[0, 1, 0] == expected
+
+
+def test_rotations_are_compiled_without_complex_numbers() -> None:
+    types: set[torch.dtype] = set()
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        types.update(node.meta["example_value"].dtype for node in graph.graph.nodes if node.meta)
+        return graph.forward
+
+    x = torch.randn(2, 4, 7, 16)
+    table = rope_table(torch.randn(7, 3), (4, 6, 6), 10_000)
+
+    found = torch.compile(apply_rope, backend=backend, fullgraph=True)(x, table)
+
+    assert types == {torch.float32}
+    torch.testing.assert_close(found, apply_rope(x, table), rtol=0, atol=1e-6)
 
 
 def test_timesteps_that_bf16_confuses_are_told_apart() -> None:

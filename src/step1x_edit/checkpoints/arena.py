@@ -23,12 +23,16 @@ from torch import Tensor, nn
 
 from step1x_edit.checkpoints.stored import Span, Stored
 from step1x_edit.errors import CheckpointError
+from step1x_edit.model.quantised import Code, code
 
 ALIGNMENT: Final = 256
 """Bytes: what CUDA's own allocations are aligned to, so that kernels find what they expect."""
 
 PIECE: Final = 16 * 1024**2
 """Bytes that are read or copied at once; between two pieces the work can be stopped."""
+
+CODED_PIECE: Final = PIECE // 4
+"""Bytes of a matrix, in float32, that are turned into codes at once: that takes room as well."""
 
 ORDER: Final = (
     ("conditioner", r"conditioner\.visual\.(patch_embed|rotary_pos_emb)"),
@@ -68,12 +72,20 @@ class Weight:
     """A parameter or buffer of the network, and where its numbers come from."""
 
     name: str
-    """The part and the name in it: transformer.img_in.weight."""
+    """The part and the name in it: transformer.img_in.weight; codes have that of their matrix."""
     module: nn.Module
     attribute: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    source: Stored | Tensor
+    source: Stored | Tensor | None
+    """None of the scales of a matrix, which are computed with its codes."""
+    code: Code | None = None
+    """Of a matrix that is kept as codes; its source, in full precision, has its real shape."""
+
+    @property
+    def scale_name(self) -> str:
+        """Of a matrix that is kept as codes, the name of its scales."""
+        return f"{self.name.removesuffix('.weight')}.scale"
 
     @property
     def size(self) -> int:
@@ -135,28 +147,31 @@ class Arena:
                 for future in under_way:
                     future.cancel()
 
-    def changed(
-        self, delta_of: Callable[[str], Tensor | None], check: Callable[[], None] = never_stop
-    ) -> dict[str, Tensor]:
-        """The blocks with something added to some weights; those that are changed are copies.
+    def weights_of(self, block: str) -> list[str]:
+        """The names of the weights in a block."""
+        return [place.weight.name for place in self._places[block]]
 
-        `delta_of` says by the name of a weight what is added to it, in float32.
+    def write_changed(
+        self,
+        block: str,
+        memory: Tensor,
+        delta_of: Callable[[str], Tensor | None],
+        check: Callable[[], None] = never_stop,
+    ) -> None:
+        """Write a block with something added to some weights into memory of its size.
+
+        `delta_of` says by the name of a weight what is added to it, in float32. A matrix that is
+        kept as codes is read again for that, so that it is rounded once; raises as `fill`.
         """
-        memories = dict(self.memories)
-        for name, places in self._places.items():
-            for place in places:
-                check()
-                delta = delta_of(place.weight.name)
-                if delta is None:
-                    continue
-                if memories[name] is self.memories[name]:
-                    memories[name] = self.memories[name].clone()
-                view = place.view(memories[name])
-                view.copy_(view.float() + delta)
-        return memories
+        memory.copy_(self.memories[block])
+        for place in self._places[block]:
+            check()
+            delta = delta_of(place.weight.name)
+            if delta is not None:
+                self._add(block, place, delta, memory, check)
 
     def attach(self, memories: Mapping[str, Tensor]) -> None:
-        """Make the network's parameters and buffers views into the arena, or `changed` copies.
+        """Make the network's parameters and buffers views into the arena, or changed copies.
 
         Parameters are made anew: those of a network without weights cannot take any.
         """
@@ -198,14 +213,49 @@ class Arena:
         }
         return found <= addresses
 
+    def _add(
+        self, block: str, place: _Place, delta: Tensor, memory: Tensor, check: Callable[[], None]
+    ) -> None:
+        """Have a weight and something added to it in a copy of its block."""
+        if place.weight.code is None:
+            view = place.view(memory)
+            view.copy_(view.float() + delta)
+            return
+        for piece in self._coded_pieces(block, place, memory, delta):
+            check()
+            piece.read()
+
     def _all_places(self) -> Iterator[_Place]:
         return itertools.chain.from_iterable(self._places.values())
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _pieces(self) -> Iterator[_Piece | _CodedPiece]:
         """What is to be read, in pieces."""
-        for name, places in self._places.items():
-            for place in places:
-                yield from _pieces_of(place.weight, place.view(self.memories[name]).reshape(-1))
+        for name, memory in self.memories.items():
+            for place in self._places[name]:
+                if place.weight.code is not None:
+                    yield from self._coded_pieces(name, place, memory)
+                else:
+                    yield from _pieces_of(place.weight, place.view(memory).reshape(-1))
+
+    def _coded_pieces(
+        self, block: str, place: _Place, memory: Tensor, delta: Tensor | None = None
+    ) -> Iterator[_CodedPiece]:
+        """Some rows at a time of a matrix that is kept as codes."""
+        weight, source = place.weight, place.weight.source
+        assert source is not None
+        scales = next(p for p in self._places[block] if p.weight.name == weight.scale_name)
+        codes, scale = place.view(memory), scales.view(memory)
+        rows, columns = source.shape
+        step = max(1, CODED_PIECE // (4 * columns))
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield _CodedPiece(
+                weight,
+                source[part] if isinstance(source, Tensor) else source.rows(part.start, part.stop),
+                codes[part],
+                scale[part],
+                None if delta is None else delta[part],
+            )
 
 
 @dataclass(frozen=True)
@@ -232,19 +282,53 @@ class _Piece:
     def read(self) -> None:
         if isinstance(self.source, Tensor):
             self.target.copy_(self.source)
-            return
-        self.source.read_into(self.target)
-        if self.target.is_floating_point():
-            # As fast as copying; asking of each number whether it is finite is much slower.
-            low, high = self.target.aminmax()
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise CheckpointError(
-                    f"{self.source.file.path.name} holds numbers in {self.weight.name} that are "
-                    "not finite"
-                )
+        else:
+            _read(self.weight, self.source, self.target)
+
+
+@dataclass(frozen=True)
+class _CodedPiece:
+    """Rows of a matrix, of which codes and scales are kept."""
+
+    weight: Weight
+    source: Stored | Tensor
+    codes: Tensor
+    scale: Tensor
+    delta: Tensor | None
+    """What is added before."""
+
+    def read(self) -> None:
+        assert self.weight.code is not None
+        rows = torch.empty(self.source.shape)
+        if isinstance(self.source, Tensor):
+            rows.copy_(self.source)
+        else:
+            flat, place = rows.view(-1), 0
+            for span in self.source.spans:
+                _read(self.weight, span, flat[place : place + span.count])
+                place += span.count
+        if self.delta is not None:
+            rows += self.delta
+        coded = code(rows, self.weight.code)
+        self.codes.copy_(coded.codes)
+        self.scale.copy_(coded.scale)
+
+
+def _read(weight: Weight, span: Span, target: Tensor) -> None:
+    """Read numbers of a weight into a flat tensor. Raises CheckpointError."""
+    span.read_into(target)
+    if target.is_floating_point():
+        # As fast as copying; asking of each number whether it is finite is much slower.
+        low, high = target.aminmax()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CheckpointError(
+                f"{span.file.path.name} holds numbers in {weight.name} that are not finite"
+            )
 
 
 def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[_Piece]:
+    if weight.source is None:
+        return
     if isinstance(weight.source, Tensor):
         yield _Piece(weight, weight.source.reshape(-1), flat)
         return
@@ -302,8 +386,9 @@ def _reserve(size: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def _place_on_disk(piece: _Piece) -> tuple[str, int]:
+def _place_on_disk(piece: _Piece | _CodedPiece) -> tuple[str, int]:
     """Disks like to be read from beginning to end."""
     if isinstance(piece.source, Tensor):
         return "", 0
-    return str(piece.source.file.path), piece.source.offset
+    span = piece.source.spans[0] if isinstance(piece.source, Stored) else piece.source
+    return str(span.file.path), span.offset

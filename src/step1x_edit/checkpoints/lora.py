@@ -15,9 +15,10 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from torch import Tensor
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.stored import refuse_pickle
 from step1x_edit.errors import CheckpointError
+from step1x_edit.schemas import check_loras
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,16 @@ _ALPHA: Final = re.compile(r"(?P<module>.+)\.alpha")
 _KOHYA_PREFIX: Final = "lora_unet_"
 _PEFT_PREFIXES: Final = ("base_model.model.", "transformer.", "diffusion_model.")
 _OTHER_METHODS: Final = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|lokr_w|lora_mid")
+_PART: Final = "transformer."
+
+KEPT: Final = 2
+"""Files whose matrices stay in memory though nothing of them is in the model."""
+
+Stamp: TypeAlias = tuple[int, int] | None
+"""When a file was written and its bytes, by which a new one is known; None if there is none."""
+
+Mark: TypeAlias = tuple[str, Stamp, float]
+"""A file by its name and stamp, and how much of it is added."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,10 @@ class Lora:
     name: str
     changes: Mapping[str, LowRank]
 
+    def concerns(self, link: Link) -> bool:
+        """Whether something is added to an official weight."""
+        return any(name in self.changes for name in (link.official, *link.diffusers))
+
     def delta(self, link: Link) -> Tensor | None:
         """What is added to an official weight, in float32; None where nothing is."""
         if link.official in self.changes:
@@ -78,6 +94,105 @@ class Lora:
                 for change, count in zip(found, rows, strict=True)
             ]
         )
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What some files at their strengths add together to the weights of the whole model."""
+
+    parts: tuple[tuple[Lora, Mark], ...] = ()
+    links: Mapping[str, Link] = field(default_factory=dict)
+    """By the official names of the transformer's weights."""
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """Which files, and how much of each."""
+        return tuple(mark for _, mark in self.parts)
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """How much is added of each file, by its name; none of them is 0."""
+        return {name: strength for name, _, strength in self.marks}
+
+    def marks_of(self, weights: Iterable[str]) -> tuple[Mark, ...]:
+        """The files that change any of these weights: where they are the same, the result is."""
+        links = [link for link in map(self._link, weights) if link is not None]
+        return tuple(mark for lora, mark in self.parts if any(map(lora.concerns, links)))
+
+    def delta_of(self, weight: str) -> Tensor | None:
+        """What is added to a weight, in float32; None where nothing is."""
+        return None if self._link(weight) is None else self._deltas(weight.removeprefix(_PART))
+
+    @cached_property
+    def _deltas(self) -> Callable[[str], Tensor | None]:
+        return deltas([(lora, mark[2]) for lora, mark in self.parts], self.links.values())
+
+    def _link(self, weight: str) -> Link | None:
+        return self.links.get(weight.removeprefix(_PART)) if weight.startswith(_PART) else None
+
+
+class Loras:
+    """The files that may be added to a model, by name; each is read when it is first wanted."""
+
+    def __init__(
+        self,
+        files: Mapping[Path, float] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        links: Sequence[Link] = (),
+    ) -> None:
+        """`files` with the strengths that hold if nothing else is asked for.
+
+        `shapes` are those of the transformer's official weights. Nothing is read.
+        """
+        self._files = {path.stem: path for path in files or {}}
+        self._usual = {path.stem: strength for path, strength in (files or {}).items()}
+        self._shapes = shapes or {}
+        self._links = links
+        self._links_by_name = {link.official: link for link in links}
+        self._read: dict[tuple[str, Stamp], Lora] = {}  # what was wanted last comes last
+
+    def marks(self, strengths: Mapping[str, float] | None = None) -> tuple[Mark, ...]:
+        """Which files these strengths mean as they are now; None is the usual ones.
+
+        Always in the same order, because sums of rounded numbers depend on it. Raises
+        InvalidParameterError for a name that there is not.
+        """
+        wanted = self._usual if strengths is None else strengths
+        check_loras(wanted, self._files)
+        return tuple(
+            (name, _stamp(self._files[name]), strength)
+            for name, strength in sorted(wanted.items())
+            if strength != 0
+        )
+
+    def changes(self, strengths: Mapping[str, float] | None = None) -> Changes:
+        """What these strengths change, with the files read as far as they are not yet.
+
+        Raises CheckpointError for a file that cannot be read or does not fit.
+        """
+        parts = [
+            (self._lora(name, stamp), (name, stamp, strength))
+            for name, stamp, strength in self.marks(strengths)
+        ]
+        for key in list(self._read)[: -(KEPT + len(parts))]:
+            del self._read[key]
+        return Changes(tuple(parts), self._links_by_name)
+
+    def _lora(self, name: str, stamp: Stamp) -> Lora:
+        lora = self._read.pop((name, stamp), None)
+        if lora is None:
+            lora = read_lora(self._files[name], self._shapes, self._links)
+        if stamp is not None:
+            self._read[name, stamp] = lora
+        return lora
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[Link]) -> Lora:

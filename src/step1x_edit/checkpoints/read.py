@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -21,11 +21,12 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.arena import Arena, Weight
+from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.find import (
     FileSet,
     choose_transformer,
@@ -42,7 +43,8 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
-from step1x_edit.checkpoints.lora import deltas, read_lora
+from step1x_edit.checkpoints.lora import Loras
+from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
@@ -50,9 +52,11 @@ from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.config import V1_0, V1_1, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.schemas import Precision
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 1
+DEMO_NAME: Final = "demo"
 QWEN_IM_START: Final = 151644
 """The id of <|im_start|> in the vocabulary of Qwen2.5-VL."""
 
@@ -101,8 +105,8 @@ class OpenedCheckpoint:
 
     checkpoint: Checkpoint
     weights: tuple[Weight, ...]
-    delta_of: Callable[[str], Tensor | None] | None = None
-    """What LoRAs add to a weight, by its name; None if there are none."""
+    loras: Loras = field(default_factory=Loras)
+    """What can be added to its transformer."""
 
 
 def open_checkpoint(
@@ -111,16 +115,42 @@ def open_checkpoint(
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
     loras: Mapping[Path, float] = NO_LORAS,
+    precision: Precision = "auto",
 ) -> OpenedCheckpoint:
-    """Open a folder or file; None is the embedded demo. Only headers are read, and LoRAs.
+    """Open a folder or file; None is the embedded demo. Only headers are read.
 
     Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
     autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is opened. `loras` are files and
-    their strengths. Raises CheckpointError.
+    without it, or if there is none of that version, the newest is opened. `loras` are files that
+    may be added to it and their usual strengths. `precision` is as in `with_precision`. Raises
+    CheckpointError.
     """
-    opened = _open(path, dtype, version, releases)
-    return _with_loras(opened, loras) if loras else opened
+    if precision == "bf16":
+        dtype = torch.bfloat16
+    opened = with_precision(_open(path, dtype, version, releases), precision)
+    shapes = {
+        weight.name.removeprefix("transformer."): weight.source.shape
+        for weight in opened.weights
+        if weight.source is not None
+    }
+    links = transformer_links(opened.checkpoint.pipeline.transformer.config)
+    return replace(opened, loras=Loras(loras, shapes, links))
+
+
+def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedCheckpoint:
+    """The same with most matrices kept as codes, if the precision is one of fp8, int8 and nf4.
+
+    A precision that the checkpoint does not have of itself is told in its name. The network is
+    changed; to be asked for before the weights are read.
+    """
+    checkpoint = opened.checkpoint
+    if is_code(precision):
+        weights = with_codes(checkpoint.pipeline.modules, opened.weights, precision)
+        opened = replace(opened, weights=weights)
+    elif precision == "auto" or checkpoint.name != DEMO_NAME:
+        return opened  # published models are bf16
+    named = replace(checkpoint, name=f"{checkpoint.name} ({precision})")
+    return replace(opened, checkpoint=named)
 
 
 def _open(
@@ -142,22 +172,6 @@ def _open(
     return _open_official(file_sets(path), path, dtype, version, releases)
 
 
-def _with_loras(opened: OpenedCheckpoint, files: Mapping[Path, float]) -> OpenedCheckpoint:
-    """The same with changes to its transformer, told in its name."""
-    checkpoint = opened.checkpoint
-    transformer = checkpoint.pipeline.transformer
-    shapes = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    links = transformer_links(transformer.config)
-    loras = [(read_lora(file, shapes, links), strength) for file, strength in files.items()]
-    named = ", ".join(f"{lora.name} {strength:g}" for lora, strength in loras)
-    delta_of = deltas(loras, links)
-    return replace(
-        opened,
-        checkpoint=replace(checkpoint, name=f"{checkpoint.name} with LoRA {named}"),
-        delta_of=lambda name: delta_of(name.removeprefix("transformer.")),
-    )
-
-
 def read_checkpoint(
     path: Path | None = None,
     device: str | torch.device = "cpu",
@@ -165,12 +179,17 @@ def read_checkpoint(
     version: str | None = None,
     releases: Mapping[str, Release] = RELEASES,
     loras: Mapping[Path, float] = NO_LORAS,
+    precision: Precision = "auto",
 ) -> Checkpoint:
     """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
-    opened = open_checkpoint(path, dtype, version, releases, loras)
+    opened = open_checkpoint(path, dtype, version, releases, loras, precision)
+    changes = opened.loras.changes()
     arena = Arena(opened.weights)
     arena.fill()
-    arena.attach(arena.changed(opened.delta_of) if opened.delta_of else arena.memories)
+    blocks = ChangedBlocks(arena)
+    for name in blocks.differing(changes):
+        blocks.put(name, changes)
+    arena.attach(blocks.memories)
     for module in opened.checkpoint.pipeline.modules.values():
         module.to(device)
     return opened.checkpoint
@@ -227,7 +246,7 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
         raise CheckpointError(f"{folder} has unknown tensors {some_of(parts)}")
     conditioner = _conditioner(vlm, folder, model)
     pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser)
-    checkpoint = Checkpoint("demo", str(config["version"]), pipeline)
+    checkpoint = Checkpoint(DEMO_NAME, str(config["version"]), pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
 

@@ -72,6 +72,7 @@ _TOLD_TO_PAGES: Final = (
     "Location",
     "Mcp-Session-Id",
     "Retry-After",
+    "X-Changed-Share",
     "X-Processing-Time",
     "X-Request-Id",
     "X-Seed",

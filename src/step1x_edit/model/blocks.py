@@ -8,6 +8,7 @@ steps at once before the first one.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ def timestep_embedding(t: Tensor) -> Tensor:
     frequencies = torch.exp(-math.log(10_000) * steps / half)
     angles = (1000.0 * t).float().unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is in float64: what shorter numbers are too coarse for."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -73,19 +79,19 @@ class MLPEmbedder(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the channels of a head. Returns float32."""
+    """x / rms(x) * scale over the channels of a head. Returns float32 or wider."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * self.scale.float()
+        x = widen(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * widen(self.scale)
 
 
 class QKNorm(nn.Module):
-    """Normalises queries and keys, each with a scale of its own. Returns float32."""
+    """Normalises queries and keys, each with a scale of its own. Returns float32 or wider."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -96,13 +102,43 @@ class QKNorm(nn.Module):
         return self.query_norm(q), self.key_norm(k)
 
 
+class Pads(NamedTuple):
+    """Rows of the text that are left out, because they all equal one that stays."""
+
+    row: int
+    """The one that stays."""
+    copies: int
+    """How many more there would be, right behind it."""
+
+
+NO_PADS = Pads(0, 0)
 ALL_ROWS = slice(None)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rope: Tensor, rows: slice = ALL_ROWS) -> Tensor:
-    """Attend over all tokens after rotating float32 q and k: (B, H, N, D/H) to (B, rows, D)."""
+def with_pads(x: Tensor, pads: Pads) -> Tensor:
+    """Put the copies back into x (B, H, N, D/H): (B, H, N + copies, D/H)."""
+    if not pads.copies:
+        return x
+    end = pads.row + 1
+    copies = x[:, :, pads.row : end].expand(-1, -1, pads.copies, -1)
+    return torch.cat([x[:, :, :end], copies, x[:, :, end:]], dim=2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope: Tensor,
+    rows: slice = ALL_ROWS,
+    pads: Pads = NO_PADS,
+) -> Tensor:
+    """Attend over all tokens after rotating float32 q and k: (B, H, N, D/H) to (B, rows, D).
+
+    Rows that were left out have a say as keys, as often as there would be of them.
+    """
     q = apply_rope(q, rope)[:, :, rows].to(v.dtype)
     k = apply_rope(k, rope).to(v.dtype)
+    k, v = with_pads(k, pads), with_pads(v, pads)
     return merge_heads(F.scaled_dot_product_attention(q, k, v))
 
 
@@ -161,7 +197,13 @@ class DoubleStreamBlock(nn.Module):
         return self.img_mod(activated_vec), self.txt_mod(activated_vec)
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, rope: Tensor
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        rope: Tensor,
+        pads: Pads = NO_PADS,
     ) -> tuple[Tensor, Tensor]:
         """Map img (B, N, D) and txt (B, L, D), given modulations (B, 6D)."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = chunks(img_mod, 6)
@@ -170,7 +212,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn(modulate(img, img_shift1, img_scale1))
         txt_qkv = self.txt_attn(modulate(txt, txt_shift1, txt_scale1))
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attended = attention(q, k, v, rope)  # (B, L+N, D), text first
+        attended = attention(q, k, v, rope, pads=pads)  # (B, L+N, D), text first
         txt_attended, img_attended = attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
 
         img = img + img_gate1 * self.img_attn.proj(img_attended)
@@ -192,14 +234,21 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, 3)
 
-    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mod: Tensor,
+        rope: Tensor,
+        rows: slice = ALL_ROWS,
+        pads: Pads = NO_PADS,
+    ) -> Tensor:
         """Map x (B, L+N, D), given its modulation (B, 3D), to those of its rows that are wanted."""
         shift, scale, gate = chunks(mod, 3)
         projected = self.linear1(modulate(x, shift, scale))
         qkv, hidden = projected[..., : self.qkv_size], projected[..., self.qkv_size :]
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = self.norm(q, k)
-        attended = attention(q, k, v, rope, rows)
+        attended = attention(q, k, v, rope, rows, pads)
         activated = F.gelu(hidden[:, rows], approximate="tanh")
         out: Tensor = self.linear2(torch.cat([attended, activated], dim=-1))
         return x[:, rows] + gate * out

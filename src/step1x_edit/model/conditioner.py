@@ -6,6 +6,7 @@ tokenizer, so that the real models and the embedded demo run through the same li
 does otherwise stands in `conditioner_v1_2`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -123,16 +124,17 @@ class Conditioner(VlmReader):
 
     @torch.inference_mode()
     def encode_many(self, prompts: Sequence[str], image: npt.NDArray[np.uint8]) -> PromptEncoding:
-        """The states for several prompts about the same picture, which is looked at only once."""
+        """The states for several prompts about the same picture, which is looked at only once.
+
+        So is what the prompts begin with.
+        """
         vlm_image = self.prepare_image(image)
         features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
         # Attention is causal: what lies beyond the window changes no state that is kept.
         rows = [self.tokenize(prompt, vlm_image.num_tokens)[: self._max_ids] for prompt in prompts]
-        ids, lengths = pad_ids(rows)
-        count = len(prompts)
-        return self.encode_ids(
-            ids, lengths, features.repeat(count, 1), vlm_image.grid_thw.repeat(count, 1)
-        )
+        if len(rows) > 1:
+            return self._encode_together(rows, features, vlm_image.grid_thw)
+        return self.encode_ids(*pad_ids(rows), features, vlm_image.grid_thw)
 
     def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
         """Whether the end of the prompt lies beyond what is kept of such a picture's chat text."""
@@ -165,15 +167,54 @@ class Conditioner(VlmReader):
         of all rows' pictures in the order of the batch, as `encode_images` returns them for the
         rows' patches concatenated. Attention is causal, so a row does not depend on its padding.
         """
-        device = self.vlm.device
-        input_ids, lengths = input_ids.to(device), lengths.to(device)
-        is_image = self._image_positions(input_ids, grid_thw)  # (B, S)
-        mask = (input_ids > PAD_ID).long()  # (B, S)
-        embeds = self.embed(input_ids, is_image, image_features)  # (B, S, C)
-        positions = self.rope_positions(input_ids, is_image, grid_thw, mask)  # (3, B, S)
+        embeds, positions, mask = self._place(input_ids, image_features, grid_thw)
         states = self.vlm.language_model(
             inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state  # (B, S, C)
+        return self._keep(states, lengths)
+
+    def _encode_together(
+        self, rows: Sequence[Sequence[int]], image_features: Tensor, grid_thw: Tensor
+    ) -> PromptEncoding:
+        """Encode rows about one picture as one sequence: what they all begin with, then their ends.
+
+        Each end sees the beginning and itself. In one pass weights are read once, which matters
+        where they pass through the device.
+        """
+        count, shared = len(rows), common_length(rows)
+        input_ids, lengths = pad_ids(rows)
+        embeds, positions, mask = self._place(
+            input_ids, image_features.repeat(count, 1), grid_thw.repeat(count, 1)
+        )
+        start = [(0, place) for place in range(shared)]
+        ends = [(b, place) for b, row in enumerate(rows) for place in range(shared, len(row))]
+        row, place = torch.tensor(start + ends, device=self.vlm.device).T  # (T) each
+        index = torch.arange(len(row), device=row.device)
+        may_see = (row == row.unsqueeze(1)) | (index < shared)  # (query, key)
+        may_see &= (index <= index.unsqueeze(1)) & (mask[row, place] > 0)
+        states = self.vlm.language_model(
+            inputs_embeds=embeds[row, place][None],
+            position_ids=positions[:, row, place][:, None],
+            attention_mask=may_see[None, None],
+            use_cache=False,
+        ).last_hidden_state[0]  # (T, C)
+        apart = states.new_zeros(*input_ids.shape, states.shape[-1])  # (B, S, C)
+        apart[row, place] = states
+        apart[:, :shared] = states[:shared]
+        return self._keep(apart, lengths)
+
+    def _place(
+        self, input_ids: Tensor, image_features: Tensor, grid_thw: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The language model's inputs: embeddings (B, S, C), positions (3, B, S), mask (B, S)."""
+        input_ids = input_ids.to(self.vlm.device)
+        is_image = self._image_positions(input_ids, grid_thw)  # (B, S)
+        mask = (input_ids > PAD_ID).long()
+        embeds = self.embed(input_ids, is_image, image_features)
+        return embeds, self.rope_positions(input_ids, is_image, grid_thw, mask), mask
+
+    def _keep(self, states: Tensor, lengths: Tensor) -> PromptEncoding:
+        lengths = lengths.to(states.device)
         return keep_window(states, lengths, self.config.prefix_length, self.config.text_length)
 
     def _image_positions(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
@@ -259,6 +300,12 @@ def strip_wrapping_quotes(ids: list[int], quotes: tuple[int, int] | None) -> lis
 def join_at(first: list[int], second: list[int], mark: int) -> list[int]:
     """The first list up to its first mark, the second from its first mark on."""
     return first[: first.index(mark)] + second[second.index(mark) :]
+
+
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """How many of their first tokens the rows have in common."""
+    columns = zip(*rows, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,15 @@ class GuidanceRule(str, Enum):
     """Plain classifier-free guidance."""
 
 
+class ReferenceResize(str, Enum):
+    """How the picture gets to the size in which the autoencoder sees it."""
+
+    LANCZOS = "lanczos"
+    """Like the picture that the conditioner sees, in 8 bits."""
+    BILINEAR = "bilinear"
+    """Antialiased, and never rounded to 8 bits."""
+
+
 @dataclass(frozen=True)
 class ConnectorConfig:
     """Sizes of the connector between the conditioner and the transformer."""
@@ -118,6 +127,7 @@ class ModelConfig:
     latent_shift: float = 0.1159
     """Latents are `latent_scale * (z - latent_shift)` for the autoencoder's z."""
     guidance_rule: GuidanceRule = GuidanceRule.OFFICIAL
+    reference_resize: ReferenceResize = ReferenceResize.LANCZOS
 
     def __post_init__(self) -> None:
         channels = self.latent_channels * PATCH_SIZE**2
@@ -150,7 +160,8 @@ class ModelConfig:
             "transformer": _from_fields(TransformerConfig, transformer),
             "conditioner": _from_fields(ConditionerConfig, data.get("conditioner", {})),
             "reference_offset": tuple(data.get("reference_offset", ())),
-            "guidance_rule": GuidanceRule(data.get("guidance_rule", GuidanceRule.OFFICIAL)),
+            "guidance_rule": GuidanceRule(data.get("guidance_rule", cls.guidance_rule)),
+            "reference_resize": ReferenceResize(data.get("reference_resize", cls.reference_resize)),
         }
         return _from_fields(cls, fields)
 
@@ -231,6 +242,7 @@ V1_2 = ModelConfig(
     conditioner=_CONDITIONER_V1_2,
     reference_offset=(1.0, 0.0, 0.0),
     guidance_rule=GuidanceRule.ALWAYS,
+    reference_resize=ReferenceResize.BILINEAR,
 )
 """November 2025, with thinking and reflection; the preview of September has the same sizes."""
 

@@ -18,6 +18,7 @@ from step1x_edit.model.blocks import (
     merge_heads,
     split_heads,
     timestep_embedding,
+    widen,
 )
 from step1x_edit.model.config import ConnectorConfig
 
@@ -157,8 +158,9 @@ class Connector(nn.Module):
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Return the mean (B, C) of the rows of x (B, L, C) where mask (B, L) is 1; float32 inside."""
-    weight = mask.unsqueeze(-1).float()
-    return ((x.float() * weight).sum(dim=1) / weight.sum(dim=1)).to(x.dtype)
+    wide = widen(x)
+    weight = mask.unsqueeze(-1).to(wide.dtype)
+    return ((wide * weight).sum(dim=1) / weight.sum(dim=1)).to(x.dtype)
 
 
 def attention_mask(mask: Tensor) -> Tensor:

@@ -42,7 +42,12 @@ def image_position_ids(rows: int, cols: int, reference_offset: Sequence[float]) 
     return torch.cat([position_ids(rows, cols), position_ids(rows, cols, reference_offset)])
 
 
-def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Draw the start of the denoising on the CPU: one seed, one picture, on every device."""
+def draw_noise(shape: Sequence[int], seed: int, draw: int = 0) -> Tensor:
+    """Draw the start of the denoising on the CPU: one seed, one picture, on every device.
+
+    `draw` counts from 0: several edits with one seed take what its generator gives in turn.
+    """
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    for _ in range(draw):
+        torch.randn(tuple(shape), generator=generator)
     return torch.randn(tuple(shape), generator=generator)

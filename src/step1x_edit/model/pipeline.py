@@ -9,24 +9,29 @@ memory; mistakes of a caller are `ValueError`s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from step1x_edit.model.blocks import widen
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
-from step1x_edit.model.config import PATCH_SIZE, ModelConfig
+from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
+from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import draw_noise, image_position_ids, pack, unpack
+from step1x_edit.model.rope import RecentTables
+from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
-from step1x_edit.model.transformer import PrologueStep, Transformer
+from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
 
@@ -44,6 +49,8 @@ class EditRequest:
     seed: int = 0
     preview_steps: frozenset[int] = frozenset()
     """The steps whose prediction is shown as a picture; the result does not depend on them."""
+    draw: int = 0
+    """Which of the noises that the seed gives one after the other the edit starts from."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,52 @@ class Edited:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A prompt as the transformer takes it, or several in one batch (`join`)."""
+
+    embeds: Tensor  # (B, L, C), the conditioner's states
+    mask: Tensor  # (B, L) of 0 and 1
+    quoted: QuotedText | None = None
+    txt_ids: Tensor | None = None  # (L, 3); without them all tokens stand at the origin
+    pad_copies: int = 0
+    """So many rows of padding more there would be, all like the last one."""
+
+
+def join(branches: Sequence[Branch]) -> Branch:
+    """Branches of one length, without places of their own, as one batch."""
+    return Branch(
+        torch.cat([branch.embeds for branch in branches]),
+        torch.cat([branch.mask for branch in branches]),
+        pad_copies=branches[0].pad_copies,
+    )
+
+
+def keep_one_pad(branches: Sequence[Branch]) -> Sequence[Branch]:
+    """Cut prompts behind the first row that is padding in all of them; it stands for the rest.
+
+    They stay equally long. A prompt that fills its rows, and each of v1.2 does, leaves nothing to
+    cut in any.
+    """
+    # Counted, not added up: the masks of a bfloat16 network cannot tell 353 from 352.
+    kept = max(int(branch.mask.count_nonzero(dim=1).max()) for branch in branches) + 1
+    return [
+        replace(
+            branch,
+            embeds=branch.embeds[:, :kept],
+            mask=branch.mask[:, :kept],
+            pad_copies=max(0, branch.mask.shape[1] - kept),
+        )
+        for branch in branches
+    ]
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """The output of the first stage. Two rows where there is guidance, prompt first; else one."""
+    """The output of the first stage."""
 
     reference: Tensor  # (1, N, C) tokens
-    prompt: PromptEncoding  # (B, L, C) and (B, L)
+    branches: tuple[Branch, ...]
+    """The prompt's and, where there is guidance, the negative prompt's."""
     rows: int
     columns: int
     is_prompt_cut: bool = False
@@ -102,7 +150,10 @@ class Plan:
     """How an edit spends memory."""
 
     has_joint_branches: bool = True
-    """Whether prompt and negative prompt run as one batch rather than one after the other."""
+    """Whether prompt and negative prompt run as one batch rather than one after the other.
+
+    Those of v1.2 differ in length and never do.
+    """
     has_vae_tiles: bool = False
     """Whether the autoencoder sees pictures larger than `VAE_TILE` in overlapping tiles.
 
@@ -138,15 +189,18 @@ class EditPipeline:
         self,
         transformer: Transformer,
         vae: AutoencoderKL,
-        conditioner: Conditioner,
+        conditioner: Conditioner | ConditionerV12,
         config: ModelConfig,
         recogniser: Recogniser | None = None,
+        savings: Savings = ALL,
     ) -> None:
         self.transformer = transformer
         self.vae = vae
         self.conditioner = conditioner
         self.config = config
         self.recogniser = recogniser
+        self.savings = savings
+        self._tables = RecentTables()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -157,6 +211,10 @@ class EditPipeline:
             "conditioner": self.conditioner.vlm,
             **({"recogniser": self.recogniser} if self.recogniser else {}),
         }
+
+    def forget_tables(self) -> None:
+        """Give back the device's memory that is kept from edit to edit; it is not missed."""
+        self._tables.clear()
 
     def edit(self, request: EditRequest) -> Generator[Progress | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
@@ -179,9 +237,9 @@ class EditPipeline:
         if run.encoded is None:
             yield Progress("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
-        label = self._label(run.encoded)
+        label = self._name(run.encoded.branches[0])
         if run.state is None:
-            run.state = self.start(run.encoded, request.seed)
+            run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_told:  # it was its preview that failed
             yield self._tell(run, run.state, run.encoded, plan)
         for state in self.denoise(run.encoded, run.state, request, plan):
@@ -196,7 +254,8 @@ class EditPipeline:
         """Name the edit that the prompt asks for; None if the checkpoint has no recogniser."""
         if self.recogniser is None:
             return None
-        return self.recogniser.recognise(self.conditioner.encode(prompt, image))
+        (branch,) = self._read([prompt], image)
+        return self._name(branch)
 
     def encode(self, request: EditRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Look at the picture once, as latents and, with the prompts, as hidden states."""
@@ -205,23 +264,30 @@ class EditPipeline:
         size = fit_size(width, height, request.size_level, multiple)
         picture = Image.fromarray(request.image).resize(size, Image.Resampling.LANCZOS)
         image = np.asarray(picture)
+        match self.config.reference_resize:
+            case ReferenceResize.LANCZOS:
+                pixels = _as_tensor(image)
+            case ReferenceResize.BILINEAR:
+                pixels = F.interpolate(
+                    _as_tensor(request.image).float(), size[::-1], mode="bilinear", antialias=True
+                )
         prompts = [request.prompt]
         if request.guidance_scale != 1.0:
             prompts.append(request.negative_prompt)
         with self._tiles(plan):
-            reference = pack(self._encode_latents(image))
+            reference = pack(self._encode_latents(pixels))
         return Encoded(
             reference=reference,
-            prompt=self.conditioner.encode_many(prompts, image),
+            branches=self._read(prompts, image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
             is_prompt_cut=self.conditioner.cuts(request.prompt, image),
         )
 
-    def start(self, encoded: Encoded, seed: int) -> DenoiseState:
-        """The noise that the seed stands for."""
+    def start(self, encoded: Encoded, seed: int, draw: int = 0) -> DenoiseState:
+        """The noise that the seed stands for; `draw` as in `draw_noise`."""
         rows, columns = encoded.rows * PATCH_SIZE, encoded.columns * PATCH_SIZE
-        noise = draw_noise((1, self.config.latent_channels, rows, columns), seed)
+        noise = draw_noise((1, self.config.latent_channels, rows, columns), seed, draw)
         return DenoiseState(pack(noise), step=0)
 
     def denoise(
@@ -230,28 +296,25 @@ class EditPipeline:
         """Run the steps that remain, and yield after each."""
         if start.step == request.num_steps:
             return
-        device, dtype = self._device, self._dtype
+        device = self._device
         timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)
-        embeds, mask = encoded.prompt
-        rows = embeds.shape[0] if plan.has_joint_branches else 1
-        prologues = [
-            self.transformer.prologue(
-                some_embeds.to(device, dtype), some_mask.to(device), timesteps[:-1].to(device)
-            )
-            for some_embeds, some_mask in zip(
-                torch.split(embeds, rows), torch.split(mask, rows), strict=True
-            )
-        ]
+        branches: Sequence[Branch] = encoded.branches
+        if self.savings.pad_rows:
+            branches = keep_one_pad(branches)
+        if plan.has_joint_branches and all(branch.txt_ids is None for branch in branches):
+            branches = [join(branches)]
+        prologues = [self._steps(branch, timesteps[:-1]) for branch in branches]
         ids = image_position_ids(encoded.rows, encoded.columns, self.config.reference_offset)
-        rope = self.transformer.rope(ids.to(device), embeds.shape[1])
+        size = encoded.rows, encoded.columns
+        ropes = [self._rope(branch, ids, size) for branch in branches]
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
             velocity = torch.cat(
                 [
-                    self._velocity(latents, reference, prologue[index], rope)
-                    for prologue in prologues
+                    self._velocity(latents, reference, prologue(index), rope)
+                    for prologue, rope in zip(prologues, ropes, strict=True)
                 ]
             )
             if request.guidance_scale != 1.0:
@@ -295,9 +358,55 @@ class EditPipeline:
         finally:
             vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
 
-    def _encode_latents(self, image: Pixels) -> Tensor:
-        """The reference latents (1, C, H, W): the mode, not a sample, so that runs repeat."""
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
+    def _read(self, prompts: Sequence[str], image: Pixels) -> tuple[Branch, ...]:
+        """The branches of several prompts about one picture."""
+        if len(prompts) > 1 and not self.savings.shared_prefix:
+            return tuple(self._read([prompt], image)[0] for prompt in prompts)
+        if isinstance(self.conditioner, ConditionerV12):
+            return tuple(map(_branch_v1_2, self.conditioner.encode_each(prompts, image)))
+        embeds, mask = self.conditioner.encode_many(prompts, image)
+        return tuple(map(Branch, torch.split(embeds, 1), torch.split(mask, 1)))
+
+    def _steps(self, branch: Branch, timesteps: Tensor) -> Callable[[int], PrologueStep]:
+        """What the core needs to know about a step, by its number."""
+        if self.savings.all_timesteps:
+            return self._prologue(branch, timesteps).__getitem__
+        return lambda index: self._prologue(branch, timesteps[index : index + 1])[0]
+
+    def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:
+        device, dtype = self._device, self._dtype
+        quoted = branch.quoted
+        if quoted is not None:
+            quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
+        return self.transformer.prologue(
+            branch.embeds.to(device, dtype),
+            branch.mask.to(device),
+            timesteps.to(device),
+            quoted,
+            branch.pad_copies,
+        )
+
+    def _rope(self, branch: Branch, img_ids: Tensor, size: tuple[int, int]) -> Tensor:
+        """The rotations of a branch's tokens and those of a picture of `size` (rows, columns)."""
+        device, length = self._device, branch.embeds.shape[1] + branch.pad_copies
+        if branch.txt_ids is not None:
+            return self.transformer.rope(img_ids.to(device), length, branch.txt_ids.to(device))
+
+        def make() -> Tensor:
+            return self.transformer.rope(img_ids.to(device), length)
+
+        if self.savings.rope_cache:
+            table = self._tables.get((size, len(img_ids), length, device), make)
+        else:
+            table = make()
+        # All text stands at the origin, so it does not matter which rows of it are left out.
+        return table[..., branch.pad_copies :, :, :]
+
+    def _encode_latents(self, pixels: Tensor) -> Tensor:
+        """Latents (1, C, H, W) of pixels (1, 3, H, W), 0 to 255.
+
+        The mode, not a sample, so that runs repeat.
+        """
         scaled = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
         z: Tensor = self.vae.encode(scaled).latent_dist.mode().float()
         return (z - self.config.latent_shift) * self.config.latent_scale
@@ -308,13 +417,15 @@ class EditPipeline:
         """The velocity of the latents in float32, (B, N, C), for one or both prompts."""
         img = torch.cat([latents, reference], dim=1).expand(step.txt.shape[0], -1, -1)
         wanted = latents.shape[1]  # the reference tokens' velocity is of no use
-        return self.transformer.core(img.to(self._dtype), step, rope, num_wanted=wanted).float()
+        trim = wanted if self.savings.last_block else None
+        velocity = self.transformer.core(img.to(self._dtype), step, rope, num_wanted=trim)
+        return widen(velocity[:, :wanted])
 
-    def _label(self, encoded: Encoded) -> str | None:
+    def _name(self, branch: Branch) -> str | None:
+        """The edit that the prompt asks for, if there is a recogniser."""
         if self.recogniser is None:
             return None
-        embeds, mask = encoded.prompt
-        return self.recogniser.recognise(PromptEncoding(embeds[0], mask[0]))
+        return self.recogniser.recognise(PromptEncoding(branch.embeds[0], branch.mask[0]))
 
     @property
     def _device(self) -> torch.device:
@@ -323,6 +434,22 @@ class EditPipeline:
     @property
     def _dtype(self) -> torch.dtype:
         return self.transformer.img_in.weight.dtype
+
+
+def _branch_v1_2(encoding: PromptEncodingV12) -> Branch:
+    """A branch that is as long as its prompt, so all of it is real."""
+    embeds = encoding.prompt_embeds.unsqueeze(0)
+    return Branch(
+        embeds=embeds,
+        mask=embeds.new_ones(embeds.shape[:2]),
+        quoted=QuotedText(encoding.token_embeds.unsqueeze(0), encoding.text_mask.unsqueeze(0)),
+        txt_ids=encoding.position_ids,
+    )
+
+
+def _as_tensor(image: Pixels) -> Tensor:
+    """Pixels (H, W, 3) as (1, 3, H, W)."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
 
 
 def _check_finite(numbers: Tensor) -> None:

@@ -1,20 +1,26 @@
 """Rotary position encoding over several axes, as in FLUX.
 
 A head's channels are dealt out to the axes in order (kind, row, column); within an axis, channel
-pair j turns by the angle `position * theta^(-2j/n)`. Pairs are adjacent channels, so a rotation is
-a product of complex numbers, which is also the fastest form of it on a CPU.
+pair j turns by the angle `position * theta^(-2j/n)`. Pairs are adjacent channels.
+
+Tables are real: cosine and sine of each pair, side by side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
+MOST_TABLES: Final = 4
+"""A table for 1024 × 1024 pixels has 4.5 MB."""
+
 
 def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
-    """Turn position ids (..., N, axes) into unit complex numbers (..., N, D/2), complex64.
+    """Turn position ids (..., N, axes) into cosines and sines (..., N, D/2, 2), float32.
 
     Angles are computed in float64: at theta 10000 and positions of thousands, float32 would not do.
     """
@@ -23,13 +29,46 @@ def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
         for axis, dim in enumerate(axes_dim)
     ]
     angle = torch.cat(angles, dim=-1)  # (..., N, D/2)
-    return torch.complex(angle.cos().float(), angle.sin().float())
+    return torch.stack([angle.cos().float(), angle.sin().float()], dim=-1)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate x (B, H, N, D) by a table that broadcasts to (B, H, N, D/2). Returns float32."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rope).flatten(-2)
+    """Rotate float32 or float64 x (B, H, N, D) by a table that broadcasts to (B, H, N, D/2, 2)."""
+    pairs = x.view(*x.shape[:-1], -1, 2)
+    # The compiler makes one kernel of sums and products and cannot compile complex numbers; run
+    # line by line, one complex product is several times as fast.
+    if torch.compiler.is_compiling():
+        return rotate_pairs(pairs, rope).flatten(-2)
+    turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def rotate_pairs(pairs: Tensor, rope: Tensor) -> Tensor:
+    """Turn points (..., 2) in the plane by cosines and sines (..., 2)."""
+    x, y = pairs.unbind(-1)
+    cos, sin = rope.unbind(-1)
+    return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+
+
+class RecentTables:
+    """Keeps the tables that were asked for last, where they are used."""
+
+    def __init__(self, most: int = MOST_TABLES) -> None:
+        self._most = most
+        self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The table of this key, made if it is not there."""
+        if key not in self._tables:
+            self._tables[key] = make()
+        self._tables.move_to_end(key)
+        if len(self._tables) > self._most:
+            self._tables.popitem(last=False)
+        return self._tables[key]
+
+    def clear(self) -> None:
+        """Forget all tables."""
+        self._tables.clear()
 
 
 def _frequencies(dim: int, theta: float, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ other for a single step, so there is one implementation for sampling, training a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ from step1x_edit.model.blocks import (
     DoubleStreamBlock,
     FinalLayer,
     MLPEmbedder,
+    Pads,
     SingleStreamBlock,
     timestep_embedding,
 )
@@ -45,6 +46,8 @@ class PrologueStep:
     double: Sequence[tuple[Tensor, Tensor]]  # per block: image and text, (B, 6D) each
     single: Sequence[Tensor]  # per block: (B, 3D)
     final: Tensor  # (B, 2D)
+    pad_copies: int = 0
+    """So many more text rows there would be, all like the last one."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Prologue:
     double: Sequence[tuple[Tensor, Tensor]]
     single: Sequence[Tensor]
     final: Tensor
+    pad_copies: int = 0
 
     def __len__(self) -> int:
         return self.txt.shape[0]
@@ -65,6 +69,7 @@ class Prologue:
             double=[(img[i], txt[i]) for img, txt in self.double],
             single=[mod[i] for mod in self.single],
             final=self.final[i],
+            pad_copies=self.pad_copies,
         )
 
 
@@ -118,14 +123,17 @@ class Transformer(nn.Module):
         prompt_mask: Tensor,
         timesteps: Tensor,
         quoted: QuotedText | None = None,
+        pad_copies: int = 0,
     ) -> Prologue:
         """Prepare all steps: timesteps (T,) hold for every sample of the batch.
 
         A network with a text token mapping needs `quoted`, others cannot use it: ValueError.
+        Where the last row of every prompt is padding, it may stand for `pad_copies` more of them.
         """
         batch = prompt_embeds.shape[0]
         of_each = timesteps.unsqueeze(1).expand(-1, batch)
-        return self._condition(prompt_embeds, prompt_mask, of_each, quoted)
+        prologue = self._condition(prompt_embeds, prompt_mask, of_each, quoted)
+        return replace(prologue, pad_copies=pad_copies)
 
     def core(
         self, img: Tensor, step: PrologueStep, rope: Tensor, num_wanted: int | None = None
@@ -136,22 +144,23 @@ class Transformer(nn.Module):
         leading tokens), the last block leaves the other rows out, which changes no result.
         """
         img, txt = self.img_in(img), step.txt
+        text_length = txt.shape[1]
+        pads = Pads(text_length - 1, step.pad_copies)
         for double, (img_mod, txt_mod) in zip(self.double_blocks, step.double, strict=True):
-            img, txt = double(img, txt, img_mod, txt_mod, rope)
+            img, txt = double(img, txt, img_mod, txt_mod, rope, pads)
         x = torch.cat([txt, img], dim=1)
         *blocks, (last, last_mod) = zip(self.single_blocks, step.single, strict=True)
         for single, mod in blocks:
-            x = single(x, mod, rope)
-        text_length = txt.shape[1]
+            x = single(x, mod, rope, pads=pads)
         if num_wanted is None:
-            x = last(x, last_mod, rope)[:, text_length:]
+            x = last(x, last_mod, rope, pads=pads)[:, text_length:]
         else:
-            x = last(x, last_mod, rope, slice(text_length, text_length + num_wanted))
+            x = last(x, last_mod, rope, slice(text_length, text_length + num_wanted), pads)
         velocity: Tensor = self.final_layer(x, step.final)
         return velocity
 
     def rope(self, img_ids: Tensor, text_length: int, txt_ids: Tensor | None = None) -> Tensor:
-        """Tabulate the rotations of text and image tokens; broadcasts to (B, H, L+N, D/2H).
+        """Tabulate the rotations of text and image tokens; broadcasts to (B, H, L+N, D/2H, 2).
 
         Text tokens stand at the origin unless `txt_ids` says otherwise.
         """
@@ -159,7 +168,7 @@ class Transformer(nn.Module):
             txt_ids = img_ids.new_zeros(*img_ids.shape[:-2], text_length, img_ids.shape[-1])
         ids = torch.cat([txt_ids, img_ids], dim=-2)
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
-        return table.unsqueeze(-3)
+        return table.unsqueeze(-4)
 
     def _condition(
         self,

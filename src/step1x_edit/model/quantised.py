@@ -1,0 +1,216 @@
+"""Linear layers with few bits to a weight: 8-bit floats, 8-bit integers or 4 bits.
+
+A matrix W (N, K) is kept as codes and scales. A row of 8-bit codes has one scale; of 4-bit codes
+every 64 columns have one, and two codes share a byte. Every row is coded by itself, so that a
+matrix that is coded piece by piece is the same as one that is coded at once. Where a GPU can
+multiply the codes themselves, it does, and the input is rounded to 8 bits as well, row by row;
+everywhere else the weights are widened to the input's type first.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Code = Literal["fp8", "int8", "nf4"]
+CODES: Final[tuple[Code, ...]] = get_args(Code)
+
+FLOAT8: Final = torch.float8_e4m3fn
+FLOAT8_MAX: Final = 448.0
+INT8_MAX: Final = 127
+NF4_BLOCK: Final = 64
+"""Columns that share a scale."""
+NF4_VALUES: Final = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""What the 16 codes stand for: the values of NormalFloat4 in the QLoRA paper, appendix E."""
+
+SMALLEST: Final = 1e-30
+"""Rows of smaller numbers become zeros."""
+INT_MM_ROWS: Final = 17
+"""Rows from which on CUDA multiplies integers."""
+OUTPUTS_AT_ONCE: Final = 4096
+"""Columns of an integer product that are computed together: each takes 4 bytes of its own."""
+
+
+class Coded(NamedTuple):
+    """A matrix (N, K) as codes and scales."""
+
+    codes: Tensor  # (N, K) in 8 bits; of nf4 (N, ⌈K/64⌉·32) bytes
+    scale: Tensor  # (N, 1); of nf4 (N, ⌈K/64⌉)
+
+
+def code(matrix: Tensor, kind: Code) -> Coded:
+    """Round a float32 matrix (N, K) to codes and scales."""
+    match kind:
+        case "fp8":
+            # Powers of two change no digit: what was stored as such a float before stays exact.
+            mantissa, exponent = torch.frexp(_largest(matrix) / FLOAT8_MAX)
+            scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
+            return Coded((matrix / scale).to(FLOAT8), scale)
+        case "int8":
+            # Rounded up to a bfloat16, so that widening to that type rounds only once.
+            scale = _up_to_bfloat16(_largest(matrix) / INT8_MAX)
+            return Coded((matrix / scale).round().to(torch.int8), scale)
+        case "nf4":
+            padded = F.pad(matrix, (0, -matrix.shape[1] % NF4_BLOCK))
+            blocks = padded.reshape(matrix.shape[0], -1, NF4_BLOCK)  # (N, ⌈K/64⌉, 64)
+            scale = _largest(blocks).bfloat16()
+            values = torch.tensor(NF4_VALUES)
+            edges = (values[1:] + values[:-1]) / 2
+            codes = torch.bucketize(blocks / scale.float(), edges).to(torch.uint8).flatten(1)
+            return Coded((codes[:, ::2] << 4) | codes[:, 1::2], scale.squeeze(-1))
+
+
+def empty(shape: tuple[int, int], kind: Code, device: torch.device | str | None = None) -> Coded:
+    """Room for the codes and scales of a matrix of this shape."""
+    rows, columns = shape
+    if kind == "nf4":
+        blocks = -(-columns // NF4_BLOCK)
+        return Coded(
+            torch.empty(rows, blocks * NF4_BLOCK // 2, dtype=torch.uint8, device=device),
+            torch.empty(rows, blocks, dtype=torch.bfloat16, device=device),
+        )
+    dtype = FLOAT8 if kind == "fp8" else torch.int8
+    return Coded(
+        torch.empty(rows, columns, dtype=dtype, device=device),
+        torch.empty(rows, 1, dtype=torch.float32, device=device),
+    )
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weights are codes; the bias is as it was."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kind: Code,
+        bias: nn.Parameter | None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kind = in_features, out_features, kind
+        coded = empty((out_features, in_features), kind, device)
+        self.register_buffer("codes", coded.codes)
+        self.register_buffer("scale", coded.scale)
+        if kind == "nf4":
+            # What each byte stands for: the values of its upper and its lower half.
+            values = torch.tensor(NF4_VALUES)
+            pairs = torch.cartesian_prod(values, values)  # (256, 2)
+            self.register_buffer("pairs", pairs, persistent=False)
+        self.bias = bias
+
+    @classmethod
+    def like(cls, linear: nn.Linear, kind: Code) -> QuantLinear:
+        """Room for the codes of a layer; its bias becomes that of the new one."""
+        device = linear.weight.device
+        return cls(linear.in_features, linear.out_features, kind, linear.bias, device)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, kind: Code) -> QuantLinear:
+        """A layer with its weights rounded."""
+        made = cls.like(linear, kind).to(linear.weight.device)
+        made.codes, made.scale = code(linear.weight.detach().float(), kind)
+        return made
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weights that the codes stand for, (N, K)."""
+        if self.kind != "nf4":
+            return self.codes.to(dtype).mul_(self.scale.to(dtype))
+        assert isinstance(self.pairs, Tensor)
+        values = F.embedding(self.codes.int(), self.pairs.to(dtype))  # (N, ⌈K/64⌉·32, 2)
+        blocks = values.view(self.out_features, -1, NF4_BLOCK) * self.scale.unsqueeze(-1).to(dtype)
+        return blocks.flatten(1)[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., K) to (..., N)."""
+        if not (x.is_cuda and self._can_multiply_codes(x)):
+            return F.linear(x, self.weight(x.dtype), self.bias)
+        multiply = multiply_float8 if self.kind == "fp8" else multiply_int8
+        rows = x.reshape(-1, self.in_features)
+        product = multiply(rows, self.codes, self.scale, self.bias)
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def _can_multiply_codes(self, x: Tensor) -> bool:
+        """Whether the GPU has a product for these codes and sizes."""
+        match self.kind:
+            case "fp8":
+                fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
+                # The product knows bfloat16 only.
+                return fits and x.dtype == torch.bfloat16 and _has_float8(x.device.index)
+            case "int8":
+                fits = self.in_features % 8 == 0 and self.out_features % 8 == 0
+                return fits and x.numel() >= INT_MM_ROWS * self.in_features
+            case "nf4":
+                return False
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+def multiply_float8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) in bfloat16 times the codes (N, K): (M, N), both as 8-bit floats."""
+    x_scale = _largest(x).float() / FLOAT8_MAX  # (M, 1)
+    # Rounding may end just above the largest number, and there is none beyond it.
+    x_codes = (x.float() / x_scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+    product: Tensor = torch._scaled_mm(
+        x_codes,
+        codes.t(),
+        scale_a=x_scale,
+        scale_b=scale.t(),
+        bias=bias,
+        out_dtype=x.dtype,
+        use_fast_accum=True,  # its rounding is far below that of the codes
+    )
+    return product
+
+
+def multiply_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) times the codes (N, K): (M, N), both as 8-bit integers."""
+    x_scale = _largest(x).float() / INT8_MAX  # (M, 1)
+    x_codes = (x.float() / x_scale).round().to(torch.int8)
+    out = x.new_empty(x.shape[0], codes.shape[0])
+    for first in range(0, codes.shape[0], OUTPUTS_AT_ONCE):
+        part = slice(first, first + OUTPUTS_AT_ONCE)
+        product = torch._int_mm(x_codes, codes[part].t()) * x_scale * scale[part].t()
+        out[:, part] = product if bias is None else product + bias[part]
+    return out
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude along the last axis, which stays; never 0, so that it can divide."""
+    return x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+
+
+def _up_to_bfloat16(x: Tensor) -> Tensor:
+    """The next larger numbers, in float32, that bfloat16 has; x is positive."""
+    rounded = x.bfloat16().float()
+    return torch.where(rounded < x, (x * (1 + 2**-7)).bfloat16().float(), rounded)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_float8(index: int) -> bool:
+    """Whether this GPU multiplies 8-bit floats."""
+    return torch.cuda.get_device_capability(index) >= (8, 9)
