@@ -95,6 +95,16 @@ def test_the_placement_tells_what_an_edit_has_needed(folder: Path) -> None:
     assert offloaded.placement == held.placement  # how it was, and will be again
 
 
+def test_the_placement_tells_in_which_codes_the_weights_are_kept(folder: Path) -> None:
+    worker = load_worker(Start(model_path=str(folder), device="cpu", precision="int8"))
+
+    outcome_of(worker, job())
+
+    placement = worker.residence().placement
+    assert placement is not None
+    assert placement.precision == "int8"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there it can be measured anew")
 def test_without_a_device_the_peak_is_that_of_this_process_since_the_edit_began(
     folder: Path,

@@ -433,7 +433,10 @@ def placement_of(plan: MemoryPlan | None, precision: str) -> Placement:
 
 
 def precision_of(weights: Iterable[Weight]) -> str:
-    """In which numbers the transformer computes."""
+    """In which numbers the transformer is kept."""
+    weights = list(weights)
+    if code := next((weight.code for weight in weights if weight.code), None):
+        return code
     dtype = next(weight.dtype for weight in weights if weight.name.startswith("transformer."))
     return _PRECISIONS.get(dtype, str(dtype).removeprefix("torch."))
 
