@@ -11,6 +11,7 @@ from PIL import Image
 
 from fakes import FakeWorker
 from step1x_edit.engine import Clock
+from step1x_edit.machine import Survey
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
 
@@ -41,11 +42,14 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     services: list[EditService] = []
 
     def make(
-        worker: FakeWorker | None = None, clock: Clock | None = None, **settings: object
+        worker: FakeWorker | None = None,
+        clock: Clock | None = None,
+        look_around: Callable[[], Survey] | None = None,
+        **settings: object,
     ) -> EditService:
         chosen = worker or FakeWorker()
         checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
-        services.append(build_service(checked, chosen, clock))
+        services.append(build_service(checked, chosen, clock, look_around))
         return services[-1]
 
     yield make

@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from step1x_edit.channel import (
     Offload,
     Outcome,
     Phase,
+    Placement,
     Progress,
     Report,
     Residence,
@@ -33,6 +34,20 @@ from step1x_edit.errors import (
     WorkerLostError,
 )
 from step1x_edit.images import Pixels
+from step1x_edit.schemas import Location
+
+STREAMED: Final = Placement(
+    resident_share=0.31,
+    precision="bf16",
+    streaming=True,
+    slots=2,
+    joint_branches=False,
+    reason="31 % of the core stays on the device, the rest passes through 2 slots",
+    predicted_peak_gb=7.4,
+    measured_peak_gb=7.123,
+    host_gb=39.0,
+)
+"""How a large model is placed on a small card."""
 
 
 class ManualClock(Clock):
@@ -143,6 +158,9 @@ class FakeWorker:
     warning: str | None = None
     held: Memory = Memory()
     usual_loras: Mapping[str, float] = field(default_factory=dict)
+    version: str | None = None
+    size_multiple: int | None = None
+    placement: Placement | None = None
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
@@ -198,9 +216,18 @@ class FakeWorker:
         try:
             if self.residence.location == "Unloaded":
                 yield self._report(Progress(Phase.LOADING))
-            location = "CPU" if self.device == "cpu" else "GPU"
+            location: Location = "CPU" if self.device == "cpu" else "GPU"
             loras = self.usual_loras if job.loras is None else job.loras
-            self.residence = Residence(location, self.model, self.device, self.held, loras=loras)
+            self.residence = Residence(
+                location,
+                self.model,
+                self.device,
+                self.held,
+                version=self.version,
+                size_multiple=self.size_multiple,
+                placement=self.placement,
+                loras=loras,
+            )
             if job.image is None and not self.can_generate:
                 raise InvalidParameterError(
                     "text to image needs Step1X-Edit v1.1; the model here is demo"

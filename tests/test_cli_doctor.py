@@ -7,16 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from fakes import STREAMED
 from step1x_edit.channel import Start
+from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.interfaces.cli import app
-from step1x_edit.machine import look
+from step1x_edit.machine import Survey, look
+from step1x_edit.schemas import SUGGESTED
+from step1x_edit.survey import survey
+from step1x_edit.worker import STAND_IN
 from test_server import FAKE, started
+from tiny import tiny_pipeline
 
 run = CliRunner()
 
@@ -116,6 +123,73 @@ def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
     assert exit_code == 1
     assert found["torch"]["state"] == "fail"
     assert "half installed" in found["torch"]["text"]
+
+
+def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
+    """What doctor says of a machine like this, by name; only the looking is left out."""
+    monkeypatch.setattr("step1x_edit.machine.look", lambda start: seen)
+    result = run.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
+
+
+CARD = Survey(
+    torch="2.13",
+    device="cuda, a card",
+    device_free_gb=7.6,
+    device_total_gb=8.0,
+    checkpoint="Step1X-Edit v1.1",
+    version="v1.1",
+    weights_gb=39.0,
+    placement=STREAMED,
+)
+
+
+def test_how_the_model_fits_on_the_card_is_what_the_plan_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = surveyed(monkeypatch, CARD)
+    too_large = surveyed(monkeypatch, replace(CARD, device_free_gb=2.0))
+
+    assert fits["plan"] == (
+        f"fits: {STREAMED.reason}; an edit needs about 7.4 GiB of the 7.6 GiB that are free"
+    )
+    assert "more than" not in fits["checkpoint"]
+    assert too_large["plan"].startswith("may not fit: 31 % of the core")
+    assert "defaults" not in fits  # they are what the authors suggest for v1.1
+
+
+@pytest.mark.parametrize(
+    ("version", "suggested"),
+    [
+        ("v1.2", "suggested: num_steps 50, guidance_scale 6.0 for v1.2"),
+        ("v1.2-preview", "suggested: num_steps 28, guidance_scale 4.0 for v1.2-preview"),
+    ],
+)
+def test_other_defaults_are_suggested_for_versions_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, version: str, suggested: str
+) -> None:
+    found = surveyed(monkeypatch, replace(CARD, version=version))
+    for name in ("num_steps", "guidance_scale"):
+        value = getattr(SUGGESTED[version], name)
+        monkeypatch.setenv(f"DEFAULT_{name.upper()}", str(value))
+    followed = surveyed(monkeypatch, replace(CARD, version=version))
+
+    assert found["defaults"].startswith(suggested)
+    assert "DEFAULT_NUM_STEPS" in found["defaults"]
+    assert "defaults" not in followed
+
+
+def test_a_survey_foresees_the_plan_without_loading_anything(tmp_path: Path) -> None:
+    write_demo(tmp_path / "checkpoint", tiny_pipeline())
+
+    seen = survey(Start(model_path=str(tmp_path / "checkpoint"), device=STAND_IN))
+
+    assert seen.size_multiple == 16
+    assert seen.placement is not None
+    assert seen.placement.reason == "everything fits"
+    assert seen.placement.precision == "fp32"
+    assert seen.placement.predicted_peak_gb > seen.weights_gb  # type: ignore[operator]
 
 
 def test_a_running_server_is_told_of(tmp_path: Path) -> None:

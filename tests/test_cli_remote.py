@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from typer.testing import CliRunner
 
 from conftest import MakeService
-from fakes import FakeWorker
+from fakes import STREAMED, FakeWorker
 from http_server import TOKEN, listening_stranger, serving, until
 from step1x_edit import __version__
 from step1x_edit.channel import EditJob
@@ -191,8 +191,9 @@ def test_a_batch_goes_through_a_server_and_is_gone_on_with_here(
 
 
 def test_the_model_of_the_server_is_told_of_offloaded_and_released(
-    photo: Path, at: list[str], server: str
+    photo: Path, at: list[str], server: str, worker: FakeWorker
 ) -> None:
+    worker.placement = STREAMED
     run.invoke(app, ["edit", str(photo), "x", *QUICK, *at])
 
     loaded = run.invoke(app, ["status", *at])
@@ -202,6 +203,8 @@ def test_the_model_of_the_server_is_told_of_offloaded_and_released(
     assert loaded.exit_code == offload.exit_code == release.exit_code == 0
     assert server in loaded.stdout
     assert "model_location           GPU" in loaded.stdout
+    assert f"plan reason              {STREAMED.reason}\n" in loaded.stdout
+    assert "plan predicted_peak_gb   7.4\nplan measured_peak_gb    7.12\n" in loaded.stdout
     assert offload.stdout == "GPU offloaded. Model now on CPU, GPU memory: 0.00GB\n"
     assert json.loads(release.stdout)["gpu_status"]["model_location"] == "Unloaded"
     assert json.loads(release.stdout)["gpu_status"]["statistics"]["gpu_to_cpu"] == 1

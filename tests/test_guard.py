@@ -70,6 +70,7 @@ ROUTES = {
     "/static/{path:path}": {"GET", "HEAD"},
     "/theme.css": {"GET", "HEAD"},
     "/v1/images/edits": {"POST"},
+    "/v1/images/edits/estimate": {"POST"},
     "/v1/images/generations": {"POST"},
     "/v1/images/{image_id}/content": {"GET"},
     "/v1/jobs": {"GET", "POST"},

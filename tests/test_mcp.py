@@ -19,7 +19,7 @@ from mcp_types import INVALID_PARAMS, CallToolResult, ImageContent, PromptRefere
 from PIL import Image
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate
+from fakes import STREAMED, FakeWorker, Gate
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.schemas import MAX_BATCH
 
@@ -195,6 +195,18 @@ async def test_status_answers_during_an_edit(make_service: MakeService, photo: P
 
     assert status.structured_content["gpu_status"]["model_location"] == "CPU"
     assert status.structured_content["gpu_status"]["idle_time"] == 0
+
+
+async def test_status_tells_how_the_model_is_placed(make_service: MakeService, photo: Path) -> None:
+    service = make_service(FakeWorker(device="cuda:0", placement=STREAMED))
+    async with Client(build_mcp(service)) as client:
+        before = await client.call_tool("get_gpu_status", {})
+        await client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
+        after = await client.call_tool("get_gpu_status", {})
+
+    assert "plan" not in before.structured_content["gpu_status"]
+    plan = after.structured_content["gpu_status"]["plan"]
+    assert (plan["reason"], plan["measured_peak_gb"]) == (STREAMED.reason, 7.12)
 
 
 async def test_whatever_is_raised_takes_the_shape_of_the_contract(

@@ -17,6 +17,7 @@ from layouts import tiny_releases, write_diffusers, write_official
 from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
+from step1x_edit.memory_plan import with_share
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.residency import PageLock, Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
@@ -193,6 +194,25 @@ def test_memory_is_that_of_the_slabs(residency: Residency) -> None:
 
     residency.offload()
     assert residency.memory() == Memory()
+
+
+def test_a_model_that_streams_says_so_and_what_it_needs(folder: Path) -> None:
+    plan = partial(with_share, core_share=0.5)
+    residency = Residency(partial(open_checkpoint, folder), STAND_IN, plan=plan)
+    assert residency.placement() is None
+
+    residency.onload()
+    told = residency.placement()
+
+    assert told is not None
+    assert told.streaming
+    assert told.slots == 2
+    assert 0 < told.resident_share <= 0.5
+    assert f"{100 * told.resident_share:.0f} % of the core" in told.reason
+    assert told.measured_peak_gb is None  # no edit has begun
+    assert told.host_gb == pytest.approx(sum(block.size for block in residency.blocks) / GIB)
+    residency.release()
+    assert residency.placement() is None
 
 
 def test_offloading_copies_nothing_and_frees_the_device(folder: Path) -> None:

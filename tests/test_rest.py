@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate
+from fakes import STREAMED, FakeWorker, Gate
 from http_server import TOKEN, calling, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
@@ -591,6 +591,38 @@ def test_the_metrics_count_what_came_through_any_door(
     ):
         assert f"\n{line}\n" in answer.text
     assert "nope" not in answer.text
+
+
+def test_status_and_metrics_tell_how_the_model_is_placed(
+    make_service: MakeService, photo: Path
+) -> None:
+    with calling(make_service(FakeWorker(device="cuda:0", placement=STREAMED))) as client:
+        before = client.get("/api/gpu/status").json(), client.get("/metrics").text
+        client.post("/api/edit", files=files(photo), data={"prompt": "x", "num_steps": "10"})
+        status, metrics = client.get("/api/gpu/status").json(), client.get("/metrics").text
+
+    assert "plan" not in before[0]["gpu_status"]
+    assert "\nstep1x_plan_resident_share " not in before[1]
+    assert status["gpu_status"]["plan"] == {
+        "resident_share": 0.31,
+        "precision": "bf16",
+        "streaming": True,
+        "slots": 2,
+        "joint_branches": False,
+        "reason": STREAMED.reason,
+        "predicted_peak_gb": 7.4,
+        "measured_peak_gb": 7.12,
+        "host_gb": 39.0,
+    }
+    samples = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
+    for name, value in {
+        "step1x_plan_resident_share": 0.31,
+        "step1x_plan_slots": 2,
+        'step1x_peak_memory_bytes{kind="predicted"}': 7.4 * 2**30,
+        'step1x_peak_memory_bytes{kind="measured"}': 7.12 * 2**30,
+        "step1x_host_memory_bytes": 39.0 * 2**30,
+    }.items():
+        assert float(samples[name]) == pytest.approx(value)
 
 
 def test_each_request_is_a_line_in_the_log_with_its_id_and_without_its_text(

@@ -16,6 +16,7 @@ from fakes import FakeWorker
 from http_server import TOKEN, serving
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.problems import STATUS_OF
+from step1x_edit.machine import Survey
 from step1x_edit.schemas import EditRequest, PictureRequest
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "rest.md").read_text("utf-8")
@@ -42,7 +43,7 @@ def test_every_command_of_the_guide_answers_as_it_says(
     mask.paste(1, (0, 24, 64, 48))
     mask.save(tmp_path / "mask.png")
     environment = {"API_KEY": TOKEN, "PATH": "/usr/bin:/bin"}
-    with serving(make_service(FakeWorker(model="v1.2"))) as url:
+    with serving(make_service(FakeWorker(model="v1.2"), look_around=Survey)) as url:
         for command, expected in commands():
             assert command.startswith("curl -sS ")
             local = command.replace("localhost:8000", url.removeprefix("http://"))

@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import negative_data_rejection, positive_
 
 from fakes import FakeWorker
 from http_server import TOKEN, serving
+from step1x_edit.machine import Survey
 from step1x_edit.service import build_service
 from step1x_edit.settings import Settings
 from write_openapi import FILE
@@ -51,7 +52,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("pictures")
     room = {"max_queue": 1_000_000}  # or there would be "Server busy" at times
     settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)  # type: ignore[call-arg]
-    service = build_service(settings, FakeWorker())
+    service = build_service(settings, FakeWorker(), look_around=Survey)
     with serving(service, **room) as url:
         yield url
     service.close()

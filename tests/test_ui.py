@@ -320,6 +320,24 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
 
 
 @needs_browser
+def test_what_the_model_s_authors_suggest_is_taken_over_by_a_button(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page("ja")
+    choose(page, "edit", photo)
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-download")
+    page.locator("#edit-advanced button").first.click()
+    steps = page.locator("#edit-advanced input[type=number]").first
+    expect(page.locator("#edit-suggested")).to_contain_text("50 ステップ")
+    expect(steps).to_have_value("28")
+
+    page.click("#edit-use-suggested")
+
+    expect(steps).to_have_value("50")
+
+
+@needs_browser
 def test_several_pictures_are_edited_and_packed(
     open_page: OpenPage, photo: Path, other: Path, tmp_path: Path
 ) -> None:
@@ -343,13 +361,17 @@ def test_several_pictures_are_edited_and_packed(
 
 
 @needs_browser
-def test_the_model_is_moved_from_the_page(open_page: OpenPage, photo: Path) -> None:
+def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo: Path) -> None:
     page = open_page()
     choose(page, "edit", photo)
     page.click("#edit-run")
     expect(page.locator(".pill")).to_contain_text("Model on the GPU")
     page.wait_for_selector("#edit-download")
     page.get_by_role("tab", name="System").click()
+    expect(page.locator(".status table")).to_contain_text(
+        "31 % of the core stays on the GPU, the rest passes through 2 slots"
+    )
+    expect(page.locator(".status table")).to_contain_text("planned 7.4 GB · measured 7.12 GB")
     page.click("#offload")
     expect(page.locator(".pill")).to_contain_text("Model in memory")
     expect(page.get_by_text("GPU offloaded. Model now on CPU")).to_be_visible()

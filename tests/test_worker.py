@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from step1x_edit.channel import EditJob, Memory, Outcome, Progress, Residence, Start
+from step1x_edit.channel import GIB, EditJob, Memory, Outcome, Progress, Residence, Start
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import (
     CheckpointError,
@@ -69,7 +70,60 @@ def test_the_first_edit_loads_the_model_and_the_next_one_finds_it(folder: Path) 
     steps = ["encoding", "denoising 1/2", "denoising 2/2", "decoding"]
     assert first == ["loading model", *steps]
     assert second == steps
-    assert worker.residence() == Residence("CPU", "demo", "cpu", Memory(0.0, 0.0))
+    told = worker.residence()
+    assert (told.location, told.model, told.device) == ("CPU", "demo", "cpu")
+    assert told.memory == Memory(0.0, 0.0)
+    assert told.size_multiple == 16
+    assert told.placement is not None
+    assert told.placement.precision == "fp32"
+    assert told.placement.predicted_peak_gb is None  # there is no device to run out of memory
+    assert told.placement.host_gb > 0  # type: ignore[operator]
+
+
+def test_the_placement_tells_what_an_edit_has_needed(folder: Path) -> None:
+    worker = a_worker(folder, STAND_IN)
+
+    outcome_of(worker, job())
+    held = worker.residence()
+    worker.offload()
+    offloaded = worker.residence()
+
+    assert held.placement is not None
+    assert held.placement.reason == "everything fits"
+    assert held.placement.measured_peak_gb == held.memory.allocated_gb > 0
+    assert held.placement.predicted_peak_gb > held.memory.allocated_gb  # type: ignore[operator]
+    assert offloaded.placement == held.placement  # how it was, and will be again
+
+
+def test_the_placement_tells_in_which_codes_the_weights_are_kept(folder: Path) -> None:
+    worker = load_worker(Start(model_path=str(folder), device="cpu", precision="int8"))
+
+    outcome_of(worker, job())
+
+    placement = worker.residence().placement
+    assert placement is not None
+    assert placement.precision == "int8"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there it can be measured anew")
+def test_without_a_device_the_peak_is_that_of_this_process_since_the_edit_began(
+    folder: Path,
+) -> None:
+    ballast = np.ones(400 * 2**20, np.uint8)  # more than the library and the model together
+    size_gb = ballast.nbytes / GIB
+    worker = a_worker(folder)
+    outcome_of(worker, job())
+    with_it = worker.residence().placement
+    del ballast
+    outcome_of(worker, job())
+    without_it = worker.residence().placement
+
+    assert with_it is not None
+    assert without_it is not None
+    assert with_it.measured_peak_gb is not None
+    assert without_it.measured_peak_gb is not None
+    assert with_it.measured_peak_gb > size_gb
+    assert without_it.measured_peak_gb < with_it.measured_peak_gb - size_gb / 2
 
 
 def test_the_picture_is_the_same_wherever_the_model_has_been(folder: Path) -> None:

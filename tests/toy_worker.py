@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
-from fakes import predicted
+from fakes import STREAMED, predicted
 from step1x_edit.channel import (
     Channel,
     EditJob,
@@ -80,7 +80,14 @@ class ToyModel:
     def residence(self) -> Residence:
         if self._location == "Unloaded":
             return Residence()
-        return Residence(self._location, "toy", "cuda:0", Memory(0.5, 1.5))  # type: ignore[arg-type]
+        return Residence(
+            self._location,  # type: ignore[arg-type]
+            "toy",
+            "cuda:0",
+            Memory(0.5, 1.5),
+            version="v1.2",
+            placement=STREAMED,
+        )
 
 
 if __name__ == "__main__":

@@ -936,7 +936,7 @@ class PlanStatus(_Answer):
         float,
         Field(description="Share of the denoising core that stays on the device, 0 to 1"),
     ]
-    precision: Annotated[str, Field(description="The numbers that the model computes with")]
+    precision: Annotated[str, Field(description="In which numbers the weights are kept")]
     streaming: Annotated[bool, Field(description="Whether blocks pass through the device")]
     slots: Annotated[int, Field(description="Through how many slots they pass")]
     joint_branches: Annotated[

@@ -781,8 +781,9 @@ def named_version(settings: Settings) -> str | None:
     """The version of the model as the settings name it, if they do; nothing is opened."""
     if settings.model_version != "auto":
         return settings.model_version
-    names = {each.name: each.version for each in CATALOG}
-    return None if settings.model_path is None else names.get(settings.model_path.name)
+    name = "" if settings.model_path is None else settings.model_path.name
+    versions = {each.name: each.version for each in CATALOG}
+    return name if name in SUGGESTED else versions.get(name)
 
 
 def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None:

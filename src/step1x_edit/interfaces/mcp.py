@@ -117,8 +117,9 @@ _DESCRIPTIONS: Final = {
     "other versions only edit, for which edit_image is there. The answer holds the path of the "
     "picture, the seed that repeats it, and a small preview. It takes seconds to minutes.",
     "get_gpu_status": "Say where the model is (Unloaded, CPU or GPU), how much GPU memory it holds "
-    "as measured, how long it has been idle and after which time it leaves the GPU, how often it "
-    "was moved, and how many edits wait. Answers at once, also during an edit.",
+    "as measured, how it is placed there and what an edit has needed, how long it has been idle "
+    "and after which time it leaves the GPU, how often it was moved, and how many edits wait. "
+    "Answers at once, also during an edit.",
     "offload_gpu": "Move the model from the GPU to host memory, so that other programs can use the "
     "GPU; the next edit brings it back in a moment. Waits for the picture that is being edited and "
     "goes ahead of waiting edits. Does nothing if the model is not on the GPU.",

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from step1x_edit import __version__
+from step1x_edit.schemas import PlanStatus
 from step1x_edit.service import EditService
 
 TEXT_FORMAT: Final = CONTENT_TYPE_LATEST
@@ -88,6 +89,8 @@ class _Engine(Collector):
         memory.add_metric(["reserved"], status.gpu_memory_reserved_gb * _GIBI)
         yield memory
 
+        yield from _of_plan(status.plan)
+
         moves = CounterMetricFamily(
             f"{_PREFIX}model_moves", "How often the model changed its place", labels=["move"]
         )
@@ -105,3 +108,31 @@ class _Engine(Collector):
         build = GaugeMetricFamily(f"{_PREFIX}build_info", "The version", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
+
+
+def _of_plan(plan: PlanStatus | None) -> Iterator[Metric]:
+    """How the model is placed; without a model there are no samples."""
+    share = GaugeMetricFamily(
+        f"{_PREFIX}plan_resident_share", "Share of the core that stays on the device, 0 to 1"
+    )
+    slots = GaugeMetricFamily(
+        f"{_PREFIX}plan_slots", "Slots through which blocks pass the device; 0 if all stay"
+    )
+    peak = GaugeMetricFamily(
+        f"{_PREFIX}peak_memory_bytes",
+        "Most memory of an edit, as planned and as measured at the last one",
+        labels=["kind"],
+    )
+    host = GaugeMetricFamily(f"{_PREFIX}host_memory_bytes", "Host memory that holds the weights")
+    if plan is not None:
+        share.add_metric([], plan.resident_share)
+        slots.add_metric([], plan.slots)
+        for kind, gb in (
+            ("predicted", plan.predicted_peak_gb),
+            ("measured", plan.measured_peak_gb),
+        ):
+            if gb is not None:
+                peak.add_metric([kind], gb * _GIBI)
+        if plan.host_gb is not None:
+            host.add_metric([], plan.host_gb * _GIBI)
+    yield from (share, slots, peak, host)

@@ -98,7 +98,7 @@ _Asked: TypeAlias = ImageEditRequest | ImageGenerationRequest
 _Own = TypeVar("_Own", PictureRequest, GeneratePictureRequest)
 
 
-def _check_model(service: EditService, name: str) -> None:
+def check_model(service: EditService, name: str) -> None:
     """Take our own name, that of the version that runs, and those that OpenAI's clients need."""
     if name not in _names(service) and not name.startswith(_OF_OPENAI):
         raise ModelNotFoundError(f"{name!r}; {MODELS_PATH} lists what there is")
@@ -109,7 +109,7 @@ def _names(service: EditService) -> set[str]:
     return {MODEL} if version is None else {MODEL, version}
 
 
-def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
+def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
     """The same in our own words; the operator's defaults for what is left out, and a seed."""
     return with_seed(
         service.read_picture(
@@ -129,7 +129,7 @@ def _request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest
 
 
 def _generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
-    """The same in our own words, as `_request_of` does."""
+    """The same in our own words, as `request_of` does."""
     width, height = _new_size(asked)
     return with_seed(
         service.read_generate_picture(
@@ -229,7 +229,7 @@ class _Edits:
         data = sent.picture
         assert data is not None
         size = await asyncio.to_thread(self._size, data, asked)
-        first = _request_of(self._service, asked)
+        first = request_of(self._service, asked)
 
         async def one(request: PictureRequest) -> EditedPicture:
             return await self._service.edit_picture(
@@ -597,14 +597,14 @@ _MODEL_EXAMPLE: Final = {
     "version": "v1.1",
     "location": "GPU",
 }
-_TAGS: Final = ["OpenAI Images"]
+TAGS: Final = ["OpenAI Images"]
 
 
 def image_routes(
     service: EditService, settings: Settings, runs: Runs, keep_alive_s: float = KEEP_ALIVE_S
 ) -> APIRouter:
     """The routes under /v1/images and /v1/models; an edit asked for again is one of `runs`."""
-    router = APIRouter(tags=list(_TAGS))
+    router = APIRouter(tags=list(TAGS))
     linked: _Linked = Shelf(_LINKED_S, _LINKED_BYTES, _MOST_PICTURES, _MOST_LINKED)
     edits = _Edits(service, Limits(settings.max_bytes, settings.max_pixels), linked)
     started = int(time.time())
@@ -702,7 +702,7 @@ def image_routes(
         request: Request, sent: Sent, asked: _Asked, work: Work[_Event, _Answer]
     ) -> Response:
         """Do the work once, and answer with the whole of it or with a stream."""
-        _check_model(service, asked.model)
+        check_model(service, asked.model)
         # The clients try again before a stream begins, which is soon, and never afterwards.
         is_named = KEY in request.headers or not asked.stream
         run, was_there = runs.find(
@@ -827,20 +827,27 @@ def _in_path(name: str, example: str, what: str) -> dict[str, Any]:
     }
 
 
-def _plain(field: Mapping[str, Any]) -> dict[str, Any]:
+def plain(field: Mapping[str, Any]) -> dict[str, Any]:
     """A field that may be left out, described as what it is when it is there."""
     values = [each for each in field.get("anyOf", []) if each.get("type") != "null"]
     rest = {name: value for name, value in field.items() if name != "anyOf" and value is not None}
     return {**values[0], **rest} if values else rest
 
 
-def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
-    """The form and the JSON, as OpenAPI describes them."""
-    schema = ImageEditRequest.model_json_schema()
-    fields = {name: _plain(field) for name, field in schema["properties"].items()}
+def described_fields(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The fields beside the pictures, with the operator's defaults."""
+    properties = ImageEditRequest.model_json_schema()["properties"]
+    fields = {name: plain(field) for name, field in properties.items()}
     fields["num_inference_steps"]["default"] = defaults["num_steps"]
     for name in ("guidance_scale", "size_level"):
         fields[name]["default"] = defaults[name]
+    return fields
+
+
+def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The form and the JSON, as OpenAPI describes them."""
+    schema = ImageEditRequest.model_json_schema()
+    fields = described_fields(defaults)
     file = {"type": "string", "format": "binary"}
     link = {
         "type": "object",
@@ -883,7 +890,7 @@ def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
 def _generation_body(defaults: Mapping[str, object]) -> dict[str, Any]:
     """The JSON of a generation, as OpenAPI describes it."""
     schema = ImageGenerationRequest.model_json_schema()
-    fields = {name: _plain(field) for name, field in schema["properties"].items()}
+    fields = {name: plain(field) for name, field in schema["properties"].items()}
     fields["num_inference_steps"]["default"] = defaults["num_steps"]
     fields["guidance_scale"]["default"] = defaults["guidance_scale"]
     example = {"prompt": "a red fox in the snow", "seed": 42}

@@ -30,8 +30,8 @@ STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
 _Asked = TypeVar("_Asked", bound=OpenAIRequest)
 
 _MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
-_MAX_FIELDS: Final = 40
-_MAX_FIELD_BYTES: Final = 64 * 1024
+MAX_FIELDS: Final = 40
+MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURES: Final = frozenset({"image", "image[]"})
 _LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
@@ -70,7 +70,7 @@ class Sent:
 async def read_edit(request: Request) -> Sent:
     """What is sent to be edited."""
     if is_json(request):
-        return _pictures_of(await _given(request))
+        return _pictures_of(await json_fields(request))
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == "multipart/form-data":
@@ -84,7 +84,7 @@ async def read_generation(request: Request) -> Sent:
     """What is sent for a picture that is to be made from words alone."""
     if not is_json(request):
         raise HTTPException(415, "Send JSON.")
-    fields = await _given(request)
+    fields = await json_fields(request)
     for name in ("image", "images", "mask"):
         if name in fields:
             raise InvalidParameterError(
@@ -93,13 +93,13 @@ async def read_generation(request: Request) -> Sent:
     return Sent(None, None, fields)
 
 
-async def _given(request: Request) -> dict[str, object]:
+async def json_fields(request: Request) -> dict[str, object]:
     """The fields of a JSON body that have a value, none of which we cannot honour."""
     fields = {
         name: value for name, value in (await read_json(request)).items() if value is not None
     }
     for name in fields:
-        _check_supported(name)
+        check_supported(name)
     return fields
 
 
@@ -109,10 +109,10 @@ async def _read_form(request: Request) -> Sent:
     fields: dict[str, object] = {}
     try:
         async with request.form(
-            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+            max_files=_MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
         ) as form:
             for name, value in form.multi_items():
-                _check_supported(name)
+                check_supported(name)
                 if name in _PICTURES:
                     pictures.append(value)
                 elif name == _LORAS:
@@ -177,7 +177,8 @@ def _in_data_url(value: object, name: str) -> bytes:
         raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
 
 
-def _check_supported(name: str) -> None:
+def check_supported(name: str) -> None:
+    """Raise for a field that has a meaning elsewhere and none here."""
     if not name.isprintable():
         raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
     why = _UNSUPPORTED.get(name.partition("[")[0])

@@ -46,6 +46,7 @@ from step1x_edit.schemas import (
     GpuStatus,
     PictureAnswer,
     PictureRequest,
+    PlanStatus,
     RoundPicture,
     StatusAnswer,
 )
@@ -93,13 +94,25 @@ _STATUS: Final = GpuStatus(
     model="v1.1",
     device="cuda:0",
     queue_length=0,
+    plan=PlanStatus(
+        resident_share=0.31,
+        precision="bf16",
+        streaming=True,
+        slots=2,
+        joint_branches=False,
+        reason="31 % of the core stays on the device, the rest passes through 2 slots, prompts "
+        "one after the other",
+        predicted_peak_gb=7.4,
+        measured_peak_gb=7.1,
+        host_gb=39.2,
+    ),
 )
 _OFFLOADED: Final = GpuAnswer(
     message="GPU offloaded. Model now on CPU, GPU memory: 0.00GB", gpu_status=_STATUS
 )
 _RELEASED: Final = GpuAnswer(
     message="GPU released. Model location: Unloaded, GPU memory: 0.00GB",
-    gpu_status=_STATUS.model_copy(update={"model_location": "Unloaded"}),
+    gpu_status=_STATUS.model_copy(update={"model_location": "Unloaded", "plan": None}),
 )
 METADATA: Final = EditMetadata(
     prompt="change to night scene",
@@ -209,8 +222,8 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
         "/gpu/status",
         operation_id="get_gpu_status",
         summary="Say where the model is",
-        description="Where the model is, what it occupies as measured, and how many edits wait. "
-        "Answers at once, also during an edit.",
+        description="Where the model is, what it occupies as measured, how it is placed and why, "
+        "and how many edits wait. Answers at once, also during an edit.",
         response_model=StatusAnswer,
         responses={
             200: {

@@ -38,6 +38,7 @@ from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.interfaces import connections, problems
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced
 from step1x_edit.interfaces.docs_page import docs_routes
+from step1x_edit.interfaces.estimate import estimate_routes
 from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
 from step1x_edit.interfaces.hangups import TellHangUps
 from step1x_edit.interfaces.idempotency import Runs
@@ -110,6 +111,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         runs = Runs()
         app.router.routes.extend(edit_routes(service, runs).routes)
         app.router.routes.extend(image_routes(service, settings, runs).routes)
+        app.router.routes.extend(estimate_routes(service).routes)
         app.router.routes.extend(job_routes(service, store, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())

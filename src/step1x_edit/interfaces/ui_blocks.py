@@ -41,7 +41,7 @@ from step1x_edit.interfaces.ui_texts import (
     text,
     translations,
 )
-from step1x_edit.schemas import PARAMETERS, GpuStatus, loras_of
+from step1x_edit.schemas import PARAMETERS, GpuStatus, PlanStatus, Suggestion, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
 
@@ -250,6 +250,27 @@ class _Form:
 
 
 @dataclass(frozen=True)
+class _Hint:
+    """What the authors of the model recommend, and a button that takes it over."""
+
+    row: gr.Row
+    line: gr.Markdown
+    use: gr.Button
+
+    def shown(self, suggestion: Suggestion | None, language: str) -> dict[Any, Any]:
+        """The line if there is something to recommend, and nothing if not."""
+        if suggestion is None:
+            return {self.row: gr.Row(visible=False), self.line: ""}
+        line = text(
+            "suggested",
+            language,
+            num_steps=suggestion.num_steps,
+            guidance_scale=f"{suggestion.guidance_scale:g}",
+        )
+        return {self.row: gr.Row(visible=True), self.line: html.escape(line)}
+
+
+@dataclass(frozen=True)
 class _Buttons:
     run: gr.Button
     stop: gr.Button
@@ -356,6 +377,7 @@ class _Page:
         self._model_version = "demo" if self._is_demo else settings.model_version
         self._checkboxes: list[gr.Checkbox] = []
         self._sessions = _Sessions(folder)
+        self._hints: list[_Hint] = []  # one for each form
 
     def blocks(self) -> gr.Blocks:
         blocks = gr.Blocks(
@@ -379,9 +401,12 @@ class _Page:
                     release = gr.Button(_t("release"), elem_id="release")
                 line = gr.Markdown(elem_classes="line", sanitize_html=False)
 
-            def tell(request: gr.Request) -> tuple[str, str]:
+            def tell(request: gr.Request) -> dict[Any, Any]:
                 status, language = self._service.status().gpu_status, _language(request)
-                return _chip(status, language), _table(status, language)
+                told = {chip: _chip(status, language), table: _table(status, language)}
+                for hint in self._hints:
+                    told |= hint.shown(self._service.suggestion, language)
+                return told
 
             async def move_away() -> str:
                 return await _answered(self._service.offload())
@@ -389,7 +414,7 @@ class _Page:
             async def let_go() -> str:
                 return await _answered(self._service.release())
 
-            shown = [chip, table]
+            shown = [chip, table, *(part for hint in self._hints for part in (hint.row, hint.line))]
             blocks.load(_about, None, about, **_PRIVATE)
             blocks.load(self._offered, None, self._checkboxes, **_PRIVATE)
             blocks.load(tell, None, shown, **_PRIVATE)
@@ -723,8 +748,13 @@ class _Page:
                 elem_id=f"{name}-stop",
             )
         line = gr.Markdown(elem_classes="line", elem_id=f"{name}-line", sanitize_html=False)
-        with gr.Accordion(_t("advanced"), open=False):
+        with gr.Accordion(_t("advanced"), open=False, elem_id=f"{name}-advanced"):
+            with gr.Row(visible=False) as row:
+                hint = gr.Markdown(elem_id=f"{name}-suggested", sanitize_html=False)
+                use = gr.Button(_t("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
+            self._hints.append(_Hint(row, hint, use))
             form = _Form(prompt, *self._advanced(), *self._reasoning(name))
+        use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **_PRIVATE)
         return form, _Buttons(run, stop, line)
 
     def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox]:
@@ -795,6 +825,12 @@ class _Page:
 
     def _photo(self, request: gr.Request) -> str:
         return self._session(request).save("photo.jpg", _EXAMPLE_PHOTO.read_bytes())
+
+    def _suggested(self) -> tuple[Any, Any]:
+        suggestion = self._service.suggestion
+        if suggestion is None:  # since the button was shown
+            return gr.skip(), gr.skip()
+        return suggestion.num_steps, suggestion.guidance_scale
 
     def _stop(self, request: gr.Request) -> None:
         self._session(request).stop()
@@ -929,6 +965,7 @@ def _table(status: GpuStatus, language: str) -> str:
         "queue": status.queue_length or 0,
         "loads": statistics.total_loads,
         "moves": f"{statistics.cpu_to_gpu} / {statistics.gpu_to_cpu}",
+        **_plan_rows(status.plan, language),
     }
     if status.loras is not None:
         rows["loras"] = ", ".join(status.loras_in_model or ["–"])
@@ -938,6 +975,25 @@ def _table(status: GpuStatus, language: str) -> str:
         for key, value in rows.items()
     )
     return f"<table><tbody>{cells}</tbody></table>"
+
+
+def _plan_rows(plan: PlanStatus | None, language: str) -> dict[str, str]:
+    """How the model is placed, as far as that is known."""
+    if plan is None:
+        return {}
+    if plan.streaming:
+        share = f"{100 * plan.resident_share:.0f}"
+        placed = text("plan.streams", language, share=share, slots=plan.slots)
+    else:
+        key = "plan.host" if plan.predicted_peak_gb is None else "plan.fits"
+        placed = text(key, language)
+    peaks = {"predicted": plan.predicted_peak_gb, "measured": plan.measured_peak_gb}
+    told = [text(f"peak.{key}", language, gb=gb) for key, gb in peaks.items() if gb is not None]
+    return {
+        "plan": f"{placed} · {plan.precision}",
+        "peak": " · ".join(told) or "–",
+        "host": "–" if plan.host_gb is None else f"{plan.host_gb} GB",
+    }
 
 
 async def _answered(move: Awaitable[Any]) -> str:

@@ -83,6 +83,8 @@ def _checks() -> Iterator[Check]:
     yield from _torch_and_device(seen)
     if seen.torch_error is None:
         yield _checkpoint(seen, settings)
+        yield from _plan(seen)
+        yield from _defaults(seen, settings)
     yield from _server(settings)
 
 
@@ -126,9 +128,33 @@ def _checkpoint(seen: Survey, settings: Settings) -> Check:
     text = f"{seen.checkpoint} {place}, {seen.weights_gb:.2f} GiB of weights"
     if settings.model_path is None:
         text += "; for the real model set MODEL_PATH"
-    if seen.device_free_gb is not None and (seen.weights_gb or 0) > seen.device_free_gb:
-        return Check("note", "checkpoint", f"{text}, which is more than the device has free")
     return Check("ok", "checkpoint", text)
+
+
+def _plan(seen: Survey) -> Iterator[Check]:
+    """Whether the model fits on the device, and how; there is nothing to fit in host memory."""
+    plan, free_gb = seen.placement, seen.device_free_gb
+    if plan is None or plan.predicted_peak_gb is None or free_gb is None:
+        return
+    needs = f"about {plan.predicted_peak_gb:.1f} GiB of the {free_gb:.1f} GiB that are free"
+    if plan.predicted_peak_gb <= free_gb:
+        yield Check("ok", "plan", f"fits: {plan.reason}; an edit needs {needs}")
+    else:
+        yield Check("note", "plan", f"may not fit: {plan.reason}, and an edit needs {needs}")
+
+
+def _defaults(seen: Survey, settings: Settings) -> Iterator[Check]:
+    from step1x_edit.service import suggestion_for
+
+    suggested = suggestion_for(seen.version, settings)
+    if suggested is not None:
+        yield Check(
+            "note",
+            "defaults",
+            f"suggested: num_steps {suggested.num_steps}, guidance_scale "
+            f"{suggested.guidance_scale:.1f} for {seen.version}; set DEFAULT_NUM_STEPS and "
+            "DEFAULT_GUIDANCE_SCALE to have them where a call leaves them out",
+        )
 
 
 def _server(settings: Settings) -> Iterator[Check]:

@@ -27,11 +27,15 @@ def status(
             return
         server = editor.url or "none is running on this machine (step1x-edit serve)"
         for name, value in {"server": server, **answer.gpu_status.to_dict()}.items():
-            if isinstance(value, dict):
+            if name == "statistics":
                 value = ", ".join(f"{key} {count}" for key, count in value.items())
             if isinstance(value, list):
                 value = ", ".join(value)
-            out.print(f"{name:<24} {value}", markup=False)
+            if name == "plan":
+                for part, known in value.items():
+                    out.print(f"{f'plan {part}':<24} {known}", markup=False)
+            else:
+                out.print(f"{name:<24} {value}", markup=False)
 
 
 def offload(

@@ -1,0 +1,161 @@
+"""What an edit would take, told beforehand: the fields of OpenAI's Images without the picture.
+
+Nothing is run for it, so that it does not count as work. What is wrong with the fields is told as
+the edit itself would tell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastapi import APIRouter
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from step1x_edit.errors import EditCancelledError, InvalidParameterError
+from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.openai_images import (
+    TAGS,
+    check_model,
+    described_fields,
+    plain,
+    request_of,
+)
+from step1x_edit.interfaces.openai_requests import (
+    EDITS_PATH,
+    MAX_FIELD_BYTES,
+    MAX_FIELDS,
+    check_supported,
+    json_fields,
+    understood,
+)
+from step1x_edit.interfaces.rest import is_json, once
+from step1x_edit.schemas import EstimateAnswer, ImageEditRequest, PictureSize, read_request
+from step1x_edit.service import EditService
+
+ESTIMATE_PATH: Final = f"{EDITS_PATH}/estimate"
+
+_PICTURES: Final = ("image", "image[]", "images", "mask")
+_DESCRIPTION: Final = """\
+Takes the fields of an edit without the picture, as a form or as JSON, and answers without running \
+anything: the working size, the steps, the memory and, once such an edit has been made, the time. \
+`width` and `height` are those of the picture; without them it is taken for a square. What nobody \
+knows is null. About a model that is not loaded a process of its own finds out, which takes some \
+seconds now and then."""
+
+_EXAMPLE: Final = EstimateAnswer(
+    width=1248,
+    height=832,
+    num_steps=28,
+    guidance_scale=6.0,
+    size_level=1024,
+    n=1,
+    predicted_seconds=15.3,
+    predicted_peak_gb=41.9,
+    must_load=False,
+    queue_length=0,
+    model="Step1X-Edit v1.1",
+    device="cuda",
+    reason="everything fits",
+    note=None,
+)
+
+
+def estimate_routes(service: EditService) -> APIRouter:
+    """The route that tells what an edit would take."""
+    router = APIRouter(tags=list(TAGS))
+
+    @router.post(
+        ESTIMATE_PATH,
+        operation_id="estimate_edit",
+        summary="Say what an edit would take",
+        description=_DESCRIPTION,
+        response_model=EstimateAnswer,
+        responses={
+            200: {
+                "description": "What it would take",
+                "content": {"application/json": {"example": _EXAMPLE.model_dump(mode="json")}},
+            },
+            **problems.described(
+                "invalid_parameter",
+                "image_too_large",
+                "image_too_small",
+                "image_aspect",
+                "model_not_found",
+                "model_unavailable",
+                "internal",
+                path=ESTIMATE_PATH,
+            ),
+            **problems.described_status(415, path=ESTIMATE_PATH),
+        },
+        openapi_extra={"requestBody": {"required": True, "content": _bodies(service.defaults)}},
+    )
+    async def estimate(request: Request) -> Response:
+        fields = await _read(request)
+        sides = {name: fields.pop(name) for name in PictureSize.model_fields if name in fields}
+        asked = understood(ImageEditRequest, fields)
+        size = read_request(PictureSize, sides)
+        check_model(service, asked.model)
+        answer = await service.estimate(
+            request_of(service, asked),
+            None if size.width is None or size.height is None else (size.width, size.height),
+            n=asked.n,
+            previews=asked.partial_images,
+        )
+        return JSONResponse(answer.model_dump(mode="json"))  # here null says something
+
+    return router
+
+
+async def _read(request: Request) -> dict[str, object]:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    try:
+        if is_json(request):
+            fields = await json_fields(request)
+        elif kind == "multipart/form-data":
+            fields = await _read_form(request)
+        else:
+            raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    for name in fields:
+        if name in _PICTURES:
+            raise InvalidParameterError(
+                f"{name} is not wanted here: give the picture's width and height", param=name
+            )
+    return fields
+
+
+async def _read_form(request: Request) -> dict[str, object]:
+    try:
+        async with request.form(
+            max_files=len(_PICTURES), max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        ) as form:
+            fields: dict[str, object] = once(form.multi_items())
+    except HTTPException as error:
+        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+    for name, value in fields.items():
+        check_supported(name)
+        if isinstance(value, UploadFile) and name not in _PICTURES:
+            raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
+    return fields
+
+
+def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The form and the JSON, as OpenAPI describes them."""
+    sides = PictureSize.model_json_schema()["properties"]
+    schema = {
+        **ImageEditRequest.model_json_schema(),
+        "title": "EstimateRequest",
+        "description": EstimateAnswer.__doc__,
+        "properties": {
+            **{name: plain(field) for name, field in sides.items()},
+            **described_fields(defaults),
+        },
+        "dependentRequired": {"width": ["height"], "height": ["width"]},
+        "example": {"prompt": "change to night scene", "width": 1536, "height": 1024},
+    }
+    return {kind: {"schema": schema} for kind in ("multipart/form-data", "application/json")}
