@@ -10,7 +10,7 @@ an interrupted one goes on where it stopped:
     decoder      the autoencoder's decoder alone, on latents as the transformer makes them
     export       one safetensors file, config and tokenizer, where `--out` says
 
-`--stages vae,text` runs some of them, `--smoke` runs ten steps of each at toy size.
+`--stages vae,text` runs some of them, `--smoke` runs three steps of each at toy size.
 `--start-from FOLDER` continues a checkpoint instead: autoencoder and transformer go on from its
 weights, at lower rates; its text encoder and recogniser are kept.
 """
@@ -89,6 +89,13 @@ WHITENING = 0.65
 """Exponent of the latent whitening: 1 gives every channel unit variance, 0 keeps the picture's own.
 In between, the channels that matter most to the eye (the cell's mean colour) stand out from the
 noise earlier and weigh more."""
+
+
+def reduced_precision() -> torch.autocast:
+    """Compute in bfloat16 where the processor can; elsewhere it is many times slower."""
+    return torch.autocast(
+        "cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -490,7 +497,7 @@ def train_vae(
         batch = to_batch([edited_crop(gallery, rng, size) for _ in range(count)]).to(
             memory_format=torch.channels_last
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             latents = vae.encode(batch).latent_dist.mode()
             noisy = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.05))
             out = vae.decode(noisy).sample
@@ -1090,7 +1097,7 @@ def guided_loss(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, T
     x, t, scale = batch["x"], batch["t"][:, None, None], batch["scale"][:, None, None]
     velocity = (x - batch["target"]) / t
     tokens = torch.cat([x, batch["reference"]], 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with reduced_precision():
         both = model(
             tokens.repeat(2, 1, 1),
             batch["ids"].repeat(2, 1, 1),
@@ -1204,7 +1211,7 @@ def sampled_latents(
     ids = image_position_ids(rows, columns, DEMO.reference_offset)
     timesteps = schedule(num_steps, 256).tolist()
     for t, t_next in itertools.pairwise(timesteps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             both = model(
                 torch.cat([x, known], 1).repeat(2, 1, 1),
                 ids,
@@ -1246,7 +1253,7 @@ def train_decoder(
         latents = encode(vae, edited)
         if run.step % 3 == 2:
             latents = sampled_latents(transformer, prompts, rng, encode(vae, crops), labels)
-        with torch.autocast("cpu", torch.bfloat16):
+        with reduced_precision():
             out = vae.decode(latents).sample
         loss = picture_loss(out.float(), to_batch(edited))
         run.descend(loss, min(1, (run.step + 1) / 50) * (1 - done) ** 0.7, clip=1.0)
@@ -1256,7 +1263,7 @@ def train_decoder(
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
     """Pictures in 0..1 to latents (B, 48, H/16, W/16)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with reduced_precision():
         batch = to_batch(pictures).to(memory_format=torch.channels_last)
         return vae.encode(batch).latent_dist.mode().float()
 
@@ -1302,18 +1309,18 @@ CONTINUATION = Plan(
 SMOKE = Plan(
     drawn_pictures=4,
     start_crops=24,
-    vae_steps=10,
+    vae_steps=3,
     corpus=30,
-    text_steps=10,
+    text_steps=3,
     judged_prompts=2,
     latent_chunks=1,
     latent_crops=2,
     latent_edits=2,
     prompts_per_label=2,
-    transformer_steps=10,
-    decoder_steps=10,
+    transformer_steps=3,
+    decoder_steps=3,
 )
-"""Ten steps of everything, to see that the recipe still runs."""
+"""Three steps of everything, to see that the recipe still runs."""
 
 STAGES = ("vae", "text", "latents", "transformer", "decoder", "export")
 
@@ -1330,7 +1337,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0, help="limit for each training stage; 0 = by steps only"
     )
-    parser.add_argument("--smoke", action="store_true", help="ten steps of each stage")
+    parser.add_argument("--smoke", action="store_true", help="three steps of each stage")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     seed, minutes = arguments.seed, arguments.minutes

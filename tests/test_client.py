@@ -190,10 +190,15 @@ def test_leaving_without_closing_neither_hangs_nor_leaves_a_process(tmp_path: Pa
 
 
 def _servers() -> set[str]:
-    """The processes that serve MCP for one of our clients, by number."""
+    """The processes that serve MCP for one of our clients, by number.
+
+    Tests that run beside these ones have another data folder.
+    """
+    ours = os.environ["DATA_DIR"].encode()
     found = set()
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has just ended
-            if b"step1x_edit.interfaces.cli\0mcp" in line.read_bytes():
+            is_server = b"step1x_edit.interfaces.cli\0mcp" in line.read_bytes()
+            if is_server and ours in line.with_name("environ").read_bytes():
                 found.add(line.parent.name)
     return found

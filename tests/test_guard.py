@@ -90,7 +90,13 @@ OF_THE_PAGE = {
 ENDLESS = "/gradio_api/heartbeat/{session_hash}"
 TAKES_A_BODY = {
     ("POST", path)
-    for path in ("/api/edit", "/v1/images/edits", "/v1/images/generations", "/v1/jobs")
+    for path in (
+        "/api/edit",
+        "/v1/images/edits",
+        "/v1/images/edits/estimate",
+        "/v1/images/generations",
+        "/v1/jobs",
+    )
 }
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
 

@@ -36,6 +36,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
+from step1x_edit.model.config import TINY
 from step1x_edit.model.pipeline import Edited, EditRun, Plan, Progress
 from step1x_edit.residency import Residency, allocate_slab
 from step1x_edit.worker import STAND_IN, PipelineWorker
@@ -54,6 +55,10 @@ class LayerPipeline:
         self.vae = torch.nn.Identity()
         self.conditioner = SimpleNamespace(vlm=torch.nn.Identity())
         self.recogniser = None
+        self.config = TINY
+
+    def forget_tables(self) -> None:
+        """It keeps none."""
 
     def advance(self, run: EditRun, plan: Plan) -> Generator[Progress | Edited, None, None]:
         yield Progress("encoding", 0, 1)

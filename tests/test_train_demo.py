@@ -1,4 +1,4 @@
-"""The recipe of the demo checkpoint still runs: ten steps of every stage, to a finished edit."""
+"""The recipe of the demo checkpoint still runs: three steps of every stage, to a finished edit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(work: Path, *flags: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_ten_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) -> None:
+def test_three_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint"
     train(tmp_path, "--out", str(out))
 
@@ -51,7 +51,7 @@ def test_ten_steps_of_each_stage_make_a_checkpoint_that_edits(tmp_path: Path) ->
 
 
 @pytest.mark.timeout(600)
-def test_ten_more_steps_of_a_checkpoint_keep_what_it_knows(tmp_path: Path) -> None:
+def test_three_more_steps_of_a_checkpoint_keep_what_it_knows(tmp_path: Path) -> None:
     out = tmp_path / "checkpoint"
     train(tmp_path, "--start-from", str(EMBEDDED), "--out", str(out))
 
@@ -65,5 +65,5 @@ def test_ten_more_steps_of_a_checkpoint_keep_what_it_knows(tmp_path: Path) -> No
     request = EditRequest(image, "black and white", num_steps=10, size_level=256, seed=0)
     *_, edited = read_checkpoint(out).pipeline.edit(request)
     assert isinstance(edited, Edited)
-    # From nothing, ten steps leave the ramp's colours as they are.
+    # From nothing, three steps leave the ramp's colours as they are.
     assert np.ptp(edited.image.astype(float), axis=-1).mean() < 25 < np.ptp(image, axis=-1).mean()

@@ -192,30 +192,6 @@ def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> N
 
 
 @needs_browser
-def test_loras_are_chosen_where_there_are_any(
-    open_page: OpenPage, photo: Path, tmp_path: Path
-) -> None:
-    loras = {tmp_path / "hand.safetensors": 0.0, tmp_path / "look.safetensors": 0.5}
-    settings = Settings(_env_file=None, lora_path=loras)  # type: ignore[call-arg]
-    service = build_service(settings, FakeWorker())
-    with serving(service, api_key=None) as address:
-        page = open_page(address=address)
-        choose(page, "edit", photo)
-        page.get_by_role("button", name="Advanced").first.click()
-        box = page.get_by_label("LoRAs").locator("visible=true").first
-        expect(page.get_by_text("look:0.5").first).to_be_visible()
-        box.fill("hand:-2")
-        box.press("Enter")
-        page.click("#edit-run")
-        page.wait_for_selector("#edit-download")
-        record = images.read_edit_record(downloaded(page, "#edit-download"))
-    service.close()
-
-    assert record is not None
-    assert record.loras == ["hand:-2", "look:0.5"]
-
-
-@needs_browser
 def test_stop_cancels_the_edit(open_page: OpenPage, service: EditService, photo: Path) -> None:
     before = cancelled(service)
     page = open_page()
@@ -614,3 +590,27 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
         expect(rewritten).to_have_count(0)
         page.close()
     service.close()
+
+
+@needs_browser
+def test_loras_are_chosen_where_there_are_any(
+    open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    loras = {tmp_path / "hand.safetensors": 0.0, tmp_path / "look.safetensors": 0.5}
+    settings = Settings(_env_file=None, lora_path=loras)  # type: ignore[call-arg]
+    service = build_service(settings, FakeWorker())
+    with serving(service, api_key=None) as address:
+        page = open_page(address=address)
+        choose(page, "edit", photo)
+        page.get_by_role("button", name="Advanced").first.click()
+        box = page.get_by_label("LoRAs").locator("visible=true").first
+        expect(page.get_by_text("look:0.5").first).to_be_visible()
+        box.fill("hand:-2")
+        box.press("Enter")
+        page.click("#edit-run")
+        page.wait_for_selector("#edit-download")
+        record = images.read_edit_record(downloaded(page, "#edit-download"))
+    service.close()
+
+    assert record is not None
+    assert record.loras == ["hand:-2", "look:0.5"]
