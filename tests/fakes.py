@@ -276,7 +276,7 @@ class Gate:
     def __call__(self, job: EditJob, step: int) -> None:
         if step == self._at_step:
             self.reached.set()
-            assert self._open.wait(timeout=60), "the test never opened the gate"
+            assert self._open.wait(timeout=240), "the test never opened the gate"
 
     def open(self) -> None:
         self._open.set()

@@ -101,7 +101,7 @@ def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with (
         serving(service, **settings) as url,
-        httpx2.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client,
+        httpx2.Client(base_url=url, headers=headers, timeout=240, trust_env=False) as client,
     ):
         yield client
 

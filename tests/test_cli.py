@@ -266,7 +266,7 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
         pass
 
     process.send_signal(signal.SIGINT)
-    out, log = process.communicate(timeout=60)  # a bound on hangs, not a measurement
+    out, log = process.communicate(timeout=240)  # a bound on hangs, not a measurement
     running.cancel()
 
     assert process.returncode == 130

@@ -320,7 +320,7 @@ class Killable:
 
     def to_its_end(self) -> str:
         process = self.start()
-        stdout, log = process.communicate(timeout=60)
+        stdout, log = process.communicate(timeout=240)
         assert process.returncode == 0, log
         return stdout
 
@@ -352,7 +352,7 @@ def test_ctrl_c_ends_a_batch_with_130_and_leaves_what_is_finished(
     process = batch.start(FAKE_HANG="3", FAKE_DEAF="1")
     until(lambda: batch.begun() == 3)
     process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=240)
 
     assert process.returncode == 130
     assert "goes on from there" in log

@@ -192,7 +192,7 @@ def test_no_picture_is_written_to_a_terminal(photo: Path) -> None:
         stdout=theirs,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     os.close(theirs)

@@ -312,7 +312,7 @@ def test_a_server_on_this_machine_is_found_and_ctrl_c_frees_it(photo: Path, tmp_
         edit = command("edit", str(photo), "x", "--num-steps", "50", folder=tmp_path, **found)
         server.heard("step\n")
         edit.send_signal(signal.SIGINT)
-        out, log = edit.communicate(timeout=60)
+        out, log = edit.communicate(timeout=240)
         headers = {"Authorization": f"Bearer {TOKEN}"}
 
         def is_idle() -> bool:
@@ -336,10 +336,10 @@ def test_standalone_does_not_look_for_a_server(photo: Path, tmp_path: Path) -> N
     with started(FAKE, tmp_path) as server:
         url = server.url()
         found = {"DATA_DIR": str(server.data_dir)}
-        through = command("status", folder=tmp_path, **found).communicate(timeout=60)[0]
-        alone = command("status", "--standalone", folder=tmp_path, **found).communicate(timeout=60)[
-            0
-        ]
+        through = command("status", folder=tmp_path, **found).communicate(timeout=240)[0]
+        alone = command("status", "--standalone", folder=tmp_path, **found).communicate(
+            timeout=240
+        )[0]
 
     assert url in through
     assert "none is running" in alone

@@ -180,7 +180,7 @@ asyncio.run(main())  # in another event loop, where the first connection is of n
 def test_leaving_without_closing_neither_hangs_nor_leaves_a_process(tmp_path: Path) -> None:
     before = _servers()
     result = subprocess.run(
-        [sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=240, check=False
     )
 
     assert result.stdout.split() == ["success", "success"]

@@ -172,7 +172,7 @@ def post_picture(url: str, pixels: np.ndarray, accept: str = "image/png") -> htt
         files={"file": png(pixels)},
         data={"prompt": "x", "num_steps": "10"},
         headers={"Authorization": f"Bearer {TOKEN}", "Accept": accept},
-        timeout=60,
+        timeout=240,
     )
 
 
@@ -220,7 +220,7 @@ def test_an_answer_may_be_read_slowly(make_service: MakeService) -> None:
             files={"file": data},
             data={"prompt": "x", "num_steps": "10"},
             headers={"Authorization": f"Bearer {TOKEN}", "Accept": "image/bmp"},
-            timeout=60,
+            timeout=240,
         ) as answer,
     ):
         length = 0

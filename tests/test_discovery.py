@@ -191,7 +191,7 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
         async with (
             joined(first, data_dir) as one,
             joined(second, data_dir, mode="legacy") as other,
-            httpx2.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as rest,
+            httpx2.AsyncClient(headers={"Authorization": f"Bearer {TOKEN}"}, timeout=240) as rest,
         ):
             *results, sent = await asyncio.gather(
                 one.call_tool(

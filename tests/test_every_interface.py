@@ -93,7 +93,7 @@ class Doors:
         files = {"file": ("any name", picture.read_bytes())}
         if mask := fields.pop("mask", None):
             files["mask"] = ("any other", mask.read_bytes())
-        async with httpx2.AsyncClient(trust_env=False, timeout=60) as client:
+        async with httpx2.AsyncClient(trust_env=False, timeout=240) as client:
             answer = await client.post(
                 f"{self._url}/api/edit",
                 files=files,

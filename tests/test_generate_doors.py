@@ -124,7 +124,7 @@ class Doors:
         }
 
     def _http(self) -> httpx2.AsyncClient:
-        return httpx2.AsyncClient(base_url=self._url, headers=AUTH, trust_env=False, timeout=60)
+        return httpx2.AsyncClient(base_url=self._url, headers=AUTH, trust_env=False, timeout=240)
 
     def _out(self, name: str) -> dict[str, Any]:
         return {"output_path": str(self._folder / f"{name}.png"), "overwrite": True}
@@ -345,7 +345,7 @@ async def test_a_call_that_lasts_long_leaves_its_work_to_go_on(make_service: Mak
 def theirs(make_service: MakeService) -> Iterator[openai.OpenAI]:
     with (
         serving(make_service()) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=240) as client,
     ):
         yield client
 
@@ -395,7 +395,7 @@ def test_a_stream_shows_previews_and_then_the_picture(make_service: MakeService)
     events = []
     with (
         serving(service) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=60) as client,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, max_retries=0, timeout=240) as client,
     ):
         for event in client.images.generate(
             prompt="a fox", size="256x512", stream=True, partial_images=2

@@ -306,7 +306,7 @@ run_sections(Bench(SMALL, torch.device("cpu")), [Section(stuck, 1)], report, 60,
 def test_a_section_that_is_stuck_is_stopped_and_what_is_known_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUCK, str(tmp_path)]
     done = subprocess.run(
-        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=100
+        command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=240
     )
 
     assert done.returncode == 3, done.stderr

@@ -281,7 +281,7 @@ def test_a_stream_is_told_again_from_its_beginning(make_service: MakeService, ph
 
     def step_by_step(job: EditJob, step: int) -> None:
         if step - 1 in job.preview_steps:
-            assert seen.acquire(timeout=60)
+            assert seen.acquire(timeout=240)
 
     worker = FakeWorker(before_step=step_by_step)
     with (

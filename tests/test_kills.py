@@ -18,7 +18,7 @@ from fastmcp import Client
 from fastmcp.client.transports import PythonStdioTransport
 from PIL import Image
 
-KILLS = 50
+KILLS = 25
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")

@@ -144,7 +144,7 @@ def edit(folder: Path, model_path: Path, output: str) -> bytes:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

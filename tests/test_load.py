@@ -76,7 +76,7 @@ def break_off(url: str) -> None:
 
 
 def upload(url: str) -> httpx2.Response:
-    with httpx2.Client(timeout=120, trust_env=False) as client:
+    with httpx2.Client(timeout=240, trust_env=False) as client:
         return client.send(request_to(url))
 
 
@@ -142,8 +142,8 @@ def test_uploads_of_which_a_third_breaks_off_leave_nothing_behind(tmp_path: Path
 
 def deleted(url: str, job: str) -> bool:
     """Forget a job as soon as it may be forgotten."""
-    httpx2.post(f"{url}/v1/jobs/{job}/cancel", timeout=60)
-    return httpx2.delete(f"{url}/v1/jobs/{job}", timeout=60).status_code == 204
+    httpx2.post(f"{url}/v1/jobs/{job}/cancel", timeout=240)
+    return httpx2.delete(f"{url}/v1/jobs/{job}", timeout=240).status_code == 204
 
 
 # --- slow connections ----------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_slow_clients_do_not_keep_others_out_and_are_let_go(
         url = process.url()
         with slow_clients(url) as slow:
             with ThreadPoolExecutor(8) as pool:
-                reading = [pool.submit(httpx2.get, f"{url}/health", timeout=60) for _ in range(40)]
+                reading = [pool.submit(httpx2.get, f"{url}/health", timeout=240) for _ in range(40)]
                 editing = [pool.submit(upload, f"{url}/api/edit") for _ in range(8)]
                 statuses = [answer.result().status_code for answer in (*reading, *editing)]
             until(lambda: slow.left == 0)

@@ -54,7 +54,7 @@ def lines_of(log_format: str, process: str) -> list[str]:
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        timeout=60,
+        timeout=240,
         check=True,
     )
     assert done.stderr.endswith("\n")
@@ -103,7 +103,7 @@ def test_every_line_of_a_server_and_its_worker_is_an_event(
                 f"{url}/api/edit",
                 files={"file": (FORGED, photo.read_bytes())},
                 data={"prompt": prompt, "num_steps": "10"},
-                timeout=60,
+                timeout=240,
             )
             for prompt in (wish, f"stumble {wish}", f"fail {wish}")
         ]

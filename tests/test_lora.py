@@ -298,7 +298,7 @@ def edit(folder: Path, name: str, lora_path: str) -> subprocess.CompletedProcess
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
     )
 

@@ -86,7 +86,7 @@ def test_openais_client_says_them_in_a_form(url: str, photo: Path) -> None:
 
 def test_a_stored_job_keeps_what_it_was_asked_for(url: str, photo: Path) -> None:
     fields = {"prompt": "x", "loras": ",".join(WANTED)}
-    with httpx2.Client(base_url=url, headers=KEY, timeout=60) as client:
+    with httpx2.Client(base_url=url, headers=KEY, timeout=240) as client:
         sent = client.post("/v1/jobs", files={"file": photo.read_bytes()}, data=fields).json()
         path = f"/v1/jobs/{sent['id']}"
         until(lambda: client.get(path).json()["status"] == "succeeded")

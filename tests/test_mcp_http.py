@@ -68,7 +68,7 @@ def test_a_connection_that_is_lost_stops_the_edit(
     service = make_service(worker)
     with listening(service) as url:
         with httpx2.Client(
-            base_url=url.removesuffix("/mcp"), headers=HEADERS, timeout=60, trust_env=False
+            base_url=url.removesuffix("/mcp"), headers=HEADERS, timeout=240, trust_env=False
         ) as client:
             message, headers = era(client, photo)
             with client.stream("POST", "/mcp", json=message, headers=headers) as answer:

@@ -33,7 +33,7 @@ SERVER = ROOT / "mcp_server.py"
 
 QUICK = {"DEFAULT_SIZE_LEVEL": "512", "DEFAULT_NUM_STEPS": "10"}
 
-PATIENCE_S = 60  # a bound on hangs, not a measurement: the machine may be busy
+PATIENCE_S = 240  # a bound on hangs, not a measurement: the machine may be busy
 
 HELLO = {
     "jsonrpc": "2.0",

@@ -710,7 +710,7 @@ class StepByStep:
 
     def __call__(self, job: EditJob, step: int) -> None:
         if step - 1 in job.preview_steps:
-            assert self._seen.acquire(timeout=60)
+            assert self._seen.acquire(timeout=240)
 
     def next(self) -> None:
         self._seen.release()
@@ -861,7 +861,7 @@ async def test_who_goes_away_ends_the_edit_within_a_step(
                     EDITS_PATH,
                     files={"image": photo.read_bytes()},
                     data={"prompt": "stop"},
-                    timeout=60,
+                    timeout=240,
                 )
             )
             assert await asyncio.to_thread(gate.reached.wait, 60)

@@ -516,7 +516,7 @@ async def test_who_goes_away_ends_the_edit_within_a_step(
         headers = {"Authorization": f"Bearer {TOKEN}"}
         async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
             call = asyncio.ensure_future(
-                client.post("/api/edit", files=files(photo), data={"prompt": "stop"}, timeout=60)
+                client.post("/api/edit", files=files(photo), data={"prompt": "stop"}, timeout=240)
             )
             assert await asyncio.to_thread(gate.reached.wait, 60)
             call.cancel()

@@ -56,7 +56,7 @@ def test_every_command_of_the_guide_answers_as_it_says(
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=240,
                 check=False,
             )
             assert (done.returncode, done.stderr) == (0, ""), command

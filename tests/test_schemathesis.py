@@ -61,7 +61,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def a_new_job(url: str) -> str:
     picture = {"file": ("photo.png", PICTURE)}
     fields = {"prompt": "x", "num_steps": "10"}
-    answer = httpx2.post(f"{url}/v1/jobs", files=picture, data=fields, headers=KEY, timeout=60)
+    answer = httpx2.post(f"{url}/v1/jobs", files=picture, data=fields, headers=KEY, timeout=240)
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])
 
@@ -76,7 +76,7 @@ def test_every_answer_is_as_described(case: schemathesis.Case, url: str) -> None
         # Any bytes are a file to the description, and any name is a LoRA's.
         if case.body.get("file") != PICTURE or case.body.get("loras"):
             excluded.append(positive_data_acceptance)
-    case.call_and_validate(url, headers=KEY, timeout=60, excluded_checks=excluded)
+    case.call_and_validate(url, headers=KEY, timeout=240, excluded_checks=excluded)
 
 
 @api.include(path_regex="job_id").parametrize()
@@ -86,4 +86,4 @@ def test_every_answer_about_a_job_that_there_is_is_as_described(
 ) -> None:
     case.path_parameters["job_id"] = a_new_job(url)
 
-    case.call_and_validate(url, headers=KEY, timeout=60)
+    case.call_and_validate(url, headers=KEY, timeout=240)

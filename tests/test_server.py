@@ -107,7 +107,7 @@ class Editing:
                 f"{url}/api/edit",
                 files={"file": photo.read_bytes()},
                 data={"prompt": prompt, "num_steps": "50"},
-                timeout=60,
+                timeout=240,
             )
         except httpx2.HTTPError as error:
             self.failed = error
@@ -263,7 +263,7 @@ def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
             f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
         )
         path = accepted.headers["location"]
-        with httpx2.stream("GET", f"{process.url()}{path}/events", timeout=60) as stream:
+        with httpx2.stream("GET", f"{process.url()}{path}/events", timeout=240) as stream:
             lines = stream.iter_lines()
             first = next(lines)
             process.heard("step\n")

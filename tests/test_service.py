@@ -499,7 +499,7 @@ async def test_the_report_brings_as_many_previews_as_were_asked_for(
     make_service: MakeService, photo: Path, door: str
 ) -> None:
     turns = threading.Semaphore(1)
-    service = make_service(FakeWorker(before_step=lambda job, step: turns.acquire(timeout=60)))
+    service = make_service(FakeWorker(before_step=lambda job, step: turns.acquire(timeout=240)))
     previews: dict[str, Pixels] = {}
 
     async def report(event: Progress) -> None:

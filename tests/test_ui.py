@@ -439,7 +439,7 @@ def test_a_browser_with_the_key_may_use_the_page(service: EditService, browser: 
 
 @needs_browser
 def test_the_documentation_is_whole_without_internet(url: str, browser: Browser) -> None:
-    paths = httpx2.get(f"{url}/openapi.json", timeout=60, trust_env=False).json()["paths"]
+    paths = httpx2.get(f"{url}/openapi.json", timeout=240, trust_env=False).json()["paths"]
     asked: list[str] = []
     context = browser.new_context()
     page = context.new_page()
@@ -454,7 +454,7 @@ def test_the_documentation_is_whole_without_internet(url: str, browser: Browser)
 
 
 def test_nothing_of_gradio_answers_but_what_the_page_needs(url: str) -> None:
-    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=240, trust_env=False) as client:
         page = client.get("/")
         assert page.status_code == 200
         policy = page.headers["content-security-policy"]
@@ -490,7 +490,7 @@ def test_no_address_is_fetched_for_a_caller(url: str) -> None:
     """Where Gradio would fetch one that stands in the place of an upload."""
     import gradio as gr
 
-    assert httpx2.get(url, timeout=60, trust_env=False).status_code == 200  # the page is built
+    assert httpx2.get(url, timeout=240, trust_env=False).status_code == 200  # the page is built
     fetching = gr.processing_utils.async_ssrf_protected_get("http://example.invalid/a.png")
 
     with pytest.raises(gr.Error, match="not fetched from addresses"):
@@ -498,7 +498,7 @@ def test_no_address_is_fetched_for_a_caller(url: str) -> None:
 
 
 def test_the_upload_has_the_limit_of_the_other_doors(url: str) -> None:
-    with httpx2.Client(base_url=url, timeout=60, trust_env=False) as client:
+    with httpx2.Client(base_url=url, timeout=240, trust_env=False) as client:
 
         def upload(size: int) -> int:
             files = {"files": ("a.png", b"\0" * size)}
@@ -530,7 +530,7 @@ print(status("/livez"), status("/", enable_ui=False), "gradio" in sys.modules)
 print(status("/"), "gradio" in sys.modules, "torch" in sys.modules)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=240
     )
 
     assert done.stdout.split() == ["200", "404", "False", "200", "True", "False"], done.stderr

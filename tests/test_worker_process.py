@@ -27,7 +27,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.worker_process import WorkerProcess
 
-PATIENCE_S = 60
+PATIENCE_S = 240
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
