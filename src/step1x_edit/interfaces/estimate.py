@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from fastapi import APIRouter
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from step1x_edit.errors import EditCancelledError, InvalidParameterError
 from step1x_edit.interfaces import problems
 from step1x_edit.interfaces.openai_images import (
     TAGS,
@@ -24,21 +21,12 @@ from step1x_edit.interfaces.openai_images import (
     plain,
     request_of,
 )
-from step1x_edit.interfaces.openai_requests import (
-    EDITS_PATH,
-    MAX_FIELD_BYTES,
-    MAX_FIELDS,
-    check_supported,
-    json_fields,
-    understood,
-)
-from step1x_edit.interfaces.rest import is_json, once
+from step1x_edit.interfaces.openai_requests import EDITS_PATH, read_estimate, understood
 from step1x_edit.schemas import EstimateAnswer, ImageEditRequest, PictureSize, read_request
 from step1x_edit.service import EditService
 
 ESTIMATE_PATH: Final = f"{EDITS_PATH}/estimate"
 
-_PICTURES: Final = ("image", "image[]", "images", "mask")
 _DESCRIPTION: Final = """\
 Takes the fields of an edit without the picture, as a form or as JSON, and answers without running \
 anything: the working size, the steps, the memory and, once such an edit has been made, the time. \
@@ -94,7 +82,7 @@ def estimate_routes(service: EditService) -> APIRouter:
         openapi_extra={"requestBody": {"required": True, "content": _bodies(service.defaults)}},
     )
     async def estimate(request: Request) -> Response:
-        fields = await _read(request)
+        fields = await read_estimate(request)
         sides = {name: fields.pop(name) for name in PictureSize.model_fields if name in fields}
         asked = understood(ImageEditRequest, fields)
         size = read_request(PictureSize, sides)
@@ -108,40 +96,6 @@ def estimate_routes(service: EditService) -> APIRouter:
         return JSONResponse(answer.model_dump(mode="json"))  # here null says something
 
     return router
-
-
-async def _read(request: Request) -> dict[str, object]:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if is_json(request):
-            fields = await json_fields(request)
-        elif kind == "multipart/form-data":
-            fields = await _read_form(request)
-        else:
-            raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
-    except ClientDisconnect:
-        raise EditCancelledError from None
-    for name in fields:
-        if name in _PICTURES:
-            raise InvalidParameterError(
-                f"{name} is not wanted here: give the picture's width and height", param=name
-            )
-    return fields
-
-
-async def _read_form(request: Request) -> dict[str, object]:
-    try:
-        async with request.form(
-            max_files=len(_PICTURES), max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
-        ) as form:
-            fields: dict[str, object] = once(form.multi_items())
-    except HTTPException as error:
-        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
-    for name, value in fields.items():
-        check_supported(name)
-        if isinstance(value, UploadFile) and name not in _PICTURES:
-            raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
-    return fields
 
 
 def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:

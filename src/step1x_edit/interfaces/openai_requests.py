@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
 from step1x_edit.interfaces.idempotency import digest_of
-from step1x_edit.interfaces.rest import is_json, read_json
+from step1x_edit.interfaces.rest import content_type, is_json, read_json
 from step1x_edit.schemas import OpenAIRequest, Parameter, invalid_parameter, parameters_of
 
 EDITS_PATH: Final = "/v1/images/edits"
@@ -30,8 +31,8 @@ STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
 _Asked = TypeVar("_Asked", bound=OpenAIRequest)
 
 _MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
-MAX_FIELDS: Final = 40
-MAX_FIELD_BYTES: Final = 64 * 1024
+_MAX_FIELDS: Final = 40
+_MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURES: Final = frozenset({"image", "image[]"})
 _LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
@@ -70,68 +71,89 @@ class Sent:
 async def read_edit(request: Request) -> Sent:
     """What is sent to be edited."""
     if is_json(request):
-        return _pictures_of(await json_fields(request))
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        if kind == "multipart/form-data":
-            return await _read_form(request)
-    except ClientDisconnect:
-        raise EditCancelledError from None
-    raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
+        return _pictures_of(await _json_fields(request))
+    async with _form(request) as (pictures, fields):
+        picture = await _uploaded(_only(pictures, "image"), "image")
+        mask = fields.pop("mask", None)
+        return Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
+
+
+async def read_estimate(request: Request) -> dict[str, object]:
+    """The fields of an edit whose picture is not sent."""
+    if is_json(request):
+        fields = await _json_fields(request)
+        found: Collection[str] = fields
+    else:
+        async with _form(request) as (pictures, fields):
+            found = [*fields, *(["image"] if pictures else [])]
+    _refuse_pictures(found, "{name} is not wanted here: give the picture's width and height")
+    return fields
 
 
 async def read_generation(request: Request) -> Sent:
     """What is sent for a picture that is to be made from words alone."""
     if not is_json(request):
         raise HTTPException(415, "Send JSON.")
-    fields = await json_fields(request)
-    for name in ("image", "images", "mask"):
-        if name in fields:
-            raise InvalidParameterError(
-                f"{name!r} is not for this route: pictures are edited at {EDITS_PATH}", param=name
-            )
+    fields = await _json_fields(request)
+    wrong = "{name!r} is not for this route: pictures are edited at " + EDITS_PATH
+    _refuse_pictures(fields, wrong)
     return Sent(None, None, fields)
 
 
-async def json_fields(request: Request) -> dict[str, object]:
+def _refuse_pictures(found: Collection[str], sentence: str) -> None:
+    """Raise the sentence, which has a place for the name, if a picture is among the fields."""
+    for name in ("image", "images", "mask"):
+        if name in found:
+            raise InvalidParameterError(sentence.format(name=name), param=name)
+
+
+async def _json_fields(request: Request) -> dict[str, object]:
     """The fields of a JSON body that have a value, none of which we cannot honour."""
     fields = {
         name: value for name, value in (await read_json(request)).items() if value is not None
     }
     for name in fields:
-        check_supported(name)
+        _check_supported(name)
     return fields
 
 
-async def _read_form(request: Request) -> Sent:
+@contextlib.asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[tuple[list[object], dict[str, object]]]:
+    """The pictures of a form and its other fields; uploads can be read within."""
+    if content_type(request) != "multipart/form-data":
+        raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
+    try:
+        async with request.form(
+            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        ) as form:
+            yield _pictures_and_fields(form)
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    except HTTPException as error:
+        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+
+
+def _pictures_and_fields(form: FormData) -> tuple[list[object], dict[str, object]]:
     pictures: list[object] = []
     loras: list[object] = []
     fields: dict[str, object] = {}
-    try:
-        async with request.form(
-            max_files=_MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
-        ) as form:
-            for name, value in form.multi_items():
-                check_supported(name)
-                if name in _PICTURES:
-                    pictures.append(value)
-                elif name == _LORAS:
-                    loras.append(value)
-                elif name in fields:
-                    raise InvalidParameterError(f"{name!r} is given twice", param=name)
-                elif isinstance(value, UploadFile) and name != "mask":
-                    raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
-                else:
-                    fields[name] = value
-            picture = await _uploaded(_only(pictures, "image"), "image")
-            mask = fields.pop("mask", None)
-            if loras and "loras" in fields:
-                raise InvalidParameterError("'loras' is given twice", param="loras")
-            if loras:
-                fields["loras"] = loras
-            return Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
-    except HTTPException as error:
-        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+    for name, value in form.multi_items():
+        _check_supported(name)
+        if name in _PICTURES:
+            pictures.append(value)
+        elif name == _LORAS:
+            loras.append(value)
+        elif name in fields:
+            raise InvalidParameterError(f"{name!r} is given twice", param=name)
+        elif isinstance(value, UploadFile) and name != "mask":
+            raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
+        else:
+            fields[name] = value
+    if loras and "loras" in fields:
+        raise InvalidParameterError("'loras' is given twice", param="loras")
+    if loras:
+        fields["loras"] = loras
+    return pictures, fields
 
 
 async def _uploaded(value: object, name: str) -> bytes:
@@ -177,7 +199,7 @@ def _in_data_url(value: object, name: str) -> bytes:
         raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
 
 
-def check_supported(name: str) -> None:
+def _check_supported(name: str) -> None:
     """Raise for a field that has a meaning elsewhere and none here."""
     if not name.isprintable():
         raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)

@@ -283,8 +283,7 @@ class Form:
 
 async def read_form(request: Request) -> Form:
     """Read a form whose fields are given once each."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if content_type(request) != "multipart/form-data":
         raise HTTPException(415, "Send a form, as multipart/form-data.")
     try:
         async with request.form(
@@ -302,10 +301,14 @@ async def read_form(request: Request) -> Form:
         raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
 
 
+def content_type(request: Request) -> str:
+    """What the body says that it is, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def is_json(request: Request) -> bool:
     """Whether the body says that it is JSON."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == _JSON
+    return content_type(request) == _JSON
 
 
 async def read_json(request: Request) -> dict[str, object]:
