@@ -106,7 +106,7 @@ def inverted(job: EditJob) -> Pixels:
 def check_can_reason(job: EditJob, model: str) -> None:
     """Refuse what only v1.2 can do, in the words of the real worker."""
     for name in ("thinking", "reflection"):
-        if getattr(job, name) and model != "v1.2":
+        if getattr(job, name) and not model.endswith("v1.2"):
             raise InvalidParameterError(f"{name} needs Step1X-Edit v1.2; the model here is {model}")
 
 

@@ -375,15 +375,6 @@ def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, langua
     expect(page.locator("#edit-line")).to_have_text(text("no_picture", language))
 
 
-@needs_browser
-def test_a_page_whose_model_cannot_reason_does_not_offer_it(open_page: OpenPage) -> None:
-    page = open_page("ja")
-    page.get_by_role("button", name=text("advanced", "ja")).first.click()
-    for choice in ("thinking", "reflection"):
-        expect(page.locator(f"#edit-{choice} input")).to_be_disabled()
-        expect(page.locator(f"#edit-{choice}")).to_contain_text(text("reasoning.needs", "ja"))
-
-
 @pytest.mark.parametrize(
     ("accepted", "language"),
     [
@@ -559,7 +550,7 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
 ) -> None:
     """After the one above, for the same reason."""
     able = Settings(_env_file=None, model_path=tmp_path)  # type: ignore[call-arg]
-    service = build_service(able, FakeWorker(model="v1.2"))
+    service = build_service(able, FakeWorker(model="Step1X-Edit v1.2", version="v1.2"))
     with serving(service, api_key=None, model_path=tmp_path) as address:
         page = open_page(address=address)
         choose(page, "edit", photo)
@@ -588,6 +579,24 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
         page.click("#edit-run")
         expect(page.locator("#edit-history img")).to_have_count(2)
         expect(rewritten).to_have_count(0)
+
+        page.reload()  # now it is known which model runs
+        page.get_by_role("button", name="Advanced").first.click()
+        expect(page.locator("#edit-thinking input")).to_be_enabled()
+        page.close()
+    service.close()
+
+
+@needs_browser
+def test_a_page_whose_model_cannot_reason_does_not_offer_it(open_page: OpenPage) -> None:
+    """After the ones above, for the same reason."""
+    service = build_service(Settings(_env_file=None), FakeWorker())  # type: ignore[call-arg]
+    with serving(service, api_key=None) as address:
+        page = open_page("ja", address)
+        page.get_by_role("button", name=text("advanced", "ja")).first.click()
+        for choice in ("thinking", "reflection"):
+            expect(page.locator(f"#edit-{choice} input")).to_be_disabled()
+            expect(page.locator(f"#edit-{choice}")).to_contain_text(text("reasoning.needs", "ja"))
         page.close()
     service.close()
 

@@ -21,8 +21,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
 
-import numpy as np
-
 from step1x_edit import images
 from step1x_edit.channel import (
     GIB,
@@ -56,7 +54,7 @@ from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.images import Limits, Picture, Pixels
 from step1x_edit.machine import Survey, look
 from step1x_edit.memory_plan import spared
-from step1x_edit.model.config import DEMO, V1_1
+from step1x_edit.model.config import DEMO, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
     GENERATED,
@@ -344,13 +342,19 @@ class EditService:
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
     @property
-    def suggestion(self) -> Suggestion | None:
-        """What the authors recommend for the model, where it is known and others are the defaults.
+    def version(self) -> str | None:
+        """That of the model, known once it has been loaded, or if a setting names it."""
+        return self._engine.status().residence.version or named_version(self._settings)
 
-        The model is known once it is loaded, or if a setting names it.
-        """
-        version = self._engine.status().residence.version or named_version(self._settings)
-        return suggestion_for(version, self._settings)
+    @property
+    def can_reason(self) -> bool:
+        """Whether edits may think and reflect, as far as is known before the model is loaded."""
+        return self.version is None or self.version in REASONING
+
+    @property
+    def suggestion(self) -> Suggestion | None:
+        """What the authors recommend for the model, if it is known and the defaults differ."""
+        return suggestion_for(self.version, self._settings)
 
     async def estimate(
         self,
@@ -380,7 +384,7 @@ class EditService:
         placement = residence.placement
         multiple = residence.size_multiple or self._usual_multiple
         working = fit_size(width, height, request.size_level, multiple)
-        job = replace(_job(request, _Source(Picture(_NO_PIXELS)), seed=0), previews=previews)
+        job = replace(_job(request, None, seed=0), previews=previews)
         seconds = self._engine.predicted_s(job)
         return EstimateAnswer(
             width=working[0],
@@ -751,9 +755,6 @@ def _metadata(
     )
 
 
-_NO_PIXELS: Final = np.zeros((1, 1, 3), np.uint8)
-
-
 def _plan_status(placement: Placement) -> PlanStatus:
     """The placement for people: figures that are estimated or fluctuate need few digits."""
     return PlanStatus(
@@ -781,7 +782,9 @@ def named_version(settings: Settings) -> str | None:
     """The version of the model as the settings name it, if they do; nothing is opened."""
     if settings.model_version != "auto":
         return settings.model_version
-    name = "" if settings.model_path is None else settings.model_path.name
+    if settings.model_path is None:
+        return DEMO.version
+    name = settings.model_path.name
     versions = {each.name: each.version for each in CATALOG}
     return name if name in SUGGESTED else versions.get(name)
 

@@ -251,11 +251,10 @@ class _Form:
 
 @dataclass(frozen=True)
 class _Hint:
-    """What the authors of the model recommend, and a button that takes it over."""
+    """What the authors of the model recommend, beside a button that takes it over."""
 
     row: gr.Row
     line: gr.Markdown
-    use: gr.Button
 
     def shown(self, suggestion: Suggestion | None, language: str) -> dict[Any, Any]:
         """The line if there is something to recommend, and nothing if not."""
@@ -374,7 +373,6 @@ class _Page:
         self._service = service
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._is_demo = settings.model_path is None
-        self._model_version = "demo" if self._is_demo else settings.model_version
         self._checkboxes: list[gr.Checkbox] = []
         self._sessions = _Sessions(folder)
         self._hints: list[_Hint] = []  # one for each form
@@ -404,8 +402,9 @@ class _Page:
             def tell(request: gr.Request) -> dict[Any, Any]:
                 status, language = self._service.status().gpu_status, _language(request)
                 told = {chip: _chip(status, language), table: _table(status, language)}
+                suggestion = self._service.suggestion
                 for hint in self._hints:
-                    told |= hint.shown(self._service.suggestion, language)
+                    told |= hint.shown(suggestion, language)
                 return told
 
             async def move_away() -> str:
@@ -752,7 +751,7 @@ class _Page:
             with gr.Row(visible=False) as row:
                 hint = gr.Markdown(elem_id=f"{name}-suggested", sanitize_html=False)
                 use = gr.Button(_t("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
-            self._hints.append(_Hint(row, hint, use))
+            self._hints.append(_Hint(row, hint))
             form = _Form(prompt, *self._advanced(), *self._reasoning(name))
         use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **_PRIVATE)
         return form, _Buttons(run, stop, line)
@@ -761,8 +760,8 @@ class _Page:
         thinking, reflection = (
             gr.Checkbox(
                 label=_t(choice),
-                info=_t(f"{choice}.hint" if self._can_reason() else "reasoning.needs"),
-                interactive=self._can_reason(),
+                info=_t(f"{choice}.hint" if self._service.can_reason else "reasoning.needs"),
+                interactive=self._service.can_reason,
                 elem_id=f"{name}-{choice}",
             )
             for choice in _REASONING
@@ -770,14 +769,9 @@ class _Page:
         self._checkboxes += thinking, reflection
         return thinking, reflection
 
-    def _can_reason(self) -> bool:
-        """Whether v1.2 runs, as far as that is known before the model is loaded."""
-        model = self._service.status().gpu_status.model or self._model_version
-        return model == "auto" or model.startswith("v1.2")
-
     def _offered(self, request: gr.Request) -> list[gr.Checkbox]:
         """The choices that the model does not have are grey, and say why."""
-        language, can_reason = _language(request), self._can_reason()
+        language, can_reason = _language(request), self._service.can_reason
         hints = [f"{choice}.hint" if can_reason else "reasoning.needs" for choice in _REASONING]
         return [
             gr.Checkbox(info=text(hint, language), interactive=can_reason)

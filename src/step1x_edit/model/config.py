@@ -284,6 +284,11 @@ V1_2_PREVIEW = dataclasses.replace(
 )
 """September 2025. Its tensors have the names and shapes of v1.2."""
 
+REASONING = frozenset(
+    config.version for config in (V1_0, V1_1, V1_2, V1_2_PREVIEW) if config.reasoning is not None
+)
+"""The versions that can think and reflect."""
+
 DEMO = ModelConfig(
     version="demo",
     transformer=TransformerConfig(
