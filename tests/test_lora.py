@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from command_line import edit
 from step1x_edit.checkpoints.keymap import transformer_links
 from step1x_edit.checkpoints.lora import Lora, deltas, read_lora
 from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint, read_checkpoint, write_demo
@@ -284,32 +282,13 @@ def demo_lora(path: Path) -> Path:
     )
 
 
-def edit(folder: Path, name: str, lora_path: str) -> subprocess.CompletedProcess[str]:
-    arguments = [str(folder / "photo.png"), "night", "--output", str(folder / name), "--json"]
-    arguments += ["--num-steps", "10", "--size-level", "512", "--seed", "1"]
-    environment = os.environ | {
-        "LORA_PATH": lora_path,
-        "MODEL_PATH": "",
-        "ALLOWED_DIRS": str(folder),
-        "DATA_DIR": str(folder / "data"),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "step1x_edit.interfaces.cli", "edit", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def test_the_setting_changes_the_picture_and_the_answer_says_so(tmp_path: Path) -> None:
     Image.fromarray(a_picture(96, 64)).save(tmp_path / "photo.png")
     lora = demo_lora(tmp_path / "look.safetensors")
 
-    without = edit(tmp_path, "without.png", "")
-    changed = edit(tmp_path, "with.png", f"{lora}@0.5")
-    missing = edit(tmp_path, "missing.png", str(tmp_path / "no.safetensors"))
+    without = edit(tmp_path, "without.png")
+    changed = edit(tmp_path, "with.png", LORA_PATH=f"{lora}@0.5")
+    missing = edit(tmp_path, "missing.png", LORA_PATH=str(tmp_path / "no.safetensors"))
 
     assert json.loads(without.stdout)["metadata"]["model"] == "demo"
     assert json.loads(changed.stdout)["metadata"]["model"] == "demo with LoRA look 0.5"

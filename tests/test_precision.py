@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from command_line import edit
 from layouts import tiny_releases, write_diffusers, write_official
 from step1x_edit.channel import EditJob, Outcome, Start
 from step1x_edit.checkpoints import arena as arena_module
@@ -404,29 +402,10 @@ def test_the_worker_edits_with_codes_and_the_picture_differs_a_little() -> None:
     assert 0 < errors["int8"] < errors["nf4"] < 8, errors
 
 
-def edit(folder: Path, precision: str) -> subprocess.CompletedProcess[str]:
-    arguments = [str(folder / "photo.png"), "night", "--output", str(folder / f"{precision}.png")]
-    arguments += ["--num-steps", "10", "--size-level", "512", "--seed", "1", "--json"]
-    environment = os.environ | {
-        "PRECISION": precision,
-        "MODEL_PATH": "",
-        "ALLOWED_DIRS": str(folder),
-        "DATA_DIR": str(folder / "data"),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "step1x_edit.interfaces.cli", "edit", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 def test_the_setting_reaches_the_model_and_the_answer_says_so(tmp_path: Path) -> None:
     Image.fromarray(a_picture(96, 64)).save(tmp_path / "photo.png")
 
-    coded = edit(tmp_path, "INT8")
+    coded = edit(tmp_path, "coded.png", PRECISION="INT8")
 
     assert json.loads(coded.stdout)["metadata"]["model"] == "demo (int8)"
-    assert (tmp_path / "INT8.png").exists()
+    assert (tmp_path / "coded.png").exists()

@@ -126,16 +126,6 @@ class MemoryPlan:
         return self.num_slots > 0
 
     @property
-    def on_disk(self) -> frozenset[str]:
-        """Names of the blocks that are not in host memory."""
-        return self.host.on_disk
-
-    @property
-    def precision(self) -> Precision:
-        """In which the weights are kept."""
-        return self.host.precision
-
-    @property
     def reason(self) -> str:
         """The plan in words."""
         host = self.host.reason(is_passing=bool(self.host.on_disk - self.resident))

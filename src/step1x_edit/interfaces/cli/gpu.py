@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Mapping
 
 import typer
 
@@ -26,16 +27,22 @@ def status(
             print_json({**answer.to_dict(), "server": editor.url})
             return
         server = editor.url or "none is running on this machine (step1x-edit serve)"
-        for name, value in {"server": server, **answer.gpu_status.to_dict()}.items():
-            if name == "statistics":
-                value = ", ".join(f"{key} {count}" for key, count in value.items())
-            if isinstance(value, list):
-                value = ", ".join(value)
-            if name == "plan":
-                for part, known in value.items():
-                    out.print(f"{f'plan {part}':<24} {known}", markup=False)
-            else:
-                out.print(f"{name:<24} {value}", markup=False)
+        for name, value in _rows({"server": server, **answer.gpu_status.to_dict()}):
+            out.print(f"{name:<24} {value}", markup=False)
+
+
+def _rows(status: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """What is told in one line each: lists by commas, counts beside their names, parts apart."""
+    for name, value in status.items():
+        match name, value:
+            case "plan", dict():
+                yield from ((f"plan {part}", known) for part, known in value.items())
+            case _, dict():
+                yield name, ", ".join(f"{key} {count}" for key, count in value.items())
+            case _, list():
+                yield name, ", ".join(value)
+            case _:
+                yield name, value
 
 
 def offload(
