@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,20 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from command_line import edit
 from layouts import tiny_releases, write_diffusers, write_official
 from step1x_edit.channel import EditJob, Outcome, Start
 from step1x_edit.checkpoints import arena as arena_module
-from step1x_edit.checkpoints.arena import Arena, Weight, blocks_of
-from step1x_edit.checkpoints.precision import with_codes
+from step1x_edit.checkpoints.arena import Arena
 from step1x_edit.checkpoints.read import (
-    FLUX_VAE,
     OpenedCheckpoint,
     open_checkpoint,
     read_checkpoint,
@@ -32,10 +27,8 @@ from step1x_edit.checkpoints.read import (
 )
 from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import with_share
-from step1x_edit.model.config import V1_1
 from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
 from step1x_edit.model.quantised import CODES, Code, QuantLinear, code
-from step1x_edit.model.transformer import Transformer
 from step1x_edit.residency import Residency
 from step1x_edit.schemas import Precision
 from step1x_edit.worker import load_worker
@@ -319,58 +312,6 @@ def test_the_arena_holds_the_codes_and_nothing_else() -> None:
 
         assert least < sum(blocks) / core < most  # of float32
         assert arena.size < Arena(exact.weights).size
-
-
-QWEN_7B = Qwen2_5_VLConfig(
-    text_config={
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-    vision_config={
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    },
-)
-
-
-def full_size(precision: Code | None) -> list[Weight]:
-    """The weights of v1.1 as published, without any numbers."""
-    with torch.device("meta"):
-        parts = {
-            "transformer": Transformer(V1_1.transformer),
-            "conditioner": Qwen2_5_VLModel(QWEN_7B),
-            "vae": AutoencoderKL(**FLUX_VAE),
-        }
-    weights = []
-    for part, module in parts.items():
-        for name, parameter in module.named_parameters():
-            path, _, attribute = name.rpartition(".")
-            owner = module.get_submodule(path)
-            shape = tuple(parameter.shape)
-            dtype = torch.float32 if part == "vae" else torch.bfloat16
-            weights.append(Weight(f"{part}.{name}", owner, attribute, shape, dtype, None))
-    return weights if precision is None else list(with_codes(parts, weights, precision))
-
-
-def test_the_guide_says_how_much_the_published_model_takes() -> None:
-    guide = (ROOT / "docs" / "models.md").read_text("utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) GB \| ([\d.]+) GB \|", guide, re.MULTILINE)
-
-    found = []
-    for precision in (None, *CODES):
-        blocks = blocks_of(full_size(precision))
-        core = [block for block in blocks if block.component == "core"]
-        sizes = [sum(block.size for block in some) / 1e9 for some in (blocks, core)]
-        found.append((precision or "bf16", *(f"{size:.1f}" for size in sizes)))
-
-    assert rows == found
 
 
 # --- at the doors ---------------------------------------------------------------------------------
