@@ -619,6 +619,7 @@ def test_loras_are_chosen_where_there_are_any(
         page.click("#edit-run")
         page.wait_for_selector("#edit-download")
         record = images.read_edit_record(downloaded(page, "#edit-download"))
+        page.close()
     service.close()
 
     assert record is not None
