@@ -175,7 +175,7 @@ def test_parts_of_the_model_may_be_off_the_device(tmp_path: Path, pipeline: Edit
     assert Progress(Phase.DENOISING, 3, 3) in events
 
 
-def test_a_model_that_only_edits_says_so(tmp_path: Path) -> None:
+def test_a_model_that_only_edits_says_so_before_it_is_loaded(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, generation_negative_prompt=None)
     worker = load_worker(Start(model_path=path, device="cpu"))
 
@@ -184,3 +184,4 @@ def test_a_model_that_only_edits_says_so(tmp_path: Path) -> None:
 
     told = "text to image needs Step1X-Edit v1.1; the model here is demo"
     assert str(refused.value) == f"Invalid parameter: {told}"
+    assert worker.residence().location == "Unloaded"

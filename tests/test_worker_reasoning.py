@@ -190,16 +190,18 @@ def test_memory_that_runs_out_in_a_thought_costs_one_retry(folder: Path) -> None
 
 
 @pytest.mark.parametrize("asked", ["thinking", "reflection"])
-def test_a_model_that_cannot_think_says_so(tmp_path: Path, asked: str) -> None:
+def test_a_model_that_cannot_think_says_so_before_it_is_loaded(tmp_path: Path, asked: str) -> None:
     write_demo(tmp_path, tiny_pipeline())
     worker = load_worker(Start(model_path=str(tmp_path), device="cpu"))
 
-    with pytest.raises(InvalidParameterError) as raised:
-        done(worker, **{asked: True})
-
-    assert str(raised.value) == (
-        f"Invalid parameter: {asked} needs Step1X-Edit v1.2; the model here is demo"
-    )
+    for location in ("Unloaded", "CPU"):
+        with pytest.raises(InvalidParameterError) as raised:
+            done(worker, **{asked: True})
+        assert str(raised.value) == (
+            f"Invalid parameter: {asked} needs Step1X-Edit v1.2; the model here is demo"
+        )
+        assert worker.residence().location == location
+        done(worker)
 
 
 def test_a_prompt_that_is_not_read_to_its_end_is_warned_about(folder: Path) -> None:

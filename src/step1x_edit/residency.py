@@ -165,16 +165,22 @@ class Residency:
         )
 
     @torch.inference_mode(False)
-    def load(self, check: Callable[[], None] = never_stop) -> None:
+    def load(
+        self,
+        check: Callable[[], None] = never_stop,
+        accept: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
 
-        What its memory plan leaves on disk stays there, if there is a device. `check` is called
-        between pieces; if it raises, nothing is kept. Raises CheckpointError.
+        What its memory plan leaves on disk stays there, if there is a device. `accept` is shown
+        the model before its weights are read, and `check` is called between pieces; if either
+        raises, nothing is kept. Raises CheckpointError.
         """
         self._refuse_if_lent()
         if self._arena is not None:
             return
         opened = self._open_checkpoint()
+        accept(opened.checkpoint)
         changes = opened.loras.changes(self._wanted)
         plan = opened.host
         arena = Arena(opened.weights, plan.on_disk if self._device is not None else ())

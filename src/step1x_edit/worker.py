@@ -107,6 +107,7 @@ class PipelineWorker:
         self._device = device
         self._workplace: Location = "CPU" if device == "cpu" else "GPU"
         self._check: Check = _go_on
+        self._accept: Callable[[Checkpoint], None] = lambda checkpoint: None
         self._smaller = ""
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
@@ -117,7 +118,7 @@ class PipelineWorker:
         """
         from step1x_edit.model.pipeline import EditRequest
 
-        self._check, self._smaller = check, job.smaller
+        self._check, self._accept, self._smaller = check, partial(_check_able, job), job.smaller
         self._residency.begin_edit()
         request = EditRequest(
             image=job.image,
@@ -174,8 +175,6 @@ class PipelineWorker:
         def advance(
             checkpoint: Checkpoint, plan: Plan
         ) -> Generator[Progress | Outcome, None, None]:
-            if request.image is None:
-                _check_can_generate(checkpoint)
             # Closed with us, so that whoever drops this iterator stops the network at once.
             with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
                 for event in events:
@@ -191,14 +190,15 @@ class PipelineWorker:
     ) -> Generator[Progress | Outcome, None, None]:
         """An edit, or several, with thoughts before and after."""
         from step1x_edit.model.language_model import ChatModel, Sampling
-        from step1x_edit.worker_reasoning import check_can_reason, reasoned_edit
+        from step1x_edit.worker_reasoning import reasoned_edit
 
         def meet(
             checkpoint: Checkpoint, _: Plan
         ) -> Generator[Progress, None, tuple[ReasoningConfig, ChatModel]]:
             yield from ()  # it is quick
             pipeline = checkpoint.pipeline
-            config = check_can_reason(job, pipeline.config.reasoning, checkpoint.name)
+            config = pipeline.config.reasoning
+            assert config is not None  # else it was not accepted
             vlm, tokenizer = pipeline.conditioner.vlm, pipeline.conditioner.tokenizer
             head = vlm.get_submodule("lm_head")
             sampling = self._sampling or Sampling()
@@ -249,6 +249,7 @@ class PipelineWorker:
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
         with self._residency.on_device() as checkpoint:
+            self._accept(checkpoint)
             return (yield from work(checkpoint, plan))
 
     def _bring(self, loras: Mapping[str, float] | None) -> None:
@@ -256,7 +257,7 @@ class PipelineWorker:
         is_new = self._residency.location == "Unloaded"
         try:
             self._residency.use_loras(loras, self._check)
-            self._residency.load(self._check)
+            self._residency.load(self._check, self._accept)
         except (Step1XEditError, MemoryError):
             raise
         except Exception as error:
@@ -281,11 +282,18 @@ class PipelineWorker:
                 module.register_forward_pre_hook(before_layer)
 
 
-def _check_can_generate(checkpoint: Checkpoint) -> None:
-    if not checkpoint.pipeline.config.can_generate:
+def _check_able(job: EditJob, checkpoint: Checkpoint) -> None:
+    """Refuse what this version of the model cannot do."""
+    config = checkpoint.pipeline.config
+    if job.image is None and not config.can_generate:
         raise InvalidParameterError(
             f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.name}"
         )
+    for asked in ("thinking", "reflection"):
+        if getattr(job, asked) and config.reasoning is None:
+            raise InvalidParameterError(
+                f"{asked} needs Step1X-Edit v1.2; the model here is {checkpoint.name}", param=asked
+            )
 
 
 def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from step1x_edit.channel import EditJob, Outcome, Phase, Pixels, Progress, reasoning_of
-from step1x_edit.errors import InvalidParameterError
 from step1x_edit.model.config import ReasoningConfig
 from step1x_edit.model.language_model import Said
 from step1x_edit.model.pipeline import EditRequest
@@ -38,16 +37,6 @@ Say: TypeAlias = Callable[[Sequence[Pixels], Prompt], Generator[Progress | Said,
 
 TOKENS_TOLD: Final = 8
 """After so many tokens of a reply there is a sign of life."""
-
-
-def check_can_reason(job: EditJob, config: ReasoningConfig | None, model: str) -> ReasoningConfig:
-    """How the model thinks. Raises InvalidParameterError if it cannot."""
-    if config is None:
-        asked = "thinking" if job.thinking else "reflection"
-        raise InvalidParameterError(
-            f"{asked} needs Step1X-Edit v1.2; the model here is {model}", param=asked
-        )
-    return config
 
 
 def reasoned_edit(
