@@ -41,6 +41,7 @@ from step1x_edit.interfaces.ui_texts import (
     text,
     translations,
 )
+from step1x_edit.pulls import Pulls
 from step1x_edit.schemas import PARAMETERS, GpuStatus, PlanStatus, Suggestion, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
@@ -93,11 +94,11 @@ _CSS: Final = """
 """
 
 
-def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
+def build(service: EditService, settings: Settings, pulls: Pulls, folder: Path) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
-    blocks = _Page(service, settings, folder).blocks()
+    blocks = _Page(service, settings, pulls, folder).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
     outer = FastAPI()
@@ -369,8 +370,11 @@ class _Teller:
 
 
 class _Page:
-    def __init__(self, service: EditService, settings: Settings, folder: Path) -> None:
+    def __init__(
+        self, service: EditService, settings: Settings, pulls: Pulls, folder: Path
+    ) -> None:
         self._service = service
+        self._pulls = pulls
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._is_demo = settings.model_path is None
         self._checkboxes: list[gr.Checkbox] = []
