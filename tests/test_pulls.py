@@ -268,7 +268,7 @@ def test_a_server_that_ends_stops_its_pull(
             heard_of(events_of(stream), 200_000)
         until(lambda: latest(client)["progress"]["phase"] == "waiting")
 
-    assert "pull" not in {thread.name for thread in threading.enumerate()}
+    until(lambda: "pull" not in {thread.name for thread in threading.enumerate()})
     assert (tmp_path / "models" / f"{NAME}.partial" / BIG).stat().st_size > 200_000
     assert not (tmp_path / "models" / NAME).exists()
 
@@ -375,16 +375,18 @@ def test_pulls_that_begin_count_against_the_rate_limit(
 def test_the_speed_is_that_of_the_last_seconds() -> None:
     speed = Speed()
     speed.note(0.0, 1000)
-    unknown = speed.bytes_per_s
+    unknown = speed.bytes_per_s(0.0)
     for tenth in range(1, 101):
         speed.note(tenth / 10, 1000 + 10 * tenth)  # 100 B/s
-    slow = speed.bytes_per_s
+    slow = speed.bytes_per_s(10.0)
     for tenth in range(101, 201):
         speed.note(tenth / 10, 2000 + 100 * (tenth - 100))  # 1000 B/s
-    fast = speed.bytes_per_s
+    fast = speed.bytes_per_s(20.0)
+    after_silence = speed.bytes_per_s(26.0)
     speed.note(21.0, 500)
 
     assert unknown is None
     assert slow == pytest.approx(100)
     assert fast == pytest.approx(1000)
-    assert speed.bytes_per_s is None
+    assert after_silence is None
+    assert speed.bytes_per_s(21.0) is None

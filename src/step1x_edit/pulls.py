@@ -45,7 +45,7 @@ Outcome: TypeAlias = Path | Step1XEditError
 
 
 class Speed:
-    """Bytes a second over the last seconds, where some have passed."""
+    """Bytes a second over the last seconds, by the clock of whoever notes and asks."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
@@ -56,13 +56,12 @@ class Speed:
             self._seen.clear()
         if not self._seen or at_s - self._seen[-1][0] >= TELL_S:
             self._seen.append((at_s, done))
-        while at_s - self._seen[0][0] > _MEASURED_S and len(self._seen) > 1:
+        while at_s - self._seen[0][0] > _MEASURED_S:
             self._seen.popleft()
 
-    @property
-    def bytes_per_s(self) -> float | None:
-        """None where nothing can be said yet."""
-        seen = list(self._seen)
+    def bytes_per_s(self, at_s: float) -> float | None:
+        """The speed at a time; None where too little has been noted, or nothing lately."""
+        seen = [each for each in self._seen.copy() if at_s - each[0] <= _MEASURED_S]
         if len(seen) < 2:
             return None
         (first_s, first), (last_s, last) = seen[0], seen[-1]
@@ -79,7 +78,7 @@ class Pull:
         self.name: Final = model.name
         self.progress: PullProgress | None = None
         """None until the hub has told what there is."""
-        self.speed: Final = Speed()
+        self._speed = Speed()
         self._folder = models / model.folder_name
         self._stopping = threading.Event()
         self._loop = asyncio.get_running_loop()
@@ -111,6 +110,11 @@ class Pull:
     def is_stopping(self) -> bool:
         """Whether it was told to stop."""
         return self._stopping.is_set()
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast it is now, where that is known."""
+        return self._speed.bytes_per_s(time.monotonic())
 
     async def events(self) -> AsyncGenerator[PullProgress, None]:
         """Yield the newest progress, not more often than every `TELL_S`, and at last the last."""
@@ -155,7 +159,7 @@ class Pull:
         if self._stopping.is_set():
             raise EditCancelledError
         self.progress = progress
-        self.speed.note(time.monotonic(), progress.done)
+        self._speed.note(time.monotonic(), progress.done)
 
     def _pause(self, seconds: float) -> None:
         if self._stopping.wait(seconds):
@@ -190,13 +194,19 @@ class Pulls:
     def models(self) -> list[PulledModel]:
         """The catalog, and how much of it is here; looks at the disk."""
         kept = {item.name: item for item in kept_models(self._folder)}
-        chosen = self._chosen()
-        return [_told(model, kept.get(model.name), chosen) for model in CATALOG]
+        return [_told(model, kept.get(model.name), self.runs(model.name)) for model in CATALOG]
 
     def folder_of(self, name: str) -> Path | None:
         """Where a model lies as a whole. Raises ModelNotFoundError."""
         folder = self._folder / listed(name).folder_name
         return folder if folder.is_dir() else None
+
+    def runs(self, name: str) -> bool:
+        """Whether a model is what MODEL_PATH stands for. Raises ModelNotFoundError."""
+        folder, chosen = self.folder_of(name), None
+        with contextlib.suppress(CheckpointError):  # it stands for something that is not here
+            chosen = resolve_model_path(self._settings.model_path, self._settings.data_dir)
+        return folder is not None and chosen is not None and chosen.resolve() == folder.resolve()
 
     def begin(self, name: str) -> Pull:
         """Pull a model, or join the pull that does; one that is here has ended at once.
@@ -228,12 +238,6 @@ class Pulls:
         await running.wait()
         return running
 
-    def _chosen(self) -> Path | None:
-        """What MODEL_PATH stands for, if it is there."""
-        with contextlib.suppress(CheckpointError):
-            return resolve_model_path(self._settings.model_path, self._settings.data_dir)
-        return None
-
 
 def listed(name: str) -> Model:
     """The model of the catalog with this name. Raises ModelNotFoundError."""
@@ -244,7 +248,7 @@ def listed(name: str) -> Model:
     raise ModelNotFoundError(f"{name!r}; these can be pulled here: {names}")
 
 
-def _told(model: Model, kept: Kept | None, chosen: Path | None) -> PulledModel:
+def _told(model: Model, kept: Kept | None, runs: bool) -> PulledModel:
     return PulledModel(
         name=model.name,
         version=model.version,
@@ -254,5 +258,5 @@ def _told(model: Model, kept: Kept | None, chosen: Path | None) -> PulledModel:
         state=kept.state if kept else "available",
         folder=str(kept.folder) if kept else None,
         disk_bytes=kept.size if kept else None,
-        runs=kept is not None and chosen is not None and chosen.resolve() == kept.folder.resolve(),
+        runs=runs,
     )
