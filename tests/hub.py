@@ -14,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" * 6 + "c0ff"
 LISTING = "the listing"
 
@@ -29,6 +32,8 @@ class Fault:
     """Break the connection after so many bytes."""
     stall_after: int | None = None
     """Send nothing more after so many bytes, until the hub closes."""
+    go_on: threading.Event | None = None
+    """Set: what stalls gets the rest after all."""
     lengthen: int = 0
     """Announce so many bytes more than there are (and send them, if there are any)."""
     announce: bool = True
@@ -67,6 +72,13 @@ class Hub:
                 about["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 134}
             siblings.append(about)
         return {"id": repo, "sha": COMMIT, "siblings": siblings, "private": False}
+
+
+def asked_by_default(hub: Hub, patch: pytest.MonkeyPatch) -> None:
+    """Have this process ask the hub, as one does that was started with its HF_ENDPOINT."""
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class _Server(ThreadingHTTPServer):
@@ -163,7 +175,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(sent)
                 hub.served[file] += len(sent)
-            if fault.stall_after is not None:
+            if fault.go_on is not None:
+                assert fault.go_on.wait(120), "the test never let it go on"
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(body[len(sent) :])
+                    hub.served[file] += len(body) - len(sent)
+            elif fault.stall_after is not None:
                 hub.closing.wait(120)
             if stop is not None or fault.lengthen:
                 self.close_connection = True

@@ -29,6 +29,7 @@ from step1x_edit.checkpoints.pulled import (
 )
 from step1x_edit.errors import (
     CheckpointError,
+    EditCancelledError,
     InvalidParameterError,
     ModelFetchError,
     NoSpaceError,
@@ -181,6 +182,24 @@ def test_progress_rises_and_ends_at_the_total(hub: Hub, tmp_path: Path) -> None:
 
 
 NOT_FETCHED = {"README.md", "run.py", "weights.bin"}
+
+
+def test_a_check_of_a_large_file_can_be_left(hub: Hub, tmp_path: Path) -> None:
+    hub.repos[TINY][BIG] = bytes(3 * fetch.READ_SIZE)
+    checks = []
+
+    def leave(progress: PullProgress) -> None:
+        if (progress.phase, progress.text) == ("checking", BIG):
+            checks.append(progress)
+            if len(checks) == 3:
+                raise EditCancelledError
+
+    with pytest.raises(EditCancelledError):
+        fetched(hub, tmp_path, report=leave)
+
+    assert partial(tmp_path).stat().st_size == 3 * fetch.READ_SIZE
+    with pytest.raises(ModelFetchError, match="is not pulled"):
+        find_pulled(TINY, tmp_path)
 
 
 def test_nothing_but_the_listing_and_the_files_is_asked_for(

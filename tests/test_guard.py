@@ -42,6 +42,8 @@ ROUTES = {
     "/api/gpu/offload": {"POST"},
     "/api/gpu/release": {"POST"},
     "/api/gpu/status": {"GET"},
+    "/api/models": {"GET"},
+    "/api/models/{name:path}/pull": {"DELETE", "POST"},
     "/assets/{path:path}": {"GET", "HEAD"},
     "/config": {"GET", "HEAD"},
     "/docs": {"GET", "HEAD"},

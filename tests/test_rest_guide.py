@@ -14,6 +14,8 @@ from PIL import Image
 from conftest import MakeService
 from fakes import FakeWorker
 from http_server import TOKEN, serving
+from hub import asked_by_default, running_hub
+from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.problems import STATUS_OF
 from step1x_edit.machine import Survey
@@ -36,14 +38,20 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 def test_every_command_of_the_guide_answers_as_it_says(
-    make_service: MakeService, tmp_path: Path
+    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "photo.jpg")
     mask = Image.new("1", (64, 48))
     mask.paste(1, (0, 24, 64, 48))
     mask.save(tmp_path / "mask.png")
     environment = {"API_KEY": TOKEN, "PATH": "/usr/bin:/bin"}
-    with serving(make_service(FakeWorker(model="v1.2"), look_around=Survey)) as url:
+    with (
+        running_hub() as hub,
+        serving(make_service(FakeWorker(model="v1.2"), look_around=Survey)) as url,
+    ):
+        asked_by_default(hub, monkeypatch)
+        files = {"model_index.json": b"{}", "transformer/a.safetensors": b"weights"}
+        hub.repos[find_model("v1.2").repos[0]] = files
         for command, expected in commands():
             assert command.startswith("curl -sS ")
             local = command.replace("localhost:8000", url.removeprefix("http://"))

@@ -14,6 +14,7 @@ import httpx2
 import hypothesis
 import pytest
 import schemathesis
+from huggingface_hub import constants
 from hypothesis import strategies as st
 from PIL import Image
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
@@ -53,7 +54,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     room = {"max_queue": 1_000_000}  # or there would be "Server busy" at times
     settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)  # type: ignore[call-arg]
     service = build_service(settings, FakeWorker(), look_around=Survey)
-    with serving(service, **room) as url:
+    with pytest.MonkeyPatch.context() as patch, serving(service, **room) as url:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)  # models are asked for, and not fetched
         yield url
     service.close()
 

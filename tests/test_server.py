@@ -23,7 +23,9 @@ from fastmcp import Client
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, serving, until
+from hub import Fault, running_hub
 from step1x_edit import MCPClient
+from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
 from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
 
@@ -309,6 +311,29 @@ def test_a_worker_that_hangs_does_not_keep_the_server(tmp_path: Path, photo: Pat
         process.popen.send_signal(signal.SIGTERM)
 
         assert process.ended() == 0
+
+
+def test_a_pull_from_a_silent_hub_does_not_keep_the_server(tmp_path: Path) -> None:
+    with running_hub() as hub:
+        weights = {"model_index.json": b"{}", "vae/a.safetensors": bytes(400_000)}
+        hub.repos[find_model("v1.2").repos[0]] = weights
+        hub.faults["vae/a.safetensors"] = iter([Fault(stall_after=300_000)])
+        hub_settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DOWNLOAD_TIMEOUT": "240"}
+        with started(FAKE, tmp_path, **hub_settings) as process:
+            url = f"{process.url()}/api/models/v1.2/pull"
+            with httpx2.stream("POST", url, timeout=240) as stream:
+                lines = stream.iter_lines()
+                while '"done": 300002' not in next(lines):
+                    pass
+                process.popen.send_signal(signal.SIGTERM)
+                rest = list(lines)  # to a proper end, not to a broken connection
+            code = process.ended()
+
+    assert code == 0
+    assert not any(line.startswith("event: ") for line in rest)
+    assert not any("Traceback" in line or "ERROR" in line for line in process.lines)
+    assert {path.name for path in (process.data_dir / "models").iterdir()} >= {"v1.2.partial"}
+    assert not (process.data_dir / "models" / "v1.2").exists()
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])

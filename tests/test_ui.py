@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from string import Formatter
 
 import httpx2
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, serving, until
+from hub import Fault, Hub, asked_by_default, running_hub
 from step1x_edit import images
 from step1x_edit.channel import Start
+from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.interfaces.ui_texts import LANGUAGES, language_of, text, translations
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
@@ -624,3 +630,120 @@ def test_loras_are_chosen_where_there_are_any(
 
     assert record is not None
     assert record.loras == ["hand:-2", "look:0.5"]
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+MODEL = "v1.2"
+BIG = "transformer/model.safetensors"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 240)
+    with running_hub() as hub:
+        asked_by_default(hub, monkeypatch)
+        weights = np.arange(2**18, dtype=np.uint32).tobytes()
+        hub.repos[find_model(MODEL).repos[0]] = {"model_index.json": b"{}", BIG: weights}
+        yield hub
+
+
+@pytest.fixture
+def fetching(service: EditService, hub: Hub, tmp_path: Path) -> Iterator[str]:
+    """A server that fetches from the hub; to be asked for before the pages that it outlives.
+
+    Gradio has one folder for its files: after this one, those of earlier servers are not shown.
+    """
+    with serving(service, api_key=None, data_dir=tmp_path) as url:
+        yield url
+
+
+def choose_model(page: Page, name: str = MODEL) -> None:
+    page.get_by_role("tab", name="System").click()
+    page.locator("#models-choice input").click()
+    page.get_by_role("option", name=re.compile(f"{re.escape(name)} ·")).click()
+    expect(page.locator("#models-choice input")).to_have_value(re.compile(f"{name} ·"))
+
+
+@needs_browser
+def test_a_model_is_fetched_from_the_page_and_every_tab_shows_how_far_it_is(
+    hub: Hub, fetching: str, open_page: OpenPage, tmp_path: Path
+) -> None:
+    go_on = threading.Event()
+    hub.faults[BIG] = iter([Fault(stall_after=500_000, go_on=go_on)])
+    page = open_page(address=fetching)
+    choose_model(page)
+    expect(page.locator("#models-stop")).to_be_disabled()
+    page.click("#models-fetch")
+    other = open_page(address=fetching)
+    other.get_by_role("tab", name="System").click()
+    other.set_viewport_size({"width": 412, "height": 900})
+    for one in (page, other):
+        expect(one.locator("#models-line")).to_contain_text("v1.2 · Fetching · 0.5 of 1.0 MB")
+        expect(one.locator("#models-line .bar i")).to_have_attribute("style", "width:48%")
+        expect(one.locator("#models-choice input")).to_have_value("v1.2 · being fetched")
+        expect(one.locator("#models-fetch")).to_be_disabled()
+        expect(one.locator("#models-stop")).to_be_enabled()
+    assert other.evaluate("document.documentElement.scrollWidth") <= 412
+    go_on.set()
+
+    folder = tmp_path / "models" / MODEL
+    for one in (page, other):
+        expect(one.locator("#models-line code")).to_have_text(f"MODEL_PATH={folder}")
+        expect(one.locator("#models-choice input")).to_have_value("v1.2 · 1.0 MB · fetched")
+        expect(one.locator("#models-fetch")).to_be_disabled()
+        expect(one.locator("#models-stop")).to_be_disabled()
+    assert (folder / BIG).read_bytes() == hub.repos[find_model(MODEL).repos[0]][BIG]
+    assert other.evaluate("document.documentElement.scrollWidth") <= 412
+
+
+@needs_browser
+def test_a_pull_of_another_caller_is_shown_and_stopped(
+    hub: Hub, fetching: str, open_page: OpenPage
+) -> None:
+    hub.faults[BIG] = iter([Fault(cut_after=500_000), Fault(503, {"Retry-After": "60"})])
+    with httpx2.stream("POST", f"{fetching}/api/models/{MODEL}/pull", timeout=240) as stream:
+        page = open_page(address=fetching)
+        page.get_by_role("tab", name="System").click()
+        expect(page.locator("#models-line")).to_contain_text("v1.2 · Interrupted, trying again")
+        page.click("#models-stop")
+        expect(page.locator("#models-line")).to_contain_text("Stopped. What arrived is kept")
+        end = stream.read().decode().rstrip().splitlines()[-2]
+
+    assert end == "event: cancelled"
+    expect(page.locator("#models-choice input")).to_have_value("v1.2 · begun")
+    expect(page.locator("#models-stop")).to_be_disabled()
+    hub.served.clear()
+    page.click("#models-fetch")
+    expect(page.locator("#models-line")).to_contain_text("MODEL_PATH=")
+    assert hub.served[BIG] < 600_000
+
+
+@needs_browser
+def test_a_pull_that_fails_says_why_in_one_sentence(
+    hub: Hub, fetching: str, open_page: OpenPage
+) -> None:
+    hub.faults[BIG] = repeat(Fault(flip=True))
+    page = open_page(address=fetching)
+    choose_model(page)
+    page.click("#models-fetch")
+
+    alert = page.locator("#models-line [role=alert]")
+    expect(alert).to_contain_text("Cannot get model: transformer/model.safetensors arrives with")
+    expect(page.locator("#models-fetch")).to_be_enabled()
+    choose_model(page, "v1.1")
+    expect(page.locator("#models-line")).to_have_text("")
+
+
+@needs_browser
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_models_are_told_of_in_the_language_of_the_browser(
+    open_page: OpenPage, language: str
+) -> None:
+    page = open_page(language)
+    page.get_by_role("tab").last.click()
+
+    expect(page.locator("#models-fetch")).to_have_text(text("models.fetch", language))
+    expect(page.get_by_label(text("models", language))).to_have_value(
+        f"v1.1 · 41.8 GB · {text('model.available', language)}"
+    )

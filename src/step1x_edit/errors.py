@@ -274,7 +274,7 @@ class WorkerLostError(Step1XEditError):
 
 
 class JobError(Step1XEditError):
-    """A stored job cannot be had, or cannot be treated in this way."""
+    """A stored job, or a pull, cannot be had, or cannot be treated in this way."""
 
     code = "job_conflict"
     beginning = "Not possible now"

@@ -920,6 +920,50 @@ class JobEventAnswer(_Answer):
     progress: JobProgress | None = None
 
 
+class PulledModel(_Answer):
+    """A published model, and how much of it is on this disk."""
+
+    name: str
+    version: str | None = None
+    repos: Annotated[list[str], Field(description="Where the hub has it")]
+    note: str | None = None
+    size_bytes: Annotated[
+        int | None, Field(description="What it needs on the disk, where that was published")
+    ] = None
+    state: Literal["available", "partial", "pulled"]
+    folder: Annotated[str | None, Field(description="Where it lies, whole or begun")] = None
+    disk_bytes: Annotated[int | None, Field(description="How much lies there")] = None
+    runs: Annotated[bool, Field(description="Whether it is what MODEL_PATH stands for")]
+
+
+class PullProgressAnswer(_Answer):
+    """How far a pull has come, in bytes; while the hub is asked for the files both are 0."""
+
+    phase: Literal["asking", "downloading", "checking", "waiting"]
+    done: int
+    total: int
+    text: Annotated[str, Field(description="The file, or what is waited for")]
+
+
+class PullAnswer(_Answer):
+    """A pull as it is now, or as it ended."""
+
+    name: str
+    status: JobState
+    progress: PullProgressAnswer
+    path: Annotated[str | None, Field(description="The folder of the model that was pulled")] = None
+    error: str | None = None
+    code: str | None = None
+
+
+class ModelsAnswer(_Answer):
+    """The published models, and the pull that runs or was the last one."""
+
+    status: Literal["success"] = "success"
+    models: list[PulledModel]
+    pull: PullAnswer | None = None
+
+
 class GpuStatistics(_Answer):
     """How often the model changed its place since the start."""
 

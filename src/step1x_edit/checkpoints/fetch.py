@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Final, Literal
 
@@ -63,8 +64,11 @@ class RemoteFile:
     git_id: str | None
     """SHA-1 over a header and the content, which the hub tells of small files."""
 
-    def is_intact(self, path: Path) -> bool:
-        """Whether the content is what the hub promises; true where it promises nothing."""
+    def is_intact(self, path: Path, heard: Callable[[], None]) -> bool:
+        """Whether the content is what the hub promises; true where it promises nothing.
+
+        `heard` is called after each piece: to read 17 GB takes a while, and it may raise.
+        """
         if self.sha256 is not None:
             digest, expected = hashlib.sha256(), self.sha256
         elif self.git_id is not None:
@@ -75,6 +79,7 @@ class RemoteFile:
         with path.open("rb") as file:
             while chunk := file.read(READ_SIZE):
                 digest.update(chunk)
+                heard()
         return digest.hexdigest() == expected
 
 
@@ -235,8 +240,9 @@ class _Download:
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
             self._complete(file, path)
-            self._tell("checking", str(file.path))
-            if file.is_intact(path):
+            checking = partial(self._tell, "checking", str(file.path))
+            checking()
+            if file.is_intact(path, checking):
                 _flush(path)
                 return
             # Whatever was wrong, the beginning from an earlier run or a byte on the way.

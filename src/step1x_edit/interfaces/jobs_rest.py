@@ -8,6 +8,7 @@ the service; `job_operation` is where the two meet.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -35,6 +36,7 @@ from step1x_edit.interfaces.rest import (
     read_json,
     without_null,
 )
+from step1x_edit.interfaces.sse import EVENT_STREAM, KEEP_ALIVE_S, kept_alive
 from step1x_edit.jobs import Job, JobEvent, JobInput, JobPage, JobStore, Operation
 from step1x_edit.schemas import (
     GeneratePictureRequest,
@@ -51,9 +53,7 @@ from step1x_edit.schemas import (
 from step1x_edit.service import EditService, with_seed
 
 JOBS_PATH: Final = "/v1/jobs"
-KEEP_ALIVE_S: Final = 15.0  # many proxies close what is silent for a minute, some for half of it
 
-_EVENT_STREAM: Final = "text/event-stream"
 _LAST_EVENT_ID: Final = "Last-Event-ID"
 
 # What the description shows.
@@ -279,7 +279,7 @@ def job_routes(
         responses={
             200: {
                 "description": "The events",
-                "content": {_EVENT_STREAM: {"schema": _EVENT_SCHEMA, "example": _EVENTS}},
+                "content": {EVENT_STREAM: {"schema": _EVENT_SCHEMA, "example": _EVENTS}},
             },
             204: {"description": "The job has ended and all has been told"},
             **problems.described("not_found", "invalid_parameter", "internal", "shutting_down"),
@@ -302,8 +302,9 @@ def job_routes(
         job = await store.get(job_id)
         if job.state.is_final and not [event async for event in store.events_after(job_id, last)]:
             return Response(status_code=204)
-        stream = _stream(store.events_after(job_id, last), closing, keep_alive_s)
-        return StreamingResponse(stream, media_type=_EVENT_STREAM)
+        told = _told(store.events_after(job_id, last))
+        stream = kept_alive(told, closing, keep_alive_s)
+        return StreamingResponse(stream, media_type=EVENT_STREAM)
 
     @router.get(
         "/{job_id}/content",
@@ -388,35 +389,11 @@ def _last_event_id(request: Request) -> int:
     return int(given)
 
 
-async def _stream(
-    events: AsyncIterator[JobEvent], closing: asyncio.Event, keep_alive_s: float
-) -> AsyncIterator[str]:
-    """The events as text, and a comment whenever there was none for a while."""
-    coming = asyncio.ensure_future(_next(events))
-    end = asyncio.ensure_future(closing.wait())
-    try:
-        while not end.done():
-            either: set[asyncio.Future[Any]] = {coming, end}
-            await asyncio.wait(either, timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                event = coming.result()
-                if event is None:
-                    return
-                yield f"id: {event.number}\ndata: {json.dumps(_event(event).to_dict())}\n\n"
-                coming = asyncio.ensure_future(_next(events))
-            elif not end.done():
-                yield ": still there\n\n"
-    finally:
-        coming.cancel()
-        end.cancel()
-
-
-async def _next(events: AsyncIterator[JobEvent]) -> JobEvent | None:
-    """The next event, or None if none comes any more."""
-    try:
-        return await anext(events)
-    except (StopAsyncIteration, JobNotFoundError, ShuttingDownError):
-        return None
+async def _told(events: AsyncIterator[JobEvent]) -> AsyncIterator[str]:
+    """The events as text, as long as there is somebody to tell them."""
+    with contextlib.suppress(JobNotFoundError, ShuttingDownError):
+        async for event in events:
+            yield f"id: {event.number}\ndata: {json.dumps(_event(event).to_dict())}\n\n"
 
 
 def _answer(job: Job) -> JobAnswer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import logging
 import secrets
 import time
@@ -33,7 +32,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.images import OUTPUT_FORMATS, Limits, Picture, Pixels
-from step1x_edit.interfaces import problems
+from step1x_edit.interfaces import problems, sse
 from step1x_edit.interfaces.idempotency import (
     KEY,
     KEY_PARAMETER,
@@ -471,7 +470,7 @@ def _told_completed(answer: _Answer, asked: _Asked) -> str:
 
 
 def _sse(event: Mapping[str, Any], name: str | None = None) -> str:
-    return f"event: {name or event['type']}\ndata: {json.dumps(event)}\n\n"
+    return sse.named(name or event["type"], event)
 
 
 def _base64(data: bytes) -> str:
@@ -619,7 +618,7 @@ def image_routes(
                 "description": "The edited picture",
                 "content": {
                     "application/json": {"schema": {"type": "object"}, "example": _EXAMPLE},
-                    "text/event-stream": {"schema": {"type": "string"}, "example": _STREAMED},
+                    sse.EVENT_STREAM: {"schema": {"type": "string"}, "example": _STREAMED},
                 },
             },
             **problems.described(
@@ -664,7 +663,7 @@ def image_routes(
                         "schema": {"type": "object"},
                         "example": _GENERATION_EXAMPLE,
                     },
-                    "text/event-stream": {
+                    sse.EVENT_STREAM: {
                         "schema": {"type": "string"},
                         "example": _GENERATION_STREAMED,
                     },
@@ -718,7 +717,7 @@ def image_routes(
                 return JSONResponse(_told(answer, asked, _base_url(request)), headers=headers)
             await unless_gone(request, _begun(run))
         stream = _stream(run, asked, keep_alive_s)
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+        return StreamingResponse(stream, media_type=sse.EVENT_STREAM, headers=headers)
 
     @router.get(
         CONTENT_PATH,

@@ -45,11 +45,13 @@ from step1x_edit.interfaces.idempotency import Runs
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.metrics import Metrics
+from step1x_edit.interfaces.models_rest import model_routes
 from step1x_edit.interfaces.openai_images import image_routes
 from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.interfaces.rest import edit_routes, health_routes
 from step1x_edit.interfaces.ui import Page
 from step1x_edit.jobs import JobRunner, JobStore
+from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import MEBI, Settings
 
@@ -81,6 +83,7 @@ def build_app(service: EditService, settings: Settings) -> Guard:
 def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> FastAPI:
     """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
     mcp, store, page = None, None, None
+    pulls = Pulls(settings)
     if settings.enable_api:
         store = JobStore(
             settings.data_dir,
@@ -95,7 +98,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         has_names = bool(settings.allowed_hosts or settings.allowed_origins)
         mcp = tools.http_app(path=MCP_PATH, host_origin_protection=False if has_names else "auto")
     if settings.enable_ui:
-        page = Page(service, settings)
+        page = Page(service, settings, pulls)
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
@@ -103,7 +106,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from what the caller calls us
-        lifespan=_lifespan(service, store, mcp, page),
+        lifespan=_lifespan(service, store, pulls, mcp, page),
     )
     app.state.closing = asyncio.Event()
     # Plain routes in one list, which a test compares with those that somebody has thought about.
@@ -113,6 +116,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         app.router.routes.extend(image_routes(service, settings, runs).routes)
         app.router.routes.extend(estimate_routes(service).routes)
         app.router.routes.extend(job_routes(service, store, app.state.closing).routes)
+        app.router.routes.extend(model_routes(pulls, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())
     if mcp is not None:
@@ -129,6 +133,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
 def _lifespan(
     service: EditService,
     store: JobStore | None,
+    pulls: Pulls,
     mcp: StarletteWithLifespan | None,
     page: Page | None,
 ) -> Any:
@@ -138,6 +143,7 @@ def _lifespan(
             if store is not None:
                 await stack.enter_async_context(store)
                 await stack.enter_async_context(JobRunner(store, job_operation(service)))
+            await stack.enter_async_context(pulls)
             if mcp is not None:
                 await stack.enter_async_context(mcp.lifespan(mcp))
             if page is not None:

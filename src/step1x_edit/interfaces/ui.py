@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService
 from step1x_edit.settings import Settings, keep_gradio_quiet
 
@@ -56,9 +57,10 @@ _POLICY: Final = (
 class Page:
     """The page as an application; built at the first request, inside of `lifespan`."""
 
-    def __init__(self, service: EditService, settings: Settings) -> None:
+    def __init__(self, service: EditService, settings: Settings, pulls: Pulls) -> None:
         self._service = service
         self._settings = settings
+        self._pulls = pulls
         self._lock = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._folder: Path | None = None
@@ -117,6 +119,6 @@ class Page:
             keep_gradio_quiet(folder)
             from step1x_edit.interfaces.ui_blocks import build
 
-            built.set_result(build(self._service, self._settings, folder))
+            built.set_result(build(self._service, self._settings, self._pulls, folder))
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             built.set_exception(error)

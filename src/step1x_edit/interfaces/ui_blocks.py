@@ -1,4 +1,6 @@
-"""What stands on the web page, and what its buttons do; the only module that imports Gradio.
+"""What stands on the web page, and what its buttons do.
+
+Only this module, `ui_models` and `ui_parts` import Gradio.
 
 Each edit runs in a task of its own that belongs to a visitor's session: *Stop* and closing the tab
 cancel the task, and the generator that Gradio reads from only tells what happens to it. Files go to
@@ -34,13 +36,10 @@ from step1x_edit.channel import Phase, Pixels, Progress
 from step1x_edit.errors import EditCancelledError, InvalidParameterError, Step1XEditError
 from step1x_edit.images import Limits
 from step1x_edit.interfaces.rounds import read_verdict
-from step1x_edit.interfaces.ui_texts import (
-    DEMO_EXAMPLES,
-    EXAMPLES,
-    language_of,
-    text,
-    translations,
-)
+from step1x_edit.interfaces.ui_models import ModelsPanel
+from step1x_edit.interfaces.ui_parts import PRIVATE, T, alert, alert_of, bar_line, visitor_language
+from step1x_edit.interfaces.ui_texts import DEMO_EXAMPLES, EXAMPLES, text
+from step1x_edit.pulls import Pulls
 from step1x_edit.schemas import PARAMETERS, GpuStatus, PlanStatus, Suggestion, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
@@ -54,9 +53,6 @@ _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
 _EVENTS: Final = 256  # that may be about to start; also those that only look at the status
 _REASONING: Final = ("thinking", "reflection")
-_PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}
-
-_t: Final[Any] = gr.I18n(**translations())
 
 _CSS: Final = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
@@ -82,6 +78,7 @@ _CSS: Final = """
 .line .bar { height: 6px; margin-top: 5px; border-radius: 3px; overflow: hidden;
   background: var(--border-color-primary); }
 .line .bar i { display: block; height: 100%; background: var(--button-primary-background-fill); }
+.line code { overflow-wrap: anywhere; }
 .line .problem { border-left: 4px solid #dc2626; padding: 2px 10px; }
 .history .grid-container { grid-template-columns: repeat(auto-fill, 88px) !important; }
 .status table { width: 100%; max-width: 640px; }
@@ -93,11 +90,11 @@ _CSS: Final = """
 """
 
 
-def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
+def build(service: EditService, settings: Settings, pulls: Pulls, folder: Path) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
-    blocks = _Page(service, settings, folder).blocks()
+    blocks = _Page(service, settings, pulls, folder).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
     outer = FastAPI()
@@ -114,7 +111,7 @@ def build(service: EditService, settings: Settings, folder: Path) -> FastAPI:
         mcp_server=False,
         pwa=False,
         footer_links=["settings"],
-        i18n=_t,
+        i18n=T,
         theme=gr.themes.Default(
             primary_hue="blue",
             font=["system-ui", "sans-serif"],
@@ -364,13 +361,15 @@ class _Teller:
                 words += " · " + text("left", self.language, seconds=left)
         elif progress.phase in (Phase.DECODING, Phase.REFLECTING, Phase.SAVING):
             share = 1.0
-        bar = f'<div class="bar"><i style="width:{share:.0%}"></i></div>'
-        return f'<div role="status">{html.escape(self.prefix + words)}{bar}</div>'
+        return bar_line(self.prefix + words, share)
 
 
 class _Page:
-    def __init__(self, service: EditService, settings: Settings, folder: Path) -> None:
+    def __init__(
+        self, service: EditService, settings: Settings, pulls: Pulls, folder: Path
+    ) -> None:
         self._service = service
+        self._pulls = pulls
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._is_demo = settings.model_path is None
         self._checkboxes: list[gr.Checkbox] = []
@@ -386,26 +385,27 @@ class _Page:
                 gr.Markdown("# step1x-edit")
                 chip = gr.Markdown(elem_classes="chip", sanitize_html=False)
             about = gr.Markdown(visible=self._is_demo, sanitize_html=False, min_height=64)
-            with gr.Tab(_t("tab.edit")):
+            with gr.Tab(T("tab.edit")):
                 self._edit_tab()
-            with gr.Tab(_t("tab.region")):
+            with gr.Tab(T("tab.region")):
                 self._region_tab()
-            with gr.Tab(_t("tab.batch")):
+            with gr.Tab(T("tab.batch")):
                 self._batch_tab()
-            with gr.Tab(_t("tab.system")):
+            with gr.Tab(T("tab.system")):
                 table = gr.Markdown(elem_classes="status", sanitize_html=False)
                 with gr.Row():
-                    offload = gr.Button(_t("offload"), elem_id="offload")
-                    release = gr.Button(_t("release"), elem_id="release")
+                    offload = gr.Button(T("offload"), elem_id="offload")
+                    release = gr.Button(T("release"), elem_id="release")
                 line = gr.Markdown(elem_classes="line", sanitize_html=False)
+                models = ModelsPanel(self._pulls)
 
-            def tell(request: gr.Request) -> dict[Any, Any]:
-                status, language = self._service.status().gpu_status, _language(request)
+            async def tell(request: gr.Request, name: str, seen: str | None) -> dict[Any, Any]:
+                status, language = self._service.status().gpu_status, visitor_language(request)
                 told = {chip: _chip(status, language), table: _table(status, language)}
                 suggestion = self._service.suggestion
                 for hint in self._hints:
                     told |= hint.shown(suggestion, language)
-                return told
+                return told | await models.look(request, name, seen)
 
             async def move_away() -> str:
                 return await _answered(self._service.offload())
@@ -413,13 +413,14 @@ class _Page:
             async def let_go() -> str:
                 return await _answered(self._service.release())
 
-            shown = [chip, table, *(part for hint in self._hints for part in (hint.row, hint.line))]
-            blocks.load(_about, None, about, **_PRIVATE)
-            blocks.load(self._offered, None, self._checkboxes, **_PRIVATE)
-            blocks.load(tell, None, shown, **_PRIVATE)
-            gr.Timer(_REFRESH_S).tick(tell, None, shown, **_PRIVATE)
-            offload.click(move_away, None, line, **_PRIVATE).then(tell, None, shown, **_PRIVATE)
-            release.click(let_go, None, line, **_PRIVATE).then(tell, None, shown, **_PRIVATE)
+            hints = [part for hint in self._hints for part in (hint.row, hint.line)]
+            shown, given = [chip, table, *hints, *models.outputs], models.inputs
+            blocks.load(_about, None, about, **PRIVATE)
+            blocks.load(self._offered, None, self._checkboxes, **PRIVATE)
+            blocks.load(tell, given, shown, **PRIVATE)
+            gr.Timer(_REFRESH_S).tick(tell, given, shown, **PRIVATE)
+            offload.click(move_away, None, line, **PRIVATE).then(tell, given, shown, **PRIVATE)
+            release.click(let_go, None, line, **PRIVATE).then(tell, given, shown, **PRIVATE)
             blocks.unload(self._leave)
         return blocks
 
@@ -447,16 +448,16 @@ class _Page:
         outputs = [*view.outputs, *buttons.outputs]
         for trigger in (buttons.run.click, form.prompt.submit):
             inputs = [picture, view.history, *form.inputs]
-            trigger(edit, inputs, outputs, preprocess=False, **_PRIVATE)
+            trigger(edit, inputs, outputs, preprocess=False, **PRIVATE)
         self._repeat(view, buttons)
-        view.reuse.click(_source_of, view.made, picture, **_PRIVATE)
+        view.reuse.click(_source_of, view.made, picture, **PRIVATE)
 
     def _region_tab(self) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
                 picture = self._picture("region", 200)
                 editor = gr.ImageEditor(
-                    label=_t("mask"),
+                    label=T("mask"),
                     height=420,
                     sources=(),
                     transforms=(),
@@ -483,7 +484,7 @@ class _Page:
             try:
                 shown = await self._shown(self._session(request), path)
             except Step1XEditError as error:
-                return None, gr.ImageEditor(value=None, visible=False), _problem(error)
+                return None, gr.ImageEditor(value=None, visible=False), alert_of(error)
             value: Any = {"background": shown, "layers": [], "composite": None}
             return path, gr.ImageEditor(value=value, visible=True), ""
 
@@ -498,18 +499,20 @@ class _Page:
             mask = None
             if path is not None:
                 try:
-                    mask = await asyncio.to_thread(self._mask, path, painted, _language(request))
+                    mask = await asyncio.to_thread(
+                        self._mask, path, painted, visitor_language(request)
+                    )
                 except Step1XEditError as error:
-                    yield buttons.free(_problem(error))
+                    yield buttons.free(alert_of(error))
                     return
             async for update in self._edit(request, view, buttons, path, arguments, history, mask):
                 yield update
 
-        picture.change(take, picture, [source, editor, buttons.line], preprocess=False, **_PRIVATE)
+        picture.change(take, picture, [source, editor, buttons.line], preprocess=False, **PRIVATE)
         inputs = [source, editor, view.history, *form.inputs]
-        buttons.run.click(edit, inputs, [*view.outputs, *buttons.outputs], **_PRIVATE)
+        buttons.run.click(edit, inputs, [*view.outputs, *buttons.outputs], **PRIVATE)
         self._repeat(view, buttons)
-        view.reuse.click(_source_of, view.made, picture, **_PRIVATE)
+        view.reuse.click(_source_of, view.made, picture, **PRIVATE)
 
     def _mask(self, path: str, painted: dict[str, Any] | None, language: str) -> bytes:
         """What was painted, in the size of the picture: white on black."""
@@ -542,10 +545,10 @@ class _Page:
             again,
             [view.made, view.history],
             [*view.outputs, *buttons.outputs],
-            **_PRIVATE,
+            **PRIVATE,
         )
-        view.gallery.select(look, view.history, [*view.outputs, buttons.line], **_PRIVATE)
-        buttons.stop.click(self._stop, None, None, **_PRIVATE)
+        view.gallery.select(look, view.history, [*view.outputs, buttons.line], **PRIVATE)
+        buttons.stop.click(self._stop, None, None, **PRIVATE)
 
     async def _edit(
         self,
@@ -558,9 +561,9 @@ class _Page:
         mask: bytes | None = None,
     ) -> AsyncIterator[dict[Any, Any]]:
         """Edit one picture, and yield what changes on the page meanwhile."""
-        language, session = _language(request), self._session(request)
+        language, session = visitor_language(request), self._session(request)
         if path is None:
-            yield buttons.free(_sentence(text("no_picture", language)))
+            yield buttons.free(alert(text("no_picture", language)))
             return
         try:
             asked = self._service.read_picture(arguments)
@@ -601,7 +604,7 @@ class _Page:
         except EditCancelledError:
             yield buttons.free(html.escape(text("stopped", language)))
         except Step1XEditError as error:
-            yield buttons.free(_problem(error))
+            yield buttons.free(alert_of(error))
 
     async def _shown(self, session: _Session, path: str) -> str:
         """A picture as browsers can show it; raises what is wrong with it."""
@@ -618,7 +621,7 @@ class _Page:
         with gr.Row():
             with gr.Column(min_width=300):
                 files = gr.File(
-                    label=_t("pictures"),
+                    label=T("pictures"),
                     file_count="multiple",
                     file_types=["image"],
                     height=200,
@@ -627,7 +630,7 @@ class _Page:
                 form, buttons = self._form("batch")
             with gr.Column(min_width=300):
                 gallery = gr.Gallery(
-                    label=_t("results"),
+                    label=T("results"),
                     columns=3,
                     height=420,
                     object_fit="contain",
@@ -636,15 +639,15 @@ class _Page:
                     elem_id="batch-results",
                 )
                 archive = gr.DownloadButton(
-                    _t("results.file"), visible=False, elem_id="batch-download"
+                    T("results.file"), visible=False, elem_id="batch-download"
                 )
 
         async def edit(
             request: gr.Request, given: list[dict[str, Any]] | None, *values: object
         ) -> AsyncIterator[dict[Any, Any]]:
-            language, session = _language(request), self._session(request)
+            language, session = visitor_language(request), self._session(request)
             if not given:
-                yield buttons.free(_sentence(text("no_picture", language)))
+                yield buttons.free(alert(text("no_picture", language)))
                 return
             shown: list[tuple[str, str]] = []
             results: dict[str, bytes] = {}
@@ -682,8 +685,8 @@ class _Page:
             except EditCancelledError:
                 line = html.escape(text("stopped", language))
             except Step1XEditError as error:
-                line = _problem(error)
-            line += "".join(_sentence(problem) for problem in problems)
+                line = alert_of(error)
+            line += "".join(alert(problem) for problem in problems)
             yield buttons.free(line)
             if results:
                 packed = await asyncio.to_thread(_packed, results)
@@ -695,15 +698,15 @@ class _Page:
             [files, *form.inputs],
             [gallery, archive, *buttons.outputs],
             preprocess=False,
-            **_PRIVATE,
+            **PRIVATE,
         )
-        buttons.stop.click(self._stop, None, None, **_PRIVATE)
+        buttons.stop.click(self._stop, None, None, **PRIVATE)
 
     # --- what the tabs share ----------------------------------------------------------------------
 
     def _picture(self, name: str, height: int) -> gr.Image:
         picture = gr.Image(
-            label=_t("picture"),
+            label=T("picture"),
             type="filepath",
             format="png",
             image_mode=None,
@@ -712,14 +715,14 @@ class _Page:
             buttons=["fullscreen"],
             elem_id=f"{name}-picture",
         )
-        photo = gr.Button(_t("photo"), size="sm", elem_id=f"{name}-photo")
-        photo.click(self._photo, None, picture, **_PRIVATE)
+        photo = gr.Button(T("photo"), size="sm", elem_id=f"{name}-photo")
+        photo.click(self._photo, None, picture, **PRIVATE)
         return picture
 
     def _form(self, name: str) -> tuple[_Form, _Buttons]:
         prompt = gr.Textbox(
-            label=_t("prompt"),
-            placeholder=_t("prompt.hint"),
+            label=T("prompt"),
+            placeholder=T("prompt.hint"),
             lines=2,
             max_lines=6,
             max_length=PARAMETERS["prompt"].max_length or 0,
@@ -729,38 +732,38 @@ class _Page:
         with gr.Row(elem_classes="examples"):
             for example in DEMO_EXAMPLES if self._is_demo else EXAMPLES:
                 key = f"edit.{example}"
-                button = gr.Button(_t(key), size="sm", elem_id=f"{name}-{example}")
-                button.click(_saying(key), None, prompt, **_PRIVATE)
+                button = gr.Button(T(key), size="sm", elem_id=f"{name}-{example}")
+                button.click(_saying(key), None, prompt, **PRIVATE)
         with gr.Row():
             run = gr.Button(
-                _t("run.batch" if name == "batch" else "run"),
+                T("run.batch" if name == "batch" else "run"),
                 variant="primary",
                 scale=3,
                 min_width=120,
                 elem_id=f"{name}-run",
             )
             stop = gr.Button(
-                _t("stop"),
+                T("stop"),
                 variant="stop",
                 interactive=False,
                 min_width=80,
                 elem_id=f"{name}-stop",
             )
         line = gr.Markdown(elem_classes="line", elem_id=f"{name}-line", sanitize_html=False)
-        with gr.Accordion(_t("advanced"), open=False, elem_id=f"{name}-advanced"):
+        with gr.Accordion(T("advanced"), open=False, elem_id=f"{name}-advanced"):
             with gr.Row(visible=False) as row:
                 hint = gr.Markdown(elem_id=f"{name}-suggested", sanitize_html=False)
-                use = gr.Button(_t("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
+                use = gr.Button(T("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
             self._hints.append(_Hint(row, hint))
             form = _Form(prompt, *self._advanced(), *self._reasoning(name))
-        use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **_PRIVATE)
+        use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **PRIVATE)
         return form, _Buttons(run, stop, line)
 
     def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox]:
         thinking, reflection = (
             gr.Checkbox(
-                label=_t(choice),
-                info=_t(f"{choice}.hint" if self._service.can_reason else "reasoning.needs"),
+                label=T(choice),
+                info=T(f"{choice}.hint" if self._service.can_reason else "reasoning.needs"),
                 interactive=self._service.can_reason,
                 elem_id=f"{name}-{choice}",
             )
@@ -771,7 +774,7 @@ class _Page:
 
     def _offered(self, request: gr.Request) -> list[gr.Checkbox]:
         """The choices that the model does not have are grey, and say why."""
-        language, can_reason = _language(request), self._service.can_reason
+        language, can_reason = visitor_language(request), self._service.can_reason
         hints = [f"{choice}.hint" if can_reason else "reasoning.needs" for choice in _REASONING]
         return [
             gr.Checkbox(info=text(hint, language), interactive=can_reason)
@@ -788,28 +791,28 @@ class _Page:
                 *_range("num_steps"),
                 defaults["num_steps"],
                 step=1,
-                label=_t("num_steps"),
+                label=T("num_steps"),
             ),
             gr.Slider(
                 *_range("guidance_scale"),
                 defaults["guidance_scale"],
                 step=0.1,
-                label=_t("guidance_scale"),
+                label=T("guidance_scale"),
             ),
             gr.Radio(
                 list(PARAMETERS["size_level"].choices),
                 value=defaults["size_level"],
-                label=_t("size_level"),
+                label=T("size_level"),
             ),
-            gr.Number(-1, precision=0, label=_t("seed"), info=_t("seed.hint")),
-            gr.Textbox(label=_t("negative_prompt"), lines=1),
+            gr.Number(-1, precision=0, label=T("seed"), info=T("seed.hint")),
+            gr.Textbox(label=T("negative_prompt"), lines=1),
             gr.Dropdown(
                 [*loras_of(usual), *(name for name in loras if name not in usual)],
                 value=loras_of(usual),
                 multiselect=True,
                 allow_custom_value=True,
-                label=_t("loras"),
-                info=_t("loras.hint"),
+                label=T("loras"),
+                info=T("loras.hint"),
                 visible=bool(loras),
             ),
         )
@@ -841,7 +844,7 @@ class _Page:
 def _view(name: str) -> _View:
     with gr.Column(min_width=300):
         slider = gr.ImageSlider(
-            label=_t("result"),
+            label=T("result"),
             type="filepath",
             interactive=False,
             buttons=["fullscreen"],
@@ -850,23 +853,23 @@ def _view(name: str) -> _View:
         )
         with gr.Row(visible=False, elem_classes="actions") as actions:
             download = gr.DownloadButton(
-                _t("download"),
+                T("download"),
                 variant="primary",
                 size="md",
                 min_width=120,
                 elem_id=f"{name}-download",
             )
-            reuse = gr.Button(_t("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
-            again = gr.Button(_t("again"), size="md", min_width=120, elem_id=f"{name}-again")
+            reuse = gr.Button(T("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
+            again = gr.Button(T("again"), size="md", min_width=120, elem_id=f"{name}-again")
         # Text boxes, because what a model says must not become part of the page.
         with gr.Accordion(
-            _t("reasoning"), open=True, visible=False, elem_id=f"{name}-thoughts"
+            T("reasoning"), open=True, visible=False, elem_id=f"{name}-thoughts"
         ) as thoughts:
             rewritten = gr.Textbox(
-                label=_t("rewritten"), interactive=False, elem_id=f"{name}-rewritten"
+                label=T("rewritten"), interactive=False, elem_id=f"{name}-rewritten"
             )
             rounds = gr.Gallery(
-                label=_t("rounds"),
+                label=T("rounds"),
                 columns=3,
                 height=220,
                 interactive=False,
@@ -875,10 +878,10 @@ def _view(name: str) -> _View:
                 elem_id=f"{name}-rounds",
             )
             verdicts = gr.Textbox(
-                label=_t("verdicts"), interactive=False, elem_id=f"{name}-verdicts"
+                label=T("verdicts"), interactive=False, elem_id=f"{name}-verdicts"
             )
         gallery = gr.Gallery(
-            label=_t("history"),
+            label=T("history"),
             columns=4,
             fit_columns=False,
             height=150,
@@ -916,13 +919,13 @@ def _range(name: str) -> tuple[float, float]:
 
 def _saying(key: str) -> Callable[[gr.Request], str]:
     def say(request: gr.Request) -> str:
-        return text(key, _language(request))
+        return text(key, visitor_language(request))
 
     return say
 
 
 def _about(request: gr.Request) -> str:
-    language = _language(request)
+    language = visitor_language(request)
     badge, about = text("demo.badge", language), text("demo.about", language)
     return f'<div class="demo"><b>{html.escape(badge)}</b> {html.escape(about)}</div>'
 
@@ -994,19 +997,7 @@ async def _answered(move: Awaitable[Any]) -> str:
     try:
         return html.escape((await move).message)
     except Step1XEditError as error:
-        return _problem(error)
-
-
-def _problem(error: Step1XEditError) -> str:
-    return _sentence(str(error))
-
-
-def _sentence(words: str) -> str:
-    return f'<div class="problem" role="alert">{html.escape(words)}</div>'
-
-
-def _language(request: gr.Request) -> str:
-    return language_of(request.headers.get("accept-language", ""))
+        return alert_of(error)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -1037,7 +1028,7 @@ def _keep(
         line += " · " + text("changed", language, share=share)
     caption = html.escape(line)
     if metadata.warning is not None:
-        caption += _sentence(metadata.warning)
+        caption += alert(metadata.warning)
     return _Made(
         source=source,
         before=before,
