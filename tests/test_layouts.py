@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,21 +16,28 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from command_line import edit
+from http_server import TOKEN, serving
 from layouts import (
     links_of,
     names_in,
     narrow_pipeline,
+    save,
     write_diffusers,
     write_official,
     write_published,
 )
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, transformer_links, vae_links
 from step1x_edit.checkpoints.read import FLUX_VAE, read_checkpoint
+from step1x_edit.interfaces.cli import app
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.service import build_service
+from step1x_edit.settings import Settings
 from tiny import a_picture
 
 REQUEST = EditRequest(a_picture(), "night", num_steps=1, guidance_scale=1.0, size_level=64)
@@ -227,3 +236,86 @@ def test_the_command_line_makes_the_same_picture_with_each_layout(tmp_path: Path
     found = [{pictures[name] for name in group} for group in alike]
     assert [len(group) for group in found] == [1] * len(alike)
     assert len(set().union(*found)) == len(alike)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
+
+
+def altered(file: Path, alter: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    alter(tensors)
+    save(tensors, file)
+
+
+def only_a_pickle(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "pytorch_model.bin").touch()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "misses diffusion_pytorch_model-00002-of-00003.safetensors, which its index lists": (
+        lambda folder: (folder / SHARD).unlink()
+    ),
+    "text_encoder misses model-00002-of-00005.safetensors, which its index lists": (
+        lambda folder: (folder / "text_encoder" / "model-00002-of-00005.safetensors").unlink()
+    ),
+    "the checkpoint has unknown tensors extra.weight": lambda folder: altered(
+        folder / SHARD, lambda tensors: tensors.update({"extra.weight": torch.zeros(1)})
+    ),
+    "the transformer has img_in.bias of shape (3,) instead of (128,)": lambda folder: altered(
+        one_with("x_embedder.bias", folder / "transformer"),
+        lambda tensors: tensors.update({"x_embedder.bias": torch.zeros(3)}),
+    ),
+    "holds numbers in transformer.img_in.bias that are not finite": lambda folder: altered(
+        one_with("x_embedder.bias", folder / "transformer"),
+        lambda tensors: tensors["x_embedder.bias"][7].fill_(torch.nan),
+    ),
+    SHARD: lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100]),
+    "pytorch_model.bin is not read: only safetensors are accepted": only_a_pickle,
+}
+
+
+def one_with(name: str, folder: Path) -> Path:
+    """The file of a folder that holds this tensor."""
+    return next(file for file in folder.glob("*.safetensors") if name in names_in(file))
+
+
+def test_the_command_line_tells_damage_in_one_sentence(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "model"
+    write_published(whole, narrow_pipeline(1, 1))
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    settings = {"model_path": folder, "device": "cpu", "allowed_dirs": (tmp_path,)}
+    service = build_service(Settings(_env_file=None, **settings))  # type: ignore[arg-type]
+    words = ["edit", str(tmp_path / "photo.png"), "night", "--output", str(tmp_path / "night.png")]
+    words += ["--num-steps", "10", "--size-level", "512", "--guidance-scale", "1"]
+
+    with contextlib.closing(service), serving(service) as url:
+        for told, damage in DAMAGES.items():
+            shutil.copytree(whole, folder)
+            damage(folder)
+            done = CliRunner().invoke(app, [*words, "--url", url, "--api-key", TOKEN])
+            shutil.rmtree(folder)
+
+            assert done.exit_code == 1
+            assert not done.stdout
+            *_, line = done.stderr.splitlines()
+            assert "Manager not initialized: " in line
+            assert told in line
+        whole.rename(folder)
+        done = CliRunner().invoke(app, [*words, "--url", url, "--api-key", TOKEN])
+
+    assert done.exit_code == 0, done.stderr
+
+
+def test_the_command_line_refuses_a_pickle_by_its_name(tmp_path: Path) -> None:
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    (tmp_path / "model.pt").touch()
+
+    done = edit(tmp_path, "night.png", MODEL_PATH=str(tmp_path / "model.pt"))
+
+    assert done.returncode == 1
+    sentence = "model.pt may run code when read: only safetensors are accepted"
+    assert json.loads(done.stdout)["error"] == f"Manager not initialized: {sentence}"
