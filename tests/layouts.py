@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -149,7 +150,12 @@ def tiny_releases_v1_2(pipeline: EditPipeline) -> dict[str, Release]:
     return {"v1.2": Release(pipeline.config, VAE), "v1.2-preview": Release(preview, VAE)}
 
 
-def narrow_pipeline(depth: int, depth_single: int, preset: ModelConfig = V1_1) -> EditPipeline:
+def narrow_pipeline(
+    depth: int,
+    depth_single: int,
+    preset: ModelConfig = V1_1,
+    vae_sizes: Mapping[str, object] = FULL_VAE,
+) -> EditPipeline:
     """A published model at a width of one head and with so many blocks; the conditioner is tiny.
 
     What shapes do not tell is as published, so that it can be read without knowing its sizes.
@@ -170,7 +176,7 @@ def narrow_pipeline(depth: int, depth_single: int, preset: ModelConfig = V1_1) -
     )
     torch.manual_seed(4)
     transformer = Transformer(sizes).eval().requires_grad_(False)
-    vae = AutoencoderKL(**FULL_VAE).eval().requires_grad_(False)
+    vae = AutoencoderKL(**vae_sizes).eval().requires_grad_(False)
     # So that storing them loses nothing, in whichever type.
     for module, dtype in ((transformer, torch.float8_e4m3fn), (vae, torch.bfloat16)):
         for parameter in module.parameters():
