@@ -30,7 +30,7 @@ from layouts import (
     write_official,
     write_published,
 )
-from step1x_edit.checkpoints.keymap import SCALE_FACTOR, transformer_links, vae_links
+from step1x_edit.checkpoints.keymap import SCALE_FACTOR, to_official, transformer_links, vae_links
 from step1x_edit.checkpoints.read import FLUX_VAE, read_checkpoint
 from step1x_edit.interfaces.cli import app
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
@@ -103,6 +103,37 @@ def test_a_model_of_full_size_maps_without_rest(
     assert len(shapes) == count
     assert 2 * sum(int(np.prod(shape)) for shape in shapes.values()) == gigabytes
     assert digest(shapes) == names_and_shapes
+
+
+@pytest.mark.parametrize(
+    ("preset", "count", "names_and_shapes"),
+    [
+        (V1_0, 817, "68157b7d9f4b081ab80341adcdfc7376670b3fff04618778eeb814fb60725926"),
+        (V1_1, 816, "fbc319c0a659f2a0457164891ccf062f3c9dabfed31948a451ae07d052f71775"),
+    ],
+    ids=["v1.0", "v1.1"],
+)
+def test_a_model_of_full_size_has_the_official_names(
+    preset: ModelConfig, count: int, names_and_shapes: str
+) -> None:
+    shapes = {name: tuple(t.shape) for name, t in full_size(preset).state_dict().items()}
+
+    assert len(shapes) == count
+    assert digest(shapes) == names_and_shapes
+
+
+def test_an_autoencoder_of_full_size_maps_without_rest() -> None:
+    with torch.device("meta"):
+        state = AutoencoderKL(**FLUX_VAE).state_dict()
+    links = vae_links(FLUX_VAE["block_out_channels"], FLUX_VAE["layers_per_block"])
+    shapes, official = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state, to_official(state, links))
+    )
+
+    assert len(official) == len(shapes) == 244
+    assert digest(shapes) == "129cf253774ad960a79a60ee4f77237459c2188175e44a698b55faf0cbb6b276"
+    assert digest(official) == "a7a23e66b94002cf3e9b14f5a6b4b2b36227cbec03d203dd1d1f45f3f4780830"
 
 
 @pytest.mark.skipif(
@@ -211,6 +242,7 @@ def test_every_tensor_of_the_published_models_is_read_in_each_layout(
     assert len(pictures) == 1
 
 
+@pytest.mark.timeout(600)  # eight processes, and much to compute where other tests run beside it
 def test_the_command_line_makes_the_same_picture_with_each_layout(tmp_path: Path) -> None:
     Image.fromarray(a_picture()).save(tmp_path / "photo.png")
     for name, layout in LAYOUTS.items():
