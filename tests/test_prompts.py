@@ -120,16 +120,21 @@ def test_quotes_of_every_kind_that_the_model_knows_are_one(ask: Ask) -> None:
     assert len(told) == 1
 
 
-@pytest.mark.parametrize("beginning", ["", "girl's"], ids=["plain", "a quote that stays open"])
-def test_only_a_prompt_that_loses_words_is_warned_about(ask: Ask, beginning: str) -> None:
+@pytest.mark.parametrize(
+    ("beginning", "beyond"),
+    [("", "z"), ("girl's", " in red, 夜")],
+    ids=["by a token", "by words behind a quote that stays open"],
+)
+def test_only_a_prompt_that_is_too_long_is_warned_about(
+    ask: Ask, beginning: str, beyond: str
+) -> None:
     longest = beginning + "z" * (ROOM - len(beginning))
     pixels, warning = ask(longest)
     shorter, _ = ask(longest[:-1])
 
     assert warning is None
     assert pixels != shorter
-    for beyond in ("z", " in red, 夜"):
-        assert ask(longest + beyond) == (pixels, f"the end of the prompt {CUT}")
+    assert ask(longest + beyond) == (pixels, f"the end of the prompt {CUT}")
 
 
 # --- the negative prompt --------------------------------------------------------------------------
