@@ -165,7 +165,7 @@ def test_the_parts_are_recognised_in_each_others_layout(
     (official / "step1x-edit.safetensors").unlink()
     for shard in (diffusers / "transformer").glob("*.safetensors"):
         shard.rename(official / shard.name)
-    (diffusers / "vae" / "model.safetensors").rename(official / "vae.safetensors")
+    (diffusers / "vae" / "diffusion_pytorch_model.safetensors").rename(official / "vae.safetensors")
 
     checkpoint = read(official, pipeline)
 
@@ -298,15 +298,16 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
     ),
     "a missing shard": (
         "diffusers",
-        "transformer/model-2-of-2.safetensors",
+        "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
         Path.unlink,
-        "has 1 of the 2 files of model: the others are missing",
+        "has 1 of the 2 files of diffusion_pytorch_model: the others are missing",
     ),
     "a missing shard that the index lists": (
         "diffusers",
         "transformer",
         lambda folder: (folder / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "model-1-of-2.safetensors", "b": "last.safetensors"}}'
+            '{"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors",'
+            ' "b": "last.safetensors"}}'
         ),
         "misses last.safetensors, which its index lists",
     ),
@@ -366,7 +367,12 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         ),
         "which do not fit together",
     ),
-    "an empty folder": ("diffusers", "vae/model.safetensors", Path.unlink, "no autoencoder"),
+    "an empty folder": (
+        "diffusers",
+        "vae/diffusion_pytorch_model.safetensors",
+        Path.unlink,
+        "no autoencoder",
+    ),
     "no weights": ("demo", "model.safetensors", Path.unlink, "model.safetensors"),
     "a demo without an autoencoder": (
         "demo",
@@ -454,7 +460,7 @@ def test_opening_a_checkpoint_takes_no_memory_for_its_weights(
 
 def test_a_version_that_is_not_known_is_named(copies: Path, pipeline: EditPipeline) -> None:
     change(
-        copies / "diffusers" / "transformer" / "model-1-of-2.safetensors",
+        copies / "diffusers" / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors",
         lambda tensors: tensors.update({"text_token_mapping.weight": torch.ones(1)}),
     )
 

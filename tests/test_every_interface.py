@@ -191,6 +191,7 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "x", "seed": 1, "loras": ["hand", "look:-1.25"]},
     {"prompt": "x", "seed": 1, "loras": [""]},
     {"prompt": "x", "seed": 1},
+    {"prompt": "x", "seed": 1, "negative_prompt": "blurry"},
     {"prompt": "add a red hat", "seed": 42, "thinking": True},
     {"prompt": "add a red hat", "seed": 42, "thinking": True, "reflection": True},
 ]

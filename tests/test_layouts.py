@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from command_line import edit
-from layouts import narrow_pipeline, write_diffusers, write_official
-from step1x_edit.checkpoints.keymap import SCALE_FACTOR, transformer_links, vae_links
+from http_server import TOKEN, serving
+from layouts import (
+    links_of,
+    names_in,
+    narrow_pipeline,
+    save,
+    write_diffusers,
+    write_official,
+    write_published,
+)
+from step1x_edit.checkpoints.keymap import SCALE_FACTOR, to_official, transformer_links, vae_links
 from step1x_edit.checkpoints.read import FLUX_VAE, read_checkpoint
-from step1x_edit.model.config import V1_0, V1_1, V1_2, ModelConfig
+from step1x_edit.interfaces.cli import app
+from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
+from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.service import build_service
+from step1x_edit.settings import Settings
 from tiny import a_picture
 
-WRITERS = {"official": write_official, "diffusers": write_diffusers}
+REQUEST = EditRequest(a_picture(), "night", num_steps=1, guidance_scale=1.0, size_level=64)
 KEYMAP = Path(__file__).parents[2] / "shared" / "reference" / "keymap.json"
 
 
@@ -84,6 +105,37 @@ def test_a_model_of_full_size_maps_without_rest(
     assert digest(shapes) == names_and_shapes
 
 
+@pytest.mark.parametrize(
+    ("preset", "count", "names_and_shapes"),
+    [
+        (V1_0, 817, "68157b7d9f4b081ab80341adcdfc7376670b3fff04618778eeb814fb60725926"),
+        (V1_1, 816, "fbc319c0a659f2a0457164891ccf062f3c9dabfed31948a451ae07d052f71775"),
+    ],
+    ids=["v1.0", "v1.1"],
+)
+def test_a_model_of_full_size_has_the_official_names(
+    preset: ModelConfig, count: int, names_and_shapes: str
+) -> None:
+    shapes = {name: tuple(t.shape) for name, t in full_size(preset).state_dict().items()}
+
+    assert len(shapes) == count
+    assert digest(shapes) == names_and_shapes
+
+
+def test_an_autoencoder_of_full_size_maps_without_rest() -> None:
+    with torch.device("meta"):
+        state = AutoencoderKL(**FLUX_VAE).state_dict()
+    links = vae_links(FLUX_VAE["block_out_channels"], FLUX_VAE["layers_per_block"])
+    shapes, official = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (state, to_official(state, links))
+    )
+
+    assert len(official) == len(shapes) == 244
+    assert digest(shapes) == "129cf253774ad960a79a60ee4f77237459c2188175e44a698b55faf0cbb6b276"
+    assert digest(official) == "a7a23e66b94002cf3e9b14f5a6b4b2b36227cbec03d203dd1d1f45f3f4780830"
+
+
 @pytest.mark.skipif(
     not KEYMAP.is_file(), reason="the reference lies beside the checkout, if at all"
 )
@@ -101,40 +153,201 @@ def test_the_names_and_shapes_are_those_of_the_reference() -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", WRITERS)
-def test_every_block_of_the_published_models_is_read_in_each_layout(
-    layout: str, tmp_path: Path
+@dataclass(frozen=True)
+class Layout:
+    """A way in which a version is published or passed on."""
+
+    preset: ModelConfig
+    write: Callable[[Path, EditPipeline, torch.dtype], None]
+    stored: torch.dtype
+    place: str = ""
+    """What MODEL_PATH names in its folder."""
+
+
+def in_one_file(folder: Path, pipeline: EditPipeline, stored: torch.dtype) -> None:
+    write_diffusers(folder, pipeline, stored, shards=1)
+
+
+LAYOUTS = {
+    "v1.0": Layout(V1_0, write_official, torch.bfloat16, "step1x-edit.safetensors"),
+    "v1.0-fp8": Layout(V1_0, write_official, torch.float8_e4m3fn),
+    "v1.1": Layout(V1_1, write_official, torch.bfloat16),
+    "v1.1-fp16": Layout(V1_1, write_official, torch.float16, "step1x-edit.safetensors"),
+    "v1.1-diffusers": Layout(V1_1, write_published, torch.bfloat16),
+    "v1.1-diffusers-fp32": Layout(V1_1, in_one_file, torch.float32),
+    "v1.2-preview-fp32": Layout(V1_2_PREVIEW, in_one_file, torch.float32),
+    "v1.2": Layout(V1_2, write_published, torch.bfloat16),
+}
+FAMILIES = {
+    family: {name: layout for name, layout in LAYOUTS.items() if name.startswith(family)}
+    for family in ("v1.0", "v1.1", "v1.2")
+}
+"""Layouts of the same numbers: they make the same picture. The preview only thinks differently."""
+
+WITH_ALL_BLOCKS = frozenset({"v1.1", "v1.1-diffusers"})
+"""Those that the command line edits with as deep as published, which takes half a minute."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors so small gain nothing by several, which wait for each other where much else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def names_of(layout: Layout, pipeline: EditPipeline) -> dict[str, set[str]]:
+    """All names that the published files of a layout have, in the words of the presets."""
+    is_official = layout.write is write_official
+    with torch.device("meta"):
+        vae = AutoencoderKL(**FLUX_VAE).state_dict().keys()
+    links = links_of(pipeline.vae)
+    assert {name for link in links for name in link.diffusers} == vae
+    if not is_official:
+        return {"transformer": set(in_diffusers_names(layout.preset)), "vae": set(vae)}
+    transformer = set(full_size(layout.preset).state_dict())
+    return {"transformer": transformer, "vae": {link.official for link in links}}
+
+
+def names_on_disk(layout: Layout, folder: Path) -> dict[str, set[str]]:
+    if layout.write is write_official:
+        files = {"transformer": "step1x-edit.safetensors", "vae": "vae.safetensors"}
+    else:
+        files = {"transformer": "transformer/*.safetensors", "vae": "vae/*.safetensors"}
+    return {part: names_in(*folder.glob(pattern)) for part, pattern in files.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_the_published_models_is_read_in_each_layout(
+    family: str, tmp_path: Path
 ) -> None:
-    original = narrow_pipeline(V1_1.transformer.depth, V1_1.transformer.depth_single)
-    WRITERS[layout](tmp_path / layout, original)
-
-    read = read_checkpoint(tmp_path / layout, dtype=torch.float32).pipeline
-
-    assert read.transformer.config == original.transformer.config
-    for part in ("transformer", "vae", "conditioner"):
-        expected, found = (each.modules[part].state_dict() for each in (original, read))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shallow model in each layout, and a photograph."""
-    folder = tmp_path_factory.mktemp("layouts")
-    pipeline = narrow_pipeline(depth=1, depth_single=1)
-    for layout, write in WRITERS.items():
-        write(folder / layout, pipeline)
-    Image.fromarray(a_picture()).save(folder / "photo.png")
-    return folder
-
-
-def test_the_command_line_makes_the_same_picture_with_each_layout(places: Path) -> None:
     pictures = set()
-    for place in ("official/step1x-edit.safetensors", "diffusers"):
-        done = edit(places, "night.png", MODEL_PATH=str(places / place))
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["metadata"]["model"] == "Step1X-Edit v1.1"
-        pictures.add((places / "night.png").read_bytes())
-        (places / "night.png").unlink()
+    for name, layout in FAMILIES[family].items():
+        sizes = layout.preset.transformer
+        original = narrow_pipeline(sizes.depth, sizes.depth_single, layout.preset)
+        folder = tmp_path / name
+        layout.write(folder, original, layout.stored)
+        read = read_checkpoint(folder / layout.place, version=layout.preset.version).pipeline
+
+        assert names_on_disk(layout, folder) == names_of(layout, original)
+        assert replace(read.config, conditioner=original.config.conditioner) == original.config
+        for part in ("transformer", "vae", "conditioner"):
+            expected, found = (each.modules[part].state_dict() for each in (original, read))
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(found[name].float(), each) for name, each in expected.items())
+        *_, edited = read.edit(REQUEST)
+        pictures.add(edited.image.tobytes())
 
     assert len(pictures) == 1
+
+
+@pytest.mark.timeout(600)  # eight processes, and much to compute where other tests run beside it
+def test_the_command_line_makes_the_same_picture_with_each_layout(tmp_path: Path) -> None:
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    for name, layout in LAYOUTS.items():
+        sizes = layout.preset.transformer
+        depths = (sizes.depth, sizes.depth_single) if name in WITH_ALL_BLOCKS else (1, 1)
+        layout.write(tmp_path / name, narrow_pipeline(*depths, layout.preset), layout.stored)
+
+    def pixels(name: str) -> bytes:
+        layout = LAYOUTS[name]
+        version = layout.preset.version
+        settings = {"MODEL_PATH": str(tmp_path / name / layout.place), "MODEL_VERSION": version}
+        settings |= {"DEFAULT_GUIDANCE_SCALE": "1", "OMP_NUM_THREADS": "1"}
+        done = edit(tmp_path, f"{name}.png", **settings)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["metadata"]["model"] == f"Step1X-Edit {version}"
+        return Image.open(tmp_path / f"{name}.png").tobytes()
+
+    names = sorted(LAYOUTS, key=lambda name: name not in WITH_ALL_BLOCKS)
+    with ThreadPoolExecutor(2) as pool:  # each has a processor for itself
+        pictures = dict(zip(names, pool.map(pixels, names), strict=True))
+
+    alike = [WITH_ALL_BLOCKS, *(FAMILIES[name].keys() - WITH_ALL_BLOCKS for name in FAMILIES)]
+    found = [{pictures[name] for name in group} for group in alike]
+    assert [len(group) for group in found] == [1] * len(alike)
+    assert len(set().union(*found)) == len(alike)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
+
+
+def altered(file: Path, alter: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(file)
+    alter(tensors)
+    save(tensors, file)
+
+
+def only_a_pickle(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "pytorch_model.bin").touch()
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "misses diffusion_pytorch_model-00002-of-00003.safetensors, which its index lists": (
+        lambda folder: (folder / SHARD).unlink()
+    ),
+    "text_encoder misses model-00002-of-00005.safetensors, which its index lists": (
+        lambda folder: (folder / "text_encoder" / "model-00002-of-00005.safetensors").unlink()
+    ),
+    "the checkpoint has unknown tensors extra.weight": lambda folder: altered(
+        folder / SHARD, lambda tensors: tensors.update({"extra.weight": torch.zeros(1)})
+    ),
+    "the transformer has img_in.bias of shape (3,) instead of (128,)": lambda folder: altered(
+        one_with("x_embedder.bias", folder / "transformer"),
+        lambda tensors: tensors.update({"x_embedder.bias": torch.zeros(3)}),
+    ),
+    "holds numbers in transformer.img_in.bias that are not finite": lambda folder: altered(
+        one_with("x_embedder.bias", folder / "transformer"),
+        lambda tensors: tensors["x_embedder.bias"][7].fill_(torch.nan),
+    ),
+    SHARD: lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-100]),
+    "pytorch_model.bin is not read: only safetensors are accepted": only_a_pickle,
+}
+
+
+def one_with(name: str, folder: Path) -> Path:
+    """The file of a folder that holds this tensor."""
+    return next(file for file in folder.glob("*.safetensors") if name in names_in(file))
+
+
+def test_the_command_line_tells_damage_in_one_sentence(tmp_path: Path) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "model"
+    write_published(whole, narrow_pipeline(1, 1))
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    settings = {"model_path": folder, "device": "cpu", "allowed_dirs": (tmp_path,)}
+    service = build_service(Settings(_env_file=None, **settings))  # type: ignore[arg-type]
+    words = ["edit", str(tmp_path / "photo.png"), "night", "--output", str(tmp_path / "night.png")]
+    words += ["--num-steps", "10", "--size-level", "512", "--guidance-scale", "1"]
+
+    with contextlib.closing(service), serving(service) as url:
+        for told, damage in DAMAGES.items():
+            shutil.copytree(whole, folder)
+            damage(folder)
+            done = CliRunner().invoke(app, [*words, "--url", url, "--api-key", TOKEN])
+            shutil.rmtree(folder)
+
+            assert done.exit_code == 1
+            assert not done.stdout
+            *_, line = done.stderr.splitlines()
+            assert "Manager not initialized: " in line
+            assert told in line
+        whole.rename(folder)
+        done = CliRunner().invoke(app, [*words, "--url", url, "--api-key", TOKEN])
+
+    assert done.exit_code == 0, done.stderr
+
+
+def test_the_command_line_refuses_a_pickle_by_its_name(tmp_path: Path) -> None:
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    (tmp_path / "model.pt").touch()
+
+    done = edit(tmp_path, "night.png", MODEL_PATH=str(tmp_path / "model.pt"))
+
+    assert done.returncode == 1
+    sentence = "model.pt may run code when read: only safetensors are accepted"
+    assert json.loads(done.stdout)["error"] == f"Manager not initialized: {sentence}"

@@ -303,11 +303,11 @@ def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:
 
 
 def _cut(edited: Edited, checkpoint: Checkpoint) -> str | None:
-    if not edited.is_prompt_cut:
+    if not edited.cut:
         return None
     limit = checkpoint.pipeline.conditioner.config.text_length
     return (
-        "the end of the prompt was cut: this checkpoint reads at most "
+        f"the end of the {' and of the '.join(edited.cut)} was cut: this checkpoint reads at most "
         f"{limit} tokens of picture and prompt"
     )
 

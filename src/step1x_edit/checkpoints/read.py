@@ -351,7 +351,7 @@ def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[s
 
     Where the head shares its weights with the embeddings, it gets them once more.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = [file for each in file_sets(folder) for file in each.files]
     if not files:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     file = folder / "config.json"

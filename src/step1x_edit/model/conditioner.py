@@ -139,8 +139,9 @@ class Conditioner(VlmReader):
     def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
         """Whether the end of the prompt lies beyond what is kept of such a picture's chat text."""
         height, width = image.shape[:2]
-        ids = self.tokenize(prompt, num_image_tokens(width, height, self.config))
-        return len(ids) - len(self.ids(CHAT_TAIL)) > self._max_ids
+        text = render_chat(prompt, self.config).removesuffix(CHAT_TAIL)
+        ids = self._spelled(text, num_image_tokens(width, height, self.config))
+        return len(ids) > self._max_ids
 
     def prepare_image(self, image: npt.NDArray[np.uint8]) -> VlmImage:
         """Resize and cut an (H, W, 3) picture into patches, on the CPU."""
@@ -148,7 +149,9 @@ class Conditioner(VlmReader):
 
     def tokenize(self, prompt: str, num_image_tokens: int) -> list[int]:
         """The ids of the whole chat text, with the quoted letters of the prompt spelled out."""
-        text = render_chat(prompt, self.config)
+        return self._spelled(render_chat(prompt, self.config), num_image_tokens)
+
+    def _spelled(self, text: str, num_image_tokens: int) -> list[int]:
         ids = self.ids(text.replace(IMAGE_PAD, IMAGE_PAD * num_image_tokens, 1))
         if not self.config.quote_characters:
             return ids

@@ -85,8 +85,8 @@ class Edited:
 
     image: Pixels
     label: str | None = None
-    is_prompt_cut: bool = False
-    """Whether the end of the prompt was beyond what the checkpoint reads."""
+    cut: tuple[str, ...] = ()
+    """Which of prompt and negative prompt the checkpoint did not read to its end."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Encoded:
     """The prompt's and, where there is guidance, the negative prompt's."""
     rows: int
     columns: int
-    is_prompt_cut: bool = False
+    cut: tuple[str, ...] = ()
+    """As in `Edited`."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class EditPipeline:
             yield self._tell(run, state, run.encoded, plan)
         yield Progress("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
-        yield Edited(image, label, run.encoded.is_prompt_cut)
+        yield Edited(image, label, run.encoded.cut)
 
     @torch.inference_mode()
     def recognise(self, prompt: str, image: Pixels) -> str | None:
@@ -298,7 +299,7 @@ class EditPipeline:
             branches=self._read(self._prompts(request), image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
-            is_prompt_cut=self.conditioner.cuts(request.prompt, image),
+            cut=self._cut(request, image),
         )
 
     def _encode_words(self, request: EditRequest) -> Encoded:
@@ -314,7 +315,7 @@ class EditPipeline:
             branches=self._read(self._prompts(request), black),
             rows=request.height // multiple,
             columns=request.width // multiple,
-            is_prompt_cut=self.conditioner.cuts(request.prompt, black),
+            cut=self._cut(request, black),
         )
 
     def _prompts(self, request: EditRequest) -> list[str]:
@@ -325,6 +326,11 @@ class EditPipeline:
         if negative is None and request.image is None:
             negative = self.config.generation_negative_prompt
         return [request.prompt, negative or ""]
+
+    def _cut(self, request: EditRequest, image: Pixels) -> tuple[str, ...]:
+        """Which of the prompts about the picture are not read to their ends."""
+        prompts = zip(("prompt", "negative prompt"), self._prompts(request), strict=False)
+        return tuple(name for name, prompt in prompts if self.conditioner.cuts(prompt, image))
 
     def start(self, encoded: Encoded, seed: int, draw: int = 0) -> DenoiseState:
         """The noise that the seed stands for; `draw` as in `draw_noise`."""
