@@ -83,7 +83,7 @@ def run_edit(pipeline: EditPipeline, request: EditRequest) -> Picture:
 @torch.inference_mode()
 def through_autoencoder(pipeline: EditPipeline, picture: Picture) -> Picture:
     tensor = torch.from_numpy(picture).permute(2, 0, 1)[None] * 2 - 1
-    out = pipeline.vae.decode(pipeline.vae.encode(tensor).latent_dist.mode()).sample[0]
+    out = pipeline.vae.decode(pipeline.vae.encode(tensor))[0]
     return ((out.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
 
 

@@ -34,7 +34,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLModel
@@ -52,6 +51,7 @@ from demo_data import (
     resize,
 )
 from step1x_edit.checkpoints.read import read_checkpoint, write_demo
+from step1x_edit.model.autoencoder import Autoencoder, ResnetBlock
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.conditioner import (
     SPECIAL_TOKENS,
@@ -61,7 +61,7 @@ from step1x_edit.model.conditioner import (
     render_chat,
     small_vlm_config,
 )
-from step1x_edit.model.config import DEMO, TransformerConfig
+from step1x_edit.model.config import DEMO, AutoencoderConfig, TransformerConfig
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.flow import add_noise, euler_step, guide, schedule, shift
 from step1x_edit.model.latents import image_position_ids, pack, unpack
@@ -69,21 +69,13 @@ from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import Transformer
 
-VAE_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 5,
-    "up_block_types": ["UpDecoderBlock2D"] * 5,
-    "block_out_channels": [16, 32, 64, 128, 128],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": 48,
-    "mid_block_add_attention": False,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 1.0,
-    "shift_factor": 0.0,
-}
+VAE_CONFIG = AutoencoderConfig(
+    block_out_channels=(16, 32, 64, 128, 128),
+    layers_per_block=1,
+    latent_channels=48,
+    norm_num_groups=4,
+    mid_block_add_attention=False,
+)
 
 WHITENING = 0.65
 """Exponent of the latent whitening: 1 gives every channel unit variance, 0 keeps the picture's own.
@@ -152,15 +144,15 @@ def space_to_depth_weight(rows: Tensor, channels_in: int, channels_out: int) -> 
 
 
 @torch.no_grad()
-def start_vae(gallery: Gallery, seed: int, crops: int) -> AutoencoderKL:
+def start_vae(gallery: Gallery, seed: int, crops: int) -> Autoencoder:
     """An autoencoder that encodes by nested principal components and decodes by least squares."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(**VAE_CONFIG)
+    vae = Autoencoder(VAE_CONFIG)
     rng = np.random.default_rng(seed)
     pictures = to_batch([gallery.crop(rng, 128) for _ in range(crops)])
 
     for module in vae.modules():
-        if module.__class__.__name__ == "ResnetBlock2D":
+        if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
             nn.init.zeros_(module.conv2.bias)
             if module.conv_shortcut is not None:
@@ -223,7 +215,7 @@ def start_vae(gallery: Gallery, seed: int, crops: int) -> AutoencoderKL:
     match_norm(encoder.conv_norm_out, captured)
 
     # Decoder: least squares from the upsampled features to the components one level finer.
-    latents = vae.encode(pictures).latent_dist.mode()
+    latents = vae.encode(pictures)
     error = (latents - levels[4]).pow(2).mean().sqrt() / levels[4].std()
     print(f"encoder against its closed form: relative error {float(error):.4f}")
     nn.init.normal_(decoder.conv_in.weight, std=0.02)
@@ -341,9 +333,9 @@ def held_out_pictures(level: int) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def reconstruction(vae: AutoencoderKL, level: int) -> dict[str, float]:
+def reconstruction(vae: Autoencoder, level: int) -> dict[str, float]:
     return {
-        name: round(psnr(vae.decode(vae.encode(p).latent_dist.mode()).sample, p), 2)
+        name: round(psnr(vae.decode(vae.encode(p)), p), 2)
         for name, p in held_out_pictures(level).items()
     }
 
@@ -481,7 +473,7 @@ def train_vae(
     steps: int,
     minutes: float,
     start_crops: int,
-    start: AutoencoderKL | None,
+    start: Autoencoder | None,
 ) -> None:
     vae = start or start_vae(gallery, seed, start_crops)
     print("start", reconstruction(vae.eval(), 512), flush=True)
@@ -498,9 +490,9 @@ def train_vae(
             memory_format=torch.channels_last
         )
         with reduced_precision():
-            latents = vae.encode(batch).latent_dist.mode()
+            latents = vae.encode(batch)
             noisy = latents + torch.randn_like(latents) * float(rng.uniform(0, 0.05))
-            out = vae.decode(noisy).sample
+            out = vae.decode(noisy)
         size_penalty = (latents.float().pow(2).mean((0, 2, 3)) - 4).clamp_min(0).mean()
         loss = picture_loss(out.float(), batch) + 1e-3 * size_penalty
         run.descend(loss, min(1, (run.step + 1) / 60) * (1 - done) ** 0.7, clip=1.0)
@@ -509,7 +501,7 @@ def train_vae(
 
 def judge(run: Run) -> dict[str, float]:
     """Reconstruction of the held-out photographs with the averaged weights of a run."""
-    vae = AutoencoderKL(**VAE_CONFIG)
+    vae = Autoencoder(VAE_CONFIG)
     vae.load_state_dict(run.average.values)
     return reconstruction(vae.eval(), 512)
 
@@ -706,8 +698,8 @@ def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
 # ------------------------------------------------------------------------------------------------
 
 
-def load_vae(work: Path) -> AutoencoderKL:
-    vae = AutoencoderKL(**VAE_CONFIG)
+def load_vae(work: Path) -> Autoencoder:
+    vae = Autoencoder(VAE_CONFIG)
     vae.load_state_dict(torch.load(work / "vae.pt"))
     return vae.eval().to(memory_format=torch.channels_last)
 
@@ -1254,18 +1246,18 @@ def train_decoder(
         if run.step % 3 == 2:
             latents = sampled_latents(transformer, prompts, rng, encode(vae, crops), labels)
         with reduced_precision():
-            out = vae.decode(latents).sample
+            out = vae.decode(latents)
         loss = picture_loss(out.float(), to_batch(edited))
         run.descend(loss, min(1, (run.step + 1) / 50) * (1 - done) ** 0.7, clip=1.0)
         run.tell(200, loss, lambda: judge(run))
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: list[np.ndarray]) -> Tensor:
+def encode(vae: Autoencoder, pictures: list[np.ndarray]) -> Tensor:
     """Pictures in 0..1 to latents (B, 48, H/16, W/16)."""
     with reduced_precision():
         batch = to_batch(pictures).to(memory_format=torch.channels_last)
-        return vae.encode(batch).latent_dist.mode().float()
+        return vae.encode(batch).float()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -19,13 +17,20 @@ from step1x_edit.checkpoints.keymap import (
     transformer_links,
     vae_links,
 )
-from step1x_edit.checkpoints.read import FLUX_VAE, Release
-from step1x_edit.model.config import V1_1, V1_2_PREVIEW, ModelConfig, TransformerConfig
+from step1x_edit.checkpoints.read import Release
+from step1x_edit.model.autoencoder import Autoencoder
+from step1x_edit.model.config import (
+    V1_1,
+    V1_2_PREVIEW,
+    AutoencoderConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.transformer import Transformer
 from tiny import VAE, tiny_pipeline, tiny_pipeline_v1_2
 
-FULL_VAE = {**FLUX_VAE, "block_out_channels": (32, 64, 96, 96), "norm_num_groups": 32}
+FULL_VAE = AutoencoderConfig(block_out_channels=(32, 64, 96, 96))
 """All tensors of the published autoencoder, and few numbers in each."""
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -86,7 +91,7 @@ def write_published(
         "model_index.json": {"_class_name": "Step1XEditPipeline"},
         f"transformer/{WEIGHTS}.safetensors.index.json": {"weight_map": index},
         "transformer/config.json": in_diffusers_words(pipeline.config.transformer),
-        "vae/config.json": dict(pipeline.vae.config),
+        "vae/config.json": dataclasses.asdict(pipeline.vae.config),
     }
     for name, content in described.items():
         (folder / name).write_text(json.dumps(content), "utf-8")
@@ -117,8 +122,8 @@ def names_in(*files: Path) -> set[str]:
     return names
 
 
-def links_of(vae: AutoencoderKL) -> list[Link]:
-    return vae_links(vae.config["block_out_channels"], vae.config["layers_per_block"])
+def links_of(vae: Autoencoder) -> list[Link]:
+    return vae_links(vae.config.block_out_channels, vae.config.layers_per_block)
 
 
 def converted(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -154,7 +159,7 @@ def narrow_pipeline(
     depth: int,
     depth_single: int,
     preset: ModelConfig = V1_1,
-    vae_sizes: Mapping[str, object] = FULL_VAE,
+    vae_sizes: AutoencoderConfig = FULL_VAE,
 ) -> EditPipeline:
     """A published model at a width of one head and with so many blocks; the conditioner is tiny.
 
@@ -176,7 +181,7 @@ def narrow_pipeline(
     )
     torch.manual_seed(4)
     transformer = Transformer(sizes).eval().requires_grad_(False)
-    vae = AutoencoderKL(**vae_sizes).eval().requires_grad_(False)
+    vae = Autoencoder(vae_sizes).eval().requires_grad_(False)
     # So that storing them loses nothing, in whichever type.
     for module, dtype in ((transformer, torch.float8_e4m3fn), (vae, torch.bfloat16)):
         for parameter in module.parameters():

@@ -398,14 +398,14 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
     "a config without sizes": (
         "demo",
         "config.json",
-        lambda file: file.write_text('{"format": 1}'),
+        lambda file: file.write_text('{"format": 2}'),
         "config.json is not valid",
     ),
     "a config of the future": (
         "demo",
         "config.json",
-        lambda file: file.write_text('{"format": 2}'),
-        "format 2",
+        lambda file: file.write_text('{"format": 3}'),
+        "format 3",
     ),
 }
 
@@ -490,6 +490,6 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_demo_config_can_be_read_by_people(originals: Path) -> None:
     config = json.loads((originals / "demo" / "config.json").read_text("utf-8"))
 
-    assert config["format"] == 1
+    assert config["format"] == 2
     assert config["model"]["conditioner"]["prompt_prefix"] == "Edit the picture:"
     assert config["vae"]["latent_channels"] == 16

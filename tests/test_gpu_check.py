@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+pytest.importorskip("diffusers")  # the peer
+
 from gpu.bench import SMALL, Bench, block_tflop
 from gpu.coded import coded_blocks
 from gpu.memory import Cap, capped, opened_from, streaming
@@ -289,6 +291,8 @@ def test_a_section_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None
 STUCK = """
 import sys, threading
 from pathlib import Path
+pytest.importorskip("diffusers")  # the peer
+
 from gpu.bench import SMALL, Bench
 from gpu_check import Report, Section, run_sections, stop_if_stuck
 import torch

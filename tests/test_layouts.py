@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -31,9 +30,10 @@ from layouts import (
     write_published,
 )
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, to_official, transformer_links, vae_links
-from step1x_edit.checkpoints.read import FLUX_VAE, read_checkpoint
+from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.interfaces.cli import app
-from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
+from step1x_edit.model.autoencoder import Autoencoder
+from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, AutoencoderConfig, ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.service import build_service
@@ -41,6 +41,7 @@ from step1x_edit.settings import Settings
 from tiny import a_picture
 
 REQUEST = EditRequest(a_picture(), "night", num_steps=1, guidance_scale=1.0, size_level=64)
+FLUX_VAE = AutoencoderConfig()
 KEYMAP = Path(__file__).parents[2] / "shared" / "reference" / "keymap.json"
 
 
@@ -124,8 +125,8 @@ def test_a_model_of_full_size_has_the_official_names(
 
 def test_an_autoencoder_of_full_size_maps_without_rest() -> None:
     with torch.device("meta"):
-        state = AutoencoderKL(**FLUX_VAE).state_dict()
-    links = vae_links(FLUX_VAE["block_out_channels"], FLUX_VAE["layers_per_block"])
+        state = Autoencoder(FLUX_VAE).state_dict()
+    links = vae_links(FLUX_VAE.block_out_channels, FLUX_VAE.layers_per_block)
     shapes, official = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (state, to_official(state, links))
@@ -142,7 +143,7 @@ def test_an_autoencoder_of_full_size_maps_without_rest() -> None:
 def test_the_names_and_shapes_are_those_of_the_reference() -> None:
     table = json.loads(KEYMAP.read_text("utf-8"))
     shapes = {name: list(t.shape) for name, t in full_size(V1_1).state_dict().items()}
-    vae = vae_links(FLUX_VAE["block_out_channels"], FLUX_VAE["layers_per_block"])
+    vae = vae_links(FLUX_VAE.block_out_channels, FLUX_VAE.layers_per_block)
 
     for rows, links in ((table["dit"], transformer_links(V1_1.transformer)), (table["vae"], vae)):
         expected = {row["official"]: row["diffusers"] for row in rows}
@@ -201,7 +202,7 @@ def names_of(layout: Layout, pipeline: EditPipeline) -> dict[str, set[str]]:
     """All names that the published files of a layout have, in the words of the presets."""
     is_official = layout.write is write_official
     with torch.device("meta"):
-        vae = AutoencoderKL(**FLUX_VAE).state_dict().keys()
+        vae = Autoencoder(FLUX_VAE).state_dict().keys()
     links = links_of(pipeline.vae)
     assert {name for link in links for name in link.diffusers} == vae
     if not is_official:

@@ -10,15 +10,14 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.channel import GIB
 from step1x_edit.checkpoints.arena import Block, Weight, blocks_of
 from step1x_edit.checkpoints.precision import with_codes
-from step1x_edit.checkpoints.read import FLUX_VAE
 from step1x_edit.memory_plan import GB, fitting
-from step1x_edit.model.config import V1_1
+from step1x_edit.model.autoencoder import Autoencoder
+from step1x_edit.model.config import V1_1, AutoencoderConfig
 from step1x_edit.model.quantised import CODES, Code
 from step1x_edit.model.transformer import Transformer
 
@@ -49,7 +48,7 @@ def full_size(precision: Code | None) -> tuple[Block, ...]:
         parts = {
             "transformer": Transformer(V1_1.transformer),
             "conditioner": Qwen2_5_VLModel(QWEN_7B),
-            "vae": AutoencoderKL(**FLUX_VAE),
+            "vae": Autoencoder(AutoencoderConfig()),
         }
     weights = []
     for part, module in parts.items():

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLModel
 
+from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import (
     SPECIAL_TOKENS,
     Conditioner,
@@ -18,21 +18,17 @@ from step1x_edit.model.conditioner import (
     small_vlm_config,
 )
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
-from step1x_edit.model.config import TINY, V1_2, ModelConfig
+from step1x_edit.model.config import TINY, V1_2, AutoencoderConfig, ModelConfig
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 8, 16, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "latent_channels": TINY.latent_channels,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
+VAE = AutoencoderConfig(
+    block_out_channels=(8, 8, 16, 16),
+    layers_per_block=1,
+    latent_channels=TINY.latent_channels,
+    norm_num_groups=4,
+)
 WIDTH = 32
 
 
@@ -129,7 +125,7 @@ def assemble(
     """A pipeline with other networks of the given sizes around a conditioner."""
     torch.manual_seed(2)
     transformer = Transformer(config.transformer).eval()
-    vae = AutoencoderKL(**VAE).eval()
+    vae = Autoencoder(VAE).eval()
     recogniser = Recogniser(WIDTH, labels) if labels else None
     for module in (transformer, vae, conditioner.vlm, recogniser):
         for parameter in module.parameters() if module else ():

@@ -20,7 +20,6 @@ from step1x_edit.machine import Survey, first_line
 def survey(start: Start) -> Survey:
     """Look at everything that can be looked at."""
     try:
-        import diffusers  # noqa: F401
         import torch
         import transformers  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library in C that it needs is missing

@@ -328,13 +328,11 @@ def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
 
 def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
     """Prepare a worker; its model is read by the first edit. `look` tells of the host's memory."""
-    import diffusers
     import transformers
 
     from step1x_edit.residency import Residency
 
     # Bars of ours tell the progress; theirs would fill the log of a server.
-    diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     gc.freeze()  # what the libraries have brought stays, and need not be looked through again
     device = chosen_device(start)

@@ -5,11 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.transformers.transformer_flux import (
-    FluxPosEmbed,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints.keymap import to_diffusers, transformer_links
@@ -18,6 +13,8 @@ from step1x_edit.model.config import TINY
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import Transformer
+
+flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
 
 CONFIG = TINY.transformer
 D, HEADS, HEAD_DIM = CONFIG.hidden_size, CONFIG.num_heads, CONFIG.head_dim
@@ -45,7 +42,7 @@ def diffusers_weights(transformer: Transformer, prefix: str) -> dict[str, Tensor
 
 def oracle_rope() -> tuple[Tensor, Tensor]:
     ids = torch.cat([torch.zeros(L, 3), IDS])
-    cos, sin = FluxPosEmbed(theta=CONFIG.theta, axes_dim=list(CONFIG.axes_dim))(ids)
+    cos, sin = flux.FluxPosEmbed(theta=CONFIG.theta, axes_dim=list(CONFIG.axes_dim))(ids)
     return cos, sin
 
 
@@ -64,7 +61,7 @@ def test_rope_table_equals_flux(transformer: Transformer) -> None:
 
 
 def test_double_block_equals_flux(transformer: Transformer) -> None:
-    oracle = FluxTransformerBlock(D, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM)
+    oracle = flux.FluxTransformerBlock(D, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM)
     oracle.load_state_dict(diffusers_weights(transformer, "transformer_blocks.0."))
     img, txt, vec = inputs()
     expected_txt, expected_img = oracle(
@@ -84,7 +81,9 @@ def test_double_block_equals_flux(transformer: Transformer) -> None:
 
 
 def test_single_block_equals_flux(transformer: Transformer) -> None:
-    oracle = FluxSingleTransformerBlock(D, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM)
+    oracle = flux.FluxSingleTransformerBlock(
+        D, num_attention_heads=HEADS, attention_head_dim=HEAD_DIM
+    )
     oracle.load_state_dict(diffusers_weights(transformer, "single_transformer_blocks.1."))
     img, txt, vec = inputs()
     expected = oracle(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from step1x_edit.checkpoints.keymap import (
@@ -18,7 +17,8 @@ from step1x_edit.checkpoints.keymap import (
     vae_links,
 )
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, TransformerConfig
+from step1x_edit.model.autoencoder import Autoencoder
+from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, AutoencoderConfig, TransformerConfig
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import Transformer
 
@@ -26,7 +26,6 @@ from step1x_edit.model.transformer import Transformer
 # per official tensor.
 PUBLISHED_TRANSFORMER = "f138ca1aeb7343f4e4df2bc921419ed18e02ef21cc40be0fd920eec3c00a6786"
 PUBLISHED_VAE = "86c781a7c589a84240d9099b95679bc227619fd192fe1055c66bd9ff636d47cf"
-VAE_WIDTHS = (128, 256, 512, 512)
 
 
 def digest(links: Sequence[Link], shapes: dict[str, Tensor]) -> str:
@@ -77,16 +76,8 @@ def test_full_v1_2_has_the_text_token_mapping() -> None:
 
 def test_full_vae_map_is_the_published_one() -> None:
     with torch.device("meta"):
-        diffusers = AutoencoderKL(
-            block_out_channels=VAE_WIDTHS,
-            layers_per_block=2,
-            latent_channels=16,
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ).state_dict()
-    links = vae_links(VAE_WIDTHS, 2)
+        diffusers = Autoencoder(AutoencoderConfig()).state_dict()
+    links = vae_links(AutoencoderConfig.block_out_channels, AutoencoderConfig.layers_per_block)
 
     official = to_official(diffusers, links)
 

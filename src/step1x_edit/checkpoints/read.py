@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -49,16 +48,17 @@ from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import HostPlan
+from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
-from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, ModelConfig
+from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, AutoencoderConfig, ModelConfig
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.schemas import Precision
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
-DEMO_FORMAT: Final = 1
+DEMO_FORMAT: Final = 2
 DEMO_NAME: Final = "demo"
 QWEN_IM_START: Final = 151644
 """The id of <|im_start|> in the vocabulary of Qwen2.5-VL."""
@@ -66,30 +66,17 @@ QWEN_IM_START: Final = 151644
 
 @dataclass(frozen=True)
 class Release:
-    """A published model: its sizes, and those of its autoencoder in diffusers' words."""
+    """A published model: its sizes, and those of its autoencoder."""
 
     model: ModelConfig
-    vae: Mapping[str, Any]
+    vae: AutoencoderConfig = AutoencoderConfig()
 
-
-FLUX_VAE: Final[Mapping[str, Any]] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 16,
-    "sample_size": 1024,
-    "scaling_factor": V1_1.latent_scale,
-    "shift_factor": V1_1.latent_shift,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-}
 
 RELEASES: Final[Mapping[str, Release]] = {
-    "v1.0": Release(V1_0, FLUX_VAE),
-    "v1.1": Release(V1_1, FLUX_VAE),
-    "v1.2": Release(V1_2, FLUX_VAE),
-    "v1.2-preview": Release(V1_2_PREVIEW, FLUX_VAE),
+    "v1.0": Release(V1_0),
+    "v1.1": Release(V1_1),
+    "v1.2": Release(V1_2),
+    "v1.2-preview": Release(V1_2_PREVIEW),
 }
 
 SAME_TENSORS: Final = {"v1.2-preview": "v1.2"}
@@ -215,12 +202,11 @@ def write_demo(folder: Path, pipeline: EditPipeline) -> None:
         for part, module in pipeline.modules.items()
         for name, tensor in module.state_dict().items()
     }
-    vae = {key: value for key, value in pipeline.vae.config.items() if not key.startswith("_")}
     config = {
         "format": DEMO_FORMAT,
         "version": pipeline.config.version,
         "model": pipeline.config.to_json(),
-        "vae": vae,
+        "vae": asdict(pipeline.vae.config),
         "conditioner": pipeline.conditioner.vlm.config.to_dict(),
         "recogniser": {"labels": pipeline.recogniser.labels if pipeline.recogniser else []},
     }
@@ -240,7 +226,7 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
         features = model.transformer.connector.in_features
         with _WithoutWeights():
             transformer = Transformer(model.transformer)
-            vae = AutoencoderKL(**config["vae"])
+            vae = Autoencoder(AutoencoderConfig.from_json(config["vae"]))
             recogniser = Recogniser(features, labels) if labels else None
         vlm = _build_vlm(config["conditioner"], folder / "config.json", model)
     except (KeyError, TypeError, ValueError) as error:
@@ -321,7 +307,7 @@ def _assemble(
     vae_config, vae_tensors = _open_vae(vae_files, release)
     with _WithoutWeights():
         transformer = Transformer(sizes)
-        vae = AutoencoderKL(**vae_config)
+        vae = Autoencoder(vae_config)
     vlm, vlm_tensors = _open_vlm(vlm_folder, release.model)
     weights = [
         *_weights("transformer", transformer, tensors, dtype),
@@ -335,13 +321,13 @@ def _assemble(
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
-def _open_vae(files: FileSet, release: Release) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """The autoencoder's arguments, and its tensors by diffusers' names."""
+def _open_vae(files: FileSet, release: Release) -> tuple[AutoencoderConfig, dict[str, Stored]]:
+    """The autoencoder's sizes, and its tensors by diffusers' names."""
     tensors = stored_tensors(files.files)
     described = read_json(files.files[0].parent / "config.json")
     config = vae_sizes(tensors, described, release.vae)
     if files.is_official:
-        links = vae_links(config["block_out_channels"], config["layers_per_block"])
+        links = vae_links(config.block_out_channels, config.layers_per_block)
         tensors = to_diffusers(tensors, links)
     return config, tensors
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from step1x_edit.checkpoints.find import MAPPING_WEIGHT
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.config import TransformerConfig
+from step1x_edit.model.config import AutoencoderConfig, TransformerConfig
 
 
 class Shaped(Protocol):
@@ -111,9 +111,9 @@ def transformer_sizes(
 
 
 def vae_sizes(
-    tensors: Mapping[str, Shaped], described: Mapping[str, Any], published: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of diffusers' autoencoder; `described` is its config file."""
+    tensors: Mapping[str, Shaped], described: Mapping[str, Any], published: AutoencoderConfig
+) -> AutoencoderConfig:
+    """The sizes of an autoencoder in either layout; `described` is its config file."""
     is_official = "encoder.down.0.block.0.conv1.weight" in tensors
     level, block = ("down", "block") if is_official else ("down_blocks", "resnets")
     prefix = rf"encoder\.{level}"
@@ -121,16 +121,13 @@ def vae_sizes(
     widths = [f"encoder.{level}.{i}.{block}.0.conv1.weight" for i in range(levels)]
     if not levels or any(name not in tensors for name in (*widths, "encoder.conv_out.weight")):
         raise CheckpointError("the autoencoder misses tensors of its encoder")
-    known = {name: described[name] for name in ("norm_num_groups",) if name in described}
-    return {
-        **published,
-        **known,
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(tensors[name].shape[0] for name in widths),
-        "layers_per_block": _count(tensors, rf"{prefix}\.0\.{block}"),
-        "latent_channels": tensors["encoder.conv_out.weight"].shape[0] // 2,
-    }
+    return replace(
+        published,
+        block_out_channels=tuple(tensors[name].shape[0] for name in widths),
+        layers_per_block=_count(tensors, rf"{prefix}\.0\.{block}"),
+        latent_channels=tensors["encoder.conv_out.weight"].shape[0] // 2,
+        norm_num_groups=described.get("norm_num_groups", published.norm_num_groups),
+    )
 
 
 def _count(names: Iterable[str], prefix: str) -> int:

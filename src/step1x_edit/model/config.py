@@ -122,6 +122,30 @@ class ReasoningConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of the autoencoder. The defaults are the published ones."""
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of the levels, from the picture inwards; each but the last halves the sides."""
+    layers_per_block: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+    latent_channels: int = 16
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent pixel, along each side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> AutoencoderConfig:
+        """Build a config from plain data. Raises ValueError on unknown or missing fields."""
+        widths = tuple(data.get("block_out_channels", ()))
+        return _from_fields(cls, {**data, "block_out_channels": widths})
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model: the transformer and the geometry around it."""
 

@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.blocks import widen
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
@@ -207,7 +207,7 @@ class EditPipeline:
     def __init__(
         self,
         transformer: Transformer,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         conditioner: Conditioner | ConditionerV12,
         config: ModelConfig,
         recogniser: Recogniser | None = None,
@@ -385,7 +385,7 @@ class EditPipeline:
         latents = unpack(latents, encoded.rows, encoded.columns)
         z = latents / self.config.latent_scale + self.config.latent_shift
         with self._tiles(plan):
-            decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype)).sample[0]  # (3, H, W)
+            decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype))[0]  # (3, H, W)
         _check_finite(decoded)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         image: Pixels = pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
@@ -402,16 +402,13 @@ class EditPipeline:
     @contextlib.contextmanager
     def _tiles(self, plan: Plan) -> Iterator[None]:
         """The autoencoder in tiles, where the plan says so; afterwards it is as it was."""
-        vae = self.vae
-        before = vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size
+        before = self.vae.tile
         if plan.has_vae_tiles:
-            vae.enable_tiling()
-            vae.tile_sample_min_size = VAE_TILE
-            vae.tile_latent_min_size = VAE_TILE // self.config.vae_scale
+            self.vae.tile = VAE_TILE
         try:
             yield
         finally:
-            vae.use_tiling, vae.tile_sample_min_size, vae.tile_latent_min_size = before
+            self.vae.tile = before
 
     def _read(self, prompts: Sequence[str], image: Pixels) -> tuple[Branch, ...]:
         """The branches of several prompts about one picture."""
@@ -463,7 +460,7 @@ class EditPipeline:
         The mode, not a sample, so that runs repeat.
         """
         scaled = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        z: Tensor = self.vae.encode(scaled).latent_dist.mode().float()
+        z = self.vae.encode(scaled).float()
         return (z - self.config.latent_shift) * self.config.latent_scale
 
     def _velocity(

@@ -1,0 +1,263 @@
+"""The autoencoder of FLUX, which all versions of the model share.
+
+Its tensors have the names of the diffusers layout; `checkpoints.keymap` knows the official ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from step1x_edit.model.config import AutoencoderConfig
+
+EPSILON = 1e-6
+OVERLAP = 4
+"""Tiles share one part of so many with their neighbour, and fade into it over that part."""
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, EPSILON)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, EPSILON)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        is_wider = in_channels != out_channels
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if is_wider else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C_in, H, W) to (B, C_out, H, W)."""
+        hidden: Tensor = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return shortcut + hidden
+
+
+class Attention(nn.Module):
+    """Attention among all places of a picture, with one head."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, EPSILON)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add to x (B, C, H, W) what its places see of each other."""
+        places = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        q, k, v = (to(places).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
+        seen: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + seen.transpose(1, 2).reshape(x.shape)
+
+
+class Downsampler(nn.Module):
+    """Halves the sides; the border is added to the right and below only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to (B, C, H / 2, W / 2)."""
+        halved: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return halved
+
+
+class Upsampler(nn.Module):
+    """Doubles the sides."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to (B, C, 2 · H, 2 · W)."""
+        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+class Level(nn.Module):
+    """Residual blocks, and what changes the sides after them."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_layers: int, groups: int, sampler: str
+    ) -> None:
+        """`sampler` is downsamplers, upsamplers, or empty where the sides stay."""
+        super().__init__()
+        widths = [in_channels, *[out_channels] * num_layers]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(before, after, groups) for before, after in itertools.pairwise(widths)
+        )
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+        if sampler == "downsamplers":
+            self.downsamplers.append(Downsampler(out_channels))
+        if sampler == "upsamplers":
+            self.upsamplers.append(Upsampler(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C_in, H, W) to (B, C_out, H', W')."""
+        for part in itertools.chain(self.resnets, self.downsamplers, self.upsamplers):
+            x = part(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """The innermost blocks, where each place may see all others."""
+
+    def __init__(self, channels: int, groups: int, has_attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)] if has_attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to the same shape."""
+        for part in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = part(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """From pixels to the moments of the latents."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            Level(before, after, config.layers_per_block, groups, sampler)
+            for before, after, sampler in _levels(widths, "downsamplers")
+        )
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map pixels (B, 3, H, W) to (B, 2 · C, H / scale, W / scale): mean and log variance."""
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return moments
+
+
+class Decoder(nn.Module):
+    """From latents to pixels."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            Level(before, after, config.layers_per_block + 1, groups, sampler)
+            for before, after, sampler in _levels(widths, "upsamplers")
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents (B, C, h, w) to pixels (B, 3, scale · h, scale · w)."""
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        pixels: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return pixels
+
+
+class Autoencoder(nn.Module):
+    """Pixels, about -1 to 1, to latents and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tile: int | None = None
+        """Sides of the tiles in which larger pictures are seen, in pixels; None: as a whole."""
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.encoder.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In what it computes."""
+        return self.encoder.conv_in.weight.dtype
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the latents (B, C, H / scale, W / scale) of pixels (B, 3, H, W)."""
+        moments: Tensor
+        if self.tile is None:
+            moments = self.encoder(pixels)
+        else:
+            moments = _in_tiles(self.encoder, pixels, self.tile, 1 / self.config.scale)
+        return moments[:, : self.config.latent_channels]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The pixels (B, 3, scale · h, scale · w) of latents (B, C, h, w)."""
+        if self.tile is None:
+            pixels: Tensor = self.decoder(z)
+            return pixels
+        return _in_tiles(self.decoder, z, self.tile // self.config.scale, self.config.scale)
+
+
+def _levels(widths: tuple[int, ...], sampler: str) -> Iterator[tuple[int, int, str]]:
+    """Channels before and after each level, and what changes the sides: nothing in the last."""
+    before = widths[0]
+    for index, after in enumerate(widths):
+        yield before, after, sampler if index < len(widths) - 1 else ""
+        before = after
+
+
+def _in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, scale: float) -> Tensor:
+    """What a network that multiplies the sides by `scale` makes of x, seen in square tiles."""
+    height, width = x.shape[-2:]
+    if max(height, width) <= side:
+        return network(x)
+    tiles = {
+        (top, left): network(x[..., top : top + side, left : left + side])
+        for top in _starts(height, side)
+        for left in _starts(width, side)
+    }
+    overlap = round(side * scale) // OVERLAP
+    like = next(iter(tiles.values()))
+    made = like.new_zeros((*like.shape[:2], round(height * scale), round(width * scale)))
+    total = like.new_zeros(made.shape[2:])
+    for (top, left), tile in tiles.items():
+        rows = _fading(tile, -2, overlap if top else 0, overlap if top + side < height else 0)
+        columns = _fading(tile, -1, overlap if left else 0, overlap if left + side < width else 0)
+        weight = rows[:, None] * columns
+        y, x_left = round(top * scale), round(left * scale)
+        place = (..., slice(y, y + len(rows)), slice(x_left, x_left + len(columns)))
+        made[place] += weight * tile
+        total[place] += weight
+    return made / total
+
+
+def _starts(length: int, side: int) -> list[int]:
+    """Where tiles begin along a side: the last one ends with the picture."""
+    step = side - side // OVERLAP
+    starts = list(range(0, max(1, length - side), step))
+    return [*starts, max(0, length - side)] if starts[-1] + side < length else starts
+
+
+def _fading(tile: Tensor, axis: int, before: int, after: int) -> Tensor:
+    """Weights along an axis, which rise over so many places and fall over so many at the end."""
+    weights = tile.new_ones(tile.shape[axis])
+    weights[:before] *= _ramp(before, tile)
+    weights[len(weights) - after :] *= _ramp(after, tile).flip(0)
+    return weights
+
+
+def _ramp(count: int, like: Tensor) -> Tensor:
+    return torch.arange(1, count + 1, dtype=like.dtype, device=like.device) / (count + 1)
