@@ -58,7 +58,7 @@ _CSS: Final = """
 .gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
 .head { align-items: center; justify-content: space-between; gap: 12px; flex-wrap: nowrap; }
 .head > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
-.head h1 { margin: 0; font-size: 1.4rem; }
+.head h1 { margin: 0; font-size: 1.4rem; white-space: nowrap; }
 .chip { text-align: right; }
 .pill { display: inline-block; padding: 3px 12px; border-radius: 999px; font-size: .85rem;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
@@ -85,7 +85,10 @@ _CSS: Final = """
 .status td:first-child { color: var(--body-text-color-subdued); width: 45%; }
 @media (max-width: 640px) {
   .gradio-container { padding: 8px !important; }
+  .head { gap: 8px; }
   .head h1 { font-size: 1.1rem; }
+  .pill { padding: 3px 9px; font-size: .8rem; }
+  button[role="tab"] { padding-inline: 9px !important; }
 }
 """
 
