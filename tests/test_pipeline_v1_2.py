@@ -92,7 +92,7 @@ def test_the_autoencoder_sees_the_picture_resampled_without_rounding(
         encoded = pipeline.encode(REQUEST)
         pixels = torch.from_numpy(REQUEST.image).permute(2, 0, 1)[None].float() / 127.5 - 1
         resized = F.interpolate(pixels, (48, 64), mode="bilinear", antialias=True)
-        z = pipeline.vae.encode(resized).latent_dist.mode()
+        z = pipeline.vae.encode(resized)
         lanczos = dataclasses.replace(pipeline.config, reference_resize=ReferenceResize.LANCZOS)
         other = tiny_pipeline_v1_2()
         other.config = lanczos

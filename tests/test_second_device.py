@@ -35,6 +35,7 @@ EDIT = EditJob(
     previews=1,
 )
 GENERATION = dataclasses.replace(EDIT, image=None, size_level=0, width=64, height=48, previews=0)
+CLOSE = 0.01
 LAYER = "single_blocks.1.linear1"
 
 
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows, columns = pipeline.transformer.get_submodule(LAYER).weight.shape
     name = f"lora_unet_{LAYER.replace('.', '_')}"
     factors = {f"{name}.lora_down.weight": (2, columns), f"{name}.lora_up.weight": (rows, 2)}
-    tensors = {key: torch.full(shape, 0.05) for key, shape in factors.items()}
+    tensors = {key: torch.full(shape, 0.5) for key, shape in factors.items()}
     save_file(tensors, folder / "hand.safetensors")
     return folder
 
@@ -90,6 +91,7 @@ def made(worker: PipelineWorker, job: EditJob) -> Outcome:
 
 
 def difference(one: Outcome, other: Outcome) -> float:
+    """Mean over all pixels; attention goes through another kernel on the second device."""
     return float(np.abs(one.image.astype(int) - other.image.astype(int)).mean())
 
 
@@ -105,7 +107,7 @@ def test_an_edit_is_made_where_the_weights_are(
     worker.offload()
     again = made(worker, EDIT)
     assert np.array_equal(again.image, outcome.image)
-    assert np.array_equal(outcome.image, made(a_worker(folder, None), EDIT).image)
+    assert difference(outcome, made(a_worker(folder, None), EDIT)) < CLOSE
 
 
 # bfloat16 goes through another kernel for attention where a device is not the host.
@@ -124,8 +126,8 @@ def test_loras_are_changed_where_the_weights_are(folder: Path, device: torch.dev
 
     plain, changed = made(worker, EDIT), made(worker, job)
 
-    assert difference(plain, changed) > 0
-    assert np.array_equal(changed.image, made(a_worker(folder, None), job).image)
+    assert difference(plain, changed) > 10 * CLOSE
+    assert difference(changed, made(a_worker(folder, None), job)) < CLOSE
     assert np.array_equal(plain.image, made(worker, EDIT).image)
 
 
@@ -136,7 +138,7 @@ def test_the_model_thinks_where_its_weights_are(folder: Path, device: torch.devi
 
     expected = made(a_worker(folder, None, model="v1_2"), job)
     assert outcome.reasoning == expected.reasoning
-    assert np.array_equal(outcome.image, expected.image)
+    assert difference(outcome, expected) < CLOSE
 
 
 def test_a_picture_from_words_is_made_where_the_weights_are(
@@ -145,7 +147,7 @@ def test_a_picture_from_words_is_made_where_the_weights_are(
     outcome = made(a_worker(folder, device, 0.3), GENERATION)
 
     assert outcome.image.shape == (48, 64, 3)
-    assert np.array_equal(outcome.image, made(a_worker(folder, None), GENERATION).image)
+    assert difference(outcome, made(a_worker(folder, None), GENERATION)) < CLOSE
 
 
 def test_what_was_forgotten_on_the_host_is_refused(device: torch.device) -> None:

@@ -171,7 +171,10 @@ def test_a_picture_is_edited_and_downloaded_as_the_service_made_it(
     page.locator("#edit-history img").nth(1).click()
     expect(page.locator("#edit-line")).to_contain_text(str(record.seed))
 
+    picture = page.locator("#edit-picture img").first
+    before = str(picture.get_attribute("src"))
     page.click("#edit-reuse")
+    expect(picture).not_to_have_attribute("src", before)
     page.click("#edit-run")
     expect(page.locator("#edit-history img")).to_have_count(3)
     assert np.array_equal(pixels(downloaded(page, "#edit-download")), pixels(photo))

@@ -220,7 +220,7 @@ def _openai_response(failure: Failure) -> Response:
 def _openai_status(failure: Failure) -> int:
     """There, what is wrong with the fields or the picture is a bad request."""
     if failure.status == HTTPStatus.UNPROCESSABLE_ENTITY or failure.code == "unsupported_image":
-        return HTTPStatus.BAD_REQUEST
+        return int(HTTPStatus.BAD_REQUEST)  # FastAPI describes it by its name in Python 3.10
     return failure.status
 
 
