@@ -291,8 +291,6 @@ def test_a_section_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None
 STUCK = """
 import sys, threading
 from pathlib import Path
-pytest.importorskip("diffusers")  # the peer
-
 from gpu.bench import SMALL, Bench
 from gpu_check import Report, Section, run_sections, stop_if_stuck
 import torch
