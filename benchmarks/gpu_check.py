@@ -32,6 +32,7 @@ import torch
 
 from gpu import coded, memory, sections
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
+from gpu.networks import HAS_PEER
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 440  # and the libraries have to be read before
@@ -43,6 +44,7 @@ GRACE_S = 15
 class Section:
     run: Callable[[Bench], Figures]
     budget_s: float
+    needs_peer: bool = False
 
     @property
     def name(self) -> str:
@@ -54,7 +56,7 @@ SECTIONS = (
     Section(sections.correctness, 40),
     Section(sections.baseline, 40),
     Section(sections.exact, 40),
-    Section(sections.peer, 30),
+    Section(sections.peer, 30, needs_peer=True),
     Section(sections.exact_compiled, 80),
     Section(sections.again, 45),
     Section(memory.streaming, 80),
@@ -65,7 +67,7 @@ SECTIONS = (
     Section(sections.exact_flash, 25),
     Section(sections.exact_cudnn, 25),
     Section(sections.baseline_helpers, 30),
-    Section(sections.peer_compiled, 60),
+    Section(sections.peer_compiled, 60, needs_peer=True),
 )
 
 
@@ -116,6 +118,8 @@ def run_sections(
 
 
 def _attempt(section: Section, bench: Bench) -> Figures:
+    if section.needs_peer and not HAS_PEER:
+        return {"status": "not run: diffusers is not installed"}
     try:
         figures = section.run(bench)
     except Exception as error:  # noqa: BLE001  one section must not cost the figures of the others

@@ -265,6 +265,22 @@ def test_sections_without_time_are_named(tmp_path: Path) -> None:
     assert "| probe | not run: the time was up |" in table(report)
 
 
+def test_without_the_library_of_the_peer_everything_else_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_check.HAS_PEER", False)
+    monkeypatch.setattr("gpu.sections.HAS_PEER", False)
+    report = Report(dict(FACTS))
+    todo = [section for section in SECTIONS if section.name in ("peer", "again", "peer_compiled")]
+    run_sections(Bench(SMALL, torch.device("cpu")), todo, report, 600, tmp_path)
+
+    told = {name: section["status"] for name, section in report.found.items()}
+    missing = "not run: diffusers is not installed"
+    assert told == {"peer": missing, "again": "ran", "peer_compiled": missing}
+    assert "peer" not in report.found["again"]
+    assert report.is_good
+
+
 def test_rows_without_time_are_named(tmp_path: Path) -> None:
     report = Report(dict(FACTS))
     bench = Bench(SMALL, torch.device("cpu"))

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,6 +23,9 @@ from gpu.networks import NUM_STEPS, encoded_prompts, our_network, peer_network
 from step1x_edit.model.config import TINY, V1_1, ModelConfig, TransformerConfig
 from step1x_edit.model.pipeline import Encoded
 from step1x_edit.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
 
 Figures = dict[str, Any]
 

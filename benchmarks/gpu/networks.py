@@ -8,14 +8,15 @@ of our transformers and with no line of its code, so that one can be held agains
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from step1x_edit.model.config import ModelConfig, TransformerConfig
@@ -34,6 +35,11 @@ from step1x_edit.model.pipeline import (
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from diffusers import FluxTransformer2DModel
+
+HAS_PEER = importlib.util.find_spec("diffusers") is not None
+"""Whether the library of the peer is installed; all the rest does without it."""
 NUM_STEPS = 28
 GUIDANCE = 6.0
 PIXELS_OF_TOKEN = 16
@@ -83,6 +89,8 @@ def peer_network(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype
 ) -> FluxTransformer2DModel:
     """FLUX.1 of the same sizes. It has no connector, so it is given text of that one's width."""
+    from diffusers import FluxTransformer2DModel
+
     with device, born_as(dtype):
         network = FluxTransformer2DModel(
             in_channels=config.in_channels,

@@ -35,6 +35,7 @@ from gpu.bench import (
     step_seconds,
 )
 from gpu.networks import (
+    HAS_PEER,
     NUM_STEPS,
     CompiledHelpers,
     PlainNetwork,
@@ -271,5 +272,6 @@ def again(bench: Bench) -> Figures:
     with attention_kernels(SDPBackend.FLASH_ATTENTION):
         figures: Figures = {"baseline": rows(bench, partial(plain_loop, bench, network), most=8)}
     figures["exact"] = rows(bench, partial(our_loop, bench), most=8)
-    figures["peer"] = rows(bench, partial(peer_loop, bench), most=8)
+    if HAS_PEER:
+        figures["peer"] = rows(bench, partial(peer_loop, bench), most=8)
     return figures
