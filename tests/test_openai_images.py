@@ -323,7 +323,7 @@ def test_a_link_leads_to_the_picture_for_who_has_the_token(
         headers = {"Authorization": f"Bearer {TOKEN}"}
         pictures = [httpx2.get(link, headers=headers, trust_env=False) for link in links]
         stranger = httpx2.get(links[0], trust_env=False)
-        wrong = httpx2.get(f"{links[0][:-9]}x/content", headers=headers, trust_env=False)
+        wrong = httpx2.get(f"{links[0][:-8]}x/content", headers=headers, trust_env=False)
         under_another_name = httpx2.get(
             links[0], headers={**headers, "Host": "evil.example"}, trust_env=False
         )
