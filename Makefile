@@ -25,7 +25,7 @@ demo: setup  ## Edit a bundled photograph and say where the pictures lie
 	$(BIN)/step1x-edit demo
 
 test: setup  ## Run the tests (CPU)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## Lint, check the format, the types and the import contracts
 	$(BIN)/ruff check
