@@ -246,9 +246,8 @@ def _in_tiles(network: Callable[[Tensor], Tensor], x: Tensor, side: int, scale: 
 
 def _starts(length: int, side: int) -> list[int]:
     """Where tiles begin along a side: the last one ends with the picture."""
-    step = side - side // OVERLAP
-    starts = list(range(0, max(1, length - side), step))
-    return [*starts, max(0, length - side)] if starts[-1] + side < length else starts
+    last = max(0, length - side)
+    return [*range(0, last, side - side // OVERLAP), last]
 
 
 def _fading(tile: Tensor, axis: int, before: int, after: int) -> Tensor:
