@@ -482,7 +482,7 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """The events of a run as text, and a comment whenever there was none for a while."""
     events = run.events()
-    coming = asyncio.ensure_future(_next(events))
+    coming = asyncio.ensure_future(sse.next_of(events))
     with run.heard():
         try:
             while True:
@@ -491,7 +491,7 @@ async def _stream(
                 event = coming.result()
                 if event is None:
                     break
-                coming = asyncio.ensure_future(_next(events))
+                coming = asyncio.ensure_future(sse.next_of(events))
                 if isinstance(event, _Partial):
                     yield _told_partial(event, asked)
             yield _told_completed(await run.result(), asked)
@@ -503,11 +503,6 @@ async def _stream(
             yield _sse(problems.openai_body(problems.of_error(unknown)), "error")
         finally:
             coming.cancel()
-
-
-async def _next(events: AsyncIterator[_Event]) -> _Event | None:
-    """The next event, or None if none comes any more."""
-    return await anext(events, None)
 
 
 async def _begun(run: Run[_Event, _Answer]) -> None:

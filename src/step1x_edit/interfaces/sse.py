@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 EVENT_STREAM: Final = "text/event-stream"
 KEEP_ALIVE_S: Final = 15.0  # many proxies close what is silent for a minute, some for half of it
@@ -20,7 +22,7 @@ async def kept_alive(
     events: AsyncIterator[str], closing: asyncio.Event, keep_alive_s: float
 ) -> AsyncIterator[str]:
     """The events up to their end or until `closing`, and a comment whenever there was none."""
-    coming = asyncio.ensure_future(_next(events))
+    coming = asyncio.ensure_future(next_of(events))
     end = asyncio.ensure_future(closing.wait())
     try:
         while not end.done():
@@ -31,7 +33,7 @@ async def kept_alive(
                 if event is None:
                     return
                 yield event
-                coming = asyncio.ensure_future(_next(events))
+                coming = asyncio.ensure_future(next_of(events))
             elif not end.done():
                 yield ": still there\n\n"
     finally:
@@ -39,6 +41,6 @@ async def kept_alive(
         end.cancel()
 
 
-async def _next(events: AsyncIterator[str]) -> str | None:
+async def next_of(events: AsyncIterator[T]) -> T | None:
     """The next event, or None if none comes any more."""
     return await anext(events, None)
