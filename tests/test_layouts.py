@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -183,15 +183,6 @@ FAMILIES = {
     for family in ("v1.0", "v1.1", "v1.2")
 }
 """Layouts of the same numbers: they make the same picture. The preview only thinks differently."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors so small gain nothing by several, which wait for each other where much else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def names_of(layout: Layout, pipeline: EditPipeline) -> dict[str, set[str]]:

@@ -50,11 +50,8 @@ def client(folder: Path) -> Iterator[httpx2.Client]:
     """A client of a server whose worker is a process with the model."""
     given = {"model_path": folder / "model", "device": "cpu", "allowed_dirs": (folder,)}
     settings = Settings(_env_file=None, **given)  # type: ignore[arg-type]
-    with pytest.MonkeyPatch.context() as patch:
-        # Small tensors gain nothing by threads, which wait for each other beside other tests.
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with contextlib.closing(build_service(settings)) as service, calling(service) as client:
-            yield client
+    with contextlib.closing(build_service(settings)) as service, calling(service) as client:
+        yield client
 
 
 Told = tuple[bytes, str | None]
