@@ -25,8 +25,7 @@ metadata.warning is there, tell the user what it says. Give output_path as the r
 is never changed."""
 
 
-def restyle(image_path: str, style: str) -> str:
-    """Give a picture another style and keep what it shows."""
+def _restyle(image_path: str, style: str) -> str:
     return (
         f"Call edit_image with image_path {image_path!r} and the prompt "
         f'"turn it into {style}". '
@@ -34,8 +33,7 @@ def restyle(image_path: str, style: str) -> str:
     )
 
 
-def replace_background(image_path: str, background: str) -> str:
-    """Put the subject of a picture in front of something else."""
+def _replace_background(image_path: str, background: str) -> str:
     return (
         f"Look at {image_path!r} with view_image and find the subject. Then call edit_image on it "
         f'with a prompt such as "replace the background with {background}, keep the <subject> '
@@ -44,8 +42,7 @@ def replace_background(image_path: str, background: str) -> str:
     )
 
 
-def fix_colours(image_path: str, problem: str = "not said") -> str:
-    """Repair light and colours of a picture."""
+def _fix_colours(image_path: str, problem: str = "not said") -> str:
     return (
         f"Look at {image_path!r} with view_image; the user's complaint about its colours: "
         f"{problem}. Choose one concrete instruction that repairs it, for example "
@@ -95,14 +92,25 @@ SUGGESTIONS: Final[Mapping[tuple[str, str], tuple[str, ...]]] = {
 def prompts() -> list[Prompt]:
     """The prompts, in a fixed order."""
     return [
-        _prompt(restyle, "Change the style"),
-        _prompt(replace_background, "Replace the background"),
-        _prompt(fix_colours, "Fix the colours"),
+        _prompt(
+            _restyle,
+            "Change the style",
+            "Give a picture another style and keep what it shows.",
+        ),
+        _prompt(
+            _replace_background,
+            "Replace the background",
+            "Put the subject of a picture in front of something else.",
+        ),
+        _prompt(_fix_colours, "Fix the colours", "Repair light and colours of a picture."),
     ]
 
 
-def _prompt(function: Callable[..., str], title: str) -> Prompt:
-    prompt = Prompt.from_function(function, title=title)
+def _prompt(function: Callable[..., str], title: str, description: str) -> Prompt:
+    """A prompt of a function; fastmcp would load a parser of docstrings to read its description."""
+    prompt = Prompt.from_function(
+        function, name=function.__name__.lstrip("_"), title=title, description=description
+    )
     described = [
         PromptArgument(
             name=argument.name,
