@@ -1,6 +1,9 @@
 """MCP over stdio: `python3 mcp_server.py`. Every byte on stdout is protocol, from the first on."""
 
+import gc
 import os
+
+gc.disable()  # imports leave no garbage; `serve` enables it again
 
 # Whatever is printed from here on must not reach the client.
 _wire = os.dup(1)
@@ -30,4 +33,5 @@ if __name__ == "__main__":
 else:  # `fastmcp run mcp_server.py` and the like look for the server by this name
     sys.stdout.flush()
     os.dup2(_wire, 1)
+    gc.enable()
     mcp = build_mcp(build_service(start()))

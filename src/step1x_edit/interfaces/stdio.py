@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -161,6 +162,8 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
 
     The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.
     """
+    gc.freeze()  # what has been imported lives to the end, so no collection needs to visit it
+    gc.enable()
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()  # gets the exit code
     hear_signals(told)  # on Windows clients close stdin instead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def mcp(
         return
     wire = os.dup(1)  # whatever is printed from here on must not reach the client
     os.dup2(2, 1)
+    gc.disable()  # imports leave no garbage; `serve` enables it again
     from step1x_edit.interfaces.stdio import serve
 
     serve(wire, standalone=standalone)
