@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from multiprocessing.connection import Connection
-from typing import Any, Final, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from step1x_edit.schemas import Location, Precision
 
+if TYPE_CHECKING:  # a server is there before the first picture is
+    import numpy as np
+    import numpy.typing as npt
+
 GIB: Final = 1024**3
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
 
 
 # --- to the worker -------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ class Channel:
         with self._sending:
             self._connection.send_bytes(json.dumps(header).encode())
             for picture in pictures.values():
-                self._connection.send_bytes(np.ascontiguousarray(picture).reshape(-1).data)
+                self._connection.send_bytes(_bytes_of(picture))
 
     def receive(self) -> Request | Report:
         """Wait for a message; raises EOFError or OSError when the other end is gone."""
@@ -301,8 +302,7 @@ class Channel:
         if "phase" in fields:
             fields["phase"] = Phase(fields["phase"])
         for name, shape in header["shapes"].items():
-            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8)
-            fields[name] = pixels.reshape(shape)
+            fields[name] = _pixels_of(self._connection.recv_bytes(), shape)
         message: Any = _KINDS[header["kind"]](**fields)
         if "residence" not in header:
             return message  # type: ignore[no-any-return]
@@ -320,3 +320,15 @@ class Channel:
     def close(self) -> None:
         """Let go of this end; the other one sees the end of the stream."""
         self._connection.close()
+
+
+def _bytes_of(picture: Pixels) -> memoryview:
+    import numpy as np
+
+    return np.ascontiguousarray(picture).reshape(-1).data
+
+
+def _pixels_of(data: bytes, shape: Sequence[int]) -> Pixels:
+    import numpy as np
+
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
-from step1x_edit import images
 from step1x_edit.channel import (
     GIB,
     EditJob,
@@ -51,7 +50,6 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.files import FileAccess, FileIdentity, Output
-from step1x_edit.images import Limits, Picture, Pixels
 from step1x_edit.machine import Survey, look
 from step1x_edit.memory_plan import spared
 from step1x_edit.model.config import DEMO, REASONING, V1_1
@@ -90,6 +88,9 @@ from step1x_edit.schemas import (
 )
 from step1x_edit.settings import Settings
 from step1x_edit.worker_process import WorkerProcess
+
+if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
+    from step1x_edit.images import Limits, Picture, Pixels
 
 T = TypeVar("T")
 _Request = TypeVar(
@@ -171,12 +172,17 @@ class EditService:
         self._engine = engine
         self._files = files
         self._settings = settings
-        self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
         self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
         self._looking: asyncio.Future[Survey] | None = None
         self._seen: tuple[float, Survey] | None = None
+
+    @cached_property
+    def _limits(self) -> Limits:
+        from step1x_edit.images import Limits
+
+        return Limits(self._settings.max_bytes, self._settings.max_pixels)
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -332,6 +338,8 @@ class EditService:
         """A small JPEG of a picture in the allowed folders."""
 
         def show() -> bytes:
+            from step1x_edit import images
+
             file = self._files.read(request.path)
             return images.preview(images.decode(file.data, self._limits), request.max_size)
 
@@ -368,6 +376,8 @@ class EditService:
         Nothing is run and no worker is started; about a model that has not been loaded a process
         of its own finds out. Raises what such a picture or the checkpoint would be told.
         """
+        from step1x_edit import images
+
         width, height = size or (request.size_level, request.size_level)
         images.check_size(width, height, self._limits)
         status, note = self._engine.status(), None
@@ -508,6 +518,8 @@ class EditService:
             record = _record(request, seed, result, source)
 
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
+                from step1x_edit import images
+
                 picture, share = _restored(result.outcome.image, source)
                 data = images.encode(picture, suffix, record)
                 return picture, share, data, _rounds(result.outcome, source)
@@ -583,6 +595,8 @@ class EditService:
         return self._decode(file.data, None if mask is None else mask.data, output.suffix), output
 
     def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:
+        from step1x_edit import images
+
         picture = images.decode(data, self._limits)
         images.check_encodable(picture, suffix)
         if mask is None:
@@ -648,8 +662,10 @@ async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T
 
 def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
     """The edited picture as its source was, and the share that changed if there was a mask."""
+    from step1x_edit import images
+
     if source is None:
-        return Picture(edited), None
+        return images.Picture(edited), None
     picture = images.restore(edited, source.picture)
     if source.mask is None:
         return picture, None
@@ -659,10 +675,12 @@ def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | 
 
 def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
     """What each round has painted, as it is shown: without what a mask or alpha would hide."""
+    from step1x_edit import images
+
     profile = None if source is None else source.picture.icc_profile
     return tuple(
         images.preview(
-            Picture(pixels, icc_profile=profile),
+            images.Picture(pixels, icc_profile=profile),
             max_base64_bytes=images.ROUND_BASE64_BYTES,
         )
         for pixels in (() if outcome.rounds is None else outcome.rounds)

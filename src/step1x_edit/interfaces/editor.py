@@ -131,19 +131,19 @@ def opened_editor(
     settings: Settings, url: str | None, api_key: str | None, standalone: bool
 ) -> Iterator[Editor]:
     """Who edits: the server at `url`, or one that runs on this machine, or this process."""
-    from step1x_edit.images import Limits
-    from step1x_edit.interfaces.remote import RemoteServer
-
     if standalone and url is not None:
         raise InvalidParameterError("--standalone and --url exclude each other")
-    limits = Limits(settings.max_bytes, settings.max_pixels)
+    key = None if settings.api_key is None else settings.api_key.get_secret_value()
+    token = api_key or key
+    if url is None and not standalone:
+        found = asyncio.run(find_server(settings.data_dir))
+        if found is not None:
+            url, token = found.url, found.token
     if url is not None:
-        key = None if settings.api_key is None else settings.api_key.get_secret_value()
-        server: RemoteServer | None = RemoteServer(url, api_key or key, limits)
-    else:
-        found = None if standalone else asyncio.run(find_server(settings.data_dir))
-        server = None if found is None else RemoteServer(found.url, found.token, limits)
-    if server is not None:
+        from step1x_edit.images import Limits
+        from step1x_edit.interfaces.remote import RemoteServer
+
+        server = RemoteServer(url, token, Limits(settings.max_bytes, settings.max_pixels))
         asyncio.run(server.check())
         yield server
         return

@@ -16,8 +16,9 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import mcp_types
 from fastmcp import Context, FastMCP
@@ -42,7 +43,6 @@ from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.engine import HEARTBEAT_S
 from step1x_edit.errors import InternalError, InvalidParameterError, Step1XEditError
-from step1x_edit.images import OUTPUT_FORMATS, preview
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.interfaces.handles import Handles, Pursuit
@@ -322,7 +322,7 @@ class _Operation(Tool):
             name=operation.__name__,
             title=title,
             description=_DESCRIPTIONS[operation.__name__],
-            parameters=_with_defaults(request.model_json_schema(), defaults or {}),
+            parameters=_with_defaults(_schema_of(request), defaults or {}),
             output_schema=_answer_schema(answers) if answers else None,
             annotations=annotations.model_copy(update={"title": title}),
             meta=meta,
@@ -379,6 +379,16 @@ def _told(error: Exception) -> Step1XEditError:
 # --- schemas -------------------------------------------------------------------------------------
 
 
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a model, for the caller to change; several tools share their models."""
+    return cast("dict[str, Any]", json.loads(_schema_text(model)))
+
+
+@cache
+def _schema_text(model: type[BaseModel]) -> str:
+    return json.dumps(model.model_json_schema())
+
+
 def _with_defaults(schema: dict[str, Any], defaults: Mapping[str, object]) -> dict[str, Any]:
     for name, default in defaults.items():
         if name in schema["properties"]:
@@ -389,7 +399,7 @@ def _with_defaults(schema: dict[str, Any], defaults: Mapping[str, object]) -> di
 def _answer_schema(answers: Sequence[type[BaseModel]]) -> dict[str, Any]:
     """What a tool answers, so that each of its answers, failure and later fields conform."""
     told: list[type[BaseModel]] = [*answers, ErrorAnswer]
-    schemas = [answer.model_json_schema() for answer in told]
+    schemas = [_schema_of(answer) for answer in told]
     schema, stati = schemas[0], list[str]()
     properties: dict[str, Any] = {"status": {}}
     for one in schemas:
@@ -452,6 +462,8 @@ def _shown(
 
 
 def _link(answer: EditAnswer, description: str) -> ResourceLink:
+    from step1x_edit.images import OUTPUT_FORMATS
+
     path = Path(answer.output_path)
     return ResourceLink(
         type="resource_link",
@@ -482,6 +494,8 @@ class _Editing(Pursuit[ToolResult]):
 
     def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
         async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
+            from step1x_edit.images import preview
+
             if isinstance(request, GenerateRequest):
                 made = await service.generate(request, report)
                 shown = _jpeg(await asyncio.to_thread(preview, made.picture))

@@ -15,14 +15,25 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+)
 
 from step1x_edit.model.config import ReasoningConfig
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
 
 T = TypeVar("T")
 Event = TypeVar("Event")
