@@ -462,8 +462,9 @@ def test_a_reply_without_one_json_object_is_not_read(reply: str) -> None:
 @pytest.mark.parametrize(
     "block",
     [
-        {},
         {"raw_score": None},
+        {"raw_score": ""},
+        {"raw_score": [8]},
         {"raw_score": "nan"},
         {"raw_score": float("inf")},
         {"raw_score": 10**400},
@@ -474,6 +475,32 @@ def test_a_reply_without_one_json_object_is_not_read(reply: str) -> None:
 )
 def test_a_score_that_is_no_number_is_not_read(block: dict[str, object]) -> None:
     assert cap_score({"meets_instruction": "yes", **block}) is None
+
+
+@pytest.mark.parametrize(
+    ("block", "caps"),
+    [
+        ({}, (8.99,)),
+        ({"meets_instruction": "yes"}, ()),
+        ({"meets_instruction": "no", "omissions": 1}, (2.0, 7.0, 8.99)),
+    ],
+)
+def test_a_missing_raw_score_counts_as_zero(
+    block: dict[str, object], caps: tuple[float, ...]
+) -> None:
+    consistency = cap_score(block)
+
+    assert consistency is not None
+    assert (consistency.score, consistency.raw_score, consistency.caps) == (0.0, 0.0, caps)
+
+
+def test_a_reply_without_a_raw_score_is_not_asked_for_again() -> None:
+    model = Scripted(score="{}", reflect=[FAILED, SUCCESS])
+
+    _, result = run(model, Painter())
+
+    assert model.names().count("score") == len(result.rounds) == 2
+    assert "- Score: 0.0\n" in model.question("reflect").text
 
 
 @pytest.mark.parametrize(

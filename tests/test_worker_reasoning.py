@@ -216,7 +216,9 @@ def test_a_prompt_that_is_not_read_to_its_end_is_warned_about(folder: Path) -> N
 GOOD_SCORE = '{"meets_instruction": "yes", "raw_score": 9, "reason": "fits"}'
 
 
-def scripted(verdicts: Sequence[str], marks: Sequence[int]) -> tuple[list[tuple[int, ...]], Say]:
+def scripted(
+    verdicts: Sequence[str], marks: Sequence[int], score: str = GOOD_SCORE
+) -> tuple[list[tuple[int, ...]], Say]:
     """Replies by the kind of question; keeps the shapes of the pictures that were shown."""
     asked: list[tuple[int, ...]] = []
     left, rated = list(verdicts), [mark for mark in marks for _ in range(2)]
@@ -226,7 +228,7 @@ def scripted(verdicts: Sequence[str], marks: Sequence[int]) -> tuple[list[tuple[
         for tokens in range(1, 18):
             yield Said(tokens, 128)
         if prompt.is_text_first:
-            return GOOD_SCORE
+            return score
         if "professional digital artist" in prompt.text:
             return json.dumps({"score": [rated.pop(0), 10], "reasoning": ""})
         if "<#Success>" in prompt.text:
@@ -306,6 +308,25 @@ def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> N
     assert np.array_equal(outcome.image, pictures[2])
     assert outcome.reasoning["best"] == 3
     assert [each["value"] for each in outcome.reasoning["rounds"]] == [None] * 3
+
+
+def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
+    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+        yield Outcome(a_picture())
+
+    verdicts = ["<#Think> bad <#Failed>", "<#Think> good <#Success>"]
+    _, say = scripted(verdicts, marks=[5, 8], score='{"reason": "cut short"}')
+    job = dataclasses.replace(JOB, reflection=True)
+    config = V1_2.reasoning
+    assert config is not None
+
+    *_, outcome = reasoned_edit(job, EditRequest(job.image, job.prompt), config, edit, say)
+
+    assert isinstance(outcome, Outcome)
+    assert outcome.reasoning is not None
+    rounds = outcome.reasoning["rounds"]
+    assert [(each["score"], each["reason"]) for each in rounds] == [(0.0, "cut short")] * 2
+    assert [each["verdict"] for each in rounds] == verdicts
 
 
 # --- in a process of its own ----------------------------------------------------------------------

@@ -338,7 +338,7 @@ def read_verdict(text: str) -> Verdict:
 
 
 def parse_consistency(reply: str) -> Consistency | None:
-    """The score in a reply; None if there is none."""
+    """The score in a reply; None if it holds no JSON object that can be scored."""
     block = parse_json_block(reply)
     return None if block is None else cap_score(block)
 
@@ -354,14 +354,17 @@ def parse_json_block(reply: str) -> dict[str, Any] | None:
 
 
 def cap_score(block: Mapping[str, Any]) -> Consistency | None:
-    """The score that the counted mistakes allow; None if what should be a number is none."""
+    """The score that the counted mistakes allow; None if a value is there and is not a number.
+
+    A missing raw score counts as 0, as in the reference.
+    """
     try:
         major, minor, hallucinations, omissions = (
             int(block.get(name) or 0)
             for name in ("major_conflicts", "minor_conflicts", "hallucinations", "omissions")
         )
-        raw_score = float(block["raw_score"])
-    except (KeyError, TypeError, ValueError, OverflowError):
+        raw_score = float(block.get("raw_score", 0.0))
+    except (TypeError, ValueError, OverflowError):
         return None
     if not math.isfinite(raw_score):
         return None
