@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from step1x_edit.model.flow import guide, schedule
-from step1x_edit.model.latents import image_position_ids
+from step1x_edit.model.latents import image_position_ids, unpack
 from step1x_edit.model.pipeline import (
     PLANS,
     VAE_TILE,
@@ -63,7 +63,8 @@ def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipel
     _, first, second, last, *_ = pipeline.edit(shown)
 
     with torch.inference_mode():
-        encoded = pipeline.encode(REQUEST)
+        encoded = pipeline.encode(shown)
+        assert encoded.sketch is not None
         start = pipeline.start(encoded, REQUEST.seed)
         states = [start, *pipeline.denoise(encoded, start, REQUEST)]
         t = schedule(3, encoded.rows * encoded.columns)
@@ -72,8 +73,9 @@ def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipel
             assert event.preview is not None
             here, there = states[k].latents, states[k + 1].latents
             ahead = there - t[k + 1] * (there - here) / (t[k + 1] - t[k])
-            expected = pipeline.decode(ahead, encoded).astype(int)
-            assert np.abs(event.preview - expected).max() <= 1
+            latents = unpack(ahead, encoded.rows, encoded.columns)
+            expected = (encoded.sketch(latents, 48, 64)[0].clamp(-1, 1) + 1) * 127.5
+            assert np.abs(event.preview - expected.permute(1, 2, 0).numpy()).max() <= 1
     assert isinstance(last, Progress)
     assert last.preview is None
 
@@ -84,6 +86,26 @@ def test_previews_do_not_change_the_picture(pipeline: EditPipeline) -> None:
     assert picture(pipeline, shown).tobytes() == picture(pipeline, REQUEST).tobytes()
 
 
+def test_no_preview_runs_the_decoder(pipeline: EditPipeline) -> None:
+    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
+
+    with counted(pipeline.vae.decoder) as decoded, counted(pipeline.vae.encoder) as encoded:
+        for _ in range(2):
+            previews = [
+                event.preview is not None
+                for event in pipeline.edit(shown)
+                if isinstance(event, Progress) and event.phase == "denoising"
+            ]
+
+    assert previews == [True, True, False]
+    assert len(decoded) == 2
+    assert 2 <= len(encoded) <= 3  # and the chart, if no edit had previews before
+
+
+def test_an_edit_without_previews_prepares_none(pipeline: EditPipeline) -> None:
+    assert pipeline.encode(REQUEST).sketch is None
+
+
 @pytest.mark.parametrize("second", PLANS)
 def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
     pipeline: EditPipeline, second: Plan
@@ -92,9 +114,15 @@ def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
     _, _, expected, *_ = pipeline.edit(shown)
     assert isinstance(expected, Progress)
     assert expected.preview is not None
-    run = EditRun(shown)
-    with broken(pipeline.vae.decoder, 0), pytest.raises(BrokenError):
+    with torch.inference_mode():
+        encoded = pipeline.encode(shown)
+    assert encoded.sketch is not None
+    # Weights that fit no latents, as if memory ran out between the step and its preview.
+    unfit = dataclasses.replace(encoded.sketch, weight=torch.zeros(192, 1, 3, 3))
+    run = EditRun(shown, dataclasses.replace(encoded, sketch=unfit))
+    with pytest.raises(RuntimeError, match="channels"):
         advance(pipeline, run, PLANS[0])
+    run.encoded = encoded
 
     progress, image = advance(pipeline, run, second)
 
@@ -215,6 +243,17 @@ def broken(module: torch.nn.Module, after: int) -> Iterator[None]:
     hook = module.register_forward_pre_hook(fail)
     try:
         yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def counted(module: torch.nn.Module) -> Iterator[list[object]]:
+    """The calls of a network."""
+    calls: list[object] = []
+    hook = module.register_forward_pre_hook(lambda *call: calls.append(call))
+    try:
+        yield calls
     finally:
         hook.remove()
 

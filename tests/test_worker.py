@@ -251,22 +251,6 @@ def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -
     )
 
 
-def test_a_cancel_stops_in_the_middle_of_a_preview(folder: Path) -> None:
-    decoding = Faults()
-    worker = with_faults(folder, "decoding", decoding)
-
-    def check() -> None:
-        if decoding.calls:
-            raise EditCancelledError()
-
-    events = worker.edit(dataclasses.replace(job(), previews=1), check)
-    assert isinstance(encoding := next(events), Progress)
-
-    with pytest.raises(EditCancelledError):
-        next(events)
-    assert encoding.text == "encoding"
-
-
 # --- memory runs out -----------------------------------------------------------------------------
 
 
@@ -315,19 +299,6 @@ def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
     assert isinstance(events[-1], Outcome)
     usual = outcome_of(a_worker(folder), job()).image.astype(int)
     assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
-
-
-def test_memory_that_runs_out_in_a_preview_costs_one_retry_and_no_step_twice(folder: Path) -> None:
-    faults = Faults(1)
-    worker = with_faults(folder, "decoding", faults)
-
-    events = list(worker.edit(dataclasses.replace(job(), previews=1), go_on))
-
-    steps = [event for event in events if isinstance(event, Progress) and event.total == 2]
-    assert [event.step for event in steps] == [1, 2]
-    assert steps[0].preview is not None
-    assert faults.calls == 3  # the preview twice, the picture once
-    assert isinstance(events[-1], Outcome)
 
 
 @pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])

@@ -39,6 +39,7 @@ from step1x_edit.model.latents import (
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
+from step1x_edit.model.sketch import Pairs, Sketch, chart
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
@@ -140,6 +141,8 @@ class Encoded:
     columns: int
     cut: tuple[str, ...] = ()
     """As in `Edited`."""
+    sketch: Sketch | None = None
+    """How previews are made, if there are to be any."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class EditPipeline:
         self.recogniser = recogniser
         self.savings = savings
         self._tables = RecentTables()
+        self._chart: Pairs | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -260,10 +264,10 @@ class EditPipeline:
         if run.state is None:
             run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_told:  # it was its preview that failed
-            yield self._tell(run, run.state, run.encoded, plan)
+            yield self._tell(run, run.state, run.encoded)
         for state in self.denoise(run.encoded, run.state, request, plan):
             run.state = state
-            yield self._tell(run, state, run.encoded, plan)
+            yield self._tell(run, state, run.encoded)
         yield Progress("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
         yield Edited(image, label, run.encoded.cut)
@@ -293,13 +297,14 @@ class EditPipeline:
                     _as_tensor(request.image).float(), size[::-1], mode="bilinear", antialias=True
                 )
         with self._tiles(plan):
-            reference = pack(self._encode_latents(pixels))
+            latents = self._encode_latents(pixels)
         return Encoded(
-            reference=reference,
+            reference=pack(latents),
             branches=self._read(self._prompts(request), image),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
             cut=self._cut(request, image),
+            sketch=self._sketch(request, (latents, pixels)),
         )
 
     def _encode_words(self, request: EditRequest) -> Encoded:
@@ -316,7 +321,16 @@ class EditPipeline:
             rows=request.height // multiple,
             columns=request.width // multiple,
             cut=self._cut(request, black),
+            sketch=self._sketch(request),
         )
+
+    def _sketch(self, request: EditRequest, *pictures: tuple[Tensor, Tensor]) -> Sketch | None:
+        """The layer for previews, if any are wanted, from pictures as latents and as pixels."""
+        if not request.preview_steps:
+            return None
+        if self._chart is None:
+            self._chart = Pairs.of(self._encode_latents(chart()), chart())
+        return sum((Pairs.of(*picture) for picture in pictures), self._chart).fit()
 
     def _prompts(self, request: EditRequest) -> list[str]:
         """The prompt and, where there is guidance, the negative prompt."""
@@ -386,16 +400,18 @@ class EditPipeline:
         z = latents / self.config.latent_scale + self.config.latent_shift
         with self._tiles(plan):
             decoded = self.vae.decode(z.to(self.vae.device, self.vae.dtype))[0]  # (3, H, W)
-        _check_finite(decoded)
-        pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
-        image: Pixels = pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-        return image
+        return _as_pixels(decoded)
 
-    def _tell(self, run: EditRun, state: DenoiseState, encoded: Encoded, plan: Plan) -> Progress:
+    def _tell(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Progress:
         """The report of a step that is done, with its preview if there is to be one."""
         preview = None
-        if state.predicted is not None and state.step in run.request.preview_steps:
-            preview = self.decode(state.predicted, encoded, plan)
+        is_shown = state.step in run.request.preview_steps
+        if is_shown and state.predicted is not None and encoded.sketch is not None:
+            latents = unpack(state.predicted, encoded.rows, encoded.columns)
+            height, width = (
+                side * self.config.size_multiple for side in (encoded.rows, encoded.columns)
+            )
+            preview = _as_pixels(encoded.sketch(latents, height, width)[0])
         run.steps_told = state.step
         return Progress("denoising", state.step, run.request.num_steps, preview)
 
@@ -502,6 +518,14 @@ def _branch_v1_2(encoding: PromptEncodingV12) -> Branch:
 def _as_tensor(image: Pixels) -> Tensor:
     """Pixels (H, W, 3) as (1, 3, H, W)."""
     return torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
+
+
+def _as_pixels(numbers: Tensor) -> Pixels:
+    """A picture (3, H, W), about -1 to 1, as pixels (H, W, 3)."""
+    _check_finite(numbers)
+    pixels = (numbers.float().clamp(-1, 1) + 1) * 127.5
+    image: Pixels = pixels.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    return image
 
 
 def _check_finite(numbers: Tensor) -> None:
