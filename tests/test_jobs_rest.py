@@ -24,6 +24,7 @@ from http_server import calling, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
 from step1x_edit.images import read_edit_record
+from step1x_edit.interfaces.idempotency import Runs
 from step1x_edit.interfaces.jobs_rest import job_routes
 from step1x_edit.jobs import DATABASE_NAME, JobStore
 from step1x_edit.schemas import JobAnswer, JobsAnswer
@@ -221,6 +222,32 @@ def test_a_form_that_is_refused_says_why_and_leaves_nothing(
         assert left == set()
 
 
+def test_a_job_that_is_asked_for_again_with_the_same_key_is_accepted_once(
+    make_service: MakeService, photo: Path
+) -> None:
+    key = {"Idempotency-Key": "one"}
+    with calling(make_service(FakeWorker(can_generate=True))) as client:
+
+        def ask(prompt: str) -> httpx2.Response:
+            file = {"file": photo.read_bytes()}
+            return client.post("/v1/jobs", files=file, data={"prompt": prompt}, headers=key)
+
+        first, again, other = ask("x"), ask("x"), ask("y")
+        words = [client.post("/v1/jobs", json={"prompt": "x"}, headers=key) for _ in range(2)]
+        listed = client.get("/v1/jobs").json()
+
+    assert [first.status_code, again.status_code] == [202, 202]
+    assert again.json()["id"] == first.json()["id"]
+    assert again.headers["location"] == first.headers["location"]
+    assert [answer.headers.get("idempotent-replayed") for answer in (first, again)] == [
+        None,
+        "true",
+    ]
+    assert (other.status_code, other.json()["code"]) == (409, "idempotency_key")
+    assert [answer.status_code for answer in words] == [409, 409]  # the key belongs to the form
+    assert [job["id"] for job in listed["data"]] == [first.json()["id"]]
+
+
 def test_a_full_queue_says_when_to_come_back(make_service: MakeService, photo: Path) -> None:
     gate = Gate()
     with calling(make_service(FakeWorker(before_step=gate)), max_queue=1) as client:
@@ -312,7 +339,7 @@ async def test_silence_is_filled_with_comments(
     async with JobStore(tmp_path / "data") as store:
         job = await store.create(photo.read_bytes(), {"prompt": "x"})
         closing = asyncio.Event()
-        routes = job_routes(make_service(), store, closing, keep_alive_s=0.001).routes
+        routes = job_routes(make_service(), store, Runs(), closing, keep_alive_s=0.001).routes
         (events,) = [route for route in routes if route.name == "events"]  # type: ignore
         scope = {"type": "http", "headers": [], "path_params": {"job_id": job.id}}
         answer = await events.endpoint(Request(scope))  # type: ignore

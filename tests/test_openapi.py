@@ -59,6 +59,35 @@ def test_every_operation_is_described_with_examples_and_errors(
             assert is_of_openai or str(told["status"]) == status
 
 
+def references_in(value: Any) -> list[str]:
+    """Each `$ref` anywhere in a document."""
+    if isinstance(value, list):
+        return [found for each in value for found in references_in(each)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+    return own + [found for each in value.values() for found in references_in(each)]
+
+
+def test_every_reference_leads_to_a_schema() -> None:
+    found = set(references_in(DESCRIBED))
+
+    assert "#/components/schemas/WrongField" in found
+    for reference in found:
+        target: Any = DESCRIBED
+        for name in reference.removeprefix("#/").split("/"):
+            target = target[name]
+        assert "type" in target
+
+
+def test_the_first_kind_of_an_answer_is_the_default() -> None:
+    answer = DESCRIBED["paths"]["/api/edit"]["post"]["responses"]["200"]
+
+    first, *_, last = answer["content"]
+    assert (first, last) == ("image/png", "application/json")
+    assert answer["content"][last]["schema"] == {"$ref": "#/components/schemas/PictureAnswer"}
+
+
 @pytest.mark.parametrize("path", ["/api/edit", "/v1/jobs"])
 def test_the_form_is_that_of_the_schema(path: str) -> None:
     body = DESCRIBED["paths"][path]["post"]["requestBody"]

@@ -158,8 +158,9 @@ def test_no_text_of_the_caller_lands_in_a_header(
         ("image/webp", "image/webp"),
         ("image/jpeg;q=0.5, image/webp;q=0.8", "image/webp"),
         ("text/html, image/bmp;q=0.1, */*;q=0.05", "image/bmp"),
-        ("text/html", "image/png"),
+        ("image/heic, image/*;q=0.5", "image/png"),
         ("application/json;q=0, */*", "image/png"),
+        ("", "image/png"),
         (";q=x,,;", "image/png"),
     ],
 )
@@ -173,6 +174,30 @@ def test_the_caller_chooses_the_format(
 
     assert answer.headers["content-type"] == kind
     assert Image.open(io.BytesIO(answer.content)).get_format_mimetype() == kind
+
+
+@pytest.mark.parametrize("accept", ["image/heic", "text/html", "image/png;q=0", "image/jpg"])
+def test_a_kind_that_cannot_be_made_is_refused(
+    make_service: MakeService, photo: Path, accept: str
+) -> None:
+    worker = FakeWorker()
+    with calling(make_service(worker)) as client:
+        answer = client.post(
+            "/api/edit", files=files(photo), data={"prompt": "x"}, headers={"Accept": accept}
+        )
+
+    assert (answer.status_code, answer.json()["code"]) == (406, "not_acceptable")
+    kinds = "image/png, image/jpeg, image/webp, image/avif, image/tiff, image/bmp, application/json"
+    assert answer.json()["detail"] == f"Accept must name one of {kinds}."
+    assert worker.started == []
+
+
+def test_a_caller_that_takes_any_json_gets_json(make_service: MakeService, photo: Path) -> None:
+    accept = {"Accept": "text/plain, application/*;q=0.9"}
+    with calling(make_service()) as client:
+        answer = client.post("/api/edit", files=files(photo), data={"prompt": "x"}, headers=accept)
+
+    assert answer.json()["media_type"] == "image/png"
 
 
 def test_the_answer_of_the_tools_is_there_as_json_with_the_picture(

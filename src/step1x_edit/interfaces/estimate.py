@@ -28,11 +28,11 @@ from step1x_edit.service import EditService
 ESTIMATE_PATH: Final = f"{EDITS_PATH}/estimate"
 
 _DESCRIPTION: Final = """\
-Takes the fields of an edit without the picture, as a form or as JSON, and answers without running \
-anything: the working size, the steps, the memory and, once such an edit has been made, the time. \
-`width` and `height` are those of the picture; without them it is taken for a square. What nobody \
-knows is null. About a model that is not loaded a process of its own finds out, which takes some \
-seconds now and then."""
+Takes the fields of an edit without the picture, as JSON or as a form with the same fields, and \
+answers without running anything: the working size, the steps, the memory and, once such an edit \
+has been made, the time. `width` and `height` are those of the picture; without them a square is \
+assumed. What is not known is null. If the model is not loaded, a separate process inspects the \
+checkpoint; this can take a few seconds."""
 
 _EXAMPLE: Final = EstimateAnswer(
     width=1248,
@@ -79,7 +79,7 @@ def estimate_routes(service: EditService) -> APIRouter:
             ),
             **problems.described_status(415, path=ESTIMATE_PATH),
         },
-        openapi_extra={"requestBody": {"required": True, "content": _bodies(service.defaults)}},
+        openapi_extra={"requestBody": {"required": True, "content": _body(service.defaults)}},
     )
     async def estimate(request: Request) -> Response:
         fields = await read_estimate(request)
@@ -98,8 +98,8 @@ def estimate_routes(service: EditService) -> APIRouter:
     return router
 
 
-def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
-    """The form and the JSON, as OpenAPI describes them."""
+def _body(defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The JSON, as OpenAPI describes it; a form with the same fields has nothing to add."""
     sides = PictureSize.model_json_schema()["properties"]
     schema = {
         **ImageEditRequest.model_json_schema(),
@@ -112,4 +112,4 @@ def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:
         "dependentRequired": {"width": ["height"], "height": ["width"]},
         "example": {"prompt": "change to night scene", "width": 1536, "height": 1024},
     }
-    return {kind: {"schema": schema} for kind in ("multipart/form-data", "application/json")}
+    return {"application/json": {"schema": schema}}

@@ -26,6 +26,16 @@ from step1x_edit.errors import (
     ShuttingDownError,
 )
 from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.idempotency import (
+    KEY_PARAMETER,
+    REPLAYED,
+    Runs,
+    Tell,
+    Work,
+    digest_of,
+    identity_of,
+    may_be_known,
+)
 from step1x_edit.interfaces.rest import (
     METADATA,
     form_body,
@@ -55,6 +65,7 @@ from step1x_edit.service import EditService, with_seed
 JOBS_PATH: Final = "/v1/jobs"
 
 _LAST_EVENT_ID: Final = "Last-Event-ID"
+_JOB_BYTES: Final = 8 * 1024  # of a job in memory, without its picture
 
 # What the description shows.
 _ID: Final = "0000000000078f14e45fceea167a5a36dedd4bea2543"
@@ -105,7 +116,7 @@ _JOB_ID: Final = {
     "schema": {"type": "string"},
     "example": _ID,
 }
-_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template="#/components/schemas/{model}")
+_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template=problems.SCHEMA_REFERENCE)
 del _EVENT_DATA["$defs"]  # they are those of JobAnswer, which is described anyway
 _EVENT_SCHEMA: Final = {
     "type": "object",
@@ -180,11 +191,13 @@ async def accept_generation(
 def job_routes(
     service: EditService,
     store: JobStore,
+    runs: Runs,
     closing: asyncio.Event,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> APIRouter:
     """The routes under /v1/jobs, to be called while the store is open.
 
+    A job that is created again with the same `Idempotency-Key` is one of `runs`.
     Who listens to events is let go when `closing` is set, and may come back to the next server.
     """
     router = APIRouter(prefix=JOBS_PATH, tags=["Stored jobs"])
@@ -215,23 +228,24 @@ def job_routes(
                 "unsupported_image",
                 "invalid_parameter",
                 "corrupt_image",
+                "idempotency_key",
                 "internal",
                 "queue_full",
                 "shutting_down",
                 "no_space",
             ),
         },
-        openapi_extra={"requestBody": _bodies(service.defaults)},
+        openapi_extra={"requestBody": _bodies(service.defaults), "parameters": [KEY_PARAMETER]},
     )
     async def create(request: Request) -> Response:
-        await store.check_room()  # before the upload is read
-        if is_json(request):
-            job = await accept_generation(service, store, await read_json(request))
-        else:
-            form = await read_form(request)
-            job = await accept_job(service, store, form.picture, form.fields, form.mask)
-        location = {"Location": f"{JOBS_PATH}/{job.id}"}
-        return JSONResponse(_answer(job).to_dict(), 202, location)
+        if not may_be_known(request):
+            await store.check_room()  # before the upload is read
+        digest, accept = await _asked(request, service, store)
+        run, was_there = runs.find(identity_of(request, digest), accept, lambda _: _JOB_BYTES)
+        with run.heard():
+            job = await run.result()
+        headers = {"Location": f"{JOBS_PATH}/{job.id}", **(REPLAYED if was_there else {})}
+        return JSONResponse(_answer(job).to_dict(), 202, headers)
 
     @router.get(
         "",
@@ -366,6 +380,22 @@ def job_routes(
         return Response(status_code=204)
 
     return router
+
+
+async def _asked(
+    request: Request, service: EditService, store: JobStore
+) -> tuple[str, Work[object, Job]]:
+    """The digest of what a request asks for, and the work that accepts it."""
+    if is_json(request):
+        values = await read_json(request)
+        parts = [(name, json.dumps(value).encode()) for name, value in values.items()]
+        return digest_of(parts), lambda _: accept_generation(service, store, values)
+    form = await read_form(request)
+
+    async def accept(_: Tell[object]) -> Job:
+        return await accept_job(service, store, form.picture, form.fields, form.mask)
+
+    return digest_of(form.parts()), accept
 
 
 def _bodies(defaults: Mapping[str, object]) -> dict[str, Any]:

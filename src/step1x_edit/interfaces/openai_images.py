@@ -63,7 +63,9 @@ from step1x_edit.schemas import (
     GeneratePictureRequest,
     ImageEditRequest,
     ImageGenerationRequest,
+    OpenAIRequest,
     PictureRequest,
+    parameters_of,
 )
 from step1x_edit.service import EditedPicture, EditService, with_seed
 from step1x_edit.settings import Settings
@@ -83,6 +85,7 @@ _MOST_LINKED: Final = 1000
 _UNTIL_HEARD_S: Final = 1.0  # between the head of a stream and the first who listens to it
 _COME_BACK_S: Final = 1.0  # when the line is full in the middle of several pictures
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
+_FORMATS: Final = parameters_of(OpenAIRequest)["output_format"].choices
 _NOTHING_COUNTED: Final = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -722,12 +725,13 @@ def image_routes(
         "many are made, and end with the server.",
         responses={
             200: {
-                "description": "The picture",
+                "description": "The picture, in the `output_format` of its request",
                 "content": {
-                    "image/png": {
+                    OUTPUT_FORMATS[f".{name}"].media_type: {
                         "schema": {"type": "string", "format": "binary"},
                         "example": "(bytes)",
                     }
+                    for name in _FORMATS
                 },
             },
             **problems.described("internal", path=EDITS_PATH),

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field
+from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from step1x_edit.errors import (
@@ -30,6 +31,7 @@ from step1x_edit.errors import (
 
 MEDIA_TYPE: Final = "application/problem+json"
 OPENAI_MEDIA_TYPE: Final = "application/json"
+SCHEMA_REFERENCE: Final = "#/components/schemas/{model}"
 OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
 CLIENT_GONE: Final = 499  # for the log; whoever asked does not see it
 _LONGEST_NAME: Final = 60  # of a field; longer ones are no names
@@ -104,12 +106,12 @@ class OpenAIFailure(BaseModel):
     error: OpenAIError
 
 
-OPENAI_SCHEMA: Final = {
-    "type": "object",
-    "description": OpenAIFailure.__doc__,
-    "properties": {"error": OpenAIError.model_json_schema()},
-    "required": ["error"],
-}
+def schemas() -> dict[str, Any]:
+    """The schemas that `described` refers to, by their names in OpenAPI's components."""
+    _, found = models_json_schema(
+        [(Problem, "validation"), (OpenAIFailure, "validation")], ref_template=SCHEMA_REFERENCE
+    )
+    return dict(found["$defs"])
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _describe(found: dict[int | str, dict[str, Any]], failure: Failure, path: st
         answer.status_code,
         {
             "description": failure.title,
-            "content": {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+            "content": {kind: {"schema": {"$ref": SCHEMA_REFERENCE.format(model=schema)}}},
         },
     )
     if failure.title not in entry["description"]:

@@ -11,6 +11,7 @@ import base64
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from fastapi import APIRouter
@@ -71,16 +72,18 @@ _SUFFIX_OF: Final = {
     for suffix, output in OUTPUT_FORMATS.items()
     if suffix not in (".jpeg", ".tif")
 }
-_ANY_IMAGE: Final = frozenset({"*/*", "image/*", "image/png"})
+_PNG: Final = "image/png"
+_ANY_IMAGE: Final = frozenset({"*/*", "image/*", _PNG})
+_ANY_JSON: Final = frozenset({"application/*", _JSON})
 _IMAGE: Final = {"schema": {"type": "string", "format": "binary"}}
 
 _EDIT_DESCRIPTION: Final = """\
 Edits the picture as the prompt says and answers with the result, in the size of the input; \
-nothing is stored here. The answer is a PNG, or what `Accept` asks for: `image/jpeg`, \
-`image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or `application/json` for the picture in \
-base64 together with what it was made with. The seed that repeats it stands in `X-Seed`; with a \
-`mask`, `X-Changed-Share` is the share of the pixels that changed. To close the connection stops \
-the work."""
+nothing is stored here. The answer is `image/png` unless `Accept` asks for another kind: \
+`image/jpeg`, `image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or `application/json` for \
+the picture in base64 together with what it was made with. Any other kind is 406. The seed that \
+repeats the picture is in `X-Seed`; with a `mask`, `X-Changed-Share` is the share of the pixels \
+that changed. Closing the connection cancels the edit."""
 
 # What the description shows.
 _STATUS: Final = GpuStatus(
@@ -151,10 +154,10 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
         operation_id="edit_picture",
         summary="Edit a picture",
         description=_EDIT_DESCRIPTION,
-        response_model=PictureAnswer,
         responses={
             200: {
-                "description": "The edited picture",
+                "model": PictureAnswer,
+                "description": "The edited picture: a PNG, unless `Accept` asks for another kind",
                 "headers": {
                     "X-Seed": {
                         "description": "The seed that repeats the picture",
@@ -170,7 +173,8 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
                         "schema": {"type": "number", "minimum": 0, "maximum": 1},
                     },
                 },
-                "content": dict.fromkeys(_SUFFIX_OF, _IMAGE) | _example(_EDITED),
+                # The first is the default, and what generated clients expect.
+                "content": {kind: dict(_IMAGE) for kind in _SUFFIX_OF} | _example(_EDITED),
             },
             **problems.described(
                 "image_too_large",
@@ -184,7 +188,9 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
                 "out_of_memory",
                 "deadline_exceeded",
             ),
+            **problems.described_status(HTTPStatus.NOT_ACCEPTABLE),
         },
+        response_class=Response,
         tags=["Editing"],
         openapi_extra={
             "requestBody": form_body(service.defaults),
@@ -194,15 +200,16 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
     async def edit(request: Request) -> Response:
         if not may_be_known(request):
             service.check_room()  # before the upload is read
+        wanted = _wanted(request.headers.get("accept", ""))
         form = await read_form(request)
-        wanted = _wanted(request.headers.get("accept", "*/*"))
         suffix = _SUFFIX_OF.get(wanted, ".png")
         asked = service.read_picture(form.fields)
 
         async def work(tell: Tell[object]) -> EditedPicture:
             return await service.edit_picture(form.picture, asked, suffix=suffix, mask=form.mask)
 
-        run, was_there = runs.find(identity_of(request, _digest(form, wanted)), work, _size)
+        digest = digest_of([*form.parts(), ("accept", wanted.encode())])
+        run, was_there = runs.find(identity_of(request, digest), work, _size)
         with run.heard():
             edited = await unless_gone(request, run.result())
         headers = {
@@ -280,6 +287,11 @@ class Form:
     mask: bytes | None
     fields: dict[str, object]
 
+    def parts(self) -> list[tuple[str, bytes]]:
+        """Everything that a digest of the request covers."""
+        texts = [(name, str(value).encode()) for name, value in self.fields.items()]
+        return [(FILE, self.picture), (MASK, self.mask or b""), *texts]
+
 
 async def read_form(request: Request) -> Form:
     """Read a form whose fields are given once each."""
@@ -350,29 +362,31 @@ def _fields(form: FormData) -> dict[str, Any]:
     return fields
 
 
-def _digest(form: Form, wanted: str) -> str:
-    """What is asked for, as a digest."""
-    uploads = {FILE: form.picture, MASK: form.mask or b"", "accept": wanted.encode()}
-    texts = [(name, str(value).encode()) for name, value in form.fields.items()]
-    return digest_of([*uploads.items(), *texts])
-
-
 def _size(edited: EditedPicture) -> int:
     return len(edited.data) + edited.picture.pixels.nbytes + sum(map(len, edited.rounds))
 
 
 def _wanted(accept: str) -> str:
-    """What to answer with, of the kinds that the caller would take; PNG where nothing fits."""
-    kinds = []
+    """The kind to answer with, of those that the caller accepts; raises 406 if none is ours."""
+    named = []
     for part in accept.split(","):
-        kind, _, rest = part.partition(";")
-        kinds.append((_quality(rest), kind.strip().lower()))
-    for quality, kind in sorted(kinds, key=lambda pair: -pair[0]):
-        if quality > 0 and (kind == _JSON or kind in _SUFFIX_OF):
-            return kind
-        if quality > 0 and kind in _ANY_IMAGE:
+        kind, _, parameters = part.partition(";")
+        if kind.strip():
+            named.append((_quality(parameters), kind.strip().lower()))
+    if not named:
+        return _PNG
+    for quality, kind in sorted(named, key=lambda pair: -pair[0]):
+        if quality <= 0:
             break
-    return "image/png"
+        if kind in _ANY_IMAGE:
+            return _PNG
+        if kind in _ANY_JSON:
+            return _JSON
+        if kind in _SUFFIX_OF:
+            return kind
+    raise HTTPException(
+        HTTPStatus.NOT_ACCEPTABLE, f"Accept must name one of {', '.join([*_SUFFIX_OF, _JSON])}."
+    )
 
 
 def _quality(parameters: str) -> float:

@@ -115,7 +115,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         app.router.routes.extend(edit_routes(service, runs).routes)
         app.router.routes.extend(image_routes(service, settings, runs).routes)
         app.router.routes.extend(estimate_routes(service).routes)
-        app.router.routes.extend(job_routes(service, store, app.state.closing).routes)
+        app.router.routes.extend(job_routes(service, store, runs, app.state.closing).routes)
         app.router.routes.extend(model_routes(pulls, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics).routes)
     app.router.routes.extend(docs_routes())
@@ -198,9 +198,7 @@ def _described(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         components = schema.setdefault("components", {})
-        schemas = components.setdefault("schemas", {})
-        schemas["Problem"] = problems.Problem.model_json_schema()
-        schemas["OpenAIFailure"] = problems.OPENAI_SCHEMA
+        components.setdefault("schemas", {}).update(problems.schemas())
         components["securitySchemes"] = {
             "API_KEY": {
                 "type": "http",
