@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 from fastmcp import Client
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
+from mcp.shared.exceptions import MCPError
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
+from fast_time import FastLoop
 from http_server import TOKEN, announcing, listening
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import EditCancelledError, JobNotFoundError, OutOfMemoryError
 from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.service import EditService
 from step1x_edit.settings import inherited_environment
 
 ROOT = Path(__file__).parents[1]
@@ -238,6 +241,64 @@ async def test_a_call_that_has_waited_long_enough_leaves_its_edit_running(
     assert running["status"] == "running"
     assert answer["status"] == "success"
     assert Path(answer["output_path"]).is_file()
+
+
+def within_limit(
+    service: EditService, limit_s: float, talk: Callable[[Client[Any], FastLoop], Awaitable[None]]
+) -> None:
+    """Talk to the tools as a client does that ends each call after `limit_s` seconds."""
+
+    async def connected(loop: FastLoop) -> None:
+        async with Client(build_mcp(service), timeout=limit_s) as client:
+            await talk(client, loop)
+
+    loop = FastLoop()
+    try:
+        loop.run_until_complete(connected(loop))
+    finally:
+        loop.close()
+
+
+async def outcome(client: Client[Any], job_id: str) -> dict[str, Any]:
+    """Ask for a job, as it is asked for without further arguments, until it has ended."""
+    for _ in range(100):
+        answer = await told(client, "get_job", job_id=job_id)
+        if answer["status"] != "running":
+            return answer
+    raise AssertionError("it never ended")
+
+
+def test_a_client_that_ends_calls_after_five_seconds_gets_its_edit(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, arguments = Gate(at_step=3), {"image_path": str(photo), "prompt": "x"}
+
+    async def talk(client: Client[Any], loop: FastLoop) -> None:
+        job = await told(client, "submit_edit", **arguments)
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        with loop.hurry():
+            with pytest.raises(MCPError, match=r"[Tt]imed out"):
+                await client.call_tool("edit_image", {**arguments, "prompt": "lost"})
+            running = await told(client, "get_job", job_id=job["job_id"])
+        gate.open()
+        answer = await outcome(client, job["job_id"])
+
+        assert (running["status"], running["step"]) == ("running", 2)
+        assert answer["status"] == "success"
+        assert Path(answer["output_path"]).is_file()
+
+    within_limit(make_service(FakeWorker(before_step=gate)), 5, talk)
+
+
+async def test_what_a_model_reads_of_edit_image_names_the_way_around_a_limit(
+    make_service: MakeService,
+) -> None:
+    async with Client(build_mcp(make_service())) as client:
+        tools = {tool.name: tool for tool in await client.list_tools()}
+
+    assert "submit_edit" in (tools["edit_image"].description or "")
+    assert "get_job" in (tools["submit_edit"].description or "")
+    assert tools["get_job"].input_schema["properties"]["wait_s"]["default"] == 4.0
 
 
 async def test_a_call_that_is_cancelled_while_it_waits_takes_its_edit_along(

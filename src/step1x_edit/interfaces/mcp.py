@@ -82,8 +82,8 @@ the result is a new file beside the input, or output_path.
 seed repeats a picture, another one is another attempt.
 - Several pictures: batch_edit_images, not many single calls. view_image shows a picture.
 - With the model v1.1, generate_image makes a picture from words alone.
-- The first edit also loads the model. Calls report progress and can be cancelled. If calls of \
-yours may not last: submit_edit, then get_job.
+- The first edit also loads the model. Calls report progress and can be cancelled. If your \
+calls end too soon: submit_edit, then get_job.
 - When done, offload_gpu frees the GPU and keeps the model in memory; release_gpu frees all.
 - Without MODEL_PATH a small demo model runs: it edits the whole picture (night, winter, sunset, \
 fog, black and white, tints, ...), no objects; metadata.warning says what it did not understand.
@@ -104,9 +104,11 @@ _DESCRIPTIONS: Final = {
     "(or transparent) in the mask may change. The answer holds the path of the result, the seed "
     "that repeats it, and a small preview to judge it by; metadata.warning, where present, says "
     "that the model did not understand. An edit takes seconds to minutes, the first one also loads "
-    "the model. Where the model is v1.2, thinking has it put a vague prompt into clear words, and "
-    "reflection has it judge and repeat its work, at several times the cost; what it thought "
-    "stands in metadata.reasoning, and a small picture of each round follows the others.",
+    "the model. If your calls end before that, use submit_edit and then get_job, which answer "
+    "within seconds. If the answer has a job_id, the edit continues: ask get_job. With the model "
+    "v1.2, thinking has it put a vague prompt into clear words, and reflection has it judge and "
+    "repeat its work, at several times the cost; what it thought is in metadata.reasoning, and a "
+    "small picture of each round follows the others.",
     "batch_edit_images": "Edit several pictures in one call, with one prompt for all or a list "
     "with one prompt for each, and save the results as new files (in output_dir, or beside the "
     "inputs). The model stays loaded between them, and one picture that fails does not stop the "
@@ -127,13 +129,13 @@ _DESCRIPTIONS: Final = {
     "again. For when no edit is expected for a long time or the memory is needed. Waits for the "
     "picture that is being edited and goes ahead of waiting edits. Does nothing if no model is "
     "loaded.",
-    "submit_edit": "Start an edit and answer at once with a job_id, while the edit goes on by "
-    "itself, even if you go away; for hosts that end a call before an edit is done. It takes what "
-    "edit_image takes and does the same. Ask get_job for the result, with the job_id.",
-    "get_job": "Give the result of an edit that goes on by itself, with its preview, or the error "
-    "that ended it, as edit_image would have answered. While it still runs, wait up to wait_s "
-    "seconds and then say how far it has come: status is 'running', and the question may be "
-    "repeated. Finished edits are kept for a while, their files for good.",
+    "submit_edit": "Start an edit and answer at once with a job_id; the edit continues by itself, "
+    "even if you go away. For hosts that end a call before an edit is done. It takes the "
+    "parameters of edit_image and does the same. Ask get_job for the result, with the job_id.",
+    "get_job": "Give the result of an edit that continues by itself, with its preview, or the "
+    "error that ended it, as edit_image would have answered. While it still runs, wait up to "
+    "wait_s seconds and then report how far it is: status is 'running'; call get_job again until "
+    "it is not. Finished edits are kept for a while, their files for good.",
     "cancel_job": "Stop an edit that was started with submit_edit, within one step; nothing is "
     "saved. Does nothing if the edit has ended already.",
     "view_image": "Show a picture of this machine, such as the result of an edit, scaled down to "
