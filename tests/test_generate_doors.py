@@ -414,7 +414,7 @@ def test_a_stream_shows_previews_and_then_the_picture(make_service: MakeService)
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("style", "vivid"),
+        ("style", "natural"),
         ("image", "data:image/png;base64,AA=="),
         ("mask", "x"),
         ("size_level", 512),

@@ -206,7 +206,7 @@ def test_what_others_call_their_extensions_is_understood(
 
 
 @pytest.mark.parametrize(
-    ("quality", "steps"), [("auto", 13), ("standard", 13), ("low", 10), ("high", 50)]
+    ("quality", "steps"), [("auto", 13), ("standard", 13), ("low", 10), ("high", 50), ("hd", 50)]
 )
 def test_quality_is_a_number_of_steps(
     make_service: MakeService, photo: Path, quality: Any, steps: int
@@ -218,7 +218,7 @@ def test_quality_is_a_number_of_steps(
     record = read_edit_record(decoded(answer.data[0]))
     assert record is not None
     assert record.num_steps == steps
-    assert answer.quality == (quality if quality in ("low", "high") else None)
+    assert answer.quality == (quality if quality in ("low", "high", "hd") else None)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +266,29 @@ def test_the_size_is_that_of_the_input(
 
     assert answer.data is not None
     assert Image.open(io.BytesIO(decoded(answer.data[0]))).size == size
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ("1024x1024", "1024x768"),
+        ("512x512", "512x384"),
+        ("1024x1536", "1024x768"),
+        ("1536x256", "341x256"),
+        ("1x1", "1x1"),
+    ],
+)
+def test_a_size_of_another_ratio_is_a_box_to_fit_into(
+    make_service: MakeService, photo: Path, asked: Any, made: str
+) -> None:
+    with theirs(make_service()) as client:
+        answer = client.images.edit(image=photo, prompt="invert", size=asked)
+
+    assert answer.data is not None
+    picture = Image.open(io.BytesIO(decoded(answer.data[0])))
+    assert "{}x{}".format(*picture.size) == made == answer.size
+    corner = np.asarray(picture.convert("RGB"))[0, 0].astype(int)
+    assert made == "1x1" or np.abs(corner - (255 - pixels_of(photo.read_bytes())[0, 0])).max() < 9
 
 
 @pytest.mark.parametrize("asked", ["128x96", "32x24", "100x75", "101x75"])
@@ -343,13 +366,14 @@ def test_a_link_leads_to_the_picture_for_who_has_the_token(
 # --- others than their client ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["image", "image[]"])
+@pytest.mark.parametrize("model", ["gpt-image-1", ""])
+@pytest.mark.parametrize("name", ["image", "image[]", "image[0]"])
 def test_the_request_of_open_webui_is_understood(
-    make_service: MakeService, photo: Path, name: str
+    make_service: MakeService, photo: Path, name: str, model: str
 ) -> None:
     """Its fields, as it sends them: the picture, alone or in a list, and texts around it."""
     parts: list[tuple[str, Any]] = [
-        ("model", (None, "gpt-image-1")),
+        ("model", (None, model)),
         ("prompt", (None, "invert")),
         ("n", (None, "1")),
         ("size", (None, "64x48")),
@@ -392,18 +416,81 @@ def test_json_with_data_urls_is_understood(make_service: MakeService, photo: Pat
     assert not np.array_equal(after, before)
 
 
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize("in_list", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_picture_in_json_may_stand_in_any_of_the_ways_that_clients_know(
+    make_service: MakeService, photo: Path, name: str, in_list: bool, wrapped: bool
+) -> None:
+    url = data_url(photo.read_bytes())
+    picture: Any = {"image_url": url} if wrapped else url
+    with calling(make_service()) as client:
+        answer = client.post(
+            EDITS_PATH, json={name: [picture] if in_list else picture, "prompt": "x", "size": ""}
+        )
+
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    assert np.array_equal(pixels_of(data), 255 - pixels_of(photo.read_bytes()))
+
+
+def test_their_client_gets_stepfuns_interface_by_the_name_of_its_model(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    """As StepFun's guide calls it, and by its defaults: links, sizes that are areas, any seed."""
+    jobs: list[EditJob] = []
+    worker = FakeWorker(before_step=lambda job, step: jobs.append(job))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (96, 64), "teal").save(photo)
+    extra = {"steps": 20, "cfg_scale": 10.0, "seed": 0, "negative_prompt": "blurry"}
+    with theirs(make_service(worker)) as client:
+        answers = [
+            client.images.edit(
+                model="step-1x-edit", image=photo, prompt="x", size="512x512", extra_body=extra
+            )
+            for _ in range(2)
+        ]
+        whole = client.images.edit(
+            model="step-1x-edit", image=photo, prompt="x", response_format="b64_json"
+        )
+        named = client.models.retrieve("step-1x-edit")
+        link = (answers[0].data or [])[0].url or ""
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        fetched = httpx2.get(link, headers=headers, trust_env=False)
+
+    assert (jobs[0].num_steps, jobs[0].guidance_scale, jobs[0].size_level) == (20, 10.0, 512)
+    assert jobs[0].negative_prompt == "blurry"
+    assert jobs[0].seed != jobs[20].seed  # 0 is none
+    assert answers[0].size == "627x418"  # the ratio of the picture, and about 512 x 512 pixels
+    assert Image.open(io.BytesIO(fetched.content)).size == (627, 418)
+    told = (answers[0].data or [])[0].model_extra or {}
+    assert (told["finish_reason"], told["seed"]) == ("success", jobs[0].seed)
+    assert (whole.data or [])[0].b64_json is not None
+    assert (whole.size, named.id) == ("96x64", "step-1x-edit")
+
+
+def test_a_seed_of_zero_is_a_seed_for_everybody_else(
+    make_service: MakeService, photo: Path
+) -> None:
+    with theirs(make_service()) as client:
+        answer = client.images.edit(image=photo, prompt="x", extra_body={"seed": 0})
+
+    assert ((answer.data or [])[0].model_extra or {})["seed"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
         ({"images": [{"image_url": "https://x.example/a.png"}]}, "images", "no other URL is fet"),
         ({"images": [{"file_id": "file-1"}]}, "images", "no files are kept"),
         ({"images": [{"image_url": "data:image/png;base64,%%"}]}, "images", "no valid base64"),
-        ({"images": ["data:image/png;base64,AAAA"]}, "images", "images must have an image_url"),
+        ({"images": ["iVBORw0KGgo"]}, "images", "images must be a data URL in base64 (data:image"),
         ({"images": []}, "images", "images is missing"),
-        ({"images": {}}, "images", "images must be a list"),
+        ({"images": {}}, "images", "images must be a data URL in base64"),
+        ({"image": "data:image/png;base64,AA=="}, "image", "image and images mean the same"),
         ({"images": [{}, {}]}, "images", "images must be one picture, got 2"),
-        ({"mask": {"image_url": "http://x.example/m.png"}}, "mask", "mask must have an image_url"),
-        ({"mask": "no"}, "mask", "mask must have an image_url"),
+        ({"mask": {"image_url": "http://x.example/m.png"}}, "mask", "mask must be a data URL"),
+        ({"mask": "no"}, "mask", "mask must be a data URL"),
         ({"n": True}, "n", "n must be a whole number"),
         ({"prompt": 7}, "prompt", "prompt must be a text, got 7"),
         ({"prompt": "\ud800"}, "prompt", "prompt must be valid Unicode text"),
@@ -411,6 +498,7 @@ def test_json_with_data_urls_is_understood(make_service: MakeService, photo: Pat
         ({"x" * 100: 1}, None, "is unknown"),
         ({"n": [1]}, "n", "n must be a whole number"),
         ({"size": {}}, "size", "size must be a text"),
+        ({"model": "step-1x-edit", "seed": False}, "seed", "seed must be a whole number"),
     ],
 )
 def test_what_is_wrong_with_json_is_said_by_name(
@@ -488,13 +576,17 @@ MASK_OF_ANOTHER_SIZE = png(Image.new("L", (32, 24), 255))
         ({"frame_count": "3"}, "frame_count", "'frame_count' is not supported"),
         ({"svg[model]": "x"}, "svg[model]", "'svg[model]' is not supported"),
         ({"lora": "x"}, "lora", "'lora' is unknown"),
-        ({"background": "transparent"}, "background", "background must be auto or opaque"),
+        ({"background": "transparent"}, "background", "the model paints no transparency"),
+        ({"background": "white"}, "background", "background must be auto or opaque"),
+        ({"style": "natural"}, "style", "style 'natural' is not supported: say in the prompt"),
+        ({"steps": "5", "model": "step-1x-edit"}, "steps", "steps must be between 10 and 50, got"),
+        ({"cfg_scale": "0.5"}, "cfg_scale", "cfg_scale must be between 1 and 15, got 0.5"),
+        ({"image[1]": b"x"}, "image", "image must be one picture, got 2"),
         ({"output_format": "gif"}, "output_format", "must be png, webp, jpeg or avif, got 'gif'"),
         ({"output_format": "svg"}, "output_format", "must be png, webp, jpeg or avif"),
         ({"output_compression": "50"}, "output_compression", "needs output_format jpeg, webp"),
         ({"output_compression": "101"}, "output_compression", "must be between 0 and 100"),
-        ({"quality": "hd"}, "quality", "quality must be auto, standard, low, medium or high"),
-        ({"quality": "max"}, "quality", "quality must be auto, standard, low, medium or high"),
+        ({"quality": "max"}, "quality", "quality must be auto, standard, low, medium, high or hd"),
         ({"quality": "low", "num_steps": "20"}, "quality", "both choose the steps; give one"),
         ({"response_format": "png"}, "response_format", "must be b64_json or url"),
         ({"moderation": "high"}, "moderation", "moderation must be auto or low"),
@@ -504,7 +596,6 @@ MASK_OF_ANOTHER_SIZE = png(Image.new("L", (32, 24), 255))
         ({"stream": "true", "n": "2"}, "n", "n must be 1 with stream=true"),
         ({"stream": "true", "response_format": "url"}, "response_format", "must be b64_json with"),
         ({"size": "big"}, "size", "size is not valid, got 'big'"),
-        ({"size": "1024x1024"}, "size", "which is 64x48: auto, or 1024x768; got 1024x1024"),
         ({"size": "0x0"}, "size", "size is not valid"),
         ({"size": "8000x6000"}, "size", "size may have 2 megapixels at most"),
         ({f"f{n}": "" for n in range(60)}, None, "the form cannot be read: To"),
@@ -549,7 +640,7 @@ def test_values_that_ask_for_nothing_are_taken(make_service: MakeService, photo:
             size="auto",
             stream=False,
             user="somebody",
-            extra_body={"moderation": "low"},
+            extra_body={"moderation": "low", "style": "vivid", "response_format": ""},
         )
 
     assert answer.data is not None

@@ -487,8 +487,8 @@ class OpenAIRequest(_Request):
         str,
         Field(
             max_length=200,
-            description="`step1x-edit`, the version that runs, or a name of OpenAI's, for clients "
-            "that insist; the answer says which model it was",
+            description="`step1x-edit`, the version that runs, StepFun's `step-1x-edit`, or a name "
+            "of OpenAI's, for clients that insist; the answer says which model it was",
         ),
     ] = "step1x-edit"
     n: Annotated[
@@ -497,9 +497,13 @@ class OpenAIRequest(_Request):
         BeforeValidator(_whole_number),
     ] = 1
     quality: Annotated[
-        Literal["auto", "standard", "low", "medium", "high"],
-        Field(description="A name for a number of steps: low 10, medium 28, high 50"),
+        Literal["auto", "standard", "low", "medium", "high", "hd"],
+        Field(description="A name for a number of steps: low 10, medium 28, high and hd 50"),
     ] = "auto"
+    style: Annotated[
+        Literal["vivid"] | None,
+        Field(description="`vivid` asks for nothing; a style belongs into the prompt"),
+    ] = None
     response_format: Annotated[
         Literal["b64_json", "url"],
         Field(description="The picture in the answer, or a link that holds for an hour"),
@@ -537,8 +541,8 @@ class ImageEditRequest(OpenAIRequest):
         str,
         Field(
             pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result and has "
-            "to have the input's ratio",
+            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result to fit "
+            "into it and keeps the input's ratio; the answer has the size that it became",
         ),
     ] = "auto"
     background: Annotated[

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -48,6 +49,7 @@ from step1x_edit.interfaces.idempotency import (
 )
 from step1x_edit.interfaces.openai_requests import (
     EDITS_PATH,
+    STEPFUN_MODEL,
     STEPS_OF,
     Sent,
     read_edit,
@@ -108,7 +110,7 @@ def check_model(service: EditService, name: str) -> None:
 
 def _names(service: EditService) -> set[str]:
     version = service.status().gpu_status.model
-    return {MODEL} if version is None else {MODEL, version}
+    return {MODEL, STEPFUN_MODEL} if version is None else {MODEL, STEPFUN_MODEL, version}
 
 
 def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
@@ -120,7 +122,7 @@ def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
                 "negative_prompt": asked.negative_prompt,
                 "num_steps": STEPS_OF.get(asked.quality, asked.num_inference_steps),
                 "guidance_scale": asked.guidance_scale,
-                "size_level": asked.size_level,
+                "size_level": _level_of(asked),
                 "seed": asked.seed,
                 "loras": asked.loras,
                 "thinking": asked.thinking,
@@ -128,6 +130,14 @@ def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
             }
         )
     )
+
+
+def _level_of(asked: ImageEditRequest) -> int | None:
+    """The working resolution as asked for, which StepFun's interface calls the size."""
+    side = int(asked.size.partition("x")[0]) if asked.size != "auto" else None
+    if asked.size_level is None and asked.model == STEPFUN_MODEL:
+        return side if side in PARAMETERS["size_level"].choices else None
+    return asked.size_level
 
 
 def _generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
@@ -302,19 +312,29 @@ class _Edits:
         picture = images.decode(data, self._limits)
         if (width, height) == (picture.width, picture.height):
             return None
-        if width * height > self._limits.max_pixels:
+        if asked.model == STEPFUN_MODEL:
+            fitted = _of_area(picture, width * height)
+        else:
+            fitted = _within(picture, width, height)
+        if math.prod(fitted) > self._limits.max_pixels:
             most = self._limits.max_pixels / 1e6
             raise InvalidParameterError(f"size may have {most:g} megapixels at most", param="size")
-        # As near to the ratio as whole pixels allow.
-        off = abs(width * picture.height - height * picture.width)
-        if off >= max(picture.width, picture.height):
-            fitting = max(1, round(width * picture.height / picture.width))
-            raise InvalidParameterError(
-                f"size must have the ratio of the picture, which is "
-                f"{picture.width}x{picture.height}: auto, or {width}x{fitting}; got {asked.size}",
-                param="size",
-            )
-        return width, height
+        return fitted
+
+
+def _within(picture: Picture, width: int, height: int) -> tuple[int, int]:
+    """The largest size with the ratio of the picture that fits into width and height."""
+    off = abs(width * picture.height - height * picture.width)
+    if off < max(picture.width, picture.height):
+        return width, height  # as near to the ratio as whole pixels allow
+    scale = min(width / picture.width, height / picture.height)
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+
+
+def _of_area(picture: Picture, pixels: int) -> tuple[int, int]:
+    """The size with the ratio of the picture and about this many pixels."""
+    scale = math.sqrt(pixels / (picture.width * picture.height))
+    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
 class _Teller:
@@ -406,6 +426,8 @@ def _told_of(made: _Made, asked: _Asked, base_url: str) -> dict[str, Any]:
         told["url"] = base_url + CONTENT_PATH.format(image_id=made.image_id)
     else:
         told["b64_json"] = _base64(made.data)
+    if asked.model == STEPFUN_MODEL:
+        told["finish_reason"] = "success"
     return told | _how(made)
 
 
@@ -521,12 +543,14 @@ _EDIT_DESCRIPTION: Final = """\
 The interface of OpenAI's Images, for their clients: `OpenAI(base_url="http://127.0.0.1:8000/v1", \
 api_key="none").images.edit(…)`. `image` (or `image[]`) is the one picture to edit; what is fully \
 transparent in `mask`, or white where it has no transparency, may change. Instead of a form JSON \
-is taken, with `images: [{"image_url": "data:…"}]`. `num_steps` and `true_cfg_scale` are other \
-names of `num_inference_steps` and `guidance_scale`. Fields that cannot be honoured are refused by \
-name. With `stream=true` the answer is a stream of `image_edit.partial_image` and \
-`image_edit.completed`, or `error`. To close the connection stops the work, unless the request has \
-an `Idempotency-Key`, or one of OpenAI's clients waits for a whole answer: these find it again \
-for half a minute."""
+is taken, with `images: [{"image_url": "data:…"}]`; the data URL alone and `image` are understood \
+too. `num_steps` and `steps` are other names of `num_inference_steps`, `true_cfg_scale` and \
+`cfg_scale` of `guidance_scale`. Fields that cannot be honoured are refused by name. An empty text \
+counts as left out. With the model `step-1x-edit` defaults and `size` are those of StepFun's own \
+interface: links, and an area. With `stream=true` the answer is a stream of \
+`image_edit.partial_image` and `image_edit.completed`, or `error`. Closing the connection cancels \
+the edit, unless the request has an `Idempotency-Key`, or one of OpenAI's clients waits for a \
+whole answer: these find it again for half a minute."""
 
 _ABOUT: Final = {
     "id": "imgedit_0123456789abcdef01234567",

@@ -1,7 +1,8 @@
 """Requests in the words of OpenAI's Images: forms and JSON in, requests of the schema out.
 
 A field either has an effect, or a value that asks for nothing, or it is refused by name. Pictures
-come as uploads or in data URLs; nothing is ever fetched for a caller.
+come as uploads or in data URLs; nothing is ever fetched for a caller. StepFun's own interface to
+this model has the same routes; what differs there holds for requests that name its model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import binascii
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
@@ -25,7 +27,9 @@ from step1x_edit.interfaces.rest import content_type, is_json, read_json
 from step1x_edit.schemas import OpenAIRequest, Parameter, invalid_parameter, parameters_of
 
 EDITS_PATH: Final = "/v1/images/edits"
-STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50}
+STEPFUN_MODEL: Final = "step-1x-edit"
+"""What StepFun's own interface calls the model."""
+STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd": 50}
 """What `quality` means."""
 
 _Asked = TypeVar("_Asked", bound=OpenAIRequest)
@@ -34,12 +38,15 @@ _MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words t
 _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
-_PICTURES: Final = frozenset({"image", "image[]"})
+_PICTURE: Final = re.compile(r"image(\[[0-9]*\])?")  # in a list, some clients number the items
 _LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
 _SAME: Final[Mapping[str, str]] = {
     "num_steps": "num_inference_steps",
+    "steps": "num_inference_steps",
     "true_cfg_scale": "guidance_scale",
+    "cfg_scale": "guidance_scale",
 }
+_EMPTY_MEANS_EMPTY: Final = frozenset({"prompt", "negative_prompt", "loras"})
 _UNSUPPORTED: Final[Mapping[str, str]] = {
     "markup": "send a mask, or say in the prompt what to change",
     "complexity": "the model plans nothing",
@@ -48,6 +55,10 @@ _UNSUPPORTED: Final[Mapping[str, str]] = {
     "svg": "the result is made of pixels",
     "url": "no URL is fetched; send the picture itself",
     "file_id": "no files are kept; send the picture itself",
+}
+_UNSUPPORTED_VALUES: Final[Mapping[tuple[str, str], str]] = {
+    ("background", "transparent"): "the model paints no transparency; auto keeps that of the input",
+    ("style", "natural"): "say in the prompt which style you want",
 }
 
 
@@ -139,7 +150,7 @@ def _pictures_and_fields(form: FormData) -> tuple[list[object], dict[str, object
     fields: dict[str, object] = {}
     for name, value in form.multi_items():
         _check_supported(name)
-        if name in _PICTURES:
+        if _PICTURE.fullmatch(name):
             pictures.append(value)
         elif name == _LORAS:
             loras.append(value)
@@ -165,10 +176,13 @@ async def _uploaded(value: object, name: str) -> bytes:
 
 
 def _pictures_of(fields: dict[str, object]) -> Sent:
-    pictures, mask = fields.pop("images", []), fields.pop("mask", None)
-    if not isinstance(pictures, list):
-        raise InvalidParameterError("images must be a list", param="images")
-    picture = _in_data_url(_only(pictures, "images"), "images")
+    """The pictures of a JSON body, and its other fields."""
+    given = {name: fields.pop(name) for name in ("images", "image") if name in fields}
+    if len(given) > 1:
+        raise InvalidParameterError("image and images mean the same; give one", param="image")
+    name, value = next(iter(given.items()), ("images", []))
+    pictures = value if isinstance(value, list) else [value]
+    picture, mask = _in_data_url(_only(pictures, name), name), fields.pop("mask", None)
     return Sent(picture, None if mask is None else _in_data_url(mask, "mask"), fields)
 
 
@@ -184,13 +198,13 @@ def _only(pictures: list[object], name: str) -> object:
 
 
 def _in_data_url(value: object, name: str) -> bytes:
-    """The bytes of `{"image_url": "data:image/png;base64,…"}`."""
-    url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else None
+    """The bytes of `"data:image/png;base64,…"`, or of an object that has it as its `image_url`."""
+    url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else value
     head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not (comma and head.startswith("data:") and head.endswith(";base64")):
         raise InvalidParameterError(
-            f"{name} must have an image_url that begins with 'data:' and holds base64, and nothing "
-            "else; no other URL is fetched, and no files are kept",
+            f"{name} must be a data URL in base64 (data:image/png;base64,…), or an object with it "
+            "as image_url and nothing else; no other URL is fetched, and no files are kept",
             param=name,
         )
     try:
@@ -219,17 +233,31 @@ def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
     }
     for name, value in fields.items():
         known = _SAME.get(name, name)
+        if value == "" and known in own and known not in _EMPTY_MEANS_EMPTY:
+            continue  # a form of a client with nothing chosen
         if known in values:
             raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
         values[known] = value
         if known in own:
             parameters[known] = replace(own[known], name=name)
+    for (name, value), why in _UNSUPPORTED_VALUES.items():
+        if values.get(name) == value:
+            raise InvalidParameterError(f"{name} {value!r} is not supported: {why}", param=name)
+    if values.get("model") == STEPFUN_MODEL:
+        values = _as_stepfun_means(values)
     try:
         asked = kind.model_validate(values)
     except ValidationError as error:
         raise invalid_parameter(error, parameters) from None
     _check_together(asked)
     return asked
+
+
+def _as_stepfun_means(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields with what StepFun's interface takes for granted."""
+    default = {} if "stream" in values else {"response_format": "url"}
+    is_drawn = values.get("seed") in (0, "0") and not isinstance(values.get("seed"), bool)
+    return {**default, **values, **({"seed": None} if is_drawn else {})}
 
 
 def _check_together(asked: OpenAIRequest) -> None:
