@@ -25,8 +25,11 @@ from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from PIL import Image
 
+from conftest import MakeService
+from http_server import announcing
 from step1x_edit.interfaces.cli import DEMO_PHOTO
-from step1x_edit.interfaces.stdio import _Wire
+from step1x_edit.interfaces.stdin import Messages
+from step1x_edit.interfaces.stdio import _Pipe, _Wire
 
 ROOT = Path(__file__).parents[1]
 SERVER = ROOT / "mcp_server.py"
@@ -101,7 +104,7 @@ def hear(process: subprocess.Popen[str]) -> dict[str, Any]:
             return message
 
 
-def call(number: int, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def call(number: int | str, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
     params = {"name": tool, "arguments": arguments}
     return {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params}
 
@@ -436,7 +439,7 @@ def test_another_thread_finds_no_way_to_the_client_while_the_transport_starts(
     client, wire = os.pipe()
     with (tmp_path / "log").open("w+") as log, os.fdopen(client, "rb") as heard:
         monkeypatch.setattr(sys, "stdout", log)
-        ours = _Wire(wire, lambda: None)
+        ours = _Wire(_Pipe(wire, lambda: None))
 
         def intrude() -> None:
             os.write(sys.stdout.fileno(), b"its descriptor\n")
@@ -452,6 +455,120 @@ def test_another_thread_finds_no_way_to_the_client_while_the_transport_starts(
 
         assert heard.read() == b""
         assert (tmp_path / "log").read_text() == "its descriptor\nits buffer\n"
+
+
+# --- lines that are not messages ------------------------------------------------------------------
+
+BAD_LINES: list[tuple[bytes, int, int | str | None]] = [
+    # as JSON.stringify of JavaScript writes a text that slice() has cut inside an emoji
+    (json.dumps(call(7, "view_image", {"path": "night \ud83c"})).encode(), -32602, 7),
+    (json.dumps(call("a", "view_image", {"path": "\udf19 night"})).encode(), -32602, "a"),
+    (b'{"jsonrpc": "2.0", "method": "notifications/x", "params": {"y": "\\ud83c"}}', -32700, None),
+    (b'{"jsonrpc": "2.0", "id": "\\ud83c", "method": "ping"}', -32700, None),
+    (b"{bad", -32700, None),
+    (b"Hello?", -32700, None),
+    (b'{"jsonrpc": "2.0", "id": 7, "method": "ping"', -32700, None),
+    (b'{"jsonrpc": "2.0", "id": 7, "method": "p\xffng"}', -32700, None),
+    (b"[" * 100_000, -32700, None),
+    (b"{}", -32600, None),
+    (b"[]", -32600, None),
+    (b"42", -32600, None),
+    (b'[{"jsonrpc": "2.0", "id": 7, "method": "ping"}]', -32600, None),
+    (b'{"jsonrpc": "2.0", "id": true, "method": "ping"}', -32600, None),
+    (b'{"jsonrpc": "2.0", "id": 7, "result": 1}', -32600, None),  # the id would be one of ours
+    (b'{"jsonrpc": "1.0", "id": 7, "method": "ping"}', -32600, 7),
+    (b'{"jsonrpc": "2.0", "id": 7, "method": "ping", "params": [1]}', -32602, 7),
+    (
+        b'{"jsonrpc": "2.0", "id": 7, "method": "ping", "params": {"a": %s}}'
+        % (b"[" * 300 + b"]" * 300),
+        -32602,
+        7,
+    ),
+]
+GOOD = b'{"jsonrpc": "2.0", "id": 8, "method": "ping"}\n'
+
+
+def read_through(data: bytes, **limits: int) -> tuple[bytes, list[dict[str, Any]]]:
+    """What the library gets to read of some bytes, and what was answered instead."""
+    ours, theirs = os.pipe()
+    sent: list[bytes] = []
+    writer = threading.Thread(target=lambda: os.fdopen(theirs, "wb").write(data))
+    writer.start()
+    messages = Messages(ours, sent.append, **limits)
+    read = b"".join(iter(lambda: messages.read1(8192), b""))
+    writer.join()
+    assert all(line.count(b"\n") == 1 and line.endswith(b"\n") for line in sent)
+    return read, [json.loads(line) for line in sent]
+
+
+@pytest.mark.parametrize(("line", "code", "request_id"), BAD_LINES)
+def test_a_line_that_is_not_a_message_is_answered_and_not_read(
+    line: bytes, code: int, request_id: int | str | None
+) -> None:
+    read, [answer] = read_through(line + b"\n" + GOOD)
+
+    assert read == GOOD
+    assert answer["id"] == request_id
+    assert answer["error"]["code"] == code
+    assert "pydantic" not in answer["error"]["message"]
+    assert "validation error" not in answer["error"]["message"]
+    assert len(answer["error"]["message"]) < 200
+
+
+def test_a_line_that_is_too_long_is_answered_and_the_next_one_is_read() -> None:
+    at_the_limit = GOOD.replace(b"ping", b"p" * 200_000)
+
+    read, answers = read_through(
+        at_the_limit + b"x" * 1_000_000 + b"\n" + GOOD, max_line_bytes=len(at_the_limit)
+    )
+
+    assert read == at_the_limit + GOOD
+    assert [(answer["id"], answer["error"]["code"]) for answer in answers] == [(None, -32600)]
+
+
+def test_blank_lines_and_blanks_between_the_parts_of_a_message_are_no_mistakes() -> None:
+    read, answers = read_through(b"\n \r\n" + b'{"jsonrpc": "2.0",\r"id": 8, "method": "ping"}\r\n')
+
+    assert [json.loads(line)["id"] for line in read.splitlines()] == [8]
+    assert answers == []
+
+
+def say_raw(process: subprocess.Popen[str], *lines: bytes) -> None:
+    assert process.stdin is not None
+    process.stdin.flush()
+    process.stdin.buffer.write(b"".join(line + b"\n" for line in lines))
+    process.stdin.buffer.flush()
+
+
+def check_answers_to_bad_lines(process: subprocess.Popen[str]) -> None:
+    """Each bad line is answered at once, the next call works, and the log has a line for each."""
+    say(process, HELLO, READY)
+    assert hear(process)["id"] == 1
+    for line, code, request_id in BAD_LINES:
+        say_raw(process, line)
+        answer = hear(process)
+        assert (answer["error"]["code"], answer["id"]) == (code, request_id)
+    say(process, call(8, "view_image", {"path": "no.png"}))
+    answer = hear(process)
+    assert answer["id"] == 8
+    assert answer["result"]["structuredContent"]["error"] == "Image file not found: no.png"
+    _, log = process.communicate(timeout=PATIENCE_S)
+    lines = [line for line in log.splitlines() if "a line from the client was refused" in line]
+    assert len(lines) == len(BAD_LINES)
+    assert "Traceback" not in log
+
+
+def test_a_client_of_the_process_gets_an_answer_to_every_line(tmp_path: Path) -> None:
+    check_answers_to_bad_lines(start(tmp_path))
+
+
+def test_a_client_gets_these_answers_from_a_process_that_has_joined_a_server(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with announcing(make_service(), data_dir):
+        process = start(tmp_path, DATA_DIR=str(data_dir))
+        check_answers_to_bad_lines(process)
 
 
 # --- the end --------------------------------------------------------------------------------------

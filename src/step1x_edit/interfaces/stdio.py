@@ -26,6 +26,7 @@ from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.discovery import find_server
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
+from step1x_edit.interfaces.stdin import take_stdin
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings, load_settings
 
@@ -55,6 +56,12 @@ class _Pipe(io.BufferedWriter):
         with self._watched():
             super().flush()
 
+    def send(self, line: bytes) -> None:
+        """Write a whole line from any thread; does nothing if nobody reads any more."""
+        with contextlib.suppress(BrokenPipeError):
+            self.write(line)
+            self.flush()
+
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
         try:
@@ -72,8 +79,8 @@ class _Wire(io.TextIOWrapper):
     are ours for other threads, who may look in that moment.
     """
 
-    def __init__(self, descriptor: int, broken: Callable[[], object]) -> None:
-        super().__init__(_Pipe(descriptor, broken), encoding="utf-8")
+    def __init__(self, pipe: _Pipe) -> None:
+        super().__init__(pipe, encoding="utf-8")
         self._thread = threading.get_ident()
         self._before = sys.stdout
         sys.stdout = self
@@ -167,7 +174,9 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()  # gets the exit code
     hear_signals(told)  # on Windows clients close stdin instead
-    _Wire(wire, lambda: loop.call_soon_threadsafe(tell, told, 0))
+    pipe = _Pipe(wire, lambda: loop.call_soon_threadsafe(tell, told, 0))
+    _Wire(pipe)
+    take_stdin(pipe.send)
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
     ends: set[asyncio.Future[Any]] = {serving, told}
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
