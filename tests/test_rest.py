@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService
-from fakes import STREAMED, FakeWorker, Gate
+from fakes import STREAMED, FakeWorker, Gate, ManualClock
 from http_server import TOKEN, calling, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
@@ -524,7 +524,8 @@ def test_a_full_queue_is_told_at_once_with_when_to_come_back(
     assert problem(not_ready)["code"] == "queue_full"
     assert checks.status_code == 503
     assert checks.text.startswith("[-] room in the queue: Server busy")
-    assert checks.text.endswith("[+] checkpoint\nnot ready\n")
+    assert "[+] worker\n[+] checkpoint\n[+] disk" in checks.text
+    assert checks.text.endswith("\nnot ready\n")
     assert health.json()["status"] == "unavailable"
     assert health.json()["queue_length"] == 1
     assert (alive.status_code, alive.text) == (200, "ok\n")
@@ -587,7 +588,51 @@ def test_a_checkpoint_that_is_not_there_is_seen_before_an_edit(
 
     assert ready.status_code == 503
     assert problem(ready)["detail"].startswith("Manager not initialized: there is nothing at MODEL")
-    assert "[+] room in the queue\n[-] checkpoint: Manager not" in checks.text
+    assert "[+] worker\n[-] checkpoint: Manager not" in checks.text
+
+
+def test_a_server_whose_worker_keeps_dying_is_not_ready_until_it_may_start_again(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock, worker = ManualClock(), FakeWorker()
+    worker.before_step = lambda job, step: worker.crash()
+    with calling(make_service(worker, clock)) as client:
+
+        def edit() -> httpx2.Response:
+            return client.post("/api/edit", files=files(photo), data={"prompt": "x"})
+
+        lost = [edit().status_code for _ in range(3)]
+        ready = client.get("/readyz")
+        lost.append(edit().status_code)
+        refused, not_ready, checks = edit(), client.get("/readyz"), client.get("/readyz?verbose")
+        health = client.get("/health").json()["status"]
+        clock.advance(600)
+        ready_again = client.get("/readyz")
+
+    assert lost == [503] * 4
+    assert (ready.status_code, ready_again.status_code) == (200, 200)
+    assert not_ready.status_code == 503
+    assert problem(not_ready)["detail"] == problem(refused)["detail"]
+    assert "has ended 4 times within 10 minutes" in problem(refused)["detail"]
+    assert not_ready.headers["retry-after"] == "600"
+    assert "[-] worker: Manager not initialized: the worker process has ended 4 " in checks.text
+    assert health == "unavailable"
+
+
+def test_a_server_whose_disk_cannot_take_a_job_is_not_ready(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    more_than_any_disk = {"max_upload_mb": 10**9, "data_dir": tmp_path / "not yet" / "there"}
+    with calling(make_service(**more_than_any_disk)) as client:
+        not_ready, checks = client.get("/readyz"), client.get("/readyz?verbose")
+    with calling(make_service(**more_than_any_disk, enable_api=False)) as client:
+        ready = client.get("/readyz")
+
+    assert not_ready.status_code == checks.status_code == 503
+    assert problem(not_ready)["code"] == "no_space"
+    assert "free in DATA_DIR" in problem(not_ready)["detail"]
+    assert "[-] disk for stored jobs: " in checks.text
+    assert ready.status_code == 200  # without jobs nothing is stored
 
 
 def test_the_metrics_count_what_came_through_any_door(

@@ -283,6 +283,23 @@ class Engine:
             if len(self._waiting) >= self._max_queue:
                 raise self._busy()
 
+    def check_restarts(self) -> None:
+        """Raise ModelUnavailableError while the worker ends too often to be started again."""
+        with self._changed:
+            if self._worker is not None and self._worker.is_alive:
+                return
+            now = self._clock.now()
+            while self._losses and self._losses[0] <= now - RESTART_WINDOW_S:
+                self._losses.popleft()
+            if len(self._losses) <= MAX_RESTARTS:
+                return
+            wait_s = math.ceil(self._losses[0] + RESTART_WINDOW_S - now)
+            raise ModelUnavailableError(
+                f"the worker process has ended {len(self._losses)} times within 10 minutes "
+                f"({self._last_loss}); try again in {wait_s} s",
+                retry_after_s=wait_s,
+            )
+
     def withdraw(self, edit: Edit) -> None:
         """Take an edit out of the line, or stop it; does nothing if it has ended."""
         with self._changed:
@@ -449,7 +466,7 @@ class Engine:
             if self._worker is not None and not self._worker.is_alive:
                 self._lose(WorkerLostError("it ended while idle"))
             if self._worker is None:
-                self._check_restarts()
+                self.check_restarts()
                 try:
                     self._worker = self._start(self._worker_ended)
                 except OSError as error:
@@ -461,18 +478,6 @@ class Engine:
     def _worker_ended(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-    def _check_restarts(self) -> None:
-        now = self._clock.now()
-        while self._losses and self._losses[0] <= now - RESTART_WINDOW_S:
-            self._losses.popleft()
-        if len(self._losses) > MAX_RESTARTS:
-            wait_s = math.ceil(self._losses[0] + RESTART_WINDOW_S - now)
-            raise ModelUnavailableError(
-                f"the worker process has ended {len(self._losses)} times within 10 minutes "
-                f"({self._last_loss}); try again in {wait_s} s",
-                retry_after_s=wait_s,
-            )
 
     def _lose(self, reason: WorkerLostError) -> None:
         """Forget a worker that is of no more use."""

@@ -243,7 +243,7 @@ class FileAccess:
 
     def publish(self, output: Output, data: bytes) -> Path:
         """Put the result into its place, complete or not at all; returns its absolute path."""
-        existing = _nearest_existing(output.folder)
+        existing = nearest_existing(output.folder)
         try:
             with _Folder(existing) as folder:
                 if not self._allows(folder.where()):
@@ -446,7 +446,7 @@ def _check_not_input(output: Output, name: str) -> None:
 
 def _check_folder(output: Output) -> None:
     """Find out before the work is done that a folder cannot take the result."""
-    existing = _nearest_existing(output.folder)
+    existing = nearest_existing(output.folder)
     if not existing.is_dir():
         raise OutputNotWritableError(f"{output.shown} ({existing.name} is not a folder)")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -505,7 +505,8 @@ def _identity(path: Path) -> FileIdentity | None:
     return FileIdentity(found.st_dev, found.st_ino)
 
 
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
+    """The folder itself if it exists, or the nearest one above it."""
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 

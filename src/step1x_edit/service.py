@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
+import os
 import secrets
+import shutil
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -47,9 +50,10 @@ from step1x_edit.errors import (
     EditCancelledError,
     ImageError,
     ModelUnavailableError,
+    NoSpaceError,
     Step1XEditError,
 )
-from step1x_edit.files import FileAccess, FileIdentity, Output
+from step1x_edit.files import FileAccess, FileIdentity, Output, nearest_existing
 from step1x_edit.machine import Survey, look
 from step1x_edit.memory_plan import spared
 from step1x_edit.model.config import DEMO, REASONING, V1_1
@@ -86,7 +90,7 @@ from step1x_edit.schemas import (
     read_request,
     strengths_of,
 )
-from step1x_edit.settings import Settings
+from step1x_edit.settings import MEBI, Settings
 from step1x_edit.worker_process import WorkerProcess
 
 if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
@@ -445,7 +449,14 @@ class EditService:
     @property
     def readiness(self) -> Mapping[str, Callable[[], None]]:
         """What has to be so for the next edit to be taken; each raises what is not as it should."""
-        return {"room in the queue": self.check_room, "checkpoint": self._check_checkpoint}
+        checks = {
+            "room in the queue": self.check_room,
+            "worker": self._engine.check_restarts,
+            "checkpoint": self._check_checkpoint,
+        }
+        if self._settings.enable_api:
+            checks["disk for stored jobs"] = self._check_disk
+        return checks
 
     def check_room(self) -> None:
         """Raise what an edit would be told now before it is looked at."""
@@ -455,6 +466,20 @@ class EditService:
         path = resolve_model_path(self._settings.model_path, self._settings.data_dir)
         if path is not None and not path.exists():
             raise CheckpointError(f"there is nothing at MODEL_PATH {path}")
+
+    def _check_disk(self) -> None:
+        """Raise NoSpaceError if DATA_DIR cannot take the largest picture that a job may bring."""
+        folder = self._settings.data_dir
+        try:
+            free = shutil.disk_usage(nearest_existing(folder)).free
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO).lower()
+            raise NoSpaceError(f"DATA_DIR {folder} cannot be reached ({reason})") from None
+        if free < self._settings.max_bytes:
+            raise NoSpaceError(
+                f"{free / MEBI:.0f} MiB are free in DATA_DIR {folder}, and a picture may have "
+                f"{self._settings.max_upload_mb} (MAX_UPLOAD_MB)"
+            )
 
     async def offload(self) -> GpuAnswer:
         """Move the model from the GPU to host memory, before the next edit."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -29,6 +29,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.guard import request_id
 from step1x_edit.interfaces.idempotency import (
     KEY_PARAMETER,
     REPLAYED,
@@ -538,8 +539,12 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
     )
     async def readyz(request: Request) -> Response:
         if "verbose" not in request.query_params:
-            for check in service.readiness.values():
-                check()
+            try:
+                for check in service.readiness.values():
+                    check()
+            except Step1XEditError as error:  # whatever its own status, the server is not ready
+                failure = replace(problems.of_error(error), status=503)
+                return problems.response(failure, request_id(request.scope))
             return PlainTextResponse("ready\n")
         lines, is_ready = [], True
         for name, check in service.readiness.items():
