@@ -20,6 +20,7 @@ from step1x_edit.service import EditService
 from step1x_edit.settings import Settings
 
 TOKEN = "a-token-of-the-tests"
+SECRET = "a-secret-of-the-tests"
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +71,7 @@ def serving(service: EditService, **settings: object) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         given = {"api_key": TOKEN, "data_dir": folder, "rate_limit": 0, **settings}
         chosen = Settings(_env_file=None, **given)  # type: ignore
-        with running(build_app(service, chosen), chosen, chosen.host) as url:
+        with running(build_app(service, chosen, SECRET), chosen, chosen.host) as url:
             yield url
 
 
@@ -91,7 +92,7 @@ def listening_stranger(mcp: FastMCP) -> Iterator[str]:
 @contextlib.contextmanager
 def announcing(service: EditService, data_dir: Path) -> Iterator[str]:
     """`listening`, to be found by whoever looks into `data_dir`, although in our own process."""
-    with listening(service) as url, announced(data_dir, url, TOKEN):
+    with listening(service) as url, announced(data_dir, url, SECRET, TOKEN):
         yield url
 
 

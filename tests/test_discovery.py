@@ -8,10 +8,11 @@ import json
 import os
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,16 @@ from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
-from http_server import TOKEN, announcing, listening, listening_stranger
+from http_server import SECRET, TOKEN, announcing, listening, listening_stranger
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.client import OWN_SERVER
-from step1x_edit.interfaces.discovery import NOTE_NAME, announced, find_server
+from step1x_edit.interfaces.discovery import (
+    NOTE_NAME,
+    announced,
+    find_server,
+    proof,
+    start_of_process,
+)
 from step1x_edit.interfaces.mcp import build_mcp
 
 ROOT = Path(__file__).parents[1]
@@ -60,23 +67,56 @@ def gone() -> int:
 
 def test_an_announcement_is_private_whole_and_gone_at_the_end(data_dir: Path) -> None:
     note = data_dir / NOTE_NAME
-    with announced(data_dir, "http://127.0.0.1:8000/mcp", "secret"):
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", SECRET, TOKEN):
         content = json.loads(note.read_text())
         modes = (note.stat().st_mode & 0o777, data_dir.stat().st_mode & 0o777)
 
-    assert content == {"url": "http://127.0.0.1:8000/mcp", "pid": os.getpid(), "token": "secret"}
+    assert content == {
+        "url": "http://127.0.0.1:8000/mcp",
+        "pid": os.getpid(),
+        "secret": SECRET,
+        "started": start_of_process(os.getpid()),
+        "token": TOKEN,
+    }
     assert modes == (0o600, 0o700)
     assert list(data_dir.iterdir()) == []
 
 
-def test_the_announcement_of_a_successor_is_left_alone(data_dir: Path) -> None:
-    successor = announced(data_dir, "http://127.0.0.1:8001/mcp")
-    with announced(data_dir, "http://127.0.0.1:8000/mcp"):
-        successor.__enter__()
-    kept = json.loads((data_dir / NOTE_NAME).read_text())
-    successor.__exit__(None, None, None)
+def test_the_announcement_of_the_first_server_is_left_alone(data_dir: Path) -> None:
+    note = data_dir / NOTE_NAME
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", SECRET):
+        with announced(data_dir, "http://127.0.0.1:8001/mcp", SECRET):
+            while_both_run = json.loads(note.read_text())
+        after_the_second = json.loads(note.read_text())
 
-    assert kept["url"] == "http://127.0.0.1:8001/mcp"
+    assert while_both_run["url"] == "http://127.0.0.1:8000/mcp"
+    assert after_the_second == while_both_run
+    assert not note.exists()
+
+
+def test_the_announcement_of_a_dead_server_is_replaced(data_dir: Path, gone: int) -> None:
+    note = data_dir / NOTE_NAME
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", SECRET):
+        left = json.loads(note.read_text())
+    for stale in ({"pid": gone}, {"started": "long ago"}):  # the number may live again
+        note.write_text(json.dumps(left | stale))
+        note.chmod(0o600)
+        with announced(data_dir, "http://127.0.0.1:8001/mcp", SECRET):
+            assert json.loads(note.read_text())["url"] == "http://127.0.0.1:8001/mcp"
+
+
+def test_a_server_that_cannot_announce_itself_says_so_and_serves(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data_dir.write_text("a file")
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", SECRET):
+        assert "other programs cannot find this server: DATA_DIR" in caplog.text
+
+
+def test_two_processes_start_apart_though_they_share_a_number() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert start_of_process(other.pid) == start_of_process(other.pid) is not None
+        assert start_of_process(other.pid) != start_of_process(os.getpid())
 
 
 async def test_a_server_that_announces_itself_is_found(
@@ -106,9 +146,18 @@ async def test_a_stale_or_foreign_announcement_is_ignored(
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         mute = f"http://127.0.0.1:{silent.getsockname()[1]}/mcp"
-        good = {"url": url, "pid": 1, "token": TOKEN}
+        good = {
+            "url": url,
+            "pid": 1,
+            "secret": SECRET,
+            "started": start_of_process(1),
+            "token": TOKEN,
+        }
         for content, mode in [
             (good | {"pid": gone}, 0o600),
+            (good | {"started": "long ago"}, 0o600),
+            (good | {"started": None}, 0o600),
+            (good | {"secret": "wrong"}, 0o600),
             (good | {"token": "wrong"}, 0o600),
             (good | {"token": None}, 0o600),
             (good | {"url": other}, 0o600),
@@ -135,6 +184,81 @@ async def test_a_stale_or_foreign_announcement_is_ignored(
         note.unlink()
         elsewhere.rename(note)
         assert await find_server(data_dir) is not None  # nothing but the above was wrong
+
+
+class Foreigner(socketserver.ThreadingTCPServer):
+    """A listener that is not ours and keeps what it is sent; `answer` is what it says to that."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[bytes], bytes]) -> None:
+        super().__init__(("127.0.0.1", 0), _Recorder)
+        self.answer = answer
+        self.heard: list[bytes] = []
+
+    @property
+    def port(self) -> int:
+        return int(self.server_address[1])
+
+
+class _Recorder(socketserver.BaseRequestHandler):
+    server: Foreigner
+
+    def handle(self) -> None:
+        while sent := self.request.recv(1 << 16):
+            self.server.heard.append(sent)
+            self.request.sendall(self.server.answer(sent))
+
+
+@contextlib.contextmanager
+def foreign_listener(answer: Callable[[bytes], bytes]) -> Iterator[Foreigner]:
+    with Foreigner(answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def livez(shown: str) -> bytes:
+    return f"HTTP/1.1 200 OK\r\nX-Proof: {shown}\r\nContent-Length: 3\r\n\r\nok\n".encode()
+
+
+def passed_on(url: str) -> Callable[[bytes], bytes]:
+    """What a listener answers that asks a server of ours what it has been asked itself."""
+
+    def ask(sent: bytes) -> bytes:
+        path = sent.split(b" ")[1].decode()
+        return livez(httpx2.get(f"{url.removesuffix('/mcp')}{path}").headers["x-proof"])
+
+    return ask
+
+
+@pytest.mark.parametrize("kind", ["mute", "plain", "wrong", "passed on"])
+def test_a_foreign_listener_at_the_port_of_a_dead_server_gets_no_key(
+    make_service: MakeService, data_dir: Path, kind: str
+) -> None:
+    answers: dict[str, Callable[[bytes], bytes]] = {
+        "mute": lambda sent: b"",
+        "plain": lambda sent: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n",
+        "wrong": lambda sent: livez(proof("another secret", "nonce", 8000)),
+    }
+    with (
+        listening(make_service()) as url,  # which knows the secret, but listens elsewhere
+        foreign_listener(answers.get(kind, passed_on(url))) as foreigner,
+        announced(data_dir, f"http://127.0.0.1:{foreigner.port}/mcp", SECRET, TOKEN),
+    ):
+        status = subprocess.run(
+            [sys.executable, "-m", "step1x_edit.interfaces.cli", "status", "--json"],
+            env={**os.environ, "DATA_DIR": str(data_dir)},
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert status.returncode == 0, status.stderr
+    sent = b"".join(foreigner.heard)
+    assert sent.startswith(b"GET /livez?nonce=")
+    assert TOKEN.encode() not in sent
+    assert b"authorization" not in sent.lower()
 
 
 # --- joining --------------------------------------------------------------------------------------

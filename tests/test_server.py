@@ -215,6 +215,21 @@ def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
     assert not (process.data_dir / NOTE_NAME).exists()
 
 
+def test_a_further_server_without_jobs_leaves_the_first_one_findable(tmp_path: Path) -> None:
+    with started(FAKE, tmp_path) as first:
+        url = first.url()
+        with started(FAKE, tmp_path, ENABLE_API="false") as second:
+            second.url()
+            second.heard(f"other programs join the server at {url}/mcp")
+            second.popen.send_signal(signal.SIGTERM)
+            code = second.ended()
+        found = asyncio.run(find_server(first.data_dir, timeout_s=30))
+
+    assert code == 0
+    assert found is not None
+    assert found.url == f"{url}/mcp"
+
+
 def test_over_http_only_the_start_folder_is_open(tmp_path: Path, photo: Path) -> None:
     start = tmp_path / "start"
     start.mkdir()

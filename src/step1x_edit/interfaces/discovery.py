@@ -1,8 +1,10 @@
 """How a server on this machine is found, so that all clients share its one model.
 
-A server that listens announces itself by a note in the data folder: its URL, its process and the
-token that it asks for. Whoever wants to join reads the note and trusts it only if it is ours alone,
-the process lives, and a server of ours answers. Everything else counts as "there is none".
+A server that listens announces itself by a note in the data folder: its URL, its process, the
+token that it asks for and a secret. A client that wants to join reads the note and trusts it only
+if it is ours alone, the process is the one that wrote it, the listener proves that it knows the
+secret, and a server of ours answers. The token is sent after the proof, so that a program that
+listens at the port of a dead server learns nothing. Everything else counts as "there is none".
 Discovery knows nothing about tools.
 """
 
@@ -10,16 +12,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
 import os
 import secrets
 import stat
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
+
+from step1x_edit.settings import inherited_environment
 
 if TYPE_CHECKING:
     from fastmcp.client.transports import StreamableHttpTransport
@@ -28,8 +34,12 @@ log = logging.getLogger(__name__)
 
 SERVER_NAME: Final = "step1x-edit"
 NOTE_NAME: Final = "server.json"
+PROOF_PATH: Final = "/livez"
+PROOF_HEADER: Final = "X-Proof"
+"""Where a listener answers a `nonce` with the proof that it knows the secret of its note."""
 
 _ANSWER_TIMEOUT_S: Final = 1.0  # a server that is slower than this is no help to anybody
+_PS_S: Final = 5.0
 _MAX_NOTE_BYTES: Final = 64 * 1024
 _LOOPBACK: Final = {"127.0.0.1", "::1", "localhost"}
 
@@ -41,25 +51,51 @@ _HAS_OWNERS: Final = hasattr(os, "getuid")
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Where a server listens, and what it wants to see from its callers."""
+    """Where a server listens, which process it is, and what it wants to see from its callers."""
 
     url: str
     pid: int
+    secret: str
+    started: str | None = None
+    """What tells its process from a later one of the same number; None if the system cannot."""
     token: str | None = None
+
+
+def new_secret() -> str:
+    """What a server that starts and the programs that read its note know, and nobody else."""
+    return secrets.token_hex(32)
+
+
+def proof(secret: str, nonce: str, port: int) -> str:
+    """The answer to a nonce; it names the port, so that no listener can pass on another's."""
+    return hmac.digest(secret.encode(), f"{port} {nonce}".encode(), "sha256").hex()
 
 
 # --- for the server -------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def announced(data_dir: Path, url: str, token: str | None = None) -> Iterator[None]:
-    """Announce this process as the running server for as long as the context lasts."""
-    server = RunningServer(url, os.getpid(), token)
-    _publish(data_dir, server)
+def announced(data_dir: Path, url: str, secret: str, token: str | None = None) -> Iterator[None]:
+    """Announce this process as the running server for as long as the context lasts.
+
+    Does nothing but log if another server has announced itself and still runs, or if there can be
+    no note.
+    """
+    first = _read_note(data_dir)
+    if first is not None and _runs(first):
+        log.warning("other programs join the server at %s, which was here first", first.url)
+        yield
+        return
+    server = RunningServer(url, os.getpid(), secret, start_of_process(os.getpid()), token)
+    try:
+        _publish(data_dir, server)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        log.warning("other programs cannot find this server: DATA_DIR %s (%s)", data_dir, reason)
     try:
         yield
     finally:
-        if _read_note(data_dir) == server:  # or another one has taken our place
+        if _read_note(data_dir) == server:
             with contextlib.suppress(OSError):
                 (data_dir / NOTE_NAME).unlink()
 
@@ -83,7 +119,7 @@ def _publish(data_dir: Path, server: RunningServer) -> None:
 async def find_server(data_dir: Path, timeout_s: float = _ANSWER_TIMEOUT_S) -> RunningServer | None:
     """The server that runs on this machine, if there is one that answers."""
     server = _read_note(data_dir)
-    if server is None or server.pid == os.getpid() or not _lives(server.pid):
+    if server is None or server.pid == os.getpid() or not _runs(server):
         return None
     if not await _answers(server, timeout_s):
         log.info("the server announced at %s does not answer as one of ours", server.url)
@@ -106,8 +142,14 @@ def _read_note(data_dir: Path) -> RunningServer | None:
         except ValueError:
             return None
     match content:
-        case {"url": str(url), "pid": int(pid), "token": (str() | None) as token}:
-            return RunningServer(url, pid, token) if _is_on_this_machine(url) else None
+        case {
+            "url": str(url),
+            "pid": int(pid),
+            "secret": str(secret),
+            "started": (str() | None) as started,
+            "token": (str() | None) as token,
+        } if _is_on_this_machine(url):
+            return RunningServer(url, pid, secret, started, token)
     return None
 
 
@@ -124,6 +166,38 @@ def _is_on_this_machine(url: str) -> bool:
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and parts.hostname in _LOOPBACK
+
+
+def _runs(server: RunningServer) -> bool:
+    """Whether the process that wrote the note is still there."""
+    return _lives(server.pid) and server.started == start_of_process(server.pid)
+
+
+def start_of_process(pid: int) -> str | None:
+    """When a process was started, as a text to compare; None if the system does not say."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_bytes()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return _started_by_ps(pid)
+    # The second field is the program's name in parentheses, which may hold anything.
+    ticks = stat_line.rpartition(b")")[2].split()[19]
+    return f"{ticks.decode()} {boot}"
+
+
+def _started_by_ps(pid: int) -> str | None:
+    """The same where there is no /proc, such as on macOS; Windows has neither."""
+    try:
+        told = subprocess.run(  # noqa: S603 - a number is all that varies
+            ["ps", "-o", "lstart=", "-p", str(pid)],  # noqa: S607 - wherever the system has it
+            capture_output=True,
+            env=inherited_environment(LC_ALL="C", TZ="UTC"),
+            timeout=_PS_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.decode("ascii", "replace").strip() or None
 
 
 def _lives(pid: int) -> bool:
@@ -166,6 +240,8 @@ async def _answers(server: RunningServer, timeout_s: float) -> bool:
     from fastmcp import Client
 
     async def name() -> str | None:
+        if not await _proves_itself(server):
+            return None
         async with Client(transport_to(server)) as client:
             return None if client.server_info is None else client.server_info.name
 
@@ -174,3 +250,18 @@ async def _answers(server: RunningServer, timeout_s: float) -> bool:
     except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it cannot be joined
         log.debug("%s: %r", server.url, error)
         return False
+
+
+async def _proves_itself(server: RunningServer) -> bool:
+    """Whether the listener knows the secret of the note; it is sent nothing but a random text."""
+    import httpx2
+
+    parts, nonce = urlsplit(server.url), secrets.token_hex(16)
+    asked = f"{parts.scheme}://{parts.netloc}{PROOF_PATH}"
+    async with (
+        httpx2.AsyncClient(trust_env=False) as client,
+        client.stream("GET", asked, params={"nonce": nonce}) as answer,  # its body is not read
+    ):
+        shown = answer.headers.get(PROOF_HEADER, "")
+    expected = proof(server.secret, nonce, parts.port or 0)
+    return hmac.compare_digest(shown.encode(), expected.encode())

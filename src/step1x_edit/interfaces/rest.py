@@ -29,6 +29,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces import problems
+from step1x_edit.interfaces.discovery import PROOF_HEADER, proof
 from step1x_edit.interfaces.guard import request_id
 from step1x_edit.interfaces.idempotency import (
     KEY_PARAMETER,
@@ -66,6 +67,7 @@ MASK_DESCRIPTION: Final = (
 _UPLOADS: Final = (FILE, MASK)
 _MAX_FIELDS: Final = 20
 _MAX_FIELD_BYTES: Final = 64 * 1024
+_MAX_NONCE: Final = 64
 
 _JSON: Final = "application/json"
 _SUFFIX_OF: Final = {
@@ -464,8 +466,8 @@ def json_content(
 # --- whether all is well --------------------------------------------------------------------------
 
 
-def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
-    """The routes for whoever watches over the server."""
+def health_routes(service: EditService, metrics: Metrics, secret: str) -> APIRouter:
+    """The routes for monitoring; `secret` is that of the note by which the server is found."""
     router = APIRouter(tags=["Watching"])
 
     @router.get(
@@ -508,12 +510,27 @@ def health_routes(service: EditService, metrics: Metrics) -> APIRouter:
         "/livez",
         operation_id="get_liveness",
         summary="Say that the process lives",
-        description="Needs no token. It says nothing about whether edits are possible.",
+        description="Needs no token. It says nothing about whether edits are possible. To a "
+        f"`nonce` it answers in `{PROOF_HEADER}` with the HMAC-SHA256 of its port and the nonce, "
+        "by which programs on this machine recognise the server that wrote the note in DATA_DIR.",
         responses={200: _plain("The process answers", "ok\n"), **problems.described("internal")},
         response_class=PlainTextResponse,
+        openapi_extra={
+            "parameters": [
+                {
+                    "name": "nonce",
+                    "in": "query",
+                    "description": f"A random text of at most {_MAX_NONCE} characters",
+                    "schema": {"type": "string"},
+                }
+            ]
+        },
     )
-    async def livez() -> Response:
-        return PlainTextResponse("ok\n")
+    async def livez(request: Request) -> Response:
+        nonce, (_, port) = request.query_params.get("nonce", ""), request.scope["server"]
+        is_asked = secret and 0 < len(nonce) <= _MAX_NONCE
+        headers = {PROOF_HEADER: proof(secret, nonce, port)} if is_asked else {}
+        return PlainTextResponse("ok\n", headers=headers)
 
     @router.get(
         "/readyz",

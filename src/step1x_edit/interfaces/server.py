@@ -36,7 +36,7 @@ from starlette.types import ASGIApp
 from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.interfaces import connections, problems
-from step1x_edit.interfaces.discovery import SERVER_NAME, announced
+from step1x_edit.interfaces.discovery import SERVER_NAME, announced, new_secret
 from step1x_edit.interfaces.docs_page import docs_routes
 from step1x_edit.interfaces.estimate import estimate_routes
 from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
@@ -74,13 +74,15 @@ and so has the log."""
 # --- the application ------------------------------------------------------------------------------
 
 
-def build_app(service: EditService, settings: Settings) -> Guard:
-    """Everything that the server answers, behind its guard."""
+def build_app(service: EditService, settings: Settings, secret: str = "") -> Guard:
+    """Everything that the server answers, behind its guard; `secret` is that of its note."""
     metrics = Metrics(service)
-    return Guard(build_routes(service, settings, metrics), settings, metrics.observe)
+    return Guard(build_routes(service, settings, metrics, secret), settings, metrics.observe)
 
 
-def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> FastAPI:
+def build_routes(
+    service: EditService, settings: Settings, metrics: Metrics, secret: str = ""
+) -> FastAPI:
     """The routes, unguarded. Answers without an end are ended by setting `app.state.closing`."""
     mcp, store, page = None, None, None
     pulls = Pulls(settings)
@@ -117,7 +119,7 @@ def build_routes(service: EditService, settings: Settings, metrics: Metrics) -> 
         app.router.routes.extend(estimate_routes(service).routes)
         app.router.routes.extend(job_routes(service, store, runs, app.state.closing).routes)
         app.router.routes.extend(model_routes(pulls, app.state.closing).routes)
-    app.router.routes.extend(health_routes(service, metrics).routes)
+    app.router.routes.extend(health_routes(service, metrics, secret).routes)
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
@@ -263,7 +265,8 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
     told: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
     hear_signals(told)
     metrics = Metrics(service)
-    routes = build_routes(service, settings, metrics)
+    secret = new_secret()
+    routes = build_routes(service, settings, metrics, secret)
     server = _Server(Guard(routes, settings, metrics.observe), settings)
     # Not left to uvicorn, which tells with a traceback what stops the start.
     async with routes.router.lifespan_context(routes):
@@ -272,7 +275,7 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
         starting: set[asyncio.Future[Any]] = {serving, ready}
         await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            with _findable(settings, listener):
+            with _findable(settings, listener, secret):
                 ends: set[asyncio.Future[Any]] = {serving, told}
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
@@ -313,14 +316,15 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _findable(settings: Settings, listener: socket.socket) -> Iterator[None]:
+def _findable(settings: Settings, listener: socket.socket, secret: str) -> Iterator[None]:
     """Say where we are: in the log, and to programs of this machine that may join us."""
     port = listener.getsockname()[1]
     local = _local_address(settings.host)
     with contextlib.ExitStack() as stack:
         if local is not None and settings.enable_mcp:
             key = None if settings.api_key is None else settings.api_key.get_secret_value()
-            stack.enter_context(announced(settings.data_dir, _url(local, port) + MCP_PATH, key))
+            url = _url(local, port) + MCP_PATH
+            stack.enter_context(announced(settings.data_dir, url, secret, key))
         log.info("serving at %s", _url(settings.host, port))
         yield
 
