@@ -41,6 +41,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.jobs import (
     DATABASE_NAME,
+    LOST_NAME,
     TIDY_INTERVAL_S,
     Job,
     JobEvent,
@@ -192,6 +193,7 @@ async def test_what_is_stored_is_for_its_owner_only(data_dir: Path) -> None:
     assert modes == {
         "jobs": 0o700,
         job.id: 0o700,
+        "accepted": 0o600,
         "input": 0o600,
         "result": 0o600,
         DATABASE_NAME: 0o600,
@@ -489,6 +491,7 @@ async def test_a_start_sweeps_what_no_job_owns_and_nothing_else(data_dir: Path) 
     (data_dir / "jobs" / "applications").mkdir()  # DATA_DIR may be somebody's home
     async with JobStore(data_dir):
         assert folders(data_dir) == {job.id, "applications"}
+    assert not (data_dir / LOST_NAME).exists()
 
 
 async def test_a_second_store_in_the_same_folder_is_refused(data_dir: Path) -> None:
@@ -524,12 +527,6 @@ async def test_what_a_store_of_version_1_has_accepted_is_done(data_dir: Path) ->
     async with JobStore(data_dir) as store:  # and once is enough
         assert await store.read_input(masked.id) == JobInput(b"dog", b"mask")
     assert operation.masks == [None, b"mask"]
-
-
-async def test_a_file_that_is_no_database_is_refused(data_dir: Path) -> None:
-    (data_dir / DATABASE_NAME).write_bytes(b"no database" * 100)
-    with pytest.raises(SettingsError, match="cannot be used"):
-        await JobStore(data_dir).__aenter__()
 
 
 async def test_a_folder_that_cannot_be_made_is_refused(data_dir: Path) -> None:
@@ -708,6 +705,122 @@ async def gone(store: JobStore, job_id: str) -> None:
     with contextlib.suppress(JobNotFoundError):
         while True:
             await store.get(job_id)
+
+
+# --- damage ---
+
+
+def set_aside(data_dir: Path) -> set[str]:
+    """The files that a start has kept because it did not understand them, by their last parts."""
+    kept = [path for path in (data_dir / LOST_NAME).rglob("*") if path.is_file()]
+    return {"/".join(path.parts[-2:]) for path in kept}
+
+
+def damage(data_dir: Path, statement: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(data_dir / DATABASE_NAME)) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = ON")
+        connection.execute(statement, values)
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("id", "zzz"),
+        ("state", "zzz"),
+        ("state", "succeeded"),
+        ("request", "{"),
+        ("request", "[]"),
+        ("request", b"\xff\xfe"),
+        ("answer", "{"),
+        ("phase", "zzz"),
+        ("created_at", "yesterday"),
+        ("finished_at", "tomorrow"),
+        ("size", "large"),
+        ("request", "CAST(x'ff' AS TEXT)"),
+    ],
+)
+async def test_a_row_that_cannot_be_read_costs_the_others_nothing(
+    data_dir: Path, caplog: pytest.LogCaptureFixture, column: str, value: str | bytes
+) -> None:
+    async with JobStore(data_dir) as store:
+        broken, whole = await store.create(b"cat", REQUEST), await store.create(b"dog", REQUEST)
+    statement = f"UPDATE jobs SET {column} = ? WHERE id = ?"
+    if isinstance(value, str) and value.startswith("CAST"):  # a text that is no UTF-8
+        damage(data_dir, statement.replace("?", value, 1), broken.id)
+    else:
+        damage(data_dir, statement, value, broken.id)
+    operation = Operation()
+    async with JobStore(data_dir) as store, JobRunner(store, operation):
+        assert [job.id for job in await all_jobs(store)] == [whole.id]
+        assert (await store.wait(whole.id)).state == "succeeded"
+        later = await store.create(b"cow", REQUEST)
+        assert (await store.wait(later.id)).state == "succeeded"
+    name = "zzz" if column == "id" else broken.id
+    assert f"the stored job {name} cannot be read" in caplog.text
+    assert f"{broken.id}/input" in set_aside(data_dir)
+    assert any("/row-" in name for name in set_aside(data_dir))
+
+
+async def test_what_the_log_of_the_database_has_lost_is_named_and_its_files_are_kept(
+    data_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with JobStore(data_dir) as store:
+        kept = await store.create(b"cat", REQUEST)
+    async with JobStore(data_dir) as store:
+        lost = await store.create(b"dog", REQUEST)
+        forgotten = await store.create(b"cow", REQUEST)
+        await store.delete(forgotten.id)
+        image = killed(data_dir)
+    wal = image / f"{DATABASE_NAME}-wal"
+    data = bytearray(wal.read_bytes())
+    data[32 + 24 + 100] ^= 0xFF  # in the first page that was written since
+    wal.write_bytes(data)
+    async with JobStore(image) as store:
+        assert [job.id for job in await all_jobs(store)] == [kept.id]
+        assert folders(image) == {kept.id}
+    assert set_aside(image) == {f"{lost.id}/input", f"{lost.id}/accepted"}
+    assert lost.id in caplog.text
+    assert forgotten.id not in caplog.text
+    shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("cut", ["half", "garbage", "a page", "tables"])
+async def test_a_damaged_database_is_set_aside_with_all_files_and_a_new_one_works(
+    data_dir: Path, caplog: pytest.LogCaptureFixture, cut: str
+) -> None:
+    path = data_dir / DATABASE_NAME
+    async with JobStore(data_dir) as store:
+        job = await store.create(b"cat", REQUEST)
+    data = path.read_bytes()
+    match cut:
+        case "half":
+            path.write_bytes(data[: len(data) // 2])
+        case "garbage":
+            path.write_bytes(b"no database" * 1000)
+        case "a page":
+            path.write_bytes(data[:4096] + bytes(4096) + data[8192:])
+        case "tables":
+            damage(data_dir, "DROP TABLE jobs")
+    async with JobStore(data_dir) as store, JobRunner(store, Operation()):
+        new = await store.create(b"dog", REQUEST)
+        assert (await store.wait(new.id)).state == "succeeded"
+        assert [each.id for each in await all_jobs(store)] == [new.id]
+    assert set_aside(data_dir) >= {f"{job.id}/input"}
+    assert any(
+        name.endswith(f"/{DATABASE_NAME}") or cut == "tables" for name in set_aside(data_dir)
+    )
+    assert "is lost" in caplog.text or "are lost" in caplog.text or "has lost" in caplog.text
+
+
+async def test_a_result_whose_file_is_gone_is_no_failure_of_the_server(data_dir: Path) -> None:
+    async with JobStore(data_dir) as store:
+        job = await store.create(b"cat", {})
+        await store.start_next()
+        await store.succeed(job.id, b"hat", {})
+        (data_dir / "jobs" / job.id / "result").unlink()
+        with pytest.raises(JobConflictError, match="has no result any more"):
+            await store.read_result(job.id)
 
 
 # --- faults ---

@@ -466,6 +466,41 @@ def test_what_is_wrong_with_a_list_is_said_by_name(
     assert answer.json()["detail"] == f"Invalid parameter: {detail}"
 
 
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_text", ["{", '{"a": 1}'])
+def test_a_damaged_job_is_left_out_of_the_list_and_named_in_the_log(
+    make_service: MakeService,
+    photo: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    request_text: str,
+) -> None:
+    data_dir, gate = tmp_path / "data", Gate()
+    with calling(make_service(FakeWorker(before_step=gate)), data_dir=data_dir) as client:
+        first, broken, last = (create(client, photo, prompt)["id"] for prompt in "abc")
+    gate.open()
+    with contextlib.closing(sqlite3.connect(data_dir / DATABASE_NAME)) as connection:
+        connection.execute("UPDATE jobs SET request = ? WHERE id = ?", (request_text, broken))
+        connection.commit()
+    with calling(make_service(), data_dir=data_dir) as client:
+        whole = [ended(client, job_id)["status"] for job_id in (first, last)]
+        listed = client.get("/v1/jobs").json()
+        pages = [client.get("/v1/jobs?limit=1").json()]
+        while pages[-1]["has_more"]:
+            after = pages[-1]["last_id"]
+            pages.append(client.get(f"/v1/jobs?limit=1&after={after}").json())
+        asked = [client.get(f"/v1/jobs/{broken}"), client.post(f"/v1/jobs/{broken}/cancel")]
+
+    assert whole == ["succeeded", "succeeded"]
+    assert [job["id"] for job in listed["data"]] == [last, first]
+    assert [job["id"] for page in pages for job in page["data"]] == [last, first]
+    assert [code_of(answer) for answer in asked] == [(404, "not_found")] * 2
+    assert f"the stored job {broken} " in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 # --- starting anew --------------------------------------------------------------------------------
 
 

@@ -3,7 +3,8 @@
 A job is accepted once it and its input are on the disk, and from then on it ends in exactly one of
 the states `succeeded`, `failed`, `cancelled` and `expired`. Rows live in an SQLite database; inputs
 and result lie beside it in `jobs/<id>/`, under names of our own. What has happened to a job is kept
-as numbered events that can be read again and waited for.
+as numbered events that can be read again and waited for. What a start cannot read, or files of
+jobs that the database no longer knows, it moves to `jobs-lost/` and reports in the log.
 
 `JobStore` remembers, `JobRunner` runs what waits. Neither knows anything about pictures, models or
 protocols: inputs are bytes, a request is JSON, and the work is an operation given from outside.
@@ -54,6 +55,7 @@ T = TypeVar("T")
 SCHEMA_VERSION: Final = 2
 DATABASE_NAME: Final = "jobs.sqlite3"
 FOLDER_NAME: Final = "jobs"
+LOST_NAME: Final = "jobs-lost"
 PROGRESS_INTERVAL_S: Final = 1.0
 TIDY_INTERVAL_S: Final = 3600.0
 
@@ -63,6 +65,9 @@ _ID: Final = re.compile(JOB_ID_PATTERN)
 _INPUT: Final = "input"
 _MASK: Final = "mask"
 _RESULT: Final = "result"
+_ACCEPTED: Final = "accepted"
+"""An empty file beside the input from acceptance until the job is forgotten: if the database does
+not know the job, it has lost it."""
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOCKED: Final = "database is locked"  # Python 3.10 has no names for SQLite's codes
 _FULL: Final = "database or disk is full"
@@ -372,18 +377,17 @@ class JobStore:
     def _open(self) -> None:
         path = self._data_dir / DATABASE_NAME
         try:
-            self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | _O_CLOEXEC, 0o600))
-            _sync_folder(self._data_dir)
-            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._connect(path)
         except (OSError, sqlite3.Error) as error:
             raise SettingsError(f"DATA_DIR: {path} cannot be written ({_why(error)})") from None
         try:
-            self._prepare(path)
-            self._interrupt()
-            self._sweep()
-            self._tidy()
+            try:
+                self._begin(path)
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise
+                self._connection.close()
+                self._start_over(path, error)
         except BaseException as error:
             self._connection.close()
             if not isinstance(error, OSError | sqlite3.Error):
@@ -392,8 +396,40 @@ class JobStore:
                 raise SettingsError(f"DATA_DIR: {path} is in use by another process") from None
             raise SettingsError(f"DATA_DIR: {path} cannot be used ({_why(error)})") from None
 
+    def _connect(self, path: Path) -> None:
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | _O_CLOEXEC, 0o600))
+        _sync_folder(self._data_dir)
+        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+
+    def _begin(self, path: Path) -> None:
+        self._prepare(path)
+        self._set_rows_aside()
+        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        newest = self._connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
+        self._last_number = int(newest[:12], 16) if newest else 0
+        self._interrupt()
+        self._sweep()
+        self._tidy()
+
+    def _start_over(self, path: Path, error: sqlite3.Error) -> None:
+        """Begin with no jobs, because the database is damaged; everything is kept elsewhere."""
+        folder = self._set_aside(
+            self._folder, *(path.with_name(path.name + end) for end in ("", "-wal", "-shm"))
+        )
+        log.error(
+            "%s is damaged (%s): all stored jobs are lost; what is left of them is in %s",
+            *(path, _why(error), folder),
+        )
+        self._connect(path)
+        self._begin(path)
+
     def _prepare(self, path: Path) -> None:
         self._connection.row_factory = sqlite3.Row
+        self._connection.text_factory = _text
         for pragma in (
             # Nobody else may even read: the database itself is the lock, and a kill unlocks it.
             "locking_mode = EXCLUSIVE",
@@ -414,8 +450,6 @@ class JobStore:
                     self._connection.execute(statement)
             if version != SCHEMA_VERSION:
                 self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        newest = self._connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
-        self._last_number = int(newest[:12], 16) if newest else 0
 
     def _interrupt(self) -> None:
         """End what was running when the last process was killed: it may have been the reason."""
@@ -425,14 +459,53 @@ class JobStore:
 
     def _sweep(self) -> None:
         """Remove files of jobs that were never accepted, and results that were never recorded."""
+        lost = []
         for folder in self._folder.iterdir():
             if not _ID.fullmatch(folder.name):
                 continue  # not ours
             job = self._find(folder.name)
-            if job is None:
+            if job is None and (folder / _ACCEPTED).exists():
+                lost.append(folder)
+            elif job is None:
                 _remove(folder)
-            elif job.state is not JobState.SUCCEEDED:
-                self._drop_result(job.id)
+            else:
+                _mark_accepted(folder)  # or a kill has come before that, or an older version
+                if job.state is not JobState.SUCCEEDED:
+                    self._drop_result(job.id)
+        if lost:
+            kept = self._set_aside(*lost)
+            names = ", ".join(folder.name for folder in lost)
+            log.error("the database has lost stored jobs; their files are in %s: %s", kept, names)
+
+    def _set_rows_aside(self) -> None:
+        """Take rows that cannot be read out of the database, and keep them as files."""
+        rows = self._connection.execute("SELECT *, NULL AS position FROM jobs").fetchall()
+        for row in rows:
+            try:
+                _job(row)
+            except ValueError as error:
+                self._set_row_aside(row, error)
+
+    def _set_row_aside(self, row: sqlite3.Row, error: ValueError) -> None:
+        job_id = row["id"]
+        events = self._connection.execute("SELECT * FROM events WHERE job_id = ?", (job_id,))
+        kept = json.dumps({"job": dict(row), "events": [*map(dict, events)]}, default=repr)
+        is_id = isinstance(job_id, str) and _ID.fullmatch(job_id)
+        folder = self._set_aside(*([self._folder / job_id] if is_id else []))
+        _write(folder / f"row-{secrets.token_hex(8)}.json", kept.encode())
+        self._connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        log.error("the stored job %s cannot be read (%s); it is in %s", job_id, error, folder)
+
+    def _set_aside(self, *paths: Path) -> Path:
+        """Move files and folders that are not understood to where nothing is removed."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._now()))
+        folder = self._data_dir / LOST_NAME / f"{stamp}-{secrets.token_hex(4)}"
+        folder.mkdir(mode=0o700, parents=True)
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(folder / path.name)
+        _sync_folder(folder)
+        return folder
 
     # --- reading, on the thread -------------------------------------------------------------------
 
@@ -440,7 +513,7 @@ class JobStore:
         if not _ID.fullmatch(job_id):
             return None  # and not every text can be asked for
         row = self._connection.execute(_GET + "WHERE id = ?", (job_id,)).fetchone()
-        return None if row is None else _job(row)
+        return None if row is None else _readable(row)
 
     def _get(self, job_id: str) -> Job:
         if (job := self._find(job_id)) is None:
@@ -450,18 +523,23 @@ class JobStore:
     def _page(self, limit: int, after: str | None) -> JobPage:
         if after is not None and not _ID.fullmatch(after):
             raise InvalidParameterError(f"after must be the id of a job, got {after!r}")
+        jobs: list[Job] = []
         rows = self._connection.execute(
-            _GET + "WHERE :after IS NULL OR id < :after ORDER BY id DESC LIMIT :limit",
-            {"after": after, "limit": limit + 1},
-        ).fetchall()
-        return JobPage(tuple(map(_job, rows[:limit])), len(rows) > limit)
+            _GET + "WHERE :after IS NULL OR id < :after ORDER BY id DESC", {"after": after}
+        )
+        while len(jobs) <= limit and (row := rows.fetchone()) is not None:
+            if (job := _readable(row)) is not None:
+                jobs.append(job)
+        rows.close()
+        return JobPage(tuple(jobs[:limit]), len(jobs) > limit)
 
     def _events_after(self, job_id: str, last: int) -> tuple[list[JobEvent], bool]:
         job = self._find(job_id)
         rows = self._connection.execute(
             "SELECT * FROM events WHERE job_id = ? AND number > ? ORDER BY number", (job_id, last)
         )
-        return list(map(_event, rows)), job is None or job.state.is_final
+        events = [event for event in map(_event, rows) if event is not None]
+        return events, job is None or job.state.is_final
 
     def _read_input(self, job_id: str) -> JobInput:
         job = self._get(job_id)
@@ -474,7 +552,10 @@ class JobStore:
         job = self._get(job_id)
         if job.state is not JobState.SUCCEEDED:
             raise JobConflictError(f"job {job_id} has no result, it is {job.state.value}")
-        return (self._folder / job.id / _RESULT).read_bytes()
+        try:
+            return (self._folder / job.id / _RESULT).read_bytes()
+        except FileNotFoundError:
+            raise JobConflictError(f"job {job_id} has no result any more") from None
 
     def _ids(self, query: str, *values: object) -> list[str]:
         return [row["id"] for row in self._connection.execute(query, values)]
@@ -511,6 +592,7 @@ class JobStore:
         except BaseException:
             _remove(folder)
             raise
+        _mark_accepted(folder)
         self._tell(self._arrived.set)
         return self._get(job_id)
 
@@ -561,6 +643,8 @@ class JobStore:
     def _forget(self, job_ids: Iterable[str]) -> None:
         """Rows first: what is killed in between leaves folders that the next start sweeps."""
         for job_id in job_ids:
+            with contextlib.suppress(OSError):
+                (self._folder / job_id / _ACCEPTED).unlink()
             with self._transaction():
                 self._connection.execute(
                     "DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)
@@ -579,8 +663,9 @@ class JobStore:
 
     def _note(self, job_id: str, progress: Progress) -> None:
         row = self._connection.execute(
-            """SELECT *, (SELECT at FROM events WHERE job_id = id ORDER BY number DESC LIMIT 1)
-            AS told_at FROM jobs WHERE id = ?""",
+            """SELECT *, coalesce(
+                (SELECT at FROM events WHERE job_id = id ORDER BY number DESC LIMIT 1), 0
+            ) AS told_at FROM jobs WHERE id = ?""",
             (job_id,),
         ).fetchone()
         if row is not None and _is_news(progress, _progress(row), self._now() - row["told_at"]):
@@ -781,29 +866,86 @@ async def _stop(*tasks: asyncio.Task[T]) -> None:
 # --- rows -----------------------------------------------------------------------------------------
 
 
+def _readable(row: sqlite3.Row) -> Job | None:
+    """The job of a row; None, with a line in the log, if the row is damaged."""
+    try:
+        return _job(row)
+    except ValueError as error:
+        log.error("the stored job %s cannot be read (%s) and is left out", row["id"], error)
+        return None
+
+
 def _job(row: sqlite3.Row) -> Job:
+    """The job of a row; raises ValueError if the row is not one that we have written."""
+    for name in ("id", "state", "request"):
+        _check_kind(row, name, str)
+    for name in ("answer", "phase"):
+        _check_kind(row, name, str, type(None))
+    _check_kind(row, "created_at", float)
+    for name in ("started_at", "finished_at"):
+        _check_kind(row, name, float, type(None))
+    for name in ("size", "has_mask"):
+        _check_kind(row, name, int)
+    if not _ID.fullmatch(row["id"]):
+        raise ValueError("its id is none")
+    state = JobState(row["state"])
+    if state.is_final != (row["finished_at"] is not None):
+        raise ValueError("its state and its times contradict each other")
     return Job(
         id=row["id"],
-        state=JobState(row["state"]),
-        request=json.loads(row["request"]),
+        state=state,
+        request=_object(row["request"]),
         has_mask=bool(row["has_mask"]),
         created_at=row["created_at"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],
         progress=_progress(row),
         position=row["position"],
-        answer=None if row["answer"] is None else json.loads(row["answer"]),
+        answer=None if row["answer"] is None else _object(row["answer"]),
     )
 
 
-def _event(row: sqlite3.Row) -> JobEvent:
-    return JobEvent(row["number"], row["at"], JobState(row["state"]), _progress(row))
+def _check_kind(row: sqlite3.Row, name: str, *kinds: type) -> None:
+    if not isinstance(row[name], kinds):
+        raise ValueError(f"{name} is of the wrong kind")
+
+
+def _object(text: str) -> dict[str, object]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def _event(row: sqlite3.Row) -> JobEvent | None:
+    try:
+        _check_kind(row, "at", float)
+        return JobEvent(row["number"], row["at"], JobState(row["state"]), _progress(row))
+    except ValueError as error:
+        log.error("an event of job %s cannot be read (%s)", row["job_id"], error)
+        return None
 
 
 def _progress(row: sqlite3.Row) -> Progress | None:
-    return (
-        None if row["phase"] is None else Progress(Phase(row["phase"]), row["step"], row["total"])
-    )
+    if row["phase"] is None:
+        return None
+    for name in ("step", "total"):
+        _check_kind(row, name, int, type(None))
+    return Progress(Phase(row["phase"]), row["step"], row["total"])
+
+
+def _text(data: bytes) -> str | bytes:
+    """A text as the database holds it; bytes if it is none, for the row to be found damaged."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether the database itself is at fault, not the disk or another process."""
+    words = ("no such ", "already exists", "duplicate column", "malformed")
+    return type(error) is sqlite3.DatabaseError or any(word in str(error) for word in words)
 
 
 def _columns(progress: Progress | None) -> dict[str, str | int | None]:
@@ -848,6 +990,11 @@ def _write(path: Path, data: bytes) -> None:
         while rest:
             rest = rest[os.write(file.fileno(), rest) :]
         os.fsync(file.fileno())
+
+
+def _mark_accepted(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # without it only the protection against losses is missing
+        (folder / _ACCEPTED).touch(mode=0o600)
 
 
 def _sync_folder(folder: Path) -> None:

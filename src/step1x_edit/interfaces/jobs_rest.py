@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from fastapi import APIRouter
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -61,6 +63,8 @@ from step1x_edit.schemas import (
     read_request,
 )
 from step1x_edit.service import EditService, with_seed
+
+log = logging.getLogger(__name__)
 
 JOBS_PATH: Final = "/v1/jobs"
 
@@ -280,7 +284,7 @@ def job_routes(
         openapi_extra=_OF_JOB,
     )
     async def get(request: Request) -> Response:
-        return JSONResponse(_answer(await store.get(_id_in(request))).to_dict())
+        return JSONResponse(_known_answer(await store.get(_id_in(request))).to_dict())
 
     @router.get(
         "/{job_id}/events",
@@ -359,7 +363,7 @@ def job_routes(
         openapi_extra=_OF_JOB,
     )
     async def cancel(request: Request) -> Response:
-        return JSONResponse(_answer(await store.cancel(_id_in(request))).to_dict())
+        return JSONResponse(_known_answer(await store.cancel(_id_in(request))).to_dict())
 
     @router.delete(
         "/{job_id}",
@@ -443,13 +447,28 @@ def _answer(job: Job) -> JobAnswer:
     )
 
 
+def _known_answer(job: Job) -> JobAnswer:
+    """The same for a job that has been stored before; one that cannot be read counts as none."""
+    try:
+        return _answer(job)
+    except ValidationError as error:
+        log.error(
+            "the stored job %s does not hold what a job holds (%d faults) and is left out",
+            *(job.id, error.error_count()),
+        )
+        raise JobNotFoundError(job.id) from None
+
+
 def _listed(page: JobPage) -> JobsAnswer:
-    jobs = [_answer(job) for job in page.jobs]
+    jobs = []
+    for job in page.jobs:
+        with contextlib.suppress(JobNotFoundError):
+            jobs.append(_known_answer(job))
     return JobsAnswer(
         data=jobs,
         has_more=page.has_more,
         first_id=jobs[0].id if jobs else None,
-        last_id=jobs[-1].id if jobs else None,
+        last_id=page.jobs[-1].id if page.jobs else None,
     )
 
 
