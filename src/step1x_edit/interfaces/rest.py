@@ -8,7 +8,6 @@ as exceptions and become answers in `problems`.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -28,7 +27,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.images import OUTPUT_FORMATS
-from step1x_edit.interfaces import problems
+from step1x_edit.interfaces import json_bodies, problems
 from step1x_edit.interfaces.discovery import PROOF_HEADER, proof
 from step1x_edit.interfaces.guard import request_id
 from step1x_edit.interfaces.idempotency import (
@@ -328,15 +327,7 @@ def is_json(request: Request) -> bool:
 
 async def read_json(request: Request) -> dict[str, object]:
     """Read the fields of a JSON object."""
-    try:
-        values = json.loads(await request.body())
-    except ClientDisconnect:
-        raise EditCancelledError from None
-    except (ValueError, RecursionError):
-        raise InvalidParameterError("the body is no JSON that can be read") from None
-    if not isinstance(values, dict):
-        raise InvalidParameterError("the body must be a JSON object")
-    return values
+    return await json_bodies.parse(await json_bodies.read_text(request))
 
 
 async def _uploaded(value: object, name: str) -> bytes | None:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from step1x_edit.interfaces import json_bodies
+from step1x_edit.interfaces.page_files import PageFiles, own_folder
+from step1x_edit.interfaces.rest import content_type
 from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService
 from step1x_edit.settings import Settings, keep_gradio_quiet
@@ -45,6 +47,12 @@ _ROUTES: Final = {
     "/static/{path:path}": ["GET"],
     "/theme.css": ["GET"],
 }
+_BLOBS: Final = "/gradio_api/component_server"
+_FILE: Final = "/gradio_api/file="
+_HEARTBEAT: Final = "/gradio_api/heartbeat/"
+_UPLOAD: Final = "/gradio_api/upload"
+_EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
+_QUOTA: Final = 8  # uploads of the largest size, for all visitors together
 # Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -63,7 +71,7 @@ class Page:
         self._pulls = pulls
         self._lock = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
-        self._folder: Path | None = None
+        self._files: PageFiles | None = None
         self._app: ASGIApp | None = None
 
     def as_routes(self) -> list[Route]:
@@ -73,10 +81,8 @@ class Page:
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Keep the pictures of the page's visitors, no longer than this."""
-        with tempfile.TemporaryDirectory(
-            prefix="step1x-edit-page-", ignore_cleanup_errors=True
-        ) as folder:
-            self._folder = Path(folder)
+        with own_folder(self._settings.data_dir) as folder:
+            self._files = PageFiles(folder, _QUOTA * self._settings.max_bytes)
             async with self._stack:
                 yield
             self._app = None
@@ -84,41 +90,73 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "://" in scope["path"]:  # Gradio would fetch the address for the caller
             raise HTTPException(404)
-        app = await self._built()
+        app, files = await self._built()
+        path = scope["path"]
+        if path == _UPLOAD:
+            app = self._upload
+        elif path in _EVENTS:
+            receive = await _checked(scope, receive, files)
+        elif path.startswith(_FILE):
+            files.check_is_inside(path.removeprefix(_FILE))
 
         async def allowed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
-                if scope["path"].startswith(("/assets/", "/static/")):
+                if path.startswith(("/assets/", "/static/")):
                     headers.setdefault("Cache-Control", "private, max-age=3600")
             await send(message)
 
         inner = {**scope, "root_path": "", "app": app}
-        await app(inner, receive, allowed)
+        async with contextlib.AsyncExitStack() as stack:
+            if path.startswith(_HEARTBEAT):
+                session = path.removeprefix(_HEARTBEAT)
+                await stack.enter_async_context(files.open_page(session))
+            await app(inner, receive, allowed)
 
-    async def _built(self) -> ASGIApp:
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from step1x_edit.interfaces.ui_uploads import receive_upload
+
+        assert self._files is not None
+        max_bytes = self._settings.max_bytes
+        answer = await receive_upload(Request(scope, receive), self._files, max_bytes)
+        await answer(scope, receive, send)
+
+    async def _built(self) -> tuple[ASGIApp, PageFiles]:
         async with self._lock:
+            assert self._files is not None, "the page is used outside of its lifespan"
             if self._app is None:
-                assert self._folder is not None, "the page is used outside of its lifespan"
                 built: Future[ASGIApp] = Future()
                 # Not a thread of the loop's pool: the end of the process must not wait for it.
-                threading.Thread(
-                    target=self._build, args=(built, self._folder), daemon=True
-                ).start()
+                threading.Thread(target=self._build, args=(built, self._files), daemon=True).start()
                 app = await asyncio.wrap_future(built)
                 from step1x_edit.interfaces import ui_blocks
 
                 await self._stack.enter_async_context(ui_blocks.running(app))
                 self._app = app
-            return self._app
+            return self._app, self._files
 
-    def _build(self, built: Future[ASGIApp], folder: Path) -> None:
+    def _build(self, built: Future[ASGIApp], files: PageFiles) -> None:
         try:
-            folder = folder.resolve()
-            keep_gradio_quiet(folder)
+            keep_gradio_quiet(files.folder)
             from step1x_edit.interfaces.ui_blocks import build
 
-            built.set_result(build(self._service, self._settings, self._pulls, folder))
+            built.set_result(build(self._service, self._settings, self._pulls, files))
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             built.set_exception(error)
+
+
+async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
+    """Read an event of the page, refuse it if it names files of others, and give it out again."""
+    request = Request(scope, receive)
+    if scope["path"] == _BLOBS and content_type(request) == "multipart/form-data":
+        return receive  # what is painted comes as it is, and no path with it
+    body = await json_bodies.read_text(request)
+    event = await json_bodies.parse(body)
+    await files.check_event(str(event.get("session_hash")), event)
+    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return given.pop() if given else await receive()
+
+    return again

@@ -35,6 +35,7 @@ from step1x_edit import images
 from step1x_edit.channel import Phase, Pixels, Progress
 from step1x_edit.errors import EditCancelledError, InvalidParameterError, Step1XEditError
 from step1x_edit.images import Limits
+from step1x_edit.interfaces.page_files import PageFiles
 from step1x_edit.interfaces.rounds import read_verdict
 from step1x_edit.interfaces.ui_models import ModelsPanel
 from step1x_edit.interfaces.ui_parts import PRIVATE, T, alert, alert_of, bar_line, visitor_language
@@ -93,11 +94,11 @@ _CSS: Final = """
 """
 
 
-def build(service: EditService, settings: Settings, pulls: Pulls, folder: Path) -> FastAPI:
+def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFiles) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
-    blocks = _Page(service, settings, pulls, folder).blocks()
+    blocks = _Page(service, settings, pulls, files).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
     outer = FastAPI()
@@ -122,6 +123,9 @@ def build(service: EditService, settings: Settings, pulls: Pulls, folder: Path) 
         ),
         css=_CSS,
     )
+    # Gradio checks that files in events were uploaded only if it was launched, and does not count
+    # being mounted as that (`processing_utils._check_allowed`).
+    blocks.has_launched = True
     return outer
 
 
@@ -191,11 +195,11 @@ class _Session:
 class _Sessions(dict[str, _Session]):
     """The visitors by what their browsers call themselves; such a name is never part of a path."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, files: PageFiles) -> None:
+        self._files = files
 
     def __missing__(self, name: str) -> _Session:
-        self[name] = session = _Session(self._folder / token_hex(16))
+        self[name] = session = _Session(self._files.folder_of(name))
         return session
 
 
@@ -369,14 +373,14 @@ class _Teller:
 
 class _Page:
     def __init__(
-        self, service: EditService, settings: Settings, pulls: Pulls, folder: Path
+        self, service: EditService, settings: Settings, pulls: Pulls, files: PageFiles
     ) -> None:
         self._service = service
         self._pulls = pulls
         self._limits = Limits(settings.max_bytes, settings.max_pixels)
         self._is_demo = settings.model_path is None
         self._checkboxes: list[gr.Checkbox] = []
-        self._sessions = _Sessions(folder)
+        self._sessions = _Sessions(files)
         self._hints: list[_Hint] = []  # one for each form
 
     def blocks(self) -> gr.Blocks:

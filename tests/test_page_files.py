@@ -1,0 +1,226 @@
+"""What the page takes from its visitors, over HTTP: only files that it received or made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from fakes import FakeWorker
+from http_server import running, serving
+from step1x_edit.interfaces.page_files import PageFiles
+from step1x_edit.pulls import Pulls
+from step1x_edit.service import EditService, build_service
+from step1x_edit.settings import Settings, keep_gradio_quiet
+
+MARK = b"nobody outside may read this"
+FUNCTIONS = 56  # of the page; a change of their number is no fault, but none at all would be
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[EditService]:
+    service = build_service(Settings(_env_file=None), FakeWorker())  # type: ignore[call-arg]
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def page(service: EditService, data_dir: Path) -> Iterator[httpx2.Client]:
+    """A client of a server whose page is built; the limit of an upload is 1 MiB."""
+    with (
+        serving(service, api_key=None, max_upload_mb=1, data_dir=data_dir) as url,
+        httpx2.Client(base_url=url, timeout=240, trust_env=False) as client,
+    ):
+        assert client.get("/").status_code == 200
+        yield client
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    path = tmp_path / "outside.txt"
+    path.write_bytes(MARK)
+    return path
+
+
+def file_data(path: object) -> dict[str, Any]:
+    """A file as the page's script names it in an event."""
+    return {"path": str(path), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+
+
+def dependencies(page: httpx2.Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = page.get("/config").json()["dependencies"]
+    assert len(found) >= FUNCTIONS // 2
+    return found
+
+
+def upload(page: httpx2.Client, data: bytes = b"a picture", name: str = "a.png") -> str:
+    answer = page.post("/gradio_api/upload", files={"files": (name, data)})
+    answer.raise_for_status()
+    return str(answer.json()[0])
+
+
+def join(
+    page: httpx2.Client, function: int, data: list[Any], session: str = "one", **more: Any
+) -> httpx2.Response:
+    event = {"fn_index": function, "data": data, "session_hash": session, **more}
+    return page.post("/gradio_api/queue/join", json=event)
+
+
+def is_refused(answer: httpx2.Response) -> bool:
+    return answer.status_code == 403 and answer.json()["code"] == "path_not_allowed"
+
+
+def is_marked(folder: Path) -> bool:
+    return any(path.is_file() and MARK in path.read_bytes() for path in folder.rglob("*"))
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+def test_no_event_of_the_page_takes_a_file_from_elsewhere(
+    page: httpx2.Client, outside: Path, data_dir: Path
+) -> None:
+    shapes: list[Any] = [
+        file_data(outside),
+        {"path": str(outside)},
+        [file_data(outside)],
+        {"image": file_data(outside), "caption": None},
+        {"background": None, "layers": [file_data(outside)], "composite": None},
+    ]
+
+    for one in dependencies(page):
+        for shape in shapes:
+            data = [shape] * max(1, len(one["inputs"]))
+            assert is_refused(join(page, one["id"], data)), (one["id"], shape)
+        nothing = [None] * len(one["inputs"])
+        assert is_refused(join(page, one["id"], nothing, event_data=file_data(outside)))
+    assert not is_marked(data_dir)
+
+
+def test_gradio_s_own_check_of_uploads_is_active_behind_ours(
+    service: EditService, outside: Path, tmp_path: Path
+) -> None:
+    from step1x_edit.interfaces import ui_blocks
+
+    folder = tmp_path / "page"
+    folder.mkdir()
+    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    keep_gradio_quiet(folder)
+    app = ui_blocks.build(service, settings, Pulls(settings), PageFiles(folder, 2**20))
+    with (
+        running(app) as url,
+        httpx2.Client(base_url=url, timeout=240, trust_env=False) as client,
+    ):
+        asked = 0
+        for one in dependencies(client):
+            if one["inputs"]:
+                data = [file_data(outside)] * len(one["inputs"])
+                asked += join(client, one["id"], data).status_code == 200
+        failures = list(completions(client, "one", asked))
+
+    assert asked > 0
+    assert not any(failures), "an event took the file"
+    assert not is_marked(folder)
+
+
+def completions(client: httpx2.Client, session: str, number: int) -> Iterator[bool]:
+    """Whether each of so many events of a session succeeded."""
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as told:
+        for line in told.iter_lines():
+            if line.startswith("data:"):
+                message = json.loads(line.removeprefix("data:"))
+                if message["msg"] == "process_completed":
+                    yield message["success"]
+                    number -= 1
+            if number == 0:
+                return
+
+
+def test_an_upload_belongs_to_the_session_that_names_it_first(page: httpx2.Client) -> None:
+    path = upload(page)
+    function = dependencies(page)[0]["id"]
+
+    assert join(page, function, [file_data(path)], "first").status_code == 200
+    assert is_refused(join(page, function, [file_data(path)], "second"))
+    assert join(page, function, [file_data(path)], "first").status_code == 200
+    assert upload(page) != path  # also where two visitors send the same picture
+
+
+def test_what_is_made_for_one_session_is_not_taken_from_another(page: httpx2.Client) -> None:
+    photo = next(
+        one["id"]
+        for one in dependencies(page)
+        if not one["inputs"] and len(one["outputs"]) == 1 and one["targets"][0][1] == "click"
+    )
+    for one in dependencies(page):
+        if not one["inputs"] and one["targets"][0][1] == "click":
+            assert join(page, one["id"], [], "first").status_code == 200
+    path = made_for(page, "first")
+
+    assert is_refused(join(page, photo, [file_data(path)], "second"))
+    assert join(page, photo, [file_data(path)], "first").status_code == 200
+
+
+def made_for(client: httpx2.Client, session: str) -> str:
+    """The first path of a file that the events of a session bring about."""
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as told:
+        for line in told.iter_lines():
+            if '"path":"' in line:
+                return line.partition('"path":"')[2].partition('"')[0]
+    raise AssertionError("nothing was made")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_what_never_ends_or_leads_elsewhere_is_refused_before_it_is_opened(
+    page: httpx2.Client, outside: Path, tmp_path: Path
+) -> None:
+    folder = Path(upload(page)).parent
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "link").symlink_to(outside)
+
+    function = dependencies(page)[0]["id"]
+    for path in (
+        folder / "pipe",
+        tmp_path / "pipe",
+        folder / "link",
+        folder,
+        folder / "gone.png",
+        f"{folder}/../../../../../{outside.name}",
+        f"{folder}/a\0.png",
+        "a.png",
+        "",
+    ):
+        assert is_refused(join(page, function, [file_data(path)])), path
+        if "\0" not in str(path):
+            answer = page.get(f"/gradio_api/file={path}")
+            assert answer.status_code in (403, 404), path
+    assert page.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[", b"[]", b'"text"', b'{"a":' + b"[" * 9000, b'{"a":' + b"[]," * 9000],
+    ids=["empty", "cut", "list", "text", "deep", "many"],
+)
+def test_an_event_that_is_no_event_is_refused_in_a_sentence(
+    page: httpx2.Client, body: bytes
+) -> None:
+    for path in ("queue/join", "cancel", "component_server"):
+        answer = page.post(
+            f"/gradio_api/{path}", content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 422, path
+        assert answer.json()["code"] == "invalid_parameter"
