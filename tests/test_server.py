@@ -26,6 +26,7 @@ from http_server import TOKEN, serving, until
 from hub import Fault, running_hub
 from step1x_edit import MCPClient
 from step1x_edit.checkpoints.catalog import find_model
+from step1x_edit.interfaces import page_files
 from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
 from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
 
@@ -86,7 +87,7 @@ def started(script: Path, folder: Path, *flags: str, **settings: str) -> Iterato
         process.ended()
 
 
-STORED_JOBS = {DATABASE_NAME, FOLDER_NAME}
+STORED_JOBS = {DATABASE_NAME, FOLDER_NAME, page_files.FOLDER_NAME}
 """What a server leaves in its data folder."""
 
 
@@ -251,7 +252,9 @@ def test_over_http_only_the_start_folder_is_open(tmp_path: Path, photo: Path) ->
 # --- stopping -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 def test_a_signal_ends_the_running_edit_then_the_server(
     tmp_path: Path, photo: Path, number: signal.Signals, code: int
 ) -> None:
@@ -269,7 +272,58 @@ def test_a_signal_ends_the_running_edit_then_the_server(
     assert edit.answer.json()["code"] == "shutting_down"
     assert "retry-after" in edit.answer.headers
     assert files_in(process.data_dir) == STORED_JOBS
+    assert files_in(process.data_dir / page_files.FOLDER_NAME) == {"0.lock"}
     assert not any("Traceback" in line for line in process.lines)
+
+
+BLOCKED = """
+import asyncio, logging, sys, time
+from step1x_edit.interfaces.process import hear_signals
+
+async def main():
+    logging.basicConfig()
+    hear_signals(asyncio.get_running_loop().create_future(), float(sys.argv[1]))
+    print("blocked", flush=True)
+    time.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("patience_s", "is_repeated"), [("0.1", False), ("600", True)])
+def test_a_signal_that_a_blocked_event_loop_cannot_hear_ends_the_process(
+    patience_s: str, is_repeated: bool
+) -> None:
+    """After a time, or at once with the second one."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, patience_s], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"blocked\n"
+        process.send_signal(signal.SIGTERM)
+        for _ in range(300 * is_repeated):  # two that come at the same time may count as one
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+                break
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"the event loop is blocked" in said
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    """As by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = Process(FAKE, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    server.url()
+    server.popen.send_signal(signal.SIGHUP)
+    server.popen.send_signal(signal.SIGINT)
+
+    assert server.ended() == 130  # 0 after a SIGHUP that was heard
 
 
 def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
