@@ -12,8 +12,9 @@ import httpx2
 import pytest
 
 from fakes import FakeWorker
-from http_server import running, serving
-from step1x_edit.interfaces.page_files import PageFiles
+from http_server import calling, running, serving
+from step1x_edit.errors import NoSpaceError, PathNotAllowedError
+from step1x_edit.interfaces.page_files import PageFiles, own_folder
 from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings, keep_gradio_quiet
@@ -224,3 +225,134 @@ def test_an_event_that_is_no_event_is_refused_in_a_sentence(
         )
         assert answer.status_code == 422, path
         assert answer.json()["code"] == "invalid_parameter"
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def sent(files: PageFiles, size: int, name: str = "a.png") -> str:
+    """An upload of so many bytes, and where it lies."""
+    async with files.upload(size) as upload:
+        path = upload.folder / name
+        path.write_bytes(b"x" * size)
+    return str(path)
+
+
+def event(path: str) -> dict[str, Any]:
+    return {"data": [file_data(path)]}
+
+
+async def test_uploads_that_were_named_fill_the_room_until_their_sessions_leave(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    files = PageFiles(tmp_path, 1_000_000, clock)
+    async with files.open_page("open"), files.open_page("other"):
+        for session in ("open", "open", "other", "other"):
+            await files.check_event(session, event(await sent(files, 250_000)))
+        with pytest.raises(NoSpaceError, match="the pictures of all visitors take more than 0 MB"):
+            await sent(files, 250_000)
+
+    await sent(files, 250_000)  # both have left
+    clock.now += 3601
+    await files.check_event("open", {})
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+async def test_uploads_that_nobody_has_named_give_way_to_others(tmp_path: Path) -> None:
+    files = PageFiles(tmp_path, 1_000_000)
+    async with files.open_page("open"):
+        named = await sent(files, 400_000)
+        await files.check_event("open", event(named))
+        paths = [await sent(files, 300_000) for _ in range(5)]
+
+        with pytest.raises(PathNotAllowedError, match="upload it again"):
+            await files.check_event("open", event(paths[0]))
+        await files.check_event("open", event(paths[-1]))
+        assert Path(named).exists()
+
+
+async def test_the_files_of_a_session_stay_while_its_page_is_open(tmp_path: Path) -> None:
+    clock = Clock()
+    files = PageFiles(tmp_path, 1_000_000, clock)
+    path = await sent(files, 10)
+    made = files.folder_of("open") / "result.png"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"x")
+    async with files.open_page("open"):
+        await files.check_event("open", event(path))
+        clock.now += 100_000
+        await files.check_event("open", event(path))
+        await files.check_event("open", event(str(made)))
+
+    clock.now += 601
+    await files.check_event("other", {})
+    assert not made.exists()
+    assert not Path(path).exists()
+
+
+async def test_sessions_that_never_open_the_page_are_forgotten(tmp_path: Path) -> None:
+    """Anybody can invent names of sessions, and have something made for each."""
+    files = PageFiles(tmp_path, 1_000_000)
+    for number in range(1100):
+        folder = files.folder_of(str(number))
+        folder.mkdir(parents=True)
+        await files.check_event(str(number), {})
+
+    assert len(list((tmp_path / "made").iterdir())) <= 1001
+
+
+def test_an_upload_without_room_is_refused_and_what_is_refused_leaves_nothing(
+    service: EditService, tmp_path: Path
+) -> None:
+    with calling(service, max_upload_mb=1, data_dir=tmp_path) as page:
+        function = dependencies(page)[0]["id"]
+        folder = tmp_path / "page" / "0" / "uploads"
+        with page.stream("GET", "/gradio_api/heartbeat/open") as open_page:
+            lines = open_page.iter_lines()
+            assert next(lines)
+            for _ in range(8):
+                path = upload(page, b"x" * 1_000_000)
+                assert join(page, function, [file_data(path)], "open").status_code == 200
+            before = set(folder.iterdir())
+            no_room = page.post("/gradio_api/upload", files={"files": ("a.png", b"x" * 900_000)})
+            too_large = page.post(
+                "/gradio_api/upload", files={"files": ("a.png", b"x" * 1_048_577)}
+            )
+            no_form = page.post(
+                "/gradio_api/upload",
+                content=b"--b\r\nnonsense",
+                headers={"Content-Type": "multipart/form-data; boundary=b"},
+            )
+            no_file = page.post("/gradio_api/upload", files={"files": (None, b"a text")})
+            after = set(folder.iterdir())
+
+    assert (no_room.status_code, no_room.json()["code"]) == (507, "no_space")
+    assert "the pictures of all visitors take more than 8 MB" in no_room.json()["detail"]
+    assert too_large.status_code in (413, 507)
+    assert no_form.status_code == no_file.status_code == 400
+    assert before == after
+
+
+def test_each_server_has_a_folder_and_none_is_left_of_those_that_were_killed(
+    tmp_path: Path,
+) -> None:
+    with own_folder(tmp_path) as first, own_folder(tmp_path) as second:
+        assert first != second
+        (first / "picture").write_bytes(b"x")
+        left = tmp_path / "page" / "5" / "picture"
+        left.parent.mkdir()
+        left.write_bytes(b"x")
+        with own_folder(tmp_path) as third:
+            assert not left.exists()
+            assert third not in (first, second)
+        assert (first / "picture").exists()
+    assert not first.exists()

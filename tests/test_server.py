@@ -458,6 +458,26 @@ def test_a_kill_during_an_upload_leaves_no_file(tmp_path: Path) -> None:
     assert during == files_in(temp) == before
 
 
+def test_nothing_that_visitors_sent_is_left_when_a_killed_server_is_started_again(
+    tmp_path: Path,
+) -> None:
+    with started(FAKE, tmp_path) as process:
+        answer = httpx2.post(
+            f"{process.url()}/gradio_api/upload",
+            files={"files": ("a.png", b"a picture")},
+            timeout=120,
+        )
+        process.popen.kill()
+        process.ended()
+    assert Path(answer.json()[0]).read_bytes() == b"a picture"
+
+    with started(FAKE, tmp_path) as process:
+        process.url()
+        folder = process.data_dir / page_files.FOLDER_NAME
+        assert files_in(folder) == {"0", "0.lock"}
+        assert files_in(folder / "0") == set()
+
+
 def has_file_in(pid: int, folder: Path) -> bool:
     """Whether a process has a file open in a folder, with a name or without."""
     opened = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]

@@ -106,7 +106,7 @@ class _Visits:
         gone = [
             session
             for number, (session, at) in enumerate(self.absent.items())
-            if number < enough or at < since
+            if number < enough or at <= since
         ]
         for session in gone:
             del self.absent[session]
@@ -213,15 +213,15 @@ class PageFiles:
         if self._has_room(length):
             return
         await self._tidy(0.0, _UNUSED_S)
-        unnamed = [name for name, upload in self._uploads.items() if upload.owner is None]
-        unnamed.sort(key=lambda name: not self._uploads[name].is_passing)
-        while unnamed and not self._has_room(length):
-            await self._remove([unnamed.pop(0)])
-        if not self._has_room(length):
-            raise NoSpaceError(
-                f"the pictures of all visitors take more than {self._max_bytes // 2**20} MB; close "
-                "pages that are not needed, or try again in some minutes"
-            )
+        while not self._has_room(length):
+            unnamed = [name for name, upload in self._uploads.items() if upload.owner is None]
+            if not unnamed:
+                raise NoSpaceError(
+                    f"the pictures of all visitors take more than {self._max_bytes // 2**20} MB; "
+                    "close pages that are not needed, or try again in some minutes"
+                )
+            passing = [name for name in unnamed if self._uploads[name].is_passing]
+            await self._remove([(passing or unnamed)[0]])
 
     def _has_room(self, length: int) -> bool:
         held = [*self._uploads.values(), *self._arriving.values()]

@@ -43,7 +43,11 @@ async def receive_upload(request: Request, files: PageFiles, max_bytes: int) -> 
             if _TOO_LONG in error.message:
                 raise ImageTooLargeError(f"at most {max_bytes / MEBI:g} MB are allowed") from None
             raise HTTPException(400, "The form cannot be read.") from None
+        except TypeError:  # a text in the place of a file
+            paths = []
         except ClientDisconnect:
             raise EditCancelledError from None
+        if not paths:
+            raise HTTPException(400, "Send one or more files, each in a field 'files'.")
         upload.is_passing = all(_DRAWN.fullmatch(Path(path).name) for path in paths)
     return JSONResponse(paths)
