@@ -19,9 +19,11 @@ from step1x_edit.machine import Survey, first_line
 
 def survey(start: Start) -> Survey:
     """Look at everything that can be looked at."""
+    from step1x_edit.worker import import_libraries
+
     try:
+        import_libraries()
         import torch
-        import transformers  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library in C that it needs is missing
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
     found = Survey(torch=torch.__version__)

@@ -328,18 +328,50 @@ def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
 
 def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
     """Prepare a worker; its model is read by the first edit. `look` tells of the host's memory."""
-    import transformers
-
+    import_libraries()
     from step1x_edit.residency import Residency
 
-    # Bars of ours tell the progress; theirs would fill the log of a server.
-    transformers.utils.logging.disable_progress_bar()
-    gc.freeze()  # what the libraries have brought stays, and need not be looked through again
     device = chosen_device(start)
     place = place_of(device)
     plan = partial(plan_for, place)
     residency = Residency(partial(open_chosen, start, look), place, plan=plan)
     return PipelineWorker(residency, device)
+
+
+def import_libraries() -> None:
+    """Import torch and transformers, in two thirds of the time that it usually takes.
+
+    They make millions of objects that live to the end, so the garbage collector pauses and
+    ignores them afterwards. Transformers also imports scipy and scikit-learn if it finds them,
+    for losses and for a kind of sampling that no checkpoint of ours uses.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+
+        with _absent("scipy", "sklearn"):
+            import transformers
+
+            import step1x_edit.checkpoints.read  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()
+    # Bars of ours tell the progress; theirs would fill the log of a server.
+    transformers.utils.logging.disable_progress_bar()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def _absent(*packages: str) -> Iterator[None]:
+    """Have imports not find these packages, unless they are imported already."""
+    hidden = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for package in hidden:
+            del sys.modules[package]
 
 
 def place_of(device: str) -> torch.device | None:
