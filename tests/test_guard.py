@@ -6,6 +6,7 @@ import asyncio
 import base64
 import itertools
 import json
+import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -224,6 +225,29 @@ def test_every_route_is_one_that_somebody_has_thought_about(make_service: MakeSe
     for path, methods in found_routes(routes.routes):
         found[path] = found.get(path, set()) | methods
     assert found == ROUTES
+
+
+async def test_the_metrics_tell_routes_and_not_what_was_asked_for(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    service = make_service()
+    metrics = Metrics(service)
+    chosen = settings(data_dir=tmp_path / "data", enable_mcp=False)
+    routes = build_routes(service, chosen, metrics)
+    app = Guard(routes, chosen, metrics.observe)
+    async with routes.router.lifespan_context(routes):
+        for pattern, methods in ROUTES.items():
+            if pattern in (ENDLESS, "/mcp"):
+                continue
+            for method, name in product((*methods, "BREW"), ("secret", "secret/other.png")):
+                await ask(app, method, re.sub(r"\{.*?\}", name, pattern), RIGHT)
+        await ask(app, "GET", "/secret", RIGHT)
+        await ask(app, "GET", "/secret")
+        told = (await ask(app, "GET", "/metrics", RIGHT)).body.decode()
+
+    labels = set(re.findall(r'step1x_http_requests_total\{path="([^"]*)"', told))
+    assert labels == set(ROUTES) - {ENDLESS, "/mcp"} | {"other"}
+    assert "secret" not in told
 
 
 async def test_without_the_token_nothing_answers_but_that_the_process_lives(app: Guard) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from step1x_edit import __version__
@@ -52,17 +52,25 @@ class Metrics:
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
         """Count a request that has ended."""
-        # By the paths of routes, so that these are few; what matches none is counted as one.
-        path = scope["path"] if "endpoint" in scope else "other"
-        route = scope.get("route")
-        if isinstance(route, Route):
-            path = route.path
+        path = _pattern(scope)
         self._requests.labels(path, status).inc()
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
         """Everything, in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+
+def _pattern(scope: Scope) -> str:
+    """The pattern of the route that has answered; paths themselves are many, and can be secret."""
+    route = scope.get("route")
+    if route is None and "endpoint" in scope:  # a plain route, which FastAPI does not name
+        for each in scope["app"].routes:
+            is_it = isinstance(each, Route) and each.endpoint is scope["endpoint"]
+            if is_it and each.matches(scope)[0] is not Match.NONE:
+                route = each
+                break
+    return route.path if isinstance(route, Route) else "other"
 
 
 class _Engine(Collector):
