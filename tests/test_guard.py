@@ -740,6 +740,56 @@ async def test_a_body_without_a_length_is_counted_while_it_is_read(
     assert answer.status == 413
 
 
+JSON_WITHOUT_PICTURES = [
+    "/v1/images/generations",
+    "/v1/images/edits/estimate",
+    "/v1/jobs",
+    "/gradio_api/cancel",
+    "/gradio_api/component_server",
+    "/gradio_api/queue/join",
+    "/gradio_api/reset",
+]
+
+
+async def test_json_that_can_hold_no_picture_has_at_most_a_mebibyte(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    piece = b" " * 2**16
+    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    headers = {**RIGHT, "Content-Type": "application/json"}
+    told_length = {"Content-Length": str(100 * len(piece))}
+
+    async with lifespan(guard):
+        for path in JSON_WITHOUT_PICTURES:
+            told = await ask(guard, "POST", path, headers | told_length, iter([piece] * 100))
+            counted = await ask(guard, "POST", path, headers, iter([piece] * 100))
+
+            assert told.status == counted.status == 413, path
+            assert told.pieces_read == 0
+            assert counted.pieces_read <= 17
+            for answer in (told, counted):
+                error = answer.problem.get("error", answer.problem)
+                assert error["code"] == "content_too_large"
+                assert "At most 1 MiB are read" in answer.body.decode()
+
+
+async def test_json_of_very_many_parts_is_refused_while_it_arrives(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    """Sixty megabytes of empty lists would be twenty million objects."""
+    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    headers = {**RIGHT, "Content-Type": "application/json"}
+
+    async with lifespan(guard):
+        for path in ("/v1/images/edits", *JSON_WITHOUT_PICTURES):
+            pieces = iter([b'{"prompt":[[]', *[b",[]" * 2**14] * 1000])
+            answer = await ask(guard, "POST", path, headers, pieces)
+
+            assert answer.status in (400, 422), path
+            assert answer.pieces_read <= 3
+            assert "more than 20000 commas and brackets" in answer.body.decode()
+
+
 @pytest.mark.parametrize("tells_its_length", [True, False])
 async def test_bodies_find_room_beside_each_other_or_are_refused(
     make_service: MakeService, tells_its_length: bool

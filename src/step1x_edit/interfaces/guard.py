@@ -10,8 +10,8 @@ by the head of the request alone:
 - where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
   the password that browsers ask their users for;
 - nobody may start more work a minute than RATE_LIMIT;
-- the body may be no longer than a picture and its form, by its header and by count while it is
-  read, has to arrive in time, and to find room beside the bodies of others.
+- the body may be no longer than a picture and its form, or 1 MiB if it can hold no picture, by its
+  header and by count while it is read; it has to arrive in time, and to find room beside others.
 
 It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
 from guessing, storing and framing. Of the routes it knows only which of them start work.
@@ -52,8 +52,10 @@ WORK_PATHS: Final = frozenset(
 )
 """Where a POST starts an edit, or a new picture. Of MCP the tools that do so count, wherever they
 come in."""
-FORM_BYTES: Final = 1024 * 1024  # what may come around the pictures: other fields, boundaries
+FORM_BYTES: Final = 1024 * 1024  # what may come without and around pictures: fields, boundaries
 
+_JSON_WITH_PICTURES: Final = frozenset({"/v1/images/edits", MCP_PATH})  # MCP has its own limit
+_PAGE_EVENTS: Final = "/gradio_api/"
 _BODIES: Final = 8  # of the longest kind that may be held at a time
 _START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
 _BYTES_PER_S: Final = 16 * 1024
@@ -161,8 +163,9 @@ class Guard:
                 {"WWW-Authenticate": "Bearer"},
             )
         length = headers.get("content-length", "0")
-        if not re.fullmatch("[0-9]{1,18}", length) or int(length) > self._max_body:
-            return self.too_long()
+        longest = self.longest_body(scope)
+        if not re.fullmatch("[0-9]{1,18}", length) or int(length) > longest:
+            return self.too_long(longest)
         if headers.get("content-encoding", "identity").lower() != "identity":
             return problems.of_status(415, "Compressed request bodies are not read.")
         if scope["method"] == "POST" and scope["path"] in WORK_PATHS:
@@ -197,10 +200,12 @@ class Guard:
         if self._observe is not None:
             self._observe(scope, status, seconds)
 
-    @property
-    def max_body(self) -> int:
-        """The longest body that is read, in bytes."""
-        return self._max_body
+    def longest_body(self, scope: Scope) -> int:
+        """The longest body that is read of a request, in bytes, by its head."""
+        kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
+        is_event = scope["path"].startswith(_PAGE_EVENTS) and kind != "multipart/form-data"
+        is_json = kind == "application/json" and scope["path"] not in _JSON_WITH_PICTURES
+        return FORM_BYTES if is_event or is_json else self._max_body
 
     def patience_s(self, length: int) -> float:
         """The seconds that we wait in all for a body of which that much has come."""
@@ -214,9 +219,12 @@ class Guard:
             f"less than {_BYTES_PER_S // 1024} KiB a second after {_START_S:g} s.",
         )
 
-    def too_long(self) -> Failure:
-        """The failure for a body that is too long."""
-        return problems.of_error(self.too_long_error())
+    def too_long(self, longest: int) -> Failure:
+        """The failure for a body that is longer than that."""
+        if longest == self._max_body:
+            return problems.of_error(self.too_long_error())
+        most = f"At most {longest // 2**20} MiB are read of a body that holds no picture."
+        return Failure(413, "content_too_large", "Content too large", most, {})
 
     def too_long_error(self) -> ImageTooLargeError:
         """The same as an error."""
@@ -250,6 +258,7 @@ class _Passage:
         self._receive = receive
         self._send = send
         self._started = time.monotonic()
+        self._longest = guard.longest_body(scope)
         self._length = 0
         self._held = 0
         self._waited_s = 0.0
@@ -288,8 +297,8 @@ class _Passage:
     async def _counted(self) -> Message:
         message = await (self._receive() if self._has_arrived else self._next_piece())
         self._length += len(message.get("body", b""))
-        if self._length > self._guard.max_body:
-            self._cut = self._guard.too_long()
+        if self._length > self._longest:
+            self._cut = self._guard.too_long(self._longest)
             raise self._guard.too_long_error()
         if self._length > self._held:  # its length was not told
             self._cut = self._hold(self._length - self._held)

@@ -29,7 +29,7 @@ async def read_text(request: Request) -> bytes:
             marks += sum(map(piece.count, _MARKS))
             if marks > MAX_MARKS:
                 raise InvalidParameterError(
-                    f"the body has more than {MAX_MARKS} commas and brackets; send less"
+                    f"the JSON has more than {MAX_MARKS} commas and brackets; send less"
                 )
             body += piece
     except ClientDisconnect:
