@@ -21,7 +21,7 @@ MAX_MARKS: Final = 20_000
 _MARKS: Final = (b",", b"[", b"{")
 
 
-async def read_text(request: Request) -> bytes:
+async def read_text(request: Request) -> bytearray:
     """The body as it came; raises InvalidParameterError as soon as it has too many parts."""
     body, marks = bytearray(), 0
     try:
@@ -34,10 +34,10 @@ async def read_text(request: Request) -> bytes:
             body += piece
     except ClientDisconnect:
         raise EditCancelledError from None
-    return bytes(body)
+    return body
 
 
-async def parse(text: bytes) -> dict[str, object]:
+async def parse(text: bytearray) -> dict[str, object]:
     """The members of the object that a body holds; the text is one of `read_text`."""
     try:
         values = await asyncio.to_thread(json.loads, text)

@@ -154,7 +154,7 @@ async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
     body = await json_bodies.read_text(request)
     event = await json_bodies.parse(body)
     await files.check_event(str(event.get("session_hash")), event)
-    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+    given: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
     async def again() -> Message:
         return given.pop() if given else await receive()
