@@ -110,6 +110,11 @@ def check_can_reason(job: EditJob, model: str) -> None:
             raise InvalidParameterError(f"{name} needs Step1X-Edit v1.2; the model here is {model}")
 
 
+def rounds_of(job: EditJob) -> int:
+    """How often a fake worker edits: with reflection twice, if it may."""
+    return min(2, job.reflection_rounds) if job.reflection else 1
+
+
 def reasoned(job: EditJob) -> dict[str, Any] | None:
     """What a fake worker thinks: a clearer prompt, and two rounds of which the second is good."""
     if not job.thinking and not job.reflection:
@@ -126,6 +131,7 @@ def reasoned(job: EditJob) -> dict[str, Any] | None:
             "quality_score": [8.0, 9.0],
             "value": 48.0,
         }
+    if rounds_of(job) > 1:
         rounds += [
             {
                 "prompt": "make the hat larger",
@@ -235,7 +241,7 @@ class FakeWorker:
             check_can_reason(job, self.model)
             if job.thinking:
                 yield self._report(Progress(Phase.THINKING))
-            for _ in range(2 if job.reflection else 1):
+            for _ in range(rounds_of(job)):
                 yield self._report(Progress(Phase.ENCODING))
                 for step in range(1, job.num_steps + 1):
                     self.before_step(job, step)
@@ -251,7 +257,7 @@ class FakeWorker:
             yield self._report(Failure(error.code, str(error)))
         else:
             image = self.paint(job)
-            rounds = np.stack([job.image, image]) if job.reflection else None
+            rounds = np.stack([job.image, image][-rounds_of(job) :]) if job.reflection else None
             yield self._report(Outcome(image, self.warning, reasoned(job), rounds))
 
     def _offload(self) -> Generator[Report, None, None]:

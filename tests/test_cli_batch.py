@@ -186,6 +186,18 @@ def test_what_the_model_is_to_think_is_a_flag_and_a_column(
     assert [one.get("prompt") for one in thoughts] == ["x, and nothing else", None]
 
 
+def test_the_most_rounds_are_a_flag_and_a_column(folder: Path, worker: FakeWorker) -> None:
+    worker.model = "v1.2"
+    (folder / "list.csv").write_text("image,reflection_rounds\na.png,\nb.png,3\n")
+    words = ["batch", "in/list.csv", "--prompt", "x", "--reflection", *QUICK]
+
+    done = run.invoke(app, [*words, "--reflection-rounds", "1", "--json"])
+
+    assert done.exit_code == 0, done.stderr
+    results = [item["result"] for item in json.loads(done.stdout)["results"]]
+    assert [len(one["metadata"]["reasoning"]["rounds"]) for one in results] == [1, 2]
+
+
 def test_a_manifest_may_be_lines_of_json(folder: Path) -> None:
     rows = [{"image": "a.png", "prompt": "x"}, {"image": "b.png", "prompt": "y", "seed": 5}]
     (folder / "list.jsonl").write_text("\n\n".join(map(json.dumps, rows)))

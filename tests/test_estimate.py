@@ -113,6 +113,24 @@ def test_a_loaded_model_tells_itself_and_the_time_by_the_last_edit_of_the_kind(
     assert larger["predicted_seconds"] is None
 
 
+def test_the_time_of_a_reflection_is_that_of_all_the_rounds_that_it_may_take(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=ticking(clock), model="v1.2", placement=STREAMED)
+    with calling(make_service(worker, clock, never)) as client:
+        edit(client, photo, num_steps="10", reflection="true")  # it takes two rounds
+        bounds = [
+            estimate(client, num_steps=20, reflection=True, reflection_rounds=rounds)
+            for rounds in (1, 2, 3)
+        ]
+        plain = estimate(client, num_steps=20)
+
+    # Each step takes 2 s, and 3 s of each round are for the rest.
+    assert [told["predicted_seconds"] for told in bounds] == [43, 86, 129]
+    assert plain["predicted_seconds"] is None
+
+
 def test_the_time_is_known_while_the_model_waits_in_memory(
     make_service: MakeService, photo: Path
 ) -> None:

@@ -50,6 +50,7 @@ def painted(job: EditJob) -> Pixels:
         USUAL_LORAS if job.loras is None else job.loras,
         job.thinking,
         job.reflection,
+        job.reflection_rounds,
     )
     random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
     return job.image ^ random.integers(0, 256, job.image.shape, dtype=np.uint8)
@@ -194,6 +195,8 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "x", "seed": 1, "negative_prompt": "blurry"},
     {"prompt": "add a red hat", "seed": 42, "thinking": True},
     {"prompt": "add a red hat", "seed": 42, "thinking": True, "reflection": True},
+    {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 1},
+    {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 2},
 ]
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -202,6 +205,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("photo", {"guidance_scale": "nan"}, "Invalid parameter: guidance_scale must be a number bet"),
     ("photo", {"size_level": 600}, "Invalid parameter: size_level must be 512, 768 or 1024, got 6"),
     ("photo", {"seed": -2}, "Invalid parameter: seed must be"),
+    (
+        "photo",
+        {"reflection_rounds": 4},
+        "Invalid parameter: reflection_rounds must be between 1 and 3, got 4",
+    ),
+    ("photo", {"reflection_rounds": 0}, "Invalid parameter: reflection_rounds must be between 1"),
     ("photo", {"seed": 2**32}, "Invalid parameter: seed must be"),
     ("photo", {"prompt": "x" * 4001}, "Invalid parameter: prompt must have at most 4000 characte"),
     ("photo", {"num_steps": 1, "seed": -5}, "Invalid parameter: num_steps must be between 10 and"),

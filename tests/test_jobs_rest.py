@@ -540,7 +540,7 @@ def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
     make_service: MakeService, photo: Path, tmp_path: Path
 ) -> None:
     data_dir, gate = tmp_path / "data", Gate()
-    asked = {"thinking": "true", "reflection": "true"}
+    asked = {"thinking": "true", "reflection": "true", "reflection_rounds": "2"}
     holding = FakeWorker(before_step=gate, model="v1.2")
     with calling(make_service(holding), data_dir=data_dir) as client:
         accepted = create(client, photo, **asked)
@@ -557,6 +557,7 @@ def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
     gate.open()
 
     assert (job["request"]["thinking"], job["request"]["reflection"]) == (True, True)
+    assert job["request"]["reflection_rounds"] == 2
     assert kept == job
     assert job["metadata"]["reasoning"]["prompt"] == "x, and nothing else"
     assert [one["score"] for one in job["metadata"]["reasoning"]["rounds"]] == [6.5, 9.0]
@@ -565,6 +566,7 @@ def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
     record = read_edit_record(picture)
     assert record is not None
     assert record.rewritten_prompt == "x, and nothing else"
+    assert record.reflection_rounds == 2
     assert (refused["status"], refused["code"]) == ("failed", "invalid_parameter")
     assert "thinking needs Step1X-Edit v1.2" in refused["error"]
 

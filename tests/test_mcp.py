@@ -72,8 +72,9 @@ async def test_progress_rises_strictly_and_names_every_step(
     assert numbers[-1] <= heard[-1][1]
 
 
+@pytest.mark.parametrize(("most", "done"), [(1, 1), (2, 2), (3, 2)])
 async def test_progress_rises_over_the_rounds_of_a_reflection(
-    make_service: MakeService, photo: Path
+    make_service: MakeService, photo: Path, most: int, done: int
 ) -> None:
     heard: list[tuple[float, float | None, str | None]] = []
 
@@ -82,7 +83,7 @@ async def test_progress_rises_over_the_rounds_of_a_reflection(
 
     service = make_service(FakeWorker(model="v1.2"))
     arguments = {"image_path": str(photo), "prompt": "x", "num_steps": 10}
-    arguments |= {"thinking": True, "reflection": True}
+    arguments |= {"thinking": True, "reflection": True, "reflection_rounds": most}
     async with Client(build_mcp(service, step_pause_s=0)) as client:
         await client.call_tool("edit_image", arguments, progress_handler=listen)
 
@@ -90,11 +91,11 @@ async def test_progress_rises_over_the_rounds_of_a_reflection(
     messages = [message for _, _, message in heard]
     steps = [f"denoising {k}/10" for k in range(1, 11)]
     one_round = ["encoding", *steps, "decoding", "reflecting"]
-    assert messages[2:] == ["thinking", *one_round, *one_round, "saving"]
+    assert messages[2:] == ["thinking", *one_round * done, "saving"]
     assert all(later > earlier for earlier, later in pairwise(numbers))
-    first, second = (numbers[at] for at, message in enumerate(messages) if message == steps[4])
-    assert second - first == len(one_round)
-    assert {total for _, total, _ in heard} == {1.0 + 3 * len(one_round) + 1}
+    same = [numbers[at] for at, message in enumerate(messages) if message == steps[4]]
+    assert [later - same[0] for later in same] == [k * len(one_round) for k in range(done)]
+    assert {total for _, total, _ in heard} == {1.0 + most * len(one_round) + 1}
     assert numbers[-1] == heard[-1][1] - 1
 
 
@@ -126,6 +127,9 @@ async def test_a_reflection_is_told_in_the_answer_and_shown_round_by_round(
         started = await client.call_tool("submit_edit", arguments)
         job = {"job_id": started.structured_content["job_id"], "wait_s": 50}
         later = await client.call_tool("get_job", job)
+        once = await client.call_tool("submit_edit", {**arguments, "reflection_rounds": 1})
+        job = {"job_id": once.structured_content["job_id"], "wait_s": 50}
+        judged = await client.call_tool("get_job", job)
         batch = await client.call_tool(
             "batch_edit_images",
             {"image_paths": [str(photo)], "prompts": "x", "thinking": True, "reflection": True},
@@ -134,6 +138,7 @@ async def test_a_reflection_is_told_in_the_answer_and_shown_round_by_round(
     types = ["text", "image", "resource_link", "image", "image"]
     answers = [result.structured_content, later.structured_content]
     answers.append(batch.structured_content["results"][0]["result"])
+    assert len(judged.structured_content["metadata"]["reasoning"]["rounds"]) == 1
     for one, answer in zip((result, later), answers, strict=False):
         assert [block.type for block in one.content] == types
         assert json.loads(one.content[0].text) == answer

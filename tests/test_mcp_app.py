@@ -87,6 +87,7 @@ async def test_only_meta_is_added_to_a_result(make_service: MakeService, photo: 
         "negative_prompt": "",
         "thinking": False,
         "reflection": False,
+        "reflection_rounds": 3,
     }
 
 

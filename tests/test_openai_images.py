@@ -842,6 +842,9 @@ def test_a_stream_shows_previews_and_then_the_picture(
     assert record.seed == 3
 
 
+_ONCE = {"reflection_rounds": 1}
+
+
 def test_a_reflection_is_told_beside_the_picture_and_in_a_stream(
     make_service: MakeService, photo: Path
 ) -> None:
@@ -852,7 +855,11 @@ def test_a_reflection_is_told_beside_the_picture_and_in_a_stream(
             image=photo, prompt="x", stream=True, partial_images=1, extra_body=extra
         )
         *_, completed = stream
+        once = client.images.edit(image=photo, prompt="x", extra_body={**extra, **_ONCE})
 
+    assert once.data is not None
+    (judged,) = once.data
+    assert len((judged.model_extra or {})["reasoning"]["rounds"]) == 1
     assert answer.data is not None
     told = [(one.model_extra or {})["reasoning"] for one in (*answer.data, completed)]
     assert len(told) == 3

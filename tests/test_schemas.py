@@ -78,10 +78,13 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "loras": None,
         "thinking": False,
         "reflection": False,
+        "reflection_rounds": 3,
     }
     for model in (BatchRequest, PictureRequest, ImageEditRequest):
         assert model.model_fields["thinking"].default is False
         assert model.model_fields["reflection"].default is False
+        assert list(model.model_fields)[-1] == "reflection_rounds"
+        assert model.model_fields["reflection_rounds"].default == 3
     assert list(BatchRequest.model_fields)[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]
 
@@ -123,6 +126,8 @@ def test_the_schema_shows_ranges_and_no_leniency() -> None:
         ("overwrite", "true", True),
         ("thinking", "true", True),
         ("reflection", "False", False),
+        ("reflection_rounds", "2", 2),
+        ("reflection_rounds", 1.0, 1),
         ("prompt", "", ""),
         ("prompt", "x" * 4000, "x" * 4000),
         ("image_path", Path("cat.jpg"), "cat.jpg"),

@@ -117,9 +117,11 @@ async def test_the_file_says_that_the_model_thought_and_only_then(
     record = read_edit_record(Path(str(thought["output_path"])))
     assert record is not None
     assert (record.prompt, record.thinking, record.reflection) == ("invert", True, True)
+    assert record.reflection_rounds == 3
     assert record.rewritten_prompt == "invert, and nothing else"
     written = Path(str(plain["output_path"])).read_bytes()
     assert b"thinking" not in written
+    assert b"reflection_rounds" not in written
     assert b"rewritten_prompt" not in written
 
 

@@ -566,7 +566,11 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
         page.fill("#edit-prompt textarea", "add a hat")
         page.get_by_role("button", name="Advanced").first.click()
         page.locator("#edit-thinking input").check()
+        rounds = page.locator("#edit-reflection-rounds")
+        expect(rounds).to_be_hidden()
         page.locator("#edit-reflection input").check()
+        rounds.locator("input[type=number]").fill("2")
+        rounds.locator("input[type=number]").press("Enter")
         page.click("#edit-run")
         page.wait_for_selector("#edit-download")
         rewritten = page.locator("#edit-rewritten textarea")
@@ -575,13 +579,13 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
             "Round 1 · score 6.5: The hat is too small. → make the hat larger\n"
             "Round 2 · score 9 · best: The hat fits."
         )
-        rounds = page.locator("#edit-rounds")
-        expect(rounds.locator("img")).to_have_count(2)
-        expect(rounds).to_contain_text("Round 1 · score 6.5")
-        expect(rounds).to_contain_text("Round 2 · score 9 · best")
+        shown = page.locator("#edit-rounds")
+        expect(shown.locator("img")).to_have_count(2)
+        expect(shown).to_contain_text("Round 1 · score 6.5")
+        expect(shown).to_contain_text("Round 2 · score 9 · best")
         record = images.read_edit_record(downloaded(page, "#edit-download"))
         assert record is not None
-        assert (record.thinking, record.reflection) == (True, True)
+        assert (record.thinking, record.reflection, record.reflection_rounds) == (True, True, 2)
 
         page.locator("#edit-thinking input").uncheck()
         page.locator("#edit-reflection input").uncheck()

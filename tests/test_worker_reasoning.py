@@ -329,6 +329,26 @@ def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
     assert [each["verdict"] for each in rounds] == verdicts
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_job_bounds_the_rounds(most: int) -> None:
+    edits: list[EditRequest] = []
+
+    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+        edits.append(request)
+        yield Outcome(a_picture())
+
+    _, say = scripted(["<#Think> bad <#Failed>"] * 3, marks=[5, 8, 6])
+    job = dataclasses.replace(JOB, reflection=True, reflection_rounds=most)
+    config = V1_2.reasoning
+    assert config is not None
+
+    *_, outcome = reasoned_edit(job, EditRequest(job.image, job.prompt), config, edit, say)
+
+    assert isinstance(outcome, Outcome)
+    assert outcome.reasoning is not None
+    assert len(edits) == len(outcome.reasoning["rounds"]) == most
+
+
 # --- in a process of its own ----------------------------------------------------------------------
 
 

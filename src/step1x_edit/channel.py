@@ -18,7 +18,7 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from step1x_edit.schemas import Location, Precision
+from step1x_edit.schemas import DEFAULT_REFLECTION_ROUNDS, Location, Precision
 
 if TYPE_CHECKING:  # a server is there before the first picture is
     import numpy as np
@@ -77,6 +77,8 @@ class EditJob:
     """The LoRAs to edit with, and how much of each; None: those of the `Start`."""
     width: int = 0
     height: int = 0
+    reflection_rounds: int = DEFAULT_REFLECTION_ROUNDS
+    """The most edits of a reflection."""
 
     @property
     def smaller(self) -> str:

@@ -27,6 +27,7 @@ class Kind:
     is_guided: bool
     has_previews: bool
     thinking: bool
+    reflection: bool
 
     @classmethod
     def of(cls, job: EditJob, residence: Residence) -> Kind:
@@ -40,18 +41,19 @@ class Kind:
             is_guided=job.guidance_scale > 1,
             has_previews=job.previews > 0,
             thinking=job.thinking,
+            reflection=job.reflection,
         )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an edit: for each step, and for all the rest."""
+    """Seconds of an edit, or of each round of a reflection: for each step, and for the rest."""
 
     step_s: float
     rest_s: float
 
     def seconds(self, num_steps: int) -> float:
-        """Of an edit with so many steps."""
+        """Of one round with this number of steps."""
         return self.rest_s + num_steps * self.step_s
 
 
@@ -60,29 +62,37 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._begun: float | None = None
-        self._first: tuple[int, float] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._last: tuple[int, float] | None = None
+        self._rounds = self._steps = 0
+        self._steps_s = 0.0
 
     def saw(self, progress: Progress, now: float) -> None:
         """Take note of how far the edit is."""
         if progress.phase is Phase.LOADING:
-            self._begun = self._first = self._last = None  # also on the way, when memory ran out
+            self._begun = None  # also on the way, when memory ran out
+            self._forget()
             return
         if self._begun is None:
             self._begun = now
-        if progress.phase is Phase.DENOISING:
-            self._last = (progress.step, now)
-            self._first = self._first or self._last
+        if progress.phase is not Phase.DENOISING:
+            return
+        if self._last is None or progress.step <= self._last[0]:
+            self._rounds += 1
+        else:
+            self._steps += progress.step - self._last[0]
+            self._steps_s += now - self._last[1]
+        self._last = (progress.step, now)
 
     def pace(self, job: EditJob, now: float) -> Pace | None:
         """The pace of an edit that has just ended; None if too little of it was seen."""
-        if self._begun is None or self._first is None or self._last is None:
+        if self._begun is None or self._steps < 1:
             return None
-        steps, seconds = (b - a for a, b in zip(self._first, self._last, strict=True))
-        if steps < 1:
-            return None
-        step_s = seconds / steps
-        return Pace(step_s, max(0.0, now - self._begun - job.num_steps * step_s))
+        step_s = self._steps_s / self._steps
+        round_s = (now - self._begun) / self._rounds
+        return Pace(step_s, max(0.0, round_s - job.num_steps * step_s))
 
 
 class Paces:
@@ -93,7 +103,7 @@ class Paces:
 
     def learn(self, job: EditJob, residence: Residence, pace: Pace | None) -> None:
         """Remember how long an edit has taken."""
-        if pace is None or job.reflection:  # nobody knows beforehand how often it tries again
+        if pace is None:
             return
         kind = Kind.of(job, residence)
         self._known.pop(kind, None)
@@ -102,6 +112,11 @@ class Paces:
             del self._known[next(iter(self._known))]
 
     def seconds(self, job: EditJob, residence: Residence) -> float | None:
-        """How long such an edit will take; None if there was none of its kind."""
-        pace = None if job.reflection else self._known.get(Kind.of(job, residence))
-        return None if pace is None else pace.seconds(job.num_steps)
+        """How long such an edit will take; None if there was none of its kind.
+
+        Nobody knows how often a reflection tries again: it is told what all its rounds would take.
+        """
+        pace = self._known.get(Kind.of(job, residence))
+        if pace is None:
+            return None
+        return pace.seconds(job.num_steps) * (job.reflection_rounds if job.reflection else 1)

@@ -41,6 +41,7 @@ DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
 DEFAULT_SIDE: Final = 1024
+DEFAULT_REFLECTION_ROUNDS: Final = 3
 DEFAULT_MAX_SIZE: Final = 768
 DEFAULT_JOBS_LISTED: Final = 20
 DEFAULT_WAIT_S: Final = 4.0  # the shortest limit of a client that is known is 5 s
@@ -267,8 +268,18 @@ Reflection = Annotated[
     bool,
     Field(
         description="Have the model judge its result, try again where it is not satisfied, and "
-        "take the best of up to three rounds; only Step1X-Edit v1.2 can"
+        "take the best of up to reflection_rounds edits; only Step1X-Edit v1.2 can"
     ),
+]
+ReflectionRounds = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=3,
+        description="With reflection: how many edits it makes at most, which bounds its cost; "
+        "1 judges the result without trying again",
+    ),
+    BeforeValidator(_whole_number),
 ]
 MaskPath = Annotated[
     _PathText | None,
@@ -382,6 +393,7 @@ class EditRequest(_Request):
     loras: Loras = None
     thinking: Thinking = False
     reflection: Reflection = False
+    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
 class PictureRequest(_Request):
@@ -396,6 +408,7 @@ class PictureRequest(_Request):
     loras: Loras = None
     thinking: Thinking = False
     reflection: Reflection = False
+    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
 class GenerateRequest(_Request):
@@ -441,6 +454,7 @@ class BatchRequest(_Request):
     loras: Loras = None
     thinking: Thinking = False
     reflection: Reflection = False
+    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -558,6 +572,7 @@ class ImageEditRequest(OpenAIRequest):
     loras: Loras = None
     thinking: Thinking = False
     reflection: Reflection = False
+    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
 _Side = Annotated[
@@ -629,6 +644,8 @@ class EditRecord(_Request):
     """Those that were in the model, as `name:strength`, if there were any."""
     thinking: Literal[True] | None = None
     reflection: Literal[True] | None = None
+    reflection_rounds: ReflectionRounds | None = None
+    """The most rounds, if there was a reflection."""
     rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
     """What thinking has made of the prompt, unless it is too long for a file."""
 
@@ -1064,7 +1081,7 @@ class EstimateAnswer(_Answer):
         float | None,
         Field(
             description="For all n, by the last edit of the same kind, once it is their turn and "
-            "the model is where it computes"
+            "the model is where it computes; with reflection the most it takes, for all rounds"
         ),
     ]
     predicted_peak_gb: Annotated[

@@ -737,6 +737,7 @@ def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
         loras=None if request.loras is None else strengths_of(request.loras),
         thinking=request.thinking,
         reflection=request.reflection,
+        reflection_rounds=request.reflection_rounds,
     )
 
 
@@ -767,6 +768,7 @@ def _record(request: _Asked, seed: int, result: EditResult, source: _Source | No
         loras=loras_of(residence.loras) or None,
         thinking=request.thinking or None,
         reflection=request.reflection or None,
+        reflection_rounds=request.reflection_rounds if request.reflection else None,
         rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
 

@@ -52,6 +52,7 @@ def reasoned_edit(
     plan = ReasoningPlan(
         has_thinking=job.thinking,
         has_reflection=job.reflection,
+        max_rounds=job.reflection_rounds,
         has_ranking=config.has_ranking,
     )
     reasoner = Reasoner(talker, prompts(config.prompts))

@@ -49,7 +49,6 @@ from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.hangups import EndWithConnection
 from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
-from step1x_edit.model.reasoning import ReasoningPlan
 from step1x_edit.schemas import (
     BatchAnswer,
     BatchRequest,
@@ -107,8 +106,8 @@ _DESCRIPTIONS: Final = {
     "the model. If your calls end before that, use submit_edit and then get_job, which answer "
     "within seconds. If the answer has a job_id, the edit continues: ask get_job. With the model "
     "v1.2, thinking has it put a vague prompt into clear words, and reflection has it judge and "
-    "repeat its work, at several times the cost; what it thought is in metadata.reasoning, and a "
-    "small picture of each round follows the others.",
+    "repeat its work, at up to reflection_rounds times the cost; what it thought is in "
+    "metadata.reasoning, and a small picture of each round follows the others.",
     "batch_edit_images": "Edit several pictures in one call, with one prompt for all or a list "
     "with one prompt for each, and save the results as new files (in output_dir, or beside the "
     "inputs). The model stays loaded between them, and one picture that fails does not stop the "
@@ -595,9 +594,10 @@ class _Way:
 
     def __init__(self, request: EditRequest | BatchRequest | GenerateRequest) -> None:
         thinks = reflects = False
+        rounds = 1
         if not isinstance(request, GenerateRequest):
             thinks, reflects = request.thinking, request.reflection
-        rounds = ReasoningPlan.max_rounds if reflects else 1
+            rounds = request.reflection_rounds if reflects else 1
         self._before = int(thinks)
         self._steps = request.num_steps
         self._units_of_round = self._steps + 2 + int(reflects)

@@ -127,6 +127,7 @@ def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
                 "loras": asked.loras,
                 "thinking": asked.thinking,
                 "reflection": asked.reflection,
+                "reflection_rounds": asked.reflection_rounds,
             }
         )
     )

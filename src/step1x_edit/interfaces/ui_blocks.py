@@ -244,6 +244,7 @@ class _Form:
     loras: gr.Dropdown
     thinking: gr.Checkbox
     reflection: gr.Checkbox
+    reflection_rounds: gr.Slider
 
     @property
     def inputs(self) -> list[Any]:
@@ -766,7 +767,7 @@ class _Page:
         use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **PRIVATE)
         return form, _Buttons(run, stop, line)
 
-    def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox]:
+    def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox, gr.Slider]:
         thinking, reflection = (
             gr.Checkbox(
                 label=T(choice),
@@ -777,7 +778,17 @@ class _Page:
             for choice in _REASONING
         )
         self._checkboxes += thinking, reflection
-        return thinking, reflection
+        rounds = gr.Slider(
+            *_range("reflection_rounds"),
+            PARAMETERS["reflection_rounds"].default,
+            step=1,
+            label=T("reflection_rounds"),
+            info=T("reflection_rounds.hint"),
+            visible=False,
+            elem_id=f"{name}-reflection-rounds",
+        )
+        reflection.change(_shown_if, reflection, rounds, **PRIVATE)
+        return thinking, reflection, rounds
 
     def _offered(self, request: gr.Request) -> list[gr.Checkbox]:
         """The choices that the model does not have are grey, and say why."""
@@ -922,6 +933,10 @@ def _range(name: str) -> tuple[float, float]:
     assert parameter.minimum is not None
     assert parameter.maximum is not None
     return parameter.minimum, parameter.maximum
+
+
+def _shown_if(is_on: bool) -> gr.Slider:
+    return gr.Slider(visible=is_on)
 
 
 def _saying(key: str) -> Callable[[gr.Request], str]:

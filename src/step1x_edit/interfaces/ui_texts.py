@@ -76,10 +76,22 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "見直してやり直す",
     ),
     "reflection.hint": (
-        "Up to three rounds, and the best is taken; takes several times as long",
-        "最多三轮，取最好的一张；用时会成倍增加",
-        "最多三輪，取最好的一張；耗時會成倍增加",
-        "最大 3 回試して一番よいものを採用。時間は数倍かかります",
+        "Takes the best of several rounds, and several times as long",
+        "编辑数轮，取最好的一张；用时会成倍增加",
+        "編輯數輪，取最好的一張；耗時會成倍增加",
+        "数回試して一番よいものを採用。時間は数倍かかります",
+    ),
+    "reflection_rounds": (
+        "Rounds at most",
+        "最多轮数",
+        "最多輪數",
+        "最大回数",
+    ),
+    "reflection_rounds.hint": (
+        "1 judges the result without trying again",
+        "1 表示只检查，不重试",
+        "1 表示只檢查，不重試",
+        "1 は見直すだけで、やり直しません",
     ),
     "reasoning.needs": (
         "Needs Step1X-Edit v1.2",

@@ -18,6 +18,7 @@ from step1x_edit.interfaces.cli.options import (
     NumSteps,
     Overwrite,
     Reflection,
+    ReflectionRounds,
     Seed,
     SizeLevel,
     Standalone,
@@ -75,6 +76,7 @@ def batch(
     lora: Lora = None,
     thinking: Thinking = None,
     reflection: Reflection = None,
+    reflection_rounds: ReflectionRounds = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -101,6 +103,7 @@ def batch(
             "loras": lora,
             "thinking": thinking,
             "reflection": reflection,
+            "reflection_rounds": reflection_rounds,
         }
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
         chosen["mask"] = mask

@@ -21,6 +21,7 @@ from step1x_edit.interfaces.cli.options import (
     NumSteps,
     Overwrite,
     Reflection,
+    ReflectionRounds,
     Seed,
     SizeLevel,
     Standalone,
@@ -80,6 +81,7 @@ def edit(
     lora: Lora = None,
     thinking: Thinking = None,
     reflection: Reflection = None,
+    reflection_rounds: ReflectionRounds = None,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -108,6 +110,7 @@ def edit(
             "loras": lora,
             "thinking": thinking,
             "reflection": reflection,
+            "reflection_rounds": reflection_rounds,
         }
         for path in paths:
             read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from step1x_edit.schemas import MAX_STRENGTH, PARAMETERS
+from step1x_edit.schemas import DEFAULT_REFLECTION_ROUNDS, MAX_STRENGTH, PARAMETERS
 
 
 def option(name: str, *flags: str, default: int | None = None) -> Any:
@@ -29,6 +29,9 @@ NegativePrompt = Annotated[str | None, option("negative_prompt")]
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
 Thinking = Annotated[bool | None, option("thinking", "--thinking")]
 Reflection = Annotated[bool | None, option("reflection", "--reflection")]
+ReflectionRounds = Annotated[
+    int | None, option("reflection_rounds", default=DEFAULT_REFLECTION_ROUNDS)
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(
