@@ -44,6 +44,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 _MEMORY_ADDRESS = re.compile(r"0x[0-9a-fA-F]{8,}")
+_ERROR_NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # what follows says it in words
 
 
 class Step1XEditError(Exception):
@@ -319,8 +320,8 @@ def _by_code(root: type[Step1XEditError]) -> dict[str, type[Step1XEditError]]:
 
 
 def _one_line(text: str, max_length: int) -> str:
-    """Make `text` safe to print: one line, printable, without memory addresses, bounded."""
-    text = _MEMORY_ADDRESS.sub("0x…", text)
+    """Make `text` safe to print: one line, printable, without the system's numbers, bounded."""
+    text = _ERROR_NUMBER.sub("", _MEMORY_ADDRESS.sub("0x…", text))
     text = "".join(map(_printable, text)).strip()
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 

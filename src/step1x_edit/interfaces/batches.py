@@ -13,6 +13,7 @@ is known; a line without a result only means that it is made again.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import csv
 import hashlib
 import json
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TextIO, TypeAlias
 
 from pydantic import ValidationError
 
@@ -57,6 +58,7 @@ PICTURES: Final = frozenset(
 
 _TABLES: Final = (".csv",)
 _LINES: Final = (".jsonl", ".ndjson")
+_SEPARATORS: Final = (";", "\t", ",")
 _BAD_ROWS_TOLD: Final = 3
 
 
@@ -142,6 +144,8 @@ def _item(
         raise InvalidParameterError(values)
     wanted = given({**given(chosen), **given(values)})
     row = read_request(_Row, wanted)
+    if not row.prompt.strip():
+        raise InvalidParameterError("prompt is empty")
     if row.output is not None and Path(row.output).suffix.lower() not in OUTPUT_FORMATS:
         raise InvalidParameterError(
             f"output must end in {', '.join(OUTPUT_FORMATS)}, got {row.output!r}"
@@ -177,22 +181,40 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
             f"{path} must be a folder, or a manifest that ends in .csv or .jsonl"
         )
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open(encoding=_encoding_of(path), newline="") as file:
             yield from _csv_rows(file) if kind in _TABLES else _json_rows(file)
-    except UnicodeDecodeError:
-        raise InvalidParameterError(f"{path} is not a text in UTF-8") from None
+    except UnicodeError:
+        raise InvalidParameterError(
+            f"{path} is not a text in UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
+        ) from None
     except OSError as error:
         raise InvalidParameterError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _csv_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] | str]]:
-    reader = csv.DictReader(file, restval="", strict=True)
+def _encoding_of(path: Path) -> str:
+    """UTF-8, or the UTF-16 that spreadsheets write as "Unicode text"; the first bytes say which."""
+    with path.open("rb") as file:
+        first = file.read(2)
+    return "utf-16" if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+
+
+def _separator_of(first_line: str) -> str:
+    """What stands between the names of the columns; where a comma is part of numbers, it is `;`."""
+    return next((sign for sign in _SEPARATORS if sign in first_line), ",")
+
+
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    separator = _separator_of(file.readline())
+    file.seek(0)
+    reader = csv.DictReader(file, restval="", strict=True, delimiter=separator)
     try:
-        names = [name.strip() for name in reader.fieldnames or ()]
+        names = [name.strip().lower() for name in reader.fieldnames or ()]
         if "image" not in names:
             raise InvalidParameterError(
                 f"the first line must name the columns, image among them, got {', '.join(names)}"
             )
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InvalidParameterError(f"the first line names {twice[0]!r} twice")
         reader.fieldnames = names
         line = reader.line_num + 1
         for row in reader:

@@ -113,6 +113,8 @@ def _is_unicode(text: str) -> bool:
 class Messages(io.BufferedIOBase):
     """The lines of a descriptor that are messages; the others are answered by `send`."""
 
+    name = "<stdin>"
+
     def __init__(self, descriptor: int, send: Send, max_line_bytes: int = MAX_LINE_BYTES) -> None:
         self._source = os.fdopen(descriptor, "rb")
         self._send = send

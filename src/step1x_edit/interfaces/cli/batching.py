@@ -24,6 +24,7 @@ from step1x_edit.interfaces.cli.options import (
     Standalone,
     Thinking,
     Url,
+    check_prompt,
     option,
 )
 from step1x_edit.interfaces.cli.terminal import (
@@ -31,6 +32,7 @@ from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
     err,
     print_json,
+    print_line,
     print_results,
     shown_progress,
     told_failures,
@@ -105,6 +107,8 @@ def batch(
             "reflection": reflection,
             "reflection_rounds": reflection_rounds,
         }
+        if prompt is not None:
+            check_prompt(prompt)
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
         chosen["mask"] = mask
         settings = cli_settings()
@@ -138,7 +142,7 @@ def _tell(answer: BatchAnswer, as_json: bool, kept: str) -> None:
         results = [(item.input, item.result) for item in answer.results]
         for _, result in results:
             if isinstance(result, EditAnswer):
-                typer.echo(result.output_path)
+                print_line(result.output_path)
         print_results(results, kept)
         count = sum(isinstance(r, EditAnswer) and r.message == kept for _, r in results)
         from_before = f"; {count} of them from an earlier run" if count else ""

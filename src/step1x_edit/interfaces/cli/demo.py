@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from step1x_edit.interfaces.cli.options import option
+from step1x_edit.interfaces.cli.options import WHOLE, NumSteps, option
 from step1x_edit.interfaces.cli.terminal import (
     as_typed,
     cli_settings,
@@ -44,9 +44,11 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    num_steps: Annotated[int | None, option("num_steps")] = None,
-    size_level: Annotated[int, option("size_level", default=DEMO_SIZE_LEVEL)] = DEMO_SIZE_LEVEL,
-    seed: Annotated[int, option("seed", default=DEMO_SEED)] = DEMO_SEED,
+    num_steps: NumSteps = None,
+    size_level: Annotated[str, option("size_level", default=DEMO_SIZE_LEVEL, metavar=WHOLE)] = str(
+        DEMO_SIZE_LEVEL
+    ),
+    seed: Annotated[str, option("seed", default=DEMO_SEED, metavar=WHOLE)] = str(DEMO_SEED),
 ) -> None:
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with told_failures(as_json=False):
@@ -63,7 +65,9 @@ def demo(
         chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
         service = build_service(settings)
         try:
-            service.read_edit({"image_path": DEMO_PHOTO, "prompt": "", **chosen})  # are they right?
+            service.read_edit(
+                {"image_path": DEMO_PHOTO, "prompt": "x", **chosen}
+            )  # are they right?
             before = files.publish(first, DEMO_PHOTO.read_bytes())
             results = asyncio.run(_edits_of(service, before, chosen))
         finally:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import glob
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -27,6 +28,7 @@ from step1x_edit.interfaces.cli.options import (
     Standalone,
     Thinking,
     Url,
+    check_prompt,
     option,
 )
 from step1x_edit.interfaces.cli.terminal import (
@@ -37,11 +39,13 @@ from step1x_edit.interfaces.cli.terminal import (
     err,
     print_answer,
     print_json,
+    print_line,
     print_results,
     shown_progress,
     told_failures,
     write_picture,
 )
+from step1x_edit.interfaces.cli.usage import PROGRAM, Command
 from step1x_edit.schemas import PARAMETERS, BatchAnswer, BatchItem, EditAnswer, ErrorAnswer
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
     from step1x_edit.interfaces.editor import Edited, Editor
 
 _MAGIC: Final = frozenset("*?[")
+_SUFFIX: Final = re.compile(r"[^.]\.[A-Za-z][A-Za-z0-9]{1,4}$")
 
 
 def edit(
@@ -60,11 +65,17 @@ def edit(
         ),
     ],
     prompt: Annotated[
-        str, typer.Argument(help=PARAMETERS["prompt"].description, show_default=False)
+        str,
+        typer.Argument(
+            help="What to change, in plain words and in quotes, such as 'add a red hat'",
+            show_default=False,
+        ),
     ],
     output: Annotated[
         str | None,
         typer.Option(
+            "--output",
+            "-o",
             help=f"{PARAMETERS['output_path'].description}. - writes a PNG to stdout, which is the "
             "default for an image from stdin",
             show_default=False,
@@ -92,10 +103,11 @@ def edit(
     A server that runs on this machine does it with its model, and otherwise
     this process. The path of each result is printed on stdout.
     """
-    from step1x_edit.files import FileAccess
-    from step1x_edit.interfaces.editor import opened_editor, read_edit
-
     with told_failures(as_json):
+        from step1x_edit.files import FileAccess
+        from step1x_edit.interfaces.editor import opened_editor, read_edit
+
+        _check_words(image, prompt)
         paths = expanded(image)
         if output is None and paths == [STREAM] and output_dir is None:
             output = STREAM
@@ -125,6 +137,52 @@ def edit(
                 print_answer(asyncio.run(work.to_file(source, output, output_dir)), as_json)
             else:
                 _tell_several(asyncio.run(work.to_files(paths, output_dir)), as_json)
+
+
+class Edit(Command):
+    """The command `edit`, which says which of its words is missing."""
+
+    def explain(self, ctx: Any, words: list[str], error: typer.TyperException) -> str:
+        """What is wrong with the words, and what to do."""
+        param = error.param if isinstance(error, typer.BadParameter) else None
+        if param is None or param.name not in ("image", "prompt"):
+            return super().explain(ctx, words, error)
+        values, *_ = self.make_parser(ctx).parse_args(list(words))
+        only_word = values.get("prompt")
+        if only_word is None:
+            missing = "image and prompt are missing"
+        else:
+            missing = f"{'prompt' if _is_path(only_word) else 'image'} is missing"
+        return f"{missing}; {_how_to_call('photo.jpg', 'add a red hat')}"
+
+
+def _check_words(images: Sequence[str], prompt: str) -> None:
+    """Say that the prompt is missing, has no quotes or stands in the wrong place."""
+    check_prompt(prompt)
+    paths = [word for word in images if _is_path(word)]
+    words = [word for word in images if not _is_path(word)]
+    if _is_path(prompt):
+        if not words:
+            raise InvalidParameterError(
+                f"prompt is missing; {_how_to_call(' '.join(images), 'add a red hat')}"
+            )
+        raise InvalidParameterError(_how_to_call(" ".join([*paths, prompt]), " ".join(words)))
+    if words and len(images) > 1 and " " not in prompt:
+        named = " ".join(paths) or "photo.jpg"
+        raise InvalidParameterError(_how_to_call(named, " ".join([*words, prompt])))
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word names a file and is no part of a prompt, whether the file is there or not."""
+    if word == STREAM or os.path.isfile(os.path.expanduser(word)):  # noqa: PTH111, PTH113
+        return True
+    return " " not in word and (
+        bool(_SUFFIX.search(word)) or bool({"/", os.sep, *_MAGIC} & {*word})
+    )
+
+
+def _how_to_call(images: str, prompt: str) -> str:
+    return f'the prompt comes last, in quotes: {PROGRAM} edit {images} "{prompt}"'
 
 
 def expanded(images: Sequence[str]) -> list[str]:
@@ -258,7 +316,7 @@ def _tell_several(answer: BatchAnswer, as_json: bool) -> None:
     else:
         for item in answer.results:
             if isinstance(item.result, EditAnswer):
-                typer.echo(item.result.output_path)
+                print_line(item.result.output_path)
         print_results([(item.input, item.result) for item in answer.results])
         err.print(answer.message, markup=False)
     if answer.status != "success":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from step1x_edit.interfaces.cli.options import (
+    WHOLE,
     ApiKey,
     AsJson,
     GuidanceScale,
@@ -17,6 +18,7 @@ from step1x_edit.interfaces.cli.options import (
     Seed,
     Standalone,
     Url,
+    check_prompt,
     option,
 )
 from step1x_edit.interfaces.cli.terminal import (
@@ -44,14 +46,18 @@ def generate(
     output: Annotated[
         str | None,
         typer.Option(
+            "--output",
+            "-o",
             help=f"{_PARAMETERS['output_path'].description}. - writes a PNG to stdout",
             show_default=False,
         ),
     ] = None,
     num_steps: NumSteps = None,
     guidance_scale: GuidanceScale = None,
-    width: Annotated[int, option("width", default=DEFAULT_SIDE)] = DEFAULT_SIDE,
-    height: Annotated[int, option("height", default=DEFAULT_SIDE)] = DEFAULT_SIDE,
+    width: Annotated[str, option("width", default=DEFAULT_SIDE, metavar=WHOLE)] = str(DEFAULT_SIDE),
+    height: Annotated[str, option("height", default=DEFAULT_SIDE, metavar=WHOLE)] = str(
+        DEFAULT_SIDE
+    ),
     seed: Seed = None,
     overwrite: Overwrite = False,
     negative_prompt: Annotated[
@@ -69,10 +75,16 @@ def generate(
     A server that runs on this machine does it with its model, and otherwise
     this process. The path of the picture is printed on stdout.
     """
-    from step1x_edit.files import FileAccess
-    from step1x_edit.interfaces.editor import generate_file, given, opened_editor, read_generate
-
     with told_failures(as_json):
+        from step1x_edit.files import FileAccess
+        from step1x_edit.interfaces.editor import (
+            generate_file,
+            given,
+            opened_editor,
+            read_generate,
+        )
+
+        check_prompt(prompt, "a red fox in the snow")
         check_stdout(output, as_json)
         chosen = given(
             {

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
-
-import typer
+from typing import Final
 
 from step1x_edit.interfaces.cli.options import ApiKey, AsJson, Standalone, Url
-from step1x_edit.interfaces.cli.terminal import cli_settings, out, print_json, told_failures
+from step1x_edit.interfaces.cli.terminal import (
+    cli_settings,
+    out,
+    print_json,
+    print_line,
+    told_failures,
+)
+
+_NO_SERVER: Final = (
+    "No server is running on this machine, so no model is loaded: step1x-edit serve starts one, "
+    "and without it each command loads a model while it works"
+)
 
 
 def status(
@@ -26,8 +36,10 @@ def status(
         if as_json:
             print_json({**answer.to_dict(), "server": editor.url})
             return
-        server = editor.url or "none is running on this machine (step1x-edit serve)"
-        for name, value in _rows({"server": server, **answer.gpu_status.to_dict()}):
+        if editor.url is None:
+            print_line(_NO_SERVER)
+            return
+        for name, value in _rows({"server": editor.url, **answer.gpu_status.to_dict()}):
             out.print(f"{name:<24} {value}", markup=False)
 
 
@@ -73,4 +85,4 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
         if as_json:
             print_json({**answer.to_dict(), "server": editor.url})
         else:
-            typer.echo(answer.message)
+            print_line(answer.message)

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
     cli_settings,
     err,
     print_json,
-    progress_bar,
+    print_line,
     told_failures,
 )
+from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 from step1x_edit.interfaces.client_config import (
     ClientName,
     config_file,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from fastmcp.client.progress import ProgressHandler
 
 mcp_app = typer.Typer(
+    context_settings=HELP_NAMES,
     help="Serve the tools to an MCP client over stdin and stdout; or see the commands.",
     invoke_without_command=True,
 )
@@ -56,7 +59,7 @@ def mcp(
     serve(wire, standalone=standalone)
 
 
-@mcp_app.command()
+@mcp_app.command(cls=Command)
 def call(
     tool: Annotated[str, typer.Argument(help="Name of the tool, such as edit_image")],
     arguments: Annotated[
@@ -70,7 +73,7 @@ def call(
 
         async def called() -> dict[str, Any]:
             async with MCPClient() as client:
-                with _call_bar(tool) as show:
+                with _shown_call(tool) as show:
                     return await client.call_tool(tool, given, on_progress=show)
 
         answer = asyncio.run(called())
@@ -79,7 +82,7 @@ def call(
             raise typer.Exit(FAILED)
 
 
-@mcp_app.command()
+@mcp_app.command(cls=Command)
 def config(
     client: Annotated[ClientName, typer.Option(help="The program that is to start the server")],
     write: Annotated[
@@ -96,20 +99,24 @@ def config(
             err.print(f"belongs into {file.path}, or add --write", markup=False)
             return
         backup = write_entry(file, entry)
-        typer.echo(file.path)
+        print_line(file.path)
         if backup is not None:
             err.print(f"the file as it was: {backup}", markup=False)
         err.print("restart the client to have it read", markup=False)
 
 
 @contextlib.contextmanager
-def _call_bar(label: str) -> Iterator[ProgressHandler]:
-    """A bar on stderr for what an MCP server reports."""
-    with progress_bar() as (bar, task):
-        bar.update(task, label=label)
+def _shown_call(label: str) -> Iterator[ProgressHandler]:
+    """Show what an MCP server reports; saying the same again is only a sign of life."""
+    with display(err) as shown:
+        shown.begin(label)
+        last: str | None = None
 
         async def show(progress: float, total: float | None, message: str | None) -> None:
-            bar.update(task, description=message or "", total=total, completed=progress)
+            nonlocal last
+            if message and message != last:
+                last = message
+                shown.show(message.rstrip("0123456789/"), message, progress, total)
 
         yield show
 

@@ -39,8 +39,10 @@ from step1x_edit.interfaces.cli.terminal import (
     err,
     out,
     print_json,
+    print_line,
     told_failures,
 )
+from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 
 if TYPE_CHECKING:
     from step1x_edit.checkpoints.fetch import PullProgress
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 _GIGA: Final = 10**9
 
 models_app = typer.Typer(
-    help="See which checkpoints there are; fetch, find and remove them.", no_args_is_help=True
+    help="See which checkpoints there are; fetch, find and remove them.",
+    context_settings=HELP_NAMES,
+    no_args_is_help=True,
 )
 
 # What the authors publish for their own code in bfloat16 at 1024 px on an H800, without offloading.
@@ -64,7 +68,7 @@ Name = Annotated[
 ]
 
 
-@models_app.command("list")
+@models_app.command("list", cls=Command)
 def list_models(as_json: AsJson = False) -> None:
     """List the checkpoints: the embedded one, that of MODEL_PATH, and the published ones.
 
@@ -83,7 +87,7 @@ def list_models(as_json: AsJson = False) -> None:
                 out.print(f"{'':<20}does not run: {model['error']}", markup=False)
 
 
-@models_app.command()
+@models_app.command(cls=Command)
 def pull(name: Name) -> None:
     """Fetch a model; after a cut, the same command goes on from where it was.
 
@@ -98,17 +102,17 @@ def pull(name: Name) -> None:
 
         with _bar(model.name) as show:
             folder = fetch(name, models, show)
-        typer.echo(f"MODEL_PATH={shlex.quote(str(folder))}")
+        print_line(f"MODEL_PATH={shlex.quote(str(folder))}")
 
 
-@models_app.command()
+@models_app.command(cls=Command)
 def where(name: Name) -> None:
     """Print the folder of a pulled model."""
     with told_failures(False):
-        typer.echo(find_pulled(name, models_folder(cli_settings().data_dir)))
+        print_line(find_pulled(name, models_folder(cli_settings().data_dir)))
 
 
-@models_app.command()
+@models_app.command(cls=Command)
 def rm(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,

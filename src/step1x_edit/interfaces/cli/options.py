@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
+from step1x_edit.errors import InvalidParameterError
 from step1x_edit.schemas import DEFAULT_REFLECTION_ROUNDS, MAX_STRENGTH, PARAMETERS
 
 
-def option(name: str, *flags: str, default: int | None = None) -> Any:
-    """A flag for a parameter, described as the schema describes it; `default` is the command's."""
+def option(name: str, *flags: str, default: int | None = None, metavar: str | None = None) -> Any:
+    """A flag for a parameter, described as the schema describes it; `default` is the command's.
+
+    Numbers are texts here: the schema reads them, and says what is wrong with them.
+    """
     parameter = PARAMETERS[name]
     notes = [parameter.range] if parameter.range and name != "seed" else []
     if default is not None:
@@ -18,19 +22,30 @@ def option(name: str, *flags: str, default: int | None = None) -> Any:
     elif parameter.default not in (None, "", False):
         notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} where that is set")
     told = f" ({'; '.join(notes)})" if notes else ""
-    return typer.Option(*flags, help=parameter.description + told, show_default=False)
+    return typer.Option(
+        *flags, metavar=metavar, help=parameter.description + told, show_default=False
+    )
 
 
-NumSteps = Annotated[int | None, option("num_steps")]
-GuidanceScale = Annotated[float | None, option("guidance_scale")]
-SizeLevel = Annotated[int | None, option("size_level")]
-Seed = Annotated[int | None, option("seed")]
+def check_prompt(prompt: str, example: str = "add a red hat") -> None:
+    """Raise InvalidParameterError if a prompt says nothing: a person has forgotten it."""
+    if not prompt.strip():
+        raise InvalidParameterError(f'prompt is empty; say what you want, such as "{example}"')
+
+
+WHOLE: Final = "<int>"
+
+NumSteps = Annotated[str | None, option("num_steps", "--num-steps", "--steps", metavar=WHOLE)]
+GuidanceScale = Annotated[str | None, option("guidance_scale", metavar="<float>")]
+SizeLevel = Annotated[str | None, option("size_level", metavar=WHOLE)]
+Seed = Annotated[str | None, option("seed", metavar=WHOLE)]
 NegativePrompt = Annotated[str | None, option("negative_prompt")]
 Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
 Thinking = Annotated[bool | None, option("thinking", "--thinking")]
 Reflection = Annotated[bool | None, option("reflection", "--reflection")]
 ReflectionRounds = Annotated[
-    int | None, option("reflection_rounds", default=DEFAULT_REFLECTION_ROUNDS)
+    str | None,
+    option("reflection_rounds", default=DEFAULT_REFLECTION_ROUNDS, metavar=WHOLE),
 ]
 Lora = Annotated[
     list[str] | None,

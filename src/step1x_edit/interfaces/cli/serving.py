@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from step1x_edit.interfaces.cli.terminal import told_failures
+from step1x_edit.interfaces.cli.options import WHOLE
+from step1x_edit.interfaces.cli.terminal import out, print_table, told_failures
+from step1x_edit.interfaces.cli.usage import Command
+
+
+class Serve(Command):
+    """The command `serve`, whose help names all settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, and the settings below it."""
+        from step1x_edit.schemas import parameters_of
+        from step1x_edit.settings import Settings
+
+        super().format_help(ctx, formatter)
+        out.print(" Settings, from the environment or from .env:\n")
+        rows = [
+            (f" {name.upper()}", parameter.description)
+            for name, parameter in parameters_of(Settings).items()
+        ]
+        print_table((), rows, out)
 
 
 def serve(
@@ -19,14 +38,17 @@ def serve(
         ),
     ] = None,
     port: Annotated[
-        int | None,
-        typer.Option(help="Port to listen at; 0: a free one (default 8000)", show_default=False),
+        str | None,
+        typer.Option(
+            metavar=WHOLE,
+            help="Port to listen at; 0: a free one (default 8000)",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Serve the web page, REST and MCP over HTTP until a signal comes.
 
-    Where to listen and what to open is also set by HOST, PORT, ENABLE_API,
-    ENABLE_MCP and API_KEY.
+    Flags win over the settings of the same names.
     """
     with told_failures(as_json=False):
         from step1x_edit.settings import load_server_settings

@@ -1,7 +1,6 @@
 """What the commands share towards the person at the terminal: what is shown, and how it ends.
 
-Results go to stdout and everything else to stderr. Bars are drawn on a terminal only; anywhere
-else each phase is a plain line.
+Results go to stdout and everything else to stderr.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +17,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from step1x_edit.errors import InvalidParameterError, SettingsError, Step1XEditError
+from step1x_edit.errors import (
+    InvalidParameterError,
+    OutputNotWritableError,
+    SettingsError,
+    Step1XEditError,
+)
+from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.schemas import EditAnswer, EditMetadata, ErrorAnswer, Reasoning
 
 if TYPE_CHECKING:
@@ -36,8 +40,38 @@ INTERRUPTED: Final = 130
 STREAM: Final = "-"
 """As the name of a file: stdin or stdout."""
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+@contextlib.contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Say in one sentence that stdout takes nothing, such as a full disk."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody wants to read on, which is no failure
+        raise
+    except OSError as error:
+        give_up_stdout(error)
+        raise typer.Exit(FAILED) from None
+
+
+def give_up_stdout(error: OSError) -> None:
+    """Say that stdout takes nothing, and drop what is left to be written there."""
+    with open(os.devnull, "wb") as nothing:  # noqa: PTH123 - or it fails again at the exit
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
+    print_failure(OutputNotWritableError(f"stdout ({error.strerror})"), as_json=False)
+
+
+class _Results(Console):
+    """Prints on stdout."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with _writing_to_stdout():
+            super().print(*objects, **options)
+
+
+# A path or a prompt may hold what looks like the name of an emoji.
+out = _Results(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def cli_settings() -> Settings:
@@ -65,32 +99,20 @@ def told_failures(as_json: bool, on_interrupt: str = "interrupted") -> Iterator[
         err.print(on_interrupt, markup=False)
         raise typer.Exit(INTERRUPTED) from None
     except Step1XEditError as error:
-        if as_json:
-            print_json(ErrorAnswer.of(error).to_dict())
-        else:
-            err.print(str(error), style="red", markup=False)
+        print_failure(error, as_json)
         is_usage = isinstance(error, InvalidParameterError | SettingsError)
         raise typer.Exit(USAGE if is_usage else FAILED) from None
 
 
+def print_failure(error: Step1XEditError, as_json: bool) -> None:
+    """Say what is wrong: on stderr, or as the answer for a program."""
+    if as_json:
+        print_json(ErrorAnswer.of(error).to_dict())
+    else:
+        err.print(str(error), style="red", markup=False)
+
+
 # --- progress ------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[tuple[ProgressBar, TaskID]]:
-    """A bar on stderr with a label, what is being done, and how long it has been and will be."""
-    with ProgressBar(
-        TextColumn("{task.fields[label]}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-        console=err,
-        transient=True,
-        redirect_stdout=False,  # what is printed there is a result and not for stderr
-    ) as bar:
-        yield bar, bar.add_task("starting", total=None, label="")
 
 
 ShowProgress = Callable[[str], Callable[["Progress"], Awaitable[None]]]
@@ -99,45 +121,41 @@ ShowProgress = Callable[[str], Callable[["Progress"], Awaitable[None]]]
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[ShowProgress]:
-    """Show how far edits have come: as a bar on a terminal, as a line for each phase elsewhere."""
-    if not err.is_terminal:
-        yield _lines
-        return
-    with progress_bar() as (bar, task):
+    """Show how far edits have come."""
+    with display(err) as shown:
 
         def of(label: str) -> Callable[[Progress], Awaitable[None]]:
-            bar.reset(task, total=None, description="starting", label=label)
+            shown.begin(label)
 
             async def show(event: Progress) -> None:
-                bar.update(task, description=event.text)
                 if event.phase == "denoising":
-                    if event.step <= 1:  # what came before says nothing about the steps
-                        bar.reset(task, total=event.total, description=event.text)
-                    bar.update(task, total=event.total, completed=event.step)
+                    shown.show(event.phase, event.text, event.step, event.total)
+                else:  # of a queue each place is news
+                    phase = event.text if event.phase == "queued" else event.phase
+                    shown.show(phase, event.text)
 
             return show
 
         yield of
 
 
-def _lines(label: str) -> Callable[[Progress], Awaitable[None]]:
-    last: object = None
-
-    async def show(event: Progress) -> None:
-        nonlocal last
-        if event.phase != last:
-            last = event.phase
-            err.print(f"{label}: {event.text}", markup=False)
-
-    return show
-
-
 # --- printing ------------------------------------------------------------------------------------
+
+
+def print_line(text: object) -> None:
+    """Print a result on stdout as it is, such as a path."""
+    with _writing_to_stdout():
+        sys.stdout.write(f"{text}\n")
 
 
 def print_json(answer: dict[str, Any]) -> None:
     """Print an answer for a program."""
-    typer.echo(json.dumps(answer, ensure_ascii=False, indent=2))
+    text = json.dumps(answer, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # a locale without these characters, or a file name of odd bytes
+        text = json.dumps(answer, indent=2)
+    print_line(text)
 
 
 def print_made(metadata: EditMetadata, processing_time: float | None = None) -> None:
@@ -180,7 +198,7 @@ def print_answer(answer: EditAnswer, as_json: bool) -> None:
         print_json(answer.to_dict())
         return
     print_made(answer.metadata, answer.processing_time)
-    typer.echo(answer.output_path)
+    print_line(answer.output_path)
 
 
 def check_stdout(output: str | None, as_json: bool) -> None:
@@ -196,8 +214,9 @@ def check_stdout(output: str | None, as_json: bool) -> None:
 def write_picture(edited: Edited) -> None:
     """Write the file of a picture to stdout."""
     stdout: BinaryIO = sys.stdout.buffer
-    stdout.write(edited.data)
-    stdout.flush()
+    with _writing_to_stdout():
+        stdout.write(edited.data)
+        stdout.flush()
     print_made(edited.metadata)
 
 

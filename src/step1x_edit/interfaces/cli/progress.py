@@ -1,0 +1,219 @@
+"""How far the work has come, on stderr: a bar on a terminal, plain lines anywhere else.
+
+The time that is left follows from the steps that were seen. Between two steps it counts down; while
+nothing is known it is not shown. This module knows nothing about what the work is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+LINE_EVERY_S: Final = 10.0
+_LOOK_EVERY_S: Final = 1.0
+_WIDE: Final = 90  # columns of a terminal with room for a long bar
+_BESIDE_THE_LABEL: Final = 45  # columns for the text and the times, which must not be cut
+
+Now = Callable[[], float]
+
+
+class Display(Protocol):
+    """Shows one piece of work after the other."""
+
+    def begin(self, label: str) -> None:
+        """Show other work from now on."""
+
+    def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
+        """Show how far it is: `done` of `total` in this phase, if that is known."""
+
+
+class TimeLeft:
+    """How long the rest of a phase takes, by the pace of what was done of it."""
+
+    def __init__(self, now: Now) -> None:
+        self._now = now
+        self._phase: object = None
+        self._first: tuple[float, float] | None = None
+        self._last = 0.0
+        self._end: float | None = None
+
+    def saw(self, phase: object, done: float, total: float | None) -> None:
+        """Take note of how far the work is; what is told again changes nothing."""
+        now = self._now()
+        if total is None or phase != self._phase or self._first is None or done < self._last:
+            self._phase, self._end, self._last = phase, None, done
+            self._first = None if total is None else (done, now)
+        elif done > self._last:
+            first, begun = self._first
+            self._end = now + (total - done) * (now - begun) / (done - first)
+            self._last = done
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds until the end of the phase; None if nothing is known."""
+        return None if self._end is None else max(1.0, self._end - self._now())
+
+
+class _Work:
+    """One piece of work, and the times to show with it."""
+
+    def __init__(self, label: str, now: Now) -> None:
+        self.label = label
+        self.text = "starting"
+        self.left = TimeLeft(now)
+        self._now = now
+        self._begun = now()
+
+    @property
+    def times(self) -> str:
+        """How long it has taken and, if that is known, how long it will take."""
+        passed = duration(self._now() - self._begun)
+        seconds = self.left.seconds
+        return passed if seconds is None else f"{passed}, about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 2:05, 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+@contextlib.contextmanager
+def display(to: Console, *extra: ProgressColumn, now: Now = time.monotonic) -> Iterator[Display]:
+    """Show work on a console; `extra` columns stand behind the bar."""
+    if to.is_terminal and not to.is_dumb_terminal:
+        with _Bar.drawn(to, extra, now) as bar:
+            yield bar
+        return
+    lines = _Lines(to, now)
+    with lines.going_on():
+        yield lines
+
+
+# --- on a terminal -------------------------------------------------------------------------------
+
+
+class _Times(ProgressColumn):
+    """The times of the work."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+        self.max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        work: _Work = task.fields["work"]
+        return Text(work.times)
+
+
+class _Bar:
+    """A bar with a label, what is being done, and the times."""
+
+    def __init__(self, bar: RichProgress, now: Now) -> None:
+        self._bar = bar
+        self._now = now
+        self._work = _Work("", now)
+        self._task = self._added()
+
+    @classmethod
+    @contextlib.contextmanager
+    def drawn(cls, to: Console, extra: tuple[ProgressColumn, ...], now: Now) -> Iterator[_Bar]:
+        """A bar that goes when the context ends."""
+        bar_width = 20 if to.width >= _WIDE else 8
+        room = max(8, to.width - bar_width - _BESIDE_THE_LABEL)
+        label = Column(no_wrap=True, overflow="ellipsis", max_width=room)
+        with RichProgress(
+            TextColumn("{task.fields[work].label}", markup=False, table_column=label),
+            BarColumn(bar_width),
+            *extra,
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            _Times(),
+            console=to,
+            transient=True,
+            redirect_stdout=False,  # what is printed there is a result and not for stderr
+            get_time=now,
+        ) as bar:
+            yield cls(bar, now)
+
+    def _added(self) -> TaskID:
+        return self._bar.add_task(self._work.text, total=None, work=self._work)
+
+    def begin(self, label: str) -> None:
+        self._bar.remove_task(self._task)
+        self._work = _Work(label, self._now)
+        self._task = self._added()
+
+    def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
+        self._work.left.saw(phase, done, total)
+        self._bar.update(self._task, description=text)
+        if total is not None:
+            self._bar.update(self._task, total=total, completed=done)
+
+
+# --- anywhere else -------------------------------------------------------------------------------
+
+
+class _Lines:
+    """A line for each phase, and one every 10 s while it lasts, also if nothing is heard."""
+
+    def __init__(self, to: Console, now: Now) -> None:
+        self._to = to
+        self._now = now
+        self._lock = threading.Lock()
+        self._work: _Work | None = None
+        self._phase: object = None
+        self._printed = 0.0
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Print lines for as long as the context lasts."""
+        end = threading.Event()
+
+        def watch() -> None:
+            while not end.wait(_LOOK_EVERY_S):
+                with self._lock:
+                    self._print_if_due()
+
+        watcher = threading.Thread(target=watch, name="progress lines", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            end.set()
+            watcher.join()
+
+    def begin(self, label: str) -> None:
+        with self._lock:
+            self._work, self._phase, self._printed = _Work(label, self._now), None, self._now()
+
+    def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
+        with self._lock:
+            assert self._work is not None
+            self._work.text = text
+            self._work.left.saw(phase, done, total)
+            if phase != self._phase:
+                self._phase, self._printed = phase, self._now()
+                self._to.print(f"{self._work.label}: {text}", markup=False)
+            else:
+                self._print_if_due()
+
+    def _print_if_due(self) -> None:
+        work = self._work
+        if work is None or self._now() - self._printed < LINE_EVERY_S:
+            return
+        self._printed = self._now()
+        self._to.print(f"{work.label}: {work.text}, {work.times}", markup=False)
