@@ -40,6 +40,16 @@ AUTH = {"Authorization": f"Bearer {TOKEN}"}
 ONLY_EDITS = "Invalid parameter: text to image needs Step1X-Edit v1.1; the model here is demo"
 
 
+@pytest.fixture
+def make_service(make_service: MakeService) -> MakeService:
+    """Services whose model is said to be one that generates."""
+
+    def make(*arguments: Any, **settings: Any) -> EditService:
+        return make_service(*arguments, **{"model_version": "v1.1", **settings})
+
+    return make
+
+
 def worked(job: EditJob, step: int) -> None:
     if job.prompt == "too much":
         raise OutOfMemoryError(f"try {job.smaller}")
@@ -145,10 +155,11 @@ def doors_of(
     """Doors to a fake worker of the given kind."""
     servers = []
 
-    def of(**worker: Any) -> Doors:
+    def of(model_version: str = "v1.1", **worker: Any) -> Doors:
         def service() -> EditService:
             return make_service(
                 FakeWorker(before_step=worked, **worker),
+                model_version=model_version,
                 default_num_steps=11,
                 lora_path={Path("/there/hand.safetensors"): 0.0},
             )
@@ -215,6 +226,16 @@ async def test_a_model_that_only_edits_says_so_at_every_door(
     doors_of: Callable[..., Doors],
 ) -> None:
     doors = doors_of(can_generate=False)
+    found = {name: await door({"prompt": "a fox"}) for name, door in doors.every().items()}
+
+    assert found == dict.fromkeys(found, ONLY_EDITS)
+
+
+async def test_a_model_that_is_known_only_to_edit_is_not_loaded_to_say_so(
+    doors_of: Callable[..., Doors],
+) -> None:
+    """The fake one would generate if it were asked."""
+    doors = doors_of(model_version="demo")
     found = {name: await door({"prompt": "a fox"}) for name, door in doors.every().items()}
 
     assert found == dict.fromkeys(found, ONLY_EDITS)

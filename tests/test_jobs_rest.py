@@ -9,6 +9,7 @@ import json
 import re
 import sqlite3
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,30 @@ def test_who_was_cut_off_hears_the_rest_and_who_has_heard_all_is_told_so(
     assert wrong.json()["detail"] == (
         "Invalid parameter: Last-Event-ID must be the number of an event"
     )
+
+
+def test_an_event_counts_only_where_there_is_something_to_count(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate = Gate()
+    service = make_service(FakeWorker(before_step=gate))
+    with calling(service) as client:
+        with ThreadPoolExecutor(1) as pool:  # an edit that is in front of the job
+            form = {"files": {"file": photo.read_bytes()}, "data": {"prompt": "first"}}
+            edit = pool.submit(client.post, "/api/edit", **form)
+            assert gate.reached.wait(60)
+            job = create(client, photo)["id"]
+            until(lambda: service.status().gpu_status.queue_length == 1)
+            gate.open()
+            assert edit.result(60).status_code == 200
+        events = events_in(client.get(f"/v1/jobs/{job}/events").text)
+
+    told = [event["progress"] for _, event in events if "progress" in event]
+    found = {progress["phase"]: progress for progress in told}
+    assert found["queued"] == {"phase": "queued", "position": 1}
+    assert found["encoding"] == {"phase": "encoding"}
+    assert found["denoising"].keys() == {"phase", "step", "total"}
+    assert found["denoising"]["total"] == 10
 
 
 def test_events_come_while_the_job_runs(make_service: MakeService, photo: Path) -> None:

@@ -47,7 +47,9 @@ def test_every_command_of_the_guide_answers_as_it_says(
     environment = {"API_KEY": TOKEN, "PATH": "/usr/bin:/bin"}
     with (
         running_hub() as hub,
-        serving(make_service(FakeWorker(model="v1.2"), look_around=Survey)) as url,
+        serving(
+            make_service(FakeWorker(model="v1.2"), look_around=Survey, model_version="v1.1")
+        ) as url,
     ):
         asked_by_default(hub, monkeypatch)
         files = {"model_index.json": b"{}", "transformer/a.safetensors": b"weights"}

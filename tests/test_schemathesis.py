@@ -51,7 +51,8 @@ api = schemathesis.openapi.from_path(FILE)
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("pictures")
-    room = {"max_queue": 1_000_000}  # or there would be "Server busy" at times
+    # Without room there would be "Server busy" at times; v1.1 can generate.
+    room = {"max_queue": 1_000_000, "model_version": "v1.1"}
     settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)  # type: ignore[call-arg]
     service = build_service(settings, FakeWorker(), look_around=Survey)
     with pytest.MonkeyPatch.context() as patch, serving(service, **room) as url:

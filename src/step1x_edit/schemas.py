@@ -891,11 +891,14 @@ class JobState(str, Enum):
 
 
 class JobProgress(_Answer):
-    """How far a running job has come: step `step` of `total` in its phase."""
+    """How far a job has come: `step` of `total` where the phase has steps, or its `position`."""
 
     phase: str
-    step: int
-    total: int
+    step: Annotated[int | None, Field(description="Steps of the phase that are done")] = None
+    total: Annotated[int | None, Field(description="Steps that the phase has")] = None
+    position: Annotated[
+        int | None, Field(description="Place in the line of edits, from 1, while it waits there")
+    ] = None
 
 
 class JobResult(_Answer):

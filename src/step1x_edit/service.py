@@ -49,6 +49,7 @@ from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
     ImageError,
+    InvalidParameterError,
     ModelUnavailableError,
     NoSpaceError,
     Step1XEditError,
@@ -56,7 +57,7 @@ from step1x_edit.errors import (
 from step1x_edit.files import FileAccess, FileIdentity, Output, nearest_existing
 from step1x_edit.machine import Survey, look
 from step1x_edit.memory_plan import spared
-from step1x_edit.model.config import DEMO, REASONING, V1_1
+from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
     GENERATED,
@@ -214,12 +215,19 @@ class EditService:
         return self._read(PictureRequest, arguments)
 
     def read_generate(self, arguments: Mapping[str, object]) -> GenerateRequest:
-        """Make a request of what a caller gave, as `read_edit` does."""
-        return self._read(GenerateRequest, arguments)
+        """Make a request of what a caller gave, as `read_edit` does.
+
+        Raises InvalidParameterError too if it is known already that the model only edits.
+        """
+        request = self._read(GenerateRequest, arguments)
+        self._check_can_generate()
+        return request
 
     def read_generate_picture(self, arguments: Mapping[str, object]) -> GeneratePictureRequest:
-        """Make a request of what a caller gave, as `read_edit` does."""
-        return self._read(GeneratePictureRequest, arguments)
+        """Make a request of what a caller gave, as `read_generate` does."""
+        request = self._read(GeneratePictureRequest, arguments)
+        self._check_can_generate()
+        return request
 
     def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
         """Make a request of what a caller gave, as `read_edit` does."""
@@ -495,6 +503,16 @@ class EditService:
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop the running edit, end the waiting ones and take no more."""
         self._engine.close(timeout_s)
+
+    def _check_can_generate(self) -> None:
+        """Refuse without a worker what a version that is certain cannot do."""
+        residence = self._engine.status().residence
+        version = residence.version or _certain_version(self._settings)
+        if version in ONLY_EDITING:
+            raise InvalidParameterError(
+                "text to image needs Step1X-Edit v1.1; the model here is "
+                f"{residence.model or version}"
+            )
 
     def _read(self, kind: type[_Request], arguments: Mapping[str, object]) -> _Request:
         fields = kind.model_fields
@@ -832,6 +850,13 @@ def named_version(settings: Settings) -> str | None:
     name = settings.model_path.name
     versions = {each.name: each.version for each in CATALOG}
     return name if name in SUGGESTED else versions.get(name)
+
+
+def _certain_version(settings: Settings) -> str | None:
+    """The version that the model must have, if the settings leave no other."""
+    if settings.model_version != "auto":
+        return settings.model_version
+    return DEMO.version if settings.model_path is None else None
 
 
 def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None:

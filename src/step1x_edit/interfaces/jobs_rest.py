@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from step1x_edit.channel import Progress
+from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import (
     EditCancelledError,
     InvalidParameterError,
@@ -479,7 +479,12 @@ def _event(event: JobEvent) -> JobEventAnswer:
 def _progress(progress: Progress | None) -> JobProgress | None:
     if progress is None:
         return None
-    return JobProgress(phase=progress.phase.value, step=progress.step, total=progress.total)
+    phase = progress.phase.value
+    if progress.phase is Phase.QUEUED:
+        return JobProgress(phase=phase, position=progress.step)
+    if not progress.total:
+        return JobProgress(phase=phase)
+    return JobProgress(phase=phase, step=progress.step, total=progress.total)
 
 
 def _query() -> list[dict[str, Any]]:

@@ -264,4 +264,5 @@ async def _report(data: str, report: Report) -> None:
     with contextlib.suppress(ValidationError, ValueError):  # how far it is, is told again
         progress = JobEventAnswer.model_validate_json(data).progress
         if progress is not None:
-            await report(Progress(Phase(progress.phase), progress.step, progress.total))
+            step = progress.step or progress.position or 0
+            await report(Progress(Phase(progress.phase), step, progress.total or 0))

@@ -340,6 +340,11 @@ DEMO = ModelConfig(
 )
 """The embedded checkpoint: the architecture of v1.1, its transformer in 8 million parameters."""
 
+ONLY_EDITING = frozenset(
+    config.version for config in (V1_0, V1_1, V1_2, V1_2_PREVIEW, DEMO) if not config.can_generate
+)
+"""The versions that make no pictures from words alone."""
+
 TINY = ModelConfig(
     version="tiny",
     transformer=TransformerConfig(
