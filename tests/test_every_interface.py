@@ -187,7 +187,7 @@ def doors(
 GOOD: list[dict[str, Any]] = [
     {"prompt": "add a red hat", "seed": 42},
     {"prompt": "给它一顶红帽子", "seed": 0, "num_steps": 10, "size_level": 512},
-    {"prompt": "", "seed": 2**32 - 1, "guidance_scale": 1.5, "negative_prompt": "blurry, 模糊"},
+    {"prompt": "x", "seed": 2**32 - 1, "guidance_scale": 1.5, "negative_prompt": "blurry, 模糊"},
     {"prompt": "a\nb", "seed": 7, "num_steps": 50, "guidance_scale": 15, "size_level": 768},
     {"prompt": "x", "seed": 1, "loras": ["hand", "look:-1.25"]},
     {"prompt": "x", "seed": 1, "loras": [""]},
@@ -267,6 +267,21 @@ async def test_the_same_request_gives_the_same_file(doors: Doors, photo: Path) -
     assert len(set(expected)) == len(GOOD)
     for name, results in found.items():
         assert results == expected, name
+
+
+async def test_an_empty_prompt_is_an_edit_for_programs_and_a_mistake_of_a_person(
+    doors: Doors, photo: Path
+) -> None:
+    found = {
+        name: await door(photo, {"prompt": "", "seed": 1}) for name, door in doors.every().items()
+    }
+
+    for name, result in found.items():
+        if "command line" in name:
+            assert str(result).startswith("Invalid parameter: prompt is empty; say what you want")
+        else:
+            assert result == found["service"]
+            assert isinstance(result, bytes)
 
 
 async def test_the_loras_of_an_edit_stand_in_its_file(doors: Doors, photo: Path) -> None:
