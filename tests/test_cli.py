@@ -68,7 +68,7 @@ def test_every_parameter_has_a_flag(photo: Path) -> None:
     [
         (["missing.png", "x"], 1, "Image file not found: missing.png"),
         (["missing.png", "x", "--num-steps", "5"], 2, "Invalid parameter: num_steps must be"),
-        (["missing.png"], 2, "Missing argument"),
+        (["missing.png"], 2, "prompt is missing"),
         (["missing.png", "x", "--hat"], 2, "No such option"),
     ],
 )

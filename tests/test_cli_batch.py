@@ -218,7 +218,11 @@ BAD_MANIFESTS = [
     ("l.csv", "image,prompt\n", "no lines with pictures"),
     ("l.csv", "image,prompt,output\na.png,x,o.png\nb.png,y,o.png\n", "line 3: the output is that"),
     ("l.csv", "image,prompt,output\na.png,x,o.txt\n", "line 2: output must end in .png"),
-    ("l.csv", b"image,prompt\n\xff.png,x\n", "not a text in UTF-8"),
+    ("l.csv", b"image,prompt\n\xff.png,x\n", "save it as UTF-8 (in Excel: CSV UTF-8)"),
+    ("l.csv", b"\xff\xfei\0m\0a", "save it as UTF-8 (in Excel: CSV UTF-8)"),
+    ("l.csv", "image,prompt,Image\na.png,x,b.png\n", "the first line names 'image' twice"),
+    ("l.csv", "image;prompt\na.png;x;y\n", "line 2: it has more cells than the first line"),
+    ("l.jsonl", '{"image": "a.png", "prompt": " "}\n', "line 1: prompt is empty"),
     ("l.jsonl", '{"image": "a.png", "prompt": "x"}\n\n{"image":\n', "line 3: it is not JSON"),
     ("l.jsonl", '["a.png"]\n', "line 1: it is not a JSON object"),
     ("l.jsonl", '{"image": "a.png"}\n', "line 1: prompt is missing"),
@@ -372,3 +376,36 @@ def test_ctrl_c_ends_a_batch_with_130_and_leaves_what_is_finished(
     assert edited(tmp_path / "in_edited") == ["a_edited.png", "b_edited.png"]
     assert len(batch.to_its_end().splitlines()) == 5
     assert batch.begun() == 6
+
+
+SPREADSHEETS = [
+    ("Image;Prompt;Guidance_Scale\na.png;make it night;2.5\n", "utf-8-sig"),  # Excel in Europe
+    ("image\tprompt\tguidance_scale\na.png\tmake it night\t2.5\n", "utf-16"),  # "Unicode text"
+    ("IMAGE, Prompt ,guidance_scale\na.png,make it night,2.5\n", "utf-8"),
+    ('"image";"prompt";"guidance_scale"\r\n"a.png";"make it night";"2.5"\r\n', "utf-16-be-bom"),
+]
+
+
+@pytest.mark.parametrize(("text", "encoding"), SPREADSHEETS)
+def test_a_table_is_read_as_spreadsheets_write_it(
+    folder: Path, worker: FakeWorker, text: str, encoding: str
+) -> None:
+    data = b"\xfe\xff" + text.encode("utf-16-be") if "bom" in encoding else text.encode(encoding)
+    (folder / "list.csv").write_bytes(data)
+
+    result = run.invoke(app, ["batch", "in/list.csv", "--json", *QUICK])
+
+    assert result.exit_code == 0, result.stdout
+    (item,) = json.loads(result.stdout)["results"]
+    assert worker.started == ["make it night"]
+    assert item["result"]["metadata"]["guidance_scale"] == 2.5
+
+
+def test_lines_of_json_may_be_in_utf_16(folder: Path, worker: FakeWorker) -> None:
+    text = json.dumps({"image": "a.png", "prompt": "夜にする"}, ensure_ascii=False)
+    (folder / "list.jsonl").write_text(text, encoding="utf-16")
+
+    result = run.invoke(app, ["batch", "in/list.jsonl", *QUICK])
+
+    assert result.exit_code == 0, result.stderr
+    assert worker.started == ["夜にする"]

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from step1x_edit.files import FileAccess, FileIdentity, Output
     from step1x_edit.interfaces.editor import Edited, Editor
 
+_EXAMPLE: Final = "add a red hat"
+_MANY: Final = 4  # paths, too many to repeat them
 _MAGIC: Final = frozenset("*?[")
 _SUFFIX: Final = re.compile(r"[^.]\.[A-Za-z][A-Za-z0-9]{1,4}$")
 
@@ -153,7 +155,7 @@ class Edit(Command):
             missing = "image and prompt are missing"
         else:
             missing = f"{'prompt' if _is_path(only_word) else 'image'} is missing"
-        return f"{missing}; {_how_to_call('photo.jpg', 'add a red hat')}"
+        return f"{missing}; {_how_to_call('photo.jpg', _EXAMPLE)}"
 
 
 def _check_words(images: Sequence[str], prompt: str) -> None:
@@ -163,9 +165,8 @@ def _check_words(images: Sequence[str], prompt: str) -> None:
     words = [word for word in images if not _is_path(word)]
     if _is_path(prompt):
         if not words:
-            raise InvalidParameterError(
-                f"prompt is missing; {_how_to_call(' '.join(images), 'add a red hat')}"
-            )
+            named = " ".join([*images, prompt]) if len(images) < _MANY else f"{images[0]} ..."
+            raise InvalidParameterError(f"prompt is missing; {_how_to_call(named, _EXAMPLE)}")
         raise InvalidParameterError(_how_to_call(" ".join([*paths, prompt]), " ".join(words)))
     if words and len(images) > 1 and " " not in prompt:
         named = " ".join(paths) or "photo.jpg"

@@ -8,21 +8,14 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from step1x_edit import host_memory
 from step1x_edit.checkpoints.catalog import CATALOG, Model, find_model
 from step1x_edit.checkpoints.pulled import (
     Kept,
@@ -34,6 +27,7 @@ from step1x_edit.checkpoints.pulled import (
 )
 from step1x_edit.errors import CheckpointError
 from step1x_edit.interfaces.cli.options import AsJson
+from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
     err,
@@ -46,9 +40,15 @@ from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 
 if TYPE_CHECKING:
     from step1x_edit.checkpoints.fetch import PullProgress
+    from step1x_edit.machine import Survey
     from step1x_edit.settings import Settings
 
 _GIGA: Final = 10**9
+_EMBEDDED: Final = "demo"
+_REAL: Final = "v1.1"
+# docs/models.md: the core in nf4 beside a GPU, and in int8 where everything has to be in memory.
+_HOST_GB_BESIDE_A_GPU: Final = 10
+_HOST_GB_WITHOUT_A_GPU: Final = 26
 
 models_app = typer.Typer(
     help="See which checkpoints there are; fetch, find and remove them.",
@@ -75,9 +75,12 @@ def list_models(as_json: AsJson = False) -> None:
     The one that an edit would run is marked with *. `pull` fetches the others.
     """
     with told_failures(as_json):
-        found = _found(cli_settings())
+        settings = cli_settings()
+        seen = _survey(settings)
+        found = _found(settings, seen)
+        recommended, reason = recommendation(seen.device, host_memory.look())
         if as_json:
-            print_json({"status": "success", "models": found})
+            print_json({"status": "success", "models": found, "recommended": recommended})
             return
         for model in found:
             mark = "*" if model["runs"] else " "
@@ -85,6 +88,7 @@ def list_models(as_json: AsJson = False) -> None:
             out.print(f"{'':<20}{model['place']}", markup=False)
             if "error" in model:
                 out.print(f"{'':<20}does not run: {model['error']}", markup=False)
+        out.print(f"Recommended for this machine: {recommended} ({reason})", markup=False)
 
 
 @models_app.command(cls=Command)
@@ -129,15 +133,32 @@ def rm(
         err.print(f"removed {model.name}, {_gigabytes(freed)}", markup=False)
 
 
-def _found(settings: Settings) -> list[dict[str, Any]]:
-    """Each checkpoint, as JSON tells it."""
+def _survey(settings: Settings) -> Survey:
+    """What a process of its own finds out about this machine and the checkpoint that would run."""
     from step1x_edit.machine import look
     from step1x_edit.service import start_of
 
+    return look(start_of(settings))
+
+
+def recommendation(device: str | None, memory: host_memory.HostMemory | None) -> tuple[str, str]:
+    """The checkpoint that suits a machine, and why."""
+    has_gpu = device is not None and device.startswith("cuda")
+    needed = _HOST_GB_BESIDE_A_GPU if has_gpu else _HOST_GB_WITHOUT_A_GPU
+    if memory is None:
+        return _EMBEDDED, "this system does not say how much memory it has"
+    place = "beside a GPU" if has_gpu else "without a GPU"
+    here = f"{_REAL} needs {needed} GB of memory {place}, and there are {memory.total / _GIGA:.0f}"
+    if memory.total < needed * _GIGA:
+        return _EMBEDDED, here
+    return _REAL, here if has_gpu else f"{here}; an edit takes long without a GPU"
+
+
+def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:
+    """Each checkpoint, as JSON tells it."""
     path = settings.model_path
     with contextlib.suppress(CheckpointError):  # told below, as the worker tells it
         path = resolve_model_path(path, settings.data_dir)
-    seen = look(replace(start_of(settings), device="cpu"))  # of the one that would run
     problem = seen.torch_error or seen.checkpoint_error
     of_chosen = {
         "memory": "" if seen.weights_gb is None else f"{seen.weights_gb:.2f} GiB for its weights",
@@ -147,7 +168,7 @@ def _found(settings: Settings) -> list[dict[str, Any]]:
     embedded = Path(str(files("step1x_edit"))) / "model" / "demo"
     found = [
         {
-            "name": "demo",
+            "name": _EMBEDDED,
             "place": str(embedded),
             "disk_gb": _size_gb(embedded),
             **(of_chosen if path is None else {"memory": "", "runs": False}),
@@ -191,22 +212,16 @@ def _needs(model: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _bar(name: str) -> Iterator[Callable[[PullProgress], None]]:
-    """A bar of bytes on stderr."""
-    with Progress(
-        TextColumn("{task.fields[model]}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=err,
-        transient=not err.is_terminal,
-    ) as bar:
-        task = bar.add_task("asking the hub", total=None, model=name)
+    """How many bytes have arrived, on stderr."""
+    with display(err, DownloadColumn(), TransferSpeedColumn()) as shown:
+        shown.begin(name, "asking the hub")
 
         def show(progress: PullProgress) -> None:
             text = progress.text if progress.phase != "checking" else f"checking {progress.text}"
-            bar.update(task, completed=progress.done, total=progress.total, description=text)
+            if not err.is_terminal:  # where no column says it
+                done, total = _gigabytes(progress.done), _gigabytes(progress.total)
+                text = f"{text}, {done} of {total}"
+            shown.show("arriving", text, progress.done, progress.total)
 
         yield show
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_EVERY_S: Final = 10.0
+STARTING: Final = "starting"
 _LOOK_EVERY_S: Final = 1.0
 _WIDE: Final = 90  # columns of a terminal with room for a long bar
 _BESIDE_THE_LABEL: Final = 45  # columns for the text and the times, which must not be cut
@@ -32,7 +33,7 @@ Now = Callable[[], float]
 class Display(Protocol):
     """Shows one piece of work after the other."""
 
-    def begin(self, label: str) -> None:
+    def begin(self, label: str, text: str = STARTING) -> None:
         """Show other work from now on."""
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
@@ -69,9 +70,9 @@ class TimeLeft:
 class _Work:
     """One piece of work, and the times to show with it."""
 
-    def __init__(self, label: str, now: Now) -> None:
+    def __init__(self, label: str, text: str, now: Now) -> None:
         self.label = label
-        self.text = "starting"
+        self.text = text
         self.left = TimeLeft(now)
         self._now = now
         self._begun = now()
@@ -126,7 +127,7 @@ class _Bar:
     def __init__(self, bar: RichProgress, now: Now) -> None:
         self._bar = bar
         self._now = now
-        self._work = _Work("", now)
+        self._work = _Work("", STARTING, now)
         self._task = self._added()
 
     @classmethod
@@ -152,9 +153,9 @@ class _Bar:
     def _added(self) -> TaskID:
         return self._bar.add_task(self._work.text, total=None, work=self._work)
 
-    def begin(self, label: str) -> None:
+    def begin(self, label: str, text: str = STARTING) -> None:
         self._bar.remove_task(self._task)
-        self._work = _Work(label, self._now)
+        self._work = _Work(label, text, self._now)
         self._task = self._added()
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
@@ -196,9 +197,10 @@ class _Lines:
             end.set()
             watcher.join()
 
-    def begin(self, label: str) -> None:
+    def begin(self, label: str, text: str = STARTING) -> None:
         with self._lock:
-            self._work, self._phase, self._printed = _Work(label, self._now), None, self._now()
+            self._work, self._phase = _Work(label, text, self._now), None
+            self._printed = self._now()
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
         with self._lock:

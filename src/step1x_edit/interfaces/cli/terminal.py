@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from time import monotonic as now
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import typer
@@ -122,7 +123,7 @@ ShowProgress = Callable[[str], Callable[["Progress"], Awaitable[None]]]
 @contextlib.contextmanager
 def shown_progress() -> Iterator[ShowProgress]:
     """Show how far edits have come."""
-    with display(err) as shown:
+    with display(err, now=now) as shown:
 
         def of(label: str) -> Callable[[Progress], Awaitable[None]]:
             shown.begin(label)
