@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from fastmcp import Client
+from fastmcp.apps import UI_EXTENSION_ID
 from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
+from mcp.client.extension import ClientExtension, advertise
 from mcp.shared.exceptions import MCPError
 
 from conftest import MakeService
@@ -423,10 +425,17 @@ async def test_a_client_over_http_may_say_how_long_it_waits(
     assert refused["error"] == "Invalid parameter: X-Max-Wait must be whole seconds, got 'soon'"
 
 
-@ERAS
+@pytest.mark.parametrize(
+    ("mode", "extensions"), [("auto", [advertise(UI_EXTENSION_ID)]), ("legacy", [])]
+)
 async def test_a_client_of_a_joined_server_is_answered_when_its_own_time_is_over(
-    make_service: MakeService, photo: Path, tmp_path: Path, mode: Any
+    make_service: MakeService,
+    photo: Path,
+    tmp_path: Path,
+    mode: Any,
+    extensions: list[ClientExtension],
 ) -> None:
+    """And gets the picture before the edit only if it has declared that it shows apps."""
     gate = Gate()
     data_dir = tmp_path / "data"
     transport = StdioTransport(
@@ -437,14 +446,14 @@ async def test_a_client_of_a_joined_server_is_answered_when_its_own_time_is_over
         keep_alive=False,
     )
     with announcing(make_service(FakeWorker(before_step=gate)), data_dir):
-        async with Client(transport, mode=mode) as client:
+        async with Client(transport, mode=mode, extensions=extensions) as client:
             running = await told(client, "edit_image", image_path="photo.png", prompt="x")
             gate.open()
             result = await client.call_tool("get_job", {"job_id": running["job_id"], "wait_s": 50})
 
     assert running["status"] == "running"
     assert result.structured_content["output_path"] == str(tmp_path / "photo_edited.png")
-    assert result.meta["step1x-edit/before"].startswith("data:image/jpeg;base64,")
+    assert ("step1x-edit/before" in (result.meta or {})) == bool(extensions)
 
 
 # --- the bookkeeping ------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
         ("generate_image", {"prompt": "x", "width": 256}),
         ("generate_image", {"prompt": "x", "width": 250}),
     ]
-    server = build_mcp(make_service(FakeWorker(device="cuda")))
+    server = build_mcp(make_service(FakeWorker(device="cuda"), model_version="v1.1"))
     async with Client(server) as client:
         schemas = {tool.name: tool.output_schema for tool in await client.list_tools()}
         results, given = [], {}
@@ -560,7 +560,7 @@ async def test_offload_waits_for_the_running_edit_and_says_so(
     )
 
 
-async def test_view_shows_a_picture_and_nothing_else(
+async def test_view_shows_a_picture_and_says_in_a_line_what_it_is(
     make_service: MakeService, photo: Path
 ) -> None:
     async with Client(build_mcp(make_service())) as client:
@@ -573,7 +573,8 @@ async def test_view_shows_a_picture_and_nothing_else(
             )
         ]
 
-    (image,) = seen.content
+    image, line = seen.content
+    assert line.text == "photo.png, at most 64 pixels on the longer side"
     assert seen.structured_content is None
     shown = Image.open(io.BytesIO(base64.b64decode(image.data)))
     assert (shown.format, max(shown.size)) == ("JPEG", 64)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from fastmcp import Client
+from fastmcp.apps import UI_EXTENSION_ID, UI_MIME_TYPE
+from mcp.client.extension import advertise
 from mcp_types import CallToolResult
 from PIL import Image
 from playwright.async_api import Frame, Page, async_playwright
@@ -24,6 +26,8 @@ from step1x_edit.channel import EditJob
 from step1x_edit.images import Pixels
 from step1x_edit.interfaces.mcp import build_mcp
 
+APPS = [advertise(UI_EXTENSION_ID, {"mimeTypes": [UI_MIME_TYPE]})]
+"""What a client declares that shows pages of servers."""
 PAGE_URI = "ui://step1x-edit/compare.html"
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -45,7 +49,7 @@ def pixels_of(jpeg: bytes) -> Pixels:
 
 
 async def test_edits_name_the_page_and_the_page_needs_nobody(make_service: MakeService) -> None:
-    async with Client(build_mcp(make_service())) as client:
+    async with Client(build_mcp(make_service()), extensions=APPS) as client:
         tools = {tool.name: tool.meta or {} for tool in await client.list_tools()}
         (resource,) = [one for one in await client.list_resources() if str(one.uri) == PAGE_URI]
         (page,) = await client.read_resource(PAGE_URI)
@@ -62,7 +66,7 @@ async def test_edits_name_the_page_and_the_page_needs_nobody(make_service: MakeS
 async def test_only_meta_is_added_to_a_result(make_service: MakeService, photo: Path) -> None:
     arguments = {"image_path": str(photo), "prompt": "x", "seed": 1, "output_path": "a.png"}
     arguments["output_path"] = str(photo.with_name("new.png"))
-    async with Client(build_mcp(make_service())) as client:
+    async with Client(build_mcp(make_service()), extensions=APPS) as client:
         result = await client.call_tool("edit_image", arguments)
 
     assert [block.type for block in result.content] == ["text", "image", "resource_link"]
@@ -91,6 +95,31 @@ async def test_only_meta_is_added_to_a_result(make_service: MakeService, photo: 
     }
 
 
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+async def test_a_client_without_apps_gets_nothing_for_them(
+    make_service: MakeService, photo: Path, mode: Any
+) -> None:
+    arguments = {"image_path": str(photo), "prompt": "x"}
+    server = build_mcp(make_service())
+    async with (
+        Client(server, mode=mode) as plain,
+        Client(server, mode=mode, extensions=APPS) as able,
+    ):
+        job = (await plain.call_tool("submit_edit", arguments)).structured_content["job_id"]
+        asked = {"job_id": job, "wait_s": 50}
+        by_plain = [
+            await plain.call_tool("edit_image", arguments),
+            await plain.call_tool("get_job", asked),
+        ]
+        by_able = await able.call_tool("get_job", asked)
+
+    for result in by_plain:
+        assert "step1x-edit/" not in json.dumps(result.meta)
+        assert [block.type for block in result.content] == ["text", "image", "resource_link"]
+    assert by_able.structured_content == by_plain[1].structured_content
+    assert by_able.meta["step1x-edit/before"].startswith("data:image/jpeg;base64,")
+
+
 async def test_the_whole_result_of_an_edit_stays_within_the_budget(
     make_service: MakeService, tmp_path: Path
 ) -> None:
@@ -98,7 +127,7 @@ async def test_the_whole_result_of_an_edit_stays_within_the_budget(
     Image.effect_noise((1600, 1600), 200).convert("RGB").save(path)
     texts = {"prompt": "\N{PENCIL}" * 4000, "negative_prompt": '"' * 4000}
     reasoning = {"thinking": True, "reflection": True}
-    async with Client(build_mcp(make_service(FakeWorker(model="v1.2")))) as client:
+    async with Client(build_mcp(make_service(FakeWorker(model="v1.2"))), extensions=APPS) as client:
         result = await client.call_tool(
             "edit_image", {"image_path": str(path), **texts, **reasoning}
         )
@@ -250,7 +279,7 @@ async def test_the_slider_shows_before_and_after_and_works_by_keys(
 ) -> None:
     arguments = {"image_path": str(white), "prompt": "paint it", "seed": GREEN_SEED}
     async with (
-        Client(build_mcp(make_service(FakeWorker(paint=painted)))) as client,
+        Client(build_mcp(make_service(FakeWorker(paint=painted))), extensions=APPS) as client,
         hosting(client) as host,
     ):
         frame = await host.show(await client.call_tool("edit_image", arguments))
@@ -294,7 +323,7 @@ async def test_another_seed_edits_again_and_undo_goes_back(
         "output_path": str(white.with_name("mine.png")),
     }
     async with (
-        Client(build_mcp(make_service(FakeWorker(paint=painted)))) as client,
+        Client(build_mcp(make_service(FakeWorker(paint=painted))), extensions=APPS) as client,
         hosting(client) as host,
     ):
         frame = await host.show(await client.call_tool("edit_image", arguments))
@@ -338,7 +367,7 @@ async def test_an_edit_that_still_runs_is_followed_and_a_failure_is_told(
     gate = Gate()
     server = build_mcp(make_service(FakeWorker(paint=painted, before_step=gate)), max_wait_s=0.05)
     arguments = {"image_path": str(white), "prompt": "paint it", "seed": GREEN_SEED}
-    async with Client(server) as client, hosting(client) as host:
+    async with Client(server, extensions=APPS) as client, hosting(client) as host:
         frame = await host.show(await client.call_tool("edit_image", arguments))
         said = await frame.locator("#state").inner_text()
         gate.open()
@@ -365,7 +394,7 @@ async def test_the_page_fits_a_narrow_frame_in_both_themes(
 ) -> None:
     arguments = {"image_path": str(white), "prompt": "x" * 300, "seed": GREEN_SEED}
     async with (
-        Client(build_mcp(make_service(FakeWorker(paint=painted)))) as client,
+        Client(build_mcp(make_service(FakeWorker(paint=painted))), extensions=APPS) as client,
         hosting(client, width=240) as host,
     ):
         frame = await host.show(await client.call_tool("edit_image", arguments), theme)

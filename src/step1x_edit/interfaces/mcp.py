@@ -47,7 +47,7 @@ from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.hangups import EndWithConnection
-from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page
+from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page, for_client
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
 from step1x_edit.schemas import (
     BatchAnswer,
@@ -138,7 +138,7 @@ _DESCRIPTIONS: Final = {
     "cancel_job": "Stop an edit that was started with submit_edit, within one step; nothing is "
     "saved. Does nothing if the edit has ended already.",
     "view_image": "Show a picture of this machine, such as the result of an edit, scaled down to "
-    "at most max_size pixels on its longer side. The answer is the image alone.",
+    "at most max_size pixels on its longer side. The answer is the image and a line of text.",
 }
 _EDITING: Final = ToolAnnotations(
     read_only_hint=False,
@@ -174,10 +174,13 @@ def build_mcp(
     """
     handles: Handles[_Editing] = Handles()
 
+    def answered(edit: _Editing) -> ToolResult:
+        return for_client(edit.result(), get_context())
+
     async def followed(edit: _Editing) -> ToolResult:
         with edit.ending_with_its_call():
             await edit.tell(step_pause_s, _patience_of_this_caller() or max_wait_s or None)
-        return edit.result() if edit.is_done else _running(handles.add(edit), edit)
+        return answered(edit) if edit.is_done else _running(handles.add(edit), edit)
 
     async def edit_image(arguments: dict[str, Any]) -> ToolResult:
         return await followed(_Editing(service, service.read_edit(arguments)))
@@ -197,7 +200,7 @@ def build_mcp(
         request = read_request(WaitRequest, arguments)
         edit = handles.get(request.job_id)
         await edit.tell(step_pause_s, request.wait_s)
-        return edit.result() if edit.is_done else _running(request.job_id, edit)
+        return answered(edit) if edit.is_done else _running(request.job_id, edit)
 
     async def cancel_job(arguments: dict[str, Any]) -> ToolResult:
         job_id = read_request(HandleRequest, arguments).job_id
@@ -225,7 +228,10 @@ def build_mcp(
         return result_of((await _patiently(service.release(), heartbeat_s)).to_dict())
 
     async def view_image(arguments: dict[str, Any]) -> ToolResult:
-        return ToolResult([_jpeg(await service.view(service.read_view(arguments)))])
+        request = service.read_view(arguments)
+        picture = _jpeg(await service.view(request))
+        shown = f"{Path(request.path).name}, at most {request.max_size} pixels on the longer side"
+        return ToolResult([picture, TextContent(type="text", text=shown)])
 
     def gpu_status() -> str:
         return json.dumps(service.status().to_dict())

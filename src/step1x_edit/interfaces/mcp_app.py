@@ -2,7 +2,7 @@
 
 Hosts that know apps (the extension io.modelcontextprotocol/ui) draw the page beside the result of a
 tool that names it; others see nothing of it. What only the page needs travels in the result's
-`_meta`, which models do not read.
+`_meta`, for clients that declare the extension: some others show their model the whole result.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import base64
 from importlib import resources
 from typing import Any, Final
 
-from fastmcp.apps import UI_MIME_TYPE
+from fastmcp import Context
+from fastmcp.apps import UI_EXTENSION_ID, UI_MIME_TYPE
 from fastmcp.resources import Resource
+from fastmcp.server.dependencies import get_http_request
+from fastmcp.tools import ToolResult
 
 from step1x_edit.schemas import EditRequest
 
@@ -22,6 +25,8 @@ SHOWN_IN_APP: Final[dict[str, Any]] = {"ui": {"resourceUri": PAGE_URI}}
 
 BEFORE_KEY: Final = "step1x-edit/before"
 ARGUMENTS_KEY: Final = "step1x-edit/arguments"
+PASSED_ON_HEADER: Final = "X-Passed-On"
+"""Sent by a server of ours that has joined another: it decides itself what its client gets."""
 
 
 def app_page() -> Resource:
@@ -49,3 +54,29 @@ def app_meta(request: EditRequest, before: bytes) -> dict[str, Any]:
         BEFORE_KEY: f"data:image/jpeg;base64,{base64.b64encode(before).decode('ascii')}",
         ARGUMENTS_KEY: again,
     }
+
+
+def for_client(result: ToolResult, context: Context) -> ToolResult:
+    """The result as the client of this call gets it: without what it has no page for."""
+    if result.meta is None or _has_apps(context):
+        return result
+    meta = {
+        name: value
+        for name, value in result.meta.items()
+        if name not in (BEFORE_KEY, ARGUMENTS_KEY)
+    }
+    return ToolResult(
+        result.content,
+        structured_content=result.structured_content,
+        is_error=result.is_error,
+        meta=meta or None,
+    )
+
+
+def _has_apps(context: Context) -> bool:
+    if context.client_supports_extension(UI_EXTENSION_ID):
+        return True
+    try:
+        return PASSED_ON_HEADER in get_http_request().headers
+    except RuntimeError:  # there is no HTTP
+        return False

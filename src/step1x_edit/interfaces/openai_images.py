@@ -641,7 +641,10 @@ def image_routes(
                 "description": "The edited picture",
                 "content": {
                     "application/json": {"schema": {"type": "object"}, "example": _EXAMPLE},
-                    sse.EVENT_STREAM: {"schema": {"type": "string"}, "example": _STREAMED},
+                    sse.EVENT_STREAM: {
+                        "schema": _stream_schema("image_edit"),
+                        "example": _STREAMED,
+                    },
                 },
             },
             **problems.described(
@@ -687,7 +690,7 @@ def image_routes(
                         "example": _GENERATION_EXAMPLE,
                     },
                     sse.EVENT_STREAM: {
-                        "schema": {"type": "string"},
+                        "schema": _stream_schema("image_generation"),
                         "example": _GENERATION_STREAMED,
                     },
                 },
@@ -836,6 +839,22 @@ def _model(service: EditService, name: str, created: int) -> dict[str, Any]:
         "owned_by": MODEL,
         "version": status.model,
         "location": status.model_location,
+    }
+
+
+def _stream_schema(event: str) -> dict[str, Any]:
+    """The events of a stream, as OpenAPI describes them."""
+    return {
+        "type": "object",
+        "description": "Each of the events, whose data is the picture or the error as JSON",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {
+                "type": "string",
+                "enum": [f"{event}.partial_image", f"{event}.completed", "error"],
+            },
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
     }
 
 

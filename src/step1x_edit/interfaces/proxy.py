@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from fastmcp import FastMCP
 from fastmcp.server import create_proxy
+from fastmcp.server.dependencies import get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
@@ -23,6 +24,7 @@ from mcp_types import CallToolRequestParams
 from step1x_edit.errors import ModelUnavailableError
 from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
 from step1x_edit.interfaces.mcp import MAX_WAIT_HEADER, OneErrorShape, result_of
+from step1x_edit.interfaces.mcp_app import PASSED_ON_HEADER, for_client
 from step1x_edit.interfaces.mcp_prompts import complete
 from step1x_edit.schemas import read_list
 
@@ -43,8 +45,11 @@ def build_proxy(server: RunningServer, calls: RunningCalls, max_wait_s: int = 0)
 
     `max_wait_s` is for how long our client waits, whatever the other server's own clients do.
     """
+    headers = {PASSED_ON_HEADER: "1"}
+    if max_wait_s:
+        headers[MAX_WAIT_HEADER] = str(max_wait_s)
     proxy = create_proxy(
-        transport_to(server, {MAX_WAIT_HEADER: str(max_wait_s)} if max_wait_s else None),
+        transport_to(server, headers),
         name=SERVER_NAME,
         identity="upstream",
         provider_error_strategy="raise",  # one that is gone must not look like one without tools
@@ -105,7 +110,8 @@ class _PathsOfTheClient(Middleware):
         if result.structured_content is None:
             return result
         answer = as_written(result.structured_content, written)
-        return result_of(answer, *result.content[1:], is_error=result.is_error, meta=result.meta)
+        changed = result_of(answer, *result.content[1:], is_error=result.is_error, meta=result.meta)
+        return for_client(changed, get_context())
 
 
 def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -> dict[str, Any]:
