@@ -102,3 +102,29 @@ def test_the_command_line_answers_without_what_only_pictures_or_protocols_need(
     assert process.stdout
     assert packages >= {"typer", "step1x_edit"}
     assert not packages & (HEAVY | PROTOCOL)
+
+
+LIBRARIES = """
+import gc, sys
+from step1x_edit.worker import import_libraries
+assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens before"
+import_libraries()
+print("libraries are there", file=sys.stderr, flush=True)
+import scipy, sklearn
+print(gc.isenabled())
+"""
+
+
+def test_a_worker_imports_its_libraries_without_what_no_model_needs() -> None:
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", LIBRARIES],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    libraries, _, _ = process.stderr.partition("libraries are there")
+    packages = imported(libraries)
+
+    assert packages >= {"torch", "transformers"}
+    assert not packages & {"pydantic", "scipy", "sklearn"}
+    assert process.stdout == "True\n"

@@ -38,6 +38,7 @@ JOB = EditJob(
     guidance_scale=6.0,
     size_level=64,
     seed=3,
+    reflection_rounds=3,
 )
 
 

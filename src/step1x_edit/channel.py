@@ -18,11 +18,11 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from step1x_edit.schemas import DEFAULT_REFLECTION_ROUNDS, Location, Precision
-
-if TYPE_CHECKING:  # a server is there before the first picture is
+if TYPE_CHECKING:  # a server is there before the first picture is; a worker needs no pydantic
     import numpy as np
     import numpy.typing as npt
+
+    from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -77,8 +77,8 @@ class EditJob:
     """The LoRAs to edit with, and how much of each; None: those of the `Start`."""
     width: int = 0
     height: int = 0
-    reflection_rounds: int = DEFAULT_REFLECTION_ROUNDS
-    """The most edits of a reflection."""
+    reflection_rounds: int = 1
+    """The most edits that a reflection makes."""
 
     @property
     def smaller(self) -> str:

@@ -18,10 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from step1x_edit.host_memory import LOCKABLE_SHARE
-from step1x_edit.schemas import Precision
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas import Precision
 
 GB: Final = 1_000_000_000
 

@@ -26,7 +26,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +40,10 @@ from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import HostPlan, MemoryPlan, everything, slot_size, with_share
 from step1x_edit.peak import PeakMeter
-from step1x_edit.schemas import Location
 from step1x_edit.streaming import BlockStreamer, copies_for
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas import Location
 
 logger = logging.getLogger(__name__)
 

@@ -52,7 +52,6 @@ from step1x_edit.errors import (
 )
 from step1x_edit.host_memory import HostMemory
 from step1x_edit.logs import log_to_stderr
-from step1x_edit.schemas import Location, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from step1x_edit.model.pipeline import Edited, EditRequest, Plan
     from step1x_edit.model.reasoning import Pixels, Prompt
     from step1x_edit.residency import Residency
+    from step1x_edit.schemas import Location, Precision
 
 log = logging.getLogger(__name__)
 

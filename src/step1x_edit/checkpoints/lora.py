@@ -27,7 +27,6 @@ from torch import Tensor
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.stored import refuse_pickle
 from step1x_edit.errors import CheckpointError
-from step1x_edit.schemas import check_loras
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +156,8 @@ class Loras:
         Always in the same order, because sums of rounded numbers depend on it. Raises
         InvalidParameterError for a name that there is not.
         """
+        from step1x_edit.schemas import check_loras  # and with it pydantic, where it is needed
+
         wanted = self._usual if strengths is None else strengths
         check_loras(wanted, self._files)
         return tuple(

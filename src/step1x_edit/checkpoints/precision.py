@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from torch import nn
 from typing_extensions import TypeIs
 
 from step1x_edit.checkpoints.arena import Weight
 from step1x_edit.model.quantised import CODES, Code, QuantLinear
-from step1x_edit.schemas import Precision
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas import Precision
 
 CODED: Final = re.compile(
     r"transformer\.(double|single)_blocks\.\d+\."

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -55,7 +55,9 @@ from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, Autoencoder
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.schemas import Precision
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas import Precision
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 2
