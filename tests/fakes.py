@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from step1x_edit.channel import (
     Offload,
     Outcome,
     Phase,
+    Pixels,
     Placement,
     Progress,
     Report,
@@ -33,8 +34,9 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
-from step1x_edit.images import Pixels
-from step1x_edit.schemas import Location
+
+if TYPE_CHECKING:  # the toy worker is a process that imports no pydantic either
+    from step1x_edit.schemas import Location
 
 STREAMED: Final = Placement(
     resident_share=0.31,
