@@ -54,7 +54,6 @@ ROUTES = {
     "/docs/swagger-ui.css": {"GET", "HEAD"},
     "/favicon.ico": {"GET", "HEAD"},
     "/gradio_api/cancel": {"POST"},
-    "/gradio_api/component_server": {"POST"},
     "/gradio_api/file={path:path}": {"GET", "HEAD"},
     "/gradio_api/heartbeat/{session_hash}": {"GET", "HEAD"},
     "/gradio_api/info": {"GET", "HEAD"},
@@ -745,7 +744,6 @@ JSON_WITHOUT_PICTURES = [
     "/v1/images/edits/estimate",
     "/v1/jobs",
     "/gradio_api/cancel",
-    "/gradio_api/component_server",
     "/gradio_api/queue/join",
     "/gradio_api/reset",
 ]

@@ -219,7 +219,7 @@ def test_what_never_ends_or_leads_elsewhere_is_refused_before_it_is_opened(
 def test_an_event_that_is_no_event_is_refused_in_a_sentence(
     page: httpx2.Client, body: bytes
 ) -> None:
-    for path in ("queue/join", "cancel", "component_server"):
+    for path in ("queue/join", "cancel", "reset"):
         answer = page.post(
             f"/gradio_api/{path}", content=body, headers={"Content-Type": "application/json"}
         )

@@ -480,6 +480,7 @@ def test_nothing_of_gradio_answers_but_what_the_page_needs(url: str) -> None:
             assert answer.headers["content-type"] == "application/problem+json"
         assert client.post("/gradio_api/run/predict", json={}).status_code == 404
         assert client.post("/gradio_api/call/edit", json={}).status_code == 404
+        assert client.post("/gradio_api/component_server", json={}).status_code == 404
         assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
         config = client.get("/config").json()
         assert not config["analytics_enabled"]

@@ -56,6 +56,7 @@ FORM_BYTES: Final = 1024 * 1024  # what may come without and around pictures: fi
 
 _JSON_WITH_PICTURES: Final = frozenset({"/v1/images/edits", MCP_PATH})  # MCP has its own limit
 _PAGE_EVENTS: Final = "/gradio_api/"
+_PAGE_UPLOAD: Final = "/gradio_api/upload"
 _BODIES: Final = 8  # of the longest kind that may be held at a time
 _START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
 _BYTES_PER_S: Final = 16 * 1024
@@ -203,7 +204,7 @@ class Guard:
     def longest_body(self, scope: Scope) -> int:
         """The longest body that is read of a request, in bytes, by its head."""
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
-        is_event = scope["path"].startswith(_PAGE_EVENTS) and kind != "multipart/form-data"
+        is_event = scope["path"].startswith(_PAGE_EVENTS) and scope["path"] != _PAGE_UPLOAD
         is_json = kind == "application/json" and scope["path"] not in _JSON_WITH_PICTURES
         return FORM_BYTES if is_event or is_json else self._max_body
 

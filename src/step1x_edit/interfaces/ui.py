@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.page_files import PageFiles, own_folder
-from step1x_edit.interfaces.rest import content_type
 from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService
 from step1x_edit.settings import Settings, keep_gradio_quiet
@@ -34,7 +33,6 @@ _ROUTES: Final = {
     "/config": ["GET"],
     "/favicon.ico": ["GET"],
     "/gradio_api/cancel": ["POST"],
-    "/gradio_api/component_server": ["POST"],
     "/gradio_api/file={path:path}": ["GET"],
     "/gradio_api/heartbeat/{session_hash}": ["GET"],
     "/gradio_api/info": ["GET"],
@@ -47,7 +45,6 @@ _ROUTES: Final = {
     "/static/{path:path}": ["GET"],
     "/theme.css": ["GET"],
 }
-_BLOBS: Final = "/gradio_api/component_server"
 _FILE: Final = "/gradio_api/file="
 _HEARTBEAT: Final = "/gradio_api/heartbeat/"
 _UPLOAD: Final = "/gradio_api/upload"
@@ -148,10 +145,7 @@ class Page:
 
 async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
     """Read an event of the page, refuse it if it names files of others, and give it out again."""
-    request = Request(scope, receive)
-    if scope["path"] == _BLOBS and content_type(request) == "multipart/form-data":
-        return receive  # what is painted comes as it is, and no path with it
-    body = await json_bodies.read_text(request)
+    body = await json_bodies.read_text(Request(scope, receive))
     event = await json_bodies.parse(body)
     await files.check_event(str(event.get("session_hash")), event)
     given: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
