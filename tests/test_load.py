@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import resource
 import selectors
 import socket
 import struct
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -226,3 +228,66 @@ def test_slow_clients_do_not_keep_others_out_and_are_let_go(
 
     assert statuses == [200] * 48
     assert after.status_code == 200
+
+
+# --- file descriptors -----------------------------------------------------------------------------
+
+LIMITED = """
+import resource, runpy, sys
+from pathlib import Path
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (96, {hard}))
+sys.path.insert(0, {folder!r})
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def limited(tmp_path: Path, hard: int) -> Path:
+    """The server in a process whose soft limit for files is 96."""
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED.format(hard=hard, folder=str(FAKE.parent), script=str(FAKE)))
+    return script
+
+
+def test_few_file_descriptors_lower_the_number_of_connections(tmp_path: Path) -> None:
+    with (
+        started(limited(tmp_path, 96), tmp_path) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        url = process.url()
+        for _ in range(150):
+            stack.enter_context(connect(url))
+        assert httpx2.get(f"{url}/livez").status_code == 200
+
+    told = process.heard("MAX_CONNECTIONS is 32 here")
+    assert told.endswith("this process may open 96 files (ulimit -n), raise that for 256\n")
+    assert len(process.lines) < 20
+
+
+def test_the_soft_limit_of_file_descriptors_is_raised(tmp_path: Path) -> None:
+    with started(limited(tmp_path, 4096), tmp_path) as process:
+        process.url()
+
+    assert not any("MAX_CONNECTIONS" in line for line in process.lines)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes the limit of another process")
+def test_without_a_free_file_descriptor_the_server_says_so_once_a_second_and_recovers(
+    tmp_path: Path,
+) -> None:
+    with started(FAKE, tmp_path) as process:
+        url, pid = process.url(), process.popen.pid
+        usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        opened = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        begun = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (opened + 2, usual[1]))
+            for _ in range(100):
+                stack.enter_context(connect(url))
+            process.heard("a connection cannot be accepted now")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, usual)
+        assert httpx2.get(f"{url}/livez", timeout=60).status_code == 200
+        seconds = time.monotonic() - begun
+
+    assert sum("cannot be accepted" in line for line in process.lines) <= seconds + 1
+    assert not any("Traceback" in line for line in process.lines)

@@ -6,12 +6,17 @@ of it reaches a terminal or a collector but printable characters, and no event c
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import sys
 import time
 from contextvars import ContextVar
 from typing import Final
+
+# Python opens the module of a codec at its first use; a line of the log may come when no file can
+# be opened any more.
+_ESCAPED: Final = codecs.lookup("unicode_escape")
 
 LIBRARIES: Final = ("fastmcp", "httpx2", "mcp", "uvicorn")  # they tell of each start and request
 
@@ -68,4 +73,4 @@ class _Json(logging.Formatter):
 def _printable(character: str) -> str:
     if character.isprintable():
         return character
-    return character.encode("unicode_escape").decode("ascii")
+    return _ESCAPED.encode(character)[0].decode("ascii")

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
+import logging
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterable
@@ -24,6 +27,14 @@ from uvicorn.server import ServerState
 
 from step1x_edit.settings import Settings
 
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 128
+"""Connections that the kernel keeps until they are accepted."""
+
+_OWN_FILES: Final = 64  # descriptors for the rest: databases, pipes, uploads
+_ENOUGH_FILES: Final = 65_536  # descriptors; macOS calls its hard limit infinite and takes less
+_NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _HEAD_S: Final = 10.0  # until the head of the next request is complete
 _IDLE_S: Final = 5.0  # until the next request begins
 _READING_S: Final = 15.0  # for an answer to get on by the next figure
@@ -43,6 +54,59 @@ class Limits:
     per_address: int
     head_s: float
     reading_s: float
+
+
+def within_file_limit(settings: Settings) -> Settings:
+    """The settings with as many connections as this process can have file descriptors for.
+
+    Raises the soft limit of the process to its hard one first.
+    """
+    limit = _raised_file_limit()
+    most = max(limit - _OWN_FILES, limit // 4)
+    if settings.max_connections <= most:
+        return settings
+    log.warning(
+        "MAX_CONNECTIONS is %d here: this process may open %d files (ulimit -n), raise that for %d",
+        most,
+        limit,
+        settings.max_connections,
+    )
+    return settings.model_copy(update={"max_connections": most})
+
+
+def _raised_file_limit() -> int:
+    if os.name != "posix":
+        return _ENOUGH_FILES
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return _ENOUGH_FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError):
+        return soft
+    return wanted
+
+
+class TellOnce:
+    """Handles what goes wrong in the event loop: a lack of file descriptors is told once a second.
+
+    asyncio tells it for each connection that it tries to accept, as often as the backlog is long.
+    """
+
+    def __init__(self) -> None:
+        self._told_at = -1.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what the loop reports."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
+            loop.default_exception_handler(context)
+        elif loop.time() - self._told_at >= 1:
+            self._told_at = loop.time()
+            log.error("a connection cannot be accepted now: %s", error.strerror)
 
 
 def protocol(settings: Settings) -> type[asyncio.Protocol]:

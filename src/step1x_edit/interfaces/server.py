@@ -229,6 +229,7 @@ def serve(settings: Settings) -> None:
     Raises SettingsError if there can be no stored jobs in DATA_DIR.
     """
     listener = listen(settings.host, settings.port)
+    settings = connections.within_file_limit(settings)
     service = build_service(settings)
     try:
         exit_code = asyncio.run(_serve(settings, service, listener))
@@ -251,7 +252,7 @@ def listen(host: str, port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(connections.BACKLOG)
     except OSError as error:
         hint = "choose another HOST"
         if error.errno == errno.EADDRINUSE:
@@ -264,6 +265,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, service: EditService, listener: socket.socket) -> int:
     told: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
     hear_signals(told)
+    asyncio.get_running_loop().set_exception_handler(connections.TellOnce())
     metrics = Metrics(service)
     secret = new_secret()
     routes = build_routes(service, settings, metrics, secret)
@@ -296,6 +298,7 @@ class _Server(uvicorn.Server):
             http=connections.protocol(settings),
             timeout_keep_alive=connections.idle_s(settings),
             log_config=None,
+            backlog=connections.BACKLOG,
             access_log=False,  # the guard logs requests, with their ids
             lifespan="off",
             ws="none",
