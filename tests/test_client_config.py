@@ -171,3 +171,20 @@ def test_arguments_that_are_no_object_are_a_usage_error(arguments: str) -> None:
     assert result.stdout == ""
     assert 'must be a JSON object such as \'{"image_path"' in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs HOME")
+@pytest.mark.parametrize("client", FILES)
+def test_a_user_without_a_home_is_told_so_in_one_sentence(
+    client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(number: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    result = run.invoke(app, ["mcp", "config", "--client", client])
+
+    assert result.exit_code == 2
+    assert "no home folder for the client's file; set HOME" in result.stderr

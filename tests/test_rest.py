@@ -22,6 +22,7 @@ from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
 from step1x_edit.images import read_edit_record
 from step1x_edit.service import EditService
+from step1x_edit.settings import MOST, Settings
 
 
 def pixels_of(data: bytes) -> np.ndarray:
@@ -574,6 +575,22 @@ def test_who_goes_away_in_the_middle_of_an_upload_starts_nothing(
 
     assert health.status_code == 200
     assert worker.started == []
+
+
+def test_an_edit_works_with_every_number_at_its_upper_bound(
+    make_service: MakeService, photo: Path
+) -> None:
+    most = {
+        name: MOST
+        for name, field in Settings.model_fields.items()
+        if any(getattr(rule, "le", None) == MOST for rule in field.metadata)
+    }
+    with calling(make_service(**most), **most) as client:
+        answer = client.post("/api/edit", files=files(photo), data={"prompt": "x"})
+        job = client.post("/v1/jobs", files=files(photo), data={"prompt": "x"})
+
+    assert len(most) > 8
+    assert (answer.status_code, job.status_code) == (200, 202)
 
 
 # --- watching -------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.interfaces import page_files
 from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
 from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
+from step1x_edit.machine import has_gpu_driver
 
 ROOT = Path(__file__).parents[1]
 FAKE = Path(__file__).parent / "serve_fake_http.py"
@@ -214,6 +215,54 @@ def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
 
     assert alive == 200
     assert not (process.data_dir / NOTE_NAME).exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs modes")
+def test_only_a_file_of_settings_that_others_cannot_write_opens_the_server(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    file = tmp_path / ".env"
+    file.write_text(f"API_KEY=known\nALLOWED_DIRS={elsewhere}\nRECEIVE_TIMEOUT=7\n")
+    file.chmod(0o600)
+    with started(FAKE, tmp_path) as process:
+        process.heard(f"settings read from {file}")
+        asks_for_the_key = httpx2.get(f"{process.url()}/health").status_code == 401
+    file.chmod(0o666)
+    with started(FAKE, tmp_path) as process:
+        process.heard(f"{file} is not read: others may write to {file} (chmod go-w)")
+        status = httpx2.get(f"{process.url()}/health").status_code
+
+    assert asks_for_the_key
+    assert status == 200
+
+
+@pytest.mark.skipif(has_gpu_driver(), reason="this machine has a driver for CUDA")
+@pytest.mark.parametrize("script", [REAL, ROOT / "mcp_server.py"])
+def test_a_device_without_a_driver_is_refused_at_the_start(tmp_path: Path, script: Path) -> None:
+    with started(script, tmp_path, DEVICE="cuda") as process:
+        code = process.ended()
+
+    assert code != 0
+    (line,) = process.lines
+    assert line.startswith("Invalid settings: DEVICE is cuda, and this machine has no driver")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs HOME")
+def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> None:
+    nowhere = {"HOME": "/dev/null/nobody", "DATA_DIR": "", "XDG_DATA_HOME": ""}
+    with started(FAKE, tmp_path, **nowhere) as refused:
+        code = refused.ended()
+    with started(FAKE, tmp_path, **nowhere, ENABLE_API="false") as without_jobs:
+        health = httpx2.get(f"{without_jobs.url()}/health").status_code
+        without_jobs.heard("other programs cannot find this server: DATA_DIR /dev/null/")
+        without_jobs.heard("there is no home folder to use (HOME: ")
+
+    assert health == 200
+    assert code == 2
+    assert "needs DATA_DIR" in refused.lines[0]
+    assert "cannot be written" in refused.lines[-1]
+    assert "DATA_DIR of its own" in refused.lines[-1]
+    assert not any("Traceback" in line for line in [*refused.lines, *without_jobs.lines])
 
 
 def test_a_further_server_without_jobs_leaves_the_first_one_findable(tmp_path: Path) -> None:

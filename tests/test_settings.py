@@ -12,11 +12,17 @@ from pydantic import SecretStr
 
 from step1x_edit.errors import SettingsError
 from step1x_edit.settings import (
+    MOST,
     Settings,
     load_server_settings,
     load_settings,
     local_folders,
 )
+
+posix = pytest.mark.skipif(os.name != "posix", reason="needs owners, modes and HOME")
+NUMBERS = [
+    name for name, field in Settings.model_fields.items() if field.annotation in (int, float)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -293,7 +299,224 @@ def test_a_flag_that_does_not_exist_is_an_error() -> None:
         load_settings({"nope": 1})
 
 
-def test_an_unreadable_file_of_settings_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_bytes(b"MAX_QUEUE=\xff\xfe")
-    with pytest.raises(SettingsError, match="env cannot be read"):
+@pytest.mark.parametrize(
+    "data",
+    [b"MAX_QUEUE=\xff\xfe", "MAX_QUEUE=9".encode("utf-16"), "MAX_QUEUE=9".encode("utf-16-le")],
+)
+def test_a_file_of_settings_that_is_not_utf_8_is_an_error(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / ".env").write_bytes(data)
+    with pytest.raises(SettingsError) as caught:
         load_settings()
+    assert str(caught.value) == (
+        f"Invalid settings: {tmp_path / '.env'} cannot be read: it is not UTF-8; "
+        "save it again as UTF-8"
+    )
+
+
+def test_a_file_of_settings_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes("MAX_QUEUE=9\r\nEDIT_TIMEOUT=8\r\n".encode("utf-8-sig"))
+    settings = load_settings()
+    assert (settings.max_queue, settings.edit_timeout) == (9, 8)
+
+
+# --- a file of somebody else ----------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize(
+    ("file_mode", "folder_mode", "is_read"),
+    [
+        (0o600, 0o755, True),
+        (0o644, 0o1777, True),  # nobody else can replace it there
+        (0o664, 0o775, True),  # by a private group, of which nobody else is a member
+        (0o646, 0o755, False),
+        (0o644, 0o757, False),
+    ],
+)
+def test_a_file_of_settings_that_others_may_write_is_not_read(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    file_mode: int,
+    folder_mode: int,
+    is_read: bool,
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text("ALLOWED_DIRS=/\nHOST=0.0.0.0\nAPI_KEY=known\nDATA_DIR=/tmp/theirs\n")
+    for path, mode in ((file, file_mode), (tmp_path, folder_mode)):
+        os.chown(path, os.geteuid(), os.geteuid())
+        path.chmod(mode)
+    caplog.set_level("INFO")
+    settings = load_settings()
+    settings.report()
+
+    assert (settings.allowed_dirs == (Path("/"),)) is is_read
+    assert (settings.host, settings.api_key is None) == (
+        ("0.0.0.0", False) if is_read else ("127.0.0.1", True)
+    )
+    told = f"settings read from {file}" if is_read else f"{file} is not read: others may write to"
+    assert told in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files away")
+@pytest.mark.parametrize("whose", ["file", "folder"])
+def test_a_file_of_settings_of_another_user_is_not_read(tmp_path: Path, whose: str) -> None:
+    (tmp_path / ".env").write_text("HOST=0.0.0.0\n")
+    os.chown(tmp_path / ".env" if whose == "file" else tmp_path, 12345, -1)
+    assert load_settings().host == "127.0.0.1"
+
+
+@posix
+def test_a_file_for_a_group_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("HOST=0.0.0.0\n")
+    (tmp_path / ".env").chmod(0o664)
+    if (tmp_path / ".env").stat().st_gid == os.geteuid():
+        groups = [group for group in os.getgroups() if group != os.geteuid()]
+        if not groups and os.geteuid() != 0:
+            pytest.skip("this user has but a private group")
+        os.chown(tmp_path / ".env", -1, (groups or [12345])[0])
+    assert load_settings().host == "127.0.0.1"
+
+
+# --- odd surroundings -----------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("home", ["/nonexistent", "", "relative", "{file}"])
+def test_a_home_that_cannot_be_used_is_left_out_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", home.format(file=tmp_path / "file"))
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    settings = load_settings()
+    settings.report()
+
+    assert settings.allowed_dirs == (tmp_path, Path(tempfile.gettempdir()))
+    assert settings.data_dir == Path("/dev/null/step1x-edit")
+    (line,) = caplog.messages
+    assert line.startswith("there is no home folder to use (HOME: ")
+    assert "DATA_DIR" in line
+
+
+@posix
+def test_a_user_that_the_system_does_not_know_has_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(number: int) -> object:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    settings = load_settings()
+
+    assert settings.allowed_dirs == (tmp_path, Path(tempfile.gettempdir()))
+    assert settings.data_dir == Path("/dev/null/step1x-edit")
+
+
+@posix
+def test_a_home_that_is_not_needed_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("ALLOWED_DIRS", str(tmp_path))
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    load_settings().report()
+    assert caplog.messages == []
+
+
+@posix
+@pytest.mark.parametrize("name", ["MODEL_PATH", "DATA_DIR", "ALLOWED_DIRS", "LORA_PATH"])
+@pytest.mark.parametrize("start", ["~", "~no-such-user"])
+def test_a_home_that_a_setting_names_and_nobody_knows_is_an_error(
+    name: str, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.setenv(name, f"{start}/x")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert f"{name} begins with {start}, and there is no such home folder" in str(caught.value)
+
+
+@posix
+def test_a_start_folder_that_is_gone_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert load_settings().allowed_dirs == (Path.home(), Path(tempfile.gettempdir()))
+    assert load_server_settings().allowed_dirs == ()
+
+
+# --- blanks and quotes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["{} ", "\t{}\r\n", "'{}'", '"{}"', '" {} "', "\u00a0{}"])
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("MODEL_PATH", "v1.1", Path("v1.1")),
+        ("DATA_DIR", "/data", Path("/data")),
+        ("ALLOWED_DIRS", "/usr", (Path("/usr"),)),
+        ("LORA_PATH", "/a b.safetensors@0.8", {Path("/a b.safetensors"): 0.8}),
+        ("HOST", "::1", "::1"),
+        ("PORT", "80", 80),
+        ("ENABLE_API", "false", False),
+        ("ALLOWED_HOSTS", "a.example,b.example", ("a.example", "b.example")),
+        ("DEVICE", "cpu", "cpu"),
+        ("LOG_FORMAT", "json", "json"),
+    ],
+)
+def test_blanks_line_ends_and_quotes_around_a_value_do_not_belong_to_it(
+    form: str, name: str, value: str, read: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, form.format(value))
+    assert getattr(load_settings(), name.lower()) == read
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("ALLOWED_DIRS", "'/usr' : \"/etc\" :", (Path("/usr"), Path("/etc"))),
+        (
+            "LORA_PATH",
+            "'/a.safetensors'@0.5: '/b.safetensors' ",
+            {
+                Path("/a.safetensors"): 0.5,
+                Path("/b.safetensors"): 1.0,
+            },
+        ),
+        ("MODEL_PATH", " \t", None),
+        ("MODEL_PATH", '""', None),
+        ("MODEL_PATH", "it's", Path("it's")),
+        ("API_KEY", " key\r\n", SecretStr("key")),
+    ],
+)
+def test_blanks_and_quotes_of_a_part_do_not_belong_to_it_either(
+    name: str, value: str, read: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value.replace(":", os.pathsep))
+    assert getattr(load_settings(), name.lower()) == read
+
+
+@pytest.mark.parametrize("key", ["'secret'", '"secret"', " ", '""', "' '"])
+def test_a_key_in_quotes_or_of_blanks_is_refused_and_not_shown(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEY", key)
+    with pytest.raises(SettingsError, match="API_KEY must") as caught:
+        load_settings()
+    assert "secret" not in str(caught.value)
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_an_upper_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (MOST + 1, 10**20):
+        monkeypatch.setenv(name.upper(), str(value))
+        with pytest.raises(SettingsError, match=f"{name.upper()} must be between .*, got {value}"):
+            load_settings()

@@ -103,7 +103,7 @@ class Clock:
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
         """Wait until the condition is notified or the time has passed; None is for ever."""
-        condition.wait(timeout_s)
+        condition.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Final
 
 from step1x_edit.channel import Placement, Start
-from step1x_edit.errors import InternalError
+from step1x_edit.errors import InternalError, SettingsError
 from step1x_edit.settings import inherited_environment
 
+_CUDA_LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _TIMEOUT_S: Final = 300.0  # libraries on a slow disk, and no more than that
 
 
@@ -61,6 +64,29 @@ def look(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
         return Survey(torch_error=f"no answer within {timeout_s:g} s")
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
+
+
+def check_device(device: str) -> None:
+    """Raise SettingsError if a device is asked for whose driver is not on this machine.
+
+    Without torch no more can be known: how many cards there are is found by the first edit.
+    """
+    if device.startswith("cuda") and not has_gpu_driver():
+        raise SettingsError(
+            f"DEVICE is {device}, and this machine has no driver for it ({_CUDA_LIBRARY}); install "
+            "the driver, give the container the GPU, or set DEVICE=auto or cpu"
+        )
+
+
+def has_gpu_driver() -> bool:
+    """Whether a driver is installed by which torch could find a card."""
+    if Path("/dev/kfd").exists():
+        return True  # AMD's, which torch calls cuda as well
+    try:
+        ctypes.CDLL(_CUDA_LIBRARY)
+    except OSError:
+        return False
+    return True
 
 
 def first_line(text: str) -> str:

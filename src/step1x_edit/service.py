@@ -55,7 +55,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.files import FileAccess, FileIdentity, Output, nearest_existing
-from step1x_edit.machine import Survey, look
+from step1x_edit.machine import Survey, check_device, look
 from step1x_edit.memory_plan import spared
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
@@ -472,7 +472,7 @@ class EditService:
 
     def _check_checkpoint(self) -> None:
         path = resolve_model_path(self._settings.model_path, self._settings.data_dir)
-        if path is not None and not path.exists():
+        if path is not None and not os.path.exists(path):  # noqa: PTH110 - pathlib's can raise
             raise CheckpointError(f"there is nothing at MODEL_PATH {path}")
 
     def _check_disk(self) -> None:
@@ -886,7 +886,12 @@ def build_service(
     clock: Clock | None = None,
     look_around: Callable[[], Survey] | None = None,
 ) -> EditService:
-    """Wire the service that all interfaces use; `start` brings another worker than the usual."""
+    """Wire the service that all interfaces use; `start` brings another worker than the usual.
+
+    Raises SettingsError if the usual one cannot have its DEVICE.
+    """
+    if start is None:
+        check_device(settings.device)
     engine = Engine(
         start or partial(WorkerProcess, start_of(settings)),
         max_queue=settings.max_queue,

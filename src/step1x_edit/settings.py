@@ -3,6 +3,10 @@
 This is the only reader of the environment. Every name is also the name of the variable, in upper
 case. A value that cannot be right stops the start; whether a checkpoint lies at `MODEL_PATH` is
 the state of a disk and not a setting, so it is told to whoever asks for an edit.
+
+Blanks, line ends and one pair of quotes around a value do not belong to it: shells remove them,
+but `docker --env-file` and secret files do not. A key in quotes is refused instead, because other
+programs that read the same file would send the quotes.
 """
 
 from __future__ import annotations
@@ -10,23 +14,28 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import logging
 import math
 import os
 import re
+import stat
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import platformdirs
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    PrivateAttr,
     SecretStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -46,8 +55,25 @@ from step1x_edit.schemas import (
     parameters_of,
 )
 
+log = logging.getLogger(__name__)
+
 MEGA: Final = 1_000_000
 MEBI: Final = 1024 * 1024
+MOST: Final = 10**9
+"""The largest number that a setting takes: 31 years in seconds, a petabyte in MiB."""
+
+_ENV_FILE: Final = ".env"
+_NO_FOLDER: Final = Path(os.devnull) / "step1x-edit"
+"""Stands for the data folder of a user without a home: nothing can ever be written there."""
+
+
+def _bare(value: str) -> str:
+    """A value without the blanks, line ends and quotes around it."""
+    value = value.strip()
+    quote = value[:1]
+    if len(value) > 1 and quote in "'\"" and value.endswith(quote) and quote not in value[1:-1]:
+        return value[1:-1].strip()
+    return value
 
 
 def _lower(value: object) -> object:
@@ -68,7 +94,12 @@ def _known_device(value: str) -> str:
 
 def _plain_key(value: SecretStr) -> SecretStr:
     # What every client can send in a header as it is; the key itself is never part of a message.
-    if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
+    key = value.get_secret_value()
+    if len(key) > 1 and key[0] in "'\"" and key.endswith(key[0]):
+        raise PydanticCustomError(
+            "plain_text", "must not stand in quotes: they would be a part of it"
+        )
+    if not re.fullmatch(r"[!-~]+", key):
         raise PydanticCustomError(
             "plain_text", "must consist of ASCII letters, digits and signs, without spaces"
         )
@@ -83,11 +114,11 @@ def _loras(value: object) -> object:
     if not isinstance(value, str):
         return value
     found: dict[Path, float] = {}
-    for part in filter(None, map(str.strip, value.split(os.pathsep))):
+    for part in filter(None, map(_bare, value.split(os.pathsep))):
         file, mark, strength = part.rpartition("@")
         if not mark or strength.endswith(".safetensors") or os.sep in strength:
             file, strength = part, ""  # the sign belongs to the name
-        path = Path(file).expanduser()
+        path = _without_tilde(Path(_bare(file)))
         if file == part:
             strength = "0" if path.is_dir() else "1"
         try:
@@ -146,27 +177,91 @@ def _plain_origins(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _known_home() -> Path | None:
+    """The home folder as the system names it, whether or not it is there."""
+    if os.environ.get("HOME") == "":
+        return None  # which the library takes for the root of the disk
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.is_absolute() else None
+
+
+def _home() -> Path | None:
+    """The home folder, if it can be used."""
+    home = _known_home()
+    is_usable = home is not None and os.path.isdir(home) and os.access(home, os.X_OK)  # noqa: PTH112
+    return home if is_usable else None
+
+
+def _here() -> Path | None:
+    """The start folder; None if it has been removed."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
+def _without_tilde(path: Path) -> Path:
+    if not str(path).startswith("~"):
+        return path
+    try:
+        if path.parts[0] != "~" or _known_home() is not None:
+            return path.expanduser()
+    except RuntimeError:
+        pass
+    raise PydanticCustomError(
+        "plain_text",
+        "begins with {start}, and there is no such home folder; write the whole path",
+        {"start": path.parts[0]},
+    )
+
+
 def local_folders() -> tuple[Path, ...]:
     """Where callers on this machine may read and write by default: home, here, temp.
 
     Services and containers often start in `/` or have it as their home: such a root is left out,
-    because it would open the whole machine. A home that nobody knows is left out as well.
+    because it would open the whole machine. What is not there or cannot be entered is left out too.
     """
-    folders = [Path.cwd()]
-    with contextlib.suppress(RuntimeError):
-        folders.insert(0, Path.home())
-    narrow = [folder for folder in folders if folder != Path(folder.anchor)]
-    return (*narrow, Path(tempfile.gettempdir()))
+    found = [folder for folder in (_home(), _here()) if folder is not None]
+    narrow = [folder for folder in found if folder != Path(folder.anchor)]
+    with contextlib.suppress(OSError):  # no folder for temporary files
+        narrow.append(Path(tempfile.gettempdir()))
+    return tuple(narrow)
 
 
 def start_folder() -> tuple[Path, ...]:
     """Where callers over HTTP may read and write by default: here, unless that is a whole disk."""
-    folder = Path.cwd()
-    return () if folder == Path(folder.anchor) else (folder,)
+    folder = _here()
+    return () if folder is None or folder == Path(folder.anchor) else (folder,)
 
 
 def _data_folder() -> Path:
+    if _home() is None and not os.environ.get("XDG_DATA_HOME"):
+        return _NO_FOLDER
     return platformdirs.user_data_path("step1x-edit", appauthor=False)
+
+
+def _remarks(settings: Settings) -> Iterator[str]:
+    """What is wrong with the surroundings, though it stops nothing."""
+    needs_home = {"allowed_dirs", "data_dir"} - settings.model_fields_set
+    if needs_home and _home() is None:
+        shown = _known_home() or os.environ.get("HOME", "not set")
+        yield (
+            f"there is no home folder to use (HOME: {str(shown)!r}): it is left out of the allowed "
+            "folders, and what has to be stored needs DATA_DIR"
+        )
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        yield (
+            f"the locale ({_locale_name()}) is not UTF-8: file names and prompts with other than "
+            "ASCII letters may fail; set LC_ALL=C.UTF-8"
+        )
+
+
+def _locale_name() -> str:
+    names = ("LC_ALL", "LC_CTYPE", "LANG")
+    return next((f"{n}={os.environ[n]}" for n in names if os.environ.get(n)), "no LANG")
 
 
 def inherited_environment(**changes: str) -> dict[str, str]:
@@ -185,12 +280,15 @@ class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
     model_config = SettingsConfigDict(
-        env_file=".env",
-        env_file_encoding="utf-8",
+        env_file=None,  # `load_settings` says which, once it has looked at it
+        env_file_encoding="utf-8-sig",
         env_ignore_empty=True,
         extra="ignore",  # the environment and .env hold the names of other programs as well
         frozen=True,
     )
+
+    _env_file: Path | None = PrivateAttr(None)
+    _remarks: tuple[str, ...] = PrivateAttr(())
 
     model_path: Annotated[
         Path | None, Field(description="Checkpoint to load; unset: the embedded demo checkpoint")
@@ -212,10 +310,18 @@ class Settings(BaseSettings):
         ),
     ]
     gpu_idle_timeout: Annotated[
-        int, Field(ge=0, description="Seconds without use until the model leaves the GPU; 0: never")
+        int,
+        Field(
+            ge=0,
+            le=MOST,
+            description="Seconds without use until the model leaves the GPU; 0: never",
+        ),
     ] = 60
     gpu_release_timeout: Annotated[
-        int, Field(ge=0, description="Seconds without use until nothing is left of it; 0: never")
+        int,
+        Field(
+            ge=0, le=MOST, description="Seconds without use until nothing is left of it; 0: never"
+        ),
     ] = 0
     device: Annotated[
         str,
@@ -257,6 +363,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=0,
+            le=MOST,
             description="Seconds until edit_image answers with a job_id while the edit goes on, "
             "for MCP clients that give up; 0: never",
         ),
@@ -285,16 +392,20 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=0,
+            le=MOST,
             description="Requests a minute that start work, for each caller: whoever has the key, "
             "or an address where there is none; a third of them at once, at most 20; 0: any number",
         ),
     ] = 60
-    max_queue: Annotated[int, Field(ge=1, description="Edits that may wait")] = 32
-    max_upload_mb: Annotated[int, Field(ge=1, description="Largest input file in MiB")] = 32
+    max_queue: Annotated[int, Field(ge=1, le=MOST, description="Edits that may wait")] = 32
+    max_upload_mb: Annotated[int, Field(ge=1, le=MOST, description="Largest input file in MiB")] = (
+        32
+    )
     max_connections: Annotated[
         int,
         Field(
             ge=1,
+            le=MOST,
             description="Connections at a time; another machine may have an eighth of them. Above "
             "that the one that has kept the server waiting longest is closed for the new one",
         ),
@@ -303,6 +414,7 @@ class Settings(BaseSettings):
         int,
         Field(
             ge=1,
+            le=MOST,
             description="Seconds that the body of a request may take to arrive; 10 of them for its "
             "head, or until a body comes at 16 KiB a second",
         ),
@@ -311,7 +423,9 @@ class Settings(BaseSettings):
     max_megapixels: Annotated[
         int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")
     ] = 50
-    edit_timeout: Annotated[int, Field(ge=1, description="Seconds that one edit may take")] = 900
+    edit_timeout: Annotated[
+        int, Field(ge=1, le=MOST, description="Seconds that one edit may take")
+    ] = 900
     data_dir: Annotated[
         Path,
         Field(
@@ -321,10 +435,12 @@ class Settings(BaseSettings):
         ),
     ]
     jobs_max_mb: Annotated[
-        int, Field(ge=1, description="MiB that stored jobs may occupy; the oldest give way")
+        int,
+        Field(ge=1, le=MOST, description="MiB that stored jobs may occupy; the oldest give way"),
     ] = 2048
     jobs_max_age: Annotated[
-        int, Field(ge=1, description="Seconds until a stored job that has ended is forgotten")
+        int,
+        Field(ge=1, le=MOST, description="Seconds until a stored job that has ended is forgotten"),
     ] = 7 * 86400
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
@@ -360,10 +476,29 @@ class Settings(BaseSettings):
         except ValueError:  # a name: nobody knows where it leads, and when
             return False
 
+    def report(self) -> None:
+        """Log where the settings come from, and what about the surroundings was left out."""
+        if self._env_file is not None:
+            log.info("settings read from %s", self._env_file)
+        for remark in self._remarks:
+            log.warning("%s", remark)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strip(cls, given: dict[str, Any]) -> dict[str, Any]:
+        texts = {name: value for name, value in given.items() if isinstance(value, str)}
+        bare = {name: _bare(value) for name, value in texts.items() if name != "api_key"}
+        if "api_key" in texts:
+            bare["api_key"] = (
+                texts["api_key"].strip() or " "
+            )  # a blank key is no key, and no way in
+        kept = {name: value for name, value in given.items() if name not in texts}
+        return kept | {name: value for name, value in bare.items() if value}
+
     @field_validator("model_path", "data_dir", mode="after")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser()
+        return None if path is None else _without_tilde(path)
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod
@@ -382,14 +517,14 @@ class Settings(BaseSettings):
                 return json.loads(value)
             except ValueError:
                 raise PydanticCustomError("plain_text", "is not a list") from None
-        return [part for part in value.split(os.pathsep) if part.strip()]
+        return [part for part in map(_bare, value.split(os.pathsep)) if part]
 
     @field_validator("allowed_dirs", mode="after")
     @classmethod
     def _folders(cls, paths: tuple[Path, ...]) -> tuple[Path, ...]:
-        folders = tuple(path.expanduser().resolve() for path in paths)
+        folders = tuple(Path(os.path.realpath(_without_tilde(path))) for path in paths)
         for folder in folders:
-            if not folder.is_dir():
+            if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises without permission
                 raise PydanticCustomError(
                     "plain_text", "holds {folder}, which is not a folder", {"folder": str(folder)}
                 )
@@ -410,12 +545,50 @@ def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     if unknown := given.keys() - Settings.model_fields.keys():
         raise TypeError(f"no such settings: {', '.join(sorted(unknown))}")
+    here = _here()
+    file = None if here is None else here / _ENV_FILE
+    distrust = None
     try:
-        return Settings(**given)  # type: ignore[arg-type]
+        if file is not None and not file.is_file():
+            file = None
+        elif file is not None and (distrust := _distrust(file)) is None:
+            _check_text(file)
+        settings = Settings(_env_file=None if distrust else file, **given)  # type: ignore[arg-type]
     except ValidationError as error:
         raise SettingsError("; ".join(complaints(error, _NAMES))) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f".env cannot be read ({type(error).__name__})") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SettingsError(f"{file} cannot be read ({reason})") from None
+    settings._env_file = None if distrust else file
+    settings._remarks = (*([distrust] if distrust else ()), *_remarks(settings))
+    return settings
+
+
+def _distrust(file: Path) -> str | None:
+    """Why a file of settings is not read: others than the user and root could have written it."""
+    if not hasattr(os, "geteuid"):
+        return None  # Windows has no owners and modes in this sense
+    for path in (file, file.parent):
+        found = path.stat()
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{file} is not read: {path} belongs to another user"
+        is_shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # such as /tmp
+        # A group with the number of its only member is private, and its bit means nobody else.
+        is_group_of_others = found.st_mode & stat.S_IWGRP and found.st_gid != found.st_uid
+        if not is_shared and (found.st_mode & stat.S_IWOTH or is_group_of_others):
+            return f"{file} is not read: others may write to {path} (chmod go-w)"
+    return None
+
+
+def _check_text(file: Path) -> None:
+    """Raise SettingsError if a file is not text in UTF-8; UTF-16 would look like no settings."""
+    data = file.read_bytes()
+    try:
+        is_text = "\0" not in data.decode()
+    except UnicodeDecodeError:
+        is_text = False
+    if not is_text:
+        raise SettingsError(f"{file} cannot be read: it is not UTF-8; save it again as UTF-8")
 
 
 def load_server_settings(overrides: Mapping[str, object] | None = None) -> Settings:

@@ -83,7 +83,7 @@ def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
     if value is None:
         return None
     path = Path(value).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - pathlib's raises without permission
         return path
     name = Path(value).as_posix()
     with contextlib.suppress(InvalidParameterError):

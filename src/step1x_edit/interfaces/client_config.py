@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import platformdirs
 
-from step1x_edit.errors import InvalidParameterError, OutputNotWritableError
+from step1x_edit.errors import InvalidParameterError, OutputNotWritableError, SettingsError
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.settings import Settings
 
@@ -48,7 +48,17 @@ class ConfigFile:
 
 
 def config_file(client: ClientName) -> ConfigFile:
-    """The file of a client that holds for all of this user's projects."""
+    """The file of a client that holds for all of this user's projects.
+
+    Raises SettingsError if nobody knows where this user's files are.
+    """
+    try:
+        return _config_file(client)
+    except RuntimeError:
+        raise SettingsError("there is no home folder for the client's file; set HOME") from None
+
+
+def _config_file(client: ClientName) -> ConfigFile:
     programs = Path(platformdirs.user_config_dir(roaming=True))
     match client:
         case ClientName.CLAUDE_DESKTOP:

@@ -25,8 +25,9 @@ _UNHEARD: Final = 128  # and the signal's number: the exit code of a process tha
 
 
 def log_to_stderr(settings: Settings) -> None:
-    """Have the log go to stderr, one event per line."""
+    """Have the log go to stderr, one event per line; its first say where the settings are from."""
     logs.log_to_stderr(settings.log_level, settings.log_format, "server")
+    settings.report()
 
 
 def tell(told: asyncio.Future[int], exit_code: int) -> None:

@@ -124,7 +124,10 @@ def serve(wire: int, *, standalone: bool) -> None:
     else is imported, and stays so for native code and children.
     """
     settings = start()
-    asyncio.run(_serve_alone(settings, wire) if standalone else _serve(settings, wire))
+    try:
+        asyncio.run(_serve_alone(settings, wire) if standalone else _serve(settings, wire))
+    except SettingsError as error:
+        sys.exit(str(error))
 
 
 def start() -> Settings:

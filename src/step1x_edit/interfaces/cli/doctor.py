@@ -97,7 +97,9 @@ def _memory() -> Check:
 
 
 def _data_dir(folder: Path) -> Iterator[Check]:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    from step1x_edit.files import nearest_existing
+
+    existing = nearest_existing(folder.absolute())
     if not existing.is_dir():
         yield Check("fail", "data", f"DATA_DIR {folder}: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):

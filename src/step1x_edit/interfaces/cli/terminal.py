@@ -88,6 +88,7 @@ def cli_settings() -> Settings:
         format="%(message)s",
         handlers=[RichHandler(console=err, show_path=False)],
     )
+    settings.report()
     return settings
 
 
