@@ -302,3 +302,29 @@ def test_one_machine_cannot_have_all_connections(make_service: MakeService) -> N
 
     assert ended == [b""] * 4
     assert answered == [True] * 6
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", b"400"),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", b"400"),
+        (b"X-Long: " + b"x" * 70_000 + b"\r\n", b"431"),
+        (b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(70)), b"431"),
+    ],
+    ids=["length first", "length last", "long", "many"],
+)
+def test_a_head_that_is_ambiguous_or_too_long_ends_the_connection(
+    make_service: MakeService, lines: bytes, status: bytes
+) -> None:
+    """All at once, so that the head is complete when it is looked at."""
+    body = b"0\r\n\r\nGET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with serving(make_service()) as url, connected(url, HEAD + lines + b"\r\n" + body) as one:
+        answer = rest_of(one)
+
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer.lower()

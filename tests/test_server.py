@@ -22,11 +22,11 @@ from fastmcp import Client
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
-from http_server import TOKEN, serving, until
+from http_server import TOKEN, calling, serving, until
 from hub import Fault, running_hub
 from step1x_edit import MCPClient
 from step1x_edit.checkpoints.catalog import find_model
-from step1x_edit.interfaces import page_files
+from step1x_edit.interfaces import page_files, server
 from step1x_edit.interfaces.discovery import NOTE_NAME, find_server
 from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
 from step1x_edit.machine import has_gpu_driver
@@ -365,14 +365,14 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -
     """As by nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        server = Process(FAKE, tmp_path)
+        process = Process(FAKE, tmp_path)
     finally:
         signal.signal(signal.SIGHUP, before)
-    server.url()
-    server.popen.send_signal(signal.SIGHUP)
-    server.popen.send_signal(signal.SIGINT)
+    process.url()
+    process.popen.send_signal(signal.SIGHUP)
+    process.popen.send_signal(signal.SIGINT)
 
-    assert server.ended() == 130  # 0 after a SIGHUP that was heard
+    assert process.ended() == 130  # 0 after a SIGHUP that was heard
 
 
 def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
@@ -534,6 +534,32 @@ def has_file_in(pid: int, folder: Path) -> bool:
 
 
 # --- MCP over HTTP --------------------------------------------------------------------------------
+
+
+def test_sessions_that_are_left_open_have_a_limit_and_end_by_themselves(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (server.MCP_SESSIONS, server.MCP_IDLE_S) == (1000, 300)
+    monkeypatch.setattr(server, "MCP_SESSIONS", 2)
+    monkeypatch.setattr(server, "MCP_IDLE_S", 0.5)
+    initialize = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "test", "version": "1"},
+        },
+    }
+    headers = {"Accept": "application/json, text/event-stream"}
+    with calling(make_service()) as client:
+
+        def opened() -> int:
+            return client.post("/mcp", json=initialize, headers=headers).status_code
+
+        until(lambda: opened() == 503)
+        until(lambda: opened() == 200)
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])

@@ -3,6 +3,7 @@
 It stands outside of all routes and mounted apps, so that none of them can be forgotten, and judges
 by the head of the request alone:
 
+- the head itself is not longer than 64 kB, and says the length of the body in one way;
 - the Host must be a name of this server (or else a page of somebody could reach us by rebinding
   its own name to our address);
 - a request that a browser sends for a page must come from a page of ours, or of a site that the
@@ -54,6 +55,7 @@ WORK_PATHS: Final = frozenset(
 come in."""
 FORM_BYTES: Final = 1024 * 1024  # what may come without and around pictures: fields, boundaries
 
+_HEAD_BYTES: Final = 64 * 1024  # uvicorn has the same limit, but only while a head is incomplete
 _JSON_WITH_PICTURES: Final = frozenset({"/v1/images/edits", MCP_PATH})  # MCP has its own limit
 _PAGE_EVENTS: Final = "/gradio_api/"
 _PAGE_UPLOAD: Final = "/gradio_api/upload"
@@ -148,6 +150,11 @@ class Guard:
     def refusal(self, scope: Scope) -> Failure | None:
         """Why a request may not come in, judged by its head."""
         headers = Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # Whoever stands in between may take the other one for the end of the body (RFC 9112).
+            return problems.of_status(400, "Send Content-Length or Transfer-Encoding, not both.")
+        if _size_of_head(scope) > _HEAD_BYTES:
+            return problems.of_status(431, f"At most {_HEAD_BYTES // 1024} kB are read of a head.")
         host = headers.get("host", "")
         if not self._is_ours(host):
             return problems.of_status(421, "This server is not known under the name in Host.")
@@ -352,6 +359,12 @@ def _key_in(authorization: str) -> bytes:
                 return b""
         case _:
             return b""
+
+
+def _size_of_head(scope: Scope) -> int:
+    """The bytes of a request's line and headers, to which each line adds some signs."""
+    line = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 def _shows_a_page(scope: Scope) -> bool:

@@ -23,7 +23,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastmcp.server.dependencies import get_http_request
-from fastmcp.server.http import StarletteWithLifespan
+from fastmcp.server.http import StarletteWithLifespan, StreamableHTTPASGIApp
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
@@ -56,6 +56,11 @@ from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import MEBI, Settings
 
 log = logging.getLogger(__name__)
+
+MCP_SESSIONS: Final = 1000
+"""Sessions of MCP that may be open at a time; each takes 50 kB."""
+MCP_IDLE_S: Final = 300.0
+"""Seconds without a request until a session of MCP ends."""
 
 _EDITING_TOOLS: Final = frozenset(
     {"edit_image", "batch_edit_images", "submit_edit", "generate_image"}
@@ -98,7 +103,11 @@ def build_routes(
         tools.add_middleware(_CountedEdits())
         # Its own guard is the second line behind ours, and knows no names but the usual ones.
         has_names = bool(settings.allowed_hosts or settings.allowed_origins)
-        mcp = tools.http_app(path=MCP_PATH, host_origin_protection=False if has_names else "auto")
+        mcp = tools.http_app(
+            path=MCP_PATH,
+            host_origin_protection=False if has_names else "auto",
+            session_idle_timeout=MCP_IDLE_S,
+        )
     if settings.enable_ui:
         page = Page(service, settings, pulls)
     app = FastAPI(
@@ -148,11 +157,20 @@ def _lifespan(
             await stack.enter_async_context(pulls)
             if mcp is not None:
                 await stack.enter_async_context(mcp.lifespan(mcp))
+                _limit_sessions(mcp)
             if page is not None:
                 await stack.enter_async_context(page.lifespan())
             yield
 
     return lifespan
+
+
+def _limit_sessions(mcp: StarletteWithLifespan) -> None:
+    """Have a running MCP refuse further sessions with 503; http_app takes no such limit."""
+    for route in mcp.routes:
+        if isinstance(route, Route) and isinstance(route.endpoint, StreamableHTTPASGIApp):
+            assert route.endpoint.session_manager is not None, "the MCP is not running"
+            route.endpoint.session_manager.max_sessions = MCP_SESSIONS
 
 
 class _CountedEdits(Middleware):
