@@ -227,6 +227,28 @@ def test_an_event_that_is_no_event_is_refused_in_a_sentence(
         assert answer.json()["code"] == "invalid_parameter"
 
 
+@pytest.mark.parametrize(
+    "wanted", ["bytes=" + ",".join(["0-1"] * 10_000), "bytes=1-2-3", "bytes=-", "lines=1-2", "-"]
+)
+def test_a_range_that_nobody_understands_is_ignored(page: httpx2.Client, wanted: str) -> None:
+    path = upload(page, b"0123456789")
+
+    answer = page.get(f"/gradio_api/file={path}", headers={"Range": wanted})
+    part = page.get(f"/gradio_api/file={path}", headers={"Range": "bytes=2-4"})
+
+    assert (answer.status_code, answer.content) == (200, b"0123456789")
+    assert part.status_code == 206
+    assert part.content.startswith(b"234")
+
+
+def test_failures_of_gradio_have_the_form_of_all_others(page: httpx2.Client) -> None:
+    answer = join(page, 99_999, [])
+
+    assert answer.status_code == 500
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "internal"
+
+
 # --- room -----------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from http import HTTPStatus
 from typing import Final
 
 from starlette.datastructures import MutableHeaders
@@ -21,6 +23,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from step1x_edit.errors import InternalError
 from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.page_files import PageFiles, own_folder
 from step1x_edit.pulls import Pulls
@@ -95,8 +98,14 @@ class Page:
             receive = await _checked(scope, receive, files)
         elif path.startswith(_FILE):
             files.check_is_inside(path.removeprefix(_FILE))
+        has_failed = False
 
         async def allowed(message: Message) -> None:
+            nonlocal has_failed
+            if message["type"] == "http.response.start":
+                has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
+            if has_failed:
+                return  # it is told in our form instead
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
@@ -104,12 +113,15 @@ class Page:
                     headers.setdefault("Cache-Control", "private, max-age=3600")
             await send(message)
 
-        inner = {**scope, "root_path": "", "app": app}
+        headers = [(name, value) for name, value in scope["headers"] if _is_understood(name, value)]
+        inner = {**scope, "root_path": "", "app": app, "headers": headers}
         async with contextlib.AsyncExitStack() as stack:
             if path.startswith(_HEARTBEAT):
                 session = path.removeprefix(_HEARTBEAT)
                 await stack.enter_async_context(files.open_page(session))
             await app(inner, receive, allowed)
+        if has_failed:
+            raise InternalError("the page failed unexpectedly; the server's log says more")
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         from step1x_edit.interfaces.ui_uploads import receive_upload
@@ -141,6 +153,11 @@ class Page:
             built.set_result(build(self._service, self._settings, self._pulls, files))
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
             built.set_exception(error)
+
+
+def _is_understood(name: bytes, value: bytes) -> bool:
+    """Whether Gradio can read a header: it fails at anything but one simple range."""
+    return name != b"range" or re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
 
 
 async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
