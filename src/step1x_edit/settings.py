@@ -430,8 +430,8 @@ class Settings(BaseSettings):
         Path,
         Field(
             default_factory=_data_folder,
-            description="Folder for our own files: stored jobs, and the note by which a running "
-            "server is found; unset: the user's data folder",
+            description="Folder for our own files: stored jobs, pictures of the page, and the note "
+            "by which a running server is found; unset: the user's data folder",
         ),
     ]
     jobs_max_mb: Annotated[
