@@ -329,7 +329,7 @@ async def test_the_token_opens_every_route(make_service: MakeService, tmp_path: 
         [("Authorization", f"Bearer {KEY.upper()}")],
         [("Authorization", f"Bearer {KEY} {KEY}")],
         [("Authorization", "Bearer 🔑")],
-        [("Authorization", "Bearer " + "x" * 100_000)],
+        [("Authorization", "Bearer " + "x" * 60_000)],
         [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {KEY}")],
         [("Authorization", f"Bearer {KEY}"), ("Authorization", "Bearer wrong")],
         [("X-Api-Key", KEY)],

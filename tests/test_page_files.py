@@ -185,22 +185,25 @@ def made_for(client: httpx2.Client, session: str) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
 def test_what_never_ends_or_leads_elsewhere_is_refused_before_it_is_opened(
-    page: httpx2.Client, outside: Path, tmp_path: Path
+    page: httpx2.Client, outside: Path, tmp_path: Path, data_dir: Path
 ) -> None:
-    folder = Path(upload(page)).parent
+    shown = Path(upload(page)).parent
+    folder = data_dir / "page" / "0" / shown.relative_to("/page")
     os.mkfifo(folder / "pipe")
     os.mkfifo(tmp_path / "pipe")
     (folder / "link").symlink_to(outside)
 
     function = dependencies(page)[0]["id"]
+    up = "/.." * len(folder.parts)
     for path in (
-        folder / "pipe",
+        shown / "pipe",
         tmp_path / "pipe",
-        folder / "link",
-        folder,
-        folder / "gone.png",
-        f"{folder}/../../../../../{outside.name}",
-        f"{folder}/a\0.png",
+        shown / "link",
+        shown,
+        shown / "gone.png",
+        f"/page{up}{outside}",
+        f"{shown}/a\0.png",
+        folder / "a.png",  # by its real path
         "a.png",
         "",
     ):
@@ -249,6 +252,20 @@ def test_failures_of_gradio_have_the_form_of_all_others(page: httpx2.Client) -> 
     assert answer.json()["code"] == "internal"
 
 
+def test_no_path_of_the_server_is_shown(page: httpx2.Client, data_dir: Path) -> None:
+    assert upload(page).startswith("/page/uploads/")
+    for one in dependencies(page):
+        if not one["inputs"] and one["targets"][0][1] == "click":
+            join(page, one["id"], [], "looking").raise_for_status()
+    path = made_for(page, "looking")
+
+    assert path.startswith("/page/made/")
+    assert page.get(f"/gradio_api/file={path}").status_code == 200
+    for answer in (page.get("/"), page.get("/config")):
+        assert str(data_dir) not in answer.text
+        assert answer.status_code == 200
+
+
 # --- room -----------------------------------------------------------------------------------------
 
 
@@ -265,7 +282,7 @@ async def sent(files: PageFiles, size: int, name: str = "a.png") -> str:
     async with files.upload(size) as upload:
         path = upload.folder / name
         path.write_bytes(b"x" * size)
-    return str(path)
+    return files.shown(str(path).encode()).decode()
 
 
 def event(path: str) -> dict[str, Any]:
@@ -279,13 +296,13 @@ async def test_uploads_that_were_named_fill_the_room_until_their_sessions_leave(
     files = PageFiles(tmp_path, 1_000_000, clock)
     async with files.open_page("open"), files.open_page("other"):
         for session in ("open", "open", "other", "other"):
-            await files.check_event(session, event(await sent(files, 250_000)))
+            await files.take_event(session, event(await sent(files, 250_000)))
         with pytest.raises(NoSpaceError, match="the pictures of all visitors take more than 0 MB"):
             await sent(files, 250_000)
 
     await sent(files, 250_000)  # both have left
     clock.now += 3601
-    await files.check_event("open", {})
+    await files.take_event("open", {})
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
@@ -293,13 +310,13 @@ async def test_uploads_that_nobody_has_named_give_way_to_others(tmp_path: Path) 
     files = PageFiles(tmp_path, 1_000_000)
     async with files.open_page("open"):
         named = await sent(files, 400_000)
-        await files.check_event("open", event(named))
+        await files.take_event("open", event(named))
         paths = [await sent(files, 300_000) for _ in range(5)]
 
         with pytest.raises(PathNotAllowedError, match="upload it again"):
-            await files.check_event("open", event(paths[0]))
-        await files.check_event("open", event(paths[-1]))
-        assert Path(named).exists()
+            await files.take_event("open", event(paths[0]))
+        await files.take_event("open", event(paths[-1]))
+        assert Path(files.real(named)).exists()
 
 
 async def test_the_files_of_a_session_stay_while_its_page_is_open(tmp_path: Path) -> None:
@@ -310,15 +327,16 @@ async def test_the_files_of_a_session_stay_while_its_page_is_open(tmp_path: Path
     made.parent.mkdir(parents=True)
     made.write_bytes(b"x")
     async with files.open_page("open"):
-        await files.check_event("open", event(path))
+        await files.take_event("open", event(path))
         clock.now += 100_000
-        await files.check_event("open", event(path))
-        await files.check_event("open", event(str(made)))
+        await files.take_event("open", event(path))
+        await files.take_event("open", event(files.shown(bytes(made)).decode()))
 
+    lies = Path(files.real(path))
     clock.now += 601
-    await files.check_event("other", {})
+    await files.take_event("other", {})
     assert not made.exists()
-    assert not Path(path).exists()
+    assert not lies.exists()
 
 
 async def test_sessions_that_never_open_the_page_are_forgotten(tmp_path: Path) -> None:
@@ -327,7 +345,7 @@ async def test_sessions_that_never_open_the_page_are_forgotten(tmp_path: Path) -
     for number in range(1100):
         folder = files.folder_of(str(number))
         folder.mkdir(parents=True)
-        await files.check_event(str(number), {})
+        await files.take_event(str(number), {})
 
     assert len(list((tmp_path / "made").iterdir())) <= 1001
 

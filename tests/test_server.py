@@ -518,11 +518,12 @@ def test_nothing_that_visitors_sent_is_left_when_a_killed_server_is_started_agai
         )
         process.popen.kill()
         process.ended()
-    assert Path(answer.json()[0]).read_bytes() == b"a picture"
+        folder = process.data_dir / page_files.FOLDER_NAME
+        left = folder / "0" / Path(answer.json()[0]).relative_to(page_files.SHOWN_FOLDER)
+    assert left.read_bytes() == b"a picture"
 
     with started(FAKE, tmp_path) as process:
         process.url()
-        folder = process.data_dir / page_files.FOLDER_NAME
         assert files_in(folder) == {"0", "0.lock"}
         assert files_in(folder / "0") == set()
 

@@ -4,7 +4,8 @@ All lie in one folder below DATA_DIR. It belongs to one server, and is emptied w
 and when it ends. An event of the page may name a file that was made for its session, or an upload:
 the address of an upload holds 128 random bits, so only its sender knows it, and the first session
 that names it owns it. Everything else is refused by its name or its kind, and nothing is opened for
-that. The module knows nothing about HTTP and Gradio.
+that. Visitors see the folder under the name `/page`, so that no path of the server leaves it. The
+module knows nothing about HTTP and Gradio.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import os
 import secrets
 import shutil
@@ -22,12 +24,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
 from step1x_edit.errors import NoSpaceError, PathNotAllowedError, SettingsError
 
 FOLDER_NAME: Final = "page"
+SHOWN_FOLDER: Final = "/page"
+"""What visitors see in the place of the folder."""
 
 _SERVERS: Final = 16  # that may share a data folder
 _MADE: Final = "made"
@@ -122,6 +127,15 @@ class PageFiles:
     ) -> None:
         """Uploads take at most `max_bytes` together."""
         self.folder = folder
+        text = str(folder)
+        self._spellings = {
+            spelling.encode()
+            for spelling in (
+                json.dumps(text)[1:-1],
+                json.dumps(text, ensure_ascii=False)[1:-1],
+                quote(text, safe="/"),
+            )
+        }
         self._max_bytes = max_bytes
         self._now = now
         self._secret = secrets.token_bytes(32)
@@ -150,36 +164,46 @@ class PageFiles:
 
     # --- what an event names ----------------------------------------------------------------------
 
-    async def check_event(self, session: str, event: object) -> None:
-        """Raise PathNotAllowedError if an event names a file that is not the session's."""
+    async def take_event(self, session: str, event: object) -> None:
+        """Put the real paths into an event, in the place of those that visitors see.
+
+        Raises PathNotAllowedError if the event names a file that is not the session's.
+        """
         self._visits.note(session)
         await self._tidy(_AWAY_S, _UNUSED_S)
-        for path in _paths_in(event):
-            if path is not None:
-                self._check(session, path)
+        for named in _with_paths(event):
+            if named["path"] is not None:
+                named["path"] = self._owned(session, named["path"])
 
-    def check_is_inside(self, path: object) -> str:
-        """The path, if it is the real one of a plain file in the folder.
+    def real(self, path: object) -> str:
+        """The real path of a plain file in the folder, by the path that visitors see.
 
-        Raises PathNotAllowedError otherwise.
+        Raises PathNotAllowedError if there is none.
         """
         # By its name first, so that nothing outside of the folder is so much as looked at.
-        if not isinstance(path, str) or "\0" in path or not self._holds(os.path.normpath(path)):
+        if not isinstance(path, str) or "\0" in path or not path.startswith(f"{SHOWN_FOLDER}/"):
             raise PathNotAllowedError("the page has only files that it has received or made")
-        real = os.path.realpath(path)
+        real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
         if not self._holds(real) or not _is_file(real):
             raise PathNotAllowedError("the file is not there any more; upload it again")
         return real
 
-    def _check(self, session: str, path: object) -> None:
-        real = Path(self.check_is_inside(path))
+    def shown(self, text: bytes) -> bytes:
+        """What is sent to visitors, with the name that they see in the place of the folder."""
+        for spelling in self._spellings:
+            text = text.replace(spelling, SHOWN_FOLDER.encode())
+        return text
+
+    def _owned(self, session: str, path: object) -> str:
+        real = Path(self.real(path))
         kind, name, *_ = real.relative_to(self.folder).parts
         if kind == _MADE and real.is_relative_to(self.folder_of(session)):
-            return
+            return str(real)
         upload = self._uploads.get(name) if kind == _UPLOADS else None
         if upload is None or upload.owner not in (None, session):
             raise PathNotAllowedError("the file belongs to another visitor; upload it again")
         upload.owner = session
+        return str(real)
 
     def _holds(self, path: str) -> bool:
         return path.startswith(f"{self.folder}{os.sep}")
@@ -246,14 +270,14 @@ class PageFiles:
             await asyncio.to_thread(_remove, doomed)
 
 
-def _paths_in(value: object) -> Iterator[object]:
-    """What stands in the place of a path, at any depth."""
+def _with_paths(value: object) -> Iterator[dict[str, object]]:
+    """What has something in the place of a path, at any depth."""
     pending = [value]
     while pending:
         match pending.pop():
             case dict() as members:
                 if "path" in members:
-                    yield members["path"]
+                    yield members
                 pending.extend(members.values())
             case list() as items:
                 pending.extend(items)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import re
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Final
+from urllib.parse import quote
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -23,12 +26,14 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from step1x_edit.errors import InternalError
+from step1x_edit.errors import InternalError, InvalidParameterError
 from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.page_files import PageFiles, own_folder
 from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService
 from step1x_edit.settings import Settings, keep_gradio_quiet
+
+log = logging.getLogger(__name__)
 
 _ROUTES: Final = {
     "/": ["GET"],
@@ -52,6 +57,8 @@ _FILE: Final = "/gradio_api/file="
 _HEARTBEAT: Final = "/gradio_api/heartbeat/"
 _UPLOAD: Final = "/gradio_api/upload"
 _EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
+_FIXED: Final = ("/assets/", "/static/")
+_TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # that can name files
 _QUOTA: Final = 8  # uploads of the largest size, for all visitors together
 # Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
 _POLICY: Final = (
@@ -97,11 +104,11 @@ class Page:
         elif path in _EVENTS:
             receive = await _checked(scope, receive, files)
         elif path.startswith(_FILE):
-            files.check_is_inside(path.removeprefix(_FILE))
-        has_failed = False
+            path = f"{_FILE}{files.real(path.removeprefix(_FILE))}"
+        has_failed = is_text = False
 
         async def allowed(message: Message) -> None:
-            nonlocal has_failed
+            nonlocal has_failed, is_text
             if message["type"] == "http.response.start":
                 has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
             if has_failed:
@@ -109,17 +116,28 @@ class Page:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
-                if path.startswith(("/assets/", "/static/")):
+                if path.startswith(_FIXED):
                     headers.setdefault("Cache-Control", "private, max-age=3600")
+                is_text = headers.get("content-type", "").startswith(_TEXTS)
+                if is_text:
+                    del headers["Content-Length"]
+            elif is_text:
+                message = {**message, "body": files.shown(message.get("body", b""))}
             await send(message)
 
-        headers = [(name, value) for name, value in scope["headers"] if _is_understood(name, value)]
-        inner = {**scope, "root_path": "", "app": app, "headers": headers}
+        headers = [each for each in scope["headers"] if _is_understood(path, *each)]
+        changed = {"path": path, "raw_path": quote(path).encode(), "headers": headers}
+        inner = {**scope, "root_path": "", "app": app, **changed}
         async with contextlib.AsyncExitStack() as stack:
             if path.startswith(_HEARTBEAT):
                 session = path.removeprefix(_HEARTBEAT)
                 await stack.enter_async_context(files.open_page(session))
-            await app(inner, receive, allowed)
+            try:
+                await app(inner, receive, allowed)
+            except Exception:
+                if not has_failed:
+                    raise
+                log.exception("the page failed")
         if has_failed:
             raise InternalError("the page failed unexpectedly; the server's log says more")
 
@@ -155,8 +173,13 @@ class Page:
             built.set_exception(error)
 
 
-def _is_understood(name: bytes, value: bytes) -> bool:
-    """Whether Gradio can read a header: it fails at anything but one simple range."""
+def _is_understood(path: str, name: bytes, value: bytes) -> bool:
+    """Whether Gradio shall see a header: it fails at anything but one simple range.
+
+    Nor shall it compress what we have to read again.
+    """
+    if name == b"accept-encoding":
+        return path.startswith(_FIXED)
     return name != b"range" or re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
 
 
@@ -164,8 +187,12 @@ async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
     """Read an event of the page, refuse it if it names files of others, and give it out again."""
     body = await json_bodies.read_text(Request(scope, receive))
     event = await json_bodies.parse(body)
-    await files.check_event(str(event.get("session_hash")), event)
-    given: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+    await files.take_event(str(event.get("session_hash")), event)
+    try:
+        text = json.dumps(event)
+    except RecursionError:
+        raise InvalidParameterError("the JSON is nested too deeply") from None
+    given: list[Message] = [{"type": "http.request", "body": text.encode()}]
 
     async def again() -> Message:
         return given.pop() if given else await receive()
