@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
+import yaml
 from fastmcp import Client
 from typer.testing import CliRunner
 
 from step1x_edit import MCPClient
+from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.interfaces.cli import app
+from step1x_edit.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,19 +26,28 @@ FILES = {
     "claude-code": (".claude.json", "mcpServers"),
     "cursor": (".cursor/mcp.json", "mcpServers"),
     "vscode": (".config/Code/User/mcp.json", "servers"),
+    "codex": (".codex/config.toml", "mcp_servers"),
+    "gemini": (".gemini/settings.json", "mcpServers"),
+    "windsurf": (".codeium/windsurf/mcp_config.json", "mcpServers"),
+    "zed": (".config/zed/settings.json", "context_servers"),
+    "lm-studio": (".lmstudio/mcp.json", "mcpServers"),
+    "cline": (".cline/data/settings/cline_mcp_settings.json", "mcpServers"),
+    "goose": (".config/goose/config.yaml", "extensions"),
+    "continue": (".continue/config.yaml", "mcpServers"),
 }
+UNLIMITED = ("claude-code", "vscode")
 
 run = CliRunner()
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user without any configuration."""
+    """A user without any configuration and with no setting of ours."""
     if sys.platform != "linux":
         pytest.skip("the places are those of Linux")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("XDG_CONFIG_HOME", "MODEL_PATH", "GPU_IDLE_TIMEOUT"):
+    for name in ("XDG_CONFIG_HOME", *(field.upper() for field in Settings.model_fields)):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -43,35 +56,197 @@ def config(*flags: str) -> Any:
     return run.invoke(app, ["mcp", "config", *flags])
 
 
+def parsed(path: str, text: str) -> Any:
+    """The text as the client reads it: by another library than ours where there is one."""
+    match Path(path).suffix:
+        case ".toml":
+            return tomlkit.parse(text).unwrap()
+        case ".yaml":
+            return yaml.safe_load(text)
+    return json.loads(text)
+
+
+def entry_in(content: Any, key: str) -> dict[str, Any]:
+    """Our entry, in the shape that most clients have."""
+    servers = content[key]
+    if isinstance(servers, list):
+        (entry,) = [server for server in servers if server["name"] == "step1x-edit"]
+    else:
+        entry = servers["step1x-edit"]
+    found = dict(entry)
+    for theirs, ours in (("cmd", "command"), ("envs", "env")):
+        if theirs in found:
+            found[ours] = found.pop(theirs)
+    return found
+
+
 @pytest.mark.parametrize("client", FILES)
 def test_each_client_gets_its_own_shape_and_place(home: Path, client: str) -> None:
     path, key = FILES[client]
     result = config("--client", client)
 
-    entry = json.loads(result.stdout)[key]["step1x-edit"]
-    assert (entry.get("type") == "stdio") == (client in ("claude-code", "vscode"))
+    content = parsed(path, result.stdout)
+    entry = entry_in(content, key)
+    assert list(content) == [key]
+    assert (entry.get("type") == "stdio") == (client in (*UNLIMITED, "goose", "continue"))
+    assert ("name" in entry) == (client in ("goose", "continue"))
+    assert (entry.get("enabled"), entry.get("timeout")) == (
+        (True, 300) if client == "goose" else (None, None)
+    )
     assert entry["command"] == sys.executable
     assert entry["args"] == [str(ROOT / "mcp_server.py")]
-    assert "env" not in entry
     assert str(home / path) in result.stderr
     assert not (home / path).exists()
+
+
+@pytest.mark.parametrize("client", FILES)
+def test_a_client_that_ends_calls_is_answered_before(
+    home: Path, client: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, key = FILES[client]
+    waits = {"gemini": "590", "goose": "290"} | dict.fromkeys(UNLIMITED)
+
+    usual = entry_in(parsed(path, config("--client", client).stdout), key)
+    monkeypatch.setenv("MCP_MAX_WAIT", "20")
+    chosen = entry_in(parsed(path, config("--client", client).stdout), key)
+
+    assert usual.get("env", {}).get("MCP_MAX_WAIT") == waits.get(client, "50")
+    assert chosen["env"]["MCP_MAX_WAIT"] == "20"
+
+
+def test_every_setting_that_is_set_is_written_but_the_key(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("in", "out", "loras", "models/v1.1"):
+        (home / folder).mkdir(parents=True)
+    (home / "loras" / "snow.safetensors").touch()
+    given = {
+        "MODEL_PATH": "models/v1.1",
+        "MODEL_VERSION": "v1.1",
+        "ALLOWED_DIRS": f"in{os.pathsep}out",
+        "LORA_PATH": f"loras{os.pathsep}look.safetensors@0.8",
+        "PRECISION": "INT8",
+        "ENABLE_UI": "no",
+        "ALLOWED_HOSTS": "a.example, b.example",
+        "DEFAULT_GUIDANCE_SCALE": "4.5",
+        "LOG_LEVEL": "info",
+        "API_KEY": "a-secret",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    (home / ".env").write_text("DATA_DIR=data\nGPU_IDLE_TIMEOUT=77\n")
+
+    result = config("--client", "vscode")
+
+    variables = json.loads(result.stdout)["servers"]["step1x-edit"]["env"]
+    assert variables == {
+        "MODEL_PATH": str(home / "models" / "v1.1"),
+        "MODEL_VERSION": "v1.1",
+        "LORA_PATH": f"{home}/loras/snow.safetensors@0{os.pathsep}{home}/look.safetensors@0.8",
+        "GPU_IDLE_TIMEOUT": "77",
+        "PRECISION": "int8",
+        "ALLOWED_DIRS": f"{home / 'in'}{os.pathsep}{home / 'out'}",
+        "ENABLE_UI": "false",
+        "ALLOWED_HOSTS": "a.example,b.example",
+        "DATA_DIR": str(home / "data"),
+        "DEFAULT_GUIDANCE_SCALE": "4.5",
+        "LOG_LEVEL": "INFO",
+    }
+    assert "a-secret" not in result.output
+    assert "API_KEY is left out" in result.stderr
+    before = load_settings()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (home / ".env").unlink()
+    monkeypatch.chdir(home / "out")
+    after = load_settings()  # as a client does, from another folder
+    assert after.model_fields_set == before.model_fields_set
+    assert (after.model_path, after.data_dir) == (home / "models" / "v1.1", home / "data")
+    for name in ("allowed_dirs", "allowed_hosts", "enable_ui", "precision", "gpu_idle_timeout"):
+        assert getattr(after, name) == getattr(before, name)
+    assert list(after.lora_path.values()) == list(before.lora_path.values())
+
+
+def test_the_name_of_a_model_is_not_taken_for_a_path(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_PATH", "v1.1")
+    monkeypatch.setenv("DATA_DIR", str(home / "data"))
+    folder = home / "data" / "models" / find_model("v1.1").folder_name
+
+    not_pulled = json.loads(config("--client", "zed").stdout)
+    folder.mkdir(parents=True)
+    pulled = json.loads(config("--client", "zed").stdout)
+
+    paths = [
+        entry_in(each, "context_servers")["env"]["MODEL_PATH"] for each in (not_pulled, pulled)
+    ]
+    assert paths == ["v1.1", str(folder)]
 
 
 async def test_what_is_printed_starts_the_server(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MODEL_PATH", "models")
     monkeypatch.setenv("GPU_IDLE_TIMEOUT", "77")
-    entry = json.loads(config("--client", "cursor").stdout)["mcpServers"]["step1x-edit"]
-    for name in ("MODEL_PATH", "GPU_IDLE_TIMEOUT"):
-        monkeypatch.delenv(name)
-    assert entry["env"] == {"MODEL_PATH": str(home / "models"), "GPU_IDLE_TIMEOUT": "77"}
+    entry = json.loads(config("--client", "claude-code").stdout)["mcpServers"]["step1x-edit"]
+    monkeypatch.delenv("GPU_IDLE_TIMEOUT")
+    assert entry["env"] == {"GPU_IDLE_TIMEOUT": "77"}
 
     for name, value in entry["env"].items():
         monkeypatch.setenv(name, value)
     async with MCPClient(entry["args"][0]) as client:
         status = await client.call_tool("get_gpu_status")
     assert status["gpu_status"]["idle_timeout"] == 77
+
+
+EXISTING = {
+    ".json": '{"theme": "dark", "KEY": {"other": {"command": "x"}, "step1x-edit": {"old": 1}}}',
+    ".toml": '# mine\nmodel = "m"  # the best\n\n[KEY.other]\ncommand = "x"\n\n'
+    '[KEY.step1x-edit]\nold = 1\n\n[profiles.a]\nmodel = "n"\n',
+    ".yaml": "# mine\nmodel: m  # the best\nKEY:\n  other:\n    command: x\n"
+    "  step1x-edit:\n    old: 1\nslash: [a, b]\n",
+    "list": "# mine\nname: me\nKEY:\n  - name: other\n    command: x  # the best\n"
+    "  - name: step1x-edit\n    old: 1\nrules: []\n",
+}
+
+
+@pytest.mark.parametrize("client", FILES)
+def test_writing_replaces_our_entry_and_keeps_the_rest(home: Path, client: str) -> None:
+    path, key = FILES[client]
+    file = home / path
+    text = EXISTING["list" if client == "continue" else file.suffix].replace("KEY", key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+    first, second = (config("--client", client, "--write") for _ in range(2))
+
+    assert (first.exit_code, second.exit_code) == (0, 0), first.stderr
+    written, before = file.read_text(), parsed(path, text)
+    content = parsed(path, written)
+    assert entry_in(content, key)["command"] == sys.executable
+    assert "old" not in entry_in(content, key)
+    for each in (content, before):
+        servers = each[key]
+        if isinstance(servers, list):
+            each[key] = [server for server in servers if server["name"] != "step1x-edit"]
+        else:
+            del servers["step1x-edit"]
+    assert content == before
+    assert written.count("# mine") == text.count("# mine")
+    assert written.count("# the best") == text.count("# the best")
+    assert file.with_name(f"{file.name}.bak").read_text() == text
+
+
+@pytest.mark.parametrize("client", FILES)
+def test_a_new_file_has_what_its_client_needs(home: Path, client: str) -> None:
+    path, key = FILES[client]
+
+    assert config("--client", client, "--write").exit_code == 0
+
+    content = parsed(path, (home / path).read_text())
+    assert entry_in(content, key)["args"] == [str(ROOT / "mcp_server.py")]
+    extra = {"name", "version", "schema"} if client == "continue" else set()
+    assert content.keys() == {key, *extra}
 
 
 def test_writing_keeps_other_entries_and_a_backup(home: Path) -> None:
@@ -108,19 +283,33 @@ def test_a_file_that_is_not_there_yet_is_made(home: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["mcp.json"]
 
 
-@pytest.mark.parametrize("content", ['{"servers": {} // mine\n}', "[]", '{"servers": []}'])
-def test_a_file_that_cannot_be_kept_as_it_is_is_left_alone(home: Path, content: str) -> None:
-    path = home / FILES["vscode"][0]
+@pytest.mark.parametrize(
+    ("client", "content"),
+    [
+        ("vscode", '{"servers": {} // mine\n}'),
+        ("vscode", "[]"),
+        ("vscode", '{"servers": []}'),
+        ("codex", "model = \n"),
+        ("codex", 'mcp_servers = "none"\n'),
+        ("goose", "extensions: [\n"),
+        ("goose", "- a\n"),
+        ("continue", "mcpServers:\n  a: {}\n"),
+    ],
+)
+def test_a_file_that_cannot_be_kept_as_it_is_is_left_alone(
+    home: Path, client: str, content: str
+) -> None:
+    path = home / FILES[client][0]
     path.parent.mkdir(parents=True)
     path.write_text(content)
 
-    result = config("--client", "vscode", "--write")
+    result = config("--client", client, "--write")
 
     assert result.exit_code == 2
     assert f"{path} cannot be added to" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert path.read_text() == content
-    assert [each.name for each in path.parent.iterdir()] == ["mcp.json"]
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
 def test_a_client_that_nobody_knows_is_a_usage_error() -> None:

@@ -123,4 +123,15 @@ def test_the_guide_says_where_each_client_has_its_configuration(
     if sys.platform == "linux":
         assert Path(row[1]).expanduser() == file.path
     assert row[2].startswith(file.key)
-    assert ("stdio" in row[2]) == file.says_type
+    assert ("stdio" in row[2]) == ("type" in file.shape("python3", [], {}))
+    advised = set(re.findall(r"MCP_MAX_WAIT=(\d+)", advice_for(client)))
+    assert advised == (set() if file.limit_s is None else {str(file.limit_s - 10)})
+
+
+def advice_for(client: ClientName) -> str:
+    """What the guide says to set for the client, in the rows about limits that name it."""
+    name = {"vscode": "vs code"}.get(client.value, client.value.replace("-", " "))
+    limits = rows("client")
+    found = [what for names, _, _, what in limits if name in names.lower()]
+    assert found
+    return " ".join(found)

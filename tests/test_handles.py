@@ -23,10 +23,11 @@ from fast_time import FastLoop
 from http_server import TOKEN, announcing, listening
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import EditCancelledError, JobNotFoundError, OutOfMemoryError
+from step1x_edit.interfaces.client_config import ClientName, config_file, server_entry
 from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.mcp import build_mcp
 from step1x_edit.service import EditService
-from step1x_edit.settings import inherited_environment
+from step1x_edit.settings import Settings, inherited_environment
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,12 +247,15 @@ async def test_a_call_that_has_waited_long_enough_leaves_its_edit_running(
 
 
 def within_limit(
-    service: EditService, limit_s: float, talk: Callable[[Client[Any], FastLoop], Awaitable[None]]
+    service: EditService,
+    limit_s: float,
+    talk: Callable[[Client[Any], FastLoop], Awaitable[None]],
+    max_wait_s: float = 0.0,
 ) -> None:
     """Talk to the tools as a client does that ends each call after `limit_s` seconds."""
 
     async def connected(loop: FastLoop) -> None:
-        async with Client(build_mcp(service), timeout=limit_s) as client:
+        async with Client(build_mcp(service, max_wait_s=max_wait_s), timeout=limit_s) as client:
             await talk(client, loop)
 
     loop = FastLoop()
@@ -290,6 +294,28 @@ def test_a_client_that_ends_calls_after_five_seconds_gets_its_edit(
         assert Path(answer["output_path"]).is_file()
 
     within_limit(make_service(FakeWorker(before_step=gate)), 5, talk)
+
+
+@pytest.mark.parametrize("name", [ClientName.CODEX, ClientName.GOOSE, ClientName.GEMINI])
+def test_a_client_that_knows_of_no_limit_gets_its_edit_with_what_its_file_says(
+    make_service: MakeService, photo: Path, name: ClientName
+) -> None:
+    file = config_file(name)
+    assert file.limit_s is not None
+    entry = server_entry(Settings(_env_file=None), file)  # type: ignore[call-arg]
+    max_wait_s = int((entry.get("env") or entry["envs"])["MCP_MAX_WAIT"])
+    gate = Gate()
+
+    async def talk(client: Client[Any], loop: FastLoop) -> None:
+        with loop.hurry():
+            job = await told(client, "edit_image", image_path=str(photo), prompt="x")
+        gate.open()
+
+        assert job["status"] == "running"
+        assert (await outcome(client, job["job_id"]))["status"] == "success"
+
+    service = make_service(FakeWorker(before_step=gate))
+    within_limit(service, file.limit_s, talk, max_wait_s)
 
 
 async def test_what_a_model_reads_of_edit_image_names_the_way_around_a_limit(

@@ -1,31 +1,41 @@
 """The configuration by which an MCP client starts our server: its shape, its place, its change.
 
-Each client has a JSON file of its own with the servers it knows. We add or replace one entry and
-keep everything else; the file as it was stays beside it.
+Each client has a file with the servers it knows, in JSON, TOML or YAML. We add or replace one entry
+and keep everything else; the file as it was stays beside it. The shapes are those of the clients'
+own documentation, which docs/mcp.md names.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import platformdirs
 
-from step1x_edit.errors import InvalidParameterError, OutputNotWritableError, SettingsError
+from step1x_edit.checkpoints.pulled import resolve_model_path
+from step1x_edit.errors import (
+    CheckpointError,
+    InvalidParameterError,
+    OutputNotWritableError,
+    SettingsError,
+)
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.settings import Settings
 
 _SCRIPT: Final = Path(__file__).resolve().parents[3] / "mcp_server.py"  # in a checkout
-_HANDED_ON: Final = ("model_path", "gpu_idle_timeout")
+_NEEDED_TO_LISTEN: Final = "api_key"  # a secret, which a server that a client starts does not need
+_SPARE_S: Final = 10  # between our answer and the end of a client's patience
+_GOOSE_LIMIT_S: Final = 300
 
 
 class ClientName(str, Enum):
@@ -35,16 +45,58 @@ class ClientName(str, Enum):
     CLAUDE_CODE = "claude-code"
     CURSOR = "cursor"
     VSCODE = "vscode"
+    CODEX = "codex"
+    GEMINI = "gemini"
+    WINDSURF = "windsurf"
+    ZED = "zed"
+    LM_STUDIO = "lm-studio"
+    CLINE = "cline"
+    GOOSE = "goose"
+    CONTINUE = "continue"
+
+
+Shape: TypeAlias = Callable[[str, list[str], dict[str, str]], dict[str, Any]]
+"""Makes an entry of a command, its arguments and its environment."""
+
+
+def _plain(command: str, arguments: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"command": command, "args": arguments}
+    return entry | ({"env": variables} if variables else {})
+
+
+def _with_type(command: str, arguments: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    return {"type": "stdio", **_plain(command, arguments, variables)}
+
+
+def _with_name(command: str, arguments: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    return {"name": SERVER_NAME, **_with_type(command, arguments, variables)}
+
+
+def _of_goose(command: str, arguments: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    return {
+        "name": SERVER_NAME,
+        "type": "stdio",
+        "enabled": True,
+        "cmd": command,
+        "args": arguments,
+        "envs": variables,
+        "timeout": _GOOSE_LIMIT_S,
+    }
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Where a client keeps its servers, and under which key."""
+    """Where a client keeps its servers, under which key, and how it treats them."""
 
     path: Path
     key: str = "mcpServers"
-    says_type: bool = False
-    """Whether the client wants to be told that an entry is a server to start."""
+    shape: Shape = _plain
+    limit_s: int | None = 60
+    """After how many seconds it gives up a call, or may as far as is known; None: never."""
+    is_list: bool = False
+    """Whether servers are items with a name instead of values by name."""
+    preamble: Mapping[str, str] | None = None
+    """What a new file needs besides the servers."""
 
 
 def config_file(client: ClientName) -> ConfigFile:
@@ -59,66 +111,183 @@ def config_file(client: ClientName) -> ConfigFile:
 
 
 def _config_file(client: ClientName) -> ConfigFile:
-    programs = Path(platformdirs.user_config_dir(roaming=True))
+    home, programs = Path.home(), Path(platformdirs.user_config_dir(roaming=True))
+    unixlike = home / ".config" if sys.platform == "darwin" else programs
     match client:
         case ClientName.CLAUDE_DESKTOP:
             return ConfigFile(programs / "Claude" / "claude_desktop_config.json")
         case ClientName.CLAUDE_CODE:
-            return ConfigFile(Path.home() / ".claude.json", says_type=True)
+            return ConfigFile(home / ".claude.json", shape=_with_type, limit_s=None)
         case ClientName.CURSOR:
-            return ConfigFile(Path.home() / ".cursor" / "mcp.json")
+            return ConfigFile(home / ".cursor" / "mcp.json")
         case ClientName.VSCODE:
-            return ConfigFile(programs / "Code" / "User" / "mcp.json", "servers", says_type=True)
+            path = programs / "Code" / "User" / "mcp.json"
+            return ConfigFile(path, "servers", _with_type, limit_s=None)
+        case ClientName.CODEX:
+            return ConfigFile(home / ".codex" / "config.toml", "mcp_servers")
+        case ClientName.GEMINI:
+            return ConfigFile(home / ".gemini" / "settings.json", limit_s=600)
+        case ClientName.WINDSURF:
+            return ConfigFile(home / ".codeium" / "windsurf" / "mcp_config.json")
+        case ClientName.ZED:
+            folder = programs / "Zed" if os.name == "nt" else unixlike / "zed"
+            return ConfigFile(folder / "settings.json", "context_servers")
+        case ClientName.LM_STUDIO:
+            return ConfigFile(home / ".lmstudio" / "mcp.json")
+        case ClientName.CLINE:
+            settings = home / ".cline" / "data" / "settings"
+            return ConfigFile(settings / "cline_mcp_settings.json")
+        case ClientName.GOOSE:
+            windows = programs / "Block" / "goose" / "config"
+            folder = windows if os.name == "nt" else unixlike / "goose"
+            return ConfigFile(folder / "config.yaml", "extensions", _of_goose, _GOOSE_LIMIT_S)
+        case ClientName.CONTINUE:
+            return ConfigFile(
+                home / ".continue" / "config.yaml",
+                shape=_with_name,
+                is_list=True,
+                preamble={"name": "Local config", "version": "1.0.0", "schema": "v1"},
+            )
 
 
 def server_entry(settings: Settings, file: ConfigFile) -> dict[str, Any]:
     """How the client starts our server: absolute paths, because it may start it anywhere."""
-    entry: dict[str, Any] = {"type": "stdio"} if file.says_type else {}
     arguments = [str(_SCRIPT)] if _SCRIPT.is_file() else ["-m", "step1x_edit.interfaces.cli", "mcp"]
-    entry |= {"command": str(Path(sys.executable).absolute()), "args": arguments}
-    if variables := _variables(settings):
-        entry["env"] = variables
-    return entry
+    return file.shape(
+        str(Path(sys.executable).absolute()), arguments, _variables(settings, file.limit_s)
+    )
 
 
-def _variables(settings: Settings) -> dict[str, str]:
-    """The settings that make a difference to an assistant, as far as they are set."""
-    chosen = {name: getattr(settings, name) for name in _HANDED_ON}
+def snippet(file: ConfigFile, entry: Mapping[str, Any]) -> str:
+    """The entry in the language of the file, with all that stands around it."""
+    content: dict[str, Any] = {}
+    _place(file, content, entry)
+    return _written(file.path, content)
+
+
+def _variables(settings: Settings, limit_s: int | None) -> dict[str, str]:
+    """The settings that are set, and for how long a call may last if the client ends it."""
+    names = settings.model_fields_set - {_NEEDED_TO_LISTEN}
+    chosen = {name: getattr(settings, name) for name in Settings.model_fields if name in names}
+    if settings.model_path is not None:
+        chosen["model_path"] = _model_path(settings.model_path, settings.data_dir)
+    if limit_s is not None:
+        chosen.setdefault("mcp_max_wait", limit_s - _SPARE_S)
     return {
-        name.upper(): str(value.absolute() if isinstance(value, Path) else value)
+        name.upper(): _as_text(value)
         for name, value in chosen.items()
-        if name in settings.model_fields_set and value is not None
+        if value not in (None, (), {})
     }
+
+
+def _model_path(path: Path, data_dir: Path) -> Path | str | None:
+    """The checkpoint, or the name of a model that has not been pulled yet, which is no path."""
+    try:
+        return resolve_model_path(path, data_dir)
+    except CheckpointError:
+        return str(path)
+
+
+def _as_text(value: object) -> str:
+    """A value as the environment has it."""
+    match value:
+        case bool():
+            return str(value).lower()
+        case Path():
+            return str(value.absolute())
+        case dict():  # files with a strength
+            return os.pathsep.join(f"{_as_text(path)}@{part:g}" for path, part in value.items())
+        case tuple():
+            separator = os.pathsep if isinstance(value[0], Path) else ","
+            return separator.join(map(_as_text, value))
+    return str(value)
 
 
 def write_entry(file: ConfigFile, entry: Mapping[str, Any]) -> Path | None:
     """Add our entry to the file, or replace it; returns where the file as it was lies now."""
     path = Path(os.path.realpath(file.path))  # a link to where someone keeps all such files
     try:
-        content = _read(path)
-        servers = content.setdefault(file.key, {})
-        if not isinstance(servers, dict):
-            raise _unusable(path, f"its {file.key} is not an object")
-        servers[SERVER_NAME] = dict(entry)
+        content = _read(path, file.preamble or {})
+        _place(file, content, entry)
         path.parent.mkdir(parents=True, exist_ok=True)
         backup = _backed_up(path)
-        _replace(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        _replace(path, _written(path, content))
     except OSError as error:
         raise OutputNotWritableError(f"{path} ({os.strerror(error.errno or 0).lower()})") from None
     return backup
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _place(file: ConfigFile, content: MutableMapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Put the entry where the client looks for it, in the place of an older one."""
+    if file.key not in content:
+        content[file.key] = [] if file.is_list else {}
+    servers = content[file.key]  # what the content has made of it
+    if not file.is_list:
+        if not isinstance(servers, MutableMapping):
+            raise _unusable(file.path, f"its {file.key} is not an object")
+        servers[SERVER_NAME] = dict(entry)
+        return
+    if not isinstance(servers, MutableSequence):
+        raise _unusable(file.path, f"its {file.key} is not a list")
+    for index, server in enumerate(servers):
+        if isinstance(server, Mapping) and server.get("name") == SERVER_NAME:
+            servers[index] = dict(entry)
+            return
+    servers.append(dict(entry))
+
+
+def _read(path: Path, preamble: Mapping[str, str]) -> MutableMapping[str, Any]:
+    """The content of a file, in a form that keeps comments where the language has them."""
     try:
         text = path.read_text("utf-8")
-        content = json.loads(text) if text.strip() else {}
+        content = _parsed(path, text) if text.strip() else dict(preamble)
     except FileNotFoundError:
-        return {}
+        return dict(preamble)
     except ValueError:
-        raise _unusable(path, "it is not plain JSON (comments?)") from None
-    if not isinstance(content, dict):
+        reason = {".json": "plain JSON (comments?)", ".toml": "TOML"}.get(path.suffix, "YAML")
+        raise _unusable(path, f"it is not {reason}") from None
+    if not isinstance(content, MutableMapping):
         raise _unusable(path, "it is not an object")
     return content
+
+
+# The libraries are imported here: the server that a client starts shares this module's commands.
+
+
+def _parsed(path: Path, text: str) -> Any:
+    """Raises ValueError if the text is not in the language of the file."""
+    match path.suffix:
+        case ".toml":
+            import tomlkit
+
+            return tomlkit.parse(text)  # its errors are ValueErrors
+        case ".yaml":
+            from ruamel.yaml import YAML
+            from ruamel.yaml.error import YAMLError
+
+            try:
+                return YAML().load(text)
+            except YAMLError as error:
+                raise ValueError from error
+    return json.loads(text)
+
+
+def _written(path: Path, content: Mapping[str, Any]) -> str:
+    match path.suffix:
+        case ".toml":
+            import tomlkit
+
+            return tomlkit.dumps(content)
+        case ".yaml":
+            from ruamel.yaml import YAML
+
+            yaml, text = YAML(), io.StringIO()
+            yaml.default_flow_style = False
+            yaml.allow_unicode = True
+            yaml.width = 4096  # paths are long, and stay in one line
+            yaml.dump(content, text)
+            return text.getvalue()
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 def _unusable(path: Path, reason: str) -> InvalidParameterError:

@@ -16,7 +16,6 @@ from step1x_edit.errors import InvalidParameterError
 from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
-    cli_settings,
     err,
     print_json,
     print_line,
@@ -27,9 +26,10 @@ from step1x_edit.interfaces.client_config import (
     ClientName,
     config_file,
     server_entry,
+    snippet,
     write_entry,
 )
-from step1x_edit.interfaces.discovery import SERVER_NAME
+from step1x_edit.settings import load_settings
 
 if TYPE_CHECKING:
     from fastmcp.client.progress import ProgressHandler
@@ -93,10 +93,13 @@ def config(
     """Print the configuration by which an MCP client starts this server, or write it."""
     with told_failures(as_json=False):
         file = config_file(client)
-        entry = server_entry(cli_settings(), file)
+        settings = load_settings()
+        entry = server_entry(settings, file)
+        if settings.api_key is not None:
+            err.print("API_KEY is left out: a server that a client starts needs none", markup=False)
         if not write:
-            print_json({file.key: {SERVER_NAME: entry}})
-            err.print(f"belongs into {file.path}, or add --write", markup=False)
+            typer.echo(snippet(file, entry), nl=False)
+            err.print(f"add this to {file.path}, or run again with --write", markup=False)
             return
         backup = write_entry(file, entry)
         print_line(file.path)
