@@ -81,3 +81,42 @@ def test_a_connection_that_is_lost_stops_the_edit(
 
     assert worker.stopped_at == {"x": 4}
     assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
+
+
+NO_MESSAGES = (
+    b"{",
+    b"",
+    b"\xff\xfe",
+    b'"\\ud83c"',
+    b"[]",
+    b"7",
+    b"{}",
+    b'{"jsonrpc": "1.0", "id": 1, "method": "ping"}',
+    b'{"jsonrpc": "2.0", "id": {}, "method": "ping"}',
+    b'{"jsonrpc": "2.0", "id": 1, "method": 7}',
+    b'{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": [1]}',
+    b'{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": 7}}',
+)
+
+
+@pytest.mark.parametrize("revision", ["2025-11-25", "2026-07-28"])
+def test_a_body_that_is_no_message_is_refused_in_one_sentence(
+    make_service: MakeService, revision: str
+) -> None:
+    headers = {
+        **HEADERS,
+        "Content-Type": "application/json",
+        "MCP-Protocol-Version": revision,
+    }
+    with listening(make_service()) as url:
+        answers = [
+            httpx2.post(url, content=body, headers=headers, trust_env=False) for body in NO_MESSAGES
+        ]
+
+    for body, answer in zip(NO_MESSAGES, answers, strict=True):
+        assert answer.status_code == 400, body
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        sentence = answer.json()["error"]["message"]
+        assert len(sentence) < 200
+        for text in ("\n", "alidation error", "pydantic", "JSONRPC", "line 1", "type="):
+            assert text not in sentence

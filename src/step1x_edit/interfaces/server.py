@@ -44,6 +44,7 @@ from step1x_edit.interfaces.hangups import TellHangUps
 from step1x_edit.interfaces.idempotency import Runs
 from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.interfaces.mcp_refusals import OneSentence
 from step1x_edit.interfaces.metrics import Metrics
 from step1x_edit.interfaces.models_rest import model_routes
 from step1x_edit.interfaces.openai_images import image_routes
@@ -132,7 +133,7 @@ def build_routes(
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
-        app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(mcp)))
+        app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(OneSentence(mcp))))
     if page is not None:
         app.router.routes.extend(page.as_routes())
     for kind in (Step1XEditError, HTTPException, Exception):

@@ -1,0 +1,64 @@
+"""What is said over HTTP about a body that is not a message of MCP.
+
+The library answers it with the whole text of its parser or validator, which tells of classes and
+lines that mean nothing to a client. Here such an answer becomes one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mcp_types import INVALID_REQUEST, PARSE_ERROR
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_BAD_REQUEST: Final = 400
+_SENTENCES: Final[Mapping[str, tuple[int, str]]] = {
+    "Parse error:": (PARSE_ERROR, "Parse error: the body is not JSON in UTF-8"),
+    "Validation error:": (
+        INVALID_REQUEST,
+        "Invalid request: the body must be one message of JSON-RPC 2.0, an object with jsonrpc, "
+        "method, params as an object, and an id if it is a request",
+    ),
+}
+"""Ours, with its code, by how the library's begins."""
+
+
+class OneSentence:
+    """An application whose refusals of malformed messages hold no text of the library."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: Message | None = None  # the head of a refusal, until its body is known
+
+        async def answer(message: Message) -> None:
+            nonlocal held
+            if message["type"] == "http.response.start" and message["status"] == _BAD_REQUEST:
+                held = message
+                return
+            if held is not None:
+                body = _in_one_sentence(message.get("body", b""))
+                headers = MutableHeaders(raw=list(held["headers"]))
+                headers["Content-Length"] = str(len(body))
+                await send({**held, "headers": headers.raw})
+                message, held = {**message, "body": body}, None
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+def _in_one_sentence(body: bytes) -> bytes:
+    try:
+        told: dict[str, Any] = json.loads(body)
+        message: str = told["error"]["message"]
+    except (ValueError, LookupError, TypeError):
+        return body
+    for beginning, (code, sentence) in _SENTENCES.items():
+        if message.startswith(beginning):
+            told["error"] = {"code": code, "message": sentence}
+            return json.dumps(told).encode()
+    return body
