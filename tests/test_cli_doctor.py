@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fakes import STREAMED
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import write_demo
+from step1x_edit.host_memory import HostMemory
 from step1x_edit.interfaces.cli import app
 from step1x_edit.machine import Survey, look
 from step1x_edit.schemas import SUGGESTED
@@ -229,3 +230,28 @@ def test_models_tells_why_the_chosen_one_does_not_run(
     assert f"\n{'':20}{tmp_path}\n{'':20}does not run: Manager not initialized" in result.stdout
     assert "3 MB on disk" in result.stdout
     assert "\n* " not in f"\n{result.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("device", "total_gb", "recommended"),
+    [
+        ("cuda:0, NVIDIA H200", 128, "v1.1 (it needs 10 GB of memory beside a GPU"),
+        ("cuda:0, a small card", 8, "demo (v1.1 needs 10 GB of memory beside a GPU"),
+        ("cpu", 64, "v1.1 (it needs 26 GB of memory without a GPU"),
+        ("cpu", 16, "demo (v1.1 needs 26 GB of memory without a GPU"),
+    ],
+)
+def test_the_list_of_models_recommends_what_suits_the_machine(
+    monkeypatch: pytest.MonkeyPatch, device: str, total_gb: int, recommended: str
+) -> None:
+    memory = HostMemory(total_gb * 10**9, total_gb * 10**9)
+    monkeypatch.setattr("step1x_edit.host_memory.look", lambda: memory)
+    monkeypatch.setattr(
+        "step1x_edit.machine.look", lambda start: Survey(torch="2.13.0", device=device)
+    )
+
+    told = run.invoke(app, ["models", "list"]).stdout.splitlines()[-1]
+    answer = json.loads(run.invoke(app, ["models", "list", "--json"]).stdout)
+
+    assert told.startswith(f"Recommended for this machine: {recommended}")
+    assert answer["recommended"] == recommended.split()[0]

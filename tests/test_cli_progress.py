@@ -142,5 +142,5 @@ def test_the_bar_fits_the_terminal_and_left_stands_with_its_time(width: int) -> 
         if line.strip()
     ]
     assert all(len(frame) <= width for frame in frames)
-    assert "denoising 2/28 3:10, about 26:00 left" in frames[-1]
+    assert "denoising 2/28, 3:10, about 26:00 left" in frames[-1]
     assert "left" not in frames[0]

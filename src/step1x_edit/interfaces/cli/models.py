@@ -148,10 +148,11 @@ def recommendation(device: str | None, memory: host_memory.HostMemory | None) ->
     if memory is None:
         return _EMBEDDED, "this system does not say how much memory it has"
     place = "beside a GPU" if has_gpu else "without a GPU"
-    here = f"{_REAL} needs {needed} GB of memory {place}, and there are {memory.total / _GIGA:.0f}"
+    needs = f"needs {needed} GB of memory {place}, and there are {memory.total / _GIGA:.0f}"
     if memory.total < needed * _GIGA:
-        return _EMBEDDED, here
-    return _REAL, here if has_gpu else f"{here}; an edit takes long without a GPU"
+        return _EMBEDDED, f"{_REAL} {needs}"
+    slowly = "" if has_gpu else "; an edit takes long without a GPU"
+    return _REAL, f"it {needs}{slowly}"
 
 
 def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ LINE_EVERY_S: Final = 10.0
 STARTING: Final = "starting"
 _LOOK_EVERY_S: Final = 1.0
 _WIDE: Final = 90  # columns of a terminal with room for a long bar
-_BESIDE_THE_LABEL: Final = 45  # columns for the text and the times, which must not be cut
+_BESIDE_THE_LABEL: Final = 46  # columns for what must not be cut: the text and the times
 
 Now = Callable[[], float]
 
@@ -68,7 +68,7 @@ class TimeLeft:
 
 
 class _Work:
-    """One piece of work, and the times to show with it."""
+    """One piece of work, and what to show of it."""
 
     def __init__(self, label: str, text: str, now: Now) -> None:
         self.label = label
@@ -78,11 +78,11 @@ class _Work:
         self._begun = now()
 
     @property
-    def times(self) -> str:
-        """How long it has taken and, if that is known, how long it will take."""
-        passed = duration(self._now() - self._begun)
+    def state(self) -> str:
+        """What is done, how long it has taken and, if that is known, how long it will take."""
+        told = f"{self.text}, {duration(self._now() - self._begun)}"
         seconds = self.left.seconds
-        return passed if seconds is None else f"{passed}, about {duration(seconds)} left"
+        return told if seconds is None else f"{told}, about {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
@@ -109,8 +109,8 @@ def display(to: Console, *extra: ProgressColumn, now: Now = time.monotonic) -> I
 # --- on a terminal -------------------------------------------------------------------------------
 
 
-class _Times(ProgressColumn):
-    """The times of the work."""
+class _State(ProgressColumn):
+    """How far the work is."""
 
     def __init__(self) -> None:
         super().__init__(Column(no_wrap=True))
@@ -118,7 +118,7 @@ class _Times(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         work: _Work = task.fields["work"]
-        return Text(work.times)
+        return Text(work.state)
 
 
 class _Bar:
@@ -134,15 +134,14 @@ class _Bar:
     @contextlib.contextmanager
     def drawn(cls, to: Console, extra: tuple[ProgressColumn, ...], now: Now) -> Iterator[_Bar]:
         """A bar that goes when the context ends."""
-        bar_width = 20 if to.width >= _WIDE else 8
+        bar_width = 20 if to.width >= _WIDE else 6
         room = max(8, to.width - bar_width - _BESIDE_THE_LABEL)
         label = Column(no_wrap=True, overflow="ellipsis", max_width=room)
         with RichProgress(
             TextColumn("{task.fields[work].label}", markup=False, table_column=label),
             BarColumn(bar_width),
             *extra,
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            _Times(),
+            _State(),
             console=to,
             transient=True,
             redirect_stdout=False,  # what is printed there is a result and not for stderr
@@ -160,7 +159,7 @@ class _Bar:
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
         self._work.left.saw(phase, done, total)
-        self._bar.update(self._task, description=text)
+        self._work.text = text
         if total is not None:
             self._bar.update(self._task, total=total, completed=done)
 
@@ -218,4 +217,4 @@ class _Lines:
         if work is None or self._now() - self._printed < LINE_EVERY_S:
             return
         self._printed = self._now()
-        self._to.print(f"{work.label}: {work.text}, {work.times}", markup=False)
+        self._to.print(f"{work.label}: {work.state}", markup=False)
