@@ -206,3 +206,13 @@ def test_status_without_a_server_is_one_sentence() -> None:
     assert result.exit_code == 0
     (line,) = result.stdout.splitlines()
     assert line.startswith("No server is running on this machine")
+
+
+def test_ctrl_c_while_the_program_starts_ends_it_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt  # comes while this is imported\n")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    result = program("status", env={"PYTHONPATH": paths})
+
+    assert result.returncode == 130
+    assert result.stderr == "interrupted\n"
