@@ -216,7 +216,7 @@ def test_without_a_server_there_is_nothing_to_tell_of_and_nothing_to_move() -> N
     moves = [run.invoke(app, [name]) for name in ("offload", "release")]
 
     assert status.exit_code == 0
-    assert "none is running on this machine" in status.stdout
+    assert status.stdout.startswith("No server is running on this machine")
     assert json.loads(as_json.stdout)["server"] is None
     assert [move.exit_code for move in moves] == [0, 0]
     assert [move.stdout for move in moves] == [
@@ -342,4 +342,5 @@ def test_standalone_does_not_look_for_a_server(photo: Path, tmp_path: Path) -> N
         )[0]
 
     assert url in through
-    assert "none is running" in alone
+    assert url not in alone
+    assert "No server is running" not in alone

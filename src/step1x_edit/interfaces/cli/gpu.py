@@ -19,6 +19,7 @@ _NO_SERVER: Final = (
     "No server is running on this machine, so no model is loaded: step1x-edit serve starts one, "
     "and without it each command loads a model while it works"
 )
+_ALONE: Final = "With --standalone no server is asked, and this command loads no model"
 
 
 def status(
@@ -37,7 +38,7 @@ def status(
             print_json({**answer.to_dict(), "server": editor.url})
             return
         if editor.url is None:
-            print_line(_NO_SERVER)
+            print_line(_ALONE if standalone else _NO_SERVER)
             return
         for name, value in _rows({"server": editor.url, **answer.gpu_status.to_dict()}):
             out.print(f"{name:<24} {value}", markup=False)
