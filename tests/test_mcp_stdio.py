@@ -571,6 +571,23 @@ def test_a_client_gets_these_answers_from_a_process_that_has_joined_a_server(
         check_answers_to_bad_lines(process)
 
 
+def test_a_call_that_is_too_long_for_the_joined_server_gets_a_sentence_that_says_so(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with announcing(make_service(max_upload_mb=1), data_dir):
+        process = start(tmp_path, DATA_DIR=str(data_dir))
+        say(process, HELLO, READY)
+        hear(process)
+        say(process, call(2, "view_image", {"path": "x" * 8_000_000}))
+        answer = hear(process)["result"]["structuredContent"]
+        say(process, call(3, "view_image", {"path": "no.png"}))
+        next_answer = hear(process)["result"]["structuredContent"]
+
+    assert "the call may be too long" in answer["error"]
+    assert next_answer["error"] == "Image file not found: no.png"
+
+
 # --- the end --------------------------------------------------------------------------------------
 
 ENDS = [("eof", 0), ("SIGTERM", 0), ("SIGINT", 130)]

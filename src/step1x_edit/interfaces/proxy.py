@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import mcp_types
 from fastmcp import FastMCP
 from fastmcp.server import create_proxy
 from fastmcp.server.dependencies import get_context
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import ToolResult
+from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolRequestParams
 
 from step1x_edit.errors import ModelUnavailableError
@@ -62,6 +64,12 @@ def build_proxy(server: RunningServer, calls: RunningCalls, max_wait_s: int = 0)
 def _explained(error: Exception) -> ModelUnavailableError:
     """What is wrong when the proxy itself fails: it does nothing but ask the other one."""
     log.warning("the joined server failed: %r", error)
+    cause = error.__cause__
+    if isinstance(cause, MCPError) and cause.code == mcp_types.INTERNAL_ERROR:
+        return ModelUnavailableError(  # the library does not say with which status
+            "the server that this one had joined answers with an error of HTTP; the call may be "
+            "too long, or the server too busy"
+        )
     return ModelUnavailableError(
         "the server that this one had joined does not answer; start it again, or restart this one"
     )
