@@ -2,7 +2,8 @@
 
     python benchmarks/bench_previews.py [--sizes 512,1024] [--steps 10] [--repeat 3] [--save FOLDER]
 
-The page asks for 8 previews of an edit. Bound by the network's steps; a preview is a linear layer.
+The page asks for 8 previews of an edit; each is encoded here as the page shows it. Bound by the
+network's steps; a preview is a linear layer.
 The first edit with previews also encodes the chart that teaches colours; it is timed separately.
 Ratios are of processor seconds where the model computes on the CPU, because other work on the
 machine does not change them, and of seconds otherwise. The previews may be saved, to see what they
@@ -12,6 +13,7 @@ look like. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import time
@@ -22,10 +24,12 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from step1x_edit.channel import EditJob
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest, Pixels, Progress
 
 PREVIEWS = 8
+PAGE_SIDE = 512
 LIMIT = 0.10
 """The share of an edit that its previews may take."""
 
@@ -35,11 +39,21 @@ def edit(pipeline: EditPipeline, request: EditRequest) -> tuple[float, list[Pixe
     is_on_cpu = pipeline.vae.device.type == "cpu"
     clock = time.process_time if is_on_cpu else time.perf_counter
     began = clock()
-    *told, edited = pipeline.edit(request)
+    previews = []
+    for event in pipeline.edit(request):
+        if isinstance(event, Progress) and event.preview is not None:
+            previews.append(event.preview)
+            show(event.preview)
     seconds = clock() - began
-    assert isinstance(edited, Edited)
-    shown = [event.preview for event in told if isinstance(event, Progress)]
-    return seconds, [preview for preview in shown if preview is not None], edited.image
+    assert isinstance(event, Edited)
+    return seconds, previews, event.image
+
+
+def show(preview: Pixels) -> None:
+    """Encode a preview as the page does."""
+    image = Image.fromarray(preview)
+    image.thumbnail((PAGE_SIDE, PAGE_SIDE))
+    image.save(io.BytesIO(), "WEBP", quality=85)
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
@@ -47,10 +61,17 @@ def psnr(a: Pixels, b: Pixels) -> float:
 
 
 def compare(plain: EditRequest, repeat: int, folder: Path | None) -> dict[str, object]:
-    steps = plain.num_steps
-    number = min(PREVIEWS, steps - 1)
-    spread = frozenset(k * steps // (number + 1) for k in range(1, number + 1))
-    shown = replace(plain, preview_steps=spread)
+    job = EditJob(
+        image=plain.image,
+        prompt=plain.prompt,
+        negative_prompt=plain.negative_prompt,
+        num_steps=plain.num_steps,
+        guidance_scale=plain.guidance_scale,
+        size_level=plain.size_level,
+        seed=plain.seed,
+        previews=PREVIEWS,
+    )
+    shown = replace(plain, preview_steps=job.preview_steps)
     pipeline = read_checkpoint().pipeline
     edit(pipeline, replace(plain, num_steps=2))  # whatever is done once for a size is done
     first = edit(pipeline, shown)[0]

@@ -277,7 +277,7 @@ async def test_silence_is_broken_by_repeating_the_last_event(make_engine: MakeEn
 
 @pytest.mark.parametrize(
     ("num_steps", "previews", "expected"),
-    [(10, 0, []), (10, 1, [5]), (28, 3, [7, 14, 21]), (10, 3, [2, 5, 7]), (3, 9, [1, 2])],
+    [(10, 0, []), (10, 1, [5]), (28, 3, [7, 14, 21]), (10, 3, [2, 5, 7]), (3, 9, [1]), (1, 9, [])],
 )
 def test_previews_are_spread_evenly_and_leave_the_last_step_out(
     num_steps: int, previews: int, expected: list[int]
@@ -285,6 +285,16 @@ def test_previews_are_spread_evenly_and_leave_the_last_step_out(
     job = replace(a_job(num_steps=num_steps), previews=previews)
 
     assert sorted(job.preview_steps) == expected
+
+
+def test_few_steps_have_few_previews_and_as_many_as_a_stream_may_ask_for() -> None:
+    """The page asks for 8 and a stream for 3, and an edit has at least 10 steps."""
+    numbers = {
+        steps: len(replace(a_job(num_steps=steps), previews=8).preview_steps)
+        for steps in (10, 12, 23, 24, 50)
+    }
+
+    assert numbers == {10: 3, 12: 4, 23: 7, 24: 8, 50: 8}
 
 
 async def test_a_preview_is_not_repeated_when_silence_is_broken(make_engine: MakeEngine) -> None:
@@ -305,7 +315,7 @@ async def test_a_preview_is_not_repeated_when_silence_is_broken(make_engine: Mak
 async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
     make_engine: MakeEngine,
 ) -> None:
-    edit = make_engine(FakeWorker()).submit(replace(a_job(), previews=4))
+    edit = make_engine(FakeWorker()).submit(replace(a_job(), previews=3))
     await edit.result()
 
     events = [event async for event in edit.events()]
@@ -313,8 +323,8 @@ async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
     steps = [event.step for event in events if event.phase is Phase.DENOISING]
     assert steps == list(range(1, 11))
     (shown,) = (event for event in events if event.preview is not None)
-    assert shown.step == 8
-    assert np.array_equal(shown.preview, predicted(edit.job, 8))
+    assert shown.step == 7
+    assert np.array_equal(shown.preview, predicted(edit.job, 7))
 
 
 async def test_closing_ends_every_edit_and_refuses_new_ones(make_engine: MakeEngine) -> None:

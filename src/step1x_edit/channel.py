@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # a server is there before the first picture is; a worker nee
 
 GIB: Final = 1024**3
 
+STEPS_PER_PREVIEW: Final = 3
+"""No more previews than one for so many steps: making and showing one takes a part of a step."""
+
 Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
 
 
@@ -88,7 +91,8 @@ class EditJob:
     @property
     def preview_steps(self) -> frozenset[int]:
         """The steps whose prediction is shown: evenly spaced, never the last one."""
-        number = min(self.previews, self.num_steps - 1)
+        most = max(1, self.num_steps // STEPS_PER_PREVIEW)
+        number = min(self.previews, most, self.num_steps - 1)
         return frozenset(k * self.num_steps // (number + 1) for k in range(1, number + 1))
 
 
