@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -344,7 +345,8 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
                 {"image_path": "mine.png", "prompt": "e", "mask_path": "no.png"},
                 raise_on_error=False,
             )
-            viewed = await one.call_tool("view_image", {"path": "mine.png"})
+            viewed = await one.call_tool("view_image", {"path": (first / "mine.png").as_uri()})
+            (read,) = await one.read_resource((first / "mine.png").as_uri())
 
     assert [result.structured_content["output_path"] for result in results] == [
         str(first / "mine_edited.png"),
@@ -358,6 +360,7 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
     assert answer["results"][1]["result"]["error"] == "Image file not found: no.png"
     assert json.loads(batch.content[0].text) == answer
     assert viewed.content[0].mime_type == "image/jpeg"
+    assert base64.b64decode(read.blob) == photo.read_bytes()
     assert sent.status_code == 200
     assert sorted(worker.started) == ["a", "b", "c", "d"]
     assert service.status().gpu_status.statistics.total_loads == 1

@@ -88,6 +88,103 @@ def test_a_missing_file_is_named_as_it_was_written(
     assert str(caught.value) == "Image file not found: nope.jpg"
 
 
+NARROW = "\u202f"  # what macOS puts before AM and PM in the names of screenshots
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "written"),
+    [
+        (f"Screenshot 3.14.15{NARROW}PM.png", "Screenshot 3.14.15 PM.png"),
+        ("a b.png", f"a{NARROW}b.png"),
+        ("a\u00a0b\u3000c.png", "a b c.png"),
+        ("cafe\u0301.png", "caf\u00e9.png"),
+        ("a\u200bb.png", "ab.png"),
+        ("\uff41.png", "a.png"),
+    ],
+)
+def test_a_file_is_found_by_a_name_that_looks_the_same(
+    files: FileAccess, root: Path, on_disk: str, written: str
+) -> None:
+    (root / on_disk).write_bytes(b"cat")
+    other = (root / "other.png").write_bytes(b"dog")
+    assert other
+    found = files.read(str(root / written))
+    assert found.data == b"cat"
+    assert files.identify([str(root / written)]) == {found.identity}
+
+
+def test_an_exact_name_wins_and_nothing_is_guessed_between_two(
+    files: FileAccess, root: Path
+) -> None:
+    (root / "a b.png").write_bytes(b"exact")
+    (root / f"a{NARROW}b.png").write_bytes(b"narrow")
+    assert files.read(str(root / "a b.png")).data == b"exact"
+    with pytest.raises(ImageFileNotFoundError):
+        files.read(str(root / "a\u00a0b.png"))
+    with pytest.raises(ImageFileNotFoundError):
+        files.read(str(root / "a c.png"))
+
+
+@posix
+def test_the_file_that_looks_the_same_has_to_be_allowed(
+    files: FileAccess, root: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (tmp_path / f"b{NARROW}c.png").write_bytes(b"secret")
+    (root / f"a{NARROW}b.png").symlink_to(tmp_path / "secret.png")
+    for written in (root / "a b.png", tmp_path / "b c.png"):
+        with pytest.raises(PathNotAllowedError):
+            files.read(str(written))
+
+
+def test_an_output_is_never_guessed(files: FileAccess, root: Path) -> None:
+    (root / f"a{NARROW}b.png").write_bytes(b"stays")
+    output = files.plan_output(str(root / "a b.png"), (), overwrite=True)
+    assert files.publish(output, b"new") == root / "a b.png"
+    assert (root / f"a{NARROW}b.png").read_bytes() == b"stays"
+
+
+@pytest.mark.parametrize("name", ["a b#c?.png", "ü%20.png"])
+def test_the_link_of_a_file_is_its_path(files: FileAccess, root: Path, name: str) -> None:
+    (root / name).write_bytes(b"cat")
+    link = (root / name).as_uri()
+    assert files.read(link).data == b"cat"
+    assert files.read(link.replace("file://", "FILE://localhost")).data == b"cat"
+    with pytest.raises(PathNotAllowedError):
+        files.read((root / ".." / name).as_uri())
+    with pytest.raises(PathNotAllowedError):
+        files.read(link + "%00")
+
+
+@pytest.mark.parametrize("half", ["\ud83c", "a\ud800b.png"])
+def test_half_of_a_surrogate_pair_is_just_not_found(
+    files: FileAccess, root: Path, half: str
+) -> None:
+    with pytest.raises(ImageFileNotFoundError):
+        files.read(str(root / half))
+    with pytest.raises(OutputNotWritableError):
+        files.plan_output(str(root / f"{half}.png"), ())
+    assert files.identify([str(root / half)]) == frozenset()
+
+
+def test_a_path_that_changes_while_it_is_followed_is_not_found(
+    files: FileAccess, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "link.png").symlink_to(root / "cat.png")
+    (root / "cat.png").write_bytes(b"cat")
+
+    def gone(*arguments: object, **options: object) -> str:
+        raise OSError(errno.EINVAL, "Invalid argument")  # what was a link is a file by now
+
+    monkeypatch.setattr(os, "readlink", gone)
+    monkeypatch.setattr(os.path, "realpath", gone)
+    with pytest.raises(ImageFileNotFoundError, match=r"link\.png$"):
+        files.read(str(root / "link.png"))
+    assert files.identify([str(root / "link.png")]) == frozenset()
+    with pytest.raises(OutputNotWritableError):
+        files.plan_output(str(root / "out.png"), ())
+
+
 def test_a_folder_is_no_image(files: FileAccess, root: Path) -> None:
     with pytest.raises(ImageFileNotFoundError, match="it is a folder"):
         files.read(str(root))

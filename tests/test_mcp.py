@@ -710,3 +710,38 @@ async def test_a_batch_of_the_largest_size_names_every_file(
     assert refused.structured_content["error"] == (
         "Invalid parameter: image_paths must have at most 1000 items, got 1001"
     )
+
+
+# --- the link of an answer ------------------------------------------------------------------------
+
+
+async def test_the_link_of_an_answer_opens_wherever_a_picture_is_read(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    odd = photo.rename(tmp_path / "Screenshot 3.14\u202fPM #1.png")
+    async with Client(build_mcp(make_service())) as client:
+        edited = await client.call_tool(
+            "edit_image", {"image_path": str(tmp_path / "Screenshot 3.14 PM #1.png"), "prompt": "x"}
+        )
+        (link,) = (block.uri for block in edited.content if block.type == "resource_link")
+        viewed = await client.call_tool("view_image", {"path": link})
+        again = await client.call_tool("edit_image", {"image_path": link, "prompt": "x"})
+        (read,) = await client.read_resource(link)
+        templates = await client.list_resource_templates()
+        with pytest.raises(MCPError, match="Image file not found"):
+            await client.read_resource((tmp_path / "no.png").as_uri())
+        (tmp_path / "notes.txt").write_text("nobody's business")
+        with pytest.raises(MCPError, match="Unsupported image"):
+            await client.read_resource((tmp_path / "notes.txt").as_uri())
+        with pytest.raises(MCPError, match="Path not allowed"):
+            await client.read_resource((tmp_path.parent / "x.png").as_uri())
+
+    output = Path(edited.structured_content["output_path"])
+    assert output.as_uri() == link
+    assert "%20" in link
+    assert viewed.content[0].type == "image"
+    assert again.structured_content["output_path"].endswith("_edited_edited.png")
+    assert base64.b64decode(read.blob) == output.read_bytes()
+    assert read.mime_type == "image/png"
+    assert [template.uri_template for template in templates] == ["file:///{path*}"]
+    assert odd.exists()

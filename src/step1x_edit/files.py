@@ -4,6 +4,9 @@ The only module that touches paths that callers name. It promises:
 
 - reading and writing stay inside the allowed folders, links resolved, and the verdict is about
   the very file that is read: one descriptor from the check to the last byte;
+- an input that does not exist is the one file of its folder whose name looks the same, if there is
+  exactly one: assistants write a blank where macOS puts U+202F. Outputs are never guessed;
+- a `file://` link, as our answers have it, is the path that it stands for;
 - an input is never changed: an output that is an input, by inode, is refused;
 - an output is complete or absent, and never replaces a file unless that was asked for.
 
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Final
+from urllib.request import url2pathname
 
 from step1x_edit.errors import (
     ImageFileNotFoundError,
@@ -39,6 +43,7 @@ MAX_NAME_BYTES: Final = 255
 MAX_STEM_BYTES: Final = 60  # of a name that a text gives
 _ROOM_FOR_NUMBER: Final = len("_99999")
 _CHUNK: Final = 1 << 20
+_LINK: Final = "file://"
 _TEMPORARY_PREFIX: Final = ".step1x-edit-"  # only where files without a name are unknown
 
 # Absent on Windows, where they are not needed.
@@ -121,7 +126,7 @@ class FileAccess:
 
     def read(self, path: str) -> InputFile:
         """The content of a regular file."""
-        real = self._real_inside(path)
+        real = self._real_input(path)
         descriptor = _open_regular(real, path)
         with os.fdopen(descriptor, "rb", buffering=0):
             found = os.fstat(descriptor)
@@ -135,8 +140,10 @@ class FileAccess:
 
     def identify(self, paths: Iterable[str]) -> frozenset[FileIdentity]:
         """Which files these are; those that are missing or not allowed are left out."""
-        reals = [_real(path) for path in paths if "\0" not in path]
-        found = [_identity(real) for real in reals if self._allows(real)]
+        found = set()
+        for path in paths:
+            with contextlib.suppress(ImageFileNotFoundError, PathNotAllowedError):
+                found.add(_identity(self._real_input(path)))
         return frozenset(identity for identity in found if identity is not None)
 
     def _read_all(self, descriptor: int, path: str) -> bytes:
@@ -161,7 +168,7 @@ class FileAccess:
         """The output that the caller named, checked as far as it can be before the work is done."""
         from step1x_edit.images import OUTPUT_FORMATS
 
-        self._real_inside(output_path)
+        self._real_output(output_path)
         shown = _absolute(output_path)
         if shown.suffix.lower() not in OUTPUT_FORMATS:
             *others, last = OUTPUT_FORMATS
@@ -172,7 +179,7 @@ class FileAccess:
             raise OutputNotWritableError(f"{output_path} (the name is too long)")
         output = Output(
             # An output takes the place of a link and is not written through it.
-            folder=self._real_inside(str(shown.parent), written_as=output_path),
+            folder=self._real_output(str(shown.parent), written_as=output_path),
             shown_folder=shown.parent,
             stem=shown.stem,
             suffix=shown.suffix,
@@ -205,7 +212,7 @@ class FileAccess:
 
         image = _absolute(image_path)
         shown_folder = image.parent if output_dir is None else _absolute(output_dir)
-        folder = self._real_inside(str(shown_folder), written_as=output_dir or image_path)
+        folder = self._real_output(str(shown_folder), written_as=output_dir or image_path)
         suffix = image.suffix if image.suffix.lower() in OUTPUT_FORMATS else ".png"
         room = MAX_NAME_BYTES - len("_edited") - _ROOM_FOR_NUMBER - len(suffix)
         stem = _cut(image.stem, room) + "_edited"
@@ -225,12 +232,12 @@ class FileAccess:
 
         It goes into the start folder, or where that is not allowed into the first allowed folder.
         """
-        shown_folder = next(
-            (folder for folder in (Path.cwd(), *self._roots) if self._allows(_real(str(folder)))),
-            Path.cwd(),
-        )
+        folders = [*self._roots]
+        with contextlib.suppress(OSError):  # the start folder has been removed
+            folders.insert(0, Path.cwd())
+        shown_folder = next(filter(self._allows, folders), Path(os.curdir))
         output = Output(
-            folder=self._real_inside(str(shown_folder)),
+            folder=self._real_output(str(shown_folder)),
             shown_folder=shown_folder,
             stem=stem_of(text),
             suffix=".png",
@@ -264,12 +271,31 @@ class FileAccess:
 
     # --- allowed folders ---
 
+    def _real_input(self, path: str) -> Path:
+        """The real path of an input, also if its name looks the same but is written otherwise."""
+        try:
+            real = self._real_inside(path)
+            if os.path.lexists(real) or (alike := _alike(real)) is None:
+                return real
+            return self._real_inside(str(alike), written_as=path)
+        except OSError:  # links are being exchanged at this moment
+            raise ImageFileNotFoundError(path) from None
+
+    def _real_output(self, path: str, written_as: str | None = None) -> Path:
+        """The real path of an output or its folder."""
+        try:
+            return self._real_inside(path, written_as)
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EINVAL).lower()
+            raise OutputNotWritableError(f"{written_as or path} ({reason})") from None
+
     def _real_inside(self, path: str, written_as: str | None = None) -> Path:
         """The real path, links resolved, of a path inside the allowed folders.
 
-        Whether anything exists outside of them cannot be told from the refusal.
+        Whether anything exists outside of them cannot be told from the refusal. Raises OSError if
+        the system cannot follow the path.
         """
-        if "\0" in path or not self._allows(real := _real(path)):
+        if "\0" in expanded(path) or not self._allows(real := _real(path)):
             raise _not_allowed(path if written_as is None else written_as)
         return real
 
@@ -473,7 +499,7 @@ def _not_writable(output: Output, error: OSError) -> OutputNotWritableError:
 
 def _absolute(path: str) -> Path:
     """The path as its writer knows it, links left alone, without `..`."""
-    absolute = Path(_expanded(path)).absolute()
+    absolute = Path(expanded(path)).absolute()
     if absolute.name == "..":
         return _real(path)
     if ".." in absolute.parts:  # `link/..` is where the link leads, not where it lies
@@ -482,11 +508,39 @@ def _absolute(path: str) -> Path:
 
 
 def _real(path: str) -> Path:
-    return Path(os.path.realpath(_expanded(path)))
+    try:
+        return Path(os.path.realpath(expanded(path)))
+    except UnicodeEncodeError:  # half of a surrogate pair, which no name can hold
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ)) from None
 
 
-def _expanded(path: str) -> str:
+def expanded(path: str) -> str:
+    """The path that a caller means by `~` or by a link such as `file:///home/ada/cat.png`."""
+    host, slash, rest = path[len(_LINK) :].partition("/")
+    if path[: len(_LINK)].lower() == _LINK and slash and host.lower() in ("", "localhost"):
+        return url2pathname(slash + rest)
     return os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises for `~unknown`
+
+
+def _alike(real: Path) -> Path | None:
+    """The one file in the same folder whose name looks the same."""
+    try:
+        names = os.listdir(real.parent)  # noqa: PTH208 - names are all that is looked at
+    except OSError:
+        return None
+    look = _look(real.name)
+    found = [name for name in names if _look(name) == look]
+    return real.parent / found[0] if len(found) == 1 else None
+
+
+def _look(name: str) -> str:
+    """A name as the eye sees it: one kind of blank, nothing invisible, no variants of letters."""
+    seen = unicodedata.normalize("NFKC", name)
+    return "".join(
+        " " if letter.isspace() else letter
+        for letter in seen
+        if unicodedata.category(letter) != "Cf"
+    )
 
 
 def _where(descriptor: int | None, path: Path) -> Path:

@@ -357,6 +357,16 @@ class EditService:
 
         return await asyncio.to_thread(show)
 
+    async def read_file(self, path: str) -> bytes:
+        """The file of a picture in the allowed folders, as it is; other files are refused."""
+
+        def read() -> bytes:
+            file = self._files.read(path)
+            images.decode(file.data, self._limits)
+            return file.data
+
+        return await asyncio.to_thread(read)
+
     def status(self) -> StatusAnswer:
         """Where the model is and what it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))

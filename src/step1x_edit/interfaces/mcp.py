@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,8 @@ from typing import Any, Final, TypeVar, cast
 
 import mcp_types
 from fastmcp import Context, FastMCP
-from fastmcp.exceptions import NotFoundError
-from fastmcp.resources import Resource
+from fastmcp.exceptions import NotFoundError, ResourceError
+from fastmcp.resources import Resource, ResourceContent, ResourceResult, ResourceTemplate
 from fastmcp.server.dependencies import get_context, get_http_request
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
 from fastmcp.tools import Tool, ToolResult
@@ -236,6 +237,15 @@ def build_mcp(
     def gpu_status() -> str:
         return json.dumps(service.status().to_dict())
 
+    async def picture(path: str) -> ResourceResult:
+        try:
+            data = await service.read_file(path if os.name == "nt" else f"/{path}")
+        except Step1XEditError as error:
+            raise ResourceError(str(error)) from None
+        known = OUTPUT_FORMATS.get(Path(path).suffix.lower())
+        kind = "application/octet-stream" if known is None else known.media_type
+        return ResourceResult([ResourceContent(data, mime_type=kind)])
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastMCP) -> AsyncIterator[None]:
         try:
@@ -297,6 +307,15 @@ def build_mcp(
             title="GPU status",
             description="Where the model is now and what it occupies, as get_gpu_status says it",
             mime_type="application/json",
+        )
+    )
+    server.add_template(
+        ResourceTemplate.from_function(
+            picture,
+            uri_template="file:///{path*}",
+            name="picture",
+            title="Picture",
+            description="A picture in the allowed folders in full size, by the link of an answer",
         )
     )
     server.add_resource(app_page())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +23,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolRequestParams
 
 from step1x_edit.errors import ModelUnavailableError
+from step1x_edit.files import expanded
 from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
 from step1x_edit.interfaces.mcp import MAX_WAIT_HEADER, OneErrorShape, result_of
 from step1x_edit.interfaces.mcp_app import PASSED_ON_HEADER, for_client
@@ -128,7 +128,7 @@ def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -
     def absolute(path: object) -> object:
         if not isinstance(path, str) or not path:
             return path  # the server will say what is wrong with it
-        full = str(Path.cwd() / os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises
+        full = str(Path.cwd() / expanded(path))
         written.setdefault(full, path)
         return full
 
