@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,94 @@ async def test_our_own_server_is_started_with_our_environment_and_leaves_with_us
     assert unknown["error"] == "Invalid parameter: Unknown tool: 'edit_video'"
     assert len(during) == 1  # calls at the same time share one server
     assert children() == before
+
+
+def test_threads_and_event_loops_share_one_server() -> None:
+    before, client = children(), MCPClient()
+    heard: list[int] = []
+
+    async def ask() -> str:
+        loop = asyncio.get_running_loop()
+
+        async def listen(progress: float, total: float | None, message: str | None) -> None:
+            assert asyncio.get_running_loop() is loop
+            heard.append(threading.get_ident())
+
+        answers = [await client.call_tool("get_gpu_status", {}, listen) for _ in range(2)]
+        return " ".join(answer["status"] for answer in answers)
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: asyncio.run(ask()), range(8)))
+    during = children() - before
+    asyncio.run(client.close())
+
+    assert answers == ["success success"] * 8
+    assert len(during) == 1
+    assert children() == before
+
+
+async def test_progress_is_told_on_the_loop_of_the_caller(
+    make_service: MakeService, photo: Path
+) -> None:
+    thread, heard = threading.get_ident(), []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(threading.get_ident())
+
+    with listening(make_service()) as url:
+        async with MCPClient(url, TOKEN) as client:
+            result = await client.call_tool(
+                "edit_image", {"image_path": str(photo), "prompt": "x"}, listen
+            )
+
+    assert result["status"] == "success"
+    assert set(heard) == {thread}
+
+
+async def test_a_call_that_runs_when_the_client_is_closed_is_told_so(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, worker = Gate(), FakeWorker()
+    worker.before_step = gate
+    with listening(make_service(worker)) as url:
+        client = MCPClient(url, TOKEN)
+        call = asyncio.ensure_future(
+            client.call_tool("edit_image", {"image_path": str(photo), "prompt": "x"})
+        )
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        await client.close()
+        result = await asyncio.wait_for(call, 60)
+        gate.open()
+
+    assert result["status"] == "error"
+    assert "does not answer" in result["error"]
+
+
+FORKS = """
+import asyncio, os
+from step1x_edit import MCPClient
+
+client = MCPClient()
+
+def ask():
+    return asyncio.run(client.call_tool("get_gpu_status"))["status"]
+
+print(ask(), flush=True)
+if not (child := os.fork()):
+    print(ask(), flush=True)
+    asyncio.run(client.close())
+    os._exit(0)
+print(os.waitpid(child, 0)[1], ask())
+asyncio.run(client.close())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_a_server_of_its_own() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout.split() == ["success", "success", "0", "success"], result.stderr
 
 
 async def test_a_server_that_dies_is_told_and_started_anew() -> None:
@@ -173,7 +263,7 @@ async def main():
     print((await client.call_tool("get_gpu_status", {}))["status"])
 
 asyncio.run(main())
-asyncio.run(main())  # in another event loop, where the first connection is of no use
+asyncio.run(main())  # in another event loop, with the same server
 """
 
 

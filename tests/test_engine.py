@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -642,3 +646,43 @@ async def test_closing_refuses_moves_and_ends_the_worker(make_engine: MakeEngine
     assert not worker.is_alive
     with pytest.raises(ShuttingDownError):
         engine.release()
+
+
+FORKS = """
+import asyncio, os
+from fakes import FakeWorker, a_job
+from step1x_edit.engine import Engine
+
+engine = Engine(FakeWorker())
+
+async def edit():
+    try:
+        return (await engine.submit(a_job()).result()).residence.location
+    except Exception as error:
+        return str(error)
+
+print(asyncio.run(edit()), flush=True)
+if not (child := os.fork()):
+    print(asyncio.run(edit()), flush=True)
+    engine.close()
+    os._exit(0)
+print(os.waitpid(child, 0)[1], asyncio.run(edit()))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_engine_refuses_at_once_in_a_forked_child_and_goes_on_in_the_parent() -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    parent, child, parent_again = done.stdout.splitlines()
+
+    assert (parent, parent_again) == ("CPU", "0 CPU"), done.stderr
+    assert child.startswith("Manager not initialized: this process was forked from the one that")

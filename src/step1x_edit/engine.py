@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import threading
 import time
 from collections import deque
@@ -242,6 +243,7 @@ class Engine:
         self._min_patience_s = min_patience_s
         self._clock = clock or Clock()
         self._thread: threading.Thread | None = None
+        self._process = os.getpid()
         self._changed = threading.Condition()  # guards the four below
         self._waiting: deque[Edit] = deque()
         self._orders: deque[_Order] = deque()
@@ -261,6 +263,7 @@ class Engine:
 
     def submit(self, job: EditJob) -> Edit:
         """Put a job at the end of the line; raises ServerBusyError when the line is full."""
+        self._check_process()
         with self._changed:
             self.check_room()
             return self._enqueue(job)
@@ -270,6 +273,7 @@ class Engine:
 
         A batch was let in with its first item, and is never refused a place later on.
         """
+        self._check_process()
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
@@ -277,6 +281,7 @@ class Engine:
 
     def check_room(self) -> None:
         """Raise what `submit` would raise now, for callers with work to do before it."""
+        self._check_process()
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
@@ -302,6 +307,8 @@ class Engine:
 
     def withdraw(self, edit: Edit) -> None:
         """Take an edit out of the line, or stop it; does nothing if it has ended."""
+        if self._process != os.getpid():
+            return  # it is the parent's edit
         with self._changed:
             if edit in self._waiting:
                 self._waiting.remove(edit)
@@ -333,7 +340,12 @@ class Engine:
         return self._paces.seconds(job, self._last_model)
 
     def close(self, timeout_s: float = _STOP_S) -> None:
-        """Refuse new edits, end the waiting ones, stop the running one and end the worker."""
+        """Refuse new edits, end the waiting ones, stop the running one and end the worker.
+
+        Does nothing in a forked child, which has none of these.
+        """
+        if self._process != os.getpid():
+            return
         with self._changed:
             self._is_closed = True
             self._snapshot = replace(self._snapshot, is_monitoring=False)
@@ -349,6 +361,16 @@ class Engine:
             if self._thread.is_alive() and self._worker is not None:
                 self._worker.kill()
 
+    def _check_process(self) -> None:
+        """Raise in a forked child: the thread and the worker stay with the parent.
+
+        Before the lock is taken, which may have been held by a thread that is not here.
+        """
+        if self._process != os.getpid():
+            raise ModelUnavailableError(
+                "this process was forked from the one that has the model; build a service in it"
+            )
+
     # --- with the lock held ---------------------------------------------------------------------
 
     def _enqueue(self, job: EditJob) -> Edit:
@@ -360,6 +382,7 @@ class Engine:
         return edit
 
     def _order(self, move: _Move) -> Future[EngineStatus]:
+        self._check_process()
         done: Future[EngineStatus] = Future()
         with self._changed:
             if self._is_closed:
