@@ -42,10 +42,13 @@ class ToyEngine(Engine):
 
     def __init__(self, **options: object) -> None:
         self.processes: list[WorkerProcess] = []
+        self.max_stop_s = 10.0
         super().__init__(self._started, **options)  # type: ignore[arg-type]
 
     def _started(self, on_end: Callable[[], None]) -> WorkerProcess:
-        worker = WorkerProcess(Start(model_version="v1.1"), on_end, module="toy_worker")
+        worker = WorkerProcess(
+            Start(model_version="v1.1"), on_end, "toy_worker", max_stop_s=self.max_stop_s
+        )
         self.processes.append(worker)
         return worker
 
@@ -198,6 +201,34 @@ async def test_a_process_that_is_stopped_is_taken_for_dead(
         await edit.result()
     await impatient.submit(a_job()).result()
     impatient.close()
+
+
+@pytest.mark.parametrize("phase", ["loading", "decoding"])
+async def test_a_process_that_is_stopped_is_lost_in_any_phase(
+    engine: ToyEngine, phase: str
+) -> None:
+    engine.max_stop_s = 0.3
+    edit = engine.submit(a_job(f"wait in {phase}"))
+    async for event in edit.events():
+        if event.phase == phase:
+            os.kill(engine.processes[0].pid, signal.SIGSTOP)
+
+    with pytest.raises(WorkerLostError, match=r"it was stopped for 0\.3 s"):
+        await edit.result()
+    await engine.submit(a_job()).result()
+
+
+async def test_a_process_that_is_stopped_for_a_moment_goes_on(engine: ToyEngine) -> None:
+    edit = engine.submit(a_job("wait in loading"))
+    async for event in edit.events(heartbeat_s=0.05):
+        if event.phase == "loading":
+            os.kill(engine.processes[0].pid, signal.SIGSTOP)
+            os.kill(engine.processes[0].pid, signal.SIGCONT)
+            edit.cancel()
+    with pytest.raises(EditCancelledError):
+        await edit.result()
+    await engine.submit(a_job()).result()
+    assert len(engine.processes) == 1
 
 
 async def test_failures_cross_the_border_as_they_are(engine: ToyEngine) -> None:

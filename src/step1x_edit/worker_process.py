@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from multiprocessing.connection import Connection
@@ -27,6 +29,8 @@ _PATIENT_THREADS: Final = {"GOMP_SPINCOUNT": "20000"}
 otherwise. By default they spin longer, which is ruinous where other programs want the cores too."""
 
 _SEND_S: Final = 30.0
+_LOOK_S: Final = 1.0  # between two looks at whether it is stopped
+_CAN_SEE_STOPS: Final = hasattr(os, "waitid")
 _EXIT_S: Final = 5.0  # between the end of the pipe and the end of the process
 
 
@@ -41,17 +45,23 @@ class WorkerProcess:
     """One process that owns torch and the model; see `engine.Worker` for who may call what."""
 
     def __init__(
-        self, start: Start, on_end: Callable[[], None], module: str = "step1x_edit.worker"
+        self,
+        start: Start,
+        on_end: Callable[[], None],
+        module: str = "step1x_edit.worker",
+        max_stop_s: float = 10.0,
     ) -> None:
         """Start the process; `on_end` is called from another thread when it has ended.
 
-        `module` is what it runs. Raises OSError if it cannot be started.
+        `module` is what it runs. After `max_stop_s` of being stopped it counts as lost. Raises
+        OSError if it cannot be started.
         """
         ours, theirs = multiprocessing.Pipe()
         with theirs:
             self._process = _spawn(module, theirs)
         self._channel = Channel(ours)
         self._on_end = on_end
+        self._max_stop_s = max_stop_s
         self._reports: queue.SimpleQueue[Report | _Mark] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         threading.Thread(target=self._listen, name="worker reports", daemon=True).start()
@@ -80,14 +90,42 @@ class WorkerProcess:
             patience.cancel()
 
     def receive(self, timeout_s: float) -> Report | None:
-        """The next report; None after a silence or a cancel. Raises WorkerLostError."""
-        try:
-            report = self._reports.get(timeout=timeout_s)
-        except queue.Empty:
-            report = _Mark.WAKE if self.is_alive else _Mark.END
+        """The next report; None after a silence or a cancel. Raises WorkerLostError.
+
+        A process that is stopped counts as lost after some seconds, whatever it was doing: while it
+        loads or decodes, nothing else tells it from one that works.
+        """
+        report = self._next_report(time.monotonic() + timeout_s)
         if report is _Mark.END:
             raise WorkerLostError(self._how_it_ended())
         return report if isinstance(report, Report) else None
+
+    def _next_report(self, until: float) -> Report | _Mark:
+        stopped_at = None
+        while self.is_alive:
+            now = time.monotonic()
+            if not self._is_stopped():
+                stopped_at = None
+            elif stopped_at is None:
+                stopped_at = now
+            elif now >= stopped_at + self._max_stop_s:
+                raise WorkerLostError(f"it was stopped for {self._max_stop_s:g} s")
+            with contextlib.suppress(queue.Empty):
+                return self._reports.get(timeout=max(0.0, min(_LOOK_S, until - now)))
+            if time.monotonic() >= until:
+                return _Mark.WAKE
+        with contextlib.suppress(queue.Empty):
+            return self._reports.get_nowait()
+        return _Mark.END
+
+    def _is_stopped(self) -> bool:
+        """Whether a signal has stopped the process; the news of that is left where it is."""
+        if not _CAN_SEE_STOPS:
+            return False
+        with contextlib.suppress(OSError):  # it has ended
+            found = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+            return found is not None
+        return False
 
     def cancel(self, request: Cancel) -> None:
         """Ask it to stop an edit; whoever waits in `receive` is woken."""
@@ -146,8 +184,6 @@ def _spawn(module: str, connection: Connection) -> subprocess.Popen[bytes]:
     options: dict[str, Any] = {}
     handle = connection.fileno()
     if sys.platform == "win32":
-        import os
-
         os.set_handle_inheritable(handle, True)
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
         options = {"startupinfo": startup, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}

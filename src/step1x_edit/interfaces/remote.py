@@ -45,6 +45,7 @@ _JOBS: Final = "/v1/jobs"
 _MCP: Final = "/mcp"  # what a server is announced by
 _CONNECT_S: Final = 10.0
 _SILENCE_S: Final = 120.0  # events come at least every 15 s; an upload may take a while to be read
+_MAX_ANSWER: Final = 4 * 1024 * 1024  # of anything but a picture
 _LOOPBACK: Final = {"127.0.0.1", "::1", "localhost"}
 
 
@@ -100,7 +101,9 @@ class RemoteServer:
                 ended = await self._heard(client, job, report)
                 if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
                     raise rebuild(ended.code or "", ended.error or "")
-                png = (await self._ask(client, "GET", f"{_JOBS}/{job.id}/content")).content
+                content = f"{_JOBS}/{job.id}/content"
+                answer = await self._ask(client, "GET", content, max_bytes=self._max_picture)
+                png = answer.content
             finally:
                 await self._forget(client, job.id)
         if suffix != ".png":
@@ -132,7 +135,7 @@ class RemoteServer:
     async def _sent(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
         async with self._told():
             try:
-                answer = await client.post(_JOBS, **body)
+                answer = await self._bounded(client, "POST", _JOBS, _MAX_ANSWER, **body)
             except (httpx2.ReadError, httpx2.WriteError):  # it refuses by the head of the request
                 raise ModelUnavailableError(
                     f"the server at {self._url} did not take the picture; it may be larger than "
@@ -152,8 +155,10 @@ class RemoteServer:
                 self._told(),
                 client.stream("GET", f"{path}/events", headers=headers) as stream,
             ):
+                if not stream.is_success:
+                    await self._read_all(stream, _MAX_ANSWER)
                 await self._check(stream)
-                async for line in stream.aiter_lines():
+                async for line in self._lines(stream):
                     name, _, value = line.partition(": ")
                     if name == "id":
                         last = value
@@ -179,7 +184,9 @@ class RemoteServer:
     # --- asking ---
 
     def _client(self) -> httpx2.AsyncClient:
-        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        headers = {"Accept-Encoding": "identity"}  # a packed answer could be of any length
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
         return httpx2.AsyncClient(
             base_url=self._url,
             headers=headers,
@@ -189,12 +196,55 @@ class RemoteServer:
         )
 
     async def _ask(
-        self, client: httpx2.AsyncClient, method: str, path: str, **options: Any
+        self,
+        client: httpx2.AsyncClient,
+        method: str,
+        path: str,
+        max_bytes: int = _MAX_ANSWER,
+        **options: Any,
     ) -> httpx2.Response:
         async with self._told():
-            answer = await client.request(method, path, **options)
+            answer = await self._bounded(client, method, path, max_bytes, **options)
             await self._check(answer)
         return answer
+
+    async def _bounded(
+        self, client: httpx2.AsyncClient, method: str, path: str, max_bytes: int, **options: Any
+    ) -> httpx2.Response:
+        """The answer with its body, which must be no longer than that."""
+        async with client.stream(method, path, **options) as answer:
+            content = await self._read_all(answer, max_bytes)
+        return httpx2.Response(
+            answer.status_code, headers=answer.headers, content=content, request=answer.request
+        )
+
+    async def _read_all(self, answer: httpx2.Response, max_bytes: int) -> bytes:
+        content = bytearray()
+        async for part in answer.aiter_raw():
+            content += part
+            if len(content) > max_bytes:
+                raise self._without_end()
+        return bytes(content)
+
+    async def _lines(self, stream: httpx2.Response) -> AsyncIterator[str]:
+        """The lines of a stream of events, none of which is long."""
+        rest = b""
+        async for part in stream.aiter_raw():
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                yield line.decode("utf-8", "replace").rstrip("\r")
+            if len(rest) > _MAX_ANSWER:
+                raise self._without_end()
+
+    def _without_end(self) -> ModelUnavailableError:
+        return ModelUnavailableError(
+            f"the server at {self._url} sends more than an answer of step1x-edit can have"
+        )
+
+    @property
+    def _max_picture(self) -> int:
+        """The longest PNG that a picture of the largest size can make, with what goes with it."""
+        return 4 * self._limits.max_pixels + self._limits.max_bytes + _MAX_ANSWER
 
     @contextlib.asynccontextmanager
     async def _told(self) -> AsyncIterator[None]:
@@ -211,7 +261,6 @@ class RemoteServer:
         """Raise the error that an answer tells."""
         if answer.is_success:
             return
-        await answer.aread()
         code, detail = _problem(answer)
         if answer.status_code == httpx2.codes.UNAUTHORIZED:
             raise SettingsError(
