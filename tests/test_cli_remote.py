@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -287,6 +290,42 @@ def test_a_picture_that_is_too_large_for_the_server_is_told_of(
 
     assert result.exit_code == 1
     assert re.search("Image too large|may be larger than MAX_UPLOAD_MB allows", result.stderr)
+
+
+class Endless(socketserver.ThreadingTCPServer):
+    """A server that begins a good answer and never ends it."""
+
+    daemon_threads = True
+
+    def __init__(self, packed: bool) -> None:
+        super().__init__(("127.0.0.1", 0), _Endless)
+        self.head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        self.head += b"Content-Encoding: gzip\r\n\r\n" if packed else b"\r\n"
+
+
+class _Endless(socketserver.BaseRequestHandler):
+    server: Endless
+
+    def handle(self) -> None:
+        self.request.recv(1 << 16)
+        self.request.sendall(self.server.head)
+        with contextlib.suppress(OSError):  # at last the client hangs up
+            while True:
+                self.request.sendall(b" " * (1 << 16))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("words", [["status"], ["edit", "photo.png", "x"]])
+@pytest.mark.usefixtures("fake_model", "photo")
+def test_an_answer_without_end_is_given_up(words: list[str], packed: bool) -> None:
+    with Endless(packed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        result = run.invoke(app, [*words, "--url", url])
+        server.shutdown()
+
+    assert result.exit_code == 1
+    assert f"the server at {url} sends more than an answer of step1x-edit can have" in result.stderr
 
 
 # --- servers and commands in processes of their own ----------------------------------------------

@@ -156,8 +156,7 @@ class RemoteServer:
                 client.stream("GET", f"{path}/events", headers=headers) as stream,
             ):
                 if not stream.is_success:
-                    await self._read_all(stream, _MAX_ANSWER)
-                await self._check(stream)
+                    await self._check(await self._whole(stream, _MAX_ANSWER))
                 async for line in self._lines(stream):
                     name, _, value = line.partition(": ")
                     if name == "id":
@@ -211,20 +210,19 @@ class RemoteServer:
     async def _bounded(
         self, client: httpx2.AsyncClient, method: str, path: str, max_bytes: int, **options: Any
     ) -> httpx2.Response:
-        """The answer with its body, which must be no longer than that."""
+        """Ask, and read the answer with its body, which must be no longer than that."""
         async with client.stream(method, path, **options) as answer:
-            content = await self._read_all(answer, max_bytes)
-        return httpx2.Response(
-            answer.status_code, headers=answer.headers, content=content, request=answer.request
-        )
+            return await self._whole(answer, max_bytes)
 
-    async def _read_all(self, answer: httpx2.Response, max_bytes: int) -> bytes:
+    async def _whole(self, answer: httpx2.Response, max_bytes: int) -> httpx2.Response:
         content = bytearray()
-        async for part in answer.aiter_raw():
+        async for part in answer.aiter_raw():  # unpacked, a few bytes could be of any length
             content += part
             if len(content) > max_bytes:
                 raise self._without_end()
-        return bytes(content)
+        headers = httpx2.Headers(answer.headers)
+        headers.pop("Content-Encoding", None)
+        return httpx2.Response(answer.status_code, headers=headers, content=bytes(content))
 
     async def _lines(self, stream: httpx2.Response) -> AsyncIterator[str]:
         """The lines of a stream of events, none of which is long."""
