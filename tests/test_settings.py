@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -436,6 +438,22 @@ def test_a_home_that_a_setting_names_and_nobody_knows_is_an_error(
     with pytest.raises(SettingsError) as caught:
         load_settings()
     assert f"{name} begins with {start}, and there is no such home folder" in str(caught.value)
+
+
+@posix
+def test_a_locale_without_utf_8_is_named_in_one_line(tmp_path: Path) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "from step1x_edit.settings import load_settings; load_settings().report()"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **ascii_only, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("the locale (LC_ALL=C) is not UTF-8")
 
 
 @posix

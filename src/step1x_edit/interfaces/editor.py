@@ -134,7 +134,7 @@ def opened_editor(
     if standalone and url is not None:
         raise InvalidParameterError("--standalone and --url exclude each other")
     key = None if settings.api_key is None else settings.api_key.get_secret_value()
-    token = api_key or key
+    token = (api_key or "").strip() or key
     if url is None and not standalone:
         found = asyncio.run(find_server(settings.data_dir))
         if found is not None:
