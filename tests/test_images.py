@@ -373,6 +373,22 @@ def test_the_longest_prompts_fit_into_the_file(suffix: str) -> None:
     assert read_edit_record(encode(Picture(noise(32, 32)), suffix, record)) == record
 
 
+@pytest.mark.parametrize("suffix", OUTPUT_FORMATS)
+def test_a_picture_that_comes_as_a_png_is_written_like_the_first_one(suffix: str) -> None:
+    """The command line makes other formats of the PNG that a server gives it."""
+    exif = exif_with({ExifTags.Base.Make: "Leica", ExifTags.Base.Artist: "Ada"})
+    xmp = b"""<r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+        xmlns:p="http://ns.adobe.com/photoshop/1.0/"><r:Description p:Credit="dpa"/></r:RDF>"""
+    options = {"exif": exif, "xmp": xmp, "dpi": (300, 150), "icc_profile": SRGB}
+    source = decode(saved(photograph(), "JPEG", **options), LIMITS)
+
+    travelled = decode(encode(source, ".png", RECORD), LIMITS)
+
+    assert encode(travelled, suffix, RECORD) == encode(source, suffix, RECORD)
+    assert travelled.notes.credit.credit == "dpa"
+    assert travelled.notes.density == (300, 150)
+
+
 def test_a_picture_made_elsewhere_has_no_record() -> None:
     assert read_edit_record(saved(photograph(), "JPEG")) is None
     assert read_edit_record(b"no picture") is None

@@ -217,6 +217,22 @@ def test_the_answer_of_the_tools_is_there_as_json_with_the_picture(
     assert base64.b64decode(answer["image_base64"]) == plain.content
 
 
+def test_what_was_unusual_about_a_file_stands_beside_the_warning_of_the_model(
+    make_service: MakeService, photo: Path
+) -> None:
+    whole = io.BytesIO()
+    Image.open(photo).save(whole, "JPEG")
+    upload = {"file": ("photo.jpg", whole.getvalue()[:-2])}
+    with calling(make_service(FakeWorker(warning="it does not know hats"))) as client:
+        answer = client.post(
+            "/api/edit", files=upload, data={"prompt": "x"}, headers={"Accept": "application/json"}
+        ).json()
+
+    assert answer["metadata"]["warning"] == (
+        "it does not know hats; the JPEG lacks its end marker; its picture is whole"
+    )
+
+
 @pytest.mark.parametrize("accept", ["image/png", "application/json"])
 def test_with_a_mask_the_rest_stays_and_the_answer_says_how_much_changed(
     make_service: MakeService, photo: Path, accept: str

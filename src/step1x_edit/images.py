@@ -5,7 +5,8 @@ content decides the format, not the name. The network sees 8-bit RGB as a viewer
 
 - EXIF orientation is applied, of animations and stacks only the first picture is taken;
 - 16-bit grey is scaled, palettes are expanded, CMYK and grey with a profile are converted to sRGB;
-- an RGB colour profile stays with the picture and the numbers stay as they are;
+- an RGB colour profile stays with the picture and the numbers stay as they are; colour that is
+  given in another way gets a profile or becomes sRGB (see colour);
 - alpha is set aside; colours hidden under full transparency become white.
 
 This module knows nothing about paths, folders and the model.
@@ -16,10 +17,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ from PIL import (
     ExifTags,
     GifImagePlugin,
     Image,
-    ImageCms,
     ImageFilter,
     JpegImagePlugin,
     PngImagePlugin,
@@ -37,8 +37,9 @@ from PIL import (
     UnidentifiedImageError,
     WebPImagePlugin,
 )
-from pydantic import TypeAdapter
 
+from step1x_edit import colour, tiff
+from step1x_edit.colour import Cicp, Shown
 from step1x_edit.errors import (
     CorruptImageError,
     ImageAspectError,
@@ -48,8 +49,23 @@ from step1x_edit.errors import (
     InvalidParameterError,
     UnsupportedImageError,
 )
+from step1x_edit.picture_formats import colour_numbers, is_heic, is_png, name_of, with_end_marker
+from step1x_edit.picture_notes import (
+    RECORD_KEY,
+    Notes,
+    add_jpeg_tags,
+    exif_in,
+    exif_of,
+    exif_with,
+    is_marked_adobe_rgb,
+    notes_of,
+    record_of,
+    written,
+    xmp_packet,
+)
 from step1x_edit.schemas import EditRecord, Record
 
+T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 
 # Pillow finds a decoder by name only once its module is imported.
@@ -78,8 +94,13 @@ PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cuttin
 ROUND_BASE64_BYTES: Final = 48 * 1024  # several stand beside that in one result
 
 _MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
-_MAX_PROFILE_LENGTH: Final = 2**20  # what PNG decoders are willing to read
-_RECORD_KEY: Final = "step1x-edit"
+_NO_END: Final = "the JPEG lacks its end marker; its picture is whole"
+_OTHER_BYTES: Final = bytes([0x5A]) * 64
+_PNG_DEPTH_AT: Final = 24
+_PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
+
+# Pillow refuses a PNG whose profile is longer than this; by itself it would be 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = colour.MAX_PROFILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -97,8 +118,9 @@ class Picture:
     pixels: Pixels  # (H, W, 3)
     alpha: Pixels | None = None  # (H, W)
     icc_profile: bytes | None = None
-    exif: Mapping[int, Any] = field(default_factory=dict)
-    """Harmless tags by number: who, when, with which camera; never where."""
+    notes: Notes = Notes()
+    warning: str | None = None
+    """What was unusual about reading it, for the answer."""
 
     @property
     def width(self) -> int:
@@ -116,10 +138,15 @@ class Picture:
 
 def decode(data: bytes, limits: Limits) -> Picture:
     """Read a picture; raises an ImageError that says what is wrong with it."""
-    with _opened(data, limits) as image:
-        _check_shape(image.width, image.height)
-        image.load()
-        return _picture(image)
+
+    def check(width: int, height: int) -> None:
+        check_size(width, height, limits)
+
+    def read(data: bytes) -> Picture:
+        return _picture(_stored(data, limits, check))
+
+    picture, lacks_end = _read_to_the_end(data, read, _same_pixels)
+    return replace(picture, warning=_NO_END) if lacks_end else picture
 
 
 def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
@@ -130,14 +157,14 @@ def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
     InvalidParameterError if the upright mask has not the size (width, height) of the upright
     picture, or lets nothing change.
     """
-    with _opened(data, limits) as image:
-        image.load()
-        image = _upright(image, _exif(image))
-        alpha = _alpha(image)
-        if alpha is None or (alpha == 255).all():
-            mask = np.array(_to_rgb(image, None)[0].convert("L"))
-        else:
-            mask = 255 - alpha
+
+    def check(width: int, height: int) -> None:
+        _check_pixels(width, height, limits)
+
+    def read(data: bytes) -> Pixels:
+        return _mask(_stored(data, limits, check).image)
+
+    mask, _ = _read_to_the_end(data, read, np.array_equal)
     height, width = mask.shape
     if (width, height) != size:
         raise InvalidParameterError(
@@ -151,40 +178,6 @@ def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
             param="mask",
         )
     return mask
-
-
-@contextlib.contextmanager
-def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
-    """An image whose header is within the limits; whatever its decoder raises is an ImageError."""
-    if len(data) > limits.max_bytes:
-        raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
-    try:
-        with Image.open(io.BytesIO(data), formats=DECODERS) as image:
-            _check_pixels(image.width, image.height, limits)
-            yield image
-    except ImageError:
-        raise
-    except UnidentifiedImageError:
-        raise UnsupportedImageError(
-            "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, or it is damaged"
-        ) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageTooLargeError(
-            f"at most {limits.max_pixels / 1e6:g} megapixels are allowed"
-        ) from None
-    except Exception as error:  # noqa: BLE001 - see _damaged
-        raise _damaged(error) from None
-
-
-def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
-    """What a failing decoder means.
-
-    A decoder that meets hostile bytes raises nearly anything (OSError, SyntaxError, struct.error,
-    KeyError …), and its words may hold memory addresses: neither is for the caller.
-    """
-    if isinstance(error, MemoryError):
-        return ImageTooLargeError("it does not fit into memory")
-    return CorruptImageError("the file is damaged or incomplete")
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
@@ -210,24 +203,168 @@ def _check_shape(width: int, height: int) -> None:
         raise ImageTooSmallError(f"{size}, at least {MIN_SIDE}×{MIN_SIDE} are needed")
 
 
-def _picture(image: Image.Image) -> Picture:
-    exif = _exif(image)
-    profile = _usable(image.info.get("icc_profile"))
-    image = _upright(image, exif)
-    alpha = _alpha(image)
-    image, profile = _to_rgb(image, profile)
-    pixels = np.array(image)  # a copy that may be written to
+def _read_to_the_end(
+    data: bytes, read: Callable[[bytes], T], is_same: Callable[[T, T], bool]
+) -> tuple[T, bool]:
+    """What `read` makes of a file, and whether the file is a JPEG that lacks only its end marker.
+
+    Only then can other bytes in front of the end change nothing: in a scan that is cut short they
+    would count as pixels.
+    """
+    try:
+        return read(data), False
+    except CorruptImageError:
+        mended = with_end_marker(data)
+        if mended is None:
+            raise
+        found = read(mended)
+        if not is_same(found, read(mended[:-2] + _OTHER_BYTES + mended[-2:])):
+            raise
+        return found, True
+
+
+def _same_pixels(left: Picture, right: Picture) -> bool:
+    return np.array_equal(left.pixels, right.pixels)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A decoded picture, upright, with 8 bits a channel, and what describes it."""
+
+    image: Image.Image
+    exif: Mapping[int, Any]
+    notes: Notes
+    numbers: Cicp | None = None
+
+
+def _stored(data: bytes, limits: Limits, check: Callable[[int, int], None]) -> _Stored:
+    """The first picture of a file; `check` sees its size before a pixel is decoded."""
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
+    with _failing_in_words(data, limits):
+        if tiff.is_tiff(data):
+            return _stored_tiff(data, check)
+        with Image.open(io.BytesIO(data), formats=_decoders_for(data)) as image:
+            check(image.width, image.height)
+            image.load()
+            exif = exif_of(image)
+            turn = exif.get(ExifTags.Base.Orientation, 1)
+            notes = _turned(notes_of(image, exif), turn)
+            upright = _upright(_plain(image, data), turn)
+            return _Stored(upright, exif, notes, colour_numbers(data))
+
+
+def _stored_tiff(data: bytes, check: Callable[[int, int], None]) -> _Stored:
+    found = tiff.opened(data)
+    directory = found.directory
+    check(*directory.size)
+    if tiff.is_read_here(directory):
+        image = _upright(tiff.image_of(found.data, directory), directory.orientation)
+        return _described_tiff(image, found, data)
+    try:
+        opened = Image.open(io.BytesIO(found.data), formats=[TiffImagePlugin.TiffImageFile.format])
+    except UnidentifiedImageError:
+        raise UnsupportedImageError(tiff.describe(directory)) from None
+    with opened as image:
+        image.info.pop("xmp", None)  # Pillow would turn the picture by it
+        image.load()  # the decoder turns the picture by its tag, and takes that away
+        return _described_tiff(image, found, data)
+
+
+def _described_tiff(image: Image.Image, found: tiff.Found, data: bytes) -> _Stored:
+    directory, first = found.directory, found.first
+    image.info["dpi"] = directory.density  # Pillow would make one up
+    image.info["iptc"] = directory.iptc or first.iptc
+    image.info["xmp"] = directory.xmp or first.xmp
+    exif = exif_of(image)
+    if first is not directory:
+        exif = {**exif_in(data, leave_out=_OF_ONE_DIRECTORY), **exif}
+    notes = _turned(notes_of(image, exif), directory.orientation)
+    if image.mode.startswith("I"):
+        grey = tiff.at_full_scale(image, directory)
+        grey.info = image.info
+        image = grey
+    return _Stored(image, exif, notes)
+
+
+_OF_ONE_DIRECTORY: Final = (
+    ExifTags.Base.Orientation,
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+)
+
+
+def _decoders_for(data: bytes) -> tuple[str, ...]:
+    """The decoders that may read a file; that of HEIC only if the operator has installed it."""
+    if not is_heic(data):
+        return DECODERS
+    try:
+        import pillow_heif
+    except ImportError:
+        return DECODERS
+    pillow_heif.register_heif_opener()
+    return (*DECODERS, "HEIF")
+
+
+@contextlib.contextmanager
+def _failing_in_words(data: bytes, limits: Limits) -> Iterator[None]:
+    """Make an ImageError of whatever a decoder raises."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise UnsupportedImageError(
+            name_of(data)
+            or "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, or it is damaged"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLargeError(
+            f"at most {limits.max_pixels / 1e6:g} megapixels are allowed"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - see _damaged
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
+    """What a failing decoder means.
+
+    A decoder that meets hostile bytes raises nearly anything (OSError, SyntaxError, struct.error,
+    KeyError …), and its words may hold memory addresses: neither is for the caller.
+    """
+    if isinstance(error, MemoryError):
+        return ImageTooLargeError("it does not fit into memory")
+    return CorruptImageError("the file is damaged or incomplete")
+
+
+def _picture(stored: _Stored) -> Picture:
+    alpha = _alpha(stored.image)
+    shown = _shown(stored)
     if alpha is not None:
-        pixels[alpha == 0] = 255
-    return Picture(pixels, alpha, profile, _harmless(exif))
+        shown.pixels[alpha == 0] = 255
+    return Picture(shown.pixels, alpha, shown.profile, stored.notes, shown.warning)
 
 
-def _upright(image: Image.Image, exif: Mapping[int, Any]) -> Image.Image:
-    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+def _mask(image: Image.Image) -> Pixels:
+    alpha = _alpha(image)
+    if alpha is None or (alpha == 255).all():
+        return np.array(_rgb(image).convert("L"))
+    return 255 - alpha
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
-# The TIFF decoder of Pillow turns the picture itself and takes the tag away.
+def _turned(notes: Notes, orientation: int) -> Notes:
+    """The notes of the upright picture: across is down if it lies on its side."""
+    if notes.density is None or orientation not in _TURNED_SIDEWAYS:
+        return notes
+    across, down = notes.density
+    return replace(notes, density=(down, across))
+
+
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -237,124 +374,67 @@ _TURNS: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED_SIDEWAYS: Final = (5, 6, 7, 8)
+
+
+def _plain(image: Image.Image, data: bytes) -> Image.Image:
+    """The picture without what only its decoder knows: samples of 16 bits, alpha of no use."""
+    if getattr(image, "is_animated", False):
+        # Animations are decoded with alpha whether or not they have any.
+        is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+        return image.convert("RGB") if is_opaque else image.copy()  # their file closes
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if isinstance(transparent, int):
+            grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        grey.info = {name: v for name, v in image.info.items() if name != "transparency"}
+        return grey
+    if isinstance(transparent, tuple) and is_png(data) and data[_PNG_DEPTH_AT] == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
 
 
 def _alpha(image: Image.Image) -> Pixels | None:
-    if not image.has_transparency_data or image.mode.startswith("I"):
-        return None  # 16-bit grey cannot be made RGBA; a transparent shade of it is very rare
+    if not image.has_transparency_data:
+        return None
     return np.array(image.convert("RGBA").getchannel("A"))
 
 
-def _to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """The picture as 8-bit RGB and the profile that belongs to these numbers."""
-    match image.mode:
-        case "I" | "I;16" | "I;16L" | "I;16B" | "I;16N":
-            return _from_16_bit(image).convert("RGB"), None
-        case "F":
-            raise UnsupportedImageError("floating-point pixels; save it with 8 or 16 bits")
-        case "LAB":
-            raise UnsupportedImageError("Lab colours; save it as RGB")
-        case "CMYK" | "L" | "LA" if profile is not None:
+def _shown(stored: _Stored) -> Shown:
+    """The picture as 8-bit RGB that a viewer shows right.
+
+    In a PNG numbers count more than a profile, in other files less; gamma counts least.
+    """
+    image, info = stored.image, stored.image.info
+    profile = colour.usable(info.get("icc_profile"))
+    if stored.numbers is not None and (profile is None or stored.numbers.outrank_profile):
+        return colour.by_cicp(_pixels(image), stored.numbers)
+    if profile is None and info.get("gamma") and "srgb" not in info:
+        return colour.by_gamma(_pixels(image), info["gamma"], info.get("chromaticity"))
+    if image.mode in ("CMYK", "L", "LA"):
+        converted = None
+        if profile is not None:
             flat = image.convert("L") if image.mode == "LA" else image
-            return _to_srgb(flat, profile) or image.convert("RGB"), None
-        case "RGB" | "RGBA" | "RGBX" | "P" | "PA" | "YCbCr" if _space(profile) == b"RGB ":
-            return _drop_alpha(image), profile
-    return _drop_alpha(image), None
+            converted = colour.to_srgb(flat, profile)
+        return Shown(_pixels(converted or image))
+    if profile is None and is_marked_adobe_rgb(stored.exif):
+        profile = colour.adobe_rgb_profile()
+    return Shown(_pixels(image), profile if colour.is_for_rgb(profile) else None)
 
 
-def _drop_alpha(image: Image.Image) -> Image.Image:
+def _pixels(image: Image.Image) -> Pixels:
+    return np.array(_rgb(image))  # a copy that may be written to
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     # Palettes and transparent colours are expanded first: a plain conversion would warn.
     return (
         image.convert("RGBA").convert("RGB")
         if image.has_transparency_data
         else image.convert("RGB")
     )
-
-
-def _from_16_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise UnsupportedImageError("pixels of 32 bits; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert by the profile; None if the profile is not usable for this picture."""
-    try:
-        return ImageCms.profileToProfile(
-            image,
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-
-
-def _usable(profile: bytes | None) -> bytes | None:
-    """The profile if it is one; a damaged one would only hurt whoever opens the result."""
-    if not profile or len(profile) > _MAX_PROFILE_LENGTH:
-        return None
-    try:
-        ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return None
-    return profile
-
-
-def _space(profile: bytes | None) -> bytes:
-    """The colour space that a profile describes: bytes 16 to 20 of its header."""
-    return b"" if profile is None else profile[16:20]
-
-
-# --- EXIF ----------------------------------------------------------------------------------------
-
-_IMAGE_TAGS: Final = (
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.Copyright,
-)
-_PHOTO_TAGS: Final = (
-    ExifTags.Base.DateTimeOriginal,
-    ExifTags.Base.OffsetTimeOriginal,
-    ExifTags.Base.ExposureTime,
-    ExifTags.Base.FNumber,
-    ExifTags.Base.ISOSpeedRatings,
-    ExifTags.Base.FocalLength,
-    ExifTags.Base.FocalLengthIn35mmFilm,
-    ExifTags.Base.LensModel,
-)
-_MAX_TAG_LENGTH: Final = 200
-
-
-def _exif(image: Image.Image) -> dict[int, Any]:
-    """All readable tags of the picture; damaged EXIF counts as none."""
-    try:
-        exif = image.getexif()
-        return {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
-    except Exception:  # noqa: BLE001 - the picture is fine, its notes are not: see _damaged
-        return {}
-
-
-def _harmless(exif: Mapping[int, Any]) -> dict[int, Any]:
-    """The tags that may go into the result: an allow-list, so neither place nor serial number."""
-    return {
-        int(tag): exif[tag]
-        for tag in (*_IMAGE_TAGS, *_PHOTO_TAGS)
-        if tag in exif and _is_writable(tag, exif[tag])
-    }
-
-
-def _is_writable(tag: int, value: Any) -> bool:
-    """Whether the tag can be written back: found out now, not when the edited picture is saved."""
-    exif = Image.Exif()
-    exif[tag] = value
-    try:
-        return len(exif.tobytes()) <= _MAX_TAG_LENGTH
-    except Exception:  # noqa: BLE001 - see _damaged
-        return False
 
 
 # --- masks ---------------------------------------------------------------------------------------
@@ -454,12 +534,21 @@ class OutputFormat:
     carries_alpha: bool
     max_side: int = 65_500
     options: Mapping[str, Any] = field(default_factory=dict)
+    max_profile_bytes: int = colour.MAX_PROFILE_BYTES
+    """A picture whose profile is longer is converted to sRGB."""
 
 
-_PNG: Final = OutputFormat("PNG", "image/png", carries_alpha=True, options={"compress_level": 6})
+_PNG: Final = OutputFormat(
+    "PNG",
+    "image/png",
+    carries_alpha=True,
+    options={"compress_level": 6},
+    max_profile_bytes=2**20,  # what PNG decoders are willing to read
+)
 _JPEG: Final = OutputFormat(
     "JPEG", "image/jpeg", carries_alpha=False, options={"quality": 95, "subsampling": 0}
 )
+# With losses WebP halves colour in both directions: the format has no other way.
 _WEBP: Final = OutputFormat(
     "WEBP",
     "image/webp",
@@ -471,11 +560,11 @@ _AVIF: Final = OutputFormat(
     "AVIF",
     "image/avif",
     carries_alpha=True,
-    options={"quality": 90, "speed": 8, "max_threads": 1},
+    options={"quality": 90, "speed": 8, "max_threads": 1, "subsampling": "4:4:4"},
 )
 # Uncompressed: LZW hardly shrinks a photograph, and with it Pillow loses the photographic EXIF.
 _TIFF: Final = OutputFormat("TIFF", "image/tiff", carries_alpha=True)
-_BMP: Final = OutputFormat("BMP", "image/bmp", carries_alpha=False)
+_BMP: Final = OutputFormat("BMP", "image/bmp", carries_alpha=False, max_profile_bytes=0)
 
 OUTPUT_FORMATS: Final[Mapping[str, OutputFormat]] = {
     ".png": _PNG,
@@ -496,7 +585,7 @@ def restore(edited: Pixels, source: Picture) -> Picture:
     size = (source.width, source.height)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    return Picture(np.array(image), source.alpha, source.icc_profile, source.exif)
+    return replace(source, pixels=np.array(image))
 
 
 def check_encodable(picture: Picture, suffix: str) -> None:
@@ -533,25 +622,65 @@ def encode(
     `quality`, from 0 to 100, means something to JPEG, WebP and AVIF only.
 
     JPEG and BMP cannot carry alpha: the picture is laid on white. BMP carries neither a colour
-    profile (the colours are converted to sRGB) nor EXIF nor the record.
+    profile (the colours are converted to sRGB) nor credit nor the record, only the density.
     """
     output = OUTPUT_FORMATS[suffix.lower()]
     image = _image(picture, with_alpha=output.carries_alpha)
     options = dict(output.options)
     if quality is not None and "quality" in options:
         options["quality"] = quality
-    if output is _BMP:
-        image = _shown_in_srgb(image, picture.icc_profile)
-    else:
-        options["icc_profile"] = picture.icc_profile
-        options["exif"] = _exif_of(picture, None if output is _PNG else record)
-    if output is _PNG and record is not None:
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(_RECORD_KEY, _written(record))
-        options["pnginfo"] = chunks
+    profile = picture.icc_profile
+    if profile is not None and len(profile) > output.max_profile_bytes:
+        image, profile = _in_srgb(image, profile), None
+    options.update(_companions(picture, record, output, profile))
     buffer = io.BytesIO()
     image.save(buffer, output.name, **{name: v for name, v in options.items() if v is not None})
     return buffer.getvalue()
+
+
+def _companions(
+    picture: Picture, record: Record | None, output: OutputFormat, profile: bytes | None
+) -> dict[str, Any]:
+    """The options that put notes, record and profile into a file, each where its format has it."""
+    notes, dpi = picture.notes, picture.notes.density
+    if output is _BMP:
+        return {"dpi": dpi}
+    xmp = xmp_packet(notes)
+    has_profile = profile is not None
+    if output is _PNG:
+        # Density and record have chunks, and are not said twice.
+        exif = exif_with(replace(notes, density=None), None, has_profile=has_profile)
+        chunks = PngImagePlugin.PngInfo()
+        if record is not None:
+            chunks.add_itxt(RECORD_KEY, written(record))
+        if xmp is not None:
+            chunks.add_itxt(_PNG_XMP_KEY, xmp.decode())
+        return {"icc_profile": profile, "exif": _bytes(exif), "pnginfo": chunks, "dpi": dpi}
+    if output is _TIFF:
+        exif = exif_with(notes, record, has_profile=has_profile, byte_order="little")
+        if xmp is not None:
+            exif = Image.Exif() if exif is None else exif
+            exif[ExifTags.Base.XMLPacket] = xmp
+        return {"icc_profile": profile, "exif": _bytes(exif)}
+    exif = exif_with(notes, record, has_profile=has_profile)
+    if output is not _JPEG:
+        return {"icc_profile": profile, "exif": _bytes(exif), "xmp": xmp}
+    if exif is not None:
+        add_jpeg_tags(exif, picture.width, picture.height)
+    return {"icc_profile": profile, "exif": _bytes(exif), "xmp": xmp, "dpi": dpi}
+
+
+def _bytes(exif: Image.Exif | None) -> bytes | None:
+    # Given the object, the TIFF encoder would leave the inner tags out.
+    return None if exif is None else exif.tobytes()
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The same picture, transparency included, in sRGB."""
+    converted = _shown_in_srgb(image.convert("RGB"), profile)
+    if image.mode == "RGBA":
+        converted.putalpha(image.getchannel("A"))
+    return converted
 
 
 def preview(
@@ -585,35 +714,10 @@ def _image(picture: Picture, *, with_alpha: bool) -> Image.Image:
 
 def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """The picture for a file that will carry no profile."""
-    return image if profile is None else _to_srgb(image, profile) or image
-
-
-def _exif_of(picture: Picture, record: Record | None) -> bytes | None:
-    exif = Image.Exif()
-    for tag, value in picture.exif.items():
-        (exif if tag in _IMAGE_TAGS else exif.get_ifd(ExifTags.IFD.Exif))[tag] = value
-    if record is not None:
-        exif[ExifTags.Base.Software] = record.software
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = _comment(record)
-    if not exif and not exif.get_ifd(ExifTags.IFD.Exif):
-        return None
-    return exif.tobytes()  # given the object, the TIFF encoder would leave the inner tags out
+    return image if profile is None else colour.to_srgb(image, profile) or image
 
 
 # --- the record of an edit -----------------------------------------------------------------------
-# PNG: an international text chunk. The others: the EXIF comment, which starts with the name of its
-# character set; UTF-16 in big-endian order is what other programs write and expect there.
-
-_UNICODE: Final = b"UNICODE\0"
-_RECORD: Final[TypeAdapter[Record]] = TypeAdapter(Record)
-
-
-def _written(record: Record) -> str:
-    return record.model_dump_json(exclude_none=True)
-
-
-def _comment(record: Record) -> bytes:
-    return _UNICODE + _written(record).encode("utf-16-be")
 
 
 def read_edit_record(source: bytes | Path) -> EditRecord | None:
@@ -627,12 +731,6 @@ def read_record(source: bytes | Path) -> Record | None:
     data = source.read_bytes() if isinstance(source, Path) else source
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
-            text = image.info.get(_RECORD_KEY) or _commented(_exif(image))
-            return _RECORD.validate_json(text)
+            return record_of(image)
     except Exception:  # noqa: BLE001 - notes of others, or none: see _damaged
         return None
-
-
-def _commented(exif: Mapping[int, Any]) -> str:
-    comment = exif.get(ExifTags.Base.UserComment, b"")
-    return bytes(comment).removeprefix(_UNICODE).decode("utf-16-be")

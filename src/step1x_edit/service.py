@@ -821,7 +821,7 @@ def _metadata(
         width=picture.width,
         height=picture.height,
         negative_prompt=negative,
-        warning=result.outcome.warning,
+        warning="; ".join(filter(None, (result.outcome.warning, picture.warning))) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
         loras=record.loras,
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
