@@ -92,8 +92,6 @@ def is_heic(data: bytes) -> bool:
 
 def name_of(data: bytes) -> str | None:
     """What a file that no decoder takes is, and what to do; None if that is unknown."""
-    if not data:
-        return "the file is empty"
     found = _recognised(data)
     return None if found is None else "; ".join(found)
 

@@ -1,9 +1,10 @@
 """TIFF files: which directory holds the full picture, and samples that Pillow cannot read.
 
 A TIFF is a chain of directories, and each may have children (SubIFDs). Many programs put a reduced
-copy first, and most camera raws are TIFFs whose first directory is a preview. Uncompressed samples
-of other depths than 8 bits are read here: Pillow takes 12 bits for 16, ignores WhiteIsZero beyond
-8 bits and reads separate planes of 16 bits as noise. This module knows nothing about limits.
+copy first, and most camera raws are TIFFs whose first directory is a preview. Samples of other
+depths than 8 bits, plain or deflated, are read here: Pillow takes 12 bits for 16, ignores
+WhiteIsZero beyond 8 bits, reads plain planes of 16 bits as noise, and does not know other depths.
+This module knows nothing about limits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -42,6 +44,11 @@ _ASSOCIATED, _UNASSOCIATED = 1, 2  # kinds of alpha
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _SEPARATE_PLANES: Final = 2
 _UNCOMPRESSED: Final = 1
+_DEFLATE: Final = {8, 32946}
+_PREDICTOR: Final = 317
+_NONE, _HORIZONTAL = 1, 2  # predictors
+_MAX_TILE: Final = 2**24  # pixels
+_MAX_SAMPLES: Final = 5  # to a pixel: colours, alpha and one more
 
 _COMPRESSIONS: Final = {  # those that libtiff, as Pillow ships it, can decode
     1: "no",
@@ -394,12 +401,24 @@ def is_read_here(directory: Directory) -> bool:
     """Whether `image_of` reads the samples, and not Pillow."""
     depth = directory.bits[0]
     return (
-        directory.compression == _UNCOMPRESSED
+        directory.compression in {_UNCOMPRESSED, *_DEFLATE}
+        and _predictor(directory) in ({_NONE, _HORIZONTAL} if depth == 16 else {_NONE})
         and directory.photometric in _CHANNELS
         and set(directory.bits) == {depth}
+        and _samples_of(directory) <= _MAX_SAMPLES
         and (8 < depth <= 16 or depth in (3, 5, 6, 7))
         and directory.number(_FILL_ORDER, 1) == 1
     )
+
+
+def _predictor(directory: Directory) -> int:
+    is_plain = directory.compression == _UNCOMPRESSED
+    return _NONE if is_plain else directory.number(_PREDICTOR, _NONE)
+
+
+def _samples_of(directory: Directory) -> int:
+    stated = directory.number(ExifTags.Base.SamplesPerPixel, 1)
+    return max(stated, len(directory.bits))
 
 
 def image_of(data: bytes, directory: Directory) -> Image.Image:
@@ -453,15 +472,12 @@ def _unmultiplied(
 
 
 def _samples(data: bytes, directory: Directory) -> npt.NDArray[np.uint16]:
-    """The stored numbers of an uncompressed picture, as (H, W, samples)."""
+    """The stored numbers, as (H, W, samples)."""
     width, height = directory.size
-    samples, depth = len(directory.bits), directory.bits[0]
-    samples = max(samples, directory.number(ExifTags.Base.SamplesPerPixel, samples))
+    samples = _samples_of(directory)
     is_planar = directory.number(ExifTags.Base.PlanarConfiguration, 1) == _SEPARATE_PLANES
     planes, together = (samples, 1) if is_planar else (1, samples)
-    if samples < _CHANNELS[directory.photometric] or (
-        width * height * samples * depth > 8 * len(data)
-    ):
+    if samples < _CHANNELS[directory.photometric]:
         raise CorruptImageError("the file is damaged or incomplete")
     found = np.zeros((planes, height, width, together), np.uint16)
     for (plane, top, left), block in _blocks(data, directory, planes, together):
@@ -478,29 +494,44 @@ def _blocks(
     """Each strip or tile with its plane, top and left."""
     width, height = directory.size
     offsets = directory.numbers(ExifTags.Base.TileOffsets)
+    lengths = directory.numbers(ExifTags.Base.TileByteCounts)
     is_tiled = bool(offsets)
     if is_tiled:
         across = directory.number(ExifTags.Base.TileWidth, 0)
         down = directory.number(ExifTags.Base.TileLength, 0)
     else:
         offsets = directory.numbers(ExifTags.Base.StripOffsets)
+        lengths = directory.numbers(ExifTags.Base.StripByteCounts)
         across = width
         down = min(directory.number(ExifTags.Base.RowsPerStrip, height), height)
-    if min(across, down) < (16 if is_tiled else 1):
+    if min(across, down) < (16 if is_tiled else 1) or (is_tiled and across * down > _MAX_TILE):
         raise CorruptImageError("the file is damaged or incomplete")
     columns, rows = -(-width // across), -(-height // down)
-    if len(offsets) < planes * columns * rows:
+    if min(len(offsets), len(lengths)) < planes * columns * rows:
         raise CorruptImageError("the file is damaged or incomplete")
     stride = (across * together * directory.bits[0] + 7) // 8
     for index in range(planes * columns * rows):
         plane, place = divmod(index, columns * rows)
         top, left = place // columns * down, place % columns * across
         stored = down if is_tiled else min(down, height - top)
-        block = data[offsets[index] : offsets[index] + stored * stride]
-        if len(block) < stored * stride:
-            raise CorruptImageError("the file is damaged or incomplete")
-        values = _unpacked(block, stride, directory)[:, : across * together]
-        yield (plane, top, left), values.reshape(stored, across, together)
+        block = data[offsets[index] : offsets[index] + lengths[index]]
+        block = _inflated(block, stored * stride, directory)
+        rows_of_numbers = _unpacked(block, stride, directory)[:, : across * together]
+        values = rows_of_numbers.reshape(stored, across, together)
+        if _predictor(directory) == _HORIZONTAL:
+            values = np.cumsum(values, axis=1, dtype=np.uint16)
+        yield (plane, top, left), values
+
+
+def _inflated(block: bytes, length: int, directory: Directory) -> bytes:
+    """The bytes of a strip or tile, no more than it may have."""
+    if directory.compression == _UNCOMPRESSED:
+        block = block[:length]
+    else:
+        block = zlib.decompressobj().decompress(block, length)
+    if len(block) < length:
+        raise CorruptImageError("the file is damaged or incomplete")
+    return block
 
 
 def _unpacked(block: bytes, stride: int, directory: Directory) -> npt.NDArray[np.uint16]:
