@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
 
 _PREFIXES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BIG_ENDIAN_BIGTIFF: Final = b"MM\0+"  # Pillow takes it for a TIFF
 _MAX_DIRECTORIES: Final = 64
 _MAX_ENTRIES: Final = 1000
 
@@ -203,6 +204,8 @@ def opened(data: bytes) -> Found:
 
     Raises UnsupportedImageError for a camera raw and for samples that nothing here reads.
     """
+    if data.startswith(_BIG_ENDIAN_BIGTIFF):
+        raise UnsupportedImageError("BigTIFF with its highest byte first; save it as TIFF")
     chains = list(_Walk(data).chains())
     every = [directory for chain in chains for directory in chain]
     raw = _raw_format(data, every)
