@@ -754,6 +754,13 @@ async def test_heic_is_read_if_its_decoder_is_installed(edited: Edited) -> None:
     assert difference(result.seen, SCENE) < LOSSY
 
 
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+async def test_a_truncated_heic_is_not_called_unsupported(edited: Edited, share: float) -> None:
+    data = heic()
+    with pytest.raises(CorruptImageError):
+        await edited(data[: int(len(data) * share)], "in.heic")
+
+
 async def test_heic_is_named_if_its_decoder_is_not_installed(
     edited: Edited, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,7 +313,9 @@ def _failing_in_words(data: bytes, limits: Limits) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if _decoders_for(data) != DECODERS:
+            raise _damaged(error) from None  # a HEIC, and its decoder is here
         raise UnsupportedImageError(
             name_of(data)
             or "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, or it is damaged"
