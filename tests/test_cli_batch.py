@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -61,6 +62,15 @@ def test_the_pictures_of_a_folder_are_edited_into_a_folder_beside_it(folder: Pat
             Image.open(results / f"{name}_edited.png"),
         )
         assert np.array_equal(np.asarray(after), 255 - np.asarray(before))
+
+
+def test_pictures_of_phones_in_a_folder_are_edited_too(folder: Path) -> None:
+    pillow_heif.from_pillow(Image.open(folder / "a.png")).save(folder / "phone.HEIC")
+
+    run.invoke(app, in_folder())
+
+    with Image.open(folder.with_name("in_edited") / "phone_edited.png") as result:
+        assert result.size == Image.open(folder / "a.png").size
 
 
 def test_again_it_does_only_what_is_missing(folder: Path, worker: FakeWorker) -> None:

@@ -52,9 +52,12 @@ from step1x_edit.service import Report
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
 KEPT: Final = "Kept from an earlier run"
 PICTURES: Final = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"}
+    {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif"}
 )
-"""The suffixes by which the pictures in a folder are known."""
+"""The suffixes by which the pictures in a folder are known.
+
+HEIC is among them even if its decoder is not installed: its sentence is better than silence.
+"""
 
 _TABLES: Final = (".csv",)
 _LINES: Final = (".jsonl", ".ndjson")
