@@ -310,6 +310,12 @@ async def test_a_mask_of_16_bits_with_white_as_0_selects_what_is_white(
         (tiff(GREY.astype(np.float32)), "float TIFF"),
         (tiff(GREY.astype(np.uint32)), "TIFF with pixels of 32 bits"),
         (tiff(GREY_16.view(np.int16)), "TIFF with signed pixels"),
+        (
+            packed_tiff(GREY_16 >> 6, 10, 1).replace(
+                struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 32773)
+            ),
+            "TIFF with 10-bit samples, 1 to a pixel, and PackBits compression",
+        ),
         (tiff(SCENE, ">", big=True, photometric="rgb"), "BigTIFF with its highest byte first"),
         (
             # What lies in it matters not: libtiff would complain on standard error.
@@ -319,7 +325,7 @@ async def test_a_mask_of_16_bits_with_white_as_0_selects_what_is_white(
             "TIFF with WebP compression",
         ),
     ],
-    ids=["float", "32 bits", "signed", "BigTIFF", "WebP"],
+    ids=["float", "32 bits", "signed", "10 bits packed", "BigTIFF", "WebP"],
 )
 async def test_a_tiff_that_is_not_read_is_refused_by_what_it_is(
     edited: Edited, data: bytes, name: str, capfd: pytest.CaptureFixture[str]

@@ -393,7 +393,8 @@ def describe(directory: Directory) -> str:
     """A TIFF that Pillow does not open, in words."""
     return (
         f"TIFF with {max(directory.bits)}-bit samples, {len(directory.bits)} to a pixel, and "
-        f"{_COMPRESSIONS[directory.compression]} compression; save it with 8 bits"
+        f"{_COMPRESSIONS[directory.compression]} compression, or a damaged one; "
+        "save it as RGB or grey with 8 bits"
     )
 
 
