@@ -536,7 +536,7 @@ def test_a_full_queue_is_told_at_once_with_when_to_come_back(
         ready = client.get("/readyz")
 
     assert refused.status_code == 503
-    assert problem(refused)["detail"].startswith("Server busy: 1 edits are waiting, try again in")
+    assert problem(refused)["detail"].startswith("Server busy: 1 edit is waiting, try again in")
     assert int(refused.headers["retry-after"]) >= 1
     assert problem(not_ready)["code"] == "queue_full"
     assert checks.status_code == 503

@@ -302,7 +302,7 @@ async def test_a_full_line_refuses_before_the_picture_is_read(
     read: list[str] = []
     monkeypatch.setattr("step1x_edit.files.FileAccess.read", lambda self, path: read.append(path))
 
-    with pytest.raises(ServerBusyError, match="1 edits are waiting"):
+    with pytest.raises(ServerBusyError, match="1 edit is waiting"):
         await edit(service, photo)
 
     assert read == []

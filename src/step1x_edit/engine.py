@@ -408,10 +408,9 @@ class Engine:
 
     def _busy(self) -> ServerBusyError:
         wait_s = max(1, math.ceil(self._last_edit_s * (len(self._waiting) + 1)))
-        return ServerBusyError(
-            f"{len(self._waiting)} edits are waiting, try again in {wait_s} s",
-            retry_after_s=wait_s,
-        )
+        number = len(self._waiting)
+        waiting = "1 edit is waiting" if number == 1 else f"{number} edits are waiting"
+        return ServerBusyError(f"{waiting}, try again in {wait_s} s", retry_after_s=wait_s)
 
     def _tell_positions(self) -> None:
         for position, edit in enumerate(self._waiting, start=1):
