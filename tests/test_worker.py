@@ -61,6 +61,18 @@ def outcome_of(worker: PipelineWorker, wanted: EditJob) -> Outcome:
     return last
 
 
+@pytest.mark.parametrize(("label", "is_known"), [("unknown", False), ("night", True)])
+def test_the_first_step_says_whether_the_model_has_learned_such_an_edit(
+    tmp_path: Path, label: str, is_known: bool
+) -> None:
+    write_demo(tmp_path, tiny_pipeline(labels=(label,)))
+
+    events = a_worker(tmp_path).edit(job(), go_on)
+
+    first = next(one for one in events if isinstance(one, Progress) and one.step == 1)
+    assert first.is_known == is_known
+
+
 def test_the_first_edit_loads_the_model_and_the_next_one_finds_it(folder: Path) -> None:
     worker = a_worker(folder)
     assert worker.residence() == Residence()

@@ -30,7 +30,7 @@ from step1x_edit.worker import WorkerLoop
 
 
 class ToyModel:
-    """Does what the prompt says: "die SIGKILL", "wait in decoding", "hang", "fail", "print"."""
+    """Does what the prompt says: die SIGKILL, wait in decoding, hang, fail, print, unknown."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -40,11 +40,12 @@ class ToyModel:
         self, job: EditJob, check: Callable[[], None]
     ) -> Generator[Progress | Outcome, None, None]:
         word, _, rest = job.prompt.partition(" ")
+        is_known = word != "unknown"
         for progress in (
             Progress(Phase.LOADING),
             Progress(Phase.ENCODING),
             *(
-                Progress(Phase.DENOISING, k, job.num_steps, predicted(job, k))
+                Progress(Phase.DENOISING, k, job.num_steps, predicted(job, k), is_known)
                 for k in range(1, job.num_steps + 1)
             ),
             Progress(Phase.DECODING),
@@ -52,7 +53,7 @@ class ToyModel:
             if progress.phase is Phase.ENCODING:
                 self._location = "GPU"
             yield progress
-            if job.prompt == f"wait in {progress.phase.value}":
+            if job.prompt.removeprefix("unknown ") == f"wait in {progress.phase.value}":
                 while True:
                     check()
                     threading.Event().wait(0.001)

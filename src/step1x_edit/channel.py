@@ -136,6 +136,8 @@ class Progress:
     total: int = 0
     preview: Pixels | None = field(default=None, compare=False, repr=False)
     """The picture as predicted at this step, in its working size, where one was asked for."""
+    is_known: bool = field(default=True, compare=False)
+    """False once a small model has found that it has not learned such an edit."""
 
     @property
     def text(self) -> str:

@@ -181,7 +181,13 @@ class PipelineWorker:
                     if isinstance(event, Edited):
                         yield Outcome(event.image, _warning(event, checkpoint))
                     else:
-                        yield Progress(Phase(event.phase), event.step, event.total, event.preview)
+                        yield Progress(
+                            Phase(event.phase),
+                            event.step,
+                            event.total,
+                            event.preview,
+                            is_known=run.label != UNKNOWN,
+                        )
 
         yield from self._persistently(advance, loras)
 

@@ -160,6 +160,8 @@ class EditRun:
 
     request: EditRequest
     encoded: Encoded | None = None
+    label: str | None = None
+    """The edit that the prompt asks for, once it is encoded, if there is a recogniser."""
     state: DenoiseState | None = None
     steps_told: int = 0
 
@@ -260,7 +262,7 @@ class EditPipeline:
         if run.encoded is None:
             yield Progress("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
-        label = self._name(run.encoded.branches[0])
+        run.label = self._name(run.encoded.branches[0])
         if run.state is None:
             run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_told:  # it was its preview that failed
@@ -270,7 +272,7 @@ class EditPipeline:
             yield self._tell(run, state, run.encoded)
         yield Progress("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
-        yield Edited(image, label, run.encoded.cut)
+        yield Edited(image, run.label, run.encoded.cut)
 
     @torch.inference_mode()
     def recognise(self, prompt: str, image: Pixels) -> str | None:
