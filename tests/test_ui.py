@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ from itertools import repeat
 from pathlib import Path
 from string import Formatter
 
+import axe_playwright_python
 import httpx2
 import numpy as np
 import pytest
@@ -23,12 +26,14 @@ from huggingface_hub import constants
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from fakes import FakeWorker, Gate
+from fakes import FakeWorker, Gate, ManualClock
 from http_server import TOKEN, serving, until
 from hub import Fault, Hub, asked_by_default, running_hub
 from step1x_edit import images
-from step1x_edit.channel import Start
+from step1x_edit.channel import EditJob, Phase, Progress, Start
 from step1x_edit.checkpoints.catalog import find_model
+from step1x_edit.errors import Step1XEditError
+from step1x_edit.interfaces.ui_progress import ProgressLine
 from step1x_edit.interfaces.ui_texts import LANGUAGES, language_of, text, translations
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Settings
@@ -133,6 +138,26 @@ def downloaded(page: Page, button: str) -> bytes:
     return Path(download.value.path()).read_bytes()
 
 
+def begin(page: Page, photo: Path, prompt: str) -> None:
+    """Ask for an edit of a picture."""
+    choose(page, "edit", photo)
+    page.fill("#edit-prompt textarea", prompt)
+    page.click("#edit-run")
+
+
+def paint(page: Page) -> None:
+    """Paint over the middle of the picture."""
+    canvas = page.locator("#region-mask canvas").first
+    canvas.wait_for()
+    box = canvas.bounding_box()
+    assert box is not None
+    left, middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(left, middle)
+    page.mouse.down()
+    page.mouse.move(left + 6, middle + 3)
+    page.mouse.up()
+
+
 def pixels(source: Path | bytes) -> np.ndarray:
     opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     return np.asarray(opened.convert("RGB"))
@@ -191,6 +216,7 @@ def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> N
         box.fill(value)
         box.press("Tab")  # a slider takes what was typed when it is left
         expect(box).to_have_value(value)
+    page.fill("#edit-prompt textarea", "invert")
     page.click("#edit-run")
     page.wait_for_selector("#edit-download")
     record = images.read_edit_record(downloaded(page, "#edit-download"))
@@ -198,6 +224,179 @@ def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> N
     assert record is not None
     assert (record.num_steps, record.size_level, record.seed) == (11, 512, 7)
     assert record.negative_prompt == "blur"
+
+
+@needs_browser
+def test_what_is_shown_and_what_the_buttons_mean_is_one_result(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page()
+    begin(page, photo, "invert")
+    result = page.locator("#edit-result").get_by_alt_text("The edited picture")
+    finished = result.get_attribute("src")
+    seed = images.read_edit_record(downloaded(page, "#edit-download"))
+    buttons = [page.locator(f"#edit-{name}") for name in ("download", "reuse", "again")]
+
+    page.fill("#edit-prompt textarea", "wait in denoising")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(result).to_have_count(0)
+    for button in buttons:
+        expect(button).to_be_disabled()
+    page.locator("#edit-history img").click()  # waits until nothing else is shown
+    page.press("#edit-prompt textarea", "Control+Enter")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(result).to_have_count(0)
+    page.click("#edit-stop")
+    expect(page.locator("#edit-line")).to_have_text("Stopped.")
+    expect(result).to_have_attribute("src", str(finished))
+    for button in buttons:
+        expect(button).to_be_enabled()
+    assert images.read_edit_record(downloaded(page, "#edit-download")) == seed
+
+    page.fill("#edit-prompt textarea", "fail")
+    page.click("#edit-run")
+    expect(page.locator("#edit-line [role=alert]")).to_contain_text("on purpose")
+    expect(result).to_have_attribute("src", str(finished))
+    page.click("#edit-again")
+    expect(page.locator("#edit-history img")).to_have_count(2)
+    record = images.read_edit_record(downloaded(page, "#edit-download"))
+    assert record is not None
+    assert record.prompt == "invert"
+
+
+@needs_browser
+def test_one_tab_of_the_page_is_stopped_and_the_other_one_goes_on(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page()
+    begin(page, photo, "wait in denoising")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    page.get_by_role("tab", name="Batch").click()
+    page.locator("#batch-files input[type=file]").set_input_files([photo])
+    page.fill("#batch-prompt textarea", "invert")
+    page.press("#batch-prompt textarea", "Control+Enter")
+    expect(page.locator("#batch-line")).to_contain_text("Waiting, position 1")
+    expect(page.locator(".pill")).to_have_text("Editing · 1 waiting")
+    page.click("#batch-stop")
+    expect(page.locator("#batch-line")).to_have_text("Stopped.")
+
+    page.get_by_role("tab", name="Edit", exact=True).click()
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    page.click("#edit-stop")
+    expect(page.locator("#edit-line")).to_have_text("Stopped.")
+
+
+@needs_browser
+def test_each_tab_asks_at_once_for_what_is_missing(open_page: OpenPage, photo: Path) -> None:
+    page = open_page("zh-HK")
+    arrived = {"edit": "#edit-picture img", "region": "#region-picture img", "batch": "td.filename"}
+    for tab, name in enumerate(arrived):
+        page.get_by_role("tab").nth(tab).click()
+        prompt, line = f"#{name}-prompt textarea", page.locator(f"#{name}-line [role=alert]")
+        page.fill(prompt, " \n ")
+        page.press(prompt, "Control+Enter")
+        expect(line).to_have_text(text("no_picture", "zh-TW"))
+        box = f"#{name}-{'files' if name == 'batch' else 'picture'}"
+        page.locator(f"{box} input[type=file]").set_input_files(photo)
+        page.wait_for_selector(arrived[name])
+        if name == "region":
+            paint(page)
+        page.press(prompt, "Control+Enter")
+        expect(line).to_have_text(text("no_prompt", "zh-TW"))
+
+
+@needs_browser
+@pytest.mark.parametrize("language", ["en", "ja"])
+def test_a_file_that_cannot_be_edited_is_refused_when_it_is_chosen(
+    open_page: OpenPage, tmp_path: Path, language: str
+) -> None:
+    files = {"half.png": "corrupt_image", "IMG_0001.HEIC": "unsupported_image"}
+    noise = np.random.default_rng(1).integers(0, 255, (99, 99, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:9999])
+    (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    page = open_page(language)
+    for tab, name in enumerate(("edit", "region")):
+        page.get_by_role("tab").nth(tab).click()
+        for file, code in files.items():
+            page.locator(f"#{name}-picture input[type=file]").set_input_files(tmp_path / file)
+            line = page.locator(f"#{name}-line [role=alert]")
+            expect(line).to_contain_text(text(f"error.{code}", language))
+            expect(line.locator("small[lang=en]")).to_contain_text(re.compile(".+: .+"))
+            expect(page.locator(f"#{name}-picture img")).to_have_count(0)
+
+
+@needs_browser
+def test_an_edit_that_the_model_has_not_learned_is_reported_before_the_wait(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page("zh-CN")
+    begin(page, photo, "unknown wait in denoising")
+    line = page.locator("#edit-line")
+    expect(line).to_contain_text("第 1 步")
+    expect(line.locator("[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
+    page.click("#edit-stop")
+    expect(line).to_have_text(text("stopped", "zh-CN"))
+
+    page.fill("#edit-prompt textarea", "unknown")
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-download")
+    expect(line.locator("[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
+
+
+def lines(progress: ProgressLine, clock: ManualClock, *events: tuple[float, Progress]) -> list[str]:
+    """What stands behind the step when each event comes, so many seconds after the last one."""
+    shown = []
+    for seconds, event in events:
+        clock.advance(seconds)
+        words = re.sub("<.*?>", "", progress.show(event))
+        shown.append(words.partition(" · ")[2])
+    return shown
+
+
+def step(number: int) -> Progress:
+    return Progress(Phase.DENOISING, number, 10)
+
+
+def test_the_time_left_counts_down_until_the_next_step_says_more() -> None:
+    clock = ManualClock()
+    progress = ProgressLine("en", now=clock.now)
+
+    shown = lines(
+        progress,
+        clock,
+        (0, Progress(Phase.ENCODING)),
+        (9, step(1)),
+        (4, step(1)),  # the engine reports the last step again, as a sign of life
+        (2, step(2)),
+        (4, step(2)),
+        (4, step(2)),
+        (2, step(3)),
+        (60, step(3)),
+        (0, Progress(Phase.ENCODING)),  # the next round
+        (5, step(1)),
+    )
+
+    left = ["about 48 s left", "about 44 s left", "about 40 s left", "about 56 s left"]
+    assert shown == ["", "", "", *left, "", "", ""]
+
+
+def test_the_wait_in_the_queue_is_no_part_of_how_long_an_edit_took() -> None:
+    clock = ManualClock()
+    progress = ProgressLine("en", now=clock.now)
+
+    lines(
+        progress,
+        clock,
+        (0, Progress(Phase.QUEUED, 1)),
+        (100, Progress(Phase.QUEUED, 1)),
+        (20, Progress(Phase.LOADING)),
+        (3, step(1)),
+        (2, step(10)),
+    )
+
+    assert progress.seconds == 5
 
 
 @needs_browser
@@ -247,24 +446,12 @@ def test_the_page_has_no_line_of_its_own_behind_the_full_one(
 
 
 @needs_browser
-def test_failures_are_one_sentence_on_the_page(
-    open_page: OpenPage, photo: Path, tmp_path: Path
-) -> None:
+def test_failures_are_one_sentence_on_the_page(open_page: OpenPage, photo: Path) -> None:
     page = open_page()
     page.click("#edit-run")
     expect(page.locator("#edit-line")).to_have_text("Choose a picture first.")
 
-    damaged = tmp_path / "damaged.png"
-    damaged.write_bytes(b"no picture")
-    page.locator("#edit-picture input[type=file]").set_input_files(damaged)
-    page.wait_for_selector("#edit-picture img", state="attached")
-    page.click("#edit-run")
-    expect(page.locator("#edit-line [role=alert]")).to_contain_text("Unsupported image format")
-
-    page = open_page()
-    choose(page, "edit", photo)
-    page.fill("#edit-prompt textarea", "fail")
-    page.click("#edit-run")
+    begin(page, photo, "fail")
     expect(page.locator("#edit-line [role=alert]")).to_contain_text("on purpose")
     page.fill("#edit-prompt textarea", "stumble <b>")
     page.click("#edit-run")
@@ -280,18 +467,11 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
     page = open_page()
     page.get_by_role("tab", name="Edit a region").click()
     choose(page, "region", photo)
-    canvas = page.locator("#region-mask canvas").first
-    canvas.wait_for()
+    page.locator("#region-mask canvas").first.wait_for()
     page.click("#region-run")
-    expect(page.locator("#region-line")).to_contain_text("Paint over what may change first.")
+    expect(page.locator("#region-line")).to_have_text("Paint over what may change first.")
 
-    box = canvas.bounding_box()
-    assert box is not None
-    left, middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(left, middle)
-    page.mouse.down()
-    page.mouse.move(left + 6, middle + 3)
-    page.mouse.up()
+    paint(page)
     page.fill("#region-prompt textarea", "invert")
     page.click("#region-run")
     page.wait_for_selector("#region-download")
@@ -309,8 +489,7 @@ def test_what_the_model_s_authors_suggest_is_taken_over_by_a_button(
     open_page: OpenPage, photo: Path
 ) -> None:
     page = open_page("ja")
-    choose(page, "edit", photo)
-    page.click("#edit-run")
+    begin(page, photo, "invert")
     page.wait_for_selector("#edit-download")
     page.locator("#edit-advanced button").first.click()
     steps = page.locator("#edit-advanced input[type=number]").first
@@ -335,7 +514,8 @@ def test_several_pictures_are_edited_and_packed(
     page.fill("#batch-prompt textarea", "invert")
     page.click("#batch-run")
     expect(page.locator("#batch-line")).to_contain_text("2 of 3 edited")
-    expect(page.locator("#batch-line [role=alert]")).to_contain_text("damaged.png: Unsupported")
+    expect(page.locator("#batch-line [role=alert]")).to_contain_text("damaged.png: This file is")
+    expect(page.locator("#batch-line [role=alert]")).to_contain_text("Unsupported image format")
     page.wait_for_selector("#batch-download")
 
     with zipfile.ZipFile(io.BytesIO(downloaded(page, "#batch-download"))) as archive:
@@ -348,10 +528,9 @@ def test_several_pictures_are_edited_and_packed(
 @needs_browser
 def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo: Path) -> None:
     page = open_page()
-    choose(page, "edit", photo)
-    page.click("#edit-run")
-    expect(page.locator(".pill")).to_contain_text("Model on the GPU")
+    begin(page, photo, "invert")
     page.wait_for_selector("#edit-download")
+    expect(page.locator(".pill")).to_have_text("Model on the GPU")
     page.get_by_role("tab", name="System").click()
     expect(page.locator(".status table")).to_contain_text(
         "31 % of the core stays on the GPU, the rest passes through 2 slots"
@@ -359,7 +538,8 @@ def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo
     expect(page.locator(".status table")).to_contain_text("planned 7.4 GB · measured 7.12 GB")
     page.click("#offload")
     expect(page.locator(".pill")).to_contain_text("Model in memory")
-    expect(page.get_by_text("GPU offloaded. Model now on CPU")).to_be_visible()
+    expect(page.get_by_role("status").locator("visible=true")).to_have_text("Model in memory")
+    expect(page.locator(".status tr", has_text="Idle")).not_to_contain_text("GPU")
     page.click("#release")
     expect(page.locator(".pill")).to_contain_text("Model not loaded")
 
@@ -368,15 +548,26 @@ def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo
 
 
 @needs_browser
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, language: str) -> None:
-    page = open_page(language)
+@pytest.mark.parametrize(
+    ("tag", "language"),
+    [
+        *((language, language) for language in LANGUAGES),
+        ("zh-HK", "zh-TW"),
+        ("zh-MO", "zh-TW"),
+        ("zh-Hant", "zh-TW"),
+        ("zh-SG", "zh-CN"),
+    ],
+)
+def test_the_page_speaks_the_language_of_the_browser(
+    open_page: OpenPage, tag: str, language: str
+) -> None:
+    page = open_page(tag)
     expect(page.locator("#edit-run")).to_have_text(text("run", language))
     expect(page.get_by_role("tab").nth(1)).to_have_text(text("tab.region", language))
     expect(page.locator("#edit-prompt textarea")).to_have_attribute(
         "placeholder", text("prompt.hint", language)
     )
-    expect(page.locator(".pill")).to_contain_text(text("queue", language, length=0))
+    expect(page.locator(".pill b")).to_have_count(1)
     expect(page.locator(".demo")).to_contain_text(text("demo.about", language))
     page.click("#edit-night")
     expect(page.locator("#edit-prompt textarea")).to_have_value(text("edit.night", language))
@@ -402,6 +593,17 @@ def test_the_first_language_that_is_known_is_spoken(accepted: str, language: str
     assert language_of(accepted) == language
 
 
+def kinds(root: type[Step1XEditError]) -> set[type[Step1XEditError]]:
+    return {root}.union(*map(kinds, root.__subclasses__()))
+
+
+@pytest.mark.parametrize("code", sorted({kind.code for kind in kinds(Step1XEditError)}))
+def test_every_error_has_a_sentence_in_every_language(code: str) -> None:
+    sentences = {text(f"error.{code}", language) for language in LANGUAGES}
+
+    assert len(sentences) >= 3  # both scripts of Chinese may agree
+
+
 def test_a_text_has_the_same_values_in_every_language() -> None:
     def values(words: str) -> set[str | None]:
         return {name for _, name, _, _ in Formatter().parse(words) if name is not None}
@@ -415,15 +617,159 @@ def test_a_text_has_the_same_values_in_every_language() -> None:
 
 
 @needs_browser
-def test_a_phone_shows_the_page_without_scrolling_sideways(
-    open_page: OpenPage, photo: Path
+@pytest.mark.parametrize("width", [360, 412])
+def test_a_phone_shows_every_tab_and_does_not_scroll_sideways(
+    open_page: OpenPage, photo: Path, width: int
 ) -> None:
-    page = open_page(viewport={"width": 412, "height": 900})
-    choose(page, "edit", photo)
-    page.click("#edit-run")
+    page = open_page(viewport={"width": width, "height": 900})
+    begin(page, photo, "invert")
     page.wait_for_selector("#edit-history img")
 
-    assert page.evaluate("document.documentElement.scrollWidth") <= 412
+    tabs = page.get_by_role("tab")
+    expect(tabs).to_have_count(4)
+    for tab in tabs.all():
+        tab.click()
+        box = tab.bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= width
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
+_GRADIO_S_OWN = [".settings img", ".gallery-item img", ".thumbnail-item img", ".empty"]
+"""Parts whose names Gradio chooses."""
+
+
+def complaints(page: Page) -> list[str]:
+    """What axe-core has to say against what is shown."""
+    page.evaluate(AXE)
+    found = page.evaluate("parts => axe.run({ exclude: parts.map(part => [part]) })", _GRADIO_S_OWN)
+    return [
+        f"{one['id']}: {node['target']} {node['failureSummary']}"
+        for one in found["violations"]
+        for node in one["nodes"]
+    ]
+
+
+@needs_browser
+def test_nothing_on_any_tab_keeps_people_out(open_page: OpenPage, photo: Path) -> None:
+    page = open_page(reduced_motion="reduce")
+    begin(page, photo, "fail")
+    expect(page.locator("#edit-line [role=alert]")).to_be_visible()
+    page.fill("#edit-prompt textarea", "invert")
+    page.click("#edit-run")
+    page.wait_for_selector("#edit-history img")
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        expect(tab).to_have_attribute("aria-selected", "true")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            expect(page.locator("body.dark")).to_have_count(int(scheme == "dark"))
+            page.evaluate("Promise.all(document.getAnimations().map(one => one.finished))")
+            assert complaints(page) == [], (tab.inner_text(), scheme)
+
+
+@needs_browser
+def test_before_and_after_are_named_and_compared_by_keyboard(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page()
+    begin(page, photo, "invert")
+    expect(page.get_by_alt_text("The edited picture")).to_be_visible()
+    expect(page.get_by_alt_text("The picture before the edit")).to_be_visible()
+    slider = page.get_by_role("slider", name="How much of the picture before the edit is shown")
+    after = page.locator("#edit-result img.after")
+    expect(after).to_have_css("clip-path", "inset(0px 0px 0px 50%)")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(after).to_have_css("clip-path", "inset(0px 0px 0px 52%)")
+
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true})")
+    page.click("#edit-again")  # what is shown next keeps the place
+    expect(page.locator("#edit-history img")).to_have_count(2)
+    expect(after).to_have_css("clip-path", "inset(0px 0px 0px 52%)")
+    slider.focus()
+    expect(slider).to_have_value("52")
+    expect(page).to_have_title("✓ step1x-edit")
+
+
+@contextlib.contextmanager
+def toy_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    script = Path(__file__).parent / "serve_toy_http.py"
+    environment = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
+    server = subprocess.Popen([sys.executable, str(script)], env=environment, cwd=folder)
+
+    def is_open() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+        return False
+
+    try:
+        until(is_open)
+        yield server
+    finally:
+        server.kill()
+        server.wait()
+
+
+@needs_browser
+def test_an_open_page_survives_a_restart_of_the_server(
+    browser: Browser, photo: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = browser.new_context(locale="en")
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    with toy_server(port, tmp_path):
+        page.goto(f"http://127.0.0.1:{port}")
+        begin(page, photo, "wait in denoising")
+        expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    with toy_server(port, tmp_path):
+        expect(page.locator("#notice")).to_have_text(
+            "The server was started again. Your pictures went with the old one: choose them again."
+        )
+        expect(page.locator("#edit-prompt textarea")).to_have_value("wait in denoising")
+        expect(page.locator("#edit-stop")).to_be_disabled()
+        begin(page, photo, "invert")
+        page.wait_for_selector("#edit-download")
+        expect(page.locator("#notice")).to_be_hidden()
+    context.close()
+
+
+@needs_browser
+def test_a_proxy_that_replaces_the_host_gets_a_sentence_and_no_white_page(
+    browser: Browser, url: str
+) -> None:
+    context = browser.new_context(locale="en")
+    page = context.new_page()
+    page.route(
+        "**/assets/*.js",
+        lambda route: route.fulfill(
+            response=route.fetch(
+                headers={**route.request.headers, "origin": "https://pictures.example"}
+            )
+        ),
+    )
+    page.goto(url, timeout=PATIENCE_MS)
+
+    expect(page.get_by_role("alert")).to_contain_text("must pass on the Host header")
+    context.close()
+
+
+def test_a_link_to_the_page_is_described_by_what_it_does(url: str) -> None:
+    headers = {"Accept-Language": "zh-HK"}
+    document = httpx2.get(url, headers=headers, timeout=240, trust_env=False).text
+    found = re.findall(r'<meta (?:property|name)="((?:og|twitter):\w+)" content="(.*?)"', document)
+
+    assert dict(found) == {
+        "og:title": "step1x-edit",
+        "og:type": "website",
+        "og:description": text("page.about", "zh-TW"),
+    }
 
 
 @needs_browser
@@ -544,12 +890,42 @@ def test_the_picture_to_come_is_shown_while_it_is_made(open_page: OpenPage, phot
     service = build_service(Settings(_env_file=None), FakeWorker(before_step=gate))  # type: ignore
     with serving(service, api_key=None) as address:
         page = open_page(address=address)
-        choose(page, "edit", photo)
-        page.click("#edit-run")
+        begin(page, photo, "invert")
         page.wait_for_selector('#edit-result img[src*="preview.webp"]', state="attached")
         gate.open()
         page.wait_for_selector("#edit-download")
         expect(page.locator('#edit-result img[src*="preview.webp"]')).to_have_count(0)
+        page.close()
+    service.close()
+
+
+@needs_browser
+def test_the_results_of_a_batch_wait_on_disk(open_page: OpenPage, photo: Path, other: Path) -> None:
+    """After the one above, for the same reason."""
+    gate = Gate()
+
+    def before_step(job: EditJob, step: int) -> None:
+        if job.image is not None and job.image.shape[:2] == pixels(other).shape[:2]:
+            gate(job, step)
+
+    worker = FakeWorker(before_step=before_step)
+    service = build_service(Settings(_env_file=None), worker)  # type: ignore[call-arg]
+    with serving(service, api_key=None) as address:
+        page = open_page(address=address)
+        page.get_by_role("tab", name="Batch").click()
+        page.locator("#batch-files input[type=file]").set_input_files([photo, other])
+        expect(page.locator("#batch-files")).to_contain_text("other one")
+        page.fill("#batch-prompt textarea", "invert")
+        page.click("#batch-run")
+        assert gate.reached.wait(60)
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        (done,) = folder.rglob("photo_edited.png")
+        assert np.array_equal(pixels(done), 255 - pixels(photo))
+        gate.open()
+        page.wait_for_selector("#batch-download")
+        assert list(folder.rglob("*_edited.png")) == []  # they are in the zip
+        with zipfile.ZipFile(io.BytesIO(downloaded(page, "#batch-download"))) as archive:
+            assert archive.namelist() == ["photo_edited.png", "other_one_edited.png"]
         page.close()
     service.close()
 
@@ -630,6 +1006,7 @@ def test_loras_are_chosen_where_there_are_any(
         expect(page.get_by_text("look:0.5").first).to_be_visible()
         box.fill("hand:-2")
         box.press("Enter")
+        page.fill("#edit-prompt textarea", "invert")
         page.click("#edit-run")
         page.wait_for_selector("#edit-download")
         record = images.read_edit_record(downloaded(page, "#edit-download"))

@@ -372,6 +372,11 @@ class EditService:
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
     @property
+    def is_editing(self) -> bool:
+        """Whether the model is at work, or on its way to it."""
+        return self._engine.status().is_editing
+
+    @property
     def version(self) -> str | None:
         """That of the model, known once it has been loaded, or if a setting names it."""
         return self._engine.status().residence.version or named_version(self._settings)

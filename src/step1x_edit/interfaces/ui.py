@@ -40,6 +40,7 @@ _ROUTES: Final = {
     "/assets/{path:path}": ["GET"],
     "/config": ["GET"],
     "/favicon.ico": ["GET"],
+    "/gradio_api/app_id": ["GET"],
     "/gradio_api/cancel": ["POST"],
     "/gradio_api/file={path:path}": ["GET"],
     "/gradio_api/heartbeat/{session_hash}": ["GET"],

@@ -2,10 +2,11 @@
 
 Only this module, `ui_models` and `ui_parts` import Gradio.
 
-Each edit runs in a task of its own that belongs to a visitor's session: *Stop* and closing the tab
-cancel the task, and the generator that Gradio reads from only tells what happens to it. Files go to
-and come from the page as they are: Gradio's own reading and writing of pictures is not used for
-them, because it would encode them anew.
+Each edit runs in a task of its own that belongs to a tab of a visitor's session: *Stop* and closing
+the page cancel the task, and the generator that Gradio reads from only tells what happens to it.
+What a tab has made is kept there too, so that it is complete when an edit ends and not only as it
+was when the button was pressed. Files go to and come from the page as they are: Gradio's own
+reading and writing of pictures is not used for them, because it would encode them anew.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import html
 import io
 import re
 import shutil
-import time
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final, NoReturn
@@ -27,25 +28,35 @@ from typing import Any, Final, NoReturn
 import gradio as gr
 import numpy as np
 from fastapi import FastAPI
-from gradio import processing_utils
+from gradio import processing_utils, routes
 from PIL import Image
 from starlette.types import ASGIApp
 
 from step1x_edit import images
-from step1x_edit.channel import Phase, Pixels, Progress
-from step1x_edit.errors import EditCancelledError, InvalidParameterError, Step1XEditError
+from step1x_edit.channel import Pixels, Progress
+from step1x_edit.errors import EditCancelledError, Step1XEditError
 from step1x_edit.images import Limits
+from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
 from step1x_edit.interfaces.rounds import read_verdict
+from step1x_edit.interfaces.ui_lines import (
+    alert,
+    alert_of,
+    done_line,
+    picture_alone,
+    pictures_compared,
+)
 from step1x_edit.interfaces.ui_models import ModelsPanel
-from step1x_edit.interfaces.ui_parts import PRIVATE, T, alert, alert_of, bar_line, visitor_language
+from step1x_edit.interfaces.ui_parts import PRIVATE, T, visitor_language
+from step1x_edit.interfaces.ui_progress import ProgressLine
 from step1x_edit.interfaces.ui_texts import DEMO_EXAMPLES, EXAMPLES, text
 from step1x_edit.pulls import Pulls
-from step1x_edit.schemas import PARAMETERS, GpuStatus, PlanStatus, Suggestion, loras_of
+from step1x_edit.schemas import PARAMETERS, GpuAnswer, GpuStatus, PlanStatus, Suggestion, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
 
-_EXAMPLE_PHOTO: Final = Path(__file__).parent / "assets" / "coffee.jpg"
+_ASSETS: Final = Path(__file__).parent / "assets"
+_EXAMPLE_PHOTO: Final = _ASSETS / "coffee.jpg"
 _PREVIEWS: Final = 8  # of one edit
 _PREVIEW_SIDE: Final = 512
 _SHOWN_SIDE: Final = 1280
@@ -54,50 +65,22 @@ _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
 _EVENTS: Final = 256  # that may be about to start; also those that only look at the status
 _REASONING: Final = ("thinking", "reflection")
-
-_CSS: Final = """
-.gradio-container { max-width: 1240px !important; margin: 0 auto !important; }
-.head { align-items: center; justify-content: space-between; gap: 12px; flex-wrap: nowrap; }
-.head > * { flex: 0 1 auto !important; min-width: 0 !important; width: auto !important; }
-.head h1 { margin: 0; font-size: 1.4rem; white-space: nowrap; }
-.chip { text-align: right; }
-.pill { display: inline-block; padding: 3px 12px; border-radius: 999px; font-size: .85rem;
-  border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary);
-  white-space: nowrap; }
-.pill b { display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 7px;
-  background: var(--neutral-400); }
-.pill b.CPU { background: #d97706; }
-.pill b.GPU { background: #16a34a; }
-.demo { border-left: 4px solid #d97706; padding: 8px 12px; font-size: .9rem; line-height: 1.5;
-  background: var(--background-fill-secondary); border-radius: 4px; }
-.demo b { display: inline-block; margin-right: 8px; padding: 0 9px; border-radius: 999px;
-  background: #d97706; color: #fff; font-weight: 600; }
-.examples { gap: 6px; flex-wrap: wrap; }
-.examples button { flex: 0 0 auto; min-width: 0 !important; border-radius: 999px;
-  font-weight: 400; }
-.block:has(> .line:empty) { display: none; }
-.line .bar { height: 6px; margin-top: 5px; border-radius: 3px; overflow: hidden;
-  background: var(--border-color-primary); }
-.line .bar i { display: block; height: 100%; background: var(--button-primary-background-fill); }
-.line code { overflow-wrap: anywhere; }
-.line .problem { border-left: 4px solid #dc2626; padding: 2px 10px; }
-.history .grid-container { grid-template-columns: repeat(auto-fill, 88px) !important; }
-.status table { width: 100%; max-width: 640px; }
-.status td:first-child { color: var(--body-text-color-subdued); width: 45%; }
-@media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
-  .head { gap: 8px; }
-  .head h1 { font-size: 1.1rem; }
-  .pill { padding: 3px 9px; font-size: .8rem; }
-  button[role="tab"] { padding-inline: 9px !important; }
+_COLOURS: Final = {  # of letters and what is behind them: a contrast of 4.5 at least
+    "body_text_color_subdued": "*neutral_600",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_dark": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+    "button_primary_background_fill_hover_dark": "*primary_700",
 }
-"""
+_RESTORE: Final = "() => window.step1xEdit.restored()"
+_ENDED: Final = "() => window.step1xEdit.ended()"
 
 
 def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFiles) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`."""
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
+    ui_document.describe(routes.templates.env, Path(gr.__file__).parent / "templates")
     blocks = _Page(service, settings, pulls, files).blocks()
     # The engine has the only line: here everything starts at once, and is refused there if need be.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
@@ -120,8 +103,8 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
             primary_hue="blue",
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
-        ),
-        css=_CSS,
+        ).set(**_COLOURS),
+        css=(_ASSETS / "page.css").read_text("utf-8"),
     )
     # Gradio checks that files in events were uploaded only if it was launched, and does not count
     # being mounted as that (`processing_utils._check_allowed`).
@@ -144,20 +127,28 @@ async def running(app: ASGIApp) -> AsyncIterator[None]:
 # --- sessions -------------------------------------------------------------------------------------
 
 
-class _Session:
-    """The running work and the files of one visitor."""
+class _Tab:
+    """The running work of one tab of the page, and what has been made there; newest first."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._tasks: set[asyncio.Task[EditedPicture]] = set()
+    def __init__(self) -> None:
+        self.made: _Made | None = None
+        self.history: Sequence[_Made] = ()
+        self.is_busy = False
+        self._is_stopped = False
+        self._task: asyncio.Task[EditedPicture] | None = None
 
-    def save(self, name: str, data: bytes) -> str:
-        """Write a file under an address that nobody can guess."""
-        folder = self._folder / token_hex(16)
-        folder.mkdir(parents=True)
-        path = folder / name
-        path.write_bytes(data)
-        return str(path)
+    def add(self, made: _Made) -> None:
+        """Keep what has been made."""
+        self.made, self.history = made, [made, *self.history][:_HISTORY]
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """One thing at a time is done in a tab: from the button's press until its end."""
+        self.is_busy, self._is_stopped = True, False
+        try:
+            yield
+        finally:
+            self.is_busy = False
 
     async def run(
         self, work: Callable[[Report], Awaitable[EditedPicture]]
@@ -168,9 +159,10 @@ class _Session:
         async def report(progress: Progress) -> None:
             events.put_nowait(progress)
 
-        task = asyncio.ensure_future(work(report))
+        if self._is_stopped:
+            raise EditCancelledError
+        self._task = task = asyncio.ensure_future(work(report))
         task.add_done_callback(lambda _: events.put_nowait(None))
-        self._tasks.add(task)
         try:
             while (event := await events.get()) is not None:
                 yield event
@@ -179,16 +171,37 @@ class _Session:
             yield task.result()
         finally:
             task.cancel()  # does nothing to one that has ended
-            self._tasks.discard(task)
 
     def stop(self) -> None:
-        """Cancel what runs."""
-        for task in self._tasks:
-            task.cancel()
+        """Cancel what runs, and what would follow it."""
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class _Session:
+    """The tabs and the files of one visitor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.tabs: dict[str, _Tab] = defaultdict(_Tab)
+
+    def place(self, name: str) -> Path:
+        """Where a file of this name may be written, at an address that nobody can guess."""
+        folder = self._folder / token_hex(16)
+        folder.mkdir(parents=True)
+        return folder / name
+
+    def save(self, name: str, data: bytes) -> str:
+        """Write a file to such a place."""
+        path = self.place(name)
+        path.write_bytes(data)
+        return str(path)
 
     def close(self) -> None:
         """Cancel what runs and forget the files."""
-        self.stop()
+        for tab in self.tabs.values():
+            tab.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -251,7 +264,8 @@ class _Form:
         return list(vars(self).values())
 
     def arguments(self, values: tuple[object, ...]) -> dict[str, object]:
-        return dict(zip(vars(self), values, strict=True))
+        given = dict(zip(vars(self), values, strict=True))
+        return {**given, "prompt": str(given["prompt"] or "").strip()}
 
 
 @dataclass(frozen=True)
@@ -284,11 +298,11 @@ class _Buttons:
     def outputs(self) -> list[Any]:
         return [self.run, self.stop, self.line]
 
-    def busy(self, line: str) -> dict[Any, Any]:
+    def busy(self) -> dict[Any, Any]:
         return {
             self.run: gr.Button(interactive=False),
             self.stop: gr.Button(interactive=True),
-            self.line: line,
+            self.line: "",
         }
 
     def free(self, line: str) -> dict[Any, Any]:
@@ -298,12 +312,20 @@ class _Buttons:
             self.line: line,
         }
 
+    def unchanged(self) -> dict[Any, Any]:
+        """For a press that comes while the tab is busy."""
+        return {self.line: gr.skip()}
+
 
 @dataclass(frozen=True)
 class _View:
-    """Where a result is shown, and what was made before."""
+    """Where a result is shown, and what was made before.
 
-    slider: gr.ImageSlider
+    The buttons below mean the picture that is shown: they rest while that is no result.
+    """
+
+    tab: str
+    pictures: gr.HTML
     actions: gr.Row
     download: gr.DownloadButton
     reuse: gr.Button
@@ -313,19 +335,31 @@ class _View:
     rounds: gr.Gallery
     verdicts: gr.Textbox
     gallery: gr.Gallery
-    made: gr.State
-    history: gr.State
 
     @property
     def outputs(self) -> list[Any]:
-        return [one for one in vars(self).values() if one not in (self.reuse, self.again)]
+        return [part for name, part in vars(self).items() if name != "tab"]
 
-    def show(self, made: _Made) -> dict[Any, Any]:
+    def begin(self, before: str, language: str) -> dict[Any, Any]:
+        """Show what is going to be edited."""
         return {
-            self.slider: (made.before, made.after),
+            self.pictures: picture_alone(before, language),
+            self.download: gr.DownloadButton(interactive=False),
+            self.reuse: gr.Button(interactive=False),
+            self.again: gr.Button(interactive=False),
+            self.thoughts: gr.Accordion(visible=False),
+        }
+
+    def show(self, made: _Made | None, language: str) -> dict[Any, Any]:
+        """Show a result, or that there is none."""
+        if made is None:
+            return {self.pictures: "", self.actions: gr.Row(visible=False)}
+        return {
+            self.pictures: pictures_compared(made.before, made.after, "after", language),
             self.actions: gr.Row(visible=True),
-            self.download: gr.DownloadButton(value=made.result),
-            self.made: made,
+            self.download: gr.DownloadButton(value=made.result, interactive=True),
+            self.reuse: gr.Button(interactive=True),
+            self.again: gr.Button(interactive=True),
             **self._told(made.thoughts),
         }
 
@@ -340,38 +374,6 @@ class _View:
         }
 
 
-@dataclass
-class _Teller:
-    """Puts progress into words, with the time that is left as the steps so far foretell it."""
-
-    language: str
-    prefix: str = ""
-    _since: float = field(default=0.0)
-    _first: int = field(default=0)
-
-    def line(self, progress: Progress) -> str:
-        words = text(
-            f"phase.{progress.phase.value}",
-            self.language,
-            step=progress.step,
-            total=progress.total,
-        )
-        share = 0.0
-        if progress.phase is Phase.ENCODING:
-            self._first = 0  # steps are timed anew in each round
-        elif progress.phase is Phase.DENOISING:
-            share = progress.step / progress.total
-            if not self._first:
-                self._since, self._first = time.monotonic(), progress.step
-            elif progress.step > self._first:
-                pace = (time.monotonic() - self._since) / (progress.step - self._first)
-                left = round(pace * (progress.total - progress.step))
-                words += " · " + text("left", self.language, seconds=left)
-        elif progress.phase in (Phase.DECODING, Phase.REFLECTING, Phase.SAVING):
-            share = 1.0
-        return bar_line(self.prefix + words, share)
-
-
 class _Page:
     def __init__(
         self, service: EditService, settings: Settings, pulls: Pulls, files: PageFiles
@@ -383,6 +385,7 @@ class _Page:
         self._checkboxes: list[gr.Checkbox] = []
         self._sessions = _Sessions(files)
         self._hints: list[_Hint] = []  # one for each form
+        self._prompts: list[gr.Textbox] = []  # the same
 
     def blocks(self) -> gr.Blocks:
         blocks = gr.Blocks(
@@ -392,6 +395,7 @@ class _Page:
             with gr.Row(elem_classes="head"):
                 gr.Markdown("# step1x-edit")
                 chip = gr.Markdown(elem_classes="chip", sanitize_html=False)
+            notice = gr.Markdown(elem_classes="line", elem_id="notice", sanitize_html=False)
             about = gr.Markdown(visible=self._is_demo, sanitize_html=False, min_height=64)
             with gr.Tab(T("tab.edit")):
                 self._edit_tab()
@@ -409,20 +413,22 @@ class _Page:
 
             async def tell(request: gr.Request, name: str, seen: str | None) -> dict[Any, Any]:
                 status, language = self._service.status().gpu_status, visitor_language(request)
-                told = {chip: _chip(status, language), table: _table(status, language)}
+                words = _chip(status, self._service.is_editing, language)
+                told: dict[Any, Any] = {chip: words, table: _table(status, language)}
                 suggestion = self._service.suggestion
                 for hint in self._hints:
                     told |= hint.shown(suggestion, language)
                 return told | await models.look(request, name, seen)
 
-            async def move_away() -> str:
-                return await _answered(self._service.offload())
+            async def move_away(request: gr.Request) -> str:
+                return await _answered(self._service.offload(), visitor_language(request))
 
-            async def let_go() -> str:
-                return await _answered(self._service.release())
+            async def let_go(request: gr.Request) -> str:
+                return await _answered(self._service.release(), visitor_language(request))
 
             hints = [part for hint in self._hints for part in (hint.row, hint.line)]
             shown, given = [chip, table, *hints, *models.outputs], models.inputs
+            blocks.load(None, None, [*self._prompts, notice], js=_RESTORE, **PRIVATE)
             blocks.load(_about, None, about, **PRIVATE)
             blocks.load(self._offered, None, self._checkboxes, **PRIVATE)
             blocks.load(tell, given, shown, **PRIVATE)
@@ -441,24 +447,30 @@ class _Page:
                 form, buttons = self._form("edit")
             view = _view("edit")
 
+        async def take(request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any]:
+            """Say at once if a file is no picture that can be edited, and clear the box."""
+            path = _path(given)
+            if path is None:
+                return gr.skip(), gr.skip()
+            try:
+                await self._shown(self._session(request), path)
+            except Step1XEditError as error:
+                return None, alert_of(error, visitor_language(request))
+            is_busy = self._session(request).tabs[view.tab].is_busy
+            return gr.skip(), gr.skip() if is_busy else ""
+
         async def edit(
-            request: gr.Request,
-            source: dict[str, Any] | None,
-            history: list[_Made],
-            *values: object,
+            request: gr.Request, source: dict[str, Any] | None, *values: object
         ) -> AsyncIterator[dict[Any, Any]]:
             arguments = form.arguments(values)
-            async for update in self._edit(
-                request, view, buttons, _path(source), arguments, history
-            ):
+            async for update in self._edit(request, view, buttons, _path(source), arguments):
                 yield update
 
-        outputs = [*view.outputs, *buttons.outputs]
-        for trigger in (buttons.run.click, form.prompt.submit):
-            inputs = [picture, view.history, *form.inputs]
-            trigger(edit, inputs, outputs, preprocess=False, **PRIVATE)
-        self._repeat(view, buttons)
-        view.reuse.click(_source_of, view.made, picture, **PRIVATE)
+        picture.change(take, picture, [picture, buttons.line], preprocess=False, **PRIVATE)
+        inputs, outputs = [picture, *form.inputs], [*view.outputs, *buttons.outputs]
+        done = buttons.run.click(edit, inputs, outputs, preprocess=False, **PRIVATE)
+        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._repeat(view, buttons, picture)
 
     def _region_tab(self) -> None:
         with gr.Row():
@@ -484,79 +496,97 @@ class _Page:
             view = _view("region")
         source = gr.State()
 
-        async def take(request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any, str]:
+        async def take(
+            request: gr.Request, given: dict[str, Any] | None
+        ) -> tuple[Any, Any, Any, Any]:
             """Show a picture to be painted over, small; the edit itself gets the file."""
-            path = _path(given)
+            path, away = _path(given), gr.ImageEditor(value=None, visible=False)
             if path is None:
-                return None, gr.ImageEditor(value=None, visible=False), ""
+                return gr.skip(), None, away, gr.skip()
             try:
                 shown = await self._shown(self._session(request), path)
             except Step1XEditError as error:
-                return None, gr.ImageEditor(value=None, visible=False), alert_of(error)
+                return None, None, away, alert_of(error, visitor_language(request))
             value: Any = {"background": shown, "layers": [], "composite": None}
-            return path, gr.ImageEditor(value=value, visible=True), ""
+            is_busy = self._session(request).tabs[view.tab].is_busy
+            line = gr.skip() if is_busy else ""
+            return gr.skip(), path, gr.ImageEditor(value=value, visible=True), line
 
         async def edit(
             request: gr.Request,
             path: str | None,
             painted: dict[str, Any] | None,
-            history: list[_Made],
             *values: object,
         ) -> AsyncIterator[dict[Any, Any]]:
-            arguments = form.arguments(values)
-            mask = None
+            arguments, mask = form.arguments(values), None
             if path is not None:
+                language = visitor_language(request)
                 try:
-                    mask = await asyncio.to_thread(
-                        self._mask, path, painted, visitor_language(request)
-                    )
+                    mask = await asyncio.to_thread(self._mask, path, painted)
                 except Step1XEditError as error:
-                    yield buttons.free(alert_of(error))
+                    yield buttons.free(alert_of(error, language))
                     return
-            async for update in self._edit(request, view, buttons, path, arguments, history, mask):
+                if mask is None:
+                    yield buttons.free(alert(text("no_mask", language)))
+                    return
+            async for update in self._edit(request, view, buttons, path, arguments, mask):
                 yield update
 
-        picture.change(take, picture, [source, editor, buttons.line], preprocess=False, **PRIVATE)
-        inputs = [source, editor, view.history, *form.inputs]
-        buttons.run.click(edit, inputs, [*view.outputs, *buttons.outputs], **PRIVATE)
-        self._repeat(view, buttons)
-        view.reuse.click(_source_of, view.made, picture, **PRIVATE)
+        picture.change(
+            take, picture, [picture, source, editor, buttons.line], preprocess=False, **PRIVATE
+        )
+        inputs, outputs = [source, editor, *form.inputs], [*view.outputs, *buttons.outputs]
+        done = buttons.run.click(edit, inputs, outputs, **PRIVATE)
+        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._repeat(view, buttons, picture)
 
-    def _mask(self, path: str, painted: dict[str, Any] | None, language: str) -> bytes:
-        """What was painted, in the size of the picture: white on black."""
+    def _mask(self, path: str, painted: dict[str, Any] | None) -> bytes | None:
+        """What was painted, in the size of the picture: white on black; None if nothing was."""
         layers = [] if painted is None else painted["layers"]
         alphas = [np.asarray(layer)[..., 3] for layer in layers]
         if not any(alpha.any() for alpha in alphas):
-            raise InvalidParameterError(text("no_mask", language))
+            return None
         picture = images.decode(Path(path).read_bytes(), self._limits)
         covered = np.maximum.reduce(alphas) > 0
         mask = Image.fromarray(covered.astype(np.uint8) * 255)
         return _encoded(mask.resize((picture.width, picture.height)), "PNG")
 
-    def _repeat(self, view: _View, buttons: _Buttons) -> None:
+    def _repeat(self, view: _View, buttons: _Buttons, picture: gr.Image) -> None:
         """What the buttons below a result, the history and *Stop* do."""
 
-        async def again(
-            request: gr.Request, made: _Made, history: list[_Made]
-        ) -> AsyncIterator[dict[Any, Any]]:
+        async def again(request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+            made = self._session(request).tabs[view.tab].made
+            if made is None:
+                return
             arguments = {**made.arguments, "seed": None}
             async for update in self._edit(
-                request, view, buttons, made.source, arguments, history, made.mask
+                request, view, buttons, made.source, arguments, made.mask
             ):
                 yield update
 
-        def look(event: gr.SelectData, history: list[_Made]) -> dict[Any, Any]:
-            made = history[event.index]
-            return {**view.show(made), buttons.line: made.caption}
+        def look(request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+            tab = self._session(request).tabs[view.tab]
+            if tab.is_busy:
+                return buttons.unchanged()
+            tab.made = tab.history[event.index]
+            return {
+                **view.show(tab.made, visitor_language(request)),
+                buttons.line: tab.made.caption,
+            }
 
-        view.again.click(
-            again,
-            [view.made, view.history],
-            [*view.outputs, *buttons.outputs],
-            **PRIVATE,
-        )
-        view.gallery.select(look, view.history, [*view.outputs, buttons.line], **PRIVATE)
-        buttons.stop.click(self._stop, None, None, **PRIVATE)
+        def reuse(request: gr.Request) -> Any:
+            made = self._session(request).tabs[view.tab].made
+            return gr.skip() if made is None else made.result
+
+        def stop(request: gr.Request) -> None:
+            self._session(request).tabs[view.tab].stop()
+
+        outputs = [*view.outputs, *buttons.outputs]
+        done = view.again.click(again, None, outputs, **PRIVATE)
+        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        view.reuse.click(reuse, None, picture, **PRIVATE)
+        view.gallery.select(look, None, [*view.outputs, buttons.line], **PRIVATE)
+        buttons.stop.click(stop, None, None, **PRIVATE)
 
     async def _edit(
         self,
@@ -565,54 +595,61 @@ class _Page:
         buttons: _Buttons,
         path: str | None,
         arguments: Mapping[str, object],
-        history: list[_Made],
         mask: bytes | None = None,
     ) -> AsyncIterator[dict[Any, Any]]:
         """Edit one picture, and yield what changes on the page meanwhile."""
         language, session = visitor_language(request), self._session(request)
-        if path is None:
-            yield buttons.free(alert(text("no_picture", language)))
+        tab = session.tabs[view.tab]
+        if tab.is_busy:
+            yield buttons.unchanged()
             return
-        try:
-            asked = self._service.read_picture(arguments)
-            before = await self._shown(session, path)
-            yield {
-                **buttons.busy(""),
-                view.slider: (before, before),
-                view.thoughts: gr.Accordion(visible=False),
-            }
-            data = await asyncio.to_thread(Path(path).read_bytes)
+        missing = _missing(path, arguments, language)
+        if path is None or missing:
+            yield buttons.free(alert(missing))
+            return
+        with tab.busy():
+            try:
+                asked = self._service.read_picture(arguments)
+                before = await self._shown(session, path)
+                yield {**buttons.busy(), **view.begin(before, language)}
+                data = await asyncio.to_thread(Path(path).read_bytes)
 
-            async def work(report: Report) -> EditedPicture:
-                return await self._service.edit_picture(
-                    data, asked, report, mask=mask, previews=_PREVIEWS
-                )
-
-            teller = _Teller(language)
-            async for event in session.run(work):
-                if isinstance(event, EditedPicture):
-                    made = await asyncio.to_thread(
-                        _keep, session, event, path, before, arguments, mask, language
+                async def work(report: Report) -> EditedPicture:
+                    return await self._service.edit_picture(
+                        data, asked, report, mask=mask, previews=_PREVIEWS
                     )
-                    history = [made, *history][:_HISTORY]
-                    yield {
-                        **view.show(made),
-                        **buttons.free(made.caption),
-                        view.history: history,
-                        view.gallery: gr.Gallery(
-                            value=[(one.after, one.label) for one in history], visible=True
-                        ),
-                    }
-                else:
-                    update: dict[Any, Any] = {buttons.line: teller.line(event)}
-                    if event.preview is not None:
-                        small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
-                        update[view.slider] = (before, session.save("preview.webp", small))
-                    yield update
-        except EditCancelledError:
-            yield buttons.free(html.escape(text("stopped", language)))
-        except Step1XEditError as error:
-            yield buttons.free(alert_of(error))
+
+                progress = ProgressLine(language)
+                async for event in tab.run(work):
+                    if isinstance(event, EditedPicture):
+                        line = _done(event, progress, language)
+                        made = await asyncio.to_thread(
+                            _keep, session, event, line, path, before, arguments, mask, language
+                        )
+                        tab.add(made)
+                        end = {
+                            **view.show(made, language),
+                            **buttons.free(line),
+                            view.gallery: gr.Gallery(
+                                value=[(one.after, one.label) for one in tab.history], visible=True
+                            ),
+                        }
+                    else:
+                        update: dict[Any, Any] = {buttons.line: progress.show(event)}
+                        if event.preview is not None:
+                            small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
+                            preview = session.save("preview.webp", small)
+                            update[view.pictures] = pictures_compared(
+                                before, preview, "preview", language
+                            )
+                        yield update
+            except EditCancelledError:
+                line = done_line(text("stopped", language))
+                end = {**view.show(tab.made, language), **buttons.free(line)}
+            except Step1XEditError as error:
+                line = alert_of(error, language)
+                end = {**view.show(tab.made, language), **buttons.free(line)}
+        yield end
 
     async def _shown(self, session: _Session, path: str) -> str:
         """A picture as browsers can show it; raises what is wrong with it."""
@@ -654,61 +691,70 @@ class _Page:
             request: gr.Request, given: list[dict[str, Any]] | None, *values: object
         ) -> AsyncIterator[dict[Any, Any]]:
             language, session = visitor_language(request), self._session(request)
-            if not given:
-                yield buttons.free(alert(text("no_picture", language)))
+            arguments, tab = form.arguments(values), session.tabs["batch"]
+            if tab.is_busy:
+                yield buttons.unchanged()
+                return
+            missing = _missing(given, arguments, language)
+            if not given or missing:
+                yield buttons.free(alert(missing))
                 return
             shown: list[tuple[str, str]] = []
-            results: dict[str, bytes] = {}
+            results: dict[str, str] = {}  # on disk: there may be many, and they may be large
             problems: list[str] = []
-            yield {**buttons.busy(""), gallery: [], archive: gr.DownloadButton(visible=False)}
-            try:
-                asked = self._service.read_picture(form.arguments(values))
-                for number, file in enumerate(given, start=1):
-                    path, name = str(file["path"]), str(file.get("orig_name") or "picture")
-                    place = text("of_batch", language, number=number, total=len(given))
-                    teller = _Teller(language, f"{place} · ")
+            yield {**buttons.busy(), gallery: [], archive: gr.DownloadButton(visible=False)}
+            with tab.busy():
+                try:
+                    asked = self._service.read_picture(arguments)
+                    for number, file in enumerate(given, start=1):
+                        path, name = str(file["path"]), str(file.get("orig_name") or "picture")
+                        place = text("of_batch", language, number=number, total=len(given))
+                        progress = ProgressLine(language, f"{place} · ")
 
-                    async def work(report: Report, path: str = path) -> EditedPicture:
-                        data = await asyncio.to_thread(Path(path).read_bytes)
-                        return await self._service.edit_picture(data, asked, report)
+                        async def work(report: Report, path: str = path) -> EditedPicture:
+                            data = await asyncio.to_thread(Path(path).read_bytes)
+                            return await self._service.edit_picture(data, asked, report)
 
-                    try:
-                        async for event in session.run(work):
-                            if isinstance(event, EditedPicture):
-                                made = await asyncio.to_thread(
-                                    _small, event.picture.pixels, _PREVIEW_SIDE, event.picture
-                                )
-                                shown = [*shown, (session.save("shown.webp", made), name)]
-                                results[_unused(_result_name(name), results)] = event.data
-                                yield {gallery: shown}
-                            else:
-                                yield {buttons.line: teller.line(event)}
-                    except EditCancelledError:
-                        raise
-                    except Step1XEditError as error:
-                        problems.append(f"{name}: {error}")
-                line = html.escape(
-                    text("batch.done", language, successes=len(results), total=len(given))
-                )
-            except EditCancelledError:
-                line = html.escape(text("stopped", language))
-            except Step1XEditError as error:
-                line = alert_of(error)
-            line += "".join(alert(problem) for problem in problems)
-            yield buttons.free(line)
-            if results:
-                packed = await asyncio.to_thread(_packed, results)
-                path = session.save("step1x-edit.zip", packed)
-                yield {archive: gr.DownloadButton(value=path, visible=True)}
+                        try:
+                            async for event in tab.run(work):
+                                if isinstance(event, EditedPicture):
+                                    result = _unused(_result_name(name), results)
+                                    small, results[result] = await asyncio.to_thread(
+                                        _kept, session, event, result
+                                    )
+                                    shown = [*shown, (small, name)]
+                                    yield {gallery: shown}
+                                else:
+                                    yield {buttons.line: progress.show(event)}
+                        except EditCancelledError:
+                            raise
+                        except Step1XEditError as error:
+                            problems.append(alert_of(error, language, name))
+                    line = done_line(
+                        text("batch.done", language, successes=len(results), total=len(given))
+                    )
+                except EditCancelledError:
+                    line = done_line(text("stopped", language))
+                except Step1XEditError as error:
+                    line = alert_of(error, language)
+                end = buttons.free(line + "".join(problems))
+                if results:
+                    packed = await asyncio.to_thread(_packed, session, results)
+                    end[archive] = gr.DownloadButton(value=packed, visible=True)
+            yield end
 
-        buttons.run.click(
+        def stop(request: gr.Request) -> None:
+            self._session(request).tabs["batch"].stop()
+
+        done = buttons.run.click(
             edit,
             [files, *form.inputs],
             [gallery, archive, *buttons.outputs],
             preprocess=False,
             **PRIVATE,
         )
-        buttons.stop.click(self._stop, None, None, **PRIVATE)
+        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        buttons.stop.click(stop, None, None, **PRIVATE)
 
     # --- what the tabs share ----------------------------------------------------------------------
 
@@ -733,10 +779,10 @@ class _Page:
             placeholder=T("prompt.hint"),
             lines=2,
             max_lines=6,
-            max_length=PARAMETERS["prompt"].max_length or 0,
             submit_btn=False,
             elem_id=f"{name}-prompt",
         )
+        self._prompts.append(prompt)
         with gr.Row(elem_classes="examples"):
             for example in DEMO_EXAMPLES if self._is_demo else EXAMPLES:
                 key = f"edit.{example}"
@@ -847,9 +893,6 @@ class _Page:
             return gr.skip(), gr.skip()
         return suggestion.num_steps, suggestion.guidance_scale
 
-    def _stop(self, request: gr.Request) -> None:
-        self._session(request).stop()
-
     def _leave(self, request: gr.Request) -> None:
         session = self._sessions.pop(str(request.session_hash), None)
         if session is not None:
@@ -861,13 +904,15 @@ class _Page:
 
 def _view(name: str) -> _View:
     with gr.Column(min_width=300):
-        slider = gr.ImageSlider(
+        pictures = gr.HTML(
             label=T("result"),
-            type="filepath",
-            interactive=False,
-            buttons=["fullscreen"],
-            max_height=520,
+            show_label=True,
+            container=True,
+            apply_default_css=False,
+            js_on_load=None,
+            min_height=240,
             elem_id=f"{name}-result",
+            elem_classes="result",
         )
         with gr.Row(visible=False, elem_classes="actions") as actions:
             download = gr.DownloadButton(
@@ -911,9 +956,9 @@ def _view(name: str) -> _View:
             elem_id=f"{name}-history",
             elem_classes="history",
         )
-    made, history = gr.State(), gr.State([])
     return _View(
-        slider,
+        name,
+        pictures,
         actions,
         download,
         reuse,
@@ -923,8 +968,6 @@ def _view(name: str) -> _View:
         rounds,
         verdicts,
         gallery,
-        made,
-        history,
     )
 
 
@@ -952,12 +995,13 @@ def _about(request: gr.Request) -> str:
     return f'<div class="demo"><b>{html.escape(badge)}</b> {html.escape(about)}</div>'
 
 
-def _chip(status: GpuStatus, language: str) -> str:
-    where = text(f"at.{status.model_location}", language)
-    queue = text("queue", language, length=status.queue_length or 0)
+def _chip(status: GpuStatus, is_editing: bool, language: str) -> str:
+    words = [text("editing" if is_editing else f"at.{status.model_location}", language)]
+    if status.queue_length:
+        words.append(text("waiting", language, length=status.queue_length))
     return (
         f'<span class="pill"><b class="{status.model_location}"></b>'
-        f"{html.escape(where)} · {html.escape(queue)}</span>"
+        f"{html.escape(' · '.join(words))}</span>"
     )
 
 
@@ -969,8 +1013,9 @@ def _table(status: GpuStatus, language: str) -> str:
         allocated=status.gpu_memory_allocated_gb,
         reserved=status.gpu_memory_reserved_gb,
     )
+    stays = "idle.until" if status.idle_timeout else "idle.stays"
     idle = text(
-        "idle.until" if status.idle_timeout else "idle.stays",
+        stays if status.model_location == "GPU" else "idle.host",
         language,
         seconds=round(status.idle_time),
         timeout=status.idle_timeout,
@@ -1015,11 +1060,32 @@ def _plan_rows(plan: PlanStatus | None, language: str) -> dict[str, str]:
     }
 
 
-async def _answered(move: Awaitable[Any]) -> str:
+async def _answered(move: Awaitable[GpuAnswer], language: str) -> str:
     try:
-        return html.escape((await move).message)
+        location = (await move).gpu_status.model_location
     except Step1XEditError as error:
-        return alert_of(error)
+        return alert_of(error, language)
+    return done_line(text(f"at.{location}", language))
+
+
+def _missing(pictures: object, arguments: Mapping[str, object], language: str) -> str:
+    """What has to be chosen or said before there is anything to edit."""
+    if not pictures:
+        return text("no_picture", language)
+    return "" if arguments["prompt"] else text("no_prompt", language)
+
+
+def _done(edited: EditedPicture, progress: ProgressLine, language: str) -> str:
+    """The line below a result."""
+    metadata, seconds = edited.metadata, f"{progress.seconds:.1f}"
+    words = text("done", language, seconds=seconds, seed=metadata.seed)
+    if metadata.changed_share is not None:
+        share = f"{metadata.changed_share * 100:.1f}"
+        words += " · " + text("changed", language, share=share)
+    line = done_line(words)
+    if not progress.is_known:
+        return line + alert(text("unknown_edit", language))
+    return line if metadata.warning is None else line + alert(metadata.warning)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -1029,13 +1095,10 @@ def _path(given: dict[str, Any] | None) -> str | None:
     return None if given is None else str(given["path"])
 
 
-def _source_of(made: _Made) -> str:
-    return made.result
-
-
 def _keep(
     session: _Session,
     edited: EditedPicture,
+    caption: str,
     source: str,
     before: str,
     arguments: Mapping[str, object],
@@ -1043,14 +1106,6 @@ def _keep(
     language: str,
 ) -> _Made:
     """Write the result, as it is and as it is shown."""
-    metadata = edited.metadata
-    line = text("done", language, seconds=edited.processing_time, seed=metadata.seed)
-    if metadata.changed_share is not None:
-        share = f"{metadata.changed_share * 100:.1f}"
-        line += " · " + text("changed", language, share=share)
-    caption = html.escape(line)
-    if metadata.warning is not None:
-        caption += alert(metadata.warning)
     return _Made(
         source=source,
         before=before,
@@ -1059,7 +1114,7 @@ def _keep(
         ),
         result=session.save(_result_name(Path(source).name), edited.data),
         caption=caption,
-        label=metadata.prompt,
+        label=edited.metadata.prompt,
         arguments=arguments,
         mask=mask,
         thoughts=_thoughts(session, edited, language),
@@ -1111,9 +1166,17 @@ def _unused(name: str, taken: Mapping[str, object]) -> str:
     return free
 
 
-def _packed(results: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in results.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
+def _kept(session: _Session, edited: EditedPicture, name: str) -> tuple[str, str]:
+    """Where a result of a batch is written: small, as it is shown, and as it is."""
+    small = _small(edited.picture.pixels, _PREVIEW_SIDE, edited.picture)
+    return session.save("shown.webp", small), session.save(name, edited.data)
+
+
+def _packed(session: _Session, results: Mapping[str, str]) -> str:
+    """Move the files of these names into one, which is no larger than they are."""
+    path = session.place("step1x-edit.zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, result in results.items():
+            archive.write(result, name)
+            Path(result).unlink()
+    return str(path)

@@ -16,7 +16,8 @@ import gradio as gr
 
 from step1x_edit.checkpoints.catalog import CATALOG
 from step1x_edit.errors import EditCancelledError, Step1XEditError
-from step1x_edit.interfaces.ui_parts import PRIVATE, T, alert_of, bar_line, visitor_language
+from step1x_edit.interfaces.ui_lines import alert_of, bar_line
+from step1x_edit.interfaces.ui_parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.ui_texts import text
 from step1x_edit.pulls import Pull, Pulls
 from step1x_edit.schemas import PulledModel
@@ -92,7 +93,7 @@ class ModelsPanel:
         try:
             self._pulls.begin(name)
         except Step1XEditError as error:
-            return {self._line: alert_of(error)}
+            return {self._line: alert_of(error, visitor_language(request))}
         return await self.look(request, name, shown)
 
     async def _end(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
@@ -110,7 +111,7 @@ class ModelsPanel:
                 case EditCancelledError():
                     return html.escape(f"{name} · {text('pull.stopped', language)}")
                 case Step1XEditError() as error:
-                    return alert_of(error)
+                    return alert_of(error, language)
         folder = self._pulls.folder_of(name)
         if folder is None or self._pulls.runs(name):
             return ""

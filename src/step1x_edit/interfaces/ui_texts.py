@@ -159,13 +159,65 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "demo.badge": ("Demo model", "演示模型", "示範模型", "デモモデル"),
     "demo.about": (
         "This small built-in model shows how things work and knows only colours, moods and simple "
-        "styles like those below; set MODEL_PATH for the real Step1X-Edit.",
+        "styles like those below. The real Step1X-Edit can be fetched under System.",
         "这是内置的小型演示模型，只会下面这类颜色、氛围和简单风格的修改；"
-        "要使用真正的 Step1X-Edit，请设置 MODEL_PATH。",
+        "真正的 Step1X-Edit 可在“系统”中下载。",
         "這是內建的小型示範模型，只會下面這類顏色、氛圍和簡單風格的修改；"
-        "要使用真正的 Step1X-Edit，請設定 MODEL_PATH。",
+        "真正的 Step1X-Edit 可在「系統」中下載。",
         "これは内蔵の小さなデモモデルで、下のような色・雰囲気・簡単な画風の変更しかできません。"
-        "本物の Step1X-Edit を使うには MODEL_PATH を設定してください。",
+        "本物の Step1X-Edit は「システム」でダウンロードできます。",
+    ),
+    "before": ("Before", "修改前", "修改前", "変更前"),
+    "after": ("After", "修改后", "修改後", "変更後"),
+    "preview": ("Preview", "预览", "預覽", "プレビュー"),
+    "alt.before": (
+        "The picture before the edit",
+        "修改前的图片",
+        "修改前的圖片",
+        "変更前の画像",
+    ),
+    "alt.after": ("The edited picture", "修改后的图片", "修改後的圖片", "編集した画像"),
+    "alt.preview": (
+        "A preview of the edit",
+        "修改结果的预览",
+        "修改結果的預覽",
+        "編集途中のプレビュー",
+    ),
+    "slider": (
+        "How much of the picture before the edit is shown",
+        "显示多少修改前的图片",
+        "顯示多少修改前的圖片",
+        "変更前の画像を表示する割合",
+    ),
+    "fullscreen": ("Full screen", "全屏", "全螢幕", "全画面"),
+    # --- what the page's own script says --------------------------------------------------------
+    "page.about": (
+        "Edit pictures by saying what to change",
+        "说出要怎么修改，就能编辑图片",
+        "說出要怎麼修改，就能編輯圖片",
+        "言葉で伝えるだけで画像を編集",
+    ),
+    "page.blocked": (
+        "The page cannot be loaded. A proxy in front of the server must pass on the Host header "
+        "(nginx: proxy_set_header Host $host), and ALLOWED_HOSTS must hold that name.",
+        "无法加载页面。服务器前面的代理必须转发 Host 请求头（nginx：proxy_set_header Host $host），"
+        "并且 ALLOWED_HOSTS 要包含该名称。",
+        "無法載入頁面。伺服器前面的代理必須轉送 Host 標頭（nginx：proxy_set_header Host $host），"
+        "且 ALLOWED_HOSTS 要包含該名稱。",
+        "ページを読み込めません。サーバーの前のプロキシは Host ヘッダーをそのまま渡し"
+        "（nginx：proxy_set_header Host $host）、ALLOWED_HOSTS にその名前を入れてください。",
+    ),
+    "page.restarted": (
+        "The server was started again.",
+        "服务器已重新启动。",
+        "伺服器已重新啟動。",
+        "サーバーが再起動しました。",
+    ),
+    "page.lost": (
+        "Your pictures went with the old one: choose them again.",
+        "之前的图片已不在，请重新选择。",
+        "之前的圖片已不在，請重新選擇。",
+        "画像は残っていないので、選び直してください。",
     ),
     # --- what the server says -------------------------------------------------------------------
     "no_picture": (
@@ -174,11 +226,25 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "請先選擇一張圖片。",
         "先に画像を選んでください。",
     ),
+    "no_prompt": (
+        "Say what to change first.",
+        "请先说明要怎么修改。",
+        "請先說明要怎麼修改。",
+        "先にどう変えるかを書いてください。",
+    ),
     "no_mask": (
         "Paint over what may change first.",
         "请先涂抹允许修改的区域。",
         "請先塗抹允許修改的區域。",
         "先に変更してよい部分を塗ってください。",
+    ),
+    "unknown_edit": (
+        "The demo model does not know this edit and will leave the picture nearly as it is. Try "
+        "one of the examples, or fetch the real model under System.",
+        "演示模型不会这种修改，图片会几乎不变。请试试上面的示例，或在“系统”中下载真正的模型。",
+        "示範模型不會這種修改，圖片會幾乎不變。請試試上面的範例，或在「系統」中下載真正的模型。",
+        "デモモデルはこの編集を知らないため、画像はほとんど変わりません。例を試すか、"
+        "「システム」で本物のモデルをダウンロードしてください。",
     ),
     "stopped": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
     "done": (
@@ -288,7 +354,8 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "at.Unloaded": ("Model not loaded", "模型未加载", "模型未載入", "モデル未読み込み"),
     "at.CPU": ("Model in memory", "模型在内存", "模型在記憶體", "モデルはメモリ上"),
     "at.GPU": ("Model on the GPU", "模型在 GPU", "模型在 GPU", "モデルは GPU 上"),
-    "queue": ("queue {length}", "排队 {length}", "排隊 {length}", "待ち {length}"),
+    "editing": ("Editing", "正在编辑", "正在編輯", "編集中"),
+    "waiting": ("{length} waiting", "{length} 个在排队", "{length} 個在排隊", "{length} 件待ち"),
     "status.location": ("Location", "位置", "位置", "場所"),
     "status.model": ("Model", "模型", "模型", "モデル"),
     "status.device": ("Device", "设备", "裝置", "デバイス"),
@@ -344,22 +411,180 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "{seconds} 秒；{timeout} 秒後移出 GPU",
         "{seconds} 秒（{timeout} 秒で GPU から退避）",
     ),
+    "idle.host": ("{seconds} s", "{seconds} 秒", "{seconds} 秒", "{seconds} 秒"),
     "idle.stays": (
         "{seconds} s; stays on the GPU",
         "{seconds} 秒；一直留在 GPU",
         "{seconds} 秒；一直留在 GPU",
         "{seconds} 秒（GPU に残ります）",
     ),
+    # --- errors, by their code; the details follow in English -----------------------------------
+    "error.invalid_parameter": (
+        "A setting of this edit is not possible.",
+        "这次编辑的某个设置不可用。",
+        "這次編輯的某個設定不可用。",
+        "この編集の設定に使えない値があります。",
+    ),
+    "error.file_not_found": (
+        "The picture is not there any more. Choose it again.",
+        "图片已不在，请重新选择。",
+        "圖片已不在，請重新選擇。",
+        "画像がもうありません。選び直してください。",
+    ),
+    "error.path_not_allowed": (
+        "This file may not be used. Choose the picture again.",
+        "不允许使用此文件，请重新选择图片。",
+        "不允許使用此檔案，請重新選擇圖片。",
+        "このファイルは使えません。画像を選び直してください。",
+    ),
+    "error.unsupported_image": (
+        "This file is not a picture in a format that can be read.",
+        "此文件不是可读取格式的图片。",
+        "此檔案不是可讀取格式的圖片。",
+        "このファイルは読み込める形式の画像ではありません。",
+    ),
+    "error.corrupt_image": (
+        "This picture is damaged or incomplete.",
+        "图片已损坏或不完整。",
+        "圖片已損壞或不完整。",
+        "画像が壊れているか、途中で切れています。",
+    ),
+    "error.image_too_large": (
+        "This picture is too large.",
+        "图片太大。",
+        "圖片太大。",
+        "画像が大きすぎます。",
+    ),
+    "error.image_too_small": (
+        "This picture is too small.",
+        "图片太小。",
+        "圖片太小。",
+        "画像が小さすぎます。",
+    ),
+    "error.image_aspect": (
+        "This picture is too long and narrow.",
+        "图片过于细长。",
+        "圖片過於細長。",
+        "画像が細長すぎます。",
+    ),
+    "error.output_exists": (
+        "There is already a file of this name.",
+        "已有同名文件。",
+        "已有同名檔案。",
+        "同じ名前のファイルがすでにあります。",
+    ),
+    "error.output_not_writable": (
+        "The result cannot be written.",
+        "无法写入结果。",
+        "無法寫入結果。",
+        "結果を書き込めません。",
+    ),
+    "error.no_space": (
+        "The server’s disk is full.",
+        "服务器磁盘已满。",
+        "伺服器磁碟已滿。",
+        "サーバーのディスクがいっぱいです。",
+    ),
+    "error.queue_full": (
+        "The server is busy. Try again soon.",
+        "服务器正忙，请稍后再试。",
+        "伺服器忙碌中，請稍後再試。",
+        "サーバーが混み合っています。しばらくしてからもう一度お試しください。",
+    ),
+    "error.rate_limited": (
+        "Too many requests. Try again soon.",
+        "请求过多，请稍后再试。",
+        "請求過多，請稍後再試。",
+        "リクエストが多すぎます。しばらくしてからもう一度お試しください。",
+    ),
+    "error.shutting_down": (
+        "The server is stopping.",
+        "服务器正在关闭。",
+        "伺服器正在關閉。",
+        "サーバーは終了処理中です。",
+    ),
+    "error.out_of_memory": (
+        "There is not enough memory for this edit. Choose a smaller working size under Advanced.",
+        "内存不足，请在高级选项中选择较小的处理尺寸。",
+        "記憶體不足，請在進階選項中選擇較小的處理尺寸。",
+        "メモリが足りません。詳細設定で小さい処理サイズを選んでください。",
+    ),
+    "error.model_unavailable": (
+        "There is no model that can be used.",
+        "没有可用的模型。",
+        "沒有可用的模型。",
+        "使えるモデルがありません。",
+    ),
+    "error.fetch": (
+        "The model could not be fetched.",
+        "无法下载模型。",
+        "無法下載模型。",
+        "モデルをダウンロードできませんでした。",
+    ),
+    "error.model_not_found": (
+        "There is no model of this name.",
+        "没有此名称的模型。",
+        "沒有此名稱的模型。",
+        "この名前のモデルはありません。",
+    ),
+    "error.idempotency_key": (
+        "This request was already sent.",
+        "此请求已发送过。",
+        "此請求已送出過。",
+        "このリクエストはすでに送信されています。",
+    ),
+    "error.cancelled": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
+    "error.deadline_exceeded": (
+        "The edit took too long and was ended.",
+        "编辑时间过长，已终止。",
+        "編輯時間過長，已終止。",
+        "編集に時間がかかりすぎたため、打ち切りました。",
+    ),
+    "error.invalid_settings": (
+        "The server’s settings do not allow this.",
+        "服务器的设置不允许此操作。",
+        "伺服器的設定不允許此操作。",
+        "サーバーの設定では許可されていません。",
+    ),
+    "error.worker_lost": (
+        "The model’s process ended. Try again.",
+        "模型进程已中断，请重试。",
+        "模型行程已中斷，請重試。",
+        "モデルのプロセスが終了しました。もう一度お試しください。",
+    ),
+    "error.job_conflict": (
+        "This is not possible now.",
+        "现在无法执行此操作。",
+        "現在無法執行此操作。",
+        "今はできません。",
+    ),
+    "error.not_found": (
+        "This is not there any more.",
+        "该项已不存在。",
+        "該項已不存在。",
+        "もう存在しません。",
+    ),
+    "error.interrupted": (
+        "The server ended on the way. Try again.",
+        "服务器中途停止，请重试。",
+        "伺服器中途停止，請重試。",
+        "サーバーが途中で終了しました。もう一度お試しください。",
+    ),
+    "error.internal": (
+        "Something went wrong in the server.",
+        "服务器内部出错。",
+        "伺服器內部出錯。",
+        "サーバー内部でエラーが発生しました。",
+    ),
 }
 
 
 def translations() -> dict[str, dict[str, str]]:
-    """The table by language, and Chinese without a country as in Singapore and on the mainland."""
-    found = {
+    """The table by language."""
+    return {
         language: {key: texts[index] for key, texts in _TABLE.items()}
         for index, language in enumerate(LANGUAGES)
     }
-    return {**found, "zh": found["zh-CN"]}
 
 
 def language_of(accepted: str) -> str:
