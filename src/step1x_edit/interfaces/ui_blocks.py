@@ -702,8 +702,8 @@ class _Page:
             shown: list[tuple[str, str]] = []
             results: dict[str, str] = {}  # on disk: there may be many, and they may be large
             problems: list[str] = []
-            yield {**buttons.busy(), gallery: [], archive: gr.DownloadButton(visible=False)}
             with tab.busy():
+                yield {**buttons.busy(), gallery: [], archive: gr.DownloadButton(visible=False)}
                 try:
                     asked = self._service.read_picture(arguments)
                     for number, file in enumerate(given, start=1):
