@@ -53,6 +53,7 @@ ROUTES = {
     "/docs/swagger-ui-bundle.js": {"GET", "HEAD"},
     "/docs/swagger-ui.css": {"GET", "HEAD"},
     "/favicon.ico": {"GET", "HEAD"},
+    "/gradio_api/app_id": {"GET", "HEAD"},
     "/gradio_api/cancel": {"POST"},
     "/gradio_api/file={path:path}": {"GET", "HEAD"},
     "/gradio_api/heartbeat/{session_hash}": {"GET", "HEAD"},
