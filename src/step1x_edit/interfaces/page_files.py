@@ -181,7 +181,8 @@ class PageFiles:
         Raises PathNotAllowedError if there is none.
         """
         # By its name first, so that nothing outside of the folder is so much as looked at.
-        if not isinstance(path, str) or "\0" in path or not path.startswith(f"{SHOWN_FOLDER}/"):
+        below = (f"{SHOWN_FOLDER}/", f"{SHOWN_FOLDER}{os.sep}")
+        if not isinstance(path, str) or "\0" in path or not path.startswith(below):
             raise PathNotAllowedError("the page has only files that it has received or made")
         real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
         if not self._holds(real) or not _is_file(real):
