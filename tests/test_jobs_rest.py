@@ -635,7 +635,8 @@ def test_without_the_api_there_are_no_jobs_and_nothing_is_stored(
     make_service: MakeService, tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "data"
-    with calling(make_service(), data_dir=data_dir, enable_api=False) as client:
+    doors = {"enable_api": False, "enable_ui": False}  # the page keeps files of its own
+    with calling(make_service(), data_dir=data_dir, **doors) as client:
         answer = client.get("/v1/jobs")
 
     assert code_of(answer) == (404, "not_found")
