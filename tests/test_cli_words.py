@@ -193,11 +193,25 @@ def test_a_locale_without_unicode_is_named_and_what_it_holds_is_printed(tmp_path
     assert "Traceback" not in told.stderr
 
 
-def test_a_locale_without_some_signs_still_shows_a_path(tmp_path: Path) -> None:
-    result = program("edit", "grün.png", "“x”", env={"PYTHONIOENCODING": "ascii"}, cwd=tmp_path)
+def test_an_encoding_without_some_signs_still_shows_the_path_of_a_result(
+    photo: Path, tmp_path: Path
+) -> None:
+    photo.rename(tmp_path / "grün.png")
+    (tmp_path / "log").touch()
+    here = Path(__file__).parent
+    told = subprocess.run(
+        [sys.executable, str(here / "cli_fake.py"), "edit", "grün.png", "x", *QUICK],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "FAKE_LOG": str(tmp_path / "log")},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        check=False,
+    )
 
-    assert result.returncode == 1
-    assert result.stderr == "Image file not found: gr\\xfcn.png\n"
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == f"{tmp_path}/gr\\xfcn_edited.png\n"
+    assert (tmp_path / "grün_edited.png").is_file()
 
 
 def test_status_without_a_server_is_one_sentence() -> None:
