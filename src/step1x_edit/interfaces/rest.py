@@ -518,7 +518,8 @@ def health_routes(service: EditService, metrics: Metrics, secret: str) -> APIRou
         },
     )
     async def livez(request: Request) -> Response:
-        nonce, (_, port) = request.query_params.get("nonce", ""), request.scope["server"]
+        nonce = request.query_params.get("nonce", "")
+        _, port = request.scope.get("server") or ("", 0)
         is_asked = secret and 0 < len(nonce) <= _MAX_NONCE
         headers = {PROOF_HEADER: proof(secret, nonce, port)} if is_asked else {}
         return PlainTextResponse("ok\n", headers=headers)
