@@ -35,10 +35,10 @@ from fastmcp.client.transports import PythonStdioTransport
 from step1x_edit.channel import Channel, EditJob, Phase, Start
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.engine import Engine
-from step1x_edit.images import Limits, decode
+from step1x_edit.images import decode
 from step1x_edit.model.pipeline import EditPipeline, EditRequest
 from step1x_edit.service import EditService, build_service
-from step1x_edit.settings import inherited_environment, load_settings
+from step1x_edit.settings import Limits, inherited_environment, load_settings
 from step1x_edit.worker_process import WorkerProcess
 
 ROOT = Path(__file__).parent.parent

@@ -37,9 +37,9 @@ import httpx2
 from fastmcp import Client
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.images import Limits, decode
+from step1x_edit.images import decode
 from step1x_edit.model.pipeline import EditRequest
-from step1x_edit.settings import inherited_environment
+from step1x_edit.settings import Limits, inherited_environment
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "src" / "step1x_edit" / "interfaces" / "assets" / "coffee.jpg"

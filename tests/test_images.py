@@ -26,7 +26,6 @@ from step1x_edit.errors import (
 from step1x_edit.images import (
     OUTPUT_FORMATS,
     PREVIEW_BASE64_BYTES,
-    Limits,
     OutputFormat,
     Picture,
     blend,
@@ -40,6 +39,7 @@ from step1x_edit.images import (
     restore,
 )
 from step1x_edit.schemas import EditRecord
+from step1x_edit.settings import Limits
 
 LIMITS = Limits(max_bytes=32 * 2**20, max_pixels=50_000_000)
 INPUT_FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF"]

@@ -19,12 +19,11 @@ import numpy.typing as npt
 from PIL import Image, ImageCms
 
 from step1x_edit.errors import UnsupportedImageError
+from step1x_edit.output_formats import MAX_PROFILE_BYTES
 
 Pixels = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
 _Matrix = npt.NDArray[np.float64]
-
-MAX_PROFILE_BYTES: Final = 16 * 2**20  # what a JPEG can carry; those of printing presses have 3 MB
 
 
 # --- profiles ------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from step1x_edit.errors import (
     OutputNotWritableError,
     PathNotAllowedError,
 )
+from step1x_edit.output_formats import OUTPUT_FORMATS
 
 MAX_NAME_BYTES: Final = 255
 MAX_STEM_BYTES: Final = 60  # of a name that a text gives
@@ -166,8 +167,6 @@ class FileAccess:
         self, output_path: str, inputs: Iterable[FileIdentity], *, overwrite: bool = False
     ) -> Output:
         """The output that the caller named, checked as far as it can be before the work is done."""
-        from step1x_edit.images import OUTPUT_FORMATS
-
         self._real_output(output_path)
         shown = _absolute(output_path)
         if shown.suffix.lower() not in OUTPUT_FORMATS:
@@ -208,8 +207,6 @@ class FileAccess:
 
         The set `taken` of a batch keeps its outputs apart: it receives each path planned with it.
         """
-        from step1x_edit.images import OUTPUT_FORMATS
-
         image = _absolute(image_path)
         shown_folder = image.parent if output_dir is None else _absolute(output_dir)
         folder = self._real_output(str(shown_folder), written_as=output_dir or image_path)

@@ -18,7 +18,7 @@ import base64
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -49,6 +49,15 @@ from step1x_edit.errors import (
     InvalidParameterError,
     UnsupportedImageError,
 )
+from step1x_edit.output_formats import (
+    BMP,
+    JPEG,
+    MAX_PROFILE_BYTES,
+    OUTPUT_FORMATS,
+    PNG,
+    TIFF,
+    OutputFormat,
+)
 from step1x_edit.picture_formats import colour_numbers, is_heic, is_png, name_of, with_end_marker
 from step1x_edit.picture_notes import (
     RECORD_KEY,
@@ -64,6 +73,7 @@ from step1x_edit.picture_notes import (
     xmp_packet,
 )
 from step1x_edit.schemas import EditRecord, Record
+from step1x_edit.settings import Limits
 
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
@@ -100,15 +110,7 @@ _PNG_DEPTH_AT: Final = 24
 _PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
 
 # Pillow refuses a PNG whose profile is longer than this; by itself it would be 1 MiB.
-PngImagePlugin.MAX_TEXT_CHUNK = colour.MAX_PROFILE_BYTES
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How large a picture may be."""
-
-    max_bytes: int
-    max_pixels: int
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -527,60 +529,6 @@ def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArra
 # --- encoding ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OutputFormat:
-    """How a picture is written; every option is fixed so that equal pixels give equal bytes."""
-
-    name: str
-    media_type: str
-    carries_alpha: bool
-    max_side: int = 65_500
-    options: Mapping[str, Any] = field(default_factory=dict)
-    max_profile_bytes: int = colour.MAX_PROFILE_BYTES
-    """A picture whose profile is longer is converted to sRGB."""
-
-
-_PNG: Final = OutputFormat(
-    "PNG",
-    "image/png",
-    carries_alpha=True,
-    options={"compress_level": 6},
-    max_profile_bytes=2**20,  # what PNG decoders are willing to read
-)
-_JPEG: Final = OutputFormat(
-    "JPEG", "image/jpeg", carries_alpha=False, options={"quality": 95, "subsampling": 0}
-)
-# With losses WebP halves colour in both directions: the format has no other way.
-_WEBP: Final = OutputFormat(
-    "WEBP",
-    "image/webp",
-    carries_alpha=True,
-    max_side=16_383,
-    options={"quality": 95, "method": 4},
-)
-_AVIF: Final = OutputFormat(
-    "AVIF",
-    "image/avif",
-    carries_alpha=True,
-    options={"quality": 90, "speed": 8, "max_threads": 1, "subsampling": "4:4:4"},
-)
-# Uncompressed: LZW hardly shrinks a photograph, and with it Pillow loses the photographic EXIF.
-_TIFF: Final = OutputFormat("TIFF", "image/tiff", carries_alpha=True)
-_BMP: Final = OutputFormat("BMP", "image/bmp", carries_alpha=False, max_profile_bytes=0)
-
-OUTPUT_FORMATS: Final[Mapping[str, OutputFormat]] = {
-    ".png": _PNG,
-    ".jpg": _JPEG,
-    ".jpeg": _JPEG,
-    ".webp": _WEBP,
-    ".avif": _AVIF,
-    ".tiff": _TIFF,
-    ".tif": _TIFF,
-    ".bmp": _BMP,
-}
-"""The formats that we write, by suffix in lower case."""
-
-
 def restore(edited: Pixels, source: Picture) -> Picture:
     """Bring an edited picture to the exact size of its source, with the source's companions."""
     image = Image.fromarray(np.ascontiguousarray(edited))
@@ -645,11 +593,11 @@ def _companions(
 ) -> dict[str, Any]:
     """The options that put notes, record and profile into a file, each where its format has it."""
     notes, dpi = picture.notes, picture.notes.density
-    if output is _BMP:
+    if output is BMP:
         return {"dpi": dpi}
     xmp = xmp_packet(notes)
     has_profile = profile is not None
-    if output is _PNG:
+    if output is PNG:
         # Density and record have chunks, and are not said twice.
         exif = exif_with(replace(notes, density=None), None, has_profile=has_profile)
         chunks = PngImagePlugin.PngInfo()
@@ -658,14 +606,14 @@ def _companions(
         if xmp is not None:
             chunks.add_itxt(_PNG_XMP_KEY, xmp.decode())
         return {"icc_profile": profile, "exif": _bytes(exif), "pnginfo": chunks, "dpi": dpi}
-    if output is _TIFF:
+    if output is TIFF:
         exif = exif_with(notes, record, has_profile=has_profile, byte_order="little")
         if xmp is not None:
             exif = Image.Exif() if exif is None else exif
             exif[ExifTags.Base.XMLPacket] = xmp
         return {"icc_profile": profile, "exif": _bytes(exif)}
     exif = exif_with(notes, record, has_profile=has_profile)
-    if output is not _JPEG:
+    if output is not JPEG:
         return {"icc_profile": profile, "exif": _bytes(exif), "xmp": xmp}
     if exif is not None:
         add_jpeg_tags(exif, picture.width, picture.height)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
@@ -95,7 +95,7 @@ from step1x_edit.settings import MEBI, Settings
 from step1x_edit.worker_process import WorkerProcess
 
 if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
-    from step1x_edit.images import Limits, Picture, Pixels
+    from step1x_edit.images import Picture, Pixels
 
 T = TypeVar("T")
 _Request = TypeVar(
@@ -177,17 +177,12 @@ class EditService:
         self._engine = engine
         self._files = files
         self._settings = settings
+        self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
         self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
         self._looking: asyncio.Future[Survey] | None = None
         self._seen: tuple[float, Survey] | None = None
-
-    @cached_property
-    def _limits(self) -> Limits:
-        from step1x_edit.images import Limits
-
-        return Limits(self._settings.max_bytes, self._settings.max_pixels)
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -361,6 +356,8 @@ class EditService:
         """The file of a picture in the allowed folders, as it is; other files are refused."""
 
         def read() -> bytes:
+            from step1x_edit import images
+
             file = self._files.read(path)
             images.decode(file.data, self._limits)
             return file.data

@@ -22,7 +22,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -276,6 +276,14 @@ def keep_gradio_quiet(folder: Path) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How large a picture may be."""
+
+    max_bytes: int
+    max_pixels: int
+
+
 class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
@@ -455,6 +463,11 @@ class Settings(BaseSettings):
         Field(description="Lines for people, or one JSON object in each for programs"),
         BeforeValidator(_lower),
     ] = "text"
+
+    @property
+    def limits(self) -> Limits:
+        """How large an input picture may be."""
+        return Limits(self.max_bytes, self.max_pixels)
 
     @property
     def max_pixels(self) -> int:

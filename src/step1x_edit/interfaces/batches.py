@@ -34,8 +34,8 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.files import FileAccess, FileIdentity
-from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces.editor import Editor, Inputs, given, read_inputs
+from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
     BatchAnswer,
     BatchItem,

@@ -140,10 +140,9 @@ def opened_editor(
         if found is not None:
             url, token = found.url, found.token
     if url is not None:
-        from step1x_edit.images import Limits
         from step1x_edit.interfaces.remote import RemoteServer
 
-        server = RemoteServer(url, token, Limits(settings.max_bytes, settings.max_pixels))
+        server = RemoteServer(url, token, settings.limits)
         asyncio.run(server.check())
         yield server
         return

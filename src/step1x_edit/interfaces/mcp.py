@@ -50,6 +50,7 @@ from step1x_edit.interfaces.handles import Handles, Pursuit
 from step1x_edit.interfaces.hangups import EndWithConnection
 from step1x_edit.interfaces.mcp_app import SHOWN_IN_APP, app_meta, app_page, for_client
 from step1x_edit.interfaces.mcp_prompts import complete, prompts
+from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
     BatchAnswer,
     BatchRequest,
@@ -488,8 +489,6 @@ def _shown(
 
 
 def _link(answer: EditAnswer, description: str) -> ResourceLink:
-    from step1x_edit.images import OUTPUT_FORMATS
-
     path = Path(answer.output_path)
     return ResourceLink(
         type="resource_link",

@@ -32,7 +32,7 @@ from step1x_edit.errors import (
     ServerBusyError,
     Step1XEditError,
 )
-from step1x_edit.images import OUTPUT_FORMATS, Limits, Picture, Pixels
+from step1x_edit.images import Picture, Pixels
 from step1x_edit.interfaces import problems, sse
 from step1x_edit.interfaces.idempotency import (
     KEY,
@@ -57,6 +57,7 @@ from step1x_edit.interfaces.openai_requests import (
     understood,
 )
 from step1x_edit.interfaces.rest import FILE_DESCRIPTION, MASK_DESCRIPTION, in_one_text
+from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
     MAX_SEED,
     PARAMETERS,
@@ -70,7 +71,7 @@ from step1x_edit.schemas import (
     parameters_of,
 )
 from step1x_edit.service import EditedPicture, EditService, with_seed
-from step1x_edit.settings import Settings
+from step1x_edit.settings import Limits, Settings
 
 log = logging.getLogger(__name__)
 
@@ -628,7 +629,7 @@ def image_routes(
     """The routes under /v1/images and /v1/models; an edit asked for again is one of `runs`."""
     router = APIRouter(tags=list(TAGS))
     linked: _Linked = Shelf(_LINKED_S, _LINKED_BYTES, _MOST_PICTURES, _MOST_LINKED)
-    edits = _Edits(service, Limits(settings.max_bytes, settings.max_pixels), linked)
+    edits = _Edits(service, settings.limits, linked)
     started = int(time.time())
 
     @router.post(

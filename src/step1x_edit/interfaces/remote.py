@@ -26,7 +26,6 @@ from step1x_edit.errors import (
     Step1XEditError,
     rebuild,
 )
-from step1x_edit.images import Limits
 from step1x_edit.interfaces.editor import Edited
 from step1x_edit.schemas import (
     GpuAnswer,
@@ -35,6 +34,7 @@ from step1x_edit.schemas import (
     JobState,
     StatusAnswer,
 )
+from step1x_edit.settings import Limits
 
 if TYPE_CHECKING:
     from step1x_edit.service import Report

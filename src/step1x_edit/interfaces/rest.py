@@ -26,7 +26,6 @@ from step1x_edit.errors import (
     InvalidParameterError,
     Step1XEditError,
 )
-from step1x_edit.images import OUTPUT_FORMATS
 from step1x_edit.interfaces import json_bodies, problems
 from step1x_edit.interfaces.discovery import PROOF_HEADER, proof
 from step1x_edit.interfaces.guard import request_id
@@ -41,6 +40,7 @@ from step1x_edit.interfaces.idempotency import (
     unless_gone,
 )
 from step1x_edit.interfaces.metrics import TEXT_FORMAT, Metrics
+from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
     EditMetadata,
     GpuAnswer,

@@ -35,7 +35,6 @@ from starlette.types import ASGIApp
 from step1x_edit import images
 from step1x_edit.channel import Pixels, Progress
 from step1x_edit.errors import EditCancelledError, Step1XEditError
-from step1x_edit.images import Limits
 from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
 from step1x_edit.interfaces.rounds import read_verdict
@@ -380,7 +379,7 @@ class _Page:
     ) -> None:
         self._service = service
         self._pulls = pulls
-        self._limits = Limits(settings.max_bytes, settings.max_pixels)
+        self._limits = settings.limits
         self._is_demo = settings.model_path is None
         self._checkboxes: list[gr.Checkbox] = []
         self._sessions = _Sessions(files)
