@@ -311,11 +311,11 @@ def test_each_tab_asks_at_once_for_what_is_missing(open_page: OpenPage, photo: P
 def test_a_file_that_cannot_be_edited_is_refused_when_it_is_chosen(
     open_page: OpenPage, tmp_path: Path, language: str
 ) -> None:
-    files = {"half.png": "corrupt_image", "IMG_0001.HEIC": "unsupported_image"}
+    files = {"half.png": "corrupt_image", "layers.psd": "unsupported_image"}
     noise = np.random.default_rng(1).integers(0, 255, (99, 99, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "half.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:9999])
-    (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "layers.psd").write_bytes(b"8BPS\0\1" + bytes(20))
     page = open_page(language)
     for tab, name in enumerate(("edit", "region")):
         page.get_by_role("tab").nth(tab).click()
