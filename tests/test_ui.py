@@ -700,7 +700,8 @@ def test_before_and_after_are_named_and_compared_by_keyboard(
 @contextlib.contextmanager
 def toy_server(port: int, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     script = Path(__file__).parent / "serve_toy_http.py"
-    environment = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder)}
+    path = os.pathsep.join(filter(None, [str(script.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PORT": str(port), "DATA_DIR": str(folder), "PYTHONPATH": path}
     server = subprocess.Popen([sys.executable, str(script)], env=environment, cwd=folder)
 
     def is_open() -> bool:
@@ -731,6 +732,8 @@ def test_an_open_page_survives_a_restart_of_the_server(
         page.goto(f"http://127.0.0.1:{port}")
         begin(page, photo, "wait in denoising")
         expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    gone = page.get_by_test_id("toast-text").filter(has_text=text("page.disconnected", "en"))
+    expect(gone.first).to_be_visible()  # and not the sentence of Gradio, which is always English
     with toy_server(port, tmp_path):
         expect(page.locator("#notice")).to_have_text(
             "The server was started again. Your pictures went with the old one: choose them again."

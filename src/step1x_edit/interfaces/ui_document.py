@@ -25,6 +25,7 @@ _SAID_BY_SCRIPT: Final = {
     "blocked": "page.blocked",
     "restarted": "page.restarted",
     "lost": "page.lost",
+    "disconnected": "page.disconnected",
 }
 
 

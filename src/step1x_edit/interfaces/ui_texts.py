@@ -219,6 +219,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "之前的圖片已不在，請重新選擇。",
         "画像は残っていないので、選び直してください。",
     ),
+    "page.disconnected": (
+        "The server does not answer. The page tries again until it does.",
+        "服务器没有响应。页面会不断重试，直到恢复连接。",
+        "伺服器沒有回應。頁面會不斷重試，直到恢復連線。",
+        "サーバーが応答しません。つながるまで、このページは再試行を続けます。",
+    ),
     # --- what the server says -------------------------------------------------------------------
     "no_picture": (
         "Choose a picture first.",
@@ -239,8 +245,8 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "先に変更してよい部分を塗ってください。",
     ),
     "unknown_edit": (
-        "The demo model does not know this edit and will leave the picture nearly as it is. Try "
-        "one of the examples, or fetch the real model under System.",
+        "The demo model does not know this edit, so the picture stays nearly as it is. Try one of "
+        "the examples, or fetch the real model under System.",
         "演示模型不会这种修改，图片会几乎不变。请试试上面的示例，或在“系统”中下载真正的模型。",
         "示範模型不會這種修改，圖片會幾乎不變。請試試上面的範例，或在「系統」中下載真正的模型。",
         "デモモデルはこの編集を知らないため、画像はほとんど変わりません。例を試すか、"

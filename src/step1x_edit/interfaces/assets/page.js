@@ -41,6 +41,16 @@
     return [...TABS.map((_, i) => kept.prompts?.[i] ?? ""), notice];
   };
 
+  // Gradio says in English, whatever the language, that the server has gone.
+  const GONE = "Connection to the server was lost";
+  new MutationObserver(() => {
+    for (const message of document.querySelectorAll("[data-testid=toast-text]")) {
+      for (const part of message.childNodes) {
+        if (part.data?.startsWith(GONE)) part.data = texts.disconnected;
+      }
+    }
+  }).observe(document, { childList: true, subtree: true });
+
   // --- files ---
   // Gradio refuses what the browser does not take for a picture, HEIC among it, in English. Here
   // everything is sent: the server looks into files, and says what is wrong with them.
