@@ -393,6 +393,8 @@ SPREADSHEETS = [
     ("image\tprompt\tguidance_scale\na.png\tmake it night\t2.5\n", "utf-16"),  # "Unicode text"
     ("IMAGE, Prompt ,guidance_scale\na.png,make it night,2.5\n", "utf-8"),
     ('"image";"prompt";"guidance_scale"\r\n"a.png";"make it night";"2.5"\r\n', "utf-16-be-bom"),
+    ("image,prompt,guidance_scale\na.png,make it night,2.5\n", "utf-16-le"),  # without a mark
+    ("image,prompt,guidance_scale\na.png,make it night,2.5\n", "utf-16-be"),
 ]
 
 

@@ -198,7 +198,11 @@ def _encoding_of(path: Path) -> str:
     """UTF-8, or the UTF-16 that spreadsheets write as "Unicode text"; the first bytes say which."""
     with path.open("rb") as file:
         first = file.read(2)
-    return "utf-16" if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    if b"\0" in first:  # half of a letter of ASCII, with which every list begins
+        return "utf-16-be" if first.startswith(b"\0") else "utf-16-le"
+    return "utf-8-sig"
 
 
 def _separator_of(first_line: str) -> str:
