@@ -148,7 +148,7 @@ def recommendation(device: str | None, memory: host_memory.HostMemory | None) ->
     if memory is None:
         return _EMBEDDED, "this system does not say how much memory it has"
     place = "beside a GPU" if has_gpu else "without a GPU"
-    needs = f"needs {needed} GB of memory {place}, and there are {memory.total / _GIGA:.0f}"
+    needs = f"needs {needed} GB of memory {place}; this machine has {memory.total / _GIGA:.0f} GB"
     if memory.total < needed * _GIGA:
         return _EMBEDDED, f"{_REAL} {needs}"
     slowly = "" if has_gpu else "; an edit takes long without a GPU"
