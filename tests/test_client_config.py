@@ -294,6 +294,12 @@ def test_a_file_that_is_not_there_yet_is_made(home: Path) -> None:
         ("goose", "extensions: [\n"),
         ("goose", "- a\n"),
         ("continue", "mcpServers:\n  a: {}\n"),
+        ("codex", 'mcp_servers.a.command = "x"\nmcp_servers.a.args = []\nmodel = "m"\n'),
+        ("cursor", '{"servers": 1, "servers": 2}'),
+        ("cursor", '{"number": 1e400}'),
+        ("cursor", '{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        ("goose", "deep: " + "[" * 3000 + "]" * 3000),
+        ("goose", "base: &base {a: {cmd: x}}\nextensions: *base\n"),
     ],
 )
 def test_a_file_that_cannot_be_kept_as_it_is_is_left_alone(
@@ -310,6 +316,25 @@ def test_a_file_that_cannot_be_kept_as_it_is_is_left_alone(
     assert len(result.stderr.strip().splitlines()) == 1
     assert path.read_text() == content
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_text_that_was_cut_in_an_emoji_is_kept(home: Path) -> None:
+    content = {"history": ["make it night \ud83c", "ü"]}
+    (home / ".claude.json").write_text(json.dumps(content))
+
+    assert config("--client", "claude-code", "--write").exit_code == 0
+    written = json.loads((home / ".claude.json").read_text("utf-8"))
+    assert entry_in(written, "mcpServers")["command"] == sys.executable
+    assert written["history"] == content["history"]
+
+
+def test_nothing_in_the_place_of_the_servers_is_no_server(home: Path) -> None:
+    path = home / FILES["continue"][0]
+    path.parent.mkdir()
+    path.write_text("name: mine\nmcpServers:\n")
+
+    assert config("--client", "continue", "--write").exit_code == 0
+    assert entry_in(yaml.safe_load(path.read_text()), "mcpServers")["command"] == sys.executable
 
 
 def test_a_client_that_nobody_knows_is_a_usage_error() -> None:

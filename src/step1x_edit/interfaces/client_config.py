@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -208,10 +209,13 @@ def write_entry(file: ConfigFile, entry: Mapping[str, Any]) -> Path | None:
     path = Path(os.path.realpath(file.path))  # a link to where someone keeps all such files
     try:
         content = _read(path, file.preamble or {})
+        wanted = _plain_data(content)
+        _place(file, wanted, entry)
         _place(file, content, entry)
+        text = _checked(path, _written(path, content), wanted)
         path.parent.mkdir(parents=True, exist_ok=True)
         backup = _backed_up(path)
-        _replace(path, _written(path, content))
+        _replace(path, text)
     except OSError as error:
         raise OutputNotWritableError(f"{path} ({os.strerror(error.errno or 0).lower()})") from None
     return backup
@@ -219,7 +223,7 @@ def write_entry(file: ConfigFile, entry: Mapping[str, Any]) -> Path | None:
 
 def _place(file: ConfigFile, content: MutableMapping[str, Any], entry: Mapping[str, Any]) -> None:
     """Put the entry where the client looks for it, in the place of an older one."""
-    if file.key not in content:
+    if content.get(file.key) is None:  # YAML has nothing after `extensions:`
         content[file.key] = [] if file.is_list else {}
     servers = content[file.key]  # what the content has made of it
     if not file.is_list:
@@ -243,12 +247,39 @@ def _read(path: Path, preamble: Mapping[str, str]) -> MutableMapping[str, Any]:
         content = _parsed(path, text) if text.strip() else dict(preamble)
     except FileNotFoundError:
         return dict(preamble)
+    except RecursionError:
+        raise _unusable(path, "it is nested too deeply") from None
     except ValueError:
         reason = {".json": "plain JSON (comments?)", ".toml": "TOML"}.get(path.suffix, "YAML")
         raise _unusable(path, f"it is not {reason}") from None
     if not isinstance(content, MutableMapping):
         raise _unusable(path, "it is not an object")
     return content
+
+
+def _checked(path: Path, text: str, wanted: object) -> str:
+    """The new text, if it says what is wanted: the old content and our entry.
+
+    tomlkit puts a table between keys with dots (`mcp_servers.a.command = …`), which then belong to
+    that table.
+    """
+    try:
+        is_right = _plain_data(_parsed(path, text)) == wanted
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise _unusable(path, "its content would not be kept")
+    return text
+
+
+def _plain_data(value: Any) -> Any:
+    """The same without what a library remembers about its spelling."""
+    match value:
+        case Mapping():
+            return {key: _plain_data(member) for key, member in value.items()}
+        case MutableSequence():
+            return [_plain_data(item) for item in value]
+    return value
 
 
 # The libraries are imported here: the server that a client starts shares this module's commands.
@@ -269,7 +300,19 @@ def _parsed(path: Path, text: str) -> Any:
                 return YAML().load(text)
             except YAMLError as error:
                 raise ValueError from error
-    return json.loads(text)
+    return json.loads(text, object_pairs_hook=_members, parse_constant=_no_number)
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a name that stands in it twice would lose its first value."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError
+    return members
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
 
 
 def _written(path: Path, content: Mapping[str, Any]) -> str:
@@ -287,7 +330,9 @@ def _written(path: Path, content: Mapping[str, Any]) -> str:
             yaml.width = 4096  # paths are long, and stay in one line
             yaml.dump(content, text)
             return text.getvalue()
-    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    plain = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    # Half of a surrogate pair, as of a text that was cut in an emoji: it has no form in UTF-8.
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", plain)
 
 
 def _unusable(path: Path, reason: str) -> InvalidParameterError:
