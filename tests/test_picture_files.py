@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from picture_files import (
     with_nclx,
 )
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
+from step1x_edit.tiff import image_of, opened
 
 SCENE = scene()
 SCENE_16 = SCENE.astype(np.uint16) * 257
@@ -154,6 +156,35 @@ async def test_a_tiff_whose_directories_run_in_a_circle_is_read(edited: Edited) 
     (count,) = struct.unpack_from("<H", data, second)
     struct.pack_into("<I", data, second + 2 + 12 * count, first)
     assert np.array_equal((await edited(bytes(data), "in.tif")).seen, SCENE)
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+def test_strips_that_all_claim_the_whole_file_are_not_copied_as_often(compression: int) -> None:
+    """Each row is a strip that is said to reach to the end of a file of 8 MB."""
+    width, height, rest = 64, 1024, bytes(8_000_000)
+    row = bytes(2 * width)
+    strip = row if compression == 1 else zlib.compress(row)
+    entries = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 16), (259, 3, 1, compression)]
+    entries += [(262, 3, 1, 1)]
+    offsets = 8 + 2 + 12 * 8 + 4
+    start = offsets + 8 * height
+    entries += [(273, 4, height, offsets), (278, 4, 1, 1), (279, 4, height, offsets + 4 * height)]
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    data += struct.pack("<I", start) * height + struct.pack("<I", len(rest)) * height
+    data += strip + rest
+    directory = opened(data).directory
+    copied = 0
+
+    class Counted(bytes):
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal copied
+            part = super().__getitem__(key)
+            copied += len(part) if isinstance(part, bytes) else 1
+            return part
+
+    assert image_of(Counted(data), directory).getextrema() == (0, 0)
+    assert copied < len(data)
 
 
 async def test_a_tiff_whose_values_overlap_does_not_fill_the_memory(edited: Edited) -> None:

@@ -48,6 +48,7 @@ _UNCOMPRESSED: Final = 1
 _DEFLATE: Final = {8, 32946}
 _PREDICTOR: Final = 317
 _NONE, _HORIZONTAL = 1, 2  # predictors
+_ROOM_FOR_DEFLATE: Final = 1024  # bytes; what cannot be packed becomes a little longer
 _MAX_TILE: Final = 2**24  # pixels
 _MAX_SAMPLES: Final = 5  # to a pixel: colours, alpha and one more
 
@@ -518,7 +519,9 @@ def _blocks(
         plane, place = divmod(index, columns * rows)
         top, left = place // columns * down, place % columns * across
         stored = down if is_tiled else min(down, height - top)
-        block = data[offsets[index] : offsets[index] + lengths[index]]
+        # Many blocks that claim the whole file would have it copied as often.
+        length = min(lengths[index], 2 * stored * stride + _ROOM_FOR_DEFLATE)
+        block = data[offsets[index] : offsets[index] + length]
         block = _inflated(block, stored * stride, directory)
         rows_of_numbers = _unpacked(block, stride, directory)[:, : across * together]
         values = rows_of_numbers.reshape(stored, across, together)
@@ -543,7 +546,11 @@ def _unpacked(block: bytes, stride: int, directory: Directory) -> npt.NDArray[np
     depth = directory.bits[0]
     if depth == 16:
         order = _order(directory.tags.prefix)
-        return np.frombuffer(block, f"{order}u2").astype(np.uint16).reshape(-1, stride // 2)
+        return (
+            np.frombuffer(block, f"{order}u2")
+            .astype(np.uint16, copy=False)
+            .reshape(-1, stride // 2)
+        )
     weights = 2 ** np.arange(depth - 1, -1, -1, dtype=np.float32)
     rows = np.frombuffer(block, np.uint8).reshape(-1, stride)
     count = stride * 8 // depth
