@@ -110,6 +110,15 @@ def test_no_event_of_the_page_takes_a_file_from_elsewhere(
     assert not is_marked(data_dir)
 
 
+@pytest.mark.parametrize("path", ["/page/\ud83c", "/page/a\0b", "/page/" + "a/" * 3000, 5, {}, []])
+def test_what_can_be_no_path_is_refused(page: httpx2.Client, path: object) -> None:
+    event = {"fn_index": 0, "data": [{"path": path}], "session_hash": "one"}
+    head = {"Content-Type": "application/json"}
+    assert is_refused(
+        page.post("/gradio_api/queue/join", content=json.dumps(event).encode(), headers=head)
+    )
+
+
 def test_gradio_s_own_check_of_uploads_is_active_behind_ours(
     service: EditService, outside: Path, tmp_path: Path
 ) -> None:

@@ -184,7 +184,10 @@ class PageFiles:
         below = (f"{SHOWN_FOLDER}/", f"{SHOWN_FOLDER}{os.sep}")
         if not isinstance(path, str) or "\0" in path or not path.startswith(below):
             raise PathNotAllowedError("the page has only files that it has received or made")
-        real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
+        try:
+            real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
+        except UnicodeEncodeError:  # half of a surrogate pair, which no name can hold
+            real = ""
         if not self._holds(real) or not _is_file(real):
             raise PathNotAllowedError("the file is not there any more; upload it again")
         return real
