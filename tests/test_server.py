@@ -208,6 +208,15 @@ def test_it_listens_where_it_was_told_to(tmp_path: Path) -> None:
     assert alive == 200
 
 
+def test_it_is_announced_by_its_address_and_not_by_a_name(tmp_path: Path) -> None:
+    """Under the name another program can have the other address of the same port."""
+    with started(FAKE, tmp_path, HOST="localhost") as process:
+        port = urlsplit(process.url()).port
+        note = json.loads((process.data_dir / NOTE_NAME).read_text())
+
+    assert note["url"] in (f"http://127.0.0.1:{port}/mcp", f"http://[::1]:{port}/mcp")
+
+
 def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
     with started(FAKE, tmp_path, ENABLE_MCP="false") as process:
         url = process.url()

@@ -340,8 +340,10 @@ class _Server(uvicorn.Server):
 @contextlib.contextmanager
 def _findable(settings: Settings, listener: socket.socket, secret: str) -> Iterator[None]:
     """Say where we are: in the log, and to programs of this machine that may join us."""
-    port = listener.getsockname()[1]
-    local = _local_address(settings.host)
+    address, port = listener.getsockname()[:2]
+    # Where we listen and not by a name: under `localhost` somebody else can have the other address
+    # of the same port, and pass our proof on.
+    local = _local_address(address)
     with contextlib.ExitStack() as stack:
         if local is not None and settings.enable_mcp:
             key = None if settings.api_key is None else settings.api_key.get_secret_value()
@@ -353,12 +355,7 @@ def _findable(settings: Settings, listener: socket.socket, secret: str) -> Itera
 
 def _local_address(host: str) -> str | None:
     """The loopback address under which a server that listens at `host` is reached, if any."""
-    if host == "localhost":
-        return host
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
+    address = ipaddress.ip_address(host)
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "::1"
     return host if host in ("127.0.0.1", "::1") else None
