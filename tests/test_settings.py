@@ -367,6 +367,15 @@ def test_a_file_of_settings_of_another_user_is_not_read(tmp_path: Path, whose: s
     assert load_settings().host == "127.0.0.1"
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="gives files away")
+def test_a_link_of_another_user_to_a_file_of_ours_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "ours").write_text("HOST=0.0.0.0\n")
+    (tmp_path / ".env").symlink_to(tmp_path / "ours")
+    assert load_settings().host == "0.0.0.0"
+    os.chown(tmp_path / ".env", 12345, -1, follow_symlinks=False)
+    assert load_settings().host == "127.0.0.1"
+
+
 @posix
 def test_a_file_for_a_group_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".env").write_text("HOST=0.0.0.0\n")

@@ -581,9 +581,12 @@ def _distrust(file: Path) -> str | None:
     """Why a file of settings is not read: others than the user and root could have written it."""
     if not hasattr(os, "geteuid"):
         return None  # Windows has no owners and modes in this sense
+    trusted = (0, os.geteuid())
+    if file.lstat().st_uid not in trusted:  # a link that somebody has put there
+        return f"{file} is not read: it belongs to another user"
     for path in (file, file.parent):
         found = path.stat()
-        if found.st_uid not in (0, os.geteuid()):
+        if found.st_uid not in trusted:
             return f"{file} is not read: {path} belongs to another user"
         is_shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # such as /tmp
         # A group with the number of its only member is private, and its bit means nobody else.
