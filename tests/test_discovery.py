@@ -133,6 +133,14 @@ async def test_a_server_that_announces_itself_is_found(
     assert (found.url, found.token) == (url, TOKEN)
 
 
+async def test_a_damaged_announcement_is_ignored(data_dir: Path) -> None:
+    data_dir.mkdir()
+    for content in ("", "[" * 60_000, "{", "5"):
+        (data_dir / NOTE_NAME).write_text(content)
+        (data_dir / NOTE_NAME).chmod(0o600)
+        assert await find_server(data_dir) is None
+
+
 @pytest.mark.usefixtures("parent")
 async def test_a_stale_or_foreign_announcement_is_ignored(
     make_service: MakeService, data_dir: Path, gone: int

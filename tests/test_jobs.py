@@ -731,6 +731,7 @@ def damage(data_dir: Path, statement: str, *values: object) -> None:
         ("state", "succeeded"),
         ("request", "{"),
         ("request", "[]"),
+        ("request", "[" * 100_000),
         ("request", b"\xff\xfe"),
         ("answer", "{"),
         ("phase", "zzz"),

@@ -911,7 +911,10 @@ def _check_kind(row: sqlite3.Row, name: str, *kinds: type) -> None:
 
 
 def _object(text: str) -> dict[str, object]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")
     return found

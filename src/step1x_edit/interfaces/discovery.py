@@ -139,7 +139,7 @@ def _read_note(data_dir: Path) -> RunningServer | None:
             return None
         try:
             content = json.loads(note.read(_MAX_NOTE_BYTES))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     match content:
         case {
