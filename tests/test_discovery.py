@@ -106,6 +106,20 @@ def test_the_announcement_of_a_dead_server_is_replaced(data_dir: Path, gone: int
             assert json.loads(note.read_text())["url"] == "http://127.0.0.1:8001/mcp"
 
 
+def test_a_note_without_the_start_of_its_process_does_not_stop_later_servers(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("step1x_edit.interfaces.discovery.start_of_process", lambda pid: None)
+    note = data_dir / NOTE_NAME
+    with announced(data_dir, "http://127.0.0.1:8000/mcp", SECRET):
+        left = note.read_text()  # as a killed server leaves it on Windows, which has no `ps`
+    note.write_text(left)
+    note.chmod(0o600)
+
+    with announced(data_dir, "http://127.0.0.1:8001/mcp", SECRET):
+        assert json.loads(note.read_text())["url"] == "http://127.0.0.1:8001/mcp"
+
+
 def test_a_server_that_cannot_announce_itself_says_so_and_serves(
     data_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

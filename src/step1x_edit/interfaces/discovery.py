@@ -79,10 +79,11 @@ def announced(data_dir: Path, url: str, secret: str, token: str | None = None) -
     """Announce this process as the running server for as long as the context lasts.
 
     Does nothing but log if another server has announced itself and still runs, or if there can be
-    no note.
+    no note. If the system does not say when a process started, the note is replaced: a server that
+    was killed leaves one that looks the same.
     """
     first = _read_note(data_dir)
-    if first is not None and _runs(first):
+    if first is not None and first.started is not None and _runs(first):
         log.warning("other programs join the server at %s, which was here first", first.url)
         yield
         return
