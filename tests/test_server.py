@@ -261,7 +261,8 @@ def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> 
     nowhere = {"HOME": "/dev/null/nobody", "DATA_DIR": "", "XDG_DATA_HOME": ""}
     with started(FAKE, tmp_path, **nowhere) as refused:
         code = refused.ended()
-    with started(FAKE, tmp_path, **nowhere, ENABLE_API="false") as without_jobs:
+    stores_nothing = {"ENABLE_API": "false", "ENABLE_UI": "false"}
+    with started(FAKE, tmp_path, **nowhere, **stores_nothing) as without_jobs:
         health = httpx2.get(f"{without_jobs.url()}/health").status_code
         without_jobs.heard("other programs cannot find this server: DATA_DIR /dev/null/")
         without_jobs.heard("there is no home folder to use (HOME: ")
@@ -272,6 +273,21 @@ def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> 
     assert "cannot be written" in refused.lines[-1]
     assert "DATA_DIR of its own" in refused.lines[-1]
     assert not any("Traceback" in line for line in [*refused.lines, *without_jobs.lines])
+
+
+def test_a_page_without_a_place_for_its_files_stops_the_start_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "page").write_text("a file")
+    with started(FAKE, tmp_path, ENABLE_UI="true", ENABLE_API="false") as refused:
+        code = refused.ended()
+
+    assert code == 2
+    assert refused.lines == [
+        f"Invalid settings: DATA_DIR: {refused.data_dir / 'page'} cannot be written (File exists); "
+        "give this server a DATA_DIR of its own, or set ENABLE_UI=false\n"
+    ]
 
 
 def test_a_further_server_without_jobs_leaves_the_first_one_findable(tmp_path: Path) -> None:

@@ -152,18 +152,32 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
+            # What may fail comes before MCP, which would wrap the failure in a group of its own.
             if store is not None:
-                await stack.enter_async_context(store)
+                with _advising("ENABLE_API"):
+                    await stack.enter_async_context(store)
                 await stack.enter_async_context(JobRunner(store, job_operation(service)))
+            if page is not None:
+                with _advising("ENABLE_UI"):
+                    await stack.enter_async_context(page.lifespan())
             await stack.enter_async_context(pulls)
             if mcp is not None:
                 await stack.enter_async_context(mcp.lifespan(mcp))
                 _limit_sessions(mcp)
-            if page is not None:
-                await stack.enter_async_context(page.lifespan())
             yield
 
     return lifespan
+
+
+@contextlib.contextmanager
+def _advising(setting: str) -> Iterator[None]:
+    """Say what to do if another server has the folder, or there can be none."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(
+            f"{error}; give this server a DATA_DIR of its own, or set {setting}=false"
+        ) from None
 
 
 def _limit_sessions(mcp: StarletteWithLifespan) -> None:
@@ -245,18 +259,16 @@ def _described(app: FastAPI) -> dict[str, Any]:
 def serve(settings: Settings) -> None:
     """Serve until a signal comes, then end the process.
 
-    Raises SettingsError if there can be no stored jobs in DATA_DIR.
+    Raises SettingsError if stored jobs or the page cannot have their place in DATA_DIR.
     """
     listener = listen(settings.host, settings.port)
     settings = connections.within_file_limit(settings)
     service = build_service(settings)
     try:
         exit_code = asyncio.run(_serve(settings, service, listener))
-    except SettingsError as error:  # another server has the stored jobs, or nobody can have them
+    except SettingsError:
         service.close()
-        raise SettingsError(
-            f"{error}; give this server a DATA_DIR of its own, or set ENABLE_API=false"
-        ) from None
+        raise
     logging.shutdown()
     os._exit(exit_code)  # threads that still decode or encode are not waited for
 
