@@ -51,6 +51,7 @@ _NONE, _HORIZONTAL = 1, 2  # predictors
 _ROOM_FOR_DEFLATE: Final = 1024  # bytes; what cannot be packed becomes a little longer
 _MAX_TILE: Final = 2**24  # pixels
 _MAX_SAMPLES: Final = 5  # to a pixel: colours, alpha and one more
+_DAMAGED: Final = "the file is damaged or incomplete"
 
 _COMPRESSIONS: Final = {  # those that libtiff, as Pillow ships it, can decode
     1: "no",
@@ -215,7 +216,7 @@ def opened(data: bytes) -> Found:
             f"{raw}, a camera raw; develop it in a raw converter and save it as TIFF or JPEG"
         )
     if not chains:
-        raise CorruptImageError("the file is damaged or incomplete")
+        raise CorruptImageError(_DAMAGED)
     chosen = _full_picture(chains[0], every)
     _check_readable(chosen)
     if chosen is not every[0]:
@@ -483,7 +484,7 @@ def _samples(data: bytes, directory: Directory) -> npt.NDArray[np.uint16]:
     is_planar = directory.number(ExifTags.Base.PlanarConfiguration, 1) == _SEPARATE_PLANES
     planes, together = (samples, 1) if is_planar else (1, samples)
     if samples < _CHANNELS[directory.photometric]:
-        raise CorruptImageError("the file is damaged or incomplete")
+        raise CorruptImageError(_DAMAGED)
     found = np.zeros((planes, height, width, together), np.uint16)
     for (plane, top, left), block in _blocks(data, directory, planes, together):
         part = block[: height - top, : width - left]
@@ -510,10 +511,10 @@ def _blocks(
         across = width
         down = min(directory.number(ExifTags.Base.RowsPerStrip, height), height)
     if min(across, down) < (16 if is_tiled else 1) or (is_tiled and across * down > _MAX_TILE):
-        raise CorruptImageError("the file is damaged or incomplete")
+        raise CorruptImageError(_DAMAGED)
     columns, rows = -(-width // across), -(-height // down)
     if min(len(offsets), len(lengths)) < planes * columns * rows:
-        raise CorruptImageError("the file is damaged or incomplete")
+        raise CorruptImageError(_DAMAGED)
     stride = (across * together * directory.bits[0] + 7) // 8
     for index in range(planes * columns * rows):
         plane, place = divmod(index, columns * rows)
@@ -537,7 +538,7 @@ def _inflated(block: bytes, length: int, directory: Directory) -> bytes:
     else:
         block = zlib.decompressobj().decompress(block, length)
     if len(block) < length:
-        raise CorruptImageError("the file is damaged or incomplete")
+        raise CorruptImageError(_DAMAGED)
     return block
 
 

@@ -13,15 +13,11 @@ def alert_of(error: Step1XEditError, language: str, subject: str = "") -> str:
     """A line about an error: a sentence in this language, and the details in English."""
     key = "error.fetch" if isinstance(error, ModelFetchError) else f"error.{error.code}"
     words = text(key, language)
-    return _problem(f"{subject}: {words}" if subject else words, str(error))
+    return alert(f"{subject}: {words}" if subject else words, str(error))
 
 
-def alert(words: str) -> str:
-    """A line that says what went wrong."""
-    return _problem(words)
-
-
-def _problem(words: str, detail: str = "") -> str:
+def alert(words: str, detail: str = "") -> str:
+    """A line that says what went wrong, with details in English."""
     small = f'<small lang="en">{html.escape(detail)}</small>' if detail else ""
     return f'<div class="problem" role="alert">{html.escape(words)}{small}</div>'
 
