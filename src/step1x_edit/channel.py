@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # a server is there before the first picture is; a worker nee
 GIB: Final = 1024**3
 
 STEPS_PER_PREVIEW: Final = 3
-"""No more previews than one for so many steps: making and showing one takes a part of a step."""
+"""At most one preview per this number of steps: making and showing one takes part of a step."""
 
 Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
 

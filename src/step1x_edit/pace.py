@@ -114,7 +114,7 @@ class Paces:
     def seconds(self, job: EditJob, residence: Residence) -> float | None:
         """How long such an edit will take; None if there was none of its kind.
 
-        Nobody knows how often a reflection tries again: it is told what all its rounds would take.
+        How often a reflection tries again is not known: this is the time of all its rounds.
         """
         pace = self._known.get(Kind.of(job, residence))
         if pace is None:

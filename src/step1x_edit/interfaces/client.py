@@ -105,7 +105,7 @@ class MCPClient:
 
 
 class _Connection:
-    """One client on an event loop in a thread of its own, for callers on any other."""
+    """One client on an event loop in a separate thread, for callers on any other."""
 
     def __init__(self, target: str | Path | None, token: str | None) -> None:
         self._target = target

@@ -91,9 +91,9 @@ def _raised_file_limit() -> int:
 
 
 class TellOnce:
-    """Handles what goes wrong in the event loop: a lack of file descriptors is told once a second.
+    """Handles errors of the event loop: a lack of file descriptors is logged once a second.
 
-    asyncio tells it for each connection that it tries to accept, as often as the backlog is long.
+    asyncio reports it for each connection that it tries to accept, as often as the backlog is long.
     """
 
     def __init__(self) -> None:

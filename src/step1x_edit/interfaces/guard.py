@@ -151,7 +151,7 @@ class Guard:
         """Why a request may not come in, judged by its head."""
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
-            # Whoever stands in between may take the other one for the end of the body (RFC 9112).
+            # A proxy may find the end of the body by the other one (RFC 9112).
             return problems.of_status(400, "Send Content-Length or Transfer-Encoding, not both.")
         if _size_of_head(scope) > _HEAD_BYTES:
             return problems.of_status(431, f"At most {_HEAD_BYTES // 1024} kB are read of a head.")

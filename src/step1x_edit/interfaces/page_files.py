@@ -180,7 +180,7 @@ class PageFiles:
 
         Raises PathNotAllowedError if there is none.
         """
-        # By its name first, so that nothing outside of the folder is so much as looked at.
+        # By its name first, so that nothing outside of the folder is ever looked at.
         below = (f"{SHOWN_FOLDER}/", f"{SHOWN_FOLDER}{os.sep}")
         if not isinstance(path, str) or "\0" in path or not path.startswith(below):
             raise PathNotAllowedError("the page has only files that it has received or made")
@@ -216,7 +216,7 @@ class PageFiles:
 
     @contextlib.asynccontextmanager
     async def upload(self, length: int) -> AsyncIterator[Upload]:
-        """A new folder for an upload of so many bytes; it is removed if that fails.
+        """A new folder for an upload of this length in bytes; it is removed if that fails.
 
         Raises NoSpaceError if there is no room beside the other uploads.
         """

@@ -113,7 +113,7 @@ class Page:
             if message["type"] == "http.response.start":
                 has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
             if has_failed:
-                return  # it is told in our form instead
+                return  # it is reported in our form instead
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY

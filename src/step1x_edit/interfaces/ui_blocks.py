@@ -2,11 +2,11 @@
 
 Only this module, `ui_models` and `ui_parts` import Gradio.
 
-Each edit runs in a task of its own that belongs to a tab of a visitor's session: *Stop* and closing
+Each edit runs in a separate task that belongs to a tab of a visitor's session: *Stop* and closing
 the page cancel the task, and the generator that Gradio reads from only tells what happens to it.
 What a tab has made is kept there too, so that it is complete when an edit ends and not only as it
 was when the button was pressed. Files go to and come from the page as they are: Gradio's own
-reading and writing of pictures is not used for them, because it would encode them anew.
+reading and writing of pictures is not used for them, because it would encode them again.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from step1x_edit.interfaces.ui_texts import text
 class ProgressLine:
     """Puts the progress of one edit into words.
 
-    The time left is foretold when a step ends, from the steps so far. Until the next one it counts
-    down: the same progress is reported again meanwhile, as a sign of life.
+    The time left is estimated when a step ends, from the steps so far. Until the next one it counts
+    down: the same progress is reported again in between, as a sign of life.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ProgressLine:
         return text(key, self._language, step=progress.step, total=progress.total)
 
     def _left(self, progress: Progress) -> int | None:
-        """Whole seconds until the last step ends, as far as that can be foretold."""
+        """Whole seconds until the last step ends, if that can be estimated."""
         now = self._now()
         if progress.step > self._step:
             self._step = progress.step
@@ -69,6 +69,6 @@ class ProgressLine:
             else:
                 steps, seconds = progress.step - self._first[0], now - self._first[1]
                 self._ends = now + seconds / steps * (progress.total - progress.step)
-        if self._ends is None or self._ends - now < 1:  # late: nobody knows how much
+        if self._ends is None or self._ends - now < 1:  # late, by an unknown time
             return None
         return round(self._ends - now)

@@ -65,9 +65,8 @@ def demo(
         chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
         service = build_service(settings)
         try:
-            service.read_edit(
-                {"image_path": DEMO_PHOTO, "prompt": "x", **chosen}
-            )  # are they right?
+            # Refuse wrong parameters before anything is written.
+            service.read_edit({"image_path": DEMO_PHOTO, "prompt": "x", **chosen})
             before = files.publish(first, DEMO_PHOTO.read_bytes())
             results = asyncio.run(_edits_of(service, before, chosen))
         finally:

@@ -134,7 +134,7 @@ def rm(
 
 
 def _survey(settings: Settings) -> Survey:
-    """What a process of its own finds out about this machine and the checkpoint that would run."""
+    """What a separate process finds out about this machine and the checkpoint that would run."""
     from step1x_edit.machine import look
     from step1x_edit.service import start_of
 

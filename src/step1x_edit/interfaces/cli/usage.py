@@ -1,6 +1,6 @@
 """What happens to the words of a call before a command gets them.
 
-Whatever is wrong with them is told in one sentence, and the exit code is 2. This module knows
+Whatever is wrong with them is reported in one sentence, and the exit code is 2. This module knows
 nothing about what the commands do.
 """
 
