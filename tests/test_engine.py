@@ -577,6 +577,20 @@ async def test_a_worker_that_falls_silent_for_ten_usual_steps_is_ended(
     await engine.submit(a_job()).result()
 
 
+async def test_an_edit_with_previews_tells_how_long_one_without_them_takes(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=lambda job, step: clock.advance(2))
+    engine = make_engine(worker, clock=clock)
+    before = engine.predicted_s(a_job())
+
+    await engine.submit(replace(a_job(), previews=8)).result()
+
+    assert before is None
+    assert engine.predicted_s(a_job()) == 20
+
+
 async def test_a_slow_preview_is_not_taken_for_silence(make_engine: MakeEngine) -> None:
     clock = ManualClock()
 

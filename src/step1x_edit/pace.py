@@ -25,7 +25,6 @@ class Kind:
     width: int
     height: int
     is_guided: bool
-    has_previews: bool
     thinking: bool
     reflection: bool
 
@@ -39,7 +38,6 @@ class Kind:
             width=job.width,
             height=job.height,
             is_guided=job.guidance_scale > 1,
-            has_previews=job.previews > 0,
             thinking=job.thinking,
             reflection=job.reflection,
         )
