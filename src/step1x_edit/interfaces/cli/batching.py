@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.files import FileAccess
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -91,7 +92,6 @@ def batch(
     are edited all the same.
     """
     with told_failures(as_json, _INTERRUPTED):
-        from step1x_edit.files import FileAccess
         from step1x_edit.interfaces import batches
         from step1x_edit.interfaces.editor import given, opened_editor
 

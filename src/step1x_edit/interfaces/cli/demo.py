@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from step1x_edit.files import FileAccess
 from step1x_edit.interfaces.cli.options import WHOLE, NumSteps, option
 from step1x_edit.interfaces.cli.terminal import (
     as_typed,
@@ -52,7 +53,6 @@ def demo(
 ) -> None:
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with told_failures(as_json=False):
-        from step1x_edit.files import FileAccess
         from step1x_edit.interfaces.comparison import draw_comparison
         from step1x_edit.service import build_service
 

@@ -16,6 +16,7 @@ import typer
 
 from step1x_edit import __version__, host_memory
 from step1x_edit.errors import SettingsError
+from step1x_edit.files import nearest_existing
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
@@ -97,8 +98,6 @@ def _memory() -> Check:
 
 
 def _data_dir(folder: Path) -> Iterator[Check]:
-    from step1x_edit.files import nearest_existing
-
     existing = nearest_existing(folder.absolute())
     if not existing.is_dir():
         yield Check("fail", "data", f"DATA_DIR {folder}: {existing} is not a folder")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from step1x_edit.errors import ImageFileNotFoundError, InvalidParameterError, Step1XEditError
+from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -49,7 +50,6 @@ from step1x_edit.interfaces.cli.usage import PROGRAM, Command
 from step1x_edit.schemas import PARAMETERS, BatchAnswer, BatchItem, EditAnswer, ErrorAnswer
 
 if TYPE_CHECKING:
-    from step1x_edit.files import FileAccess, FileIdentity, Output
     from step1x_edit.interfaces.editor import Edited, Editor
 
 _EXAMPLE: Final = "add a red hat"
@@ -106,7 +106,6 @@ def edit(
     this process. The path of each result is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.files import FileAccess
         from step1x_edit.interfaces.editor import opened_editor, read_edit
 
         _check_words(image, prompt)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
+from step1x_edit.files import FileAccess, Output
 from step1x_edit.interfaces.cli.options import (
     WHOLE,
     ApiKey,
@@ -31,9 +32,6 @@ from step1x_edit.interfaces.cli.terminal import (
     write_picture,
 )
 from step1x_edit.schemas import DEFAULT_SIDE, GenerateRequest, parameters_of
-
-if TYPE_CHECKING:
-    from step1x_edit.files import Output
 
 _LABEL: Final = "generate"
 _PARAMETERS: Final = parameters_of(GenerateRequest)
@@ -76,7 +74,6 @@ def generate(
     this process. The path of the picture is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.files import FileAccess
         from step1x_edit.interfaces.editor import (
             generate_file,
             given,
