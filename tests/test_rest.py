@@ -320,6 +320,7 @@ NOISE = np.random.default_rng(0).bytes(2**20)
         ({f"f{n}": "" for n in range(30)}, 422, "Invalid parameter: the form cannot be read: To"),
         ({"prompt": ["a", "b"]}, 422, "Invalid parameter: 'prompt' is given twice"),
         ({"file": None}, 422, "Invalid parameter: file is missing"),
+        ({"image": b"x"}, 422, "Invalid parameter: 'image' takes no file; upload the picture as"),
         ({"file": b"GIF89a, no picture"}, 415, "Unsupported image format: the file is"),
         ({"file": b"no picture"}, 415, "Unsupported image format: the file is none of PNG"),
         ({"file": b""}, 415, "Unsupported image format: the file is none of PNG"),

@@ -157,7 +157,10 @@ def _pictures_and_fields(form: FormData) -> tuple[list[object], dict[str, object
         elif name in fields:
             raise InvalidParameterError(f"{name!r} is given twice", param=name)
         elif isinstance(value, UploadFile) and name != "mask":
-            raise InvalidParameterError(f"{name!r} must be a text, not a file", param=name)
+            raise InvalidParameterError(
+                f"{name!r} takes no file; upload the picture as 'image' and a mask as 'mask'",
+                param=name,
+            )
         else:
             fields[name] = value
     if loras and "loras" in fields:

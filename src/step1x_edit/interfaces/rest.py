@@ -352,7 +352,9 @@ def _fields(form: FormData) -> dict[str, Any]:
     fields = once(form.multi_items())
     for name, value in fields.items():
         if name not in _UPLOADS and isinstance(value, UploadFile):
-            raise InvalidParameterError(f"{name!r} must be a text, got a file")
+            raise InvalidParameterError(
+                f"{name!r} takes no file; upload the picture as {FILE!r} and a mask as {MASK!r}"
+            )
     return fields
 
 
