@@ -253,6 +253,13 @@ def test_a_range_that_nobody_understands_is_ignored(page: httpx2.Client, wanted:
     assert part.content.startswith(b"234")
 
 
+def test_a_session_that_cannot_stand_in_an_address_is_none(page: httpx2.Client) -> None:
+    answer = page.get("/gradio_api/heartbeat/a%00b")
+
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "not_found"
+
+
 def test_failures_of_gradio_have_the_form_of_all_others(page: httpx2.Client) -> None:
     answer = join(page, 99_999, [])
 

@@ -98,8 +98,10 @@ class Page:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if "://" in scope["path"]:  # Gradio would fetch the address for the caller
             raise HTTPException(404)
-        app, files = await self._built()
         path = scope["path"]
+        if path.startswith(_HEARTBEAT) and not path.isprintable():
+            raise HTTPException(404)  # Gradio would fail at it, in the middle of its answer
+        app, files = await self._built()
         if path == _UPLOAD:
             app = self._upload
         elif path in _EVENTS:
