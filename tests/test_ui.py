@@ -513,7 +513,7 @@ def test_several_pictures_are_edited_and_packed(
     page = open_page()
     page.get_by_role("tab", name="Batch").click()
     page.locator("#batch-files input[type=file]").set_input_files([photo, damaged, other])
-    expect(page.locator("#batch-files")).to_contain_text("damaged")
+    expect(page.locator("#batch-line [role=alert]")).to_contain_text("damaged.png: This file is")
     page.fill("#batch-prompt textarea", "invert")
     page.click("#batch-run")
     expect(page.locator("#batch-line")).to_contain_text("2 of 3 edited")

@@ -30,7 +30,6 @@ import numpy as np
 from fastapi import FastAPI
 from gradio import processing_utils, routes
 from PIL import Image
-from starlette.types import ASGIApp
 
 from step1x_edit import images
 from step1x_edit.channel import Pixels, Progress
@@ -76,7 +75,10 @@ _ENDED: Final = "() => window.step1xEdit.ended()"
 
 
 def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFiles) -> FastAPI:
-    """The page as an application of Gradio's; it has to be entered with `running`."""
+    """The page as an application of Gradio's; it has to be entered with `running`.
+
+    Its `state.functions` holds the numbers of the functions that an event may name.
+    """
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
     ui_document.describe(routes.templates.env, Path(gr.__file__).parent / "templates")
@@ -108,6 +110,7 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
     # Gradio checks that files in events were uploaded only if it was launched, and does not count
     # being mounted as that (`processing_utils._check_allowed`).
     blocks.has_launched = True
+    outer.state.functions = frozenset(blocks.fns)
     return outer
 
 
@@ -116,9 +119,8 @@ async def _no_fetching(url: str) -> NoReturn:
 
 
 @contextlib.asynccontextmanager
-async def running(app: ASGIApp) -> AsyncIterator[None]:
+async def running(app: FastAPI) -> AsyncIterator[None]:
     """What the application does beside answering, for as long as it answers."""
-    assert isinstance(app, FastAPI)
     async with app.router.lifespan_context(app):
         yield
 
@@ -545,7 +547,7 @@ class _Page:
         alphas = [np.asarray(layer)[..., 3] for layer in layers]
         if not any(alpha.any() for alpha in alphas):
             return None
-        picture = images.decode(Path(path).read_bytes(), self._limits)
+        picture = self._picture_at(path)
         covered = np.maximum.reduce(alphas) > 0
         mask = Image.fromarray(covered.astype(np.uint8) * 255)
         return _encoded(mask.resize((picture.width, picture.height)), "PNG")
@@ -654,10 +656,13 @@ class _Page:
         """A picture as browsers can show it; raises what is wrong with it."""
 
         def show() -> str:
-            picture = images.decode(Path(path).read_bytes(), self._limits)
+            picture = self._picture_at(path)
             return session.save("shown.webp", _small(picture.pixels, _SHOWN_SIDE, picture))
 
         return await asyncio.to_thread(show)
+
+    def _picture_at(self, path: str) -> images.Picture:
+        return images.decode(Path(path).read_bytes(), self._limits)
 
     # --- several pictures -------------------------------------------------------------------------
 
@@ -686,6 +691,17 @@ class _Page:
                     T("results.file"), visible=False, elem_id="batch-download"
                 )
 
+        async def take(request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
+            """Say at once which of the files are no pictures that can be edited."""
+            language, session = visitor_language(request), self._session(request)
+            problems: list[str] = []
+            for file in given or ():
+                try:
+                    await asyncio.to_thread(self._picture_at, str(file["path"]))
+                except Step1XEditError as error:
+                    problems.append(alert_of(error, language, _name_of(file)))
+            return gr.skip() if session.tabs["batch"].is_busy else "".join(problems)
+
         async def edit(
             request: gr.Request, given: list[dict[str, Any]] | None, *values: object
         ) -> AsyncIterator[dict[Any, Any]]:
@@ -706,7 +722,7 @@ class _Page:
                 try:
                     asked = self._service.read_picture(arguments)
                     for number, file in enumerate(given, start=1):
-                        path, name = str(file["path"]), str(file.get("orig_name") or "picture")
+                        path, name = str(file["path"]), _name_of(file)
                         place = text("of_batch", language, number=number, total=len(given))
                         progress = ProgressLine(language, f"{place} · ")
 
@@ -745,6 +761,7 @@ class _Page:
         def stop(request: gr.Request) -> None:
             self._session(request).tabs["batch"].stop()
 
+        files.change(take, files, buttons.line, preprocess=False, **PRIVATE)
         done = buttons.run.click(
             edit,
             [files, *form.inputs],
@@ -1092,6 +1109,10 @@ def _done(edited: EditedPicture, progress: ProgressLine, language: str) -> str:
 
 def _path(given: dict[str, Any] | None) -> str | None:
     return None if given is None else str(given["path"])
+
+
+def _name_of(file: dict[str, Any]) -> str:
+    return str(file.get("orig_name") or "picture")
 
 
 def _keep(
