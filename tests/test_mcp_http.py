@@ -120,3 +120,20 @@ def test_a_body_that_is_no_message_is_refused_in_one_sentence(
         assert len(sentence) < 200
         for text in ("\n", "alidation error", "pydantic", "JSONRPC", "line 1", "type="):
             assert text not in sentence
+
+
+def test_a_body_with_very_many_parts_is_refused_before_it_is_parsed(
+    make_service: MakeService,
+) -> None:
+    headers = {**HEADERS, "Content-Type": "application/json"}
+    body = b'{"jsonrpc": "2.0", "id": 1, "method": "ping", "params": {"x": [%s[]]}}' % (
+        b"[]," * 60_000
+    )
+    with listening(make_service()) as url:
+        many = httpx2.post(url, content=body, headers=headers, trust_env=False)
+        long = httpx2.post(url, content=b" " * 2**22 + b"1", headers=headers, trust_env=False)
+
+    assert many.status_code == 400
+    assert many.json()["error"]["message"].startswith("Invalid request: more than 100000 commas")
+    assert long.status_code == 413
+    assert long.json()["detail"] == "At most 4 MiB are read of a body that holds no picture."

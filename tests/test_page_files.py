@@ -260,8 +260,28 @@ def test_a_session_that_cannot_stand_in_an_address_is_none(page: httpx2.Client) 
     assert answer.json()["code"] == "not_found"
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"fn_index": 99_999, "data": [], "session_hash": "one"},
+        {"fn_index": {}, "data": [], "session_hash": "one"},
+        {"data": [], "session_hash": "one"},
+        {"fn_index": 0, "data": [], "session_hash": ""},
+        {"fn_index": 0, "data": [float("nan")], "session_hash": "one"},
+    ],
+)
+def test_an_event_that_no_page_of_this_server_sends_is_refused(
+    page: httpx2.Client, event: dict[str, Any]
+) -> None:
+    head = {"Content-Type": "application/json"}
+    answer = page.post("/gradio_api/queue/join", content=json.dumps(event), headers=head)
+
+    assert answer.status_code == 422
+    assert answer.json()["code"] == "invalid_parameter"
+
+
 def test_failures_of_gradio_have_the_form_of_all_others(page: httpx2.Client) -> None:
-    answer = join(page, 99_999, [])
+    answer = page.get("/assets/" + 5000 * "a")  # longer than a name of a file can be
 
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

@@ -56,7 +56,8 @@ come in."""
 FORM_BYTES: Final = 1024 * 1024  # what may come without and around pictures: fields, boundaries
 
 _HEAD_BYTES: Final = 64 * 1024  # uvicorn has the same limit, but only while a head is incomplete
-_JSON_WITH_PICTURES: Final = frozenset({"/v1/images/edits", MCP_PATH})  # MCP has its own limit
+_JSON_WITH_PICTURES: Final = "/v1/images/edits"
+_MCP_BYTES: Final = 4 * 2**20  # the library reads no more; the largest batch fits
 _PAGE_EVENTS: Final = "/gradio_api/"
 _PAGE_UPLOAD: Final = "/gradio_api/upload"
 _BODIES: Final = 8  # of the longest kind that may be held at a time
@@ -212,7 +213,9 @@ class Guard:
         """The longest body that is read of a request, in bytes, by its head."""
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         is_event = scope["path"].startswith(_PAGE_EVENTS) and scope["path"] != _PAGE_UPLOAD
-        is_json = kind == "application/json" and scope["path"] not in _JSON_WITH_PICTURES
+        if scope["path"] == MCP_PATH:
+            return min(_MCP_BYTES, self._max_body)
+        is_json = kind == "application/json" and scope["path"] != _JSON_WITH_PICTURES
         return FORM_BYTES if is_event or is_json else self._max_body
 
     def patience_s(self, length: int) -> float:

@@ -12,6 +12,7 @@ import json
 from typing import Final
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive
 
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
 
@@ -21,15 +22,15 @@ MAX_MARKS: Final = 20_000
 _MARKS: Final = (b",", b"[", b"{")
 
 
-async def read_text(request: Request) -> bytearray:
+async def read_text(request: Request, max_marks: int = MAX_MARKS) -> bytearray:
     """The body as it came; raises InvalidParameterError as soon as it has too many parts."""
     body, marks = bytearray(), 0
     try:
         async for piece in request.stream():
             marks += sum(map(piece.count, _MARKS))
-            if marks > MAX_MARKS:
+            if marks > max_marks:
                 raise InvalidParameterError(
-                    f"the JSON has more than {MAX_MARKS} commas and brackets; send less"
+                    f"the JSON has more than {max_marks} commas and brackets; send less"
                 )
             body += piece
     except ClientDisconnect:
@@ -46,3 +47,13 @@ async def parse(text: bytearray) -> dict[str, object]:
     if not isinstance(values, dict):
         raise InvalidParameterError("the body must be a JSON object")
     return values
+
+
+def given_again(body: bytes | bytearray, receive: Receive) -> Receive:
+    """What an application receives whose body has been read before it."""
+    given: list[Message] = [{"type": "http.request", "body": bytes(body)}]
+
+    async def again() -> Message:
+        return given.pop() if given else await receive()
+
+    return again

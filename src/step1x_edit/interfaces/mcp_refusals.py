@@ -1,7 +1,8 @@
 """What is said over HTTP about a body that is not a message of MCP.
 
 The library answers it with the whole text of its parser or validator, which tells of classes and
-lines that mean nothing to a client. Here such an answer becomes one sentence.
+lines that mean nothing to a client. Here such an answer becomes one sentence. The library parses on
+the event loop, so a body with very many parts, which would stop it, is refused before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Any, Final
 
 from mcp_types import INVALID_REQUEST, PARSE_ERROR
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from step1x_edit.errors import InvalidParameterError
+from step1x_edit.interfaces import json_bodies
+
+MAX_MARKS: Final = 100_000
+"""Commas and opening brackets in a message: the largest batch with a long prompt for each picture.
+Parsing so many takes less than 100 ms."""
 
 _BAD_REQUEST: Final = 400
 _SENTENCES: Final[Mapping[str, tuple[int, str]]] = {
@@ -33,6 +43,13 @@ class OneSentence:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "POST":
+            try:
+                body = await json_bodies.read_text(Request(scope, receive), MAX_MARKS)
+            except InvalidParameterError:
+                await _refusal()(scope, receive, send)
+                return
+            receive = json_bodies.given_again(body, receive)
         held: Message | None = None  # the head of a refusal, until its body is known
 
         async def answer(message: Message) -> None:
@@ -49,6 +66,12 @@ class OneSentence:
             await send(message)
 
         await self._app(scope, receive, answer)
+
+
+def _refusal() -> JSONResponse:
+    sentence = f"Invalid request: more than {MAX_MARKS} commas and brackets; send less at once"
+    error = {"code": INVALID_REQUEST, "message": sentence}
+    return JSONResponse({"jsonrpc": "2.0", "id": None, "error": error}, _BAD_REQUEST)
 
 
 def _in_one_sentence(body: bytes) -> bytes:

@@ -14,12 +14,13 @@ import json
 import logging
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from concurrent.futures import Future
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import quote
 
+from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -56,6 +57,7 @@ _ROUTES: Final = {
 }
 _FILE: Final = "/gradio_api/file="
 _HEARTBEAT: Final = "/gradio_api/heartbeat/"
+_JOIN: Final = "/gradio_api/queue/join"
 _UPLOAD: Final = "/gradio_api/upload"
 _EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
 _FIXED: Final = ("/assets/", "/static/")
@@ -80,7 +82,7 @@ class Page:
         self._lock = asyncio.Lock()
         self._stack = contextlib.AsyncExitStack()
         self._files: PageFiles | None = None
-        self._app: ASGIApp | None = None
+        self._app: FastAPI | None = None
 
     def as_routes(self) -> list[Route]:
         """Everything that the page consists of, as routes of the server."""
@@ -101,11 +103,12 @@ class Page:
         path = scope["path"]
         if path.startswith(_HEARTBEAT) and not path.isprintable():
             raise HTTPException(404)  # Gradio would fail at it, in the middle of its answer
-        app, files = await self._built()
+        page, files = await self._built()
+        app: ASGIApp = page
         if path == _UPLOAD:
             app = self._upload
         elif path in _EVENTS:
-            receive = await _checked(scope, receive, files)
+            receive = await _checked(scope, receive, files, page.state.functions)
         elif path.startswith(_FILE):
             path = f"{_FILE}{files.real(path.removeprefix(_FILE))}"
         has_failed = is_text = False
@@ -152,11 +155,11 @@ class Page:
         answer = await receive_upload(Request(scope, receive), self._files, max_bytes)
         await answer(scope, receive, send)
 
-    async def _built(self) -> tuple[ASGIApp, PageFiles]:
+    async def _built(self) -> tuple[FastAPI, PageFiles]:
         async with self._lock:
             assert self._files is not None, "the page is used outside of its lifespan"
             if self._app is None:
-                built: Future[ASGIApp] = Future()
+                built: Future[FastAPI] = Future()
                 # Not a thread of the loop's pool: the end of the process must not wait for it.
                 threading.Thread(target=self._build, args=(built, self._files), daemon=True).start()
                 app = await asyncio.wrap_future(built)
@@ -166,7 +169,7 @@ class Page:
                 self._app = app
             return self._app, self._files
 
-    def _build(self, built: Future[ASGIApp], files: PageFiles) -> None:
+    def _build(self, built: Future[FastAPI], files: PageFiles) -> None:
         try:
             keep_gradio_quiet(files.folder)
             from step1x_edit.interfaces.ui_blocks import build
@@ -186,18 +189,26 @@ def _is_understood(path: str, name: bytes, value: bytes) -> bool:
     return name != b"range" or re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
 
 
-async def _checked(scope: Scope, receive: Receive, files: PageFiles) -> Receive:
-    """Read an event of the page, refuse it if it names files of others, and give it out again."""
+async def _checked(
+    scope: Scope, receive: Receive, files: PageFiles, functions: Collection[object]
+) -> Receive:
+    """Read an event of the page, refuse it if it names files of others, and give it out again.
+
+    An event that names a function comes from a page of another version if there is none of that
+    number, or was never a page's.
+    """
     body = await json_bodies.read_text(Request(scope, receive))
     event = await json_bodies.parse(body)
-    await files.take_event(str(event.get("session_hash")), event)
+    session, function = event.get("session_hash"), event.get("fn_index")
+    if scope["path"] == _JOIN and not (isinstance(function, int) and function in functions):
+        raise InvalidParameterError("the page is of another version than the server; reload it")
+    if scope["path"] == _JOIN and not (isinstance(session, str) and session):
+        raise InvalidParameterError("session_hash must be the name of a session")
+    await files.take_event(str(session), event)
     try:
-        text = json.dumps(event)
+        text = json.dumps(event, allow_nan=False)
+    except ValueError:
+        raise InvalidParameterError("the JSON holds a number that is none, or too large") from None
     except RecursionError:
         raise InvalidParameterError("the JSON is nested too deeply") from None
-    given: list[Message] = [{"type": "http.request", "body": text.encode()}]
-
-    async def again() -> Message:
-        return given.pop() if given else await receive()
-
-    return again
+    return json_bodies.given_again(text.encode(), receive)
