@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -584,7 +585,8 @@ def test_a_call_that_is_too_long_for_the_joined_server_gets_a_sentence_that_says
         say(process, call(3, "view_image", {"path": "no.png"}))
         next_answer = hear(process)["result"]["structuredContent"]
 
-    assert "the call may be too long" in answer["error"]
+    # The refusal arrives, or the connection breaks while the rest of the call is sent.
+    assert re.search("the call may be too long|call is very long, send less", answer["error"])
     assert next_answer["error"] == "Image file not found: no.png"
 
 

@@ -71,7 +71,8 @@ def _explained(error: Exception) -> ModelUnavailableError:
             "too long, or the server too busy"
         )
     return ModelUnavailableError(
-        "the server that this one had joined does not answer; start it again, or restart this one"
+        "the server that this one had joined does not answer; start it again, or restart this one; "
+        "if the call is very long, send less"  # a refused body may end as a broken connection
     )
 
 

@@ -299,11 +299,13 @@ class _Buttons:
     def outputs(self) -> list[Any]:
         return [self.run, self.stop, self.line]
 
-    def busy(self) -> dict[Any, Any]:
+    def busy(self, line: str = "") -> dict[Any, Any]:
+        """While work is done; said with each line, because a browser may lose one of two updates
+        that come at once."""
         return {
             self.run: gr.Button(interactive=False),
             self.stop: gr.Button(interactive=True),
-            self.line: "",
+            self.line: line,
         }
 
     def free(self, line: str) -> dict[Any, Any]:
@@ -636,7 +638,7 @@ class _Page:
                             ),
                         }
                     else:
-                        update: dict[Any, Any] = {buttons.line: progress.show(event)}
+                        update = buttons.busy(progress.show(event))
                         if event.preview is not None:
                             small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
                             preview = session.save("preview.webp", small)
@@ -740,7 +742,7 @@ class _Page:
                                     shown = [*shown, (small, name)]
                                     yield {gallery: shown}
                                 else:
-                                    yield {buttons.line: progress.show(event)}
+                                    yield buttons.busy(progress.show(event))
                         except EditCancelledError:
                             raise
                         except Step1XEditError as error:
