@@ -91,13 +91,18 @@ def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
     contexts: list[BrowserContext] = []
     wrong: list[str] = []
 
+    def note(error: str) -> None:
+        # What a page reads from the server is broken off when the page is reloaded or closed.
+        if not error.startswith("AbortError") and "Connection errored out" not in error:
+            wrong.append(error)
+
     def open_one(language: str = "en", address: str = url, **options: object) -> Page:
         context = browser.new_context(locale=language, **options)  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+        page.on("pageerror", lambda error: note(str(error)))
+        page.on("console", lambda said: note(said.text) if said.type == "error" else None)
         page.on(
             "request",
             lambda request: (
