@@ -522,8 +522,8 @@ class _Page:
             *values: object,
         ) -> AsyncIterator[dict[Any, Any]]:
             arguments, mask = form.arguments(values), None
-            if path is not None:
-                language = visitor_language(request)
+            language = visitor_language(request)
+            if path is not None and not _missing(path, arguments, language):
                 try:
                     mask = await asyncio.to_thread(self._mask, path, painted)
                 except Step1XEditError as error:
