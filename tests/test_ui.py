@@ -476,6 +476,7 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
     page.get_by_role("tab", name="Edit a region").click()
     choose(page, "region", photo)
     page.locator("#region-mask canvas").first.wait_for()
+    page.fill("#region-prompt textarea", "invert")
     page.click("#region-run")
     expect(page.locator("#region-line")).to_have_text("Paint over what may change first.")
 
