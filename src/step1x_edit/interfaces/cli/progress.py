@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
 from rich.console import Console
@@ -17,6 +17,8 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
+
+from step1x_edit.interfaces.time_left import Now, TimeLeft
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -27,8 +29,6 @@ _LOOK_EVERY_S: Final = 1.0
 _WIDE: Final = 90  # columns of a terminal with room for a long bar
 _BESIDE_THE_LABEL: Final = 46  # columns for what must not be cut: the text and the times
 
-Now = Callable[[], float]
-
 
 class Display(Protocol):
     """Shows one piece of work after the other."""
@@ -38,33 +38,6 @@ class Display(Protocol):
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
         """Show how far it is: `done` of `total` in this phase, if that is known."""
-
-
-class TimeLeft:
-    """How long the rest of a phase takes, by the pace of what was done of it."""
-
-    def __init__(self, now: Now) -> None:
-        self._now = now
-        self._phase: object = None
-        self._first: tuple[float, float] | None = None
-        self._last = 0.0
-        self._end: float | None = None
-
-    def saw(self, phase: object, done: float, total: float | None) -> None:
-        """Take note of how far the work is; what is told again changes nothing."""
-        now = self._now()
-        if total is None or phase != self._phase or self._first is None or done < self._last:
-            self._phase, self._end, self._last = phase, None, done
-            self._first = None if total is None else (done, now)
-        elif done > self._last:
-            first, begun = self._first
-            self._end = now + (total - done) * (now - begun) / (done - first)
-            self._last = done
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds until the end of the phase; None if nothing is known."""
-        return None if self._end is None else max(1.0, self._end - self._now())
 
 
 class _Work:
