@@ -158,7 +158,8 @@ async def test_a_cancel_frees_the_process_in_any_phase(engine: ToyEngine, phase:
 async def test_an_edit_that_is_cancelled_before_the_process_is_up_never_runs(
     engine: ToyEngine,
 ) -> None:
-    edit = engine.submit(a_job("die SIGKILL"))
+    # Both messages wait for the process; a short edit could be done before it reads the second.
+    edit = engine.submit(a_job("die SIGKILL", num_steps=200))
     edit.cancel()
 
     with pytest.raises(EditCancelledError):
