@@ -22,6 +22,7 @@ from step1x_edit.schemas import (
     RunningAnswer,
     StatusAnswer,
 )
+from step1x_edit.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -135,3 +136,38 @@ def advice_for(client: ClientName) -> str:
     found = [what for names, _, _, what in limits if name in names.lower()]
     assert found
     return " ".join(found)
+
+
+# --- README's table of settings is true -----------------------------------------------------------
+
+
+def _documented_settings() -> Iterator[tuple[str, str]]:
+    """Each name in README's table of settings, with the default that stands beside it."""
+    _, _, section = (ROOT / "README.md").read_text("utf-8").partition("## Settings")
+    for row in re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", section, re.MULTILINE):
+        names = re.findall(r"`([A-Z_]+)`", row[0])
+        defaults = row[1].split(", ") if len(names) > 1 else [row[1]]
+        for index, name in enumerate(names):
+            yield name, defaults[min(index, len(defaults) - 1)]
+
+
+def test_the_readme_names_every_setting() -> None:
+    names = [name for name, _ in _documented_settings()]
+
+    assert sorted(names) == sorted(name.upper() for name in Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [row for row in _documented_settings() if row[0] not in {"DATA_DIR", "ALLOWED_DIRS"}],
+)
+def test_the_readme_has_the_default_of_a_setting(name: str, default: str) -> None:
+    value = Settings.model_fields[name.lower()].get_default(call_default_factory=True)
+    shown = default.strip("`").removesuffix(" s")
+
+    if default == "–":
+        assert not value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        assert float(shown) == value
+    else:
+        assert shown.lower() == str(value).lower()
