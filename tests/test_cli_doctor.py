@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fakes import STREAMED
+from server_process import FAKE, started
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.host_memory import HostMemory
@@ -23,7 +24,6 @@ from step1x_edit.machine import Survey, look
 from step1x_edit.schemas import SUGGESTED
 from step1x_edit.survey import survey
 from step1x_edit.worker import STAND_IN
-from test_server import FAKE, started
 from tiny import tiny_pipeline
 
 run = CliRunner()

@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 from conftest import MakeService
 from fakes import STREAMED, FakeWorker
 from http_server import TOKEN, listening_stranger, serving, until
+from server_process import FAKE, started
 from step1x_edit import __version__
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError
 from step1x_edit.interfaces.cli import app
 from step1x_edit.service import EditService
 from step1x_edit.settings import Settings
-from test_server import FAKE, started
 
 run = CliRunner()
 QUICK = ["--num-steps", "10", "--seed", "1"]

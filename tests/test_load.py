@@ -27,8 +27,8 @@ import pytest
 from PIL import Image
 
 from http_server import until
+from server_process import FAKE, Process, started
 from step1x_edit.jobs import FOLDER_NAME
-from test_server import FAKE, Process, started
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at memory in /proc")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from test_server import started
+from server_process import started
 
 TOY = Path(__file__).parent / "serve_toy_http.py"
 FORGED = '\r\n{"level": "CRITICAL", "message": "forged"}\n2026-01-01 00:00:00 CRITICAL forged'

@@ -11,9 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 import httpx2
@@ -24,6 +22,7 @@ from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, calling, serving, until
 from hub import Fault, running_hub
+from server_process import FAKE, Process, started
 from step1x_edit import MCPClient
 from step1x_edit.checkpoints.catalog import find_model
 from step1x_edit.interfaces import page_files, server
@@ -32,61 +31,7 @@ from step1x_edit.jobs import DATABASE_NAME, FOLDER_NAME
 from step1x_edit.machine import has_gpu_driver
 
 ROOT = Path(__file__).parents[1]
-FAKE = Path(__file__).parent / "serve_fake_http.py"
 REAL = ROOT / "unified_server.py"
-
-
-class Process:
-    """A server in a process of its own, in a folder of its own."""
-
-    def __init__(self, script: Path, folder: Path, *flags: str, **settings: str) -> None:
-        self.data_dir = folder / "data"
-        own = {"DATA_DIR": str(self.data_dir), "PORT": "0", **settings}
-        self.popen = subprocess.Popen(
-            [sys.executable, str(script), *flags],
-            cwd=folder,
-            env={**os.environ, **own},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, args=(self.popen.stderr,), daemon=True)
-        self._reader.start()
-
-    def heard(self, text: str, timeout_s: float = 60) -> str:
-        """Wait for a line on stderr with this text."""
-        with self._changed:
-            assert self._changed.wait_for(
-                lambda: any(text in line for line in self.lines), timeout_s
-            ), self.lines
-            return next(line for line in self.lines if text in line)
-
-    def url(self) -> str:
-        return self.heard("serving at ").rpartition(" ")[2].strip()
-
-    def ended(self) -> int:
-        code = self.popen.wait(30)
-        self._reader.join(30)
-        return code
-
-    def _read(self, stderr: IO[str]) -> None:
-        for line in stderr:
-            with self._changed:
-                self.lines.append(line)
-                self._changed.notify_all()
-
-
-@contextlib.contextmanager
-def started(script: Path, folder: Path, *flags: str, **settings: str) -> Iterator[Process]:
-    process = Process(script, folder, *flags, **settings)
-    try:
-        yield process
-    finally:
-        process.popen.kill()
-        process.ended()
-
 
 STORED_JOBS = {DATABASE_NAME, FOLDER_NAME, page_files.FOLDER_NAME}
 """What a server leaves in its data folder."""
