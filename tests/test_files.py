@@ -703,7 +703,7 @@ output = access.plan_output(sys.argv[1] + "/x.png", [])
 files.os.link = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 access.publish(output, b"new" * 100)
 """
-    source = Path(step1x_edit.files.__file__).parents[1]
+    source = Path(step1x_edit.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(source)}
     done = subprocess.run([sys.executable, "-c", code, str(root)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
