@@ -84,7 +84,9 @@ def is_matrix(part: Part) -> bool:
 
 
 def on_host(gb: float, **asked: Any) -> HostPlan:
-    return hosted(in_precision, int(gb * GB), **{"has_device": True, **asked})
+    return hosted(
+        in_precision, int(gb * GB), **{"has_device": True, "lockable_share": 0.6, **asked}
+    )
 
 
 def names(component: str) -> set[str]:
@@ -265,7 +267,7 @@ def test_without_a_device_everything_is_in_memory(free: int, precision: Precisio
 
 
 def test_where_nobody_knows_what_is_free_everything_is_in_memory() -> None:
-    plan = hosted(in_precision, None, has_device=True)
+    plan = hosted(in_precision, None, has_device=True, lockable_share=0.6)
 
     assert plan == HostPlan(size=sum(part.size for part in MODEL))
     assert plan.reason() == ""
@@ -301,7 +303,7 @@ def test_a_share_of_what_is_free_may_be_page_locked(share: float) -> None:
 def test_a_small_model_is_not_rounded_on_a_small_host() -> None:
     demo = [replace(part, size=part.size // 800) for part in MODEL]
 
-    plan = hosted(lambda _: demo, GB, has_device=False)
+    plan = hosted(lambda _: demo, GB, has_device=False, lockable_share=0.6)
 
     assert plan.precision == "auto"
     assert not plan.on_disk

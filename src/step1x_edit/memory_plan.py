@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from step1x_edit.host_memory import LOCKABLE_SHARE
-
 if TYPE_CHECKING:
     from step1x_edit.schemas import Precision
 
@@ -184,8 +182,8 @@ def hosted(
     free: int | None,
     *,
     has_device: bool,
+    lockable_share: float,
     precisions: Sequence[Precision] = FALLING,
-    lockable_share: float = LOCKABLE_SHARE,
 ) -> HostPlan:
     """The plan for a host with so many bytes free; None if nobody knows, then all is there.
 
