@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_prompts
 from demo_data import CORE_EDITS, EDITS, HELD_OUT_PHOTOS, Picture, load_photo
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
+from step1x_edit.model.pipeline import Edited, EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.sizes import fit_size
 
 PROMPTS = {
@@ -74,7 +75,7 @@ def fitted(photo: Picture, pipeline: EditPipeline, level: int) -> np.ndarray:
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
 
 
-def run_edit(pipeline: EditPipeline, request: EditRequest) -> Picture:
+def run_edit(pipeline: EditPipeline, request: NetworkRequest) -> Picture:
     *_, edited = pipeline.edit(request)
     assert isinstance(edited, Edited)
     return edited.image.astype(np.float32) / 255
@@ -132,7 +133,7 @@ def main() -> None:
             prompt = "" if name == "identity" else PROMPTS[name]
             output = run_edit(
                 pipeline,
-                EditRequest(
+                NetworkRequest(
                     image,
                     prompt,
                     num_steps=arguments.num_steps,

@@ -18,11 +18,14 @@ import numpy as np
 import torch
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 
 
 def seconds(pipeline: EditPipeline, image: np.ndarray, size: int, steps: int) -> float:
-    request = EditRequest(image, "change to night scene", num_steps=steps, size_level=size, seed=0)
+    request = NetworkRequest(
+        image, "change to night scene", num_steps=steps, size_level=size, seed=0
+    )
     started = time.perf_counter()
     for _ in pipeline.edit(request):
         pass

@@ -36,7 +36,8 @@ from step1x_edit.channel import Channel, EditJob, Phase, Start
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.engine import Engine
 from step1x_edit.images import decode
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.service import EditService, build_service
 from step1x_edit.settings import Limits, inherited_environment, load_settings
 from step1x_edit.worker_process import WorkerProcess
@@ -49,7 +50,7 @@ PROMPT = "change to night scene"
 def directly(pipeline: EditPipeline, picture: np.ndarray, parameters: dict[str, Any]) -> float:
     """The pipeline alone, on a picture in memory."""
     started = time.perf_counter()
-    list(pipeline.edit(EditRequest(picture, PROMPT, **parameters)))
+    list(pipeline.edit(NetworkRequest(picture, PROMPT, **parameters)))
     return time.perf_counter() - started
 
 

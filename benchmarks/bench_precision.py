@@ -21,14 +21,15 @@ from PIL import Image
 from skimage import data
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.quantised import CODES
+from step1x_edit.model.request import NetworkRequest
 
 PROMPTS = ("change to night scene", "make it black and white", "make it warmer", "red tint")
 
 
 def edited(pipeline: EditPipeline, image: np.ndarray, prompt: str, size: int, steps: int):
-    request = EditRequest(image, prompt, num_steps=steps, size_level=size, seed=0)
+    request = NetworkRequest(image, prompt, num_steps=steps, size_level=size, seed=0)
     started = time.perf_counter()
     *_, last = pipeline.edit(request)
     return last.image, time.perf_counter() - started

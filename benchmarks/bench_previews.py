@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from step1x_edit.channel import EditJob
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest, Pixels, Progress
+from step1x_edit.model.pipeline import Edited, EditPipeline, Progress
+from step1x_edit.model.request import NetworkRequest, Pixels
 
 PREVIEWS = 8
 PAGE_SIDE = 512
@@ -34,7 +34,7 @@ LIMIT = 0.10
 """The share of an edit that its previews may take."""
 
 
-def edit(pipeline: EditPipeline, request: EditRequest) -> tuple[float, list[Pixels], Pixels]:
+def edit(pipeline: EditPipeline, request: NetworkRequest) -> tuple[float, list[Pixels], Pixels]:
     """Seconds, previews and picture of one edit."""
     is_on_cpu = pipeline.vae.device.type == "cpu"
     clock = time.process_time if is_on_cpu else time.perf_counter
@@ -60,18 +60,8 @@ def psnr(a: Pixels, b: Pixels) -> float:
     return float(-10 * np.log10(((a / 255 - b / 255) ** 2).mean() + 1e-10))
 
 
-def compare(plain: EditRequest, repeat: int, folder: Path | None) -> dict[str, object]:
-    job = EditJob(
-        image=plain.image,
-        prompt=plain.prompt,
-        negative_prompt=plain.negative_prompt,
-        num_steps=plain.num_steps,
-        guidance_scale=plain.guidance_scale,
-        size_level=plain.size_level,
-        seed=plain.seed,
-        previews=PREVIEWS,
-    )
-    shown = replace(plain, preview_steps=job.preview_steps)
+def compare(plain: NetworkRequest, repeat: int, folder: Path | None) -> dict[str, object]:
+    shown = replace(plain, previews=PREVIEWS)
     pipeline = read_checkpoint().pipeline
     edit(pipeline, replace(plain, num_steps=2))  # whatever is done once for a size is done
     first = edit(pipeline, shown)[0]
@@ -106,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {}
     for size in map(int, arguments.sizes.split(",")):
-        request = EditRequest(
+        request = NetworkRequest(
             data.coffee(), "change to night scene", num_steps=arguments.steps, size_level=size
         )
         found[str(size)] = compare(request, arguments.repeat, arguments.save)

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.savings import ALL, NONE, Savings
 
 WITHOUT = {
@@ -36,7 +37,7 @@ WITHOUT = {
 
 
 @torch.inference_mode()
-def parts(pipeline: EditPipeline, request: EditRequest) -> tuple[dict[str, float], Tensor]:
+def parts(pipeline: EditPipeline, request: NetworkRequest) -> tuple[dict[str, float], Tensor]:
     """Seconds of the two stages that have savings, and the latents at the end."""
     clock: Callable[[], float] = time.process_time
     started = clock()
@@ -56,7 +57,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = read_checkpoint().pipeline
-    request = EditRequest(
+    request = NetworkRequest(
         data.coffee(),
         "change to night scene",
         num_steps=arguments.steps,

@@ -38,7 +38,7 @@ from fastmcp import Client
 
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.images import decode
-from step1x_edit.model.pipeline import EditRequest
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.settings import Limits, inherited_environment
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def alone(num_steps: int, edits: int) -> float:
     """Edits per second of the pipeline, called directly."""
     pipeline = read_checkpoint().pipeline
     picture = decode(PHOTO.read_bytes(), Limits(2**25, 50_000_000)).pixels
-    request = EditRequest(picture, PROMPT, num_steps=num_steps, size_level=SIZE)
+    request = NetworkRequest(picture, PROMPT, num_steps=num_steps, size_level=SIZE)
     list(pipeline.edit(request))
     started = time.perf_counter()
     for _ in range(edits):

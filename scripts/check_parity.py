@@ -63,7 +63,7 @@ from step1x_edit.model.config import (
     TransformerConfig,
 )
 from step1x_edit.model.connector import Connector, masked_mean
-from step1x_edit.model.pipeline import EditRequest
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import QuotedText, Transformer
 
@@ -515,7 +515,7 @@ def _rule_loop(row: Row) -> tuple[object, object]:
     found = {
         "edit_from": [_name(round_.source) for round_ in rounds],
         "edit_prompt": [round_.prompt for round_ in rounds],
-        "negative_prompt": [EditRequest.negative_prompt for _ in rounds],
+        "negative_prompt": [NetworkRequest.negative_prompt for _ in rounds],
         "reflect_calls": reasoner.calls,
         "images": [_name(round_.image) for round_ in rounds],
         "final_images": [_name(result.image)],

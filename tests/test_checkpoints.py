@@ -21,10 +21,11 @@ from step1x_edit.checkpoints.read import (
     write_demo,
 )
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from tiny import VAE, a_picture, tiny_pipeline
 
-REQUEST = EditRequest(a_picture(), "make it night", num_steps=2, size_level=64)
+REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=2, size_level=64)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import with_share
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import V1_2, V1_2_PREVIEW
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker import open_chosen
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
 
 HEAD = "lm_head.weight"
-REQUEST = EditRequest(a_picture(), 'write "no" here', num_steps=2, size_level=64)
+REQUEST = NetworkRequest(a_picture(), 'write "no" here', num_steps=2, size_level=64)
 
 
 @pytest.fixture(scope="module")

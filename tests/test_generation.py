@@ -16,12 +16,13 @@ from step1x_edit.errors import InvalidParameterError
 from step1x_edit.model.config import DEMO, V1_0, V1_1, V1_2
 from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import position_ids
-from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRequest, EditRun, Plan
+from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Plan
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker import STAND_IN, load_worker
 from step1x_edit.worker_process import WorkerProcess
 from tiny import tiny_pipeline
 
-REQUEST = EditRequest(
+REQUEST = NetworkRequest(
     None, "a night scene", None, num_steps=3, guidance_scale=6.0, seed=7, width=64, height=48
 )
 JOB = EditJob(
@@ -42,7 +43,7 @@ def pipeline() -> EditPipeline:
     return tiny_pipeline()
 
 
-def made(pipeline: EditPipeline, request: EditRequest) -> np.ndarray:
+def made(pipeline: EditPipeline, request: NetworkRequest) -> np.ndarray:
     *_, last = pipeline.edit(request)
     assert isinstance(last, Edited)
     return last.image
@@ -112,7 +113,7 @@ def test_a_plan_with_less_memory_makes_nearly_the_same(pipeline: EditPipeline, p
 
 
 def test_a_run_goes_on_from_where_it_failed(pipeline: EditPipeline) -> None:
-    run = EditRun(dataclasses.replace(REQUEST, preview_steps=frozenset({1})))
+    run = EditRun(dataclasses.replace(REQUEST, previews=1))
     events = pipeline.advance(run, PLANS[0])
     _, first = next(events), next(events)
     events.close()

@@ -34,13 +34,14 @@ from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.interfaces.cli import app
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, AutoencoderConfig, ModelConfig
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.service import build_service
 from step1x_edit.settings import Settings
 from tiny import VAE, a_picture
 
-REQUEST = EditRequest(a_picture(), "night", num_steps=1, guidance_scale=1.0, size_level=64)
+REQUEST = NetworkRequest(a_picture(), "night", num_steps=1, guidance_scale=1.0, size_level=64)
 FLUX_VAE = AutoencoderConfig()
 THIN_VAE = AutoencoderConfig(block_out_channels=(32, 32, 32, 32))
 """As little to compute as 32 groups of channels allow."""

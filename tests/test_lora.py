@@ -19,7 +19,8 @@ from step1x_edit.checkpoints.lora import Lora, deltas, read_lora
 from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint, read_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.config import TINY
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.residency import Residency
 from tiny import a_picture, tiny_pipeline
@@ -231,7 +232,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def picture(pipeline: EditPipeline) -> np.ndarray:
-    *_, edited = pipeline.edit(EditRequest(a_picture(), "night", num_steps=2, size_level=64))
+    *_, edited = pipeline.edit(NetworkRequest(a_picture(), "night", num_steps=2, size_level=64))
     return edited.image
 
 

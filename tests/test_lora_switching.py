@@ -26,7 +26,8 @@ from step1x_edit.engine import Engine
 from step1x_edit.errors import CheckpointError, InvalidParameterError
 from step1x_edit.memory_plan import MemoryPlan, everything, with_share
 from step1x_edit.model.config import TINY
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.residency import Residency
 from step1x_edit.worker import STAND_IN, PipelineWorker, load_worker
@@ -84,7 +85,7 @@ def opened(folder: Path) -> OpenedCheckpoint:
 
 
 def picture(pipeline: EditPipeline) -> bytes:
-    *_, edited = pipeline.edit(EditRequest(a_picture(), "night", num_steps=2, size_level=64))
+    *_, edited = pipeline.edit(NetworkRequest(a_picture(), "night", num_steps=2, size_level=64))
     return bytes(edited.image.tobytes())
 
 

@@ -22,7 +22,8 @@ from step1x_edit.checkpoints.read import OpenedCheckpoint, open_checkpoint, writ
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
 from step1x_edit.host_memory import HostMemory
 from step1x_edit.memory_plan import STREAMABLE, HostPlan, MemoryPlan, everything, with_share
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
+from step1x_edit.model.pipeline import Edited, EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.residency import Residency, lock_order
 from step1x_edit.streaming import BlockStreamer, HostCopies
 from step1x_edit.worker import STAND_IN as STAND_IN_NAME
@@ -31,7 +32,7 @@ from tiny import a_picture, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
 STEPS = 3
-REQUEST = EditRequest(a_picture(), "make it night", num_steps=STEPS, size_level=64)
+REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=STEPS, size_level=64)
 COMPONENTS = ("conditioner", "prologue", "core")
 LORA_BLOCKS = ("single_blocks.0.linear1", "single_blocks.1.modulation.lin")
 

@@ -18,16 +18,17 @@ from step1x_edit.model.pipeline import (
     VAE_TILE,
     Edited,
     EditPipeline,
-    EditRequest,
     EditRun,
     Plan,
     Progress,
 )
+from step1x_edit.model.request import NetworkRequest
 from tiny import a_picture, tiny_pipeline
 
-REQUEST = EditRequest(
+REQUEST = NetworkRequest(
     a_picture(), "make it night", num_steps=3, guidance_scale=6.0, size_level=64, seed=7
 )
+SHOWN = dataclasses.replace(REQUEST, num_steps=6, previews=2)  # after the steps 2 and 4
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def pipeline() -> EditPipeline:
     return tiny_pipeline()
 
 
-def picture(pipeline: EditPipeline, request: EditRequest) -> np.ndarray:
+def picture(pipeline: EditPipeline, request: NetworkRequest) -> np.ndarray:
     *_, edited = pipeline.edit(request)
     assert isinstance(edited, Edited)
     return edited.image
@@ -58,17 +59,16 @@ def test_an_edit_reports_each_step_and_ends_with_the_picture(pipeline: EditPipel
 
 
 def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipeline) -> None:
-    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
-
-    _, first, second, last, *_ = pipeline.edit(shown)
+    _, *steps, _, _ = pipeline.edit(SHOWN)
 
     with torch.inference_mode():
-        encoded = pipeline.encode(shown)
+        encoded = pipeline.encode(SHOWN)
         assert encoded.sketch is not None
-        start = pipeline.start(encoded, REQUEST.seed)
-        states = [start, *pipeline.denoise(encoded, start, REQUEST)]
-        t = schedule(3, encoded.rows * encoded.columns)
-        for k, event in enumerate((first, second)):
+        start = pipeline.start(encoded, SHOWN.seed)
+        states = [start, *pipeline.denoise(encoded, start, SHOWN)]
+        t = schedule(SHOWN.num_steps, encoded.rows * encoded.columns)
+        for k in (1, 3):
+            event = steps[k]
             assert isinstance(event, Progress)
             assert event.preview is not None
             here, there = states[k].latents, states[k + 1].latents
@@ -76,28 +76,26 @@ def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipel
             latents = unpack(ahead, encoded.rows, encoded.columns)
             expected = (encoded.sketch(latents, 48, 64)[0].clamp(-1, 1) + 1) * 127.5
             assert np.abs(event.preview - expected.permute(1, 2, 0).numpy()).max() <= 1
-    assert isinstance(last, Progress)
-    assert last.preview is None
+    assert isinstance(steps[-1], Progress)
+    assert steps[-1].preview is None
 
 
 def test_previews_do_not_change_the_picture(pipeline: EditPipeline) -> None:
-    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
+    plain = dataclasses.replace(SHOWN, previews=0)
 
-    assert picture(pipeline, shown).tobytes() == picture(pipeline, REQUEST).tobytes()
+    assert picture(pipeline, SHOWN).tobytes() == picture(pipeline, plain).tobytes()
 
 
 def test_no_preview_runs_the_decoder(pipeline: EditPipeline) -> None:
-    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({1, 2}))
-
     with counted(pipeline.vae.decoder) as decoded, counted(pipeline.vae.encoder) as encoded:
         for _ in range(2):
             previews = [
                 event.preview is not None
-                for event in pipeline.edit(shown)
+                for event in pipeline.edit(SHOWN)
                 if isinstance(event, Progress) and event.phase == "denoising"
             ]
 
-    assert previews == [True, True, False]
+    assert previews == [False, True, False, True, False, False]
     assert len(decoded) == 2
     assert 2 <= len(encoded) <= 3  # and the chart, if no edit had previews before
 
@@ -110,7 +108,7 @@ def test_an_edit_without_previews_prepares_none(pipeline: EditPipeline) -> None:
 def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
     pipeline: EditPipeline, second: Plan
 ) -> None:
-    shown = dataclasses.replace(REQUEST, preview_steps=frozenset({2}))
+    shown = dataclasses.replace(REQUEST, num_steps=4, previews=1)
     _, _, expected, *_ = pipeline.edit(shown)
     assert isinstance(expected, Progress)
     assert expected.preview is not None
@@ -127,13 +125,14 @@ def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
     progress, image = advance(pipeline, run, second)
 
     assert progress == [
-        Progress("denoising", 2, 3),
-        Progress("denoising", 3, 3),
+        Progress("denoising", 2, 4),
+        Progress("denoising", 3, 4),
+        Progress("denoising", 4, 4),
         Progress("decoding", 0, 1),
     ]
     assert progress[0].preview is not None
     assert np.abs(progress[0].preview - expected.preview.astype(int)).max() <= 1
-    assert np.abs(image - picture(pipeline, REQUEST).astype(int)).max() <= 1
+    assert np.abs(image - picture(pipeline, shown).astype(int)).max() <= 1
 
 
 def test_closing_the_generator_stops_the_work(pipeline: EditPipeline) -> None:
@@ -265,7 +264,7 @@ def advance(pipeline: EditPipeline, run: EditRun, plan: Plan) -> tuple[list[Prog
 
 
 @pytest.mark.parametrize("edit", [REQUEST, dataclasses.replace(REQUEST, guidance_scale=1.0)])
-def test_every_plan_gives_the_same_picture(pipeline: EditPipeline, edit: EditRequest) -> None:
+def test_every_plan_gives_the_same_picture(pipeline: EditPipeline, edit: NetworkRequest) -> None:
     runs = [EditRun(edit) for _ in PLANS]
 
     pictures = [

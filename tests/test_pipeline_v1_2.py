@@ -15,11 +15,12 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import GuidanceRule, ReferenceResize
 from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import image_position_ids, pack
-from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRequest, EditRun, Plan
+from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Plan
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import QuotedText
 from tiny import a_picture, tiny_pipeline_v1_2
 
-REQUEST = EditRequest(
+REQUEST = NetworkRequest(
     a_picture(),
     'write "no" on it',
     negative_prompt="a scene",
@@ -35,7 +36,7 @@ def pipeline() -> EditPipeline:
     return tiny_pipeline_v1_2()
 
 
-def picture(pipeline: EditPipeline, request: EditRequest, plan: Plan = PLANS[0]) -> np.ndarray:
+def picture(pipeline: EditPipeline, request: NetworkRequest, plan: Plan = PLANS[0]) -> np.ndarray:
     *_, edited = pipeline.advance(EditRun(request), plan)
     assert isinstance(edited, Edited)
     return edited.image

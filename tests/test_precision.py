@@ -27,8 +27,9 @@ from step1x_edit.checkpoints.read import (
 )
 from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import with_share
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
+from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.quantised import CODES, Code, QuantLinear, code
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.residency import Residency
 from step1x_edit.schemas import Precision
 from step1x_edit.worker import load_worker
@@ -51,7 +52,7 @@ def folder(pipeline: EditPipeline, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def picture(pipeline: EditPipeline) -> bytes:
-    request = EditRequest(a_picture(), "make it night", num_steps=2, size_level=64)
+    request = NetworkRequest(a_picture(), "make it night", num_steps=2, size_level=64)
     *_, last = pipeline.edit(request)
     assert isinstance(last, Edited)
     return last.image.tobytes()

@@ -18,11 +18,12 @@ from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
 from step1x_edit.memory_plan import with_share
-from step1x_edit.model.pipeline import EditPipeline, EditRequest
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.residency import PageLock, Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
 
-REQUEST = EditRequest(a_picture(), "make it night", num_steps=2, size_level=64)
+REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=2, size_level=64)
 STAND_IN = torch.device("cpu")
 LABELS = ("night", "unknown")
 

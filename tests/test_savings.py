@@ -19,11 +19,11 @@ from step1x_edit.model.pipeline import (
     Branch,
     Edited,
     EditPipeline,
-    EditRequest,
     Encoded,
     Plan,
     keep_one_pad,
 )
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, NONE, Savings
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
@@ -32,7 +32,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Savings))
 ALONE = {name: replace(NONE, **{name: True}) for name in NAMES}
 TOGETHER = {**ALONE, "all": ALL}
 
-REQUEST = EditRequest(
+REQUEST = NetworkRequest(
     a_picture(), "make it night", "a", num_steps=3, guidance_scale=6.0, size_level=64, seed=7
 )
 
@@ -56,7 +56,7 @@ def all_again(pipeline: EditPipeline, wide: EditPipeline) -> Iterator[None]:
     pipeline.savings = wide.savings = ALL
 
 
-def picture(pipeline: EditPipeline, request: EditRequest) -> np.ndarray:
+def picture(pipeline: EditPipeline, request: NetworkRequest) -> np.ndarray:
     *_, edited = pipeline.edit(request)
     assert isinstance(edited, Edited)
     return edited.image
@@ -117,7 +117,9 @@ def test_prompts_read_together_are_as_if_read_alone(pipeline: EditPipeline, prom
 
 def test_an_edit_by_the_demo_is_the_same_picture() -> None:
     pipeline = read_checkpoint().pipeline
-    request = EditRequest(a_picture(300, 200), "change to night scene", num_steps=3, size_level=192)
+    request = NetworkRequest(
+        a_picture(300, 200), "change to night scene", num_steps=3, size_level=192
+    )
     found = picture(pipeline, request)
     pipeline.savings = NONE
 

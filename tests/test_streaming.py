@@ -15,14 +15,15 @@ from step1x_edit.channel import GIB
 from step1x_edit.checkpoints.arena import Arena, Block
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.memory_plan import MemoryPlan, everything, slot_size, with_share
-from step1x_edit.model.pipeline import Edited, EditPipeline, EditRequest
+from step1x_edit.model.pipeline import Edited, EditPipeline
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.residency import Residency
 from step1x_edit.streaming import BlockStreamer
 from tiny import a_picture, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
 STEPS = 3
-REQUEST = EditRequest(a_picture(), "make it night", num_steps=STEPS, size_level=64)
+REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=STEPS, size_level=64)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import train_demo
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import Edited, EditRequest
+from step1x_edit.model.pipeline import Edited
+from step1x_edit.model.request import NetworkRequest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_demo.py"
@@ -57,7 +58,7 @@ def test_three_steps_of_each_stage_make_a_checkpoint_that_edits(
 
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 128), -1).astype(np.uint8)
-    request = EditRequest(image, "", num_steps=10, size_level=256, seed=0)
+    request = NetworkRequest(image, "", num_steps=10, size_level=256, seed=0)
     *_, edited = read_checkpoint(out).pipeline.edit(request)
     assert isinstance(edited, Edited)
     # The closed-form start alone leaves a picture nearly unchanged; a broken one shows noise.
@@ -83,7 +84,7 @@ def test_three_more_steps_of_a_checkpoint_keep_what_it_knows(
 
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     image = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 128), -1).astype(np.uint8)
-    request = EditRequest(image, "black and white", num_steps=10, size_level=256, seed=0)
+    request = NetworkRequest(image, "black and white", num_steps=10, size_level=256, seed=0)
     *_, edited = read_checkpoint(out).pipeline.edit(request)
     assert isinstance(edited, Edited)
     # From nothing, three steps leave the ramp's colours as they are.

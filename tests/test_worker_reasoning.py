@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from layouts import narrow_pipeline, write_diffusers
-from step1x_edit.channel import EditJob, Outcome, Phase, Pixels, Progress, Start
+from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Start
 from step1x_edit.checkpoints.read import open_checkpoint, read_checkpoint, write_demo
 from step1x_edit.engine import Engine
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
@@ -21,8 +21,9 @@ from step1x_edit.memory_plan import with_share
 from step1x_edit.model import reasoning
 from step1x_edit.model.config import V1_2, V1_2_PREVIEW
 from step1x_edit.model.language_model import Said, Sampling
-from step1x_edit.model.pipeline import Edited, EditRequest
+from step1x_edit.model.pipeline import Edited
 from step1x_edit.model.reasoning import GAVE_UP, Prompt
+from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.residency import Residency
 from step1x_edit.worker import STAND_IN, PipelineWorker, load_worker
 from step1x_edit.worker_process import WorkerProcess
@@ -241,9 +242,9 @@ def scripted(
 
 def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) -> None:
     pipeline = read_checkpoint(folder).pipeline
-    made: list[EditRequest] = []
+    made: list[NetworkRequest] = []
 
-    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         made.append(request)
         yield Progress(Phase.ENCODING)
         *_, edited = pipeline.edit(request)
@@ -257,11 +258,10 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
     ]
     asked, say = scripted(verdicts, marks=[5, 8, 6])
     job = dataclasses.replace(JOB, reflection=True)
-    request = EditRequest(job.image, job.prompt, "a scene", num_steps=2, size_level=64, seed=3)
     config = V1_2.reasoning
     assert config is not None
 
-    *told, outcome = reasoned_edit(job, request, config, edit, say)
+    *told, outcome = reasoned_edit(job, config, edit, say)
 
     assert [each.draw for each in made] == [0, 1, 2]
     assert [each.prompt for each in made] == [job.prompt, "make it red", job.prompt]
@@ -294,7 +294,7 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
 def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> None:
     pictures = [np.full((48, 64, 3), 50 * k, np.uint8) for k in range(3)]
 
-    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         yield Outcome(pictures[request.draw])
 
     _, say = scripted(["<#Think> bad <#Failed>"] * 3, marks=[])
@@ -302,7 +302,7 @@ def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> N
     config = V1_2_PREVIEW.reasoning
     assert config is not None
 
-    *_, outcome = reasoned_edit(job, EditRequest(job.image, job.prompt), config, edit, say)
+    *_, outcome = reasoned_edit(job, config, edit, say)
 
     assert isinstance(outcome, Outcome)
     assert outcome.reasoning is not None
@@ -312,7 +312,7 @@ def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> N
 
 
 def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
-    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         yield Outcome(a_picture())
 
     verdicts = ["<#Think> bad <#Failed>", "<#Think> good <#Success>"]
@@ -321,7 +321,7 @@ def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
     config = V1_2.reasoning
     assert config is not None
 
-    *_, outcome = reasoned_edit(job, EditRequest(job.image, job.prompt), config, edit, say)
+    *_, outcome = reasoned_edit(job, config, edit, say)
 
     assert isinstance(outcome, Outcome)
     assert outcome.reasoning is not None
@@ -332,9 +332,9 @@ def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_a_job_bounds_the_rounds(most: int) -> None:
-    edits: list[EditRequest] = []
+    edits: list[NetworkRequest] = []
 
-    def edit(request: EditRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         edits.append(request)
         yield Outcome(a_picture())
 
@@ -343,7 +343,7 @@ def test_a_job_bounds_the_rounds(most: int) -> None:
     config = V1_2.reasoning
     assert config is not None
 
-    *_, outcome = reasoned_edit(job, EditRequest(job.image, job.prompt), config, edit, say)
+    *_, outcome = reasoned_edit(job, config, edit, say)
 
     assert isinstance(outcome, Outcome)
     assert outcome.reasoning is not None
@@ -366,7 +366,9 @@ async def test_a_published_v1_2_edits_and_thinks_in_the_worker_process(tmp_path:
 
     assert thought.reasoning is not None
     assert thought.reasoning["prompt"]
-    request = EditRequest(small.image, small.prompt, "a scene", num_steps=1, size_level=64, seed=3)
+    request = NetworkRequest(
+        small.image, small.prompt, "a scene", num_steps=1, size_level=64, seed=3
+    )
     *_, edited = read_checkpoint(model).pipeline.edit(request)
     assert isinstance(edited, Edited)
     assert np.array_equal(plain.image, edited.image)

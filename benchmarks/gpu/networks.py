@@ -26,12 +26,12 @@ from step1x_edit.model.pipeline import (
     Branch,
     DenoiseState,
     EditPipeline,
-    EditRequest,
     Encoded,
     Plan,
     join,
     keep_one_pad,
 )
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.transformer import Transformer
 
@@ -129,7 +129,7 @@ def our_states(
     pipeline: EditPipeline, encoded: Encoded, plan: Plan | None = None
 ) -> Generator[DenoiseState, None, None]:
     """The product's own loop."""
-    request = EditRequest(None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE)  # type: ignore[arg-type]  # the picture has been encoded
+    request = NetworkRequest(None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE)  # type: ignore[arg-type]  # the picture has been encoded
     start = pipeline.start(encoded, seed=0)
     yield from pipeline.denoise(encoded, start, request, plan or Plan())
 

@@ -18,18 +18,12 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-if TYPE_CHECKING:  # a server is there before the first picture is; a worker needs no pydantic
-    import numpy as np
-    import numpy.typing as npt
+from step1x_edit.model.request import NetworkRequest, Pixels
 
+if TYPE_CHECKING:  # a worker needs no pydantic
     from step1x_edit.schemas import Location, Precision
 
 GIB: Final = 1024**3
-
-STEPS_PER_PREVIEW: Final = 3
-"""At most one preview per this number of steps: making and showing one takes part of a step."""
-
-Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
 
 
 # --- to the worker -------------------------------------------------------------------------------
@@ -55,45 +49,16 @@ class Start:
 
 
 @dataclass(frozen=True)
-class EditJob:
-    """All the model needs to know of an edit, or of a picture to make from words alone."""
+class EditJob(NetworkRequest):
+    """A request of the network in the queue."""
 
-    image: Pixels | None
-    """None: there is nothing to edit, and the picture is made in `width` × `height`."""
-    prompt: str
-    negative_prompt: str | None
-    """None: what the model was published with for such a job."""
-    num_steps: int
-    guidance_scale: float
-    size_level: int
-    """Means nothing where there is no image; `width` and `height` mean nothing where there is."""
-    seed: int
     number: int = 0
     """Given by the sender; `Cancel` names it."""
-    previews: int = 0
-    """How many pictures to show of the steps before the last."""
-    thinking: bool = False
-    """Whether the model first rewrites the prompt; only v1.2 can."""
-    reflection: bool = False
-    """Whether it judges its edit and tries again, and the best is taken; only v1.2 can."""
-    loras: Mapping[str, float] | None = None
-    """The LoRAs to edit with, and how much of each; None: those of the `Start`."""
-    width: int = 0
-    height: int = 0
-    reflection_rounds: int = 1
-    """The most edits that a reflection makes."""
 
     @property
     def smaller(self) -> str:
-        """What to ask for, in words, where this job needs too much."""
+        """What to ask for, in words, if this job needs too much memory."""
         return "a lower size_level" if self.image is not None else "a smaller width and height"
-
-    @property
-    def preview_steps(self) -> frozenset[int]:
-        """The steps whose prediction is shown: evenly spaced, never the last one."""
-        most = max(1, self.num_steps // STEPS_PER_PREVIEW)
-        number = min(self.previews, most, self.num_steps - 1)
-        return frozenset(k * self.num_steps // (number + 1) for k in range(1, number + 1))
 
 
 @dataclass(frozen=True)

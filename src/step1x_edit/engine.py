@@ -30,7 +30,6 @@ from step1x_edit.channel import (
     Offload,
     Outcome,
     Phase,
-    Pixels,
     Progress,
     Report,
     Residence,
@@ -46,6 +45,7 @@ from step1x_edit.errors import (
     WorkerLostError,
     rebuild,
 )
+from step1x_edit.model.request import Pixels
 from step1x_edit.pace import Paces, Stopwatch
 
 log = logging.getLogger(__name__)

@@ -61,8 +61,9 @@ if TYPE_CHECKING:
     from step1x_edit.memory_plan import MemoryPlan
     from step1x_edit.model.config import ReasoningConfig
     from step1x_edit.model.language_model import ChatModel, Said, Sampling
-    from step1x_edit.model.pipeline import Edited, EditRequest, Plan
-    from step1x_edit.model.reasoning import Pixels, Prompt
+    from step1x_edit.model.pipeline import Edited, Plan
+    from step1x_edit.model.reasoning import Prompt
+    from step1x_edit.model.request import NetworkRequest, Pixels
     from step1x_edit.residency import Residency
     from step1x_edit.schemas import Location, Precision
 
@@ -116,26 +117,12 @@ class PipelineWorker:
         When memory runs out, the edit goes on from where it is with the cheaper plan, and then
         with less and less of the model on the device.
         """
-        from step1x_edit.model.pipeline import EditRequest
-
         self._check, self._accept, self._smaller = check, partial(_check_able, job), job.smaller
         self._residency.begin_edit()
-        request = EditRequest(
-            image=job.image,
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            num_steps=job.num_steps,
-            guidance_scale=job.guidance_scale,
-            size_level=job.size_level,
-            seed=job.seed,
-            preview_steps=job.preview_steps,
-            width=job.width,
-            height=job.height,
-        )
         if job.image is not None and (job.thinking or job.reflection):
-            yield from self._reason(job, request)
+            yield from self._reason(job)
         else:
-            yield from self._edit(request, job.loras)
+            yield from self._edit(job)
 
     def offload(self) -> None:
         """Take the model to host memory; does nothing if it is there already."""
@@ -164,9 +151,7 @@ class PipelineWorker:
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
 
-    def _edit(
-        self, request: EditRequest, loras: Mapping[str, float] | None
-    ) -> Generator[Progress | Outcome, None, None]:
+    def _edit(self, request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         """One edit."""
         from step1x_edit.model.pipeline import Edited, EditRun
 
@@ -189,11 +174,9 @@ class PipelineWorker:
                             is_known=run.label != UNKNOWN,
                         )
 
-        yield from self._persistently(advance, loras)
+        yield from self._persistently(advance, request.loras)
 
-    def _reason(
-        self, job: EditJob, request: EditRequest
-    ) -> Generator[Progress | Outcome, None, None]:
+    def _reason(self, request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
         """An edit, or several, with thoughts before and after."""
         from step1x_edit.model.language_model import ChatModel, Sampling
         from step1x_edit.worker_reasoning import reasoned_edit
@@ -208,7 +191,7 @@ class PipelineWorker:
             vlm, tokenizer = pipeline.conditioner.vlm, pipeline.conditioner.tokenizer
             head = vlm.get_submodule("lm_head")
             sampling = self._sampling or Sampling()
-            return config, ChatModel(vlm, head, tokenizer, sampling=sampling, seed=job.seed)
+            return config, ChatModel(vlm, head, tokenizer, sampling=sampling, seed=request.seed)
 
         def say(images: Sequence[Pixels], prompt: Prompt) -> Generator[Progress | Said, None, str]:
             before = chat.rng.get_state()
@@ -217,11 +200,10 @@ class PipelineWorker:
                 chat.rng.set_state(before)  # also when memory has run out on the way
                 return (yield from chat.reply(images, prompt))
 
-            return (yield from self._persistently(reply, job.loras))
+            return (yield from self._persistently(reply, request.loras))
 
-        config, chat = yield from self._persistently(meet, job.loras)
-        edit = partial(self._edit, loras=job.loras)
-        yield from reasoned_edit(job, request, config, edit, say)
+        config, chat = yield from self._persistently(meet, request.loras)
+        yield from reasoned_edit(request, config, self._edit, say)
 
     def _persistently(
         self,

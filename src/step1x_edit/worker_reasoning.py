@@ -14,10 +14,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from step1x_edit.channel import EditJob, Outcome, Phase, Pixels, Progress, reasoning_of
+from step1x_edit.channel import Outcome, Phase, Progress, reasoning_of
 from step1x_edit.model.config import ReasoningConfig
 from step1x_edit.model.language_model import Said
-from step1x_edit.model.pipeline import EditRequest
 from step1x_edit.model.reasoning import (
     Prompt,
     Reasoned,
@@ -28,8 +27,9 @@ from step1x_edit.model.reasoning import (
     prompts,
     reason,
 )
+from step1x_edit.model.request import NetworkRequest, Pixels
 
-Edit: TypeAlias = Callable[[EditRequest], Generator[Progress | Outcome, None, None]]
+Edit: TypeAlias = Callable[[NetworkRequest], Generator[Progress | Outcome, None, None]]
 """Yields progress and, last, the picture in its working size."""
 
 Say: TypeAlias = Callable[[Sequence[Pixels], Prompt], Generator[Progress | Said, None, str]]
@@ -40,7 +40,7 @@ TOKENS_TOLD: Final = 8
 
 
 def reasoned_edit(
-    job: EditJob, request: EditRequest, config: ReasoningConfig, edit: Edit, say: Say
+    request: NetworkRequest, config: ReasoningConfig, edit: Edit, say: Say
 ) -> Generator[Progress | Outcome, None, None]:
     """Yield progress and, last, the best picture with all that was thought about it.
 
@@ -50,9 +50,9 @@ def reasoned_edit(
     assert picture is not None  # there is none only where words alone make one, without a thought
     painter, talker = _Painter(request, picture, edit), _Talker(say)
     plan = ReasoningPlan(
-        has_thinking=job.thinking,
-        has_reflection=job.reflection,
-        max_rounds=job.reflection_rounds,
+        has_thinking=request.thinking,
+        has_reflection=request.reflection,
+        max_rounds=request.reflection_rounds,
         has_ranking=config.has_ranking,
     )
     reasoner = Reasoner(talker, prompts(config.prompts))
@@ -63,7 +63,7 @@ def reasoned_edit(
                 case Progress():
                     yield event
                 case Reasoned():
-                    yield painter.outcome(event, has_rounds=job.reflection)
+                    yield painter.outcome(event, has_rounds=request.reflection)
                 case Stage("editing"):
                     pass
                 case Stage(name):
@@ -74,7 +74,7 @@ def reasoned_edit(
 class _Painter:
     """Makes the edits of all rounds and keeps their pictures in the size they were made in."""
 
-    def __init__(self, request: EditRequest, picture: Pixels, edit: Edit) -> None:
+    def __init__(self, request: NetworkRequest, picture: Pixels, edit: Edit) -> None:
         self._request = request
         self._picture = picture
         self._edit = edit

@@ -32,7 +32,7 @@ from gradio import processing_utils, routes
 from PIL import Image
 
 from step1x_edit import images
-from step1x_edit.channel import Pixels, Progress
+from step1x_edit.channel import Progress
 from step1x_edit.errors import EditCancelledError, Step1XEditError
 from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
@@ -48,6 +48,7 @@ from step1x_edit.interfaces.ui_models import ModelsPanel
 from step1x_edit.interfaces.ui_parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.ui_progress import ProgressLine
 from step1x_edit.interfaces.ui_texts import DEMO_EXAMPLES, EXAMPLES, text
+from step1x_edit.model.request import Pixels
 from step1x_edit.pulls import Pulls
 from step1x_edit.schemas import PARAMETERS, GpuAnswer, GpuStatus, PlanStatus, Suggestion, loras_of
 from step1x_edit.service import EditedPicture, EditService, Report

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -36,37 +35,12 @@ from step1x_edit.model.latents import (
     position_ids,
     unpack,
 )
+from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.sketch import Pairs, Sketch, chart
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
-
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), upright RGB
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """One edit as the network sees it; at guidance 1.0 the negative prompt has no say.
-
-    Without an image a picture of `width` × `height` is made from the prompt alone; `size_level`
-    means nothing then, and otherwise width and height do.
-    """
-
-    image: Pixels | None
-    prompt: str
-    negative_prompt: str | None = ""
-    """None: the one that the model was published with for such a request."""
-    num_steps: int = 28
-    guidance_scale: float = 6.0
-    size_level: int = 1024
-    seed: int = 0
-    preview_steps: frozenset[int] = frozenset()
-    """The steps whose prediction is shown as a picture; the result does not depend on them."""
-    draw: int = 0
-    """Which of the noises that the seed gives one after the other the edit starts from."""
-    width: int = 0
-    height: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,7 +132,7 @@ class DenoiseState:
 class EditRun:
     """An edit under way; it keeps what has been done, so that it can go on after a failure."""
 
-    request: EditRequest
+    request: NetworkRequest
     encoded: Encoded | None = None
     label: str | None = None
     """The edit that the prompt asks for, once it is encoded, if there is a recogniser."""
@@ -241,7 +215,7 @@ class EditPipeline:
         """Give back the device's memory that is kept from edit to edit; it is not missed."""
         self._tables.clear()
 
-    def edit(self, request: EditRequest) -> Generator[Progress | Edited, None, None]:
+    def edit(self, request: NetworkRequest) -> Generator[Progress | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
 
         Raises ValueError for a picture that is too narrow, for one that this checkpoint cannot
@@ -282,7 +256,7 @@ class EditPipeline:
         (branch,) = self._read([prompt], image)
         return self._name(branch)
 
-    def encode(self, request: EditRequest, plan: Plan = PLANS[0]) -> Encoded:
+    def encode(self, request: NetworkRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Look at the picture once, as latents and, with the prompts, as hidden states."""
         if request.image is None:
             return self._encode_words(request)
@@ -309,7 +283,7 @@ class EditPipeline:
             sketch=self._sketch(request, (latents, pixels)),
         )
 
-    def _encode_words(self, request: EditRequest) -> Encoded:
+    def _encode_words(self, request: NetworkRequest) -> Encoded:
         """The prompts alone, about a black picture: the latents have none beside them."""
         multiple, sides = self.config.size_multiple, (request.width, request.height)
         if not self.config.can_generate:
@@ -326,7 +300,7 @@ class EditPipeline:
             sketch=self._sketch(request),
         )
 
-    def _sketch(self, request: EditRequest, *pictures: tuple[Tensor, Tensor]) -> Sketch | None:
+    def _sketch(self, request: NetworkRequest, *pictures: tuple[Tensor, Tensor]) -> Sketch | None:
         """The layer for previews, if any are wanted, from pictures as latents and as pixels."""
         if not request.preview_steps:
             return None
@@ -334,7 +308,7 @@ class EditPipeline:
             self._chart = Pairs.of(self._encode_latents(chart()), chart())
         return sum((Pairs.of(*picture) for picture in pictures), self._chart).fit()
 
-    def _prompts(self, request: EditRequest) -> list[str]:
+    def _prompts(self, request: NetworkRequest) -> list[str]:
         """The prompt and, where there is guidance, the negative prompt."""
         if request.guidance_scale == 1.0:
             return [request.prompt]
@@ -343,7 +317,7 @@ class EditPipeline:
             negative = self.config.generation_negative_prompt
         return [request.prompt, negative or ""]
 
-    def _cut(self, request: EditRequest, image: Pixels) -> tuple[str, ...]:
+    def _cut(self, request: NetworkRequest, image: Pixels) -> tuple[str, ...]:
         """Which of the prompts about the picture are not read to their ends."""
         prompts = zip(("prompt", "negative prompt"), self._prompts(request), strict=False)
         return tuple(name for name, prompt in prompts if self.conditioner.cuts(prompt, image))
@@ -355,7 +329,7 @@ class EditPipeline:
         return DenoiseState(pack(noise), step=0)
 
     def denoise(
-        self, encoded: Encoded, start: DenoiseState, request: EditRequest, plan: Plan = PLANS[0]
+        self, encoded: Encoded, start: DenoiseState, request: NetworkRequest, plan: Plan = PLANS[0]
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each."""
         if start.step == request.num_steps:
