@@ -54,7 +54,7 @@ with httpx2.Client(base_url=sys.argv[1], timeout=120, trust_env=False) as client
 
 def bodies() -> dict[str, tuple[bytes, int]]:
     """Each body as what it begins with, and how many bytes it has in all."""
-    picture = base64.b64encode(bytes(range(256)) * 1024)
+    picture = base64.b64encode(bytes(range(255)) * 1024)
     return {
         "5.7 MB of lists": (b'{"prompt":[[]' + b",[]" * (PIECE // 3), int(5.7 * MEGA)),
         "60 MB of lists": (b'{"prompt":[[]' + b",[]" * (PIECE // 3), 60 * MEGA),
@@ -63,6 +63,7 @@ def bodies() -> dict[str, tuple[bytes, int]]:
         "60 MB of depth": (b'{"prompt":' + b"[" * PIECE, 60 * MEGA),
         "60 MB of one text": (b'{"prompt":"' + picture, 60 * MEGA),
         "60 MB of one number": (b'{"prompt":1' + b"1" * PIECE, 60 * MEGA),
+        "60 MB of a picture": (b'{"image":"data:image/png;base64,' + picture, 60 * MEGA),
     }
 
 
@@ -72,6 +73,7 @@ def pieces(start: bytes, length: int) -> Iterator[bytes]:
     while sent < length:
         yield tail
         sent += len(tail)
+    yield b'"}'  # the end of a picture; the others are refused before
 
 
 class Watch:

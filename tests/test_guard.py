@@ -789,6 +789,23 @@ async def test_json_of_very_many_parts_is_refused_while_it_arrives(
             assert "more than 20000 commas and brackets" in answer.body.decode()
 
 
+@pytest.mark.parametrize("start", [b'{"prompt":"', b'{"n":1', b'{"image":"', b""])
+async def test_json_has_at_most_a_mebibyte_beside_its_pictures(
+    make_service: MakeService, tmp_path: Path, start: bytes
+) -> None:
+    """Parsing stops the server for a third of a second if one text or number has 60 MB."""
+    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    headers = {**RIGHT, "Content-Type": "application/json"}
+    pieces = iter([start, *[b"1" * 2**16] * 1000])
+
+    async with lifespan(guard):
+        answer = await ask(guard, "POST", "/v1/images/edits", headers, pieces)
+
+    assert answer.status == 400
+    assert answer.pieces_read <= 18
+    assert "more than 1 MiB beside its pictures" in answer.body.decode()
+
+
 @pytest.mark.parametrize("tells_its_length", [True, False])
 async def test_bodies_find_room_beside_each_other_or_are_refused(
     make_service: MakeService, tells_its_length: bool

@@ -434,6 +434,34 @@ def test_a_picture_in_json_may_stand_in_any_of_the_ways_that_clients_know(
     assert np.array_equal(pixels_of(data), 255 - pixels_of(photo.read_bytes()))
 
 
+@pytest.mark.parametrize(
+    "escapes",
+    [{}, {"/": r"\/"}, {"+": r"\u002B", "=": r"\u003d", "/": r"\u002f"}],
+    ids=["none", "PHP", "dotnet"],
+)
+@pytest.mark.parametrize("length", [1, 7, 10_000])
+def test_a_picture_in_json_is_the_same_in_any_pieces_and_with_any_escapes(
+    make_service: MakeService, photo: Path, escapes: dict[str, str], length: int
+) -> None:
+    padding = b"\xfb\xef\xbe\xff" * 3  # after the picture, which ignores it
+    url = data_url(photo.read_bytes() + padding)
+    text = json.dumps({"mask": None, "image": url, "prompt": r"\"data:x;base64,"})
+    for sign, escaped in escapes.items():
+        text = text.replace(sign, escaped)
+    pieces = (text[at : at + length].encode() for at in range(0, len(text), length))
+    with calling(make_service()) as client:
+        answer = client.post(
+            EDITS_PATH, content=pieces, headers={"Content-Type": "application/json"}
+        )
+
+    assert "+" in url
+    assert "/" in url.partition(",")[2]
+    assert url.endswith("=")
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["data"][0]["b64_json"])
+    assert np.array_equal(pixels_of(data), 255 - pixels_of(photo.read_bytes()))
+
+
 def test_their_client_gets_stepfuns_interface_by_the_name_of_its_model(
     make_service: MakeService, tmp_path: Path
 ) -> None:
@@ -484,7 +512,11 @@ def test_a_seed_of_zero_is_a_seed_for_everybody_else(
         ({"images": [{"image_url": "https://x.example/a.png"}]}, "images", "no other URL is fet"),
         ({"images": [{"file_id": "file-1"}]}, "images", "no files are kept"),
         ({"images": [{"image_url": "data:image/png;base64,%%"}]}, "images", "no valid base64"),
+        ({"images": ["data:image/png;base64,AA==AA=="]}, "images", "no valid base64"),
+        ({"images": ["data:image/png;base64,AA"]}, "images", "no valid base64"),
+        ({"images": ["data:image/png,AAAA"]}, "images", "images must be a data URL in base64"),
         ({"images": ["iVBORw0KGgo"]}, "images", "images must be a data URL in base64 (data:image"),
+        ({"prompt": "data:image/png;base64,AA=="}, None, "only image, images and mask take data"),
         ({"images": []}, "images", "images is missing"),
         ({"images": {}}, "images", "images must be a data URL in base64"),
         ({"image": "data:image/png;base64,AA=="}, "image", "image and images mean the same"),

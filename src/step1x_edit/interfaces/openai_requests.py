@@ -7,8 +7,6 @@ this model has the same routes; what differs there holds for requests that name 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import json
 import re
@@ -22,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
+from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.idempotency import digest_of
 from step1x_edit.interfaces.rest import content_type, is_json, read_json
 from step1x_edit.schemas import OpenAIRequest, Parameter, invalid_parameter, parameters_of
@@ -39,6 +38,7 @@ _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURE: Final = re.compile(r"image(\[[0-9]*\])?")  # in a list, some clients number the items
+_CUT_OUT: Final = re.compile(r"data:[^,]*;base64,([0-9]{1,5})")  # see json_bodies
 _LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
 _SAME: Final[Mapping[str, str]] = {
     "num_steps": "num_inference_steps",
@@ -82,7 +82,8 @@ class Sent:
 async def read_edit(request: Request) -> Sent:
     """What is sent to be edited."""
     if is_json(request):
-        return _pictures_of(await _json_fields(request))
+        text, data = await json_bodies.read_with_data(request)
+        return _pictures_of(_supported(await json_bodies.parse(text)), data)
     async with _form(request) as (pictures, fields):
         picture = await _uploaded(_only(pictures, "image"), "image")
         mask = fields.pop("mask", None)
@@ -92,7 +93,7 @@ async def read_edit(request: Request) -> Sent:
 async def read_estimate(request: Request) -> dict[str, object]:
     """The fields of an edit whose picture is not sent."""
     if is_json(request):
-        fields = await _json_fields(request)
+        fields = _supported(await read_json(request))
         found: Collection[str] = fields
     else:
         async with _form(request) as (pictures, fields):
@@ -105,7 +106,7 @@ async def read_generation(request: Request) -> Sent:
     """What is sent for a picture that is to be made from words alone."""
     if not is_json(request):
         raise HTTPException(415, "Send JSON.")
-    fields = await _json_fields(request)
+    fields = _supported(await read_json(request))
     wrong = "{name!r} is not for this route: pictures are edited at " + EDITS_PATH
     _refuse_pictures(fields, wrong)
     return Sent(None, None, fields)
@@ -118,11 +119,9 @@ def _refuse_pictures(found: Collection[str], sentence: str) -> None:
             raise InvalidParameterError(sentence.format(name=name), param=name)
 
 
-async def _json_fields(request: Request) -> dict[str, object]:
-    """The fields of a JSON body that have a value, none of which we cannot honour."""
-    fields = {
-        name: value for name, value in (await read_json(request)).items() if value is not None
-    }
+def _supported(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a JSON body that have a value; raises for one that cannot be honoured."""
+    fields = {name: value for name, value in values.items() if value is not None}
     for name in fields:
         _check_supported(name)
     return fields
@@ -178,15 +177,17 @@ async def _uploaded(value: object, name: str) -> bytes:
     return await value.read()
 
 
-def _pictures_of(fields: dict[str, object]) -> Sent:
-    """The pictures of a JSON body, and its other fields."""
+def _pictures_of(fields: dict[str, object], data: list[bytes | None]) -> Sent:
+    """The pictures of a JSON body, and its other fields; `data` holds what was cut out of it."""
     given = {name: fields.pop(name) for name in ("images", "image") if name in fields}
     if len(given) > 1:
         raise InvalidParameterError("image and images mean the same; give one", param="image")
     name, value = next(iter(given.items()), ("images", []))
     pictures = value if isinstance(value, list) else [value]
-    picture, mask = _in_data_url(_only(pictures, name), name), fields.pop("mask", None)
-    return Sent(picture, None if mask is None else _in_data_url(mask, "mask"), fields)
+    picture, mask = _in_data_url(_only(pictures, name), name, data), fields.pop("mask", None)
+    if len(data) > 1 + (mask is not None):
+        raise InvalidParameterError("only image, images and mask take data URLs, one each")
+    return Sent(picture, None if mask is None else _in_data_url(mask, "mask", data), fields)
 
 
 def _only(pictures: list[object], name: str) -> object:
@@ -200,20 +201,20 @@ def _only(pictures: list[object], name: str) -> object:
     return pictures[0]
 
 
-def _in_data_url(value: object, name: str) -> bytes:
-    """The bytes of `"data:image/png;base64,…"`, or of an object that has it as its `image_url`."""
+def _in_data_url(value: object, name: str, data: list[bytes | None]) -> bytes:
+    """The bytes of `"data:image/png;base64,0"`, or of an object that has it as its `image_url`."""
     url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else value
-    head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not (comma and head.startswith("data:") and head.endswith(";base64")):
+    found = _CUT_OUT.fullmatch(url) if isinstance(url, str) else None
+    if found is None or int(found[1]) >= len(data):
         raise InvalidParameterError(
             f"{name} must be a data URL in base64 (data:image/png;base64,…), or an object with it "
             "as image_url and nothing else; no other URL is fetched, and no files are kept",
             param=name,
         )
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidParameterError(f"{name} is no valid base64", param=name) from None
+    decoded = data[int(found[1])]
+    if decoded is None:
+        raise InvalidParameterError(f"{name} is no valid base64", param=name)
+    return decoded
 
 
 def _check_supported(name: str) -> None:
