@@ -10,7 +10,7 @@ import pytest
 
 from conftest import MakeService
 from http_server import calling
-from step1x_edit.schemas import PARAMETERS, ImageEditRequest, PictureRequest
+from step1x_edit.schemas import PARAMETERS, ImageEditRequest, PictureRequest, parameters_of
 from write_openapi import FILE, openapi
 
 DESCRIBED = json.loads(FILE.read_text("utf-8"))
@@ -93,7 +93,7 @@ def test_the_form_is_that_of_the_schema(path: str) -> None:
     body = DESCRIBED["paths"][path]["post"]["requestBody"]
     form = body["content"]["multipart/form-data"]["schema"]
 
-    assert list(form["properties"]) == ["file", "mask", *PictureRequest.model_fields]
+    assert list(form["properties"]) == ["file", "mask", *parameters_of(PictureRequest)]
     assert form["required"] == ["file", "prompt"]
     for name in PictureRequest.model_fields:
         assert form["properties"][name]["description"].startswith(PARAMETERS[name].description)
@@ -105,8 +105,8 @@ def test_the_form_of_openai_is_that_of_the_schema() -> None:
     form = body["multipart/form-data"]["schema"]
     whole = body["application/json"]["schema"]
 
-    assert list(form["properties"]) == ["image", "mask", *ImageEditRequest.model_fields]
-    assert list(whole["properties"]) == ["images", "mask", *ImageEditRequest.model_fields]
+    assert list(form["properties"]) == ["image", "mask", *parameters_of(ImageEditRequest)]
+    assert list(whole["properties"]) == ["images", "mask", *parameters_of(ImageEditRequest)]
     assert form["required"] == ["image", "prompt"]
     assert form["properties"]["n"]["maximum"] == 10
     assert form["properties"]["num_inference_steps"]["default"] == 28

@@ -34,6 +34,7 @@ from step1x_edit.schemas import (
     StatusAnswer,
     ViewRequest,
     invalid_parameter,
+    parameters_of,
     read_request,
 )
 
@@ -63,8 +64,7 @@ def subclasses(root: type[Step1XEditError]) -> list[type[Step1XEditError]]:
 
 
 def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
-    request = read_request(EditRequest, EDIT)
-    assert request.model_dump() == {
+    contract = {
         "image_path": "cat.jpg",
         "prompt": "add a red hat",
         "output_path": None,
@@ -80,12 +80,15 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "reflection": False,
         "reflection_rounds": 3,
     }
+    assert read_request(EditRequest, EDIT).model_dump() == contract
     for model in (BatchRequest, PictureRequest, ImageEditRequest):
         assert model.model_fields["thinking"].default is False
         assert model.model_fields["reflection"].default is False
-        assert list(model.model_fields)[-1] == "reflection_rounds"
         assert model.model_fields["reflection_rounds"].default == 3
-    assert list(BatchRequest.model_fields)[:3] == ["image_paths", "prompts", "output_dir"]
+    for model in (EditRequest, BatchRequest, PictureRequest):
+        assert list(parameters_of(model))[-1] == "reflection_rounds"
+    assert list(parameters_of(EditRequest)) == list(contract)
+    assert list(parameters_of(BatchRequest))[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]
 
 

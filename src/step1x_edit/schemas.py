@@ -16,7 +16,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    create_model,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
@@ -373,88 +376,116 @@ WaitSeconds = Annotated[
 ]
 
 
+# --- requests ------------------------------------------------------------------------------------
+
+_CONTRACT: Final = (
+    "image_path",
+    "image_paths",
+    "prompt",
+    "prompts",
+    "output_path",
+    "output_dir",
+    "num_steps",
+    "guidance_scale",
+    "size_level",
+    "width",
+    "height",
+    "seed",
+    "overwrite",
+    "negative_prompt",
+    "mask_path",
+)
+"""The order in which the contract lists parameters; those that are added later follow."""
+
+
+def _in_order(values: Mapping[str, Any], first: Iterable[str]) -> dict[str, Any]:
+    return {**{name: values[name] for name in first if name in values}, **values}
+
+
+def _list_as_the_contract_does(schema: dict[str, Any]) -> None:
+    schema["properties"] = _in_order(schema["properties"], _CONTRACT)
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class EditRequest(_Request):
+class HowToMake(_Request):
+    """What editing a picture and making one from words alone have in common."""
+
+    model_config = ConfigDict(json_schema_extra=_list_as_the_contract_does)
+
+    num_steps: NumSteps = DEFAULT_NUM_STEPS
+    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
+    seed: Seed = None
+    loras: Loras = None
+
+
+class HowToEdit(HowToMake):
+    """How an edit runs: all its parameters but the prompt, the input and the output.
+
+    Every interface, record and answer derives from it; `model.request.NetworkRequest` has a field
+    for each of these.
+    """
+
+    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    negative_prompt: NegativePrompt = ""
+    thinking: Thinking = False
+    reflection: Reflection = False
+    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
+
+
+class HowToGenerate(HowToMake):
+    """How a picture is made from words alone; otherwise as `HowToEdit`."""
+
+    width: Width = DEFAULT_SIDE
+    height: Height = DEFAULT_SIDE
+    negative_prompt: NewNegativePrompt = None
+
+
+def how_of(request: HowToEdit | HowToGenerate) -> dict[str, Any]:
+    """How a request is to be run, by the names of the parameters."""
+    kind = HowToEdit if isinstance(request, HowToEdit) else HowToGenerate
+    return {name: getattr(request, name) for name in kind.model_fields}
+
+
+class EditRequest(HowToEdit):
     """One picture to edit."""
 
     image_path: ImagePath
     prompt: Prompt
     output_path: OutputPath = None
-    num_steps: NumSteps = DEFAULT_NUM_STEPS
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
-    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
-    seed: Seed = None
     overwrite: Overwrite = False
-    negative_prompt: NegativePrompt = ""
     mask_path: MaskPath = None
-    loras: Loras = None
-    thinking: Thinking = False
-    reflection: Reflection = False
-    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
-class PictureRequest(_Request):
+class PictureRequest(HowToEdit):
     """What to do with a picture that comes with the request instead of lying on our disk."""
 
     prompt: Prompt
-    num_steps: NumSteps = DEFAULT_NUM_STEPS
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
-    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
-    seed: Seed = None
-    negative_prompt: NegativePrompt = ""
-    loras: Loras = None
-    thinking: Thinking = False
-    reflection: Reflection = False
-    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
-class GenerateRequest(_Request):
+class GenerateRequest(HowToGenerate):
     """A picture to make from words alone."""
 
     prompt: NewPrompt
     output_path: NewOutputPath = None
-    num_steps: NumSteps = DEFAULT_NUM_STEPS
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
-    width: Width = DEFAULT_SIDE
-    height: Height = DEFAULT_SIDE
-    seed: Seed = None
     overwrite: Overwrite = False
-    negative_prompt: NewNegativePrompt = None
-    loras: Loras = None
 
 
-class GeneratePictureRequest(_Request):
+class GeneratePictureRequest(HowToGenerate):
     """A picture to make from words alone and to give back, without a file on our disk."""
 
     prompt: NewPrompt
-    num_steps: NumSteps = DEFAULT_NUM_STEPS
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
-    width: Width = DEFAULT_SIDE
-    height: Height = DEFAULT_SIDE
-    seed: Seed = None
-    negative_prompt: NewNegativePrompt = None
-    loras: Loras = None
 
 
-class BatchRequest(_Request):
+class BatchRequest(HowToEdit):
     """Several pictures to edit with the same parameters."""
 
     image_paths: ImagePaths
     prompts: Prompts
     output_dir: OutputDir = None
-    num_steps: NumSteps = DEFAULT_NUM_STEPS
-    guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
-    size_level: SizeLevel = DEFAULT_SIZE_LEVEL
-    seed: Seed = None
     overwrite: Overwrite = False
-    negative_prompt: NegativePrompt = ""
-    loras: Loras = None
-    thinking: Thinking = False
-    reflection: Reflection = False
-    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
     @model_validator(mode="after")
     def _one_prompt_per_image(self) -> Self:
@@ -493,8 +524,19 @@ class WaitRequest(HandleRequest):
     wait_s: WaitSeconds = DEFAULT_WAIT_S
 
 
+_OPENAI_NAMES: Final = {"num_steps": "num_inference_steps"}
+"""The parameters that have another name there."""
+
+
 class OpenAIRequest(_Request):
-    """What OpenAI's Images and who extends them have in common for every picture."""
+    """What OpenAI's Images and who extends them have in common for every picture.
+
+    Of the parameters of ours only those are passed on that were given.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: _OPENAI_NAMES.get(name, name), json_schema_extra=None
+    )
 
     prompt: Prompt
     model: Annotated[
@@ -543,12 +585,9 @@ class OpenAIRequest(_Request):
         Field(ge=0, le=3, description="How many previews a stream has"),
         BeforeValidator(_whole_number),
     ] = 0
-    num_inference_steps: NumSteps | None = None
-    guidance_scale: GuidanceScale | None = None
-    seed: Seed = None
 
 
-class ImageEditRequest(OpenAIRequest):
+class ImageEditRequest(HowToEdit, OpenAIRequest):
     """What to do with a picture, in the words of OpenAI's Images and of who extends them."""
 
     size: Annotated[
@@ -567,12 +606,6 @@ class ImageEditRequest(OpenAIRequest):
         Literal["low", "high"] | None,
         Field(description="The model always sees the whole picture; both mean the same"),
     ] = None
-    size_level: SizeLevel | None = None
-    negative_prompt: NegativePrompt = ""
-    loras: Loras = None
-    thinking: Thinking = False
-    reflection: Reflection = False
-    reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
 
 
 _Side = Annotated[
@@ -595,7 +628,7 @@ class PictureSize(_Request):
         return self
 
 
-class ImageGenerationRequest(OpenAIRequest):
+class ImageGenerationRequest(HowToMake, OpenAIRequest):
     """A picture to make from words alone, in the words of OpenAI's Images."""
 
     prompt: NewPrompt
@@ -611,7 +644,6 @@ class ImageGenerationRequest(OpenAIRequest):
         Literal["auto", "opaque"], Field(description="The picture is opaque; both mean the same")
     ] = "auto"
     negative_prompt: NewNegativePrompt = None
-    loras: Loras = None
 
 
 class JobsRequest(_Request):
@@ -627,44 +659,56 @@ class JobsRequest(_Request):
     ] = None
 
 
-class EditRecord(_Request):
-    """What a picture was made with, written into its file so that the edit can be replayed."""
+_IN_A_FILE: Final = (
+    "software",
+    "model",
+    "prompt",
+    "negative_prompt",
+    "num_steps",
+    "guidance_scale",
+    "size_level",
+    "width",
+    "height",
+    "seed",
+    "mask_sha256",
+)
+"""The order of the parameters in a file; later ones follow."""
+
+
+class _Record(HowToMake):
+    """What a picture was made with, as it stands in its file."""
 
     software: Literal["step1x-edit"] = "step1x-edit"
     model: str
-    prompt: Prompt
-    negative_prompt: NegativePrompt = ""
-    num_steps: NumSteps
-    guidance_scale: GuidanceScale
-    size_level: SizeLevel
     seed: _SeedNumber
-    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
     loras: list[str] | None = None
     """Those that were in the model, as `name:strength`, if there were any."""
-    thinking: Literal[True] | None = None
-    reflection: Literal[True] | None = None
-    reflection_rounds: ReflectionRounds | None = None
-    """The most rounds, if there was a reflection."""
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without switches that are off."""
+        values = {name: value for name, value in write(self).items() if value is not False}
+        return _in_order(values, _IN_A_FILE)
+
+
+class EditRecord(_Record, HowToEdit):
+    """What a picture was made with, written into its file so that the edit can be replayed."""
+
+    prompt: Prompt
+    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
+    reflection_rounds: ReflectionRounds | None = None  # type: ignore[assignment]
+    """The maximum number of rounds, if there was a reflection."""
     rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
     """What thinking has made of the prompt, unless it is too long for a file."""
 
 
-class GenerationRecord(_Request):
+class GenerationRecord(_Record, HowToGenerate):
     """What a picture was made with from words alone, written into its file as an `EditRecord`."""
 
-    software: Literal["step1x-edit"] = "step1x-edit"
-    model: str
     prompt: NewPrompt
     negative_prompt: NewNegativePrompt = None
     """None, which is left out: what the model was published with."""
-    num_steps: NumSteps
-    guidance_scale: GuidanceScale
-    width: Width
-    height: Height
-    seed: _SeedNumber
-    loras: list[str] | None = None
-    """As in an `EditRecord`."""
 
 
 Record: TypeAlias = EditRecord | GenerationRecord
@@ -725,7 +769,24 @@ class Reasoning(_Answer):
     best: Annotated[int, Field(description="The round whose picture is the result, from 1")]
 
 
-class EditMetadata(_Answer):
+if TYPE_CHECKING:
+
+    class _HowItWasMade(_Answer):
+        """What an answer says about each parameter of an edit, by its name."""
+
+else:
+    _HowItWasMade = create_model(
+        "_HowItWasMade",
+        __base__=_Answer,
+        prompt=(str, ...),
+        **{  # without the limits of a request, and left out if it has no effect
+            name: (field.annotation | None, None)
+            for name, field in _in_order(HowToEdit.model_fields, _CONTRACT).items()
+        },
+    )
+
+
+class EditMetadata(_HowItWasMade):
     """With what, where and by which model the picture was edited, or made."""
 
     prompt: str
@@ -1198,7 +1259,7 @@ def _wrong_fields(error: ValidationError) -> dict[str, ErrorDetails]:
         # A choice of types complains once for each; the deepest complaint is the fitting one.
         if name not in found or len(details["loc"]) > len(found[name]["loc"]):
             found[name] = details
-    return found
+    return _in_order(found, _CONTRACT)
 
 
 def _complaint(details: ErrorDetails, parameters: Mapping[str, Parameter]) -> str:

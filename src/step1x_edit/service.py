@@ -79,6 +79,7 @@ from step1x_edit.schemas import (
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    HowToGenerate,
     PictureRequest,
     PlanStatus,
     Reasoning,
@@ -87,6 +88,7 @@ from step1x_edit.schemas import (
     Suggestion,
     ViewRequest,
     check_loras,
+    how_of,
     loras_of,
     read_request,
     strengths_of,
@@ -743,62 +745,27 @@ def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
 
 
 def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
-    if isinstance(request, GenerateRequest | GeneratePictureRequest):
-        return EditJob(
-            image=None,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            size_level=0,
-            seed=seed,
-            width=request.width,
-            height=request.height,
-            loras=None if request.loras is None else strengths_of(request.loras),
-        )
-    return EditJob(
-        image=None if source is None else source.picture.pixels,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_steps=request.num_steps,
-        guidance_scale=request.guidance_scale,
-        size_level=request.size_level,
-        seed=seed,
-        loras=None if request.loras is None else strengths_of(request.loras),
-        thinking=request.thinking,
-        reflection=request.reflection,
-        reflection_rounds=request.reflection_rounds,
-    )
+    loras = None if request.loras is None else strengths_of(request.loras)
+    asked = {**how_of(request), "prompt": request.prompt, "seed": seed, "loras": loras}
+    return EditJob(image=None if source is None else source.picture.pixels, **asked)
 
 
 def _record(request: _Asked, seed: int, result: EditResult, source: _Source | None) -> Record:
-    residence = result.residence
-    if isinstance(request, GenerateRequest | GeneratePictureRequest):
-        return GenerationRecord(
-            model=residence.model_with_loras or "",
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            width=request.width,
-            height=request.height,
-            seed=seed,
-            loras=loras_of(residence.loras) or None,
-        )
+    made = {
+        **how_of(request),
+        "model": result.residence.model_with_loras or "",
+        "prompt": request.prompt,
+        "seed": seed,
+        "loras": loras_of(result.residence.loras) or None,
+    }
+    if isinstance(request, HowToGenerate):
+        return GenerationRecord(**made)
+    if not request.reflection:
+        made["reflection_rounds"] = None
     rewritten = (result.outcome.reasoning or {}).get("prompt") or ""
     return EditRecord(
-        model=residence.model_with_loras or "",
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        num_steps=request.num_steps,
-        guidance_scale=request.guidance_scale,
-        size_level=request.size_level,
-        seed=seed,
+        **made,
         mask_sha256=None if source is None else source.mask_sha256,
-        loras=loras_of(residence.loras) or None,
-        thinking=request.thinking or None,
-        reflection=request.reflection or None,
-        reflection_rounds=request.reflection_rounds if request.reflection else None,
         rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
 
@@ -807,25 +774,17 @@ def _metadata(
     record: Record, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
     residence, reasoning = result.residence, result.outcome.reasoning
-    negative = record.negative_prompt
+    made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
-        negative = negative or None  # empty is the usual one of an edit, and no news
+        made["negative_prompt"] = record.negative_prompt or None  # empty is usual, and no news
+    made["width"], made["height"] = picture.width, picture.height
     return EditMetadata(
-        prompt=record.prompt,
-        num_steps=record.num_steps,
-        guidance_scale=record.guidance_scale,
-        size_level=record.size_level if isinstance(record, EditRecord) else None,
-        seed=record.seed,
+        **made,
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),
-        model=record.model,
         device=residence.device,
-        width=picture.width,
-        height=picture.height,
-        negative_prompt=negative,
         warning="; ".join(filter(None, (result.outcome.warning, picture.warning))) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
-        loras=record.loras,
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
     )
 

@@ -64,6 +64,7 @@ from step1x_edit.schemas import (
     SIDE_MULTIPLE,
     EditMetadata,
     GeneratePictureRequest,
+    HowToEdit,
     ImageEditRequest,
     ImageGenerationRequest,
     OpenAIRequest,
@@ -116,49 +117,29 @@ def _names(service: EditService) -> set[str]:
 
 def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
     """The same in our own words; the operator's defaults for what is left out, and a seed."""
-    return with_seed(
-        service.read_picture(
-            {
-                "prompt": asked.prompt,
-                "negative_prompt": asked.negative_prompt,
-                "num_steps": STEPS_OF.get(asked.quality, asked.num_inference_steps),
-                "guidance_scale": asked.guidance_scale,
-                "size_level": _level_of(asked),
-                "seed": asked.seed,
-                "loras": asked.loras,
-                "thinking": asked.thinking,
-                "reflection": asked.reflection,
-                "reflection_rounds": asked.reflection_rounds,
-            }
-        )
-    )
+    return with_seed(service.read_picture(_given(asked) | _level_of(asked)))
 
 
-def _level_of(asked: ImageEditRequest) -> int | None:
-    """The working resolution as asked for, which StepFun's interface calls the size."""
-    side = int(asked.size.partition("x")[0]) if asked.size != "auto" else None
-    if asked.size_level is None and asked.model == STEPFUN_MODEL:
-        return side if side in PARAMETERS["size_level"].choices else None
-    return asked.size_level
+def _given(asked: _Asked) -> dict[str, object]:
+    """The parameters of ours that were given."""
+    ours = {"prompt", "negative_prompt", *HowToEdit.model_fields}
+    given = asked.model_dump(include=ours, exclude_unset=True)
+    return given | ({"num_steps": STEPS_OF[asked.quality]} if asked.quality in STEPS_OF else {})
+
+
+def _level_of(asked: ImageEditRequest) -> dict[str, int]:
+    """The working resolution, if StepFun's interface asks for it as the size."""
+    if asked.model != STEPFUN_MODEL or "size_level" in asked.model_fields_set:
+        return {}
+    side = asked.size.partition("x")[0]
+    return {"size_level": int(side)} if side in map(str, PARAMETERS["size_level"].choices) else {}
 
 
 def _generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
     """The same in our own words, as `request_of` does."""
     width, height = _new_size(asked)
-    return with_seed(
-        service.read_generate_picture(
-            {
-                "prompt": asked.prompt,
-                "negative_prompt": asked.negative_prompt,
-                "num_steps": STEPS_OF.get(asked.quality, asked.num_inference_steps),
-                "guidance_scale": asked.guidance_scale,
-                "width": width,
-                "height": height,
-                "seed": asked.seed,
-                "loras": asked.loras,
-            }
-        )
-    )
+    size = {"width": width, "height": height}
+    return with_seed(service.read_generate_picture(_given(asked) | size))
 
 
 def _new_size(asked: ImageGenerationRequest) -> tuple[int | None, int | None]:

@@ -279,7 +279,7 @@ def _check_together(asked: OpenAIRequest) -> None:
         raise InvalidParameterError(
             "response_format must be b64_json with stream=true", param="response_format"
         )
-    if asked.quality in STEPS_OF and asked.num_inference_steps is not None:
+    if asked.quality in STEPS_OF and "num_steps" in asked.model_fields_set:
         raise InvalidParameterError(
             "quality and num_inference_steps both choose the steps; give one", param="quality"
         )
