@@ -58,6 +58,10 @@ MAX_STRENGTH: Final = 4
 """Of a LoRA; beyond it no picture is left."""
 
 
+CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level")
+"""The parameters whose default is a setting: DEFAULT_ and the name."""
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """What the authors of a version recommend."""

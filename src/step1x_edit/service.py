@@ -60,6 +60,7 @@ from step1x_edit.memory_plan import spared
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
+    CHOSEN_BY_THE_OPERATOR,
     GENERATED,
     MAX_PROMPT_LENGTH,
     MAX_SEED,
@@ -189,11 +190,7 @@ class EditService:
     @property
     def defaults(self) -> Mapping[str, int | float]:
         """What the operator has chosen for parameters that a caller leaves out."""
-        return {
-            "num_steps": self._settings.default_num_steps,
-            "guidance_scale": self._settings.default_guidance_scale,
-            "size_level": self._settings.default_size_level,
-        }
+        return {name: getattr(self._settings, f"default_{name}") for name in CHOSEN_BY_THE_OPERATOR}
 
     @property
     def loras(self) -> Mapping[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,20 +13,10 @@ from step1x_edit.files import FileAccess
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
-    GuidanceScale,
-    Lora,
-    NegativePrompt,
-    NumSteps,
-    Overwrite,
-    Reflection,
-    ReflectionRounds,
-    Seed,
-    SizeLevel,
     Standalone,
-    Thinking,
     Url,
     check_prompt,
-    option,
+    with_options_of,
 )
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
@@ -38,11 +28,12 @@ from step1x_edit.interfaces.cli.terminal import (
     shown_progress,
     told_failures,
 )
-from step1x_edit.schemas import BatchAnswer, EditAnswer, PictureRequest, read_request
+from step1x_edit.schemas import BatchAnswer, EditAnswer, EditRequest, PictureRequest, read_request
 
 _INTERRUPTED = "interrupted; what is finished stays, and the same command goes on from there"
 
 
+@with_options_of(EditRequest)
 def batch(
     source: Annotated[
         Path,
@@ -53,6 +44,7 @@ def batch(
             show_default=False,
         ),
     ],
+    *,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -69,17 +61,7 @@ def batch(
             show_default=False,
         ),
     ] = None,
-    num_steps: NumSteps = None,
-    guidance_scale: GuidanceScale = None,
-    size_level: SizeLevel = None,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    negative_prompt: NegativePrompt = None,
-    mask: Annotated[str | None, option("mask_path")] = None,
-    lora: Lora = None,
-    thinking: Thinking = None,
-    reflection: Reflection = None,
-    reflection_rounds: ReflectionRounds = None,
+    asked: dict[str, Any],
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -95,18 +77,8 @@ def batch(
         from step1x_edit.interfaces import batches
         from step1x_edit.interfaces.editor import given, opened_editor
 
-        chosen = {
-            "prompt": prompt,
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "size_level": size_level,
-            "seed": seed,
-            "negative_prompt": negative_prompt,
-            "loras": lora,
-            "thinking": thinking,
-            "reflection": reflection,
-            "reflection_rounds": reflection_rounds,
-        }
+        chosen = {"prompt": prompt, **asked}
+        mask, overwrite = chosen.pop("mask_path", None), chosen.pop("overwrite", False)
         if prompt is not None:
             check_prompt(prompt)
         read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))

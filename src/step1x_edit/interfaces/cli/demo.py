@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from step1x_edit.files import FileAccess
-from step1x_edit.interfaces.cli.options import WHOLE, NumSteps, option
+from step1x_edit.interfaces.cli.options import option
 from step1x_edit.interfaces.cli.terminal import (
     as_typed,
     cli_settings,
@@ -20,6 +20,7 @@ from step1x_edit.interfaces.cli.terminal import (
     shown_progress,
     told_failures,
 )
+from step1x_edit.schemas import PARAMETERS
 
 if TYPE_CHECKING:
     from step1x_edit.service import EditService
@@ -45,11 +46,11 @@ def demo(
             show_default=False,
         ),
     ] = None,
-    num_steps: NumSteps = None,
-    size_level: Annotated[str, option("size_level", default=DEMO_SIZE_LEVEL, metavar=WHOLE)] = str(
+    num_steps: Annotated[str | None, option(PARAMETERS["num_steps"])] = None,
+    size_level: Annotated[str, option(PARAMETERS["size_level"], DEMO_SIZE_LEVEL)] = str(
         DEMO_SIZE_LEVEL
     ),
-    seed: Annotated[str, option("seed", default=DEMO_SEED, metavar=WHOLE)] = str(DEMO_SEED),
+    seed: Annotated[str, option(PARAMETERS["seed"], DEMO_SEED)] = str(DEMO_SEED),
 ) -> None:
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with told_failures(as_json=False):

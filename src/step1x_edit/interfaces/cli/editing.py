@@ -17,20 +17,11 @@ from step1x_edit.files import FileAccess, FileIdentity, Output
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
-    GuidanceScale,
-    Lora,
-    NegativePrompt,
-    NumSteps,
-    Overwrite,
-    Reflection,
-    ReflectionRounds,
-    Seed,
-    SizeLevel,
     Standalone,
-    Thinking,
     Url,
     check_prompt,
     option,
+    with_options_of,
 )
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
@@ -47,7 +38,14 @@ from step1x_edit.interfaces.cli.terminal import (
     write_picture,
 )
 from step1x_edit.interfaces.cli.usage import PROGRAM, Command
-from step1x_edit.schemas import PARAMETERS, BatchAnswer, BatchItem, EditAnswer, ErrorAnswer
+from step1x_edit.schemas import (
+    PARAMETERS,
+    BatchAnswer,
+    BatchItem,
+    EditAnswer,
+    EditRequest,
+    ErrorAnswer,
+)
 
 if TYPE_CHECKING:
     from step1x_edit.interfaces.editor import Edited, Editor
@@ -58,6 +56,7 @@ _MAGIC: Final = frozenset("*?[")
 _SUFFIX: Final = re.compile(r"[^.]\.[A-Za-z][A-Za-z0-9]{1,4}$")
 
 
+@with_options_of(EditRequest)
 def edit(
     image: Annotated[
         list[str],
@@ -73,6 +72,7 @@ def edit(
             show_default=False,
         ),
     ],
+    *,
     output: Annotated[
         str | None,
         typer.Option(
@@ -83,18 +83,8 @@ def edit(
             show_default=False,
         ),
     ] = None,
-    output_dir: Annotated[str | None, option("output_dir")] = None,
-    num_steps: NumSteps = None,
-    guidance_scale: GuidanceScale = None,
-    size_level: SizeLevel = None,
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    negative_prompt: NegativePrompt = None,
-    mask: Annotated[str | None, option("mask_path")] = None,
-    lora: Lora = None,
-    thinking: Thinking = None,
-    reflection: Reflection = None,
-    reflection_rounds: ReflectionRounds = None,
+    output_dir: Annotated[str | None, option(PARAMETERS["output_dir"])] = None,
+    asked: dict[str, Any],
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -113,18 +103,8 @@ def edit(
         if output is None and paths == [STREAM] and output_dir is None:
             output = STREAM
         _check_places(paths, output, output_dir, as_json)
-        chosen = {
-            "prompt": prompt,
-            "num_steps": num_steps,
-            "guidance_scale": guidance_scale,
-            "size_level": size_level,
-            "seed": seed,
-            "negative_prompt": negative_prompt,
-            "loras": lora,
-            "thinking": thinking,
-            "reflection": reflection,
-            "reflection_rounds": reflection_rounds,
-        }
+        chosen = {"prompt": prompt, **asked}
+        mask, overwrite = chosen.pop("mask_path", None), chosen.pop("overwrite", False)
         for path in paths:
             read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})
         settings = cli_settings()

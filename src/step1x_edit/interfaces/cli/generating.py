@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from step1x_edit.files import FileAccess, Output
 from step1x_edit.interfaces.cli.options import (
-    WHOLE,
     ApiKey,
     AsJson,
-    GuidanceScale,
-    Lora,
-    NumSteps,
-    Overwrite,
-    Seed,
     Standalone,
     Url,
     check_prompt,
-    option,
+    with_options_of,
 )
 from step1x_edit.interfaces.cli.terminal import (
     STREAM,
@@ -31,16 +25,18 @@ from step1x_edit.interfaces.cli.terminal import (
     told_failures,
     write_picture,
 )
-from step1x_edit.schemas import DEFAULT_SIDE, GenerateRequest, parameters_of
+from step1x_edit.schemas import GenerateRequest, parameters_of
 
 _LABEL: Final = "generate"
 _PARAMETERS: Final = parameters_of(GenerateRequest)
 
 
+@with_options_of(GenerateRequest)
 def generate(
     prompt: Annotated[
         str, typer.Argument(help=_PARAMETERS["prompt"].description, show_default=False)
     ],
+    *,
     output: Annotated[
         str | None,
         typer.Option(
@@ -50,19 +46,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    num_steps: NumSteps = None,
-    guidance_scale: GuidanceScale = None,
-    width: Annotated[str, option("width", default=DEFAULT_SIDE, metavar=WHOLE)] = str(DEFAULT_SIDE),
-    height: Annotated[str, option("height", default=DEFAULT_SIDE, metavar=WHOLE)] = str(
-        DEFAULT_SIDE
-    ),
-    seed: Seed = None,
-    overwrite: Overwrite = False,
-    negative_prompt: Annotated[
-        str | None,
-        typer.Option(help=_PARAMETERS["negative_prompt"].description, show_default=False),
-    ] = None,
-    lora: Lora = None,
+    asked: dict[str, Any],
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
@@ -76,25 +60,14 @@ def generate(
     with told_failures(as_json):
         from step1x_edit.interfaces.editor import (
             generate_file,
-            given,
             opened_editor,
             read_generate,
         )
 
         check_prompt(prompt, "a red fox in the snow")
         check_stdout(output, as_json)
-        chosen = given(
-            {
-                "prompt": prompt,
-                "num_steps": num_steps,
-                "guidance_scale": guidance_scale,
-                "width": width,
-                "height": height,
-                "seed": seed,
-                "negative_prompt": negative_prompt,
-                "loras": lora,
-            }
-        )
+        chosen = {"prompt": prompt, **asked}
+        overwrite = chosen.pop("overwrite", False)
         read_generate({**chosen, "output_path": output})
         settings = cli_settings()
         files = FileAccess(settings.allowed_dirs, settings.max_bytes)

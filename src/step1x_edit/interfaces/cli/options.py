@@ -2,52 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Optional, TypeAlias
 
 import typer
+from pydantic import BaseModel
 
 from step1x_edit.errors import InvalidParameterError
-from step1x_edit.schemas import DEFAULT_REFLECTION_ROUNDS, MAX_STRENGTH, PARAMETERS
+from step1x_edit.schemas import CHOSEN_BY_THE_OPERATOR, MAX_STRENGTH, Parameter, parameters_of
 
-
-def option(name: str, *flags: str, default: int | None = None, metavar: str | None = None) -> Any:
-    """A flag for a parameter, described as the schema describes it; `default` is the command's.
-
-    Numbers are texts here: the schema reads them, and says what is wrong with them.
-    """
-    parameter = PARAMETERS[name]
-    notes = [parameter.range] if parameter.range and name != "seed" else []
-    if default is not None:
-        notes.append(f"default {default}")
-    elif parameter.default not in (None, "", False):
-        notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} where that is set")
-    told = f" ({'; '.join(notes)})" if notes else ""
-    return typer.Option(
-        *flags, metavar=metavar, help=parameter.description + told, show_default=False
-    )
-
-
-def check_prompt(prompt: str, example: str = "add a red hat") -> None:
-    """Raise InvalidParameterError if a prompt says nothing: a person has forgotten it."""
-    if not prompt.strip():
-        raise InvalidParameterError(f'prompt is empty; say what you want, such as "{example}"')
-
+Command: TypeAlias = Callable[..., None]
 
 WHOLE: Final = "<int>"
+_METAVARS: Final = {"integer": WHOLE, "number": "<float>"}
+_FLAGS: Final = {"num_steps": ("--num-steps", "--steps"), "mask_path": ("--mask",)}
+"""Where they are not the name of the parameter with dashes."""
+_OWN_WORDS: Final = ("image_path", "prompt", "output_path")
+"""The parameters that each command takes in its own way."""
 
-NumSteps = Annotated[str | None, option("num_steps", "--num-steps", "--steps", metavar=WHOLE)]
-GuidanceScale = Annotated[str | None, option("guidance_scale", metavar="<float>")]
-SizeLevel = Annotated[str | None, option("size_level", metavar=WHOLE)]
-Seed = Annotated[str | None, option("seed", metavar=WHOLE)]
-NegativePrompt = Annotated[str | None, option("negative_prompt")]
-Overwrite = Annotated[bool, option("overwrite", "--overwrite")]
-Thinking = Annotated[bool | None, option("thinking", "--thinking")]
-Reflection = Annotated[bool | None, option("reflection", "--reflection")]
-ReflectionRounds = Annotated[
-    str | None,
-    option("reflection_rounds", default=DEFAULT_REFLECTION_ROUNDS, metavar=WHOLE),
-]
-Lora = Annotated[
+_Loras = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
@@ -58,6 +33,71 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+
+
+def with_options_of(request: type[BaseModel]) -> Callable[[Command], Command]:
+    """Give a command an option for each parameter of a request, in place of its argument `asked`.
+
+    The command gets the values that were given, by the names of the parameters.
+    """
+    options = {
+        name: inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(parameter)
+        )
+        for name, parameter in parameters_of(request).items()
+        if name not in _OWN_WORDS
+    }
+
+    def extend(command: Command) -> Command:
+        @functools.wraps(command)
+        def called(**values: Any) -> None:
+            asked = {name: values.pop(name) for name in options}
+            given = {name: value for name, value in asked.items() if value is not None}
+            command(**values, asked=given)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = list(signature.parameters.values())
+        place = own.index(signature.parameters["asked"])
+        own[place : place + 1] = options.values()
+        called.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]  # typer reads it
+        return called
+
+    return extend
+
+
+def _annotation(parameter: Parameter) -> Any:
+    if parameter.name == "loras":
+        return _Loras
+    kind = bool if parameter.kind == "boolean" else str
+    return Annotated[Optional[kind], option(parameter)]  # noqa: UP045 - the kind is a value
+
+
+def option(parameter: Parameter, default: int | None = None) -> Any:
+    """An option, described as the schema describes it; `default` is the command's.
+
+    Numbers are texts here: the schema reads them, and says what is wrong with them.
+    """
+    name = parameter.name
+    notes = [parameter.range] if parameter.range and name != "seed" else []
+    if default is not None:
+        notes.append(f"default {default}")
+    elif name in CHOSEN_BY_THE_OPERATOR:
+        notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} where that is set")
+    elif parameter.default not in (None, "", False):
+        notes.append(f"default {parameter.default}")
+    return typer.Option(
+        *_FLAGS.get(name, (f"--{name.replace('_', '-')}",)),
+        metavar=_METAVARS.get(parameter.kind),
+        help=parameter.description + (f" ({'; '.join(notes)})" if notes else ""),
+        show_default=False,
+    )
+
+
+def check_prompt(prompt: str, example: str = "add a red hat") -> None:
+    """Raise InvalidParameterError if a prompt says nothing: a person has forgotten it."""
+    if not prompt.strip():
+        raise InvalidParameterError(f'prompt is empty; say what you want, such as "{example}"')
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON")]
 Url = Annotated[
