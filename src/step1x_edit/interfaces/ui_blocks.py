@@ -47,10 +47,19 @@ from step1x_edit.interfaces.ui_lines import (
 from step1x_edit.interfaces.ui_models import ModelsPanel
 from step1x_edit.interfaces.ui_parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.ui_progress import ProgressLine
-from step1x_edit.interfaces.ui_texts import DEMO_EXAMPLES, EXAMPLES, text
+from step1x_edit.interfaces.ui_texts import DEMO_EXAMPLES, EXAMPLES, has_text, text
 from step1x_edit.model.request import Pixels
 from step1x_edit.pulls import Pulls
-from step1x_edit.schemas import PARAMETERS, GpuAnswer, GpuStatus, PlanStatus, Suggestion, loras_of
+from step1x_edit.schemas import (
+    GpuAnswer,
+    GpuStatus,
+    HowToEdit,
+    Parameter,
+    PlanStatus,
+    Suggestion,
+    loras_of,
+    parameters_of,
+)
 from step1x_edit.service import EditedPicture, EditService, Report
 from step1x_edit.settings import Settings
 
@@ -248,25 +257,16 @@ class _Thoughts:
 
 @dataclass(frozen=True)
 class _Form:
-    """What is asked for."""
+    """What is asked for: a widget for the prompt and for each parameter of an edit, by name."""
 
-    prompt: gr.Textbox
-    num_steps: gr.Slider
-    guidance_scale: gr.Slider
-    size_level: gr.Radio
-    seed: gr.Number
-    negative_prompt: gr.Textbox
-    loras: gr.Dropdown
-    thinking: gr.Checkbox
-    reflection: gr.Checkbox
-    reflection_rounds: gr.Slider
+    widgets: Mapping[str, Any]
 
     @property
     def inputs(self) -> list[Any]:
-        return list(vars(self).values())
+        return list(self.widgets.values())
 
     def arguments(self, values: tuple[object, ...]) -> dict[str, object]:
-        given = dict(zip(vars(self), values, strict=True))
+        given = dict(zip(self.widgets, values, strict=True))
         return {**given, "prompt": str(given["prompt"] or "").strip()}
 
 
@@ -828,32 +828,57 @@ class _Page:
                 hint = gr.Markdown(elem_id=f"{name}-suggested", sanitize_html=False)
                 use = gr.Button(T("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
             self._hints.append(_Hint(row, hint))
-            form = _Form(prompt, *self._advanced(), *self._reasoning(name))
-        use.click(self._suggested, None, [form.num_steps, form.guidance_scale], **PRIVATE)
-        return form, _Buttons(run, stop, line)
-
-    def _reasoning(self, name: str) -> tuple[gr.Checkbox, gr.Checkbox, gr.Slider]:
-        thinking, reflection = (
-            gr.Checkbox(
-                label=T(choice),
-                info=T(f"{choice}.hint" if self._service.can_reason else "reasoning.needs"),
-                interactive=self._service.can_reason,
-                elem_id=f"{name}-{choice}",
-            )
-            for choice in _REASONING
-        )
-        self._checkboxes += thinking, reflection
-        rounds = gr.Slider(
-            *_range("reflection_rounds"),
-            PARAMETERS["reflection_rounds"].default,
-            step=1,
-            label=T("reflection_rounds"),
-            info=T("reflection_rounds.hint"),
-            visible=False,
-            elem_id=f"{name}-reflection-rounds",
-        )
+            parameters = parameters_of(HowToEdit).values()
+            widgets = {one.name: self._widget(one, name) for one in parameters}
+        reflection, rounds = widgets["reflection"], widgets["reflection_rounds"]
         reflection.change(_shown_if, reflection, rounds, **PRIVATE)
-        return thinking, reflection, rounds
+        suggested = [widgets["num_steps"], widgets["guidance_scale"]]
+        use.click(self._suggested, None, suggested, **PRIVATE)
+        self._checkboxes += [widgets[choice] for choice in _REASONING]
+        return _Form({"prompt": prompt, **widgets}), _Buttons(run, stop, line)
+
+    def _widget(self, parameter: Parameter, tab: str) -> Any:
+        """What a parameter of an edit is set with: by its kind, unless it is a special one."""
+        name = parameter.name
+        value = self._service.defaults.get(name, parameter.default)
+        words = {
+            "label": T(name),
+            "info": T(f"{name}.hint") if has_text(f"{name}.hint") else None,
+            "elem_id": f"{tab}-{name.replace('_', '-')}",
+        }
+        match name:
+            case "seed":
+                return gr.Number(-1, precision=0, **words)
+            case "loras":
+                return self._loras(words)
+            case "reflection_rounds":  # appears with the reflection
+                return gr.Slider(*_range(parameter), value, step=1, visible=False, **words)
+            case "thinking" | "reflection":
+                can_reason = self._service.can_reason
+                hint = words["info"] if can_reason else T("reasoning.needs")
+                return gr.Checkbox(value, interactive=can_reason, **{**words, "info": hint})
+        if parameter.choices:
+            return gr.Radio(list(parameter.choices), value=value, **words)
+        match parameter.kind:
+            case "boolean":
+                return gr.Checkbox(value, **words)
+            case "integer":
+                return gr.Slider(*_range(parameter), value, step=1, **words)
+            case "number":
+                return gr.Slider(*_range(parameter), value, step=0.1, **words)
+        return gr.Textbox(value, lines=1, **words)
+
+    def _loras(self, words: Mapping[str, Any]) -> gr.Dropdown:
+        loras = self._service.loras
+        usual = {name: strength for name, strength in loras.items() if strength}
+        return gr.Dropdown(
+            [*loras_of(usual), *(name for name in loras if name not in usual)],
+            value=loras_of(usual),
+            multiselect=True,
+            allow_custom_value=True,
+            visible=bool(loras),
+            **words,
+        )
 
     def _offered(self, request: gr.Request) -> list[gr.Checkbox]:
         """The choices that the model does not have are grey, and say why."""
@@ -863,42 +888,6 @@ class _Page:
             gr.Checkbox(info=text(hint, language), interactive=can_reason)
             for hint in hints * (len(self._checkboxes) // len(hints))
         ]
-
-    def _advanced(
-        self,
-    ) -> tuple[gr.Slider, gr.Slider, gr.Radio, gr.Number, gr.Textbox, gr.Dropdown]:
-        defaults, loras = self._service.defaults, self._service.loras
-        usual = {name: strength for name, strength in loras.items() if strength}
-        return (
-            gr.Slider(
-                *_range("num_steps"),
-                defaults["num_steps"],
-                step=1,
-                label=T("num_steps"),
-            ),
-            gr.Slider(
-                *_range("guidance_scale"),
-                defaults["guidance_scale"],
-                step=0.1,
-                label=T("guidance_scale"),
-            ),
-            gr.Radio(
-                list(PARAMETERS["size_level"].choices),
-                value=defaults["size_level"],
-                label=T("size_level"),
-            ),
-            gr.Number(-1, precision=0, label=T("seed"), info=T("seed.hint")),
-            gr.Textbox(label=T("negative_prompt"), lines=1),
-            gr.Dropdown(
-                [*loras_of(usual), *(name for name in loras if name not in usual)],
-                value=loras_of(usual),
-                multiselect=True,
-                allow_custom_value=True,
-                label=T("loras"),
-                info=T("loras.hint"),
-                visible=bool(loras),
-            ),
-        )
 
     def _session(self, request: gr.Request) -> _Session:
         return self._sessions[str(request.session_hash)]
@@ -990,8 +979,7 @@ def _view(name: str) -> _View:
     )
 
 
-def _range(name: str) -> tuple[float, float]:
-    parameter = PARAMETERS[name]
+def _range(parameter: Parameter) -> tuple[float, float]:
     assert parameter.minimum is not None
     assert parameter.maximum is not None
     return parameter.minimum, parameter.maximum

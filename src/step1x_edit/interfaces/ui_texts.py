@@ -604,6 +604,11 @@ def language_of(accepted: str) -> str:
     return "en"
 
 
+def has_text(key: str) -> bool:
+    """Whether the table has such a text."""
+    return key in _TABLE
+
+
 def text(key: str, language: str, **values: object) -> str:
     """One text, with its values filled in."""
     return _TABLE[key][LANGUAGES.index(language)].format(**values)
