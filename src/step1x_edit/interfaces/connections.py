@@ -47,7 +47,7 @@ _FULL: Final = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class Bounds:
     """How many connections there may be, in all and from one other machine, and for how long."""
 
     connections: int
@@ -111,13 +111,13 @@ class TellOnce:
 
 def protocol(settings: Settings) -> type[asyncio.Protocol]:
     """What uvicorn is to make of each connection."""
-    limits = Limits(
+    bounds = Bounds(
         settings.max_connections,
         max(1, settings.max_connections // _ADDRESSES),
         min(_HEAD_S, settings.receive_timeout),
         min(_READING_S, settings.receive_timeout),
     )
-    made: Callable[..., _Connection] = partial(_Connection, limits)
+    made: Callable[..., _Connection] = partial(_Connection, bounds)
     return cast("type[asyncio.Protocol]", made)  # uvicorn only calls it
 
 
@@ -131,17 +131,17 @@ class _Connection(H11Protocol):
 
     def __init__(
         self,
-        limits: Limits,
+        bounds: Bounds,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._limits = limits
+        self._bounds = bounds
         self._waiting_since: float | None = None
-        self._head = _Alarm(self.loop, limits.head_s, self._give_up)
-        self._reading = _Alarm(self.loop, limits.reading_s, self._check_reader)
+        self._head = _Alarm(self.loop, bounds.head_s, self._give_up)
+        self._reading = _Alarm(self.loop, bounds.reading_s, self._check_reader)
         self._unread = 0
 
     # --- what asyncio and uvicorn tell ---
@@ -214,9 +214,9 @@ class _Connection(H11Protocol):
         everybody = cast("set[_Connection]", self.connections)
         if not _is_this_machine(self._address):
             neighbours = [one for one in everybody if one._address == self._address]
-            if len(neighbours) > self._limits.per_address and not self._push_out(neighbours):
+            if len(neighbours) > self._bounds.per_address and not self._push_out(neighbours):
                 return False
-        return len(everybody) <= self._limits.connections or self._push_out(everybody)
+        return len(everybody) <= self._bounds.connections or self._push_out(everybody)
 
     def _push_out(self, some: Iterable[_Connection]) -> bool:
         waits = [
