@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from step1x_edit.interfaces import hosts
 from step1x_edit.settings import inherited_environment
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ PROOF_HEADER: Final = "X-Proof"
 _ANSWER_TIMEOUT_S: Final = 1.0  # a server that is slower than this is no help to anybody
 _PS_S: Final = 5.0
 _MAX_NOTE_BYTES: Final = 64 * 1024
-_LOOPBACK: Final = {"127.0.0.1", "::1", "localhost"}
 
 # Absent on Windows, which has neither owners nor modes in this sense.
 _O_NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)
@@ -166,7 +166,7 @@ def _is_on_this_machine(url: str) -> bool:
         parts = urlsplit(url)
     except ValueError:
         return False
-    return parts.scheme in ("http", "https") and parts.hostname in _LOOPBACK
+    return parts.scheme in ("http", "https") and parts.hostname in hosts.LOOPBACK
 
 
 def _runs(server: RunningServer) -> bool:

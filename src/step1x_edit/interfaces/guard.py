@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
-import ipaddress
 import logging
 import re
 import secrets
@@ -38,7 +37,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step1x_edit.errors import ImageTooLargeError, RateLimitedError, ServerBusyError
-from step1x_edit.interfaces import problems
+from step1x_edit.interfaces import hosts, problems
 from step1x_edit.interfaces.problems import Failure
 from step1x_edit.interfaces.rate_limit import RateLimit
 from step1x_edit.logs import current_request
@@ -63,7 +62,6 @@ _PAGE_UPLOAD: Final = "/gradio_api/upload"
 _BODIES: Final = 8  # of the longest kind that may be held at a time
 _START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
 _BYTES_PER_S: Final = 16 * 1024
-_LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})  # none: typed by the user
 _ASK_THE_USER: Final = 'Basic realm="step1x-edit", charset="UTF-8"'
@@ -127,7 +125,7 @@ class Guard:
         self._key = None
         if settings.api_key is not None:
             self._key = settings.api_key.get_secret_value().encode("ascii")
-        self._names = _LOOPBACK_NAMES | {settings.host.lower(), *settings.allowed_hosts}
+        self._names = hosts.LOOPBACK | {settings.host.lower(), *settings.allowed_hosts}
         self._is_open = not settings.is_loopback
         if self._is_open:
             self._names |= {socket.gethostname().lower()}
@@ -249,9 +247,9 @@ class Guard:
         return "" if client is None else str(client[0])
 
     def _is_ours(self, host: str) -> bool:
-        name = _name_of(host)
+        name = hosts.name_of(host)
         # Nobody can rebind a number, and which numbers a machine has is hard to know.
-        return name in self._names or (self._is_open and _is_address(name))
+        return name in self._names or (self._is_open and hosts.is_address(name))
 
     def _may_enter(self, path: str, shown: list[str]) -> bool:
         if self._key is None or path in OPEN_PATHS:
@@ -392,17 +390,3 @@ def _authority(origin: str) -> str | None:
     except ValueError:
         return None
     return parts.netloc.lower() if parts.scheme in ("http", "https") else None
-
-
-def _name_of(host: str) -> str:
-    """The name in a Host header, without port and brackets; nothing if it is malformed."""
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::\d+)?", host)
-    return "" if match is None else (match[1] or match[2]).lower()
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -26,6 +26,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     rebuild,
 )
+from step1x_edit.interfaces import hosts
 from step1x_edit.interfaces.editor import Edited
 from step1x_edit.schemas import (
     GpuAnswer,
@@ -46,7 +47,6 @@ _MCP: Final = "/mcp"  # what a server is announced by
 _CONNECT_S: Final = 10.0
 _SILENCE_S: Final = 120.0  # events come at least every 15 s; an upload may take a while to be read
 _MAX_ANSWER: Final = 4 * 1024 * 1024  # of anything but a picture
-_LOOPBACK: Final = {"127.0.0.1", "::1", "localhost"}
 
 
 class RemoteServer:
@@ -191,7 +191,7 @@ class RemoteServer:
             headers=headers,
             timeout=httpx2.Timeout(_SILENCE_S, connect=_CONNECT_S),
             # The proxy for the world outside is not for servers on this machine.
-            trust_env=urlsplit(self._url).hostname not in _LOOPBACK,
+            trust_env=urlsplit(self._url).hostname not in hosts.LOOPBACK,
         )
 
     async def _ask(
