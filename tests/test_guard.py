@@ -304,6 +304,34 @@ async def test_the_token_opens_every_route(make_service: MakeService, tmp_path: 
                 assert answer.status == expected, (method, path)
 
 
+async def test_no_name_in_an_address_is_more_than_not_found(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    service = make_service()
+    chosen = settings(data_dir=tmp_path / "data", enable_mcp=False)
+    routes = build_routes(service, chosen, Metrics(service))
+    app = Guard(routes, chosen)
+    names = (
+        "a" * 5000,
+        "a/" * 3000,
+        "%00",
+        "a%00b",
+        "%0a",
+        "%ff",
+        "%ed%a0%80",
+        "..%2f..%2fa",
+        "..",
+    )
+    async with routes.router.lifespan_context(routes):
+        for pattern, methods in ROUTES.items():
+            if "{" not in pattern or pattern == ENDLESS:
+                continue
+            for method, name in product(methods, names):
+                path = re.sub(r"\{.*?\}", name, pattern)
+                answer = await ask(app, method, path, RIGHT)
+                assert 400 <= answer.status < 500, (method, path[:100])
+
+
 # --- the token ------------------------------------------------------------------------------------
 
 

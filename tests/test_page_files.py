@@ -253,11 +253,41 @@ def test_a_range_that_nobody_understands_is_ignored(page: httpx2.Client, wanted:
     assert part.content.startswith(b"234")
 
 
-def test_a_session_that_cannot_stand_in_an_address_is_none(page: httpx2.Client) -> None:
-    answer = page.get("/gradio_api/heartbeat/a%00b")
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/assets/" + "a" * 300,
+        "/assets/" + "%F0%9F%96%8C" * 70,
+        "/assets/" + "a/" * 3000,
+        "/assets/a%00b",
+        "/static/" + "a" * 300,
+        "/static/a%00b",
+        "/gradio_api/heartbeat/a%00b",
+        "/gradio_api/queue/data",
+        "/gradio_api/queue/data?session_hash=nobody",
+        "/gradio_api/queue/data?session_hash=%00",
+    ],
+)
+def test_a_file_or_session_that_there_cannot_be_is_not_found(
+    page: httpx2.Client, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = page.get(path)
 
     assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["code"] == "not_found"
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("host", ["[::1", "[1:::2]", "999.999.999.999", "[", ""])
+def test_a_malformed_host_of_a_proxy_is_ignored(page: httpx2.Client, host: str) -> None:
+    assert page.get("/config", headers={"X-Forwarded-Host": host}).status_code == 200
+
+
+def test_the_page_has_the_address_that_a_proxy_says(page: httpx2.Client) -> None:
+    config = page.get("/config", headers={"X-Forwarded-Host": "pictures.example:81"}).json()
+
+    assert config["root"] == "http://pictures.example:81"
 
 
 @pytest.mark.parametrize(
@@ -280,8 +310,11 @@ def test_an_event_that_no_page_of_this_server_sends_is_refused(
     assert answer.json()["code"] == "invalid_parameter"
 
 
-def test_failures_of_gradio_have_the_form_of_all_others(page: httpx2.Client) -> None:
-    answer = page.get("/assets/" + 5000 * "a")  # longer than a name of a file can be
+def test_failures_of_gradio_have_the_form_of_all_others(
+    page: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("gradio.routes.favicon")
+    answer = page.get("/favicon.ico")
 
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from step1x_edit.errors import InternalError, InvalidParameterError
-from step1x_edit.interfaces import json_bodies
+from step1x_edit.interfaces import hosts, json_bodies
 from step1x_edit.interfaces.page_files import PageFiles, own_folder
 from step1x_edit.pulls import Pulls
 from step1x_edit.service import EditService
@@ -58,9 +58,11 @@ _ROUTES: Final = {
 _FILE: Final = "/gradio_api/file="
 _HEARTBEAT: Final = "/gradio_api/heartbeat/"
 _JOIN: Final = "/gradio_api/queue/join"
+_EVENTS_OF_SESSION: Final = "/gradio_api/queue/data"
 _UPLOAD: Final = "/gradio_api/upload"
 _EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
 _FIXED: Final = ("/assets/", "/static/")
+_LONGEST_NAME: Final = 255  # bytes, of a file or of a session
 _TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # that can name files
 _QUOTA: Final = 8  # uploads of the largest size, for all visitors together
 # Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
@@ -101,12 +103,16 @@ class Page:
         if "://" in scope["path"]:  # Gradio would fetch the address for the caller
             raise HTTPException(404)
         path = scope["path"]
-        if path.startswith(_HEARTBEAT) and not path.isprintable():
-            raise HTTPException(404)  # Gradio would fail at it, in the middle of its answer
+        if path.startswith((_HEARTBEAT, *_FIXED)) and not _can_be_a_name(path):
+            raise HTTPException(404)  # Gradio would fail at it
         page, files = await self._built()
         app: ASGIApp = page
         if path == _UPLOAD:
             app = self._upload
+        elif path == _EVENTS_OF_SESSION:
+            if Request(scope).query_params.get("session_hash") not in page.state.sessions:
+                # Gradio would fail at it in the middle of its answer.
+                raise HTTPException(404, "There is no such session, or not any more.")
         elif path in _EVENTS:
             receive = await _checked(scope, receive, files, page.state.functions)
         elif path.startswith(_FILE):
@@ -179,14 +185,25 @@ class Page:
             built.set_exception(error)
 
 
-def _is_understood(path: str, name: bytes, value: bytes) -> bool:
-    """Whether Gradio shall see a header: it fails at anything but one simple range.
+def _can_be_a_name(path: str) -> bool:
+    return path.isprintable() and len(path.encode()) <= _LONGEST_NAME
 
-    Nor shall it compress what we have to read again.
+
+def _is_understood(path: str, name: bytes, value: bytes) -> bool:
+    """Whether Gradio sees a header: it fails at all ranges but one, and at malformed hosts.
+
+    Nor does it compress what we have to read again.
     """
-    if name == b"accept-encoding":
-        return path.startswith(_FIXED)
-    return name != b"range" or re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
+    match name:
+        case b"accept-encoding":
+            return path.startswith(_FIXED)
+        case b"range":
+            return re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
+        case b"x-forwarded-host":
+            host = hosts.name_of(value.decode("latin-1"))
+            return hosts.is_address(host) or re.search("[a-z]", host) is not None
+        case _:
+            return True
 
 
 async def _checked(

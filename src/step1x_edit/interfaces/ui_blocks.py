@@ -87,7 +87,8 @@ _ENDED: Final = "() => window.step1xEdit.ended()"
 def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFiles) -> FastAPI:
     """The page as an application of Gradio's; it has to be entered with `running`.
 
-    Its `state.functions` holds the numbers of the functions that an event may name.
+    Its `state.functions` holds the numbers of the functions that an event may name, and
+    `state.sessions` the names of the sessions that have sent an event.
     """
     # Our page uploads pictures; whoever names an address instead would have us fetch it.
     processing_utils.async_ssrf_protected_get = _no_fetching
@@ -121,6 +122,7 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
     # being mounted as that (`processing_utils._check_allowed`).
     blocks.has_launched = True
     outer.state.functions = frozenset(blocks.fns)
+    outer.state.sessions = blocks._queue.pending_messages_per_session
     return outer
 
 
