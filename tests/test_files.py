@@ -99,7 +99,7 @@ NARROW = "\u202f"  # what macOS puts before AM and PM in the names of screenshot
         ("a\u00a0b\u3000c.png", "a b c.png"),
         ("cafe\u0301.png", "caf\u00e9.png"),
         ("a\u200bb.png", "ab.png"),
-        ("\uff41.png", "a.png"),
+        ("a\u2011b.png", "a-b.png"),
     ],
 )
 def test_a_file_is_found_by_a_name_that_looks_the_same(
@@ -111,6 +111,16 @@ def test_a_file_is_found_by_a_name_that_looks_the_same(
     found = files.read(str(root / written))
     assert found.data == b"cat"
     assert files.identify([str(root / written)]) == {found.identity}
+
+
+@pytest.mark.parametrize("on_disk", ["photo².png", "photo①.png", "\ufb01le2.png", "photo_2.png"])
+def test_a_file_whose_name_looks_different_is_another_file(
+    files: FileAccess, root: Path, on_disk: str
+) -> None:
+    (root / on_disk).write_bytes(b"cat")
+    for written in ("photo2.png", "photo1.png", "file2.png", "photo-2.png"):
+        with pytest.raises(ImageFileNotFoundError):
+            files.read(str(root / written))
 
 
 def test_an_exact_name_wins_and_nothing_is_guessed_between_two(

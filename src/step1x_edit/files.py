@@ -45,6 +45,7 @@ MAX_STEM_BYTES: Final = 60  # of a name that a text gives
 _ROOM_FOR_NUMBER: Final = len("_99999")
 _CHUNK: Final = 1 << 20
 _LINK: Final = "file://"
+_HYPHENS: Final = "\u2010\u2011"  # that look like the one of ASCII
 _TEMPORARY_PREFIX: Final = ".step1x-edit-"  # only where files without a name are unknown
 
 # Absent on Windows, where they are not needed.
@@ -531,10 +532,10 @@ def _alike(real: Path) -> Path | None:
 
 
 def _look(name: str) -> str:
-    """A name as the eye sees it: one kind of blank, nothing invisible, no variants of letters."""
-    seen = unicodedata.normalize("NFKC", name)
+    """A name as the eye sees it: one kind of blank and of hyphen, nothing invisible."""
+    seen = unicodedata.normalize("NFC", name)
     return "".join(
-        " " if letter.isspace() else letter
+        " " if letter.isspace() else "-" if letter in _HYPHENS else letter
         for letter in seen
         if unicodedata.category(letter) != "Cf"
     )
