@@ -665,6 +665,7 @@ def test_a_server_whose_disk_cannot_take_a_job_is_not_ready(
     assert not_ready.status_code == checks.status_code == 503
     assert problem(not_ready)["code"] == "no_space"
     assert "free in DATA_DIR" in problem(not_ready)["detail"]
+    assert str(tmp_path) not in not_ready.text + checks.text  # anybody may ask without API_KEY
     assert "[-] disk for stored jobs: " in checks.text
     assert ready.status_code == 200  # without jobs nothing is stored
 

@@ -467,7 +467,7 @@ class EditService:
 
     @property
     def readiness(self) -> Mapping[str, Callable[[], None]]:
-        """What has to be so for the next edit to be taken; each raises what is not as it should."""
+        """The checks that the next edit depends on; each raises an error, without any path."""
         checks = {
             "room in the queue": self.check_room,
             "worker": self._engine.check_restarts,
@@ -484,7 +484,7 @@ class EditService:
     def _check_checkpoint(self) -> None:
         path = resolve_model_path(self._settings.model_path, self._settings.data_dir)
         if path is not None and not os.path.exists(path):  # noqa: PTH110 - pathlib's can raise
-            raise CheckpointError(f"there is nothing at MODEL_PATH {path}")
+            raise CheckpointError("there is nothing at MODEL_PATH")
 
     def _check_disk(self) -> None:
         """Raise NoSpaceError if DATA_DIR cannot take the largest picture that a job may bring."""
@@ -493,10 +493,10 @@ class EditService:
             free = shutil.disk_usage(nearest_existing(folder)).free
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO).lower()
-            raise NoSpaceError(f"DATA_DIR {folder} cannot be reached ({reason})") from None
+            raise NoSpaceError(f"DATA_DIR cannot be reached ({reason})") from None
         if free < self._settings.max_bytes:
             raise NoSpaceError(
-                f"{free / MEBI:.0f} MiB are free in DATA_DIR {folder}, and a picture may have "
+                f"{free / MEBI:.0f} MiB are free in DATA_DIR, and a picture may have "
                 f"{self._settings.max_upload_mb} (MAX_UPLOAD_MB)"
             )
 
