@@ -728,13 +728,15 @@ async def test_the_link_of_an_answer_opens_wherever_a_picture_is_read(
         again = await client.call_tool("edit_image", {"image_path": link, "prompt": "x"})
         (read,) = await client.read_resource(link)
         templates = await client.list_resource_templates()
-        with pytest.raises(MCPError, match="Image file not found"):
-            await client.read_resource((tmp_path / "no.png").as_uri())
         (tmp_path / "notes.txt").write_text("nobody's business")
-        with pytest.raises(MCPError, match="Unsupported image"):
-            await client.read_resource((tmp_path / "notes.txt").as_uri())
-        with pytest.raises(MCPError, match="Path not allowed"):
-            await client.read_resource((tmp_path.parent / "x.png").as_uri())
+        for path, message in (
+            (tmp_path / "no.png", "Image file not found"),
+            (tmp_path / "notes.txt", "Unsupported image"),
+            (tmp_path.parent / "x.png", "Path not allowed"),
+        ):
+            with pytest.raises(MCPError, match=message) as refused:
+                await client.read_resource(path.as_uri())
+            assert refused.value.error.code == INVALID_PARAMS
 
     output = Path(edited.structured_content["output_path"])
     assert output.as_uri() == link

@@ -23,7 +23,8 @@ from typing import Any, Final, TypeVar, cast
 
 import mcp_types
 from fastmcp import Context, FastMCP
-from fastmcp.exceptions import NotFoundError, ResourceError
+from fastmcp.exceptions import NotFoundError
+from fastmcp.exceptions import ValidationError as InvalidParams
 from fastmcp.resources import Resource, ResourceContent, ResourceResult, ResourceTemplate
 from fastmcp.server.dependencies import get_context, get_http_request
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
@@ -242,7 +243,7 @@ def build_mcp(
         try:
             data = await service.read_file(path if os.name == "nt" else f"/{path}")
         except Step1XEditError as error:
-            raise ResourceError(str(error)) from None
+            raise InvalidParams(str(error), log_level=logging.DEBUG) from None
         known = OUTPUT_FORMATS.get(Path(path).suffix.lower())
         kind = "application/octet-stream" if known is None else known.media_type
         return ResourceResult([ResourceContent(data, mime_type=kind)])
