@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -588,6 +591,8 @@ LYING = {"Orientation": 6, "XResolution": 600.0, "YResolution": 300.0, "Resoluti
     [
         (saved(SCENE, "PNG", dpi=(300, 150)), (300, 150)),
         (saved(SCENE, "JPEG", dpi=(300, 150)), (300, 150)),
+        (saved(SCENE, "PNG", exif=in_exif(XResolution=300.0, YResolution=150.0)), (300, 150)),
+        (saved(SCENE, "PNG", dpi=(72, 72)), (72, 72)),
         (saved(SCENE, "BMP", dpi=(300, 150)), (300, 150)),
         (saved(SCENE, "TIFF", dpi=(300, 150)), (300, 150)),
         (saved(SCENE, "TIFF", resolution_unit=3, x_resolution=100, y_resolution=200), (254, 508)),
@@ -595,7 +600,18 @@ LYING = {"Orientation": 6, "XResolution": 600.0, "YResolution": 300.0, "Resoluti
         (saved(SCENE, "WEBP", exif=in_exif(**LYING)), (300, 600)),
         (saved(SCENE, "TIFF", exif=in_exif(**LYING)), (300, 600)),
     ],
-    ids=["PNG", "JPEG", "BMP", "TIFF", "cm", "16 bits", "WebP lying", "TIFF lying"],
+    ids=[
+        "PNG",
+        "JPEG",
+        "PNG EXIF",
+        "PNG 72",
+        "BMP",
+        "TIFF",
+        "cm",
+        "16 bits",
+        "WebP lying",
+        "TIFF lying",
+    ],
 )
 async def test_the_density_of_a_picture_is_kept_in_every_format(
     edited: Edited, data: bytes, density: tuple[float, float]
@@ -609,8 +625,23 @@ async def test_a_density_that_no_file_gives_is_not_made_up(edited: Edited) -> No
     data = saved(SCENE, "JPEG", exif=in_exif(Make="Leica"))
     for suffix in FORMATS:
         result = await edited(data, "in.x", f"out{suffix}")
-        assert ExifTags.Base.XResolution not in result.exif, suffix
+        # EXIF wants this for "unknown"; no other part of the file says any.
+        assert result.exif[ExifTags.Base.XResolution] == 72, suffix
+        assert result.exif[ExifTags.Base.YResolution] == 72, suffix
+        assert result.exif[ExifTags.Base.ResolutionUnit] == 2, suffix
         assert result.info.get("jfif_unit", 0) == 0, suffix
+        again = await edited(result.path.read_bytes(), f"in{suffix}", "again.png")
+        assert "dpi" not in again.info, suffix
+
+
+@pytest.mark.parametrize("data", [saved(SCENE, "PNG"), saved(SCENE, "JPEG", dpi=(300, 150))])
+@pytest.mark.skipif(shutil.which("exiftool") is None, reason="needs exiftool")
+async def test_exiftool_finds_nothing_wrong_with_a_result(edited: Edited, data: bytes) -> None:
+    for suffix in FORMATS:
+        result = await edited(data, "in.x", f"out{suffix}")
+        command = ["exiftool", "-validate", "-warning", "-a", str(result.path)]
+        told = await asyncio.to_thread(subprocess.check_output, command, text=True)
+        assert "Warning" not in told, (suffix, told)
 
 
 XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>

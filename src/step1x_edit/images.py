@@ -275,7 +275,6 @@ def _stored_tiff(data: bytes, check: Callable[[int, int], None]) -> _Stored:
 
 def _described_tiff(image: Image.Image, found: tiff.Found, data: bytes) -> _Stored:
     directory, first = found.directory, found.first
-    image.info["dpi"] = directory.density  # Pillow would make one up
     image.info["iptc"] = directory.iptc or first.iptc
     image.info["xmp"] = directory.xmp or first.xmp
     exif = exif_of(image)
@@ -598,8 +597,8 @@ def _companions(
     xmp = xmp_packet(notes)
     has_profile = profile is not None
     if output is PNG:
-        # Density and record have chunks, and are not said twice.
-        exif = exif_with(replace(notes, density=None), None, has_profile=has_profile)
+        # Density and record have chunks; EXIF needs the density as well if there is any EXIF.
+        exif = exif_with(notes, None, has_profile=has_profile) if notes.exif else None
         chunks = PngImagePlugin.PngInfo()
         if record is not None:
             chunks.add_itxt(RECORD_KEY, written(record))

@@ -69,6 +69,7 @@ _PHOTO_TAGS: Final = (
 _MAX_TAG_LENGTH: Final = 200
 _SRGB, _UNCALIBRATED = 1, 0xFFFF
 _INCH, _CENTIMETRE = 2, 3
+_UNKNOWN_DENSITY: Final = (72.0, 72.0)  # per inch: what EXIF wants if there is nothing to say
 
 # What EXIF requires beside what there is to say.
 _REQUIRED: Final[Mapping[int, bytes]] = {
@@ -136,14 +137,14 @@ def exif_with(
     """
     image: dict[int, Any] = {tag: notes.exif[tag] for tag in _IMAGE_TAGS if tag in notes.exif}
     photo: dict[int, Any] = {tag: notes.exif[tag] for tag in _PHOTO_TAGS if tag in notes.exif}
-    if notes.density is not None:
-        image[ExifTags.Base.XResolution], image[ExifTags.Base.YResolution] = notes.density
-        image[ExifTags.Base.ResolutionUnit] = _INCH
     if record is not None:
         image[ExifTags.Base.Software] = record.software
         photo[ExifTags.Base.UserComment] = _comment(record, byte_order)
-    if not image and not photo:
+    if not image and not photo and notes.density is None:
         return None
+    density = notes.density or _UNKNOWN_DENSITY
+    image[ExifTags.Base.XResolution], image[ExifTags.Base.YResolution] = density
+    image[ExifTags.Base.ResolutionUnit] = _INCH
     photo.update(_REQUIRED)
     photo[ExifTags.Base.ColorSpace] = _UNCALIBRATED if has_profile else _SRGB
     exif = Image.Exif()
@@ -191,19 +192,24 @@ _ROUNDING: Final = 0.02  # PNG counts whole pixels per metre
 
 def _density(image: Image.Image, exif: Mapping[int, Any]) -> tuple[float, float] | None:
     """Pixels per inch as stored, before any turn."""
-    found = image.info.get("dpi")
-    if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit"):
-        found = None  # Pillow's own reading of EXIF, or its guess
+    # In other formats `dpi` is what Pillow makes of the tags.
+    is_stated = image.format in ("PNG", "BMP") or image.info.get("jfif_unit")
+    found = (image.info.get("dpi") if is_stated else None) or _density_in(exif)
     if found is None:
-        tags = ExifTags.Base.XResolution, ExifTags.Base.YResolution
-        scale = {_INCH: 1.0, _CENTIMETRE: 2.54}.get(exif.get(ExifTags.Base.ResolutionUnit, 0))
-        if scale is None or not all(tag in exif for tag in tags):
-            return None
-        found = tuple(_number(exif[tag]) * scale for tag in tags)
+        return None
     across, down = (_number(value) for value in found)
     if not all(1 <= value <= _MAX_DENSITY for value in (across, down)):
         return None
     return _tidy(across), _tidy(down)
+
+
+def _density_in(exif: Mapping[int, Any]) -> tuple[float, float] | None:
+    tags = ExifTags.Base.XResolution, ExifTags.Base.YResolution
+    scale = {_INCH: 1.0, _CENTIMETRE: 2.54}.get(exif.get(ExifTags.Base.ResolutionUnit, _INCH))
+    if scale is None or not all(tag in exif for tag in tags):
+        return None
+    across, down = (_number(exif[tag]) * scale for tag in tags)
+    return None if (across, down) == _UNKNOWN_DENSITY else (across, down)
 
 
 def _number(value: Any) -> float:

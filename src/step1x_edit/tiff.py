@@ -168,18 +168,6 @@ class Directory:
         return max(self.numbers(ExifTags.Base.SampleFormat), default=_UNSIGNED)
 
     @property
-    def density(self) -> tuple[float, float] | None:
-        """Pixels per inch as stored, before any turn."""
-        unit = self.number(ExifTags.Base.ResolutionUnit, 2)
-        tags = ExifTags.Base.XResolution, ExifTags.Base.YResolution
-        try:
-            across, down = (float(self.tags[tag]) for tag in tags)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            return None
-        scale = {2: 1.0, 3: 2.54}.get(unit)
-        return None if scale is None else (across * scale, down * scale)
-
-    @property
     def iptc(self) -> bytes | None:
         """The IPTC datasets of the picture."""
         return self.bytes_of(_IPTC)
