@@ -49,6 +49,8 @@ from picture_files import (
     with_nclx,
 )
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
+from step1x_edit.images import decode
+from step1x_edit.settings import Limits
 from step1x_edit.tiff import image_of, opened
 
 SCENE = scene()
@@ -203,6 +205,21 @@ async def test_a_tiff_whose_values_overlap_does_not_fill_the_memory(edited: Edit
         assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
     finally:
         tracemalloc.stop()
+
+
+def test_samples_of_16_bits_are_unpacked_some_rows_at_a_time() -> None:
+    """All of them at once, with one nobody needs, took thirty bytes for each pixel."""
+    samples = np.full((2000, 3000, 5), 40_000, np.uint16)
+    data = tiff(
+        samples, photometric="rgb", extrasamples=[2, 0], compression="zlib", rowsperstrip=2000
+    )
+    tracemalloc.start()
+    try:
+        picture = decode(data, Limits(2**25, 50_000_000))
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2000 * 3000
+    finally:
+        tracemalloc.stop()
+    assert set(np.unique(picture.pixels)) == {156}
 
 
 def raw(maker: str, **tags: Any) -> bytes:

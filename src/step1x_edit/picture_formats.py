@@ -15,8 +15,10 @@ from step1x_edit.colour import Cicp
 
 # --- names ---------------------------------------------------------------------------------------
 
+CAMERA_RAW: Final = "a camera raw; develop it in a raw converter and save it as TIFF or JPEG"
+"""What follows the name of such a format, in a refusal."""
+
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-_DEVELOP: Final = "a camera raw; develop it in a raw converter and save it as TIFF or JPEG"
 _SAVE: Final = "save it as PNG, JPEG or TIFF"
 _NO_PICTURE: Final = "give a picture: PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF"
 
@@ -31,14 +33,14 @@ _BEGINNINGS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"#?RGBE", "Radiance HDR", "tone-map it and save it as PNG or TIFF with 8 or 16 bits"),
     (b"8BPS", "Photoshop document (PSD)", _SAVE),
     (b"gimp xcf", "GIMP document (XCF)", _SAVE),
-    (b"FUJIFILMCCD-RAW", "Fujifilm RAF", _DEVELOP),
-    (b"IIU\0", "Panasonic RW2", _DEVELOP),
-    (b"IIRO", "Olympus ORF", _DEVELOP),
-    (b"IIRS", "Olympus ORF", _DEVELOP),
-    (b"MMOR", "Olympus ORF", _DEVELOP),
-    (b"\0MRM", "Minolta MRW", _DEVELOP),
-    (b"FOVb", "Sigma X3F", _DEVELOP),
-    (b"II\x1a\0\0\0HEAPCCDR", "Canon CRW", _DEVELOP),
+    (b"FUJIFILMCCD-RAW", "Fujifilm RAF", CAMERA_RAW),
+    (b"IIU\0", "Panasonic RW2", CAMERA_RAW),
+    (b"IIRO", "Olympus ORF", CAMERA_RAW),
+    (b"IIRS", "Olympus ORF", CAMERA_RAW),
+    (b"MMOR", "Olympus ORF", CAMERA_RAW),
+    (b"\0MRM", "Minolta MRW", CAMERA_RAW),
+    (b"FOVb", "Sigma X3F", CAMERA_RAW),
+    (b"II\x1a\0\0\0HEAPCCDR", "Canon CRW", CAMERA_RAW),
     (b"DDS ", "DirectDraw surface (DDS)", _SAVE),
     (b"qoif", "QOI", _SAVE),
     (b"BPG\xfb", "BPG", _SAVE),
@@ -70,7 +72,7 @@ _BRANDS: Final = {
     b"hevx": ("HEIC", _HEIC_ADVICE),
     b"avif": ("AVIF that is damaged or incomplete", "save it again"),
     b"avis": ("AVIF that is damaged or incomplete", "save it again"),
-    b"crx ": ("Canon CR3", _DEVELOP),
+    b"crx ": ("Canon CR3", CAMERA_RAW),
     b"mif1": ("HEIF", _SAVE),
     b"msf1": ("HEIF", _SAVE),
     b"qt  ": ("video (QuickTime)", "save a frame of it as PNG or JPEG"),

@@ -23,6 +23,7 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
+from step1x_edit.picture_formats import CAMERA_RAW
 
 _PREFIXES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BIG_ENDIAN_BIGTIFF: Final = b"MM\0+"  # Pillow takes it for a TIFF
@@ -50,6 +51,7 @@ _PREDICTOR: Final = 317
 _NONE, _HORIZONTAL = 1, 2  # predictors
 _ROOM_FOR_DEFLATE: Final = 1024  # bytes; what cannot be packed becomes a little longer
 _MAX_TILE: Final = 2**24  # pixels
+_PART: Final = 2**22  # bytes of samples that are unpacked at a time
 _MAX_SAMPLES: Final = 5  # to a pixel: colours, alpha and one more
 _DAMAGED: Final = "the file is damaged or incomplete"
 
@@ -200,9 +202,7 @@ def opened(data: bytes) -> Found:
     every = [directory for chain in chains for directory in chain]
     raw = _raw_format(data, every)
     if raw is not None:
-        raise UnsupportedImageError(
-            f"{raw}, a camera raw; develop it in a raw converter and save it as TIFF or JPEG"
-        )
+        raise UnsupportedImageError(f"{raw}, {CAMERA_RAW}")
     if not chains:
         raise CorruptImageError(_DAMAGED)
     chosen = _full_picture(chains[0], every)
@@ -417,16 +417,21 @@ def _samples_of(directory: Directory) -> int:
 
 def image_of(data: bytes, directory: Directory) -> Image.Image:
     """The picture with 8 bits a sample, as stored (not turned), with its companions in `info`."""
-    samples = _to_8_bits(_samples(data, directory), directory)
+    width, height = directory.size
     colours = _CHANNELS[directory.photometric]
-    extra = directory.numbers(ExifTags.Base.ExtraSamples) or (0,)
-    channels = [samples[:, :, channel] for channel in range(colours)]
-    if samples.shape[2] > colours and extra[0] in (_ASSOCIATED, _UNASSOCIATED):
-        alpha = samples[:, :, colours]
-        if extra[0] == _ASSOCIATED:
-            channels = [_unmultiplied(channel, alpha) for channel in channels]
-        channels.append(alpha)
-    image = Image.merge(_MODES[len(channels)], [Image.fromarray(one) for one in channels])
+    if _samples_of(directory) < colours:
+        raise CorruptImageError(_DAMAGED)
+    extra = (directory.numbers(ExifTags.Base.ExtraSamples) or (0,))[0]
+    has_alpha = _samples_of(directory) > colours and extra in (_ASSOCIATED, _UNASSOCIATED)
+    pixels = np.zeros((height, width, colours + has_alpha), np.uint8)
+    table = _to_8_bits(directory)
+    for (top, left, channel), values in _parts(data, directory, pixels.shape[2]):
+        place = pixels[top : top + len(values), left : left + values.shape[1], channel:]
+        place[:, :, : values.shape[2]] = table[values[:, : place.shape[1], : place.shape[2]]]
+    if has_alpha and extra == _ASSOCIATED:
+        for row in pixels:
+            row[:, :colours] = _unmultiplied(row[:, :colours], row[:, colours:])
+    image = Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[:, :, 0])
     image.info.update(
         {
             "icc_profile": directory.bytes_of(_ICC_PROFILE),
@@ -437,56 +442,43 @@ def image_of(data: bytes, directory: Directory) -> Image.Image:
     return image
 
 
-_MODES: Final = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-
 def at_full_scale(image: Image.Image, directory: Directory) -> Image.Image:
     """Grey of 16 bits as Pillow has read it, as 8 bits from black to white."""
-    values = np.asarray(image).astype(np.uint16)[:, :, None]
-    return Image.fromarray(_to_8_bits(values, directory)[:, :, 0])
+    return Image.fromarray(_to_8_bits(directory)[np.asarray(image).astype(np.uint16)])
 
 
-def _to_8_bits(values: npt.NDArray[np.uint16], directory: Directory) -> npt.NDArray[np.uint8]:
+def _to_8_bits(directory: Directory) -> npt.NDArray[np.uint8]:
+    """What each stored number is in 8 bits, from black to white."""
     highest = 2 ** directory.bits[0] - 1
     table = (np.arange(2**16).clip(max=highest) * 510 + highest) // (2 * highest)
     if directory.photometric == _WHITE_IS_ZERO:
         table[: highest + 1] = table[highest::-1]
-    scaled: npt.NDArray[np.uint8] = table.astype(np.uint8)[values]
+    scaled: npt.NDArray[np.uint8] = table.astype(np.uint8)
     return scaled
 
 
 def _unmultiplied(
-    channel: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]
+    colours: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
-    """A channel without the alpha that it was multiplied by."""
+    """Colours without the alpha that they were multiplied by."""
     divisor = np.maximum(alpha, 1).astype(np.uint16)
-    divided = np.minimum((channel.astype(np.uint16) * 255 + divisor // 2) // divisor, 255)
+    divided = np.minimum((colours.astype(np.uint16) * 255 + divisor // 2) // divisor, 255)
     unmultiplied: npt.NDArray[np.uint8] = divided.astype(np.uint8)
     return unmultiplied
 
 
-def _samples(data: bytes, directory: Directory) -> npt.NDArray[np.uint16]:
-    """The stored numbers, as (H, W, samples)."""
+def _parts(
+    data: bytes, directory: Directory, channels: int
+) -> Iterator[tuple[tuple[int, int, int], npt.NDArray[np.uint16]]]:
+    """Some rows at a time of each strip or tile with the first of these channels.
+
+    With them come their top, their left and their first channel. A tile may reach beyond the right
+    edge, and all samples of a pixel are there if they are stored together.
+    """
     width, height = directory.size
     samples = _samples_of(directory)
     is_planar = directory.number(ExifTags.Base.PlanarConfiguration, 1) == _SEPARATE_PLANES
     planes, together = (samples, 1) if is_planar else (1, samples)
-    if samples < _CHANNELS[directory.photometric]:
-        raise CorruptImageError(_DAMAGED)
-    found = np.zeros((planes, height, width, together), np.uint16)
-    for (plane, top, left), block in _blocks(data, directory, planes, together):
-        part = block[: height - top, : width - left]
-        found[plane, top : top + part.shape[0], left : left + part.shape[1]] = part
-    return (
-        found.reshape(height, width, samples) if planes == 1 else np.moveaxis(found[..., 0], 0, 2)
-    )
-
-
-def _blocks(
-    data: bytes, directory: Directory, planes: int, together: int
-) -> Iterator[tuple[tuple[int, int, int], npt.NDArray[np.uint16]]]:
-    """Each strip or tile with its plane, top and left."""
-    width, height = directory.size
     offsets = directory.numbers(ExifTags.Base.TileOffsets)
     lengths = directory.numbers(ExifTags.Base.TileByteCounts)
     is_tiled = bool(offsets)
@@ -504,33 +496,44 @@ def _blocks(
     if min(len(offsets), len(lengths)) < planes * columns * rows:
         raise CorruptImageError(_DAMAGED)
     stride = (across * together * directory.bits[0] + 7) // 8
-    for index in range(planes * columns * rows):
+    at_once = max(1, _PART // stride)
+    for index in range(min(planes, channels) * columns * rows):
         plane, place = divmod(index, columns * rows)
         top, left = place // columns * down, place % columns * across
-        stored = down if is_tiled else min(down, height - top)
+        stored = min(down, height - top)
         # Many blocks that claim the whole file would have it copied as often.
-        length = min(lengths[index], 2 * stored * stride + _ROOM_FOR_DEFLATE)
+        length = min(lengths[index], 2 * down * stride + _ROOM_FOR_DEFLATE)
         block = data[offsets[index] : offsets[index] + length]
-        block = _inflated(block, stored * stride, directory)
-        rows_of_numbers = _unpacked(block, stride, directory)[:, : across * together]
-        values = rows_of_numbers.reshape(stored, across, together)
-        if _predictor(directory) == _HORIZONTAL:
-            values = np.cumsum(values, axis=1, dtype=np.uint16)
-        yield (plane, top, left), values
+        counts = [min(at_once, stored - first) for first in range(0, stored, at_once)]
+        for count, part in zip(counts, _inflated(block, counts, stride, directory), strict=True):
+            numbers = _unpacked(part, stride, directory)[:, : across * together]
+            values = numbers.reshape(count, across, together)
+            if _predictor(directory) == _HORIZONTAL:
+                values = np.cumsum(values, axis=1, dtype=np.uint16)
+            yield (top, left, plane), values
+            top += count
 
 
-def _inflated(block: bytes, length: int, directory: Directory) -> bytes:
-    """The bytes of a strip or tile, no more than it may have."""
-    if directory.compression == _UNCOMPRESSED:
-        block = block[:length]
-    else:
-        block = zlib.decompressobj().decompress(block, length)
-    if len(block) < length:
-        raise CorruptImageError(_DAMAGED)
-    return block
+def _inflated(
+    block: bytes, counts: list[int], stride: int, directory: Directory
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a strip or tile, for so many rows at a time."""
+    inflater, rest = zlib.decompressobj(), memoryview(block)
+    for count in counts:
+        part: bytes | memoryview
+        if directory.compression == _UNCOMPRESSED:
+            part, rest = rest[: count * stride], rest[count * stride :]
+        else:
+            part = inflater.decompress(rest, count * stride)
+            rest = memoryview(inflater.unconsumed_tail)
+        if len(part) < count * stride:
+            raise CorruptImageError(_DAMAGED)
+        yield part
 
 
-def _unpacked(block: bytes, stride: int, directory: Directory) -> npt.NDArray[np.uint16]:
+def _unpacked(
+    block: bytes | memoryview, stride: int, directory: Directory
+) -> npt.NDArray[np.uint16]:
     """Rows of numbers; those of other than 16 bits lie close together, the highest bit first."""
     depth = directory.bits[0]
     if depth == 16:
