@@ -35,6 +35,7 @@ from fastmcp.client.transports import PythonStdioTransport
 from step1x_edit.channel import Channel, EditJob, Phase, Start
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.engine import Engine
+from step1x_edit.file_edits import FileEdits
 from step1x_edit.images import decode
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
@@ -56,7 +57,7 @@ def directly(pipeline: EditPipeline, picture: np.ndarray, parameters: dict[str, 
 
 async def through_service(service: EditService, arguments: dict[str, Any]) -> float:
     started = time.perf_counter()
-    await service.edit(service.read_edit(arguments))
+    await FileEdits(service, service.files).edit(service.read_edit(arguments))
     return time.perf_counter() - started
 
 

@@ -13,11 +13,17 @@ from PIL import Image
 
 from fakes import FakeWorker
 from step1x_edit.engine import Clock
+from step1x_edit.file_edits import FileEdits
 from step1x_edit.machine import Survey
-from step1x_edit.service import EditService, build_service
+from step1x_edit.service import EditedPicture, EditService, build_service
 from step1x_edit.settings import Settings
 
 MakeService = Callable[..., EditService]
+
+
+def edits_of(service: EditService) -> FileEdits[EditedPicture]:
+    """The operations on files, with this service as the editor."""
+    return FileEdits(service, service.files)
 
 
 def pytest_configure() -> None:

@@ -17,7 +17,7 @@ from fastmcp import Client
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import MakeService
+from conftest import MakeService, edits_of
 from fakes import FakeWorker
 from http_server import TOKEN, serving
 from step1x_edit import MCPClient
@@ -73,7 +73,7 @@ class Doors:
         try:
             given = {"image_path": picture, **_by_path(asked), **self._out("s")}
             request = self._service.read_edit(given)
-            answer = (await self._service.edit(request)).answer
+            answer = (await edits_of(self._service).edit(request)).answer
         except Step1XEditError as error:
             return str(error)
         return Path(answer.output_path).read_bytes()

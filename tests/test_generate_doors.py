@@ -19,7 +19,7 @@ from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 from typer.testing import CliRunner
 
-from conftest import MakeService
+from conftest import MakeService, edits_of
 from fakes import FakeWorker, Gate, canvas
 from http_server import TOKEN, calling, serving
 from step1x_edit import MCPClient
@@ -66,7 +66,7 @@ class Doors:
     async def service(self, asked: dict[str, Any]) -> Result:
         try:
             request = self._service.read_generate({**asked, **self._out("s")})
-            answer = (await self._service.generate(request)).answer
+            answer = (await edits_of(self._service).generate(request)).answer
         except Step1XEditError as error:
             return str(error)
         return Path(answer.output_path).read_bytes()
@@ -255,7 +255,7 @@ async def test_the_file_tells_what_it_was_made_with(
         asked = {"prompt": "a fox", "seed": 5, "width": 512, "negative_prompt": negative}
         out = str(tmp_path / f"o{suffix}")
         answer = (
-            await service.generate(service.read_generate({**asked, "output_path": out}))
+            await edits_of(service).generate(service.read_generate({**asked, "output_path": out}))
         ).answer
         data = Path(out).read_bytes()
 
@@ -284,7 +284,7 @@ async def test_without_a_path_the_file_is_named_after_the_prompt(
 
     async def name_of(prompt: str, **asked: object) -> str:
         request = service.read_generate({"prompt": prompt, "width": 256, "height": 256, **asked})
-        path = Path((await service.generate(request)).answer.output_path)
+        path = Path((await edits_of(service).generate(request)).answer.output_path)
         assert path.parent == tmp_path
         return path.name
 

@@ -21,7 +21,7 @@ import pytest
 import tifffile
 from PIL import ExifTags, Image
 
-from conftest import MakeService
+from conftest import MakeService, edits_of
 from fakes import FakeWorker
 from picture_files import (
     ADOBE_RGB,
@@ -89,7 +89,7 @@ def edited(make_service: MakeService, tmp_path: Path) -> Edited:
             (tmp_path / argument).write_bytes(content)
             asked[argument] = str(tmp_path / argument)
         request = service.read_edit({**asked, "prompt": "x", "num_steps": 10, "overwrite": True})
-        answer = (await service.edit(request)).answer
+        answer = (await edits_of(service).edit(request)).answer
         return Result(Path(answer.output_path), answer.metadata.to_dict())
 
     return edit
@@ -349,7 +349,7 @@ async def test_a_mask_of_16_bits_with_white_as_0_selects_what_is_white(
         }
     )
 
-    result = seen(Path((await service.edit(request)).answer.output_path))
+    result = seen(Path((await edits_of(service).edit(request)).answer.output_path))
 
     assert np.array_equal(result[:, :48], SCENE[:, :48])
     assert np.array_equal(result[:, 60:], 255 - SCENE[:, 60:])

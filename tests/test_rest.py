@@ -680,7 +680,8 @@ def test_the_metrics_count_what_came_through_any_door(
             client.post("/api/edit", files=files(photo), data={"prompt": "x", "num_steps": steps})
         client.get("/nope/1")
         client.get("/nope/2", headers={"Authorization": "Bearer wrong"})
-        asyncio.run(service.edit(service.read_edit({"image_path": str(photo), "prompt": "y"})))
+        request = service.read_picture({"prompt": "y"})
+        asyncio.run(service.edit_picture(photo.read_bytes(), request))
         answer = client.get("/metrics")
 
     assert answer.headers["content-type"].startswith("text/plain; version=")

@@ -205,7 +205,7 @@ def test_a_batch_has_a_prompt_for_each_image(
     paths: object, prompts: object, each: list[str]
 ) -> None:
     request = read_request(BatchRequest, {"image_paths": paths, "prompts": prompts})
-    assert request.prompt_of_each() == each
+    assert [one.prompt for one in request.each()] == each
     assert len(request.image_paths) == len(each)
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import MakeService
+from conftest import MakeService, edits_of
 from fakes import FakeWorker, Gate, ManualClock, settled
 from step1x_edit.channel import EditJob, Memory, Phase, Progress
+from step1x_edit.editor import unreported
 from step1x_edit.errors import (
     DeadlineExceededError,
     ImageFileNotFoundError,
@@ -35,7 +36,7 @@ from step1x_edit.service import EditService
 
 async def edit(service: EditService, photo: Path, **arguments: object) -> dict[str, object]:
     request = service.read_edit({"image_path": str(photo), "prompt": "invert", **arguments})
-    return (await service.edit(request)).answer.to_dict()
+    return (await edits_of(service).edit(request)).answer.to_dict()
 
 
 async def test_an_edit_answers_exactly_as_the_contract_says(
@@ -212,7 +213,7 @@ async def test_progress_tells_every_phase_in_order(make_service: MakeService, ph
         texts.append(event.text)
 
     request = service.read_edit({"image_path": str(photo), "prompt": "x", "num_steps": 10})
-    await service.edit(request, report)
+    await edits_of(service).edit(request, report)
 
     assert texts[:4] == ["queued, position 1", "loading model", "encoding", "denoising 1/10"]
     assert texts[-3:] == ["denoising 10/10", "decoding", "saving"]
@@ -297,7 +298,7 @@ async def test_a_full_line_refuses_before_the_picture_is_read(
         queued.set()
 
     request = service.read_edit({"image_path": str(photo), "prompt": "x"})
-    waiting = asyncio.ensure_future(service.edit(request, report))
+    waiting = asyncio.ensure_future(edits_of(service).edit(request, report))
     await queued.wait()
     read: list[str] = []
     monkeypatch.setattr("step1x_edit.files.FileAccess.read", lambda self, path: read.append(path))
@@ -352,7 +353,11 @@ def pictures(folder: Path, *names: str) -> list[str]:
 
 
 async def batch(service: EditService, **arguments: object) -> dict[str, Any]:
-    return (await service.edit_batch(service.read_batch(arguments))).to_dict()
+    request = service.read_batch(arguments)
+    answer = await edits_of(service).edit_several(
+        request.each(), request.output_dir, lambda index: unreported
+    )
+    return answer.to_dict()
 
 
 async def test_a_batch_goes_on_past_what_fails_and_keeps_the_order(
@@ -482,12 +487,12 @@ async def test_a_picture_that_is_sent_comes_back_and_no_file_is_touched(
 
     request = service.read_picture({"prompt": "x", "seed": 5, "num_steps": None})
     edited = await service.edit_picture(photo.read_bytes(), request, report, suffix=".webp")
-    saved = await service.edit(
+    saved = await edits_of(service).edit(
         service.read_edit({"image_path": photo, "prompt": "x", "seed": 5, "output_path": None})
     )
 
     assert Image.open(io.BytesIO(edited.data)).format == "WEBP"
-    assert np.array_equal(edited.picture.pixels, saved.picture.pixels)
+    assert np.array_equal(edited.picture.pixels, saved.edited.picture.pixels)
     assert edited.metadata == saved.answer.metadata
     assert phases[-1] == Phase.SAVING
     assert sorted(path.name for path in photo.parent.iterdir()) == [
@@ -496,9 +501,8 @@ async def test_a_picture_that_is_sent_comes_back_and_no_file_is_touched(
     ]
 
 
-@pytest.mark.parametrize("door", ["edit", "edit_picture"])
 async def test_the_report_brings_as_many_previews_as_were_asked_for(
-    make_service: MakeService, photo: Path, door: str
+    make_service: MakeService, photo: Path
 ) -> None:
     turns = threading.Semaphore(1)
     service = make_service(FakeWorker(before_step=lambda job, step: turns.acquire(timeout=240)))
@@ -511,12 +515,8 @@ async def test_the_report_brings_as_many_previews_as_were_asked_for(
             previews[event.text] = event.preview
 
     picture = {"prompt": "x", "num_steps": 10}
-    if door == "edit":
-        request = service.read_edit({"image_path": photo, **picture})
-        await service.edit(request, report, previews=3)
-    else:
-        chosen = service.read_picture(picture)
-        await service.edit_picture(photo.read_bytes(), chosen, report, previews=3)
+    request = service.read_picture(picture)
+    await service.edit_picture(photo.read_bytes(), request, report, previews=3)
 
     assert list(previews) == ["denoising 2/10", "denoising 5/10", "denoising 7/10"]
     assert {pixels.shape for pixels in previews.values()} == {(48, 64, 3)}
@@ -535,7 +535,7 @@ async def test_edits_are_counted_by_how_they_end(make_service: MakeService, phot
     with pytest.raises(asyncio.CancelledError):
         await stopped
     gate.open()
-    await service.edit(service.read_edit({"image_path": photo, "prompt": "go"}))
+    await service.edit_picture(photo.read_bytes(), service.read_picture({"prompt": "go"}))
 
     assert service.outcomes == {"cancelled": 1, "success": 1}
 

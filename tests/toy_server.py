@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from step1x_edit.channel import Start
+from step1x_edit.file_edits import FileEdits
 from step1x_edit.service import build_service
 from step1x_edit.settings import load_settings
 from step1x_edit.worker_process import WorkerProcess
@@ -31,12 +32,13 @@ def start(on_end: Callable[[], None]) -> WorkerProcess:
 async def main(picture: str, folder: Path) -> None:
     settings = load_settings({"allowed_dirs": (folder.parent,)})
     service = build_service(settings, start)
+    edits = FileEdits(service, service.files)
     for number in count():
         output = str(folder / f"{number}.png")
         request = service.read_edit(
             {"image_path": picture, "prompt": "", "output_path": output, "num_steps": 10}
         )
-        tell((await service.edit(request)).answer.output_path)
+        tell((await edits.edit(request)).answer.output_path)
 
 
 if __name__ == "__main__":

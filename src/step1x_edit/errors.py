@@ -39,8 +39,9 @@ tree says. This module knows nothing about protocols; the faces turn `code` into
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 _MEMORY_ADDRESS = re.compile(r"0x[0-9a-fA-F]{8,}")
@@ -304,6 +305,16 @@ class JobInterruptedError(JobError):
 
 class InternalError(Step1XEditError):
     """A mistake of ours."""
+
+
+@contextlib.contextmanager
+def about_the_mask() -> Iterator[None]:
+    """Have what is wrong with a picture say that the mask is meant."""
+    try:
+        yield
+    except ImageError as error:
+        detail = str(error).removeprefix(f"{error.beginning}: ")
+        raise type(error)(f"mask: {detail}") from None
 
 
 def rebuild(code: str, sentence: str) -> Step1XEditError:

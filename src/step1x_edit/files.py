@@ -23,10 +23,10 @@ import secrets
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 from urllib.request import url2pathname
 
 from step1x_edit.errors import (
@@ -108,6 +108,16 @@ class Output:
         """The output as the caller knows it, for messages."""
         return str(self.shown_folder / next(self.names()))
 
+    def fixed(self, inputs: frozenset[FileIdentity], *, overwrite: bool) -> Output:
+        """The same output under its first name and no other; these inputs must stay, too."""
+        return replace(
+            self,
+            stem=next(self.names()).removesuffix(self.suffix),
+            number=None,
+            overwrite=overwrite,
+            inputs=self.inputs | inputs,
+        )
+
     def names(self) -> Iterator[str]:
         """The names to try, in order."""
         if self.number is None:
@@ -139,6 +149,10 @@ class FileAccess:
                 raise self._too_long()
             data = self._read_all(descriptor, path)
         return InputFile(_absolute(path), data, FileIdentity(found.st_dev, found.st_ino))
+
+    def read_stream(self, stream: BinaryIO) -> bytes:
+        """The content of a stream; of one that is too long, enough to see that it is."""
+        return stream.read(self._max_bytes + 1)
 
     def identify(self, paths: Iterable[str]) -> frozenset[FileIdentity]:
         """Which files these are; those that are missing or not allowed are left out."""
@@ -222,6 +236,8 @@ class FileAccess:
                 taken.add(_folded(path))
                 break
         output = Output(folder, shown_folder, stem, suffix, overwrite, number, inputs)
+        if overwrite and path.is_dir():
+            raise OutputNotWritableError(f"{output.shown} (it is a folder)")
         _check_folder(output)
         return output
 

@@ -502,11 +502,16 @@ class BatchRequest(HowToEdit):
             )
         return self
 
-    def prompt_of_each(self) -> list[str]:
-        """The prompt of each image, in order."""
-        if isinstance(self.prompts, str):
-            return [self.prompts] * len(self.image_paths)
-        return list(self.prompts)
+    def each(self) -> list[EditRequest]:
+        """The request for each image, in order."""
+        prompts = self.prompts
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(self.image_paths)
+        shared = self.model_dump(include=set(EditRequest.model_fields), exclude_unset=True)
+        return [
+            EditRequest(image_path=path, prompt=prompt, **shared)
+            for path, prompt in zip(self.image_paths, prompts, strict=True)
+        ]
 
 
 class ViewRequest(_Request):
@@ -821,14 +826,16 @@ class EditMetadata(_HowItWasMade):
     ] = None
 
 
+EDITED: Final = "Image edited successfully"
 GENERATED: Final = "Image generated successfully"
+KEPT: Final = "Kept from an earlier run"
 
 
 class EditAnswer(_Answer):
     """One picture was edited, or made from words alone, and saved."""
 
     status: Literal["success"] = "success"
-    message: str = "Image edited successfully"
+    message: str = EDITED
     output_path: str
     processing_time: float
     metadata: EditMetadata
@@ -870,7 +877,7 @@ class PictureAnswer(_Answer):
     """One picture was edited, and here it is."""
 
     status: Literal["success"] = "success"
-    message: str = "Image edited successfully"
+    message: str = EDITED
     processing_time: float
     metadata: EditMetadata
     media_type: str
@@ -1226,6 +1233,11 @@ PARAMETERS: Final[Mapping[str, Parameter]] = {
 # --- what is wrong, in plain words ----------------------------------------------------------------
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+def given(values: Mapping[str, object]) -> dict[str, object]:
+    """The values without None, which counts as not given."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:

@@ -1,9 +1,9 @@
-"""The service: the operations that every interface offers, and what they promise.
+"""The service: pictures, GPU operations and status, for every interface.
 
-An edit is one straight story: read the file, decide where the result will go, have the engine edit,
-bring the picture back to its size, keep what a mask says must stay, save it, say what was done. A
-batch tells it again for each of its pictures. The service knows nothing about protocols, and of the
-model only what the engine says.
+An edit is one straight story: decode the picture, have the engine edit, bring the result back to
+its size, keep what a mask says must stay, encode it, say how it was made. `file_edits` does the
+same with files. The service knows nothing about protocols, and of the model only what the engine
+says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from step1x_edit.channel import (
 )
 from step1x_edit.checkpoints.catalog import CATALOG
 from step1x_edit.checkpoints.pulled import resolve_model_path
+from step1x_edit.editor import Report, unreported
 from step1x_edit.engine import (
     HEARTBEAT_S,
     Clock,
@@ -48,31 +49,26 @@ from step1x_edit.engine import (
 from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
-    ImageError,
     InvalidParameterError,
     ModelUnavailableError,
     NoSpaceError,
     Step1XEditError,
+    about_the_mask,
 )
-from step1x_edit.files import FileAccess, FileIdentity, Output, nearest_existing
+from step1x_edit.files import FileAccess, nearest_existing
 from step1x_edit.machine import Survey, check_device, look
 from step1x_edit.memory_plan import spared
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas import (
     CHOSEN_BY_THE_OPERATOR,
-    GENERATED,
     MAX_PROMPT_LENGTH,
     MAX_SEED,
     SUGGESTED,
-    BatchAnswer,
-    BatchItem,
     BatchRequest,
-    EditAnswer,
     EditMetadata,
     EditRecord,
     EditRequest,
-    ErrorAnswer,
     EstimateAnswer,
     GeneratePictureRequest,
     GenerateRequest,
@@ -87,7 +83,6 @@ from step1x_edit.schemas import (
     Record,
     StatusAnswer,
     Suggestion,
-    ViewRequest,
     check_loras,
     how_of,
     loras_of,
@@ -112,35 +107,6 @@ LOOK_S: Final = 60.0
 LOOKED_FOR_S: Final = 600.0
 """How long its answer is believed: the memory that is free changes."""
 
-Report: TypeAlias = Callable[[Progress], Awaitable[None]]
-"""Called in the caller's own task, at least every few seconds, with how far an edit has come."""
-
-BatchReport: TypeAlias = Callable[[int, Progress], Awaitable[None]]
-"""The same for a batch, with the index of the image that is being edited, from 0."""
-
-
-async def unreported(*event: object) -> None:
-    """For callers who do not want to know how far an edit has come."""
-
-
-@dataclass(frozen=True)
-class FinishedEdit:
-    """The answer, and the pictures before and after, for faces that show them."""
-
-    answer: EditAnswer
-    picture: Picture
-    source: Picture
-    rounds: tuple[bytes, ...] = ()
-    """Small JPEGs of what each round of a reflection has painted."""
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """The answer, and the picture, for faces that show it."""
-
-    answer: EditAnswer
-    picture: Picture
-
 
 @dataclass(frozen=True)
 class EditedPicture:
@@ -163,9 +129,6 @@ class _Source:
     mask_sha256: str | None = None
 
 
-_SHARED_BY_A_BATCH = frozenset(EditRequest.model_fields.keys() & BatchRequest.model_fields.keys())
-
-
 class EditService:
     """The operations. Collaborators come from outside; `build_service` brings the usual ones."""
 
@@ -178,7 +141,8 @@ class EditService:
     ) -> None:
         """`look_around` finds out about a model that is not loaded; it may take long."""
         self._engine = engine
-        self._files = files
+        self.files = files
+        """The files of callers, for the doors that take paths."""
         self._settings = settings
         self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
@@ -227,17 +191,6 @@ class EditService:
         """Make a request of what a caller gave, as `read_edit` does."""
         return self._read(BatchRequest, arguments)
 
-    async def edit(
-        self, request: EditRequest, report: Report = unreported, previews: int = 0
-    ) -> FinishedEdit:
-        """Edit one image and save the result; cancelling the call stops the work, unsaved.
-
-        So many of the reported steps carry a preview, unless there are fewer steps.
-        """
-        self.check_room()  # a server without room must not spend memory on pictures
-        submit = partial(self._submit, previews)
-        return await self._edit(request, partial(self._plan, request), submit, report)
-
     async def edit_picture(
         self,
         data: bytes,
@@ -250,31 +203,22 @@ class EditService:
         """Edit a picture that the caller has sent, and give the result back; no file is touched.
 
         `suffix` chooses the format as that of an output does, `mask` is a picture of what may
-        change. Cancelling the call stops the work. Previews are as in `edit`.
+        change. Up to `previews` of the reported steps carry a preview. Cancelling the call stops
+        the work.
         """
-        self.check_room()
-        started = time.monotonic()
-        source = await asyncio.to_thread(self._decode, data, mask, suffix)
-        submit = partial(self._submit, previews)
-        return await self._make(request, source, suffix, submit, report, started)
+        await self.check_room()  # a server without room must not spend memory on pictures
+        return await self._edit(data, request, report, suffix, mask, self._submit(previews))
 
-    async def generate(
-        self, request: GenerateRequest, report: Report = unreported, previews: int = 0
-    ) -> GeneratedImage:
-        """Make one picture from words alone and save it; all else is as in `edit`."""
-        self.check_room()
-        started = time.monotonic()
-        output = await asyncio.to_thread(self._plan_new, request)
-        submit = partial(self._submit, previews)
-        made = await self._make(request, None, output.suffix, submit, report, started)
-        path = await asyncio.to_thread(self._files.publish, output, made.data)
-        answer = EditAnswer(
-            message=GENERATED,
-            output_path=str(path),
-            processing_time=round(time.monotonic() - started, 2),
-            metadata=made.metadata,
-        )
-        return GeneratedImage(answer, made.picture)
+    async def edit_next(
+        self,
+        data: bytes,
+        request: PictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+        mask: bytes | None = None,
+    ) -> EditedPicture:
+        """Edit the next picture of a batch that `check_room` has let in; all else as above."""
+        return await self._edit(data, request, report, suffix, mask, self._engine.submit_next)
 
     async def generate_picture(
         self,
@@ -283,85 +227,29 @@ class EditService:
         suffix: str = ".png",
         previews: int = 0,
     ) -> EditedPicture:
-        """Make a picture from words alone and give it back; all else is as in `edit_picture`."""
-        self.check_room()
-        submit = partial(self._submit, previews)
-        return await self._make(request, None, suffix, submit, report, time.monotonic())
+        """Make a picture from words alone and give it back; all else is as in `edit_picture`.
+
+        Raises InvalidParameterError if it is known already that the model only edits.
+        """
+        self._check_can_generate()
+        await self.check_room()
+        request = self._completed(request)
+        submit, started = self._submit(previews), time.monotonic()
+        return await self._make(request, None, suffix, submit, report, started)
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise what `edit_picture` would say about these bytes, without editing them."""
         await asyncio.to_thread(self._decode, data, mask, ".png")
 
-    async def edit_batch(
-        self, request: BatchRequest, report: BatchReport = unreported
-    ) -> BatchAnswer:
-        """Edit images one after the other; what goes wrong with one does not stop the others.
-
-        Between two images others have their turn. Cancelling the call stops the work; what has been
-        saved by then stays.
-        """
-        self.check_room()
-        inputs = await asyncio.to_thread(self._files.identify, request.image_paths)
-        taken: set[str] = set()
-
-        def plan(read: frozenset[FileIdentity], image_path: str) -> Output:
-            return self._files.plan_default_output(
-                image_path,
-                inputs | read,
-                output_dir=request.output_dir,
-                overwrite=request.overwrite,
-                taken=taken,
-            )
-
-        items = []
-        for index, prompt in enumerate(request.prompt_of_each()):
-            path = request.image_paths[index]
-            one = EditRequest(
-                image_path=path,
-                prompt=prompt,
-                **request.model_dump(include=set(_SHARED_BY_A_BATCH)),
-            )
-            result: EditAnswer | ErrorAnswer
-            try:
-                result = (
-                    await self._edit(
-                        one,
-                        partial(plan, image_path=path),
-                        self._engine.submit_next,
-                        partial(report, index),
-                    )
-                ).answer
-            except Step1XEditError as error:
-                result = ErrorAnswer.of(error)
-            items.append(BatchItem(input=path, result=result))
-        return BatchAnswer.of(items)
-
-    def read_view(self, arguments: Mapping[str, object]) -> ViewRequest:
-        """Make a request of what a caller gave; raises InvalidParameterError."""
-        return read_request(ViewRequest, arguments)
-
-    async def view(self, request: ViewRequest) -> bytes:
-        """A small JPEG of a picture in the allowed folders."""
+    async def preview(self, data: bytes, side: int) -> bytes:
+        """A small JPEG of a picture, at most `side` pixels wide and high."""
 
         def show() -> bytes:
             from step1x_edit import images
 
-            file = self._files.read(request.path)
-            return images.preview(images.decode(file.data, self._limits), request.max_size)
+            return images.preview(images.decode(data, self._limits), side)
 
         return await asyncio.to_thread(show)
-
-    async def read_file(self, path: str) -> bytes:
-        """The file of a picture in the allowed folders, as it is; other files are refused."""
-
-        def read() -> bytes:
-            from step1x_edit import images
-
-            file = self._files.read(path)
-            images.decode(file.data, self._limits)
-            return file.data
-
-        return await asyncio.to_thread(read)
 
     def status(self) -> StatusAnswer:
         """Where the model is and what it occupies; never waits."""
@@ -469,7 +357,7 @@ class EditService:
     def readiness(self) -> Mapping[str, Callable[[], None]]:
         """The checks that the next edit depends on; each raises an error, without any path."""
         checks = {
-            "room in the queue": self.check_room,
+            "room in the queue": self._engine.check_room,
             "worker": self._engine.check_restarts,
             "checkpoint": self._check_checkpoint,
         }
@@ -477,8 +365,8 @@ class EditService:
             checks["disk for stored jobs"] = self._check_disk
         return checks
 
-    def check_room(self) -> None:
-        """Raise what an edit would be told now before it is looked at."""
+    async def check_room(self) -> None:
+        """Raise what an edit would be refused for now, before its picture is read."""
         self._engine.check_room()
 
     def _check_checkpoint(self) -> None:
@@ -532,29 +420,28 @@ class EditService:
             for name, value in arguments.items()
             if value is not None or name not in fields or fields[name].is_required()
         }
-        defaults = {name: value for name, value in self.defaults.items() if name in fields}
-        request = read_request(kind, {**defaults, **given})
+        return self._completed(read_request(kind, given))
+
+    def _completed(self, request: _Request) -> _Request:
+        """The request with the operator's defaults for what it leaves open; checks its LoRAs."""
         check_loras(strengths_of(request.loras or []), self._loras)
-        return request
+        left_open = type(request).model_fields.keys() - request.model_fields_set
+        defaults = {name: value for name, value in self.defaults.items() if name in left_open}
+        return request.model_copy(update=defaults)
 
     async def _edit(
         self,
-        request: EditRequest,
-        plan: Callable[[frozenset[FileIdentity]], Output],
-        submit: Callable[[EditJob], Edit],
+        data: bytes,
+        request: PictureRequest,
         report: Report,
-    ) -> FinishedEdit:
+        suffix: str,
+        mask: bytes | None,
+        submit: Callable[[EditJob], Edit],
+    ) -> EditedPicture:
         started = time.monotonic()
-        source, output = await asyncio.to_thread(self._open, request, plan)
-        made = await self._make(request, source, output.suffix, submit, report, started)
-        # Encoding may take a while and can be given up; publishing is short and comes last.
-        path = await asyncio.to_thread(self._files.publish, output, made.data)
-        answer = EditAnswer(
-            output_path=str(path),
-            processing_time=round(time.monotonic() - started, 2),
-            metadata=made.metadata,
-        )
-        return FinishedEdit(answer, made.picture, source.picture, made.rounds)
+        request = self._completed(request)
+        source = await asyncio.to_thread(self._decode, data, mask, suffix)
+        return await self._make(request, source, suffix, submit, report, started)
 
     async def _make(
         self,
@@ -587,8 +474,8 @@ class EditService:
             rounds=rounds,
         )
 
-    def _submit(self, previews: int, job: EditJob) -> Edit:
-        return self._engine.submit(replace(job, previews=previews))
+    def _submit(self, previews: int) -> Callable[[EditJob], Edit]:
+        return lambda job: self._engine.submit(replace(job, previews=previews))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -636,18 +523,6 @@ class EditService:
             loras_in_model=loras_of(residence.loras) or None,
         )
 
-    def _open(
-        self, request: EditRequest, plan: Callable[[frozenset[FileIdentity]], Output]
-    ) -> tuple[_Source, Output]:
-        """Read the inputs and check where the output will go, before any work is done."""
-        file = self._files.read(request.image_path)
-        mask = None
-        if request.mask_path is not None:
-            with _told_of_the_mask():
-                mask = self._files.read(request.mask_path)
-        output = plan(frozenset(read.identity for read in (file, mask) if read is not None))
-        return self._decode(file.data, None if mask is None else mask.data, output.suffix), output
-
     def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:
         from step1x_edit import images
 
@@ -655,31 +530,9 @@ class EditService:
         images.check_encodable(picture, suffix)
         if mask is None:
             return _Source(picture)
-        with _told_of_the_mask():
+        with about_the_mask():
             decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
-
-    def _plan_new(self, request: GenerateRequest) -> Output:
-        if request.output_path is None:
-            return self._files.plan_new_output(request.prompt, overwrite=request.overwrite)
-        return self._files.plan_output(request.output_path, (), overwrite=request.overwrite)
-
-    def _plan(self, request: EditRequest, read: frozenset[FileIdentity]) -> Output:
-        if request.output_path is None:
-            return self._files.plan_default_output(
-                request.image_path, read, overwrite=request.overwrite
-            )
-        return self._files.plan_output(request.output_path, read, overwrite=request.overwrite)
-
-
-@contextlib.contextmanager
-def _told_of_the_mask() -> Iterator[None]:
-    """Have what is wrong with a picture say that the mask is meant."""
-    try:
-        yield
-    except ImageError as error:
-        detail = str(error).removeprefix(f"{error.beginning}: ")
-        raise type(error)(f"mask: {detail}") from None
 
 
 def with_seed(request: _Seeded) -> _Seeded:

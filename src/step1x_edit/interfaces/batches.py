@@ -19,38 +19,37 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TextIO, TypeAlias
+from typing import Any, Final, TextIO
 
 from pydantic import ValidationError
 
+from step1x_edit.editor import Edited, Report
 from step1x_edit.errors import (
     ImageFileNotFoundError,
     InvalidParameterError,
     OutputExistsError,
     OutputNotWritableError,
-    Step1XEditError,
 )
-from step1x_edit.files import FileAccess, FileIdentity
-from step1x_edit.interfaces.editor import Editor, Inputs, given, read_inputs
+from step1x_edit.file_edits import FileEdits, Inputs, ReportOf, answers, picture_request
+from step1x_edit.files import FileIdentity, Output, expanded
 from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
+    KEPT,
     BatchAnswer,
-    BatchItem,
     EditAnswer,
-    ErrorAnswer,
     ImagePath,
     MaskPath,
     OutputPath,
     PictureRequest,
+    Prompt,
+    given,
     read_request,
 )
-from step1x_edit.service import Report
 
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
-KEPT: Final = "Kept from an earlier run"
 PICTURES: Final = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif"}
 )
@@ -73,9 +72,16 @@ class Item:
     """What the person calls it."""
     image: str
     mask: str | None
-    arguments: Mapping[str, object]
+    request: PictureRequest
     output: str | None
     """None: `<stem>_edited<suffix>` in the folder for the results, numbered within the batch."""
+
+
+class Chosen(PictureRequest):
+    """What holds for each picture whose line in a manifest says nothing else."""
+
+    prompt: Prompt = ""
+    mask: MaskPath = None
 
 
 class _Row(PictureRequest):
@@ -89,11 +95,8 @@ class _Row(PictureRequest):
 # --- what a batch consists of --------------------------------------------------------------------
 
 
-def items_of_folder(
-    folder: Path, chosen: Mapping[str, object], apart_from: Iterable[Path] = ()
-) -> list[Item]:
+def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = ()) -> list[Item]:
     """The pictures right in a folder, by name; those `apart_from` are results of ours."""
-    row = read_request(_Row, {"image": "-", **given(chosen)})
     results = {path.absolute() for path in apart_from}
     try:
         found = sorted(path for path in folder.iterdir() if path.is_file())
@@ -108,22 +111,23 @@ def items_of_folder(
     ]
     if not pictures:
         raise ImageFileNotFoundError(f"{folder} (there are no pictures in this folder)")
-    arguments = _arguments(row, chosen)
-    return [Item(path.name, str(path), row.mask, arguments, None) for path in pictures]
+    request = picture_request(chosen)
+    return [Item(path.name, str(path), chosen.mask, request, None) for path in pictures]
 
 
-def items_of_manifest(path: Path, chosen: Mapping[str, object]) -> list[Item]:
+def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
     """The lines of a CSV or JSONL file; what a line leaves out is `chosen`.
 
     Paths in it start at its folder; an output starts at the folder for the results. Raises
     InvalidParameterError that names the lines that are wrong.
     """
+    usual = chosen.model_dump(exclude_unset=True, exclude_none=True)
     items: list[Item] = []
     wrong: list[str] = []
     taken: dict[str, int] = {}
     for line, values in _rows(path):
         try:
-            items.append(_item(path.parent, line, values, chosen))
+            items.append(_item(path.parent, line, values, usual))
         except InvalidParameterError as error:
             wrong.append(f"line {line}: {str(error).removeprefix(f'{error.beginning}: ')}")
             continue
@@ -141,12 +145,11 @@ def items_of_manifest(path: Path, chosen: Mapping[str, object]) -> list[Item]:
 
 
 def _item(
-    folder: Path, line: int, values: Mapping[str, object] | str, chosen: Mapping[str, object]
+    folder: Path, line: int, values: Mapping[str, object] | str, usual: Mapping[str, object]
 ) -> Item:
     if isinstance(values, str):
         raise InvalidParameterError(values)
-    wanted = given({**given(chosen), **given(values)})
-    row = read_request(_Row, wanted)
+    row = read_request(_Row, {**usual, **given(values)})
     if not row.prompt.strip():
         raise InvalidParameterError("prompt is empty")
     if row.output is not None and Path(row.output).suffix.lower() not in OUTPUT_FORMATS:
@@ -160,20 +163,13 @@ def _item(
         name=f"line {line}: {row.image}",
         image=str(_below(folder, row.image)),
         mask=mask,
-        arguments=_arguments(row, wanted),
+        request=picture_request(row),
         output=row.output,
     )
 
 
-def _arguments(row: _Row, wanted: Mapping[str, object]) -> dict[str, object]:
-    """What is asked for, as the schema reads it: "28" in a table is the 28 of a flag."""
-    return given(
-        {name: getattr(row, name) for name in PictureRequest.model_fields if name in wanted}
-    )
-
-
 def _below(folder: Path, path: str) -> Path:
-    return folder / os.path.expanduser(path)  # noqa: PTH111 - pathlib's raises for `~unknown`
+    return folder / expanded(path)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
@@ -321,24 +317,21 @@ class _Entry:
 
 # --- doing it ------------------------------------------------------------------------------------
 
-ReportOf: TypeAlias = Callable[[int, Item], Report]
-"""Given an item and its place from 0, the function that hears how far it has come."""
-
 
 class Batch:
     """Does what has not been done yet of some items."""
 
     def __init__(
         self,
-        editor: Editor,
-        files: FileAccess,
+        edits: FileEdits[Edited],
         journal: Journal,
         output_dir: Path,
         *,
         overwrite: bool = False,
     ) -> None:
-        self._editor = editor
-        self._files = files
+        self._editor = edits.editor
+        self._edits = edits
+        self._files = edits.files
         self._journal = journal
         self._output_dir = output_dir
         self._overwrite = overwrite
@@ -347,78 +340,73 @@ class Batch:
         self._inputs: frozenset[FileIdentity] = frozenset()
 
     async def run(self, items: Sequence[Item], report_of: ReportOf) -> BatchAnswer:
-        """Do one after the other; what goes wrong with one does not stop the others.
+        """Do one after the other, as `file_edits.answers` does.
 
         Cancelling the call stops the work; what is finished stays and is known to the next run.
         """
         paths = [path for item in items for path in (item.image, item.mask) if path is not None]
         self._inputs = await asyncio.to_thread(self._files.identify, paths)
-        results = []
-        for index, item in enumerate(items):
-            result: EditAnswer | ErrorAnswer
-            try:
-                result = await self._one(item, self._place(item), report_of(index, item))
-            except Step1XEditError as error:
-                result = ErrorAnswer.of(error)
-            results.append(BatchItem(input=item.name, result=result))
-        return BatchAnswer.of(results)
 
-    def _place(self, item: Item) -> Path:
+        async def edit(index: int) -> EditAnswer:
+            return await self._edit(items[index], report_of(index))
+
+        return await answers(self._editor, [item.name for item in items], edit)
+
+    async def _edit(self, item: Item, report: Report) -> EditAnswer:
+        started = time.monotonic()
+        output = self._plan(item)
+        path = Path(output.shown)
+        inputs = await asyncio.to_thread(self._edits.read, item.image, item.mask)
+        request = _digest_of_request(inputs, item.request)
+        existing = await asyncio.to_thread(_digest_of_file, path)
+        if existing is not None:
+            made = self._journal.made(path, existing)
+            if made is not None and made.request == request:
+                return made.answer.model_copy(update={"message": KEPT, "output_path": str(path)})
+            if made is None and not self._overwrite:
+                raise OutputExistsError(f"{path}, and this batch has not made it")
+        edited = await self._editor.edit_next(
+            inputs.image, item.request, report, output.suffix, inputs.mask
+        )
+        answer = EditAnswer(
+            output_path=str(path),
+            processing_time=round(time.monotonic() - started, 2),
+            metadata=edited.metadata,
+        )
+        content = hashlib.sha256(edited.data).hexdigest()
+        place = output.fixed(inputs.identities, overwrite=existing is not None)
+
+        def finish() -> None:
+            self._journal.note(path, request, content, answer)
+            self._files.publish(place, edited.data)
+
+        await asyncio.to_thread(finish)
+        return answer
+
+    def _plan(self, item: Item) -> Output:
         """Where the result belongs: the same in every run, whatever lies there."""
         if item.output is not None:
-            output = _below(self._output_dir, item.output).absolute()
+            wanted = str(_below(self._output_dir, item.output))
+            output = self._files.plan_output(wanted, self._inputs, overwrite=True)
         else:
-            planned = self._files.plan_default_output(
+            output = self._files.plan_default_output(
                 item.image,
                 self._inputs,
                 output_dir=str(self._output_dir),
                 overwrite=True,
                 taken=self._taken,
             )
-            output = Path(planned.shown)
-        if (name := str(output).casefold()) in self._outputs:
-            raise OutputExistsError(f"{output} is the result of an earlier line")
+        if (name := output.shown.casefold()) in self._outputs:
+            raise OutputExistsError(f"{output.shown} is the result of an earlier line")
         self._outputs.add(name)
         return output
 
-    async def _one(self, item: Item, output: Path, report: Report) -> EditAnswer:
-        started = time.monotonic()
-        inputs = await asyncio.to_thread(read_inputs, self._files, item.image, item.mask)
-        request = _digest_of_request(inputs, item.arguments)
-        existing = await asyncio.to_thread(_digest_of_file, output)
-        if existing is not None:
-            made = self._journal.made(output, existing)
-            if made is not None and made.request == request:
-                kept = {"message": KEPT, "output_path": str(output)}
-                return made.answer.model_copy(update=kept)
-            if made is None and not self._overwrite:
-                raise OutputExistsError(f"{output}, and this batch has not made it")
-        planned = self._files.plan_output(
-            str(output), self._inputs | inputs.identities, overwrite=existing is not None
-        )
-        edited = await self._editor.edit_picture(
-            inputs.image, item.arguments, report, planned.suffix, inputs.mask
-        )
-        answer = EditAnswer(
-            output_path=str(output),
-            processing_time=round(time.monotonic() - started, 2),
-            metadata=edited.metadata,
-        )
-        content = hashlib.sha256(edited.data).hexdigest()
 
-        def finish() -> None:
-            self._journal.note(output, request, content, answer)
-            self._files.publish(planned, edited.data)
-
-        await asyncio.to_thread(finish)
-        return answer
-
-
-def _digest_of_request(inputs: Inputs, arguments: Mapping[str, object]) -> str:
+def _digest_of_request(inputs: Inputs, request: PictureRequest) -> str:
     asked = {
         "image": hashlib.sha256(inputs.image).hexdigest(),
         "mask": None if inputs.mask is None else hashlib.sha256(inputs.mask).hexdigest(),
-        "arguments": dict(arguments),
+        "arguments": request.model_dump(exclude_unset=True),
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -45,6 +45,7 @@ from step1x_edit import __version__
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.engine import HEARTBEAT_S
 from step1x_edit.errors import InternalError, InvalidParameterError, Step1XEditError
+from step1x_edit.file_edits import FileEdits
 from step1x_edit.interfaces.budget import within_budget
 from step1x_edit.interfaces.discovery import SERVER_NAME
 from step1x_edit.interfaces.handles import Handles, Pursuit
@@ -215,7 +216,9 @@ def build_mcp(
     async def batch_edit_images(arguments: dict[str, Any]) -> ToolResult:
         request = service.read_batch(arguments)
         report = _ProgressReport(get_context(), step_pause_s, len(request.image_paths), request)
-        answer = await service.edit_batch(request, report.step)
+        answer = await FileEdits(service, service.files).edit_several(
+            request.each(), request.output_dir, lambda index: partial(report.step, index)
+        )
         return result_of(within_budget(answer.to_dict()), is_error=answer.status == "error")
 
     async def get_gpu_status(arguments: dict[str, Any]) -> ToolResult:
@@ -231,8 +234,9 @@ def build_mcp(
         return result_of((await _patiently(service.release(), heartbeat_s)).to_dict())
 
     async def view_image(arguments: dict[str, Any]) -> ToolResult:
-        request = service.read_view(arguments)
-        picture = _jpeg(await service.view(request))
+        request = read_request(ViewRequest, arguments)
+        file = await asyncio.to_thread(service.files.read, request.path)
+        picture = _jpeg(await service.preview(file.data, request.max_size))
         shown = f"{Path(request.path).name}, at most {request.max_size} pixels on the longer side"
         return ToolResult([picture, TextContent(type="text", text=shown)])
 
@@ -240,13 +244,15 @@ def build_mcp(
         return json.dumps(service.status().to_dict())
 
     async def picture(path: str) -> ResourceResult:
+        absolute = path if os.name == "nt" else f"/{path}"
         try:
-            data = await service.read_file(path if os.name == "nt" else f"/{path}")
+            file = await asyncio.to_thread(service.files.read, absolute)
+            await service.check_picture(file.data)
         except Step1XEditError as error:
             raise InvalidParams(str(error), log_level=logging.DEBUG) from None
         known = OUTPUT_FORMATS.get(Path(path).suffix.lower())
         kind = "application/octet-stream" if known is None else known.media_type
-        return ResourceResult([ResourceContent(data, mime_type=kind)])
+        return ResourceResult([ResourceContent(file.data, mime_type=kind)])
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastMCP) -> AsyncIterator[None]:
@@ -520,18 +526,20 @@ class _Editing(Pursuit[ToolResult]):
 
     def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
         async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
-            from step1x_edit.images import preview
+            from step1x_edit.images import PREVIEW_SIDE, preview
 
+            edits = FileEdits(service, service.files)
             if isinstance(request, GenerateRequest):
-                made = await service.generate(request, report)
-                shown = _jpeg(await asyncio.to_thread(preview, made.picture))
+                made = await edits.generate(request, report)
+                shown = _jpeg(await asyncio.to_thread(preview, made.edited.picture))
                 link = _link(made.answer, "The picture in full size")
                 return result_of(made.answer.to_dict(), shown, link)
-            edit = await service.edit(request, report)
+            saved = await edits.edit(request, report)
             before, after = await asyncio.gather(
-                asyncio.to_thread(preview, edit.source), asyncio.to_thread(preview, edit.picture)
+                service.preview(saved.source, PREVIEW_SIDE),
+                asyncio.to_thread(preview, saved.edited.picture),
             )
-            return _shown(request, edit.answer, before, after, edit.rounds)
+            return _shown(request, saved.answer, before, after, saved.edited.rounds)
 
         super().__init__(work)
         self._request = request

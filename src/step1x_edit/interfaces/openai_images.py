@@ -653,7 +653,7 @@ def image_routes(
     )
     async def edit(request: Request) -> Response:
         if not may_be_known(request):
-            service.check_room()  # before the upload is read
+            await service.check_room()  # before the upload is read
         sent = await read_edit(request)
         asked = understood(ImageEditRequest, sent.fields)
         return await answered(request, sent, asked, partial(edits.edit, sent, asked))
@@ -699,7 +699,7 @@ def image_routes(
     )
     async def generate(request: Request) -> Response:
         if not may_be_known(request):
-            service.check_room()
+            await service.check_room()
         sent = await read_generation(request)
         asked = understood(ImageGenerationRequest, sent.fields)
         _new_size(asked)  # what is wrong is told before a stream begins

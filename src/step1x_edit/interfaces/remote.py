@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from step1x_edit import images
 from step1x_edit.channel import Phase, Progress
+from step1x_edit.editor import Report
 from step1x_edit.errors import (
     InternalError,
     InvalidParameterError,
@@ -27,18 +29,17 @@ from step1x_edit.errors import (
     rebuild,
 )
 from step1x_edit.interfaces import hosts
-from step1x_edit.interfaces.editor import Edited
 from step1x_edit.schemas import (
+    EditMetadata,
+    GeneratePictureRequest,
     GpuAnswer,
     JobAnswer,
     JobEventAnswer,
     JobState,
+    PictureRequest,
     StatusAnswer,
 )
 from step1x_edit.settings import Limits
-
-if TYPE_CHECKING:
-    from step1x_edit.service import Report
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -49,8 +50,16 @@ _SILENCE_S: Final = 120.0  # events come at least every 15 s; an upload may take
 _MAX_ANSWER: Final = 4 * 1024 * 1024  # of anything but a picture
 
 
+@dataclass(frozen=True)
+class RemotePicture:
+    """The bytes of a picture that a server has edited or made, and how."""
+
+    data: bytes
+    metadata: EditMetadata
+
+
 class RemoteServer:
-    """A server at a URL; `token` is the key that it asks for, if it does."""
+    """The editor at a URL; `token` is the key that it asks for, if it does."""
 
     def __init__(self, url: str, token: str | None, limits: Limits) -> None:
         self._url = _root(url)
@@ -62,7 +71,7 @@ class RemoteServer:
         """Where it is."""
         return self._url
 
-    async def check(self) -> None:
+    async def check_room(self) -> None:
         """Raise what is wrong with the server, before pictures are sent that it would refuse."""
         async with self._client() as client:
             await self._ask(client, "GET", _JOBS, params={"limit": 1})
@@ -70,11 +79,11 @@ class RemoteServer:
     async def edit_picture(
         self,
         data: bytes,
-        arguments: Mapping[str, object],
+        request: PictureRequest,
         report: Report,
         suffix: str = ".png",
         mask: bytes | None = None,
-    ) -> Edited:
+    ) -> RemotePicture:
         """Have a picture edited; cancelling the call withdraws the job."""
         if suffix != ".png":  # a job's result is a PNG: better to know now whether this can hold it
             await asyncio.to_thread(self._check_encodable, data, suffix)
@@ -83,17 +92,19 @@ class RemoteServer:
             files["mask"] = ("mask", mask)
         fields = {
             name: json.dumps(value) if isinstance(value, list) else str(value)
-            for name, value in arguments.items()
+            for name, value in _given(request).items()
         }
         return await self._done({"files": files, "data": fields}, report, suffix)
 
-    async def generate_picture(
-        self, arguments: Mapping[str, object], report: Report, suffix: str = ".png"
-    ) -> Edited:
-        """Have a picture made from words alone; cancelling the call withdraws the job."""
-        return await self._done({"json": dict(arguments)}, report, suffix)
+    edit_next = edit_picture  # each is a job, for which the server has a store
 
-    async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> Edited:
+    async def generate_picture(
+        self, request: GeneratePictureRequest, report: Report, suffix: str = ".png"
+    ) -> RemotePicture:
+        """Have a picture made from words alone; cancelling the call withdraws the job."""
+        return await self._done({"json": _given(request)}, report, suffix)
+
+    async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> RemotePicture:
         """What comes of a job with this body, in the format of a suffix."""
         async with self._client() as client:
             job = await self._sent(client, body)
@@ -109,7 +120,7 @@ class RemoteServer:
         if suffix != ".png":
             await report(Progress(Phase.SAVING))
             png = await asyncio.to_thread(self._converted, png, suffix)
-        return Edited(png, ended.metadata)
+        return RemotePicture(png, ended.metadata)
 
     async def status(self) -> StatusAnswer:
         """Where its model is."""
@@ -297,6 +308,11 @@ def _root(url: str) -> str:
     if not is_known:
         raise InvalidParameterError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/").removesuffix(_MCP)
+
+
+def _given(request: BaseModel) -> dict[str, Any]:
+    """What a request asks for; the server chooses what it leaves open."""
+    return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def _problem(answer: httpx2.Response) -> tuple[str, str]:

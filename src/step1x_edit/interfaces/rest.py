@@ -201,7 +201,7 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
     )
     async def edit(request: Request) -> Response:
         if not may_be_known(request):
-            service.check_room()  # before the upload is read
+            await service.check_room()  # before the upload is read
         wanted = _wanted(request.headers.get("accept", ""))
         form = await read_form(request)
         suffix = _SUFFIX_OF.get(wanted, ".png")

@@ -33,6 +33,7 @@ from PIL import Image
 
 from step1x_edit import images
 from step1x_edit.channel import Progress
+from step1x_edit.editor import Report
 from step1x_edit.errors import EditCancelledError, Step1XEditError
 from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
@@ -60,7 +61,7 @@ from step1x_edit.schemas import (
     loras_of,
     parameters_of,
 )
-from step1x_edit.service import EditedPicture, EditService, Report
+from step1x_edit.service import EditedPicture, EditService
 from step1x_edit.settings import Settings
 
 _ASSETS: Final = Path(__file__).parent / "assets"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from step1x_edit.errors import InvalidParameterError
-from step1x_edit.files import FileAccess
+from step1x_edit.files import expanded
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -19,16 +19,16 @@ from step1x_edit.interfaces.cli.options import (
     with_options_of,
 )
 from step1x_edit.interfaces.cli.terminal import (
-    FAILED,
     cli_settings,
-    err,
-    print_json,
-    print_line,
-    print_results,
+    of_several,
+    print_batch,
     shown_progress,
     told_failures,
 )
-from step1x_edit.schemas import BatchAnswer, EditAnswer, EditRequest, PictureRequest, read_request
+from step1x_edit.schemas import EditRequest, given, read_request
+
+if TYPE_CHECKING:
+    from step1x_edit.interfaces.batches import Chosen, Item, Journal
 
 _INTERRUPTED = "interrupted; what is finished stays, and the same command goes on from there"
 
@@ -74,50 +74,35 @@ def batch(
     are edited all the same.
     """
     with told_failures(as_json, _INTERRUPTED):
-        from step1x_edit.interfaces import batches
-        from step1x_edit.interfaces.editor import given, opened_editor
+        from step1x_edit.interfaces.batches import Batch, Chosen, Journal
+        from step1x_edit.interfaces.editor import opened_edits
 
-        chosen = {"prompt": prompt, **asked}
-        mask, overwrite = chosen.pop("mask_path", None), chosen.pop("overwrite", False)
         if prompt is not None:
             check_prompt(prompt)
-        read_request(PictureRequest, given({**chosen, "prompt": prompt or ""}))
-        chosen["mask"] = mask
+        overwrite, mask = asked.pop("overwrite", False), asked.pop("mask_path", None)
+        chosen = read_request(Chosen, given({"prompt": prompt, "mask": mask, **asked}))
         settings = cli_settings()
-        source = source.expanduser().absolute()
-        folder = source.parent / f"{source.stem}_edited" if output_dir is None else output_dir
-        folder = folder.expanduser().absolute()
-        journal = batches.Journal(folder)
-        if source.is_dir():
-            if prompt is None:
-                raise InvalidParameterError("--prompt is missing; it says what to change")
-            items = batches.items_of_folder(source, chosen, journal.results)
-        else:
-            items = batches.items_of_manifest(source, chosen)
-        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
-        with opened_editor(settings, url, api_key, standalone) as editor:
-            work = batches.Batch(editor, files, journal, folder, overwrite=overwrite)
+        source = _absolute(source)
+        folder = _absolute(output_dir or source.parent / f"{source.stem}_edited")
+        journal = Journal(folder)
+        items = _items(source, chosen, journal)
+        with opened_edits(settings, url, api_key, standalone) as edits:
+            work = Batch(edits, journal, folder, overwrite=overwrite)
             with shown_progress() as progress_of:
-                answer = asyncio.run(
-                    work.run(
-                        items,
-                        lambda index, item: progress_of(f"{index + 1}/{len(items)} {item.name}"),
-                    )
-                )
-        _tell(answer, as_json, batches.KEPT)
+                reports = of_several(progress_of, [item.name for item in items])
+                answer = asyncio.run(work.run(items, reports))
+        print_batch(answer, as_json)
 
 
-def _tell(answer: BatchAnswer, as_json: bool, kept: str) -> None:
-    if as_json:
-        print_json(answer.to_dict())
-    else:
-        results = [(item.input, item.result) for item in answer.results]
-        for _, result in results:
-            if isinstance(result, EditAnswer):
-                print_line(result.output_path)
-        print_results(results, kept)
-        count = sum(isinstance(r, EditAnswer) and r.message == kept for _, r in results)
-        from_before = f"; {count} of them from an earlier run" if count else ""
-        err.print(answer.message + from_before, markup=False)
-    if answer.status != "success":
-        raise typer.Exit(FAILED)
+def _items(source: Path, chosen: Chosen, journal: Journal) -> list[Item]:
+    from step1x_edit.interfaces.batches import items_of_folder, items_of_manifest
+
+    if not source.is_dir():
+        return items_of_manifest(source, chosen)
+    if not chosen.prompt:
+        raise InvalidParameterError("--prompt is missing; it says what to change")
+    return items_of_folder(source, chosen, journal.results)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(expanded(str(path))).absolute()

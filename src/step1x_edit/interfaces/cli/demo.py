@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from step1x_edit.files import FileAccess
 from step1x_edit.interfaces.cli.options import option
 from step1x_edit.interfaces.cli.terminal import (
     as_typed,
@@ -20,10 +19,11 @@ from step1x_edit.interfaces.cli.terminal import (
     shown_progress,
     told_failures,
 )
-from step1x_edit.schemas import PARAMETERS
+from step1x_edit.schemas import PARAMETERS, EditRequest, given, read_request
 
 if TYPE_CHECKING:
-    from step1x_edit.service import EditService
+    from step1x_edit.editor import Edited
+    from step1x_edit.file_edits import FileEdits
 
 DEMO_PROMPTS = {
     "night": "change to night scene",
@@ -55,42 +55,43 @@ def demo(
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with told_failures(as_json=False):
         from step1x_edit.interfaces.comparison import draw_comparison
-        from step1x_edit.service import build_service
+        from step1x_edit.interfaces.editor import opened_edits
 
         settings = cli_settings().model_copy(update={"model_path": None, "model_version": "auto"})
-        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
         folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
         names = ("before", *(f"after-{name}" for name in DEMO_PROMPTS), "side-by-side")
-        # All are checked before the first is written.
-        first, *_, last = [files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
         chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
-        service = build_service(settings)
-        try:
-            # Refuse wrong parameters before anything is written.
-            service.read_edit({"image_path": DEMO_PHOTO, "prompt": "x", **chosen})
-            before = files.publish(first, DEMO_PHOTO.read_bytes())
-            results = asyncio.run(_edits_of(service, before, chosen))
-        finally:
-            service.close()
-        comparison = files.publish(last, draw_comparison({"before": before, **results}))
+        with opened_edits(settings, url=None, api_key=None, standalone=True) as edits:
+            # Everything is checked before the first picture is written.
+            outputs = [edits.files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
+            first, *after, last = outputs
+            requests = [
+                read_request(
+                    EditRequest,
+                    given(
+                        {
+                            "image_path": first.shown,
+                            "prompt": prompt,
+                            "output_path": output.shown,
+                            **chosen,
+                        }
+                    ),
+                )
+                for prompt, output in zip(DEMO_PROMPTS.values(), after, strict=True)
+            ]
+            before = edits.files.publish(first, DEMO_PHOTO.read_bytes())
+            results = asyncio.run(_edited(edits, requests))
+            comparison = edits.files.publish(last, draw_comparison({"before": before, **results}))
         _print_demo(before, results, comparison)
 
 
-async def _edits_of(
-    service: EditService, before: Path, chosen: Mapping[str, object]
-) -> dict[str, Path]:
+async def _edited(edits: FileEdits[Edited], requests: Sequence[EditRequest]) -> dict[str, Path]:
     """The results by prompt."""
     results = {}
     with shown_progress() as progress_of:
-        for name, prompt in DEMO_PROMPTS.items():
-            arguments = {
-                "image_path": before,
-                "prompt": prompt,
-                "output_path": before.with_name(f"after-{name}.jpg"),
-                **chosen,
-            }
-            edited = await service.edit(service.read_edit(arguments), progress_of(prompt))
-            results[prompt] = Path(edited.answer.output_path)
+        for request in requests:
+            saved = await edits.edit(request, progress_of(request.prompt))
+            results[request.prompt] = Path(saved.answer.output_path)
     return results
 
 

@@ -7,13 +7,14 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from step1x_edit.errors import ImageFileNotFoundError, InvalidParameterError, Step1XEditError
-from step1x_edit.files import FileAccess, FileIdentity, Output
+from step1x_edit.errors import ImageFileNotFoundError, InvalidParameterError
+from step1x_edit.files import expanded
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -24,31 +25,23 @@ from step1x_edit.interfaces.cli.options import (
     with_options_of,
 )
 from step1x_edit.interfaces.cli.terminal import (
-    FAILED,
     STREAM,
     check_stdout,
     cli_settings,
-    err,
+    of_several,
     print_answer,
-    print_json,
-    print_line,
-    print_results,
+    print_batch,
     shown_progress,
     told_failures,
+    watched,
     write_picture,
 )
 from step1x_edit.interfaces.cli.usage import PROGRAM, Command
-from step1x_edit.schemas import (
-    PARAMETERS,
-    BatchAnswer,
-    BatchItem,
-    EditAnswer,
-    EditRequest,
-    ErrorAnswer,
-)
+from step1x_edit.schemas import PARAMETERS, EditRequest, given, read_request
 
 if TYPE_CHECKING:
-    from step1x_edit.interfaces.editor import Edited, Editor
+    from step1x_edit.editor import Edited
+    from step1x_edit.file_edits import FileEdits
 
 _EXAMPLE: Final = "add a red hat"
 _MANY: Final = 4  # paths, too many to repeat them
@@ -96,28 +89,44 @@ def edit(
     this process. The path of each result is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.interfaces.editor import opened_editor, read_edit
+        from step1x_edit.interfaces.editor import opened_edits
 
         _check_words(image, prompt)
-        paths = expanded(image)
+        paths = _matched(image)
         if output is None and paths == [STREAM] and output_dir is None:
             output = STREAM
         _check_places(paths, output, output_dir, as_json)
-        chosen = {"prompt": prompt, **asked}
-        mask, overwrite = chosen.pop("mask_path", None), chosen.pop("overwrite", False)
-        for path in paths:
-            read_edit({"image_path": path, **chosen, "output_path": output, "mask_path": mask})
-        settings = cli_settings()
-        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
-        with opened_editor(settings, url, api_key, standalone) as editor:
-            work = _Work(editor, files, chosen, mask, overwrite)
-            if output == STREAM:
-                write_picture(asyncio.run(work.to_stdout(_source(paths[0], settings.max_bytes))))
-            elif len(paths) == 1:
-                source = _source(paths[0], settings.max_bytes)
-                print_answer(asyncio.run(work.to_file(source, output, output_dir)), as_json)
+        chosen = given({"prompt": prompt, "output_path": output, **asked})
+        requests = [read_request(EditRequest, {"image_path": path, **chosen}) for path in paths]
+        with opened_edits(cli_settings(), url, api_key, standalone) as edits:
+            if len(requests) > 1:
+                _edit_several(edits, requests, output_dir, as_json)
             else:
-                _tell_several(asyncio.run(work.to_files(paths, output_dir)), as_json)
+                _edit_one(edits, requests[0], output_dir, as_json)
+
+
+def _edit_one(
+    edits: FileEdits[Edited], request: EditRequest, output_dir: str | None, as_json: bool
+) -> None:
+    image = edits.files.read_stream(sys.stdin.buffer) if request.image_path == STREAM else None
+    if request.output_path == STREAM:
+        write_picture(watched("edit", partial(edits.edit_unsaved, request, image=image)))
+        return
+    saved = watched("edit", partial(edits.edit, request, image=image, output_dir=output_dir))
+    print_answer(saved.answer, as_json)
+
+
+def _edit_several(
+    edits: FileEdits[Edited],
+    requests: Sequence[EditRequest],
+    output_dir: str | None,
+    as_json: bool,
+) -> None:
+    names = [os.path.basename(request.image_path) for request in requests]  # noqa: PTH119
+    with shown_progress() as progress_of:
+        reports = of_several(progress_of, names)
+        answer = asyncio.run(edits.edit_several(requests, output_dir, reports))
+    print_batch(answer, as_json)
 
 
 class Edit(Command):
@@ -154,7 +163,7 @@ def _check_words(images: Sequence[str], prompt: str) -> None:
 
 def _is_path(word: str) -> bool:
     """Whether a word names a file and is no part of a prompt, whether the file is there or not."""
-    if word == STREAM or os.path.isfile(os.path.expanduser(word)):  # noqa: PTH111, PTH113
+    if word == STREAM or os.path.isfile(expanded(word)):  # noqa: PTH113
         return True
     return " " not in word and (
         bool(_SUFFIX.search(word)) or bool({"/", os.sep, *_MAGIC} & {*word})
@@ -165,11 +174,11 @@ def _how_to_call(images: str, prompt: str) -> str:
     return f'the prompt comes last, in quotes: {PROGRAM} edit {images} "{prompt}"'
 
 
-def expanded(images: Sequence[str]) -> list[str]:
+def _matched(images: Sequence[str]) -> list[str]:
     """The paths, with patterns that no shell has expanded replaced by what they match, sorted."""
     paths: list[str] = []
     for image in images:
-        pattern = os.path.expanduser(image)  # noqa: PTH111 - pathlib's raises for `~unknown`
+        pattern = expanded(image)
         if not _MAGIC & set(image) or os.path.lexists(pattern):
             paths.append(image)
             continue
@@ -197,107 +206,3 @@ def _check_places(
     check_stdout(output, as_json)
     if STREAM in paths and sys.stdin.isatty():
         raise InvalidParameterError("stdin is a terminal; give it a picture, such as < photo.jpg")
-
-
-class _Work:
-    """One picture after the other, edited in the same way."""
-
-    def __init__(
-        self,
-        editor: Editor,
-        files: FileAccess,
-        chosen: Mapping[str, object],
-        mask: str | None,
-        overwrite: bool,
-    ) -> None:
-        from step1x_edit.interfaces.editor import given
-
-        self._editor = editor
-        self._files = files
-        self._chosen = given(chosen)
-        self._mask = mask
-        self._overwrite = overwrite
-
-    async def to_stdout(self, image: str | bytes) -> Edited:
-        """Edit a picture that is to be handed on."""
-        from step1x_edit.interfaces.editor import read_inputs
-
-        inputs = await asyncio.to_thread(read_inputs, self._files, image, self._mask)
-        with shown_progress() as progress_of:
-            report = progress_of("edit")
-            return await self._editor.edit_picture(
-                inputs.image, self._chosen, report, mask=inputs.mask
-            )
-
-    async def to_file(
-        self, image: str | bytes, output: str | None, output_dir: str | None
-    ) -> EditAnswer:
-        """Edit one picture into the named file, or into one beside it or in a folder."""
-        from step1x_edit.interfaces.editor import edit_file
-
-        def plan(inputs: frozenset[FileIdentity]) -> Output:
-            if output is not None:
-                return self._files.plan_output(output, inputs, overwrite=self._overwrite)
-            assert isinstance(image, str)
-            return self._files.plan_default_output(
-                image, inputs, output_dir=output_dir, overwrite=self._overwrite
-            )
-
-        with shown_progress() as progress_of:
-            return await edit_file(
-                self._editor,
-                self._files,
-                image,
-                self._mask,
-                self._chosen,
-                plan,
-                progress_of("edit"),
-            )
-
-    async def to_files(self, paths: Sequence[str], output_dir: str | None) -> BatchAnswer:
-        """Edit several; what goes wrong with one does not stop the others."""
-        from step1x_edit.interfaces.editor import edit_file
-
-        known = await asyncio.to_thread(self._files.identify, paths)
-        taken: set[str] = set()
-        items = []
-        with shown_progress() as progress_of:
-            for number, path in enumerate(paths, 1):
-
-                def plan(inputs: frozenset[FileIdentity], path: str = path) -> Output:
-                    return self._files.plan_default_output(
-                        path,
-                        inputs | known,
-                        output_dir=output_dir,
-                        overwrite=self._overwrite,
-                        taken=taken,
-                    )
-
-                report = progress_of(f"{number}/{len(paths)} {os.path.basename(path)}")  # noqa: PTH119
-                result: EditAnswer | ErrorAnswer
-                try:
-                    result = await edit_file(
-                        self._editor, self._files, path, self._mask, self._chosen, plan, report
-                    )
-                except Step1XEditError as error:
-                    result = ErrorAnswer.of(error)
-                items.append(BatchItem(input=path, result=result))
-        return BatchAnswer.of(items)
-
-
-def _source(path: str, max_bytes: int) -> str | bytes:
-    """A path, or the picture on stdin; of one that is too long, enough to see that it is."""
-    return sys.stdin.buffer.read(max_bytes + 1) if path == STREAM else path
-
-
-def _tell_several(answer: BatchAnswer, as_json: bool) -> None:
-    if as_json:
-        print_json(answer.to_dict())
-    else:
-        for item in answer.results:
-            if isinstance(item.result, EditAnswer):
-                print_line(item.result.output_path)
-        print_results([(item.input, item.result) for item in answer.results])
-        err.print(answer.message, markup=False)
-    if answer.status != "success":
-        raise typer.Exit(FAILED)

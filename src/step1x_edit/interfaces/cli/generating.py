@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Annotated, Any, Final
 
 import typer
 
-from step1x_edit.files import FileAccess, Output
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -21,13 +20,12 @@ from step1x_edit.interfaces.cli.terminal import (
     check_stdout,
     cli_settings,
     print_answer,
-    shown_progress,
     told_failures,
+    watched,
     write_picture,
 )
-from step1x_edit.schemas import GenerateRequest, parameters_of
+from step1x_edit.schemas import GenerateRequest, given, parameters_of, read_request
 
-_LABEL: Final = "generate"
 _PARAMETERS: Final = parameters_of(GenerateRequest)
 
 
@@ -58,32 +56,15 @@ def generate(
     this process. The path of the picture is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.interfaces.editor import (
-            generate_file,
-            opened_editor,
-            read_generate,
-        )
+        from step1x_edit.interfaces.editor import opened_edits
 
         check_prompt(prompt, "a red fox in the snow")
         check_stdout(output, as_json)
-        chosen = {"prompt": prompt, **asked}
-        overwrite = chosen.pop("overwrite", False)
-        read_generate({**chosen, "output_path": output})
-        settings = cli_settings()
-        files = FileAccess(settings.allowed_dirs, settings.max_bytes)
-
-        def plan() -> Output:
-            if output is None:
-                return files.plan_new_output(prompt, overwrite=overwrite)
-            return files.plan_output(output, (), overwrite=overwrite)
-
-        with (
-            opened_editor(settings, url, api_key, standalone) as editor,
-            shown_progress() as progress_of,
-        ):
-            report = progress_of(_LABEL)
+        chosen = given({"prompt": prompt, "output_path": output, **asked})
+        request = read_request(GenerateRequest, chosen)
+        with opened_edits(cli_settings(), url, api_key, standalone) as edits:
             if output == STREAM:
-                write_picture(asyncio.run(editor.generate_picture(chosen, report)))
+                write_picture(watched("generate", partial(edits.generate_unsaved, request)))
             else:
-                work = generate_file(editor, files, chosen, plan, report)
-                print_answer(asyncio.run(work), as_json)
+                saved = watched("generate", partial(edits.generate, request))
+                print_answer(saved.answer, as_json)

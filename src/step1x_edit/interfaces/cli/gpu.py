@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from step1x_edit.interfaces.cli.options import ApiKey, AsJson, Standalone, Url
 from step1x_edit.interfaces.cli.terminal import (
@@ -14,6 +15,10 @@ from step1x_edit.interfaces.cli.terminal import (
     print_line,
     told_failures,
 )
+from step1x_edit.schemas import GpuAnswer, StatusAnswer
+
+if TYPE_CHECKING:
+    from step1x_edit.settings import Settings
 
 _NO_SERVER: Final = (
     "No server is running on this machine, so no model is loaded: step1x-edit serve starts one, "
@@ -30,17 +35,19 @@ def status(
     Without a server there is none: each command has a model of its own while it
     edits. That is no failure; the exit code is 0.
     """
-    from step1x_edit.interfaces.editor import opened_editor
+    from step1x_edit.interfaces.editor import found_server
 
-    with told_failures(as_json), opened_editor(cli_settings(), url, api_key, standalone) as editor:
-        answer = asyncio.run(editor.status())
+    with told_failures(as_json):
+        settings = cli_settings()
+        server = found_server(settings, url, api_key, standalone)
+        answer = _own_status(settings) if server is None else asyncio.run(server.status())
         if as_json:
-            print_json({**answer.to_dict(), "server": editor.url})
+            print_json({**answer.to_dict(), "server": None if server is None else server.url})
             return
-        if editor.url is None:
+        if server is None:
             print_line(_ALONE if standalone else _NO_SERVER)
             return
-        for name, value in _rows({"server": editor.url, **answer.gpu_status.to_dict()}):
+        for name, value in _rows({"server": server.url, **answer.gpu_status.to_dict()}):
             out.print(f"{name:<24} {value}", markup=False)
 
 
@@ -79,11 +86,27 @@ def release(
 
 
 def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_json: bool) -> None:
-    from step1x_edit.interfaces.editor import opened_editor
+    from step1x_edit.interfaces.editor import found_server
 
-    with told_failures(as_json), opened_editor(cli_settings(), url, api_key, standalone) as editor:
-        answer = asyncio.run(editor.offload() if move == "offload" else editor.release())
+    with told_failures(as_json):
+        settings = cli_settings()
+        server = found_server(settings, url, api_key, standalone)
+        if server is None:
+            answer = GpuAnswer(
+                message=f"Nothing to {move} here: no server is running on this machine",
+                gpu_status=_own_status(settings).gpu_status,
+            )
+        else:
+            answer = asyncio.run(server.offload() if move == "offload" else server.release())
         if as_json:
-            print_json({**answer.to_dict(), "server": editor.url})
+            print_json({**answer.to_dict(), "server": None if server is None else server.url})
         else:
             print_line(answer.message)
+
+
+def _own_status(settings: Settings) -> StatusAnswer:
+    """The model of this process is not loaded: it edits nothing."""
+    from step1x_edit.service import build_service
+
+    with contextlib.closing(build_service(settings)) as service:
+        return service.status()

@@ -5,15 +5,16 @@ Results go to stdout and everything else to stderr.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from time import monotonic as now
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
 
 import typer
 from rich.console import Console
@@ -27,12 +28,23 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.interfaces.cli.progress import display
-from step1x_edit.schemas import EditAnswer, EditMetadata, ErrorAnswer, Reasoning
+from step1x_edit.schemas import (
+    KEPT,
+    BatchAnswer,
+    BatchItem,
+    EditAnswer,
+    EditMetadata,
+    ErrorAnswer,
+    Reasoning,
+)
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
-    from step1x_edit.interfaces.editor import Edited
+    from step1x_edit.editor import Edited, Report
+    from step1x_edit.file_edits import ReportOf
     from step1x_edit.settings import Settings
+
+T = TypeVar("T")
 
 FAILED: Final = 1
 USAGE: Final = 2
@@ -117,7 +129,7 @@ def print_failure(error: Step1XEditError, as_json: bool) -> None:
 # --- progress ------------------------------------------------------------------------------------
 
 
-ShowProgress = Callable[[str], Callable[["Progress"], Awaitable[None]]]
+ShowProgress = Callable[[str], "Report"]
 """Given what is being edited, the function that hears how far it has come."""
 
 
@@ -126,7 +138,7 @@ def shown_progress() -> Iterator[ShowProgress]:
     """Show how far edits have come."""
     with display(err, now=now) as shown:
 
-        def of(label: str) -> Callable[[Progress], Awaitable[None]]:
+        def of(label: str) -> Report:
             shown.begin(label)
 
             async def show(event: Progress) -> None:
@@ -139,6 +151,17 @@ def shown_progress() -> Iterator[ShowProgress]:
             return show
 
         yield of
+
+
+def watched(label: str, work: Callable[[Report], Coroutine[Any, Any, T]]) -> T:
+    """Do something, and show how far it has come."""
+    with shown_progress() as progress_of:
+        return asyncio.run(work(progress_of(label)))
+
+
+def of_several(progress_of: ShowProgress, names: Sequence[str]) -> ReportOf:
+    """The same for the pictures of a batch, by their numbers."""
+    return lambda index: progress_of(f"{index + 1}/{len(names)} {names[index]}")
 
 
 # --- printing ------------------------------------------------------------------------------------
@@ -222,21 +245,37 @@ def write_picture(edited: Edited) -> None:
     print_made(edited.metadata)
 
 
-def print_results(
-    results: Sequence[tuple[str, EditAnswer | ErrorAnswer]], kept: str | None = None
-) -> None:
-    """The closing table of several edits, on stderr; what went wrong is told below it.
+def print_batch(answer: BatchAnswer, as_json: bool) -> None:
+    """Say what became of several pictures, and end with a failure unless all were edited."""
+    if as_json:
+        print_json(answer.to_dict())
+    else:
+        for item in answer.results:
+            if isinstance(item.result, EditAnswer):
+                print_line(item.result.output_path)
+        _print_results(answer.results)
+        kept = sum(_is_kept(item.result) for item in answer.results)
+        from_before = f"; {kept} of them from an earlier run" if kept else ""
+        err.print(answer.message + from_before, markup=False)
+    if answer.status != "success":
+        raise typer.Exit(FAILED)
 
-    Answers whose message is `kept` have cost no time now.
-    """
+
+def _is_kept(result: EditAnswer | ErrorAnswer) -> bool:
+    return isinstance(result, EditAnswer) and result.message == KEPT
+
+
+def _print_results(items: Sequence[BatchItem]) -> None:
+    """The closing table of several edits, on stderr; failures and warnings follow below it."""
     rows, failures, thoughts = [], [], []
     warnings: dict[str, None] = {}  # each once, in order
-    for name, result in results:
+    for item in items:
+        name, result = item.input, item.result
         if isinstance(result, ErrorAnswer):
             rows.append((name, "failed", "", ""))
             failures.append(f"{name}: {result.error}")
             continue
-        took = "kept" if result.message == kept else f"{result.processing_time:.1f} s"
+        took = "kept" if _is_kept(result) else f"{result.processing_time:.1f} s"
         rows.append((name, Path(result.output_path).name, took, str(result.metadata.seed)))
         if result.metadata.warning is not None:
             warnings[result.metadata.warning] = None
