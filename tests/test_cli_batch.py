@@ -208,6 +208,26 @@ def test_the_most_rounds_are_a_flag_and_a_column(folder: Path, worker: FakeWorke
     assert [len(one["metadata"]["reasoning"]["rounds"]) for one in results] == [1, 2]
 
 
+def test_home_is_understood_in_every_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "list.csv").write_text("image,prompt,output\n~/in/a.png,x,\nb.png,x,~/out/o.png\n")
+
+    result = run.invoke(app, ["batch", "~/in/list.csv", "--output-dir", "~/out", *QUICK])
+
+    assert result.exit_code == 0, result.stderr
+    out = folder.with_name("out")
+    assert result.stdout.splitlines() == [str(out / "a_edited.png"), str(out / "o.png")]
+
+
+def test_the_home_of_somebody_unknown_is_a_name_like_others(folder: Path) -> None:
+    words = ["batch", "in", "--prompt", "x", "--output-dir", "~nobody-of-this-name", *QUICK]
+
+    result = run.invoke(app, words)
+
+    assert result.exit_code == 0, result.stderr
+    assert len(edited(folder.with_name("~nobody-of-this-name"))) == 5
+
+
 def test_a_manifest_may_be_lines_of_json(folder: Path) -> None:
     rows = [{"image": "a.png", "prompt": "x"}, {"image": "b.png", "prompt": "y", "seed": 5}]
     (folder / "list.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
@@ -263,6 +283,8 @@ def test_bad_lines_are_named_before_anything_is_done(
         (["missing", "--prompt", "x"], 2, "must be a folder, or a manifest"),
         (["missing.csv"], 2, "cannot be read"),
         (["in", "--prompt", "x", "--num-steps", "5"], 2, "num_steps must be"),
+        (["in", "--prompt", "x", "--mask", ""], 2, "mask must"),
+        (["~nobody-of-this-name/in", "--prompt", "x"], 2, "must be a folder, or a manifest"),
         ([], 2, "Missing argument"),
     ],
 )

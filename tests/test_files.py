@@ -389,6 +389,14 @@ def test_the_default_output_is_replaced_when_asked(files: FileAccess, root: Path
     assert (root / "cat_edited.png").read_bytes() == b"new"
 
 
+def test_a_folder_in_the_place_of_the_default_output_is_told_before_the_work(
+    files: FileAccess, root: Path
+) -> None:
+    (root / "cat_edited.png").mkdir()
+    with pytest.raises(OutputNotWritableError, match="it is a folder"):
+        files.plan_default_output(str(root / "cat.png"), [], overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_equal_names_of_a_batch_are_numbered(
     files: FileAccess, root: Path, overwrite: bool

@@ -436,6 +436,45 @@ async def test_each_image_of_a_batch_gets_a_seed_of_its_own_unless_one_is_given(
     assert seeds[1] == [7, 7, 7]
 
 
+async def test_between_two_pictures_of_a_batch_others_have_their_turn_and_it_is_let_in_whole(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    gate, worker = Gate(), FakeWorker()
+    worker.before_step = lambda job, step: gate(job, step) if job.prompt == "other" else None
+    service = make_service(worker, max_queue=1)
+    paths = pictures(tmp_path, "a.png", "b.png")
+    others: list[asyncio.Future[object]] = []
+
+    async def fill(event: Progress) -> None:
+        """As the first picture is saved, an edit of others begins, and another fills the line."""
+        if event.phase is Phase.SAVING and not others:
+            others.append(asyncio.ensure_future(edit(service, photo, prompt="other")))
+            assert await asyncio.to_thread(gate.reached.wait, 60)
+            queued = asyncio.Event()
+
+            async def report(event: Progress) -> None:
+                queued.set()
+
+            request = service.read_picture({"prompt": "later"})
+            later = service.edit_picture(photo.read_bytes(), request, report)
+            others.append(asyncio.ensure_future(later))
+            await queued.wait()
+            with pytest.raises(ServerBusyError):
+                await service.check_room()
+
+    async def let_go(event: Progress) -> None:
+        gate.open()
+
+    request = service.read_batch({"image_paths": paths, "prompts": ["first", "second"]})
+    reports = (fill, let_go)
+    answer = await edits_of(service).edit_several(request.each(), None, reports.__getitem__)
+    gate.open()
+    await asyncio.gather(*others)
+
+    assert answer.status == "success"
+    assert worker.started == ["first", "other", "later", "second"]
+
+
 async def test_a_batch_that_is_refused_reads_nothing(
     make_service: MakeService, photo: Path
 ) -> None:
