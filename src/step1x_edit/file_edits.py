@@ -201,8 +201,8 @@ class FileEdits(Generic[E]):
 
 async def each(
     editor: Editor[Any], total: int, edit: Callable[[int], Awaitable[T]]
-) -> AsyncIterator[T | Step1XEditError]:
-    """Edit one picture after the other by its number, and yield what comes of each, in order.
+) -> AsyncIterator[tuple[int, T | Step1XEditError]]:
+    """Edit one picture after the other by its number, and yield what comes of each.
 
     What goes wrong with one does not stop the others. Other callers have their turn between two
     pictures if `edit` uses `Editor.edit_next`. Cancelling the call stops the work.
@@ -214,7 +214,7 @@ async def each(
             outcome = await edit(index)
         except Step1XEditError as error:
             outcome = error
-        yield outcome
+        yield index, outcome
 
 
 async def answers(
@@ -222,9 +222,9 @@ async def answers(
 ) -> BatchAnswer:
     """Edit the pictures of these names, as `each` does; what was saved before a cancel stays."""
     items: list[BatchItem] = []
-    async for outcome in each(editor, len(names), edit):
+    async for index, outcome in each(editor, len(names), edit):
         result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
-        items.append(BatchItem(input=names[len(items)], result=result))
+        items.append(BatchItem(input=names[index], result=result))
     return BatchAnswer.of(items)
 
 

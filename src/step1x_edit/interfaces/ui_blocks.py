@@ -21,9 +21,10 @@ import zipfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
 import gradio as gr
 import numpy as np
@@ -33,8 +34,8 @@ from PIL import Image
 
 from step1x_edit import images
 from step1x_edit.channel import Progress
-from step1x_edit.editor import Report
 from step1x_edit.errors import EditCancelledError, Step1XEditError
+from step1x_edit.file_edits import each
 from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
 from step1x_edit.interfaces.rounds import read_verdict
@@ -56,6 +57,7 @@ from step1x_edit.schemas import (
     GpuStatus,
     HowToEdit,
     Parameter,
+    PictureRequest,
     PlanStatus,
     Suggestion,
     loras_of,
@@ -63,6 +65,9 @@ from step1x_edit.schemas import (
 )
 from step1x_edit.service import EditedPicture, EditService
 from step1x_edit.settings import Settings
+
+E = TypeVar("E")
+_Tell: TypeAlias = Callable[[E], Awaitable[None]]
 
 _ASSETS: Final = Path(__file__).parent / "assets"
 _EXAMPLE_PHOTO: Final = _ASSETS / "coffee.jpg"
@@ -149,7 +154,7 @@ class _Tab:
         self.history: Sequence[_Made] = ()
         self.is_busy = False
         self._is_stopped = False
-        self._task: asyncio.Task[EditedPicture] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def add(self, made: _Made) -> None:
         """Keep what has been made."""
@@ -164,14 +169,12 @@ class _Tab:
         finally:
             self.is_busy = False
 
-    async def run(
-        self, work: Callable[[Report], Awaitable[EditedPicture]]
-    ) -> AsyncIterator[Progress | EditedPicture]:
-        """Yield how far the work has come, and last what came of it."""
-        events: asyncio.Queue[Progress | None] = asyncio.Queue()
+    async def run(self, work: Callable[[_Tell[E]], Awaitable[None]]) -> AsyncIterator[E]:
+        """Yield what the work reports, and raise what ends it."""
+        events: asyncio.Queue[E | None] = asyncio.Queue()
 
-        async def report(progress: Progress) -> None:
-            events.put_nowait(progress)
+        async def report(event: E) -> None:
+            events.put_nowait(event)
 
         if self._is_stopped:
             raise EditCancelledError
@@ -182,7 +185,7 @@ class _Tab:
                 yield event
             if task.cancelled():
                 raise EditCancelledError
-            yield task.result()
+            task.result()
         finally:
             task.cancel()  # does nothing to one that has ended
 
@@ -323,6 +326,14 @@ class _Buttons:
         """For a press that comes while the tab is busy."""
         return {self.line: gr.skip()}
 
+    def refused(
+        self, tab: _Tab, pictures: object, arguments: Mapping[str, object], language: str
+    ) -> dict[Any, Any]:
+        """For a press that cannot start an edit."""
+        if tab.is_busy:
+            return self.unchanged()
+        return self.free(alert(_missing(pictures, arguments, language)))
+
 
 @dataclass(frozen=True)
 class _View:
@@ -370,6 +381,10 @@ class _View:
             **self._told(made.thoughts),
         }
 
+    def show_history(self, history: Sequence[_Made]) -> dict[Any, Any]:
+        pictures = [(made.after, made.label) for made in history]
+        return {self.gallery: gr.Gallery(value=pictures, visible=True)}
+
     def _told(self, thoughts: _Thoughts | None) -> dict[Any, Any]:
         if thoughts is None:
             return {self.thoughts: gr.Accordion(visible=False)}
@@ -379,6 +394,37 @@ class _View:
             self.rounds: gr.Gallery(list(thoughts.rounds), visible=bool(thoughts.rounds)),
             self.verdicts: gr.Textbox(thoughts.verdicts, visible=bool(thoughts.verdicts)),
         }
+
+
+@dataclass(frozen=True)
+class _BatchView:
+    """Where the results of a batch are shown, and a file with all of them."""
+
+    gallery: gr.Gallery
+    archive: gr.DownloadButton
+
+    def begin(self) -> dict[Any, Any]:
+        """Show that there is nothing yet."""
+        return {self.gallery: [], self.archive: gr.DownloadButton(visible=False)}
+
+
+class _Results:
+    """What has become of the pictures of a batch."""
+
+    def __init__(self, session: _Session, language: str) -> None:
+        self.language = language
+        self.files: dict[str, str] = {}  # on disk: there may be many, and they may be large
+        self.problems: list[str] = []
+        self._session = session
+        self._shown: list[tuple[str, str]] = []
+
+    async def keep(self, edited: EditedPicture, name: str) -> list[tuple[str, str]]:
+        """Write a result to the disk; returns what the gallery has to show now."""
+        result = _unused(_result_name(name), self.files)
+        small, path = await asyncio.to_thread(_kept, self._session, edited, result)
+        self.files[result] = path
+        self._shown = [*self._shown, (small, name)]
+        return self._shown
 
 
 class _Page:
@@ -607,12 +653,8 @@ class _Page:
         """Edit one picture, and yield what changes on the page meanwhile."""
         language, session = visitor_language(request), self._session(request)
         tab = session.tabs[view.tab]
-        if tab.is_busy:
-            yield buttons.unchanged()
-            return
-        missing = _missing(path, arguments, language)
-        if path is None or missing:
-            yield buttons.free(alert(missing))
+        if tab.is_busy or path is None or not arguments["prompt"]:
+            yield buttons.refused(tab, path, arguments, language)
             return
         with tab.busy():
             try:
@@ -621,42 +663,32 @@ class _Page:
                 yield {**buttons.busy(), **view.begin(before, language)}
                 data = await asyncio.to_thread(Path(path).read_bytes)
 
-                async def work(report: Report) -> EditedPicture:
-                    return await self._service.edit_picture(
+                async def work(report: _Tell[Progress | EditedPicture]) -> None:
+                    edited = await self._service.edit_picture(
                         data, asked, report, mask=mask, previews=_PREVIEWS
                     )
+                    await report(edited)
 
                 progress = ProgressLine(language)
                 async for event in tab.run(work):
-                    if isinstance(event, EditedPicture):
-                        line = _done(event, progress, language)
-                        made = await asyncio.to_thread(
-                            _keep, session, event, line, path, before, arguments, mask, language
-                        )
-                        tab.add(made)
-                        end = {
-                            **view.show(made, language),
-                            **buttons.free(line),
-                            view.gallery: gr.Gallery(
-                                value=[(one.after, one.label) for one in tab.history], visible=True
-                            ),
-                        }
-                    else:
+                    if isinstance(event, Progress):
                         update = buttons.busy(progress.show(event))
                         if event.preview is not None:
-                            small = await asyncio.to_thread(_small, event.preview, _PREVIEW_SIDE)
-                            preview = session.save("preview.webp", small)
+                            preview = await asyncio.to_thread(_previewed, session, event.preview)
                             update[view.pictures] = pictures_compared(
                                 before, preview, "preview", language
                             )
                         yield update
-            except EditCancelledError:
-                line = done_line(text("stopped", language))
-                end = {**view.show(tab.made, language), **buttons.free(line)}
+                        continue
+                    line = _done(event, progress, language)
+                    made = await asyncio.to_thread(
+                        _keep, session, event, line, path, before, arguments, mask, language
+                    )
+                    tab.add(made)
+                    end = view.show_history(tab.history)
             except Step1XEditError as error:
-                line = alert_of(error, language)
-                end = {**view.show(tab.made, language), **buttons.free(line)}
-        yield end
+                line, end = _ended(error, language), {}
+        yield {**view.show(tab.made, language), **buttons.free(line), **end}
 
     async def _shown(self, session: _Session, path: str) -> str:
         """A picture as browsers can show it; raises what is wrong with it."""
@@ -684,99 +716,105 @@ class _Page:
                 )
                 form, buttons = self._form("batch")
             with gr.Column(min_width=300):
-                gallery = gr.Gallery(
-                    label=T("results"),
-                    columns=3,
-                    height=420,
-                    object_fit="contain",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id="batch-results",
+                view = _BatchView(
+                    gr.Gallery(
+                        label=T("results"),
+                        columns=3,
+                        height=420,
+                        object_fit="contain",
+                        interactive=False,
+                        buttons=["fullscreen"],
+                        elem_id="batch-results",
+                    ),
+                    gr.DownloadButton(T("results.file"), visible=False, elem_id="batch-download"),
                 )
-                archive = gr.DownloadButton(
-                    T("results.file"), visible=False, elem_id="batch-download"
-                )
-
-        async def take(request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
-            """Say at once which of the files are no pictures that can be edited."""
-            language, session = visitor_language(request), self._session(request)
-            problems: list[str] = []
-            for file in given or ():
-                try:
-                    await asyncio.to_thread(self._picture_at, str(file["path"]))
-                except Step1XEditError as error:
-                    problems.append(alert_of(error, language, _name_of(file)))
-            return gr.skip() if session.tabs["batch"].is_busy else "".join(problems)
 
         async def edit(
             request: gr.Request, given: list[dict[str, Any]] | None, *values: object
         ) -> AsyncIterator[dict[Any, Any]]:
-            language, session = visitor_language(request), self._session(request)
-            arguments, tab = form.arguments(values), session.tabs["batch"]
-            if tab.is_busy:
-                yield buttons.unchanged()
-                return
-            missing = _missing(given, arguments, language)
-            if not given or missing:
-                yield buttons.free(alert(missing))
-                return
-            shown: list[tuple[str, str]] = []
-            results: dict[str, str] = {}  # on disk: there may be many, and they may be large
-            problems: list[str] = []
-            with tab.busy():
-                yield {**buttons.busy(), gallery: [], archive: gr.DownloadButton(visible=False)}
-                try:
-                    asked = self._service.read_picture(arguments)
-                    for number, file in enumerate(given, start=1):
-                        path, name = str(file["path"]), _name_of(file)
-                        place = text("of_batch", language, number=number, total=len(given))
-                        progress = ProgressLine(language, f"{place} · ")
-
-                        async def work(report: Report, path: str = path) -> EditedPicture:
-                            data = await asyncio.to_thread(Path(path).read_bytes)
-                            return await self._service.edit_picture(data, asked, report)
-
-                        try:
-                            async for event in tab.run(work):
-                                if isinstance(event, EditedPicture):
-                                    result = _unused(_result_name(name), results)
-                                    small, results[result] = await asyncio.to_thread(
-                                        _kept, session, event, result
-                                    )
-                                    shown = [*shown, (small, name)]
-                                    yield {gallery: shown}
-                                else:
-                                    yield buttons.busy(progress.show(event))
-                        except EditCancelledError:
-                            raise
-                        except Step1XEditError as error:
-                            problems.append(alert_of(error, language, name))
-                    line = done_line(
-                        text("batch.done", language, successes=len(results), total=len(given))
-                    )
-                except EditCancelledError:
-                    line = done_line(text("stopped", language))
-                except Step1XEditError as error:
-                    line = alert_of(error, language)
-                end = buttons.free(line + "".join(problems))
-                if results:
-                    packed = await asyncio.to_thread(_packed, session, results)
-                    end[archive] = gr.DownloadButton(value=packed, visible=True)
-            yield end
+            arguments = form.arguments(values)
+            async for update in self._edit_batch(request, view, buttons, given, arguments):
+                yield update
 
         def stop(request: gr.Request) -> None:
             self._session(request).tabs["batch"].stop()
 
-        files.change(take, files, buttons.line, preprocess=False, **PRIVATE)
-        done = buttons.run.click(
-            edit,
-            [files, *form.inputs],
-            [gallery, archive, *buttons.outputs],
-            preprocess=False,
-            **PRIVATE,
-        )
+        files.change(self._check_batch, files, buttons.line, preprocess=False, **PRIVATE)
+        inputs, outputs = [files, *form.inputs], [view.gallery, view.archive, *buttons.outputs]
+        done = buttons.run.click(edit, inputs, outputs, preprocess=False, **PRIVATE)
         done.then(None, None, None, js=_ENDED, **PRIVATE)
         buttons.stop.click(stop, None, None, **PRIVATE)
+
+    async def _check_batch(self, request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
+        """Say at once which of the files are no pictures that can be edited."""
+        language, session = visitor_language(request), self._session(request)
+        problems: list[str] = []
+        for file in given or ():
+            try:
+                await asyncio.to_thread(self._picture_at, str(file["path"]))
+            except Step1XEditError as error:
+                problems.append(alert_of(error, language, _name_of(file)))
+        return gr.skip() if session.tabs["batch"].is_busy else "".join(problems)
+
+    async def _edit_batch(
+        self,
+        request: gr.Request,
+        view: _BatchView,
+        buttons: _Buttons,
+        given: list[dict[str, Any]] | None,
+        arguments: Mapping[str, object],
+    ) -> AsyncIterator[dict[Any, Any]]:
+        """Edit several pictures, and yield what changes on the page meanwhile."""
+        language, session = visitor_language(request), self._session(request)
+        tab = session.tabs["batch"]
+        if tab.is_busy or not given or not arguments["prompt"]:
+            yield buttons.refused(tab, given, arguments, language)
+            return
+        results = _Results(session, language)
+        with tab.busy():
+            yield {**buttons.busy(), **view.begin()}
+            try:
+                asked = self._service.read_picture(arguments)
+                work = partial(self._edit_each, given, asked, results)
+                async for event in tab.run(work):
+                    if isinstance(event, str):
+                        yield buttons.busy(event)
+                    else:
+                        yield {view.gallery: event}
+                counts = {"successes": len(results.files), "total": len(given)}
+                line = done_line(text("batch.done", language, **counts))
+            except Step1XEditError as error:
+                line = _ended(error, language)
+            end = buttons.free(line + "".join(results.problems))
+            if results.files:
+                packed = await asyncio.to_thread(_packed, session, results.files)
+                end[view.archive] = gr.DownloadButton(value=packed, visible=True)
+        yield end
+
+    async def _edit_each(
+        self,
+        given: Sequence[dict[str, Any]],
+        asked: PictureRequest,
+        results: _Results,
+        report: _Tell[str | list[tuple[str, str]]],
+    ) -> None:
+        """Edit one picture after the other; report lines, and what the gallery has to show."""
+
+        async def edit(index: int) -> None:
+            place = text("of_batch", results.language, number=index + 1, total=len(given))
+            progress = ProgressLine(results.language, f"{place} · ")
+
+            async def show(event: Progress) -> None:
+                await report(progress.show(event))
+
+            data = await asyncio.to_thread(Path(given[index]["path"]).read_bytes)
+            edited = await self._service.edit_next(data, asked, show)
+            await report(await results.keep(edited, _name_of(given[index])))
+
+        async for index, outcome in each(self._service, len(given), edit):
+            if isinstance(outcome, Step1XEditError):
+                name = _name_of(given[index])
+                results.problems.append(alert_of(outcome, results.language, name))
 
     # --- what the tabs share ----------------------------------------------------------------------
 
@@ -1085,6 +1123,13 @@ def _missing(pictures: object, arguments: Mapping[str, object], language: str) -
     return "" if arguments["prompt"] else text("no_prompt", language)
 
 
+def _ended(error: Step1XEditError, language: str) -> str:
+    """The line below what has ended without a result."""
+    if isinstance(error, EditCancelledError):
+        return done_line(text("stopped", language))
+    return alert_of(error, language)
+
+
 def _done(edited: EditedPicture, progress: ProgressLine, language: str) -> str:
     """The line below a result."""
     metadata, seconds = edited.metadata, f"{progress.seconds:.1f}"
@@ -1140,16 +1185,16 @@ def _thoughts(session: _Session, edited: EditedPicture, language: str) -> _Thoug
     if reasoning is None:
         return None
     pictures, verdicts = [], []
-    for number, (each, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
+    for number, (one, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
         words = [text("round", language, number=number)]
-        if each.score is not None:
-            words.append(text("round.score", language, score=f"{each.score:g}"))
+        if one.score is not None:
+            words.append(text("round.score", language, score=f"{one.score:g}"))
         if number == reasoning.best:
             words.append(text("round.best", language))
         caption = " · ".join(words)
         pictures.append((session.save("round.jpg", small), caption))
-        if each.verdict is not None:
-            verdicts.append(f"{caption}: {read_verdict(each.verdict).words}")
+        if one.verdict is not None:
+            verdicts.append(f"{caption}: {read_verdict(one.verdict).words}")
     return _Thoughts(reasoning.prompt or "", pictures, "\n".join(verdicts))
 
 
@@ -1159,6 +1204,11 @@ def _small(pixels: Pixels, side: int, picture: images.Picture | None = None) -> 
     image.thumbnail((side, side))
     profile = None if picture is None else picture.icc_profile
     return _encoded(image, "WEBP", quality=85, icc_profile=profile)
+
+
+def _previewed(session: _Session, preview: Pixels) -> str:
+    """Where the preview of a running edit is written."""
+    return session.save("preview.webp", _small(preview, _PREVIEW_SIDE))
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
