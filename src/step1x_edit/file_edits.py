@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from pydantic import BaseModel
-
 from step1x_edit.editor import Edited, Editor, Report, unreported
 from step1x_edit.errors import Step1XEditError, about_the_mask
 from step1x_edit.files import FileAccess, FileIdentity, Output
@@ -26,9 +24,7 @@ from step1x_edit.schemas import (
     EditAnswer,
     EditRequest,
     ErrorAnswer,
-    GeneratePictureRequest,
     GenerateRequest,
-    PictureRequest,
 )
 
 E = TypeVar("E", bound=Edited)
@@ -96,9 +92,7 @@ class FileEdits(Generic[E]):
         """Edit one picture and give the result back as a PNG; all else is as in `edit`."""
         await self.editor.check_room()
         inputs = await asyncio.to_thread(self.read, request.image_path, request.mask_path, image)
-        return await self.editor.edit_picture(
-            inputs.image, picture_request(request), report, mask=inputs.mask
-        )
+        return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
 
     async def edit_several(
         self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReportOf
@@ -120,15 +114,13 @@ class FileEdits(Generic[E]):
         await self.editor.check_room()
         started = time.monotonic()
         output = await asyncio.to_thread(self._plan_new, request)
-        made = await self.editor.generate_picture(
-            _generate_picture_request(request), report, output.suffix
-        )
+        made = await self.editor.generate_picture(request, report, output.suffix)
         return Saved(await self._published(output, made, started, GENERATED), made)
 
     async def generate_unsaved(self, request: GenerateRequest, report: Report = unreported) -> E:
         """Make one picture from words alone and give it back as a PNG."""
         await self.editor.check_room()
-        return await self.editor.generate_picture(_generate_picture_request(request), report)
+        return await self.editor.generate_picture(request, report)
 
     def read(self, image_path: str, mask_path: str | None, image: bytes | None = None) -> Inputs:
         """Read the picture, unless it is there already, and the mask if there is one."""
@@ -160,9 +152,7 @@ class FileEdits(Generic[E]):
             return inputs, self._plan(request, inputs.identities, outputs)
 
         inputs, output = await asyncio.to_thread(opened)
-        edited = await edit(
-            inputs.image, picture_request(request), report, output.suffix, inputs.mask
-        )
+        edited = await edit(inputs.image, request, report, output.suffix, inputs.mask)
         return Saved(await self._published(output, edited, started, EDITED), edited, inputs.image)
 
     async def _published(
@@ -226,20 +216,3 @@ async def answers(
         result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
         items.append(BatchItem(input=names[index], result=result))
     return BatchAnswer.of(items)
-
-
-# --- requests -------------------------------------------------------------------------------------
-
-
-def picture_request(request: BaseModel) -> PictureRequest:
-    """What is asked for apart from files; what was left open stays open."""
-    return PictureRequest(**_of_kind(request, PictureRequest))
-
-
-def _generate_picture_request(request: GenerateRequest) -> GeneratePictureRequest:
-    return GeneratePictureRequest(**_of_kind(request, GeneratePictureRequest))
-
-
-def _of_kind(request: BaseModel, kind: type[BaseModel]) -> dict[str, Any]:
-    fields = set(kind.model_fields)
-    return request.model_dump(include=fields, exclude_unset=True, exclude_none=True)

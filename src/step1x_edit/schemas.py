@@ -408,6 +408,8 @@ def _in_order(values: Mapping[str, Any], first: Iterable[str]) -> dict[str, Any]
 
 def _list_as_the_contract_does(schema: dict[str, Any]) -> None:
     schema["properties"] = _in_order(schema["properties"], _CONTRACT)
+    if "required" in schema:
+        schema["required"].sort(key=[*schema["properties"]].index)
 
 
 class _Request(BaseModel):
@@ -453,34 +455,32 @@ def how_of(request: HowToEdit | HowToGenerate) -> dict[str, Any]:
     return {name: getattr(request, name) for name in kind.model_fields}
 
 
-class EditRequest(HowToEdit):
-    """One picture to edit."""
-
-    image_path: ImagePath
-    prompt: Prompt
-    output_path: OutputPath = None
-    overwrite: Overwrite = False
-    mask_path: MaskPath = None
-
-
 class PictureRequest(HowToEdit):
     """What to do with a picture that comes with the request instead of lying on our disk."""
 
     prompt: Prompt
 
 
-class GenerateRequest(HowToGenerate):
-    """A picture to make from words alone."""
+class EditRequest(PictureRequest):
+    """One picture to edit."""
 
-    prompt: NewPrompt
-    output_path: NewOutputPath = None
+    image_path: ImagePath
+    output_path: OutputPath = None
     overwrite: Overwrite = False
+    mask_path: MaskPath = None
 
 
 class GeneratePictureRequest(HowToGenerate):
     """A picture to make from words alone and to give back, without a file on our disk."""
 
     prompt: NewPrompt
+
+
+class GenerateRequest(GeneratePictureRequest):
+    """A picture to make from words alone."""
+
+    output_path: NewOutputPath = None
+    overwrite: Overwrite = False
 
 
 class BatchRequest(HowToEdit):
@@ -1238,6 +1238,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def given(values: Mapping[str, object]) -> dict[str, object]:
     """The values without None, which counts as not given."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def given_in(request: BaseModel, kind: type[BaseModel]) -> dict[str, Any]:
+    """What a request gives of the parameters of `kind`, by name; what it leaves open is missing."""
+    fields = set(kind.model_fields)
+    return request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
 
 
 def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:

@@ -33,7 +33,7 @@ from step1x_edit.errors import (
     OutputExistsError,
     OutputNotWritableError,
 )
-from step1x_edit.file_edits import FileEdits, Inputs, ReportOf, answers, picture_request
+from step1x_edit.file_edits import FileEdits, Inputs, ReportOf, answers
 from step1x_edit.files import FileIdentity, Output, expanded
 from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
@@ -46,6 +46,7 @@ from step1x_edit.schemas import (
     PictureRequest,
     Prompt,
     given,
+    given_in,
     read_request,
 )
 
@@ -111,8 +112,7 @@ def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = (
     ]
     if not pictures:
         raise ImageFileNotFoundError(f"{folder} (there are no pictures in this folder)")
-    request = picture_request(chosen)
-    return [Item(path.name, str(path), chosen.mask, request, None) for path in pictures]
+    return [Item(path.name, str(path), chosen.mask, chosen, None) for path in pictures]
 
 
 def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
@@ -163,7 +163,7 @@ def _item(
         name=f"line {line}: {row.image}",
         image=str(_below(folder, row.image)),
         mask=mask,
-        request=picture_request(row),
+        request=row,
         output=row.output,
     )
 
@@ -406,7 +406,7 @@ def _digest_of_request(inputs: Inputs, request: PictureRequest) -> str:
     asked = {
         "image": hashlib.sha256(inputs.image).hexdigest(),
         "mask": None if inputs.mask is None else hashlib.sha256(inputs.mask).hexdigest(),
-        "arguments": request.model_dump(exclude_unset=True),
+        "arguments": given_in(request, PictureRequest),
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 

@@ -38,6 +38,7 @@ from step1x_edit.schemas import (
     JobState,
     PictureRequest,
     StatusAnswer,
+    given_in,
 )
 from step1x_edit.settings import Limits
 
@@ -92,7 +93,7 @@ class RemoteServer:
             files["mask"] = ("mask", mask)
         fields = {
             name: json.dumps(value) if isinstance(value, list) else str(value)
-            for name, value in _given(request).items()
+            for name, value in given_in(request, PictureRequest).items()
         }
         return await self._done({"files": files, "data": fields}, report, suffix)
 
@@ -102,7 +103,7 @@ class RemoteServer:
         self, request: GeneratePictureRequest, report: Report, suffix: str = ".png"
     ) -> RemotePicture:
         """Have a picture made from words alone; cancelling the call withdraws the job."""
-        return await self._done({"json": _given(request)}, report, suffix)
+        return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
 
     async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> RemotePicture:
         """What comes of a job with this body, in the format of a suffix."""
@@ -308,11 +309,6 @@ def _root(url: str) -> str:
     if not is_known:
         raise InvalidParameterError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
     return url.rstrip("/").removesuffix(_MCP)
-
-
-def _given(request: BaseModel) -> dict[str, Any]:
-    """What a request asks for; the server chooses what it leaves open."""
-    return request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
 
 def _problem(answer: httpx2.Response) -> tuple[str, str]:
