@@ -336,6 +336,29 @@ class _Buttons:
 
 
 @dataclass(frozen=True)
+class _ThoughtsView:
+    """Where the reasoning behind a result is shown, if there was any.
+
+    It has text boxes, because what a model says must not become part of the page.
+    """
+
+    accordion: gr.Accordion
+    rewritten: gr.Textbox
+    rounds: gr.Gallery
+    verdicts: gr.Textbox
+
+    def show(self, thoughts: _Thoughts | None) -> dict[Any, Any]:
+        if thoughts is None:
+            return {self.accordion: gr.Accordion(visible=False)}
+        return {
+            self.accordion: gr.Accordion(visible=True),
+            self.rewritten: gr.Textbox(thoughts.rewritten, visible=bool(thoughts.rewritten)),
+            self.rounds: gr.Gallery(list(thoughts.rounds), visible=bool(thoughts.rounds)),
+            self.verdicts: gr.Textbox(thoughts.verdicts, visible=bool(thoughts.verdicts)),
+        }
+
+
+@dataclass(frozen=True)
 class _View:
     """Where a result is shown, and what was made before.
 
@@ -348,15 +371,13 @@ class _View:
     download: gr.DownloadButton
     reuse: gr.Button
     again: gr.Button
-    thoughts: gr.Accordion
-    rewritten: gr.Textbox
-    rounds: gr.Gallery
-    verdicts: gr.Textbox
+    thoughts: _ThoughtsView
     gallery: gr.Gallery
 
     @property
     def outputs(self) -> list[Any]:
-        return [part for name, part in vars(self).items() if name != "tab"]
+        shown = [self.pictures, self.actions, self.download, self.reuse, self.again, self.gallery]
+        return [*shown, *vars(self.thoughts).values()]
 
     def begin(self, before: str, language: str) -> dict[Any, Any]:
         """Show what is going to be edited."""
@@ -365,7 +386,7 @@ class _View:
             self.download: gr.DownloadButton(interactive=False),
             self.reuse: gr.Button(interactive=False),
             self.again: gr.Button(interactive=False),
-            self.thoughts: gr.Accordion(visible=False),
+            **self.thoughts.show(None),
         }
 
     def show(self, made: _Made | None, language: str) -> dict[Any, Any]:
@@ -378,22 +399,12 @@ class _View:
             self.download: gr.DownloadButton(value=made.result, interactive=True),
             self.reuse: gr.Button(interactive=True),
             self.again: gr.Button(interactive=True),
-            **self._told(made.thoughts),
+            **self.thoughts.show(made.thoughts),
         }
 
     def show_history(self, history: Sequence[_Made]) -> dict[Any, Any]:
         pictures = [(made.after, made.label) for made in history]
         return {self.gallery: gr.Gallery(value=pictures, visible=True)}
-
-    def _told(self, thoughts: _Thoughts | None) -> dict[Any, Any]:
-        if thoughts is None:
-            return {self.thoughts: gr.Accordion(visible=False)}
-        return {
-            self.thoughts: gr.Accordion(visible=True),
-            self.rewritten: gr.Textbox(thoughts.rewritten, visible=bool(thoughts.rewritten)),
-            self.rounds: gr.Gallery(list(thoughts.rounds), visible=bool(thoughts.rounds)),
-            self.verdicts: gr.Textbox(thoughts.verdicts, visible=bool(thoughts.verdicts)),
-        }
 
 
 @dataclass(frozen=True)
@@ -529,22 +540,7 @@ class _Page:
         with gr.Row():
             with gr.Column(min_width=300):
                 picture = self._picture("region", 200)
-                editor = gr.ImageEditor(
-                    label=T("mask"),
-                    height=420,
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=gr.Brush(
-                        default_size=48,
-                        colors=[("#e11d48", 0.6)],
-                        color_mode="fixed",
-                    ),
-                    format="png",
-                    buttons=["fullscreen"],
-                    visible=False,
-                    elem_id="region-mask",
-                )
+                editor = _painter()
                 form, buttons = self._form("region")
             view = _view("region")
         source = gr.State()
@@ -973,25 +969,7 @@ def _view(name: str) -> _View:
             )
             reuse = gr.Button(T("reuse"), size="md", min_width=120, elem_id=f"{name}-reuse")
             again = gr.Button(T("again"), size="md", min_width=120, elem_id=f"{name}-again")
-        # Text boxes, because what a model says must not become part of the page.
-        with gr.Accordion(
-            T("reasoning"), open=True, visible=False, elem_id=f"{name}-thoughts"
-        ) as thoughts:
-            rewritten = gr.Textbox(
-                label=T("rewritten"), interactive=False, elem_id=f"{name}-rewritten"
-            )
-            rounds = gr.Gallery(
-                label=T("rounds"),
-                columns=3,
-                height=220,
-                interactive=False,
-                object_fit="contain",
-                buttons=["fullscreen"],
-                elem_id=f"{name}-rounds",
-            )
-            verdicts = gr.Textbox(
-                label=T("verdicts"), interactive=False, elem_id=f"{name}-verdicts"
-            )
+        thoughts = _thoughts_view(name)
         gallery = gr.Gallery(
             label=T("history"),
             columns=4,
@@ -1005,19 +983,45 @@ def _view(name: str) -> _View:
             elem_id=f"{name}-history",
             elem_classes="history",
         )
-    return _View(
-        name,
-        pictures,
-        actions,
-        download,
-        reuse,
-        again,
-        thoughts,
-        rewritten,
-        rounds,
-        verdicts,
-        gallery,
+    return _View(name, pictures, actions, download, reuse, again, thoughts, gallery)
+
+
+def _painter() -> gr.ImageEditor:
+    """Where the region of an edit is painted over the picture."""
+    return gr.ImageEditor(
+        label=T("mask"),
+        height=420,
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=48, colors=[("#e11d48", 0.6)], color_mode="fixed"),
+        format="png",
+        buttons=["fullscreen"],
+        visible=False,
+        elem_id="region-mask",
     )
+
+
+def _thoughts_view(name: str) -> _ThoughtsView:
+    with gr.Accordion(
+        T("reasoning"), open=True, visible=False, elem_id=f"{name}-thoughts"
+    ) as accordion:
+        return _ThoughtsView(
+            accordion,
+            rewritten=gr.Textbox(
+                label=T("rewritten"), interactive=False, elem_id=f"{name}-rewritten"
+            ),
+            rounds=gr.Gallery(
+                label=T("rounds"),
+                columns=3,
+                height=220,
+                interactive=False,
+                object_fit="contain",
+                buttons=["fullscreen"],
+                elem_id=f"{name}-rounds",
+            ),
+            verdicts=gr.Textbox(label=T("verdicts"), interactive=False, elem_id=f"{name}-verdicts"),
+        )
 
 
 def _range(parameter: Parameter) -> tuple[float, float]:
