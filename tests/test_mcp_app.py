@@ -25,6 +25,7 @@ from fakes import FakeWorker, Gate
 from step1x_edit.channel import EditJob
 from step1x_edit.images import Pixels
 from step1x_edit.interfaces.mcp import build_mcp
+from step1x_edit.schemas import HowToEdit
 
 APPS = [advertise(UI_EXTENSION_ID, {"mimeTypes": [UI_MIME_TYPE]})]
 """What a client declares that shows pages of servers."""
@@ -82,16 +83,11 @@ async def test_only_meta_is_added_to_a_result(make_service: MakeService, photo: 
     assert kind == "data:image/jpeg;base64"
     before = pixels_of(base64.b64decode(data)).astype(int)
     assert np.abs(before - pixels_of(photo.read_bytes())).mean() < 8
+    defaults = {name: field.default for name, field in HowToEdit.model_fields.items()}
     assert result.meta["step1x-edit/arguments"] == {
         "image_path": str(photo),
         "prompt": "x",
-        "num_steps": 28,
-        "guidance_scale": 6.0,
-        "size_level": 1024,
-        "negative_prompt": "",
-        "thinking": False,
-        "reflection": False,
-        "reflection_rounds": 3,
+        **{name: value for name, value in defaults.items() if value is not None},
     }
 
 

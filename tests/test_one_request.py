@@ -86,7 +86,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
     settings = Settings(
         allowed_dirs=(folder,), lora_path={Path("look.safetensors"): 0.5}, _env_file=None
-    )  # type: ignore[call-arg]
+    )
     service = build_service(settings, FakeWorker(before_step, model="fake v1.2"))
     with (
         serving(service, allowed_dirs=(folder,)) as url,
