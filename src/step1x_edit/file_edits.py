@@ -97,7 +97,7 @@ class FileEdits(Generic[E]):
     async def edit_several(
         self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReportOf
     ) -> BatchAnswer:
-        """Edit one picture after the other, as `answers` does; no input of any is overwritten."""
+        """Edit several pictures as `edit_each` does; the inputs of all of them stay as they are."""
         paths = [request.image_path for request in requests]
         outputs = _Outputs(output_dir, await asyncio.to_thread(self.files.identify, paths))
 
@@ -107,7 +107,7 @@ class FileEdits(Generic[E]):
             )
             return saved.answer
 
-        return await answers(self.editor, paths, edit)
+        return await batch_answer(self.editor, paths, edit)
 
     async def generate(self, request: GenerateRequest, report: Report = unreported) -> Saved[E]:
         """Make one picture from words alone and save it; all else is as in `edit`."""
@@ -189,7 +189,7 @@ class FileEdits(Generic[E]):
 # --- several pictures -----------------------------------------------------------------------------
 
 
-async def each(
+async def edit_each(
     editor: Editor[Any], total: int, edit: Callable[[int], Awaitable[T]]
 ) -> AsyncIterator[tuple[int, T | Step1XEditError]]:
     """Edit one picture after the other by its number, and yield what comes of each.
@@ -207,12 +207,12 @@ async def each(
         yield index, outcome
 
 
-async def answers(
+async def batch_answer(
     editor: Editor[Any], names: Sequence[str], edit: Callable[[int], Awaitable[EditAnswer]]
 ) -> BatchAnswer:
-    """Edit the pictures of these names, as `each` does; what was saved before a cancel stays."""
+    """Edit the pictures of these names as `edit_each` does; what is saved when it ends stays."""
     items: list[BatchItem] = []
-    async for index, outcome in each(editor, len(names), edit):
+    async for index, outcome in edit_each(editor, len(names), edit):
         result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
         items.append(BatchItem(input=names[index], result=result))
     return BatchAnswer.of(items)

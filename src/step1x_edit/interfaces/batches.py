@@ -33,7 +33,7 @@ from step1x_edit.errors import (
     OutputExistsError,
     OutputNotWritableError,
 )
-from step1x_edit.file_edits import FileEdits, Inputs, ReportOf, answers
+from step1x_edit.file_edits import FileEdits, Inputs, ReportOf, batch_answer
 from step1x_edit.files import FileIdentity, Output, expanded
 from step1x_edit.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas import (
@@ -329,9 +329,7 @@ class Batch:
         *,
         overwrite: bool = False,
     ) -> None:
-        self._editor = edits.editor
         self._edits = edits
-        self._files = edits.files
         self._journal = journal
         self._output_dir = output_dir
         self._overwrite = overwrite
@@ -340,17 +338,18 @@ class Batch:
         self._inputs: frozenset[FileIdentity] = frozenset()
 
     async def run(self, items: Sequence[Item], report_of: ReportOf) -> BatchAnswer:
-        """Do one after the other, as `file_edits.answers` does.
+        """Do one after the other, as `file_edits.batch_answer` does.
 
         Cancelling the call stops the work; what is finished stays and is known to the next run.
         """
         paths = [path for item in items for path in (item.image, item.mask) if path is not None]
-        self._inputs = await asyncio.to_thread(self._files.identify, paths)
+        self._inputs = await asyncio.to_thread(self._edits.files.identify, paths)
 
         async def edit(index: int) -> EditAnswer:
             return await self._edit(items[index], report_of(index))
 
-        return await answers(self._editor, [item.name for item in items], edit)
+        names = [item.name for item in items]
+        return await batch_answer(self._edits.editor, names, edit)
 
     async def _edit(self, item: Item, report: Report) -> EditAnswer:
         started = time.monotonic()
@@ -365,7 +364,7 @@ class Batch:
                 return made.answer.model_copy(update={"message": KEPT, "output_path": str(path)})
             if made is None and not self._overwrite:
                 raise OutputExistsError(f"{path}, and this batch has not made it")
-        edited = await self._editor.edit_next(
+        edited = await self._edits.editor.edit_next(
             inputs.image, item.request, report, output.suffix, inputs.mask
         )
         answer = EditAnswer(
@@ -378,7 +377,7 @@ class Batch:
 
         def finish() -> None:
             self._journal.note(path, request, content, answer)
-            self._files.publish(place, edited.data)
+            self._edits.files.publish(place, edited.data)
 
         await asyncio.to_thread(finish)
         return answer
@@ -387,9 +386,9 @@ class Batch:
         """Where the result belongs: the same in every run, whatever lies there."""
         if item.output is not None:
             wanted = str(_below(self._output_dir, item.output))
-            output = self._files.plan_output(wanted, self._inputs, overwrite=True)
+            output = self._edits.files.plan_output(wanted, self._inputs, overwrite=True)
         else:
-            output = self._files.plan_default_output(
+            output = self._edits.files.plan_default_output(
                 item.image,
                 self._inputs,
                 output_dir=str(self._output_dir),

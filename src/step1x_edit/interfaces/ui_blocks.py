@@ -35,7 +35,7 @@ from PIL import Image
 from step1x_edit import images
 from step1x_edit.channel import Progress
 from step1x_edit.errors import EditCancelledError, Step1XEditError
-from step1x_edit.file_edits import each
+from step1x_edit.file_edits import edit_each
 from step1x_edit.interfaces import ui_document
 from step1x_edit.interfaces.page_files import PageFiles
 from step1x_edit.interfaces.rounds import read_verdict
@@ -807,7 +807,7 @@ class _Page:
             edited = await self._service.edit_next(data, asked, show)
             await report(await results.keep(edited, _name_of(given[index])))
 
-        async for index, outcome in each(self._service, len(given), edit):
+        async for index, outcome in edit_each(self._service, len(given), edit):
             if isinstance(outcome, Step1XEditError):
                 name = _name_of(given[index])
                 results.problems.append(alert_of(outcome, results.language, name))
@@ -1189,16 +1189,16 @@ def _thoughts(session: _Session, edited: EditedPicture, language: str) -> _Thoug
     if reasoning is None:
         return None
     pictures, verdicts = [], []
-    for number, (one, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
+    for number, (each, small) in enumerate(zip(reasoning.rounds, edited.rounds, strict=False), 1):
         words = [text("round", language, number=number)]
-        if one.score is not None:
-            words.append(text("round.score", language, score=f"{one.score:g}"))
+        if each.score is not None:
+            words.append(text("round.score", language, score=f"{each.score:g}"))
         if number == reasoning.best:
             words.append(text("round.best", language))
         caption = " · ".join(words)
         pictures.append((session.save("round.jpg", small), caption))
-        if one.verdict is not None:
-            verdicts.append(f"{caption}: {read_verdict(one.verdict).words}")
+        if each.verdict is not None:
+            verdicts.append(f"{caption}: {read_verdict(each.verdict).words}")
     return _Thoughts(reasoning.prompt or "", pictures, "\n".join(verdicts))
 
 

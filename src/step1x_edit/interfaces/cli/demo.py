@@ -60,23 +60,14 @@ def demo(
         settings = cli_settings().model_copy(update={"model_path": None, "model_version": "auto"})
         folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
         names = ("before", *(f"after-{name}" for name in DEMO_PROMPTS), "side-by-side")
-        chosen = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
         with opened_edits(settings, url=None, api_key=None, standalone=True) as edits:
             # Everything is checked before the first picture is written.
             outputs = [edits.files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
             first, *after, last = outputs
+            asked = {"num_steps": num_steps, "size_level": size_level, "seed": seed}
+            chosen = given({"image_path": first.shown, **asked})
             requests = [
-                read_request(
-                    EditRequest,
-                    given(
-                        {
-                            "image_path": first.shown,
-                            "prompt": prompt,
-                            "output_path": output.shown,
-                            **chosen,
-                        }
-                    ),
-                )
+                read_request(EditRequest, {**chosen, "prompt": prompt, "output_path": output.shown})
                 for prompt, output in zip(DEMO_PROMPTS.values(), after, strict=True)
             ]
             before = edits.files.publish(first, DEMO_PHOTO.read_bytes())
