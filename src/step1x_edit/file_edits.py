@@ -117,11 +117,6 @@ class FileEdits(Generic[E]):
         made = await self.editor.generate_picture(request, report, output.suffix)
         return Saved(await self._published(output, made, started, GENERATED), made)
 
-    async def generate_unsaved(self, request: GenerateRequest, report: Report = unreported) -> E:
-        """Make one picture from words alone and give it back as a PNG."""
-        await self.editor.check_room()
-        return await self.editor.generate_picture(request, report)
-
     def read(self, image_path: str, mask_path: str | None, image: bytes | None = None) -> Inputs:
         """Read the picture, unless it is there already, and the mask if there is one."""
         identities = set()

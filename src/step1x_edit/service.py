@@ -77,6 +77,7 @@ from step1x_edit.schemas import (
     GpuStatistics,
     GpuStatus,
     HowToGenerate,
+    HowToMake,
     PictureRequest,
     PlanStatus,
     Reasoning,
@@ -96,11 +97,8 @@ if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillo
     from step1x_edit.images import Picture, Pixels
 
 T = TypeVar("T")
-_Request = TypeVar(
-    "_Request", EditRequest, BatchRequest, PictureRequest, GenerateRequest, GeneratePictureRequest
-)
-_Seeded = TypeVar("_Seeded", PictureRequest, GeneratePictureRequest)
-_Asked: TypeAlias = EditRequest | PictureRequest | GenerateRequest | GeneratePictureRequest
+_Request = TypeVar("_Request", bound=HowToMake)
+_Asked: TypeAlias = PictureRequest | GeneratePictureRequest
 
 LOOK_S: Final = 60.0
 """How long an estimate waits for the process that looks at the checkpoint."""
@@ -233,9 +231,7 @@ class EditService:
         """
         self._check_can_generate()
         await self.check_room()
-        request = self._completed(request)
-        submit, started = self._submit(previews), time.monotonic()
-        return await self._make(request, None, suffix, submit, report, started)
+        return await self._edit(None, request, report, suffix, None, self._submit(previews))
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise what `edit_picture` would say about these bytes, without editing them."""
@@ -431,29 +427,19 @@ class EditService:
 
     async def _edit(
         self,
-        data: bytes,
-        request: PictureRequest,
+        data: bytes | None,
+        request: _Asked,
         report: Report,
         suffix: str,
         mask: bytes | None,
         submit: Callable[[EditJob], Edit],
     ) -> EditedPicture:
+        """Edit a picture, or make one if there is none."""
         started = time.monotonic()
         request = self._completed(request)
-        source = await asyncio.to_thread(self._decode, data, mask, suffix)
-        return await self._make(request, source, suffix, submit, report, started)
-
-    async def _make(
-        self,
-        request: _Asked,
-        source: _Source | None,
-        suffix: str,
-        submit: Callable[[EditJob], Edit],
-        report: Report,
-        started: float,
-    ) -> EditedPicture:
-        """The part that is the same wherever the picture comes from, if from any, and goes to."""
-        seed = _seed_of(request)
+        seed, source = _seed_of(request), None
+        if data is not None:
+            source = await asyncio.to_thread(self._decode, data, mask, suffix)
         with self._counted():
             result = await _run(submit(_job(request, source, seed)), report)
             record = _record(request, seed, result, source)
@@ -465,10 +451,10 @@ class EditService:
                 data = images.encode(picture, suffix, record)
                 return picture, share, data, _rounds(result.outcome, source)
 
-            picture, share, data, rounds = await _aside(finished, Progress(Phase.SAVING), report)
+            picture, share, encoded, rounds = await _aside(finished, Progress(Phase.SAVING), report)
         return EditedPicture(
             picture,
-            data,
+            encoded,
             _metadata(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
@@ -535,12 +521,12 @@ class EditService:
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
 
-def with_seed(request: _Seeded) -> _Seeded:
+def with_seed(request: _Request) -> _Request:
     """The same request; where it leaves the seed to chance, one is drawn now."""
     return request.model_copy(update={"seed": _seed_of(request)})
 
 
-def _seed_of(request: _Asked) -> int:
+def _seed_of(request: HowToMake) -> int:
     return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
 
 

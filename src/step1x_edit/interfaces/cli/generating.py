@@ -64,7 +64,8 @@ def generate(
         request = read_request(GenerateRequest, chosen)
         with opened_edits(cli_settings(), url, api_key, standalone) as edits:
             if output == STREAM:
-                write_picture(watched("generate", partial(edits.generate_unsaved, request)))
+                make = partial(edits.editor.generate_picture, request)
+                write_picture(watched("generate", make))
             else:
                 saved = watched("generate", partial(edits.generate, request))
                 print_answer(saved.answer, as_json)
