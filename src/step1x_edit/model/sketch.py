@@ -19,7 +19,7 @@ from torch import Tensor
 BLOCK: Final = 8
 """Side of the block of pixels that stands for one place of the latents."""
 
-CHART_SIDE: Final = 256
+CHART_SIDE: Final = 192
 """Pixels; enough for latents at an eighth of the size, with 145 unknowns."""
 
 RIDGE: Final = 1e-3
