@@ -34,14 +34,14 @@ from fastmcp.client.transports import PythonStdioTransport
 
 from step1x_edit.channel import Channel, EditJob, Phase, Start
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.engine import Engine
-from step1x_edit.file_edits import FileEdits
-from step1x_edit.images import decode
+from step1x_edit.engine.engine import Engine
+from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
-from step1x_edit.service import EditService, build_service
+from step1x_edit.pictures.images import decode
+from step1x_edit.service.file_edits import FileEdits
+from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import Limits, inherited_environment, load_settings
-from step1x_edit.worker_process import WorkerProcess
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "src" / "step1x_edit" / "interfaces" / "assets" / "coffee.jpg"

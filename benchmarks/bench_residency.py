@@ -34,7 +34,7 @@ from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint
 from step1x_edit.model.config import V1_1, ConnectorConfig, ModelConfig, TransformerConfig
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.residency import Residency
+from step1x_edit.worker.residency import Residency
 
 GB = 1e9
 

@@ -37,8 +37,8 @@ import httpx2
 from fastmcp import Client
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.images import decode
 from step1x_edit.model.request import NetworkRequest
+from step1x_edit.pictures.images import decode
 from step1x_edit.settings import Limits, inherited_environment
 
 ROOT = Path(__file__).parent.parent

@@ -9,24 +9,36 @@ GRAMMAR_WORDS = "を に の は が で と も して する した したい 
 
 FRAMES = {
     "ku.do": """
-{obj} を {ku} して | {obj} を {ku} して | {obj} を {much} {ku} して | {much} {ku} して | {ku} して | {obj} を {ku} 見せて | {obj} が {ku} なるように して | {ku} 加工 して | {obj} を {ku} 編集 して | {obj} を {ku} 仕上げて | {obj} を {ku} 変えて | {obj} を {ku} 調整 して
+{obj} を {ku} して | {obj} を {ku} して | {obj} を {much} {ku} して | {much} {ku} して | {ku} して | {obj} を {ku}
+見せて | {obj} が {ku} なるように して | {ku} 加工 して | {obj} を {ku} 編集 して | {obj} を {ku} 仕上げて | {obj} を {ku} 変えて
+| {obj} を {ku} 調整 して
 """,
     "ku.say": """
-{ku} | {much} {ku} | {ku} したい | {obj} を {ku} したい | {obj} を {ku} する | {ku} お願いします | {much} {ku} お願い | {ku} できますか | {obj} を {ku} できる | {ku} なりますか | {ku} 編集 | {ku} 加工 | {ku} なるように | {obj} は {much} {ku} | {ku} してもいい | {ku} しよう | {ku} するには
+{ku} | {much} {ku} | {ku} したい | {obj} を {ku} したい | {obj} を {ku} する | {ku} お願いします | {much} {ku} お願い |
+{ku} できますか | {obj} を {ku} できる | {ku} なりますか | {ku} 編集 | {ku} 加工 | {ku} なるように | {obj} は {much} {ku} |
+{ku} してもいい | {ku} しよう | {ku} するには
 """,
     "adj.say": "{adj} {look} | {adj} {pic} | {adj} {look} に して | {adj} {look} が いい | {adj} {look} で | {adj} {look} が ほしい | {adj} {pic} に 変えて | {adj} {look} お願いします | {much} {adj} {look} | {adj} {look} を 出して | {adj} {look} に 仕上げて",
     "noun.do": """
-{obj} を {noun} に して | {obj} を {noun} に して | {obj} を {noun} に {turn} | {obj} を {noun} に {turn} | {noun} に {turn} | {noun} に して | {obj} を {noun} 風 に {turn} | {noun} 風 に して | {noun} っぽく して | {obj} を {noun} っぽく して | {noun} の {look} に して | {obj} を {noun} の {look} に {turn}
-| {obj} を {noun} みたいに して | {noun} の ように して | {noun} {look} に {turn} | {obj} を {noun} に 見せて | {obj} を {noun} として 表現 して | {noun} で 表現 して | {noun} を 作って
+{obj} を {noun} に して | {obj} を {noun} に して | {obj} を {noun} に {turn} | {obj} を {noun} に {turn} |
+{noun} に {turn} | {noun} に して | {obj} を {noun} 風 に {turn} | {noun} 風 に して | {noun} っぽく して | {obj} を
+{noun} っぽく して | {noun} の {look} に して | {obj} を {noun} の {look} に {turn} | {obj} を {noun} みたいに して |
+{noun} の ように して | {noun} {look} に {turn} | {obj} を {noun} に 見せて | {obj} を {noun} として 表現 して | {noun}
+で 表現 して | {noun} を 作って
 """,
     "noun.say": """
-{noun} | {noun} | {noun} 風 | {noun} 風 に | {noun} 加工 | {noun} っぽく | {noun} {look} | {noun} に | {noun} に したい | {obj} を {noun} に | {noun} が いい | {noun} で お願いします | {noun} の {look} | {noun} の {look} で | {noun} 変換 | {noun} への 変換 | {noun} が 見たい | {noun} みたいに | {noun} の ような {pic}
+{noun} | {noun} | {noun} 風 | {noun} 風 に | {noun} 加工 | {noun} っぽく | {noun} {look} | {noun} に | {noun}
+に したい | {obj} を {noun} に | {noun} が いい | {noun} で お願いします | {noun} の {look} | {noun} の {look} で |
+{noun} 変換 | {noun} への 変換 | {noun} が 見たい | {noun} みたいに | {noun} の ような {pic}
 """,
     "fx.do": """
-{fx} を {add} | {fx} を {add} | {obj} に {fx} を {add} | {obj} に {fx} を {add} | {obj} に {fx} を {add} | {obj} 全体 に {fx} を {add} | {fx} で 加工 して | {fx} を 使って | {much} {fx} を {add} | {fx} を 少し {add} | {fx} を かけて | {obj} を {fx} で 包んで
+{fx} を {add} | {fx} を {add} | {obj} に {fx} を {add} | {obj} に {fx} を {add} | {obj} に {fx} を {add} |
+{obj} 全体 に {fx} を {add} | {fx} で 加工 して | {fx} を 使って | {much} {fx} を {add} | {fx} を 少し {add} | {fx} を
+かけて | {obj} を {fx} で 包んで
 """,
     "fx.say": """
-{fx} | {fx} | {fx} が ほしい | {fx} 付き | {fx} を 追加 | {obj} に {fx} | {fx} を 加える | {fx} あり | {fx} が 足りない | {fx} を もっと | {fx} お願いします | {fx} を かけたい | {fx} が いい
+{fx} | {fx} | {fx} が ほしい | {fx} 付き | {fx} を 追加 | {obj} に {fx} | {fx} を 加える | {fx} あり | {fx} が 足りない |
+{fx} を もっと | {fx} お願いします | {fx} を かけたい | {fx} が いい
 """,
     "te.do": "{obj} を {te} | {obj} を {te} | {obj} を {te} | {te} | {obj} を {much} {te} | {much} {te} | {obj} 全体 を {te} | {obj} を 少し {te} | {obj} を 軽く {te} | {obj} を しっかり {te}",
     "like.do": "{like} みたいに して | {obj} を {like} みたいに して | {obj} を {like} の ように して | {like} の ように 見せて | {like} 風 に {turn} | {obj} を {like} 風 に {turn} | {obj} を {like} っぽく して | {like} の 雰囲気 に して",
@@ -47,9 +59,11 @@ COMMON = {
 
 # Every imperative ends in a te-form.
 POLITE = """
-{do} | {do} | {do} ください | {do} ください | {do} 下さい | {do} ほしい | {do} くれますか | {do} もらえますか | {do} いただけますか | {do} くれる | {do} ね | {do} よ | {do} みて | {do} ほしいです | {do} 欲しい | {do} もらえる | {do} くださいませんか | {do} お願いします
-| {do} くれませんか | すみません 、 {do} ください | {do} もらいたい | {do} いただきたいです | {do} ちょうだい | どうか {do} ください | できれば {do} ください | ねえ 、 {do} | {do} くれない | {do} 頂けますか | {do} くれると 嬉しい | {do} もいい | {do} みたい です | {do} みて ください | 早く {do} | {do} おいて
-| {do} もらえると 助かります | じゃあ {do} | とりあえず {do}
+{do} | {do} | {do} ください | {do} ください | {do} 下さい | {do} ほしい | {do} くれますか | {do} もらえますか | {do} いただけますか
+| {do} くれる | {do} ね | {do} よ | {do} みて | {do} ほしいです | {do} 欲しい | {do} もらえる | {do} くださいませんか | {do}
+お願いします | {do} くれませんか | すみません 、 {do} ください | {do} もらいたい | {do} いただきたいです | {do} ちょうだい | どうか {do} ください |
+できれば {do} ください | ねえ 、 {do} | {do} くれない | {do} 頂けますか | {do} くれると 嬉しい | {do} もいい | {do} みたい です | {do}
+みて ください | 早く {do} | {do} おいて | {do} もらえると 助かります | じゃあ {do} | とりあえず {do}
 """
 
 JOIN = "{a} 、 {b} | {a} 、 {b} | {a} 。 {b} | {a} {b} | {a} 、 そして {b} | {a} ＆ {b}"
@@ -69,12 +83,16 @@ TINT = {
 CUES = {
     "identity": {
         "act": """
-{obj} を そのまま に して | そのまま に して | 何も 変えないで | 何も しないで | 変更 しないで | {obj} を 変えないで | いじらないで | 元の まま に して | 元の まま 返して | 原画 を 保って | {obj} を 維持 して | 手を 加えないで | 編集 しないで | 加工 しないで | {obj} を 残して | 同じ {pic} を 返して | このまま に して | {obj} に 触らないで
-| 無加工 で 出して | 現状 を 維持 して | 何も 足さないで | 同じ もの を 出力 して | {obj} を いじらないで | 元 画像 を 保持 して
+{obj} を そのまま に して | そのまま に して | 何も 変えないで | 何も しないで | 変更 しないで | {obj} を 変えないで | いじらないで | 元の まま に して |
+元の まま 返して | 原画 を 保って | {obj} を 維持 して | 手を 加えないで | 編集 しないで | 加工 しないで | {obj} を 残して | 同じ {pic} を 返して |
+このまま に して | {obj} に 触らないで | 無加工 で 出して | 現状 を 維持 して | 何も 足さないで | 同じ もの を 出力 して | {obj} を いじらないで | 元
+画像 を 保持 して
 """,
         "phrase": """
-そのまま | 変更 なし | 変更 しない | 何も しない | 編集 なし | 無加工 | 元の まま | 同じ | このまま で いい | 変えなくて いい | 今の まま で いい | 無編集 | 加工 なし | オリジナル | 原画 | 現状 維持 | そのまま で お願いします | 何も 変えない | 変化 なし | 触らない | このまま | 同じ {pic} | 修正 不要 | 編集 不要 | 変更 不要 | 無修正
-| 変更点 なし | {obj} は このまま で 大丈夫 | これで 完璧 | 手を 加えない | 元 画像 | フィルター なし | 効果 なし | 特に なし | なし | もとの まま
+そのまま | 変更 なし | 変更 しない | 何も しない | 編集 なし | 無加工 | 元の まま | 同じ | このまま で いい | 変えなくて いい | 今の まま で いい | 無編集
+| 加工 なし | オリジナル | 原画 | 現状 維持 | そのまま で お願いします | 何も 変えない | 変化 なし | 触らない | このまま | 同じ {pic} | 修正 不要 | 編集
+不要 | 変更 不要 | 無修正 | 変更点 なし | {obj} は このまま で 大丈夫 | これで 完璧 | 手を 加えない | 元 画像 | フィルター なし | 効果 なし | 特に なし
+| なし | もとの まま
 """,
     },
     "bw": {
@@ -197,18 +215,41 @@ CUES = {
         "like": "霧 の ロンドン | 霧 の 朝 | 濃霧 の 日 | 雲 の 中 | 霧 の 深い 森 | サウナ の 中",
         "phrase": "霧 | 霧 の 中 | 濃霧 | もや | 霧深い 朝 | 霧 が 出てきた | かすんだ 感じ | 視界 が 悪い | 靄 が かかる | 霧 に 包まれた | ロンドン の 霧 | 幻想的 な 霧 | 五里霧中 | 霧 だらけ | 朝もや の 中 | モヤ が かかった 感じ",
     },
-    "red": {"hue": "赤 | 赤 | 赤色 | 真っ赤 | 深紅 | 紅色 | 朱色 | 緋色 | 濃い赤 | レッド | ワインレッド | 赤系 | 臙脂色", "hueku": "赤く | 赤く | 赤っぽく | 真っ赤に | 赤めに | 赤々と", "phrase": "赤い 光 | 暗室 の 赤 | 火星 みたいに 赤く | 赤み | 赤い 世界 | 赤い 画像"},
-    "green": {"hue": "緑 | 緑 | 緑色 | エメラルド色 | 黄緑 | 深緑 | 若草色 | 翡翠色 | グリーン | 抹茶色 | 蛍光グリーン | ミントグリーン | モスグリーン", "hueku": "緑っぽく | 緑に | 緑色に | グリーンっぽく | 緑めに", "phrase": "マトリックス 風 | 暗視 スコープ 風 | 緑 の 世界 | 緑がかった 感じ | ナイトビジョン"},
-    "blue": {"hue": "青 | 青 | 青色 | 真っ青 | 紺色 | 水色 | 群青色 | 藍色 | ブルー | 瑠璃色 | 空色 | コバルトブルー | ネイビー", "hueku": "青く | 青く | 青っぽく | 真っ青に | 青めに | 青々と", "phrase": "水中 みたいに | 海底 の 色 | 青い 世界 | 水の中 の 色 | 青い 光 | 青み"},
-    "pink": {"hue": "ピンク | ピンク | ピンク色 | 桃色 | 桜色 | 薔薇色 | マゼンタ | 濃いピンク | 薄いピンク | ローズピンク | 珊瑚色 | ショッキングピンク | ベビーピンク", "hueku": "ピンクっぽく | ピンクに | ピンク色に | 桃色に | 桜色に", "phrase": "バービー 風 | 桜色 の 世界 | 薔薇色 の 世界 | ピンク の 光 | ピンクがかった 感じ"},
-    "purple": {"hue": "紫 | 紫 | 紫色 | 藤色 | すみれ色 | ラベンダー色 | 薄紫 | 濃い紫 | パープル | 青紫 | 江戸紫 | 葡萄色 | バイオレット | 菫色", "hueku": "紫っぽく | 紫に | 紫色に | パープルっぽく | 紫めに", "phrase": "ラベンダー 畑 風 | 紫 の 世界 | 紫がかった 感じ | 紫 の 光 | 怪しい 紫"},
+    "red": {
+        "hue": "赤 | 赤 | 赤色 | 真っ赤 | 深紅 | 紅色 | 朱色 | 緋色 | 濃い赤 | レッド | ワインレッド | 赤系 | 臙脂色",
+        "hueku": "赤く | 赤く | 赤っぽく | 真っ赤に | 赤めに | 赤々と",
+        "phrase": "赤い 光 | 暗室 の 赤 | 火星 みたいに 赤く | 赤み | 赤い 世界 | 赤い 画像",
+    },
+    "green": {
+        "hue": "緑 | 緑 | 緑色 | エメラルド色 | 黄緑 | 深緑 | 若草色 | 翡翠色 | グリーン | 抹茶色 | 蛍光グリーン | ミントグリーン | モスグリーン",
+        "hueku": "緑っぽく | 緑に | 緑色に | グリーンっぽく | 緑めに",
+        "phrase": "マトリックス 風 | 暗視 スコープ 風 | 緑 の 世界 | 緑がかった 感じ | ナイトビジョン",
+    },
+    "blue": {
+        "hue": "青 | 青 | 青色 | 真っ青 | 紺色 | 水色 | 群青色 | 藍色 | ブルー | 瑠璃色 | 空色 | コバルトブルー | ネイビー",
+        "hueku": "青く | 青く | 青っぽく | 真っ青に | 青めに | 青々と",
+        "phrase": "水中 みたいに | 海底 の 色 | 青い 世界 | 水の中 の 色 | 青い 光 | 青み",
+    },
+    "pink": {
+        "hue": "ピンク | ピンク | ピンク色 | 桃色 | 桜色 | 薔薇色 | マゼンタ | 濃いピンク | 薄いピンク | ローズピンク | 珊瑚色 | ショッキングピンク | ベビーピンク",
+        "hueku": "ピンクっぽく | ピンクに | ピンク色に | 桃色に | 桜色に",
+        "phrase": "バービー 風 | 桜色 の 世界 | 薔薇色 の 世界 | ピンク の 光 | ピンクがかった 感じ",
+    },
+    "purple": {
+        "hue": "紫 | 紫 | 紫色 | 藤色 | すみれ色 | ラベンダー色 | 薄紫 | 濃い紫 | パープル | 青紫 | 江戸紫 | 葡萄色 | バイオレット | 菫色",
+        "hueku": "紫っぽく | 紫に | 紫色に | パープルっぽく | 紫めに",
+        "phrase": "ラベンダー 畑 風 | 紫 の 世界 | 紫がかった 感じ | 紫 の 光 | 怪しい 紫",
+    },
     "swap": {
         "noun": "BGR | 赤青 入れ替え | BGR 順 | 赤青 交換",
         "fx": "赤青 入れ替え | チャンネル 交換 | チャンネル 入れ替え | 色チャンネル の 交換 | 赤 と 青 の 入れ替え",
         "te": "赤と青を 入れ替えて | 赤青を 交換 して | チャンネルを 入れ替えて | 赤青を 入れ替えて | チャンネルを 交換 して | 赤青を 逆に して | 色チャンネルを 入れ替えて | 赤と青を 交換 して",
         "act": """
-赤 と 青 を 入れ替えて | 赤 と 青 を 交換 して | 赤 を 青 に 青 を 赤 に して | 赤 と 青 の チャンネル を 入れ替えて | RGB を BGR に して | 青 と 赤 を 逆 に して | チャンネル を 入れ替えて | 色 チャンネル を 交換 して | 赤い 部分 を 青く 青い 部分 を 赤く して | 赤 と 青 を 逆転 させて | R と B を 入れ替えて
-| 赤 と 青 を 取り替えて | {obj} の 赤 と 青 を 入れ替えて | 赤 と 青 を スワップ して | RとB を 交換 して | 赤 を 青 に 変えて 青 を 赤 に 変えて | 色 を 入れ替えて | 青 を 赤 に して 赤 を 青 に して | チャンネル の 順序 を 逆 に して | 赤 成分 と 青 成分 を 交換 して | 赤青 チャンネル を 置換 して
+赤 と 青 を 入れ替えて | 赤 と 青 を 交換 して | 赤 を 青 に 青 を 赤 に して | 赤 と 青 の チャンネル を 入れ替えて | RGB を BGR に して | 青 と 赤
+を 逆 に して | チャンネル を 入れ替えて | 色 チャンネル を 交換 して | 赤い 部分 を 青く 青い 部分 を 赤く して | 赤 と 青 を 逆転 させて | R と B を
+入れ替えて | 赤 と 青 を 取り替えて | {obj} の 赤 と 青 を 入れ替えて | 赤 と 青 を スワップ して | RとB を 交換 して | 赤 を 青 に 変えて 青 を 赤 に
+変えて | 色 を 入れ替えて | 青 を 赤 に して 赤 を 青 に して | チャンネル の 順序 を 逆 に して | 赤 成分 と 青 成分 を 交換 して | 赤青 チャンネル を 置換
+して
 """,
         "phrase": "赤 と 青 の 入れ替え | 赤青 交換 | 赤青 逆転 | BGR 変換 | 赤 は 青 に 青 は 赤 に | チャンネル 入れ替え | 赤 と 青 を 逆 に | 赤青 スワップ | RGB を BGR に | チャンネル スワップ | 赤 と 青 が 逆 | 赤青 反対 に | 色 の 入れ替え | RB 交換",
     },
@@ -296,17 +337,35 @@ CUES = {
 
 UNKNOWN = {
     "act": """
-{thing} を {put} | {thing} を {put} | {where} に {thing} を {put} | {where} に {thing} を {put} | {who} に {wear} を {wearv} | {wear} を {put} | {colour} {wear0} を {put} | {colour} {wear0} を {wearv} | {who} に {colour} {wear0} を {wearv} | {colour} {thing0} を {put} | {where} に {colour} {thing0} を {put}
-| {thing0} を {remove} | {thing0} を {remove} | {who} を {remove} | {junk} を {remove} | {junk} を {remove} | {where} の {thing0} を {remove} | {colour} {thing0} を {remove} | {thing0} を {thing0} に {replace} | {thing0} を {thing0} に {replace} | {thing0} の 代わり に {thing0} を {put} | {who} を {role} に して | {who} を {thing0} に {replace}
-| {who} を {act0} | {who} を {act0} | {who} を {feeling} して | {thing0} を {coloru} して | {part} を {coloru} して | {body} を {coloru} して | {wear0} を {coloru} して | {who} の {body} を {coloru} して | {part} を {colorn} に して | {thing0} を {colorn} に 塗って | {wear0} を {colorn} に {replace} | {thing0} の 色 を {colorn} に して | 髪 を {colorn} に 染めて
-| {text} を {word} に {replace} | {text} を {word} に して | {where} に {word} と 書いて | {text} を {remove} | {text} を 翻訳 して | 背景 を {scene} に して | 背景 を {scene} に {replace} | 背景 を {colorn} に して | 背景 を {remove} | 背景 を {coloru} して | {who} を {scene} に 移して | {thing0} を {size} して | {body} を {size} して | {thing0} を {where} に 動かして
-| 背景 を {local} | {part} を {local} | {thing0} を {local} | {thing0} だけ {local} | {body} を {local} | {part} だけ {edit_ku} して | {thing0} を {edit_ku} して | {body} を {edit_ku} して | {wear0} を {edit_ku} して | {who} の {body} を {edit_ku} して | 背景 を {edit_ku} して | {op} | {op} | {obj} を {op} | {obj} を {op}
-| {obj} を {style0} に して | {obj} を {style0} に {turn} | {style0} 風 に して | {style0} っぽく して | {stuff} を {remove} | {stuff} を {remove} | {obj} を {othercolor} に して | {othercolor} の フィルター を かけて | {thing} を 描いて | {where} に {thing} を 描いて | {thing} を 生成 して | {thing} の {pic} を 作って | {who} に {thing} を 持たせて | {weather} を 降らせて | 季節 を {season} に して
-| 目 を 閉じて | 髪型 を 変えて | 服 を 着替えさせて | {who} の {wear0} を 変えて | {thing0} を 隠して | {thing0} を 直して
+{thing} を {put} | {thing} を {put} | {where} に {thing} を {put} | {where} に {thing} を {put} | {who} に
+{wear} を {wearv} | {wear} を {put} | {colour} {wear0} を {put} | {colour} {wear0} を {wearv} | {who} に
+{colour} {wear0} を {wearv} | {colour} {thing0} を {put} | {where} に {colour} {thing0} を {put} |
+{thing0} を {remove} | {thing0} を {remove} | {who} を {remove} | {junk} を {remove} | {junk} を {remove}
+| {where} の {thing0} を {remove} | {colour} {thing0} を {remove} | {thing0} を {thing0} に {replace} |
+{thing0} を {thing0} に {replace} | {thing0} の 代わり に {thing0} を {put} | {who} を {role} に して | {who} を
+{thing0} に {replace} | {who} を {act0} | {who} を {act0} | {who} を {feeling} して | {thing0} を {coloru}
+して | {part} を {coloru} して | {body} を {coloru} して | {wear0} を {coloru} して | {who} の {body} を {coloru}
+して | {part} を {colorn} に して | {thing0} を {colorn} に 塗って | {wear0} を {colorn} に {replace} | {thing0}
+の 色 を {colorn} に して | 髪 を {colorn} に 染めて | {text} を {word} に {replace} | {text} を {word} に して |
+{where} に {word} と 書いて | {text} を {remove} | {text} を 翻訳 して | 背景 を {scene} に して | 背景 を {scene} に
+{replace} | 背景 を {colorn} に して | 背景 を {remove} | 背景 を {coloru} して | {who} を {scene} に 移して | {thing0}
+を {size} して | {body} を {size} して | {thing0} を {where} に 動かして | 背景 を {local} | {part} を {local} |
+{thing0} を {local} | {thing0} だけ {local} | {body} を {local} | {part} だけ {edit_ku} して | {thing0} を
+{edit_ku} して | {body} を {edit_ku} して | {wear0} を {edit_ku} して | {who} の {body} を {edit_ku} して | 背景 を
+{edit_ku} して | {op} | {op} | {obj} を {op} | {obj} を {op} | {obj} を {style0} に して | {obj} を {style0}
+に {turn} | {style0} 風 に して | {style0} っぽく して | {stuff} を {remove} | {stuff} を {remove} | {obj} を
+{othercolor} に して | {othercolor} の フィルター を かけて | {thing} を 描いて | {where} に {thing} を 描いて | {thing} を
+生成 して | {thing} の {pic} を 作って | {who} に {thing} を 持たせて | {weather} を 降らせて | 季節 を {season} に して | 目 を
+閉じて | 髪型 を 変えて | 服 を 着替えさせて | {who} の {wear0} を 変えて | {thing0} を 隠して | {thing0} を 直して
 """,
     "phrase": """
-{hello} | {hello} | {question} | {question} | {question} | {nonsense} | {nonsense} | {random} {random} | {random} | {random} {random} {random} | {thing} | {where} に {thing} | {colour} {thing0} | {colour} {wear0} | {colour} {wear0} の {role} | {scene} の {who} | {style0} | {style0} 風 | {style0} 画風 | {wear} | {thing} が ほしい | {colour} {thing0} が ほしい
-| {who} に {wear} | {thing0} は {colorn} に | {part} を {colorn} に | {thing0} は いらない | {thing0} なし | {scene} | {scene} 背景 | {colorn} の 背景 | {season} | {othercolor} | {word} | {opp} | {opp} | {thing0} と {thing0} | {role} と {thing0} | {where} の {thing0} | {thing0} を 追加 | {thing0} を 削除 | {who} の {wear0} | {colorn} の {thing0} | {colorn} の {wear0}
+{hello} | {hello} | {question} | {question} | {question} | {nonsense} | {nonsense} | {random}
+{random} | {random} | {random} {random} {random} | {thing} | {where} に {thing} | {colour} {thing0} |
+{colour} {wear0} | {colour} {wear0} の {role} | {scene} の {who} | {style0} | {style0} 風 | {style0} 画風
+| {wear} | {thing} が ほしい | {colour} {thing0} が ほしい | {who} に {wear} | {thing0} は {colorn} に | {part}
+を {colorn} に | {thing0} は いらない | {thing0} なし | {scene} | {scene} 背景 | {colorn} の 背景 | {season} |
+{othercolor} | {word} | {opp} | {opp} | {thing0} と {thing0} | {role} と {thing0} | {where} の {thing0}
+| {thing0} を 追加 | {thing0} を 削除 | {who} の {wear0} | {colorn} の {thing0} | {colorn} の {wear0}
 """,
     "put": "追加 して | 加えて | 足して | 入れて | 置いて | 描き足して | 配置 して | 付けて | 貼って | 挿入 して | 生成 して | 並べて",
     "remove": "消して | 削除 して | 取り除いて | 除去 して | 消去 して | 取って | なくして | 外して | 抜いて | どけて",
@@ -320,10 +379,14 @@ UNKNOWN = {
     "size0": "大きな | 小さな | かわいい | 巨大な | 古い | 新しい | 丸い | 木の | 長い",
     "size": "大きく | 小さく | 長く | 短く | 太く | 細く | 高く | 丸く | 巨大に | 可愛く | 倍に",
     "thing0": """
-犬 | 猫 | 鳥 | 木 | 車 | 家 | 花 | ボール | 椅子 | テーブル | ランプ | 月 | 太陽 | 雲 | 虹 | 船 | 自転車 | 馬 | 牛 | 羊 | 魚 | 蝶 | 風船 | 凧 | 本 | カップ | 瓶 | ケーキ | りんご | バナナ | ピザ | スマホ | パソコン | ギター | ピアノ | カメラ | 時計 | 橋 | 山 | 川 | 湖 | 城 | 塔 | 教会 | ベンチ | 傘 | 鞄 | ロボット | 竜 | ドラゴン
-| 恐竜 | 宇宙人 | 宇宙船 | ロケット | 飛行機 | 電車 | バス | トラック | バイク | 象 | ライオン | 虎 | 熊 | パンダ | うさぎ | 猿 | ペンギン | キリン | 狐 | 狼 | 蛇 | アヒル | 鶏 | フクロウ | 鷲 | 白鳥 | クジラ | サメ | イルカ | 亀 | カエル | リス | 雪だるま | かぼちゃ | ろうそく | 鏡 | 窓 | ドア | ソファ | ベッド | 枕 | 絨毯 | 花瓶 | 薔薇
-| チューリップ | ひまわり | サボテン | きのこ | 噴水 | 銅像 | 旗 | ポスター | 人 | 子供 | 街灯 | 星 | 滝 | ヤシの木 | 子猫 | 子犬 | 豚 | ラクダ | 看板 | テレビ | 冷蔵庫 | はしご | 箱 | かご | 剣 | 王冠 | ドローン | みかん | いちご | ハンバーガー | アイスクリーム | プレゼント | クリスマスツリー | 花火 | 石 | マイク | サッカーボール | 提灯 | 急須
-| 箸 | 鳥居 | 桜の木 | 忍者 | 寿司 | ラーメン | テント | 風車 | 富士山 | カモメ | カニ
+犬 | 猫 | 鳥 | 木 | 車 | 家 | 花 | ボール | 椅子 | テーブル | ランプ | 月 | 太陽 | 雲 | 虹 | 船 | 自転車 | 馬 | 牛 | 羊 | 魚 | 蝶 |
+風船 | 凧 | 本 | カップ | 瓶 | ケーキ | りんご | バナナ | ピザ | スマホ | パソコン | ギター | ピアノ | カメラ | 時計 | 橋 | 山 | 川 | 湖 | 城
+| 塔 | 教会 | ベンチ | 傘 | 鞄 | ロボット | 竜 | ドラゴン | 恐竜 | 宇宙人 | 宇宙船 | ロケット | 飛行機 | 電車 | バス | トラック | バイク | 象 |
+ライオン | 虎 | 熊 | パンダ | うさぎ | 猿 | ペンギン | キリン | 狐 | 狼 | 蛇 | アヒル | 鶏 | フクロウ | 鷲 | 白鳥 | クジラ | サメ | イルカ | 亀
+| カエル | リス | 雪だるま | かぼちゃ | ろうそく | 鏡 | 窓 | ドア | ソファ | ベッド | 枕 | 絨毯 | 花瓶 | 薔薇 | チューリップ | ひまわり | サボテン |
+きのこ | 噴水 | 銅像 | 旗 | ポスター | 人 | 子供 | 街灯 | 星 | 滝 | ヤシの木 | 子猫 | 子犬 | 豚 | ラクダ | 看板 | テレビ | 冷蔵庫 | はしご | 箱
+| かご | 剣 | 王冠 | ドローン | みかん | いちご | ハンバーガー | アイスクリーム | プレゼント | クリスマスツリー | 花火 | 石 | マイク | サッカーボール | 提灯
+| 急須 | 箸 | 鳥居 | 桜の木 | 忍者 | 寿司 | ラーメン | テント | 風車 | 富士山 | カモメ | カニ
 """,
     "wear": "{wear0} | {wear0} | {colour} {wear0} | {colorn} の {wear0}",
     "wear0": "帽子 | 帽子 | サングラス | 眼鏡 | メガネ | マフラー | ネクタイ | ドレス | シャツ | ジャケット | コート | スーツ | セーター | Tシャツ | ひげ | ネックレス | 冠 | ヘルメット | マスク | かつら | リュック | 指輪 | 腕時計 | 手袋 | イヤリング | ブーツ | 靴 | ヘッドホン | 着物 | 浴衣 | リボン | サンタ帽 | 制服 | スカート | ズボン | ジーンズ | 麦わら帽子 | ベール | 水着 | エプロン",

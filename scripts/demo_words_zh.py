@@ -3,40 +3,52 @@ between words (the sampler removes it). Traditional phrases are converted by the
 
 from __future__ import annotations
 
-GRAMMAR_WORDS = "把 将 让 给 的 一点 一些 一下 变成 变 成 请 我 我想 在 有 是 不 不要 没有 一个 这 为 吧 了"
+GRAMMAR_WORDS = (
+    "把 将 让 给 的 一点 一些 一下 变成 变 成 请 我 我想 在 有 是 不 不要 没有 一个 这 为 吧 了"
+)
 
 FRAMES = {
     "adj.do": """
-把 {obj} 变 {adj} | 把 {obj} {turn} {adj} 的 | 让 {obj} 变得 {adj} | 让 {obj} 更 {adj} | 让 {obj} {adj} 一点 | 把 {obj} 弄 {adj} 一点 | 使 {obj} {adj}
-| 把 {obj} 调 {adj} | 把 {obj} 变得 {very} {adj} | {obj} {adj} 一点 | 让 {obj} 看起来 {adj} | 变 {adj} | 变得 {adj} 一些 | 调 {adj} 一点 | 弄 {adj} 点 | 给 {obj} {adj} 的 {look}
-| 换成 {adj} 的 {look} | 做成 {adj} 的 {look} | 把 {obj} 处理 得 {adj} 一些 | 将 {obj} 变得 {adj} | 更 {adj} 一些 | 再 {adj} 一点 | 使 {pic} 显得 {very} {adj} | 整体 调 {adj} 一点
+把 {obj} 变 {adj} | 把 {obj} {turn} {adj} 的 | 让 {obj} 变得 {adj} | 让 {obj} 更 {adj} | 让 {obj} {adj} 一点 | 把
+{obj} 弄 {adj} 一点 | 使 {obj} {adj} | 把 {obj} 调 {adj} | 把 {obj} 变得 {very} {adj} | {obj} {adj} 一点 | 让
+{obj} 看起来 {adj} | 变 {adj} | 变得 {adj} 一些 | 调 {adj} 一点 | 弄 {adj} 点 | 给 {obj} {adj} 的 {look} | 换成 {adj}
+的 {look} | 做成 {adj} 的 {look} | 把 {obj} 处理 得 {adj} 一些 | 将 {obj} 变得 {adj} | 更 {adj} 一些 | 再 {adj} 一点 |
+使 {pic} 显得 {very} {adj} | 整体 调 {adj} 一点
 """,
     "adj.say": """
-{adj} | {adj} 一点 | {adj} 一些 | 更 {adj} | {very} {adj} | {adj} 的 {look} | {adj} 的 {pic} | 我 想要 {adj} 的 {look} | {obj} 应该 {adj} 一点 | {obj} 要 {adj} | 想 让 {obj} {adj} 一些
-| 希望 {obj} {adj} 一点 | {adj} 点 就 好了 | 能 {adj} 点 吗 | 可以 再 {adj} 一点 吗 | {adj} 风 | {adj} 感 | {adj} 一点 会 更好 | 要 {adj} 一点 的 {pic} | 不够 {adj}
+{adj} | {adj} 一点 | {adj} 一些 | 更 {adj} | {very} {adj} | {adj} 的 {look} | {adj} 的 {pic} | 我 想要 {adj} 的
+{look} | {obj} 应该 {adj} 一点 | {obj} 要 {adj} | 想 让 {obj} {adj} 一些 | 希望 {obj} {adj} 一点 | {adj} 点 就 好了 |
+能 {adj} 点 吗 | 可以 再 {adj} 一点 吗 | {adj} 风 | {adj} 感 | {adj} 一点 会 更好 | 要 {adj} 一点 的 {pic} | 不够 {adj}
 """,
     "noun.do": """
-把 {obj} {turn} {noun} | 把 {obj} {turn} {noun} | 把 {obj} {turn} {noun} | 将 {obj} {turn} {noun} | {turn} {noun} | {turn} {noun} {look} | 把 {obj} {turn} {noun} 的 {look} | 让 {obj} {turn} {noun}
-| 把 {obj} {turn} {noun} {look} | 用 {noun} {look} | 用 {noun} {look} 处理 {obj} | 给 {obj} 做成 {noun} | 生成 {noun} {look} | 以 {noun} {look} 呈现 | 做 一张 {noun} | 使 {obj} {turn} {noun}
+把 {obj} {turn} {noun} | 把 {obj} {turn} {noun} | 把 {obj} {turn} {noun} | 将 {obj} {turn} {noun} |
+{turn} {noun} | {turn} {noun} {look} | 把 {obj} {turn} {noun} 的 {look} | 让 {obj} {turn} {noun} | 把
+{obj} {turn} {noun} {look} | 用 {noun} {look} | 用 {noun} {look} 处理 {obj} | 给 {obj} 做成 {noun} | 生成
+{noun} {look} | 以 {noun} {look} 呈现 | 做 一张 {noun} | 使 {obj} {turn} {noun}
 """,
     "noun.say": """
-{noun} | {noun} | {noun} {look} | {noun} {look} | {noun} {pic} | {noun} 版 | 我 想要 {noun} | 我 要 {noun} {look} | {noun} 的 {look} | {noun} 的 {pic} | 想 看 {noun} 的 样子 | 变成 {noun} 会 怎样
-| {noun} 风 | {noun} 感 | 希望 是 {noun} | 要 {noun} | {obj} {noun} 版 | 来 一张 {noun} | 来个 {noun} {look} | 想 做成 {noun}
+{noun} | {noun} | {noun} {look} | {noun} {look} | {noun} {pic} | {noun} 版 | 我 想要 {noun} | 我 要 {noun}
+{look} | {noun} 的 {look} | {noun} 的 {pic} | 想 看 {noun} 的 样子 | 变成 {noun} 会 怎样 | {noun} 风 | {noun} 感 |
+希望 是 {noun} | 要 {noun} | {obj} {noun} 版 | 来 一张 {noun} | 来个 {noun} {look} | 想 做成 {noun}
 """,
     "fx.do": """
-{add} {fx} | {add} {fx} | 给 {obj} {add} {fx} | 给 {obj} {add} {fx} | 为 {obj} {add} {fx} | 在 {obj} 上 {add} {fx} | 把 {obj} {add} {fx} | 用 {fx} | 使用 {fx} | 用 {fx} 处理 {obj} | 给 {obj} {add} 一些 {fx}
-| {add} 一点 {fx} | {add} 一层 {fx} | 让 {obj} 有 {fx} | 套 上 {fx} | 将 {fx} {add} 到 {obj}
+{add} {fx} | {add} {fx} | 给 {obj} {add} {fx} | 给 {obj} {add} {fx} | 为 {obj} {add} {fx} | 在 {obj} 上
+{add} {fx} | 把 {obj} {add} {fx} | 用 {fx} | 使用 {fx} | 用 {fx} 处理 {obj} | 给 {obj} {add} 一些 {fx} | {add}
+一点 {fx} | {add} 一层 {fx} | 让 {obj} 有 {fx} | 套 上 {fx} | 将 {fx} {add} 到 {obj}
 """,
     "fx.say": """
-{fx} | {fx} | 要 {fx} | 我 想要 {fx} | 带 {fx} | {obj} 需要 {fx} | 有 {fx} | {fx} 的 {look} | 有 {fx} 的 {pic} | {obj} 缺少 {fx} | 来点 {fx} | 多 一点 {fx} | 再来 点 {fx}
+{fx} | {fx} | 要 {fx} | 我 想要 {fx} | 带 {fx} | {obj} 需要 {fx} | 有 {fx} | {fx} 的 {look} | 有 {fx} 的 {pic}
+| {obj} 缺少 {fx} | 来点 {fx} | 多 一点 {fx} | 再来 点 {fx}
 """,
     "verb.do": """
-{verb} | {verb} {obj} | {verb} {obj} | 把 {obj} {verb} | 把 {obj} {verb} | 把 {obj} {verb} 一点 | 将 {obj} {verb} | {verb} 一点 | {verb} 一些 | 对 {obj} 进行 {verb} | {verb} 一下 {obj}
-| 给 {obj} {verb} | {verb} {very} 多 | 整体 {verb} | 全部 {verb} | 适当 {verb} | 稍微 {verb} 一点 | 轻轻 {verb}
+{verb} | {verb} {obj} | {verb} {obj} | 把 {obj} {verb} | 把 {obj} {verb} | 把 {obj} {verb} 一点 | 将 {obj}
+{verb} | {verb} 一点 | {verb} 一些 | 对 {obj} 进行 {verb} | {verb} 一下 {obj} | 给 {obj} {verb} | {verb}
+{very} 多 | 整体 {verb} | 全部 {verb} | 适当 {verb} | 稍微 {verb} 一点 | 轻轻 {verb}
 """,
     "verb.say": "想 {verb} {obj} | 需要 {verb} | 我 想 把 {obj} {verb} | {obj} 要 {verb} | 想 {verb} 一下 | 怎么 {verb} {obj} | 可以 {verb} 吗 | {verb} 处理 | {verb} 就 好",
     "like.do": """
-让 {obj} 看起来 像 {like} | 把 {obj} {turn} {like} 的 样子 | 把 {obj} 做成 {like} 那样 | 让 {obj} 像 {like} 一样 | 弄得 像 {like} | 模仿 {like} | 把 {obj} 变得 像 {like} | 把 {obj} 变成 {like} | 做出 {like} 的 {look}
+让 {obj} 看起来 像 {like} | 把 {obj} {turn} {like} 的 样子 | 把 {obj} 做成 {like} 那样 | 让 {obj} 像 {like} 一样 | 弄得
+像 {like} | 模仿 {like} | 把 {obj} 变得 像 {like} | 把 {obj} 变成 {like} | 做出 {like} 的 {look}
 """,
     "like.say": "像 {like} 一样 | 像 {like} | 像 {like} 那样 | {like} 的 {look} | {like} 那种 {look} | 想要 {like} 的 {look} | 仿佛 {like} | 如同 {like} | {like} 似的 | 看起来 像 {like}",
     "phrase.say": "{phrase}",
@@ -54,9 +66,10 @@ COMMON = {
 }
 
 POLITE = """
-{do} | {do} | {do} | {do} | {do} | 请 {do} | 请 {do} | 帮我 {do} | 请 帮我 {do} | 麻烦 {do} | 能不能 {do} | 可以 {do} 吗 | 可不可以 {do} | 我 想 {do} | {do} 吧 | {do} 谢谢 | 能 帮我 {do} 吗 | 我 要 {do}
-| 我 希望 {do} | 劳驾 {do} | 拜托 {do} | 直接 {do} | 你好 ， {do} | 请你 {do} | 给我 {do} | 试着 {do} | 尝试 {do} | {do} 好吗 | 现在 {do} | 麻烦 帮忙 {do} | {do} 可以 吗 | 快 {do} | 只 需要 {do}
-| 我们 {do} | 请 您 {do} | 能否 {do} | 烦请 {do} | 不妨 {do} | 需要 你 {do}
+{do} | {do} | {do} | {do} | {do} | 请 {do} | 请 {do} | 帮我 {do} | 请 帮我 {do} | 麻烦 {do} | 能不能 {do} | 可以
+{do} 吗 | 可不可以 {do} | 我 想 {do} | {do} 吧 | {do} 谢谢 | 能 帮我 {do} 吗 | 我 要 {do} | 我 希望 {do} | 劳驾 {do} | 拜托
+{do} | 直接 {do} | 你好 ， {do} | 请你 {do} | 给我 {do} | 试着 {do} | 尝试 {do} | {do} 好吗 | 现在 {do} | 麻烦 帮忙 {do}
+| {do} 可以 吗 | 快 {do} | 只 需要 {do} | 我们 {do} | 请 您 {do} | 能否 {do} | 烦请 {do} | 不妨 {do} | 需要 你 {do}
 """
 
 JOIN = "{a} ， {b} | {a} ， {b} | {a} 、 {b} | {a} {b} | {a} 。 {b} | {a} 并 {b} | {a} ， 要 {b}"
@@ -65,12 +78,15 @@ TINT = {
     "adj": "{hue} | 偏 {hue} | 发 {hue1} | {hue1} | 偏 {hue1} | {hue1} 一色",
     "noun": "{hue} | {hue} | {hue} 调 | {hue} 系 | 全 {hue1} | 一片 {hue} | {hue} 的 | {hue} 世界 | {hue} 光线 | 偏 {hue} | 纯 {hue}",
     "fx": """
-{hue} {veil} | {hue} {veil} | {hue} {veil} | {hue} | {hue1}光 | {hue1} 色调 | {strong} 的 {hue} {veil} | {hue} 的 光 | {hue} 光线 | {hue} 染色 | {hue} 灯光 | {hue} 色偏
+{hue} {veil} | {hue} {veil} | {hue} {veil} | {hue} | {hue1}光 | {hue1} 色调 | {strong} 的 {hue} {veil} |
+{hue} 的 光 | {hue} 光线 | {hue} 染色 | {hue} 灯光 | {hue} 色偏
 """,
     "verb": "染 {hue1} | 染成 {hue} | 调 {hue1} | 偏 {hue1} | 变 {hue1} | 增加 {hue} | 加强 {hue} | 涂成 {hue} | 加重 {hue} | 提高 {hue} 通道",
     "act": """
-把 {obj} 染成 {hue} | 用 {hue} 笼罩 {obj} | 让 {obj} 泛 {hue1} | 全部 变成 {hue} | 让 一切 都 变成 {hue} | 让 {hue} 充满 {obj} | 所有 颜色 都 偏 {hue1} | 把 色调 调成 {hue} | 把 色彩 偏向 {hue} | 提高 {hue} 分量 | 让 整个 {pic} 发 {hue1}
-| 把 白平衡 调 {hue1} | 用 {hue} 灯光 照亮 {obj} | 覆盖 一层 {hue} | 蒙上 {hue} {veil} | 把 颜色 换成 {hue} | 加强 {hue} 色调 | 让 {obj} 浸 在 {hue} 里
+把 {obj} 染成 {hue} | 用 {hue} 笼罩 {obj} | 让 {obj} 泛 {hue1} | 全部 变成 {hue} | 让 一切 都 变成 {hue} | 让 {hue} 充满
+{obj} | 所有 颜色 都 偏 {hue1} | 把 色调 调成 {hue} | 把 色彩 偏向 {hue} | 提高 {hue} 分量 | 让 整个 {pic} 发 {hue1} | 把 白平衡
+调 {hue1} | 用 {hue} 灯光 照亮 {obj} | 覆盖 一层 {hue} | 蒙上 {hue} {veil} | 把 颜色 换成 {hue} | 加强 {hue} 色调 | 让
+{obj} 浸 在 {hue} 里
 """,
     "phrase": "全 是 {hue} | 整体 偏 {hue1} | {hue} 一点 | 更 {hue1} 一点 | 再 {hue1} 一点 | {hue} 风格 | 到处 都是 {hue} | 一层 {hue} | {hue} 主题 | 整体 {hue} | {hue} 基调 | 要 {hue} 的 感觉 | 透过 {hue} 玻璃 看",
     "veil": "色调 | 滤镜 | 调子 | 滤光片 | 光晕 | 光 | 蒙版 | 氛围 | 色彩 | 遮罩 | 薄纱 | 光影 | 染色 | 滤色片 | 光泽",
@@ -80,13 +96,15 @@ TINT = {
 CUES = {
     "identity": {
         "act": """
-保持 {obj} 不变 | 保持 原样 | 不要 改变 {obj} | 不要 修改 | 不要 动 {obj} | 什么 都 不要 改 | 什么 都 不做 | 保留 原图 | 保持 现状 | 让 {obj} 保持 原样 | 维持 原状 | 别 改 {obj} | 别 动 它 | 原样 输出 | 返回 原图 | 不作 任何 修改
-| 不要 编辑 | 不 进行 任何 处理 | 保持 一致 | 保持 {obj} 原来 的 样子 | 不要 任何 变化 | 复制 原图 | 输出 相同 的 {pic} | 维持 不变 | 照原样 保留 | 原封不动 地 返回 | 别 做 任何 改动 | 跳过 编辑 | 不要 处理 {obj} | 保留 {obj} 不动
-| 完整 保留 {obj} | 留着 原样
+保持 {obj} 不变 | 保持 原样 | 不要 改变 {obj} | 不要 修改 | 不要 动 {obj} | 什么 都 不要 改 | 什么 都 不做 | 保留 原图 | 保持 现状 | 让
+{obj} 保持 原样 | 维持 原状 | 别 改 {obj} | 别 动 它 | 原样 输出 | 返回 原图 | 不作 任何 修改 | 不要 编辑 | 不 进行 任何 处理 | 保持 一致 | 保持
+{obj} 原来 的 样子 | 不要 任何 变化 | 复制 原图 | 输出 相同 的 {pic} | 维持 不变 | 照原样 保留 | 原封不动 地 返回 | 别 做 任何 改动 | 跳过 编辑 |
+不要 处理 {obj} | 保留 {obj} 不动 | 完整 保留 {obj} | 留着 原样
 """,
         "phrase": """
-不变 | 原样 | 原图 | 不改 | 无 | 没有 变化 | 不用 改 | 不需要 修改 | 这样 就 好 | 已经 很 好了 | 保持 | 无 修改 | 不作 改动 | 就 这样 | 原来 的 样子 | 一模一样 | 相同 的 {pic} | 不 编辑 | 别 改 | 保持 不变 | 没什么 要 改 的
-| {obj} 很 完美 不用 改 | 无需 编辑 | 无需 处理 | 原封不动 | 和 原图 一样 | 空 | 不加 任何 效果 | 不要 滤镜 | 照旧 | 不动 | 不必 修改 | 维持 原貌 | 零 修改 | 不做 调整 | 没有 要求
+不变 | 原样 | 原图 | 不改 | 无 | 没有 变化 | 不用 改 | 不需要 修改 | 这样 就 好 | 已经 很 好了 | 保持 | 无 修改 | 不作 改动 | 就 这样 | 原来 的
+样子 | 一模一样 | 相同 的 {pic} | 不 编辑 | 别 改 | 保持 不变 | 没什么 要 改 的 | {obj} 很 完美 不用 改 | 无需 编辑 | 无需 处理 | 原封不动 | 和
+原图 一样 | 空 | 不加 任何 效果 | 不要 滤镜 | 照旧 | 不动 | 不必 修改 | 维持 原貌 | 零 修改 | 不做 调整 | 没有 要求
 """,
     },
     "bw": {
@@ -197,18 +215,39 @@ CUES = {
         "like": "大雾天 | 雾都 伦敦 | 雾里看花 | 有雾 的 早晨 | 浓雾 中 | 桑拿 房",
         "phrase": "雾 | 大雾 | 起雾 了 | 雾蒙蒙 | 雾里看花 | 在 雾中 | 雾气 朦胧 | 雾天 | 浓雾 弥漫 | 薄雾 轻笼 | 有雾 的 早晨 | 能见度 很低 | 烟雾 弥漫 | 云雾 缭绕 | 白茫茫 一片 雾 | 雾霾天 | 朦胧 的 雾感",
     },
-    "red": {"hue": "红色 | 红色 | 红色 | 大红色 | 深红色 | 鲜红色 | 血红色 | 朱红色 | 赤色 | 绯红色 | 酒红色 | 中国红 | 正红色", "hue1": "红 | 红 | 红 | 赤", "phrase": "暗房 红灯 | 像 火星 一样 红 | 血色 | 红通通 | 红彤彤"},
-    "green": {"hue": "绿色 | 绿色 | 绿色 | 翠绿色 | 深绿色 | 草绿色 | 墨绿色 | 嫩绿色 | 碧绿色 | 荧光绿 | 薄荷绿 | 军绿色 | 青绿色", "hue1": "绿 | 绿 | 绿 | 翠绿", "phrase": "黑客 帝国 风格 | 夜视仪 效果 | 绿油油 | 绿莹莹 | 夜视 绿光"},
-    "blue": {"hue": "蓝色 | 蓝色 | 蓝色 | 深蓝色 | 天蓝色 | 浅蓝色 | 宝蓝色 | 湛蓝色 | 海蓝色 | 蔚蓝色 | 靛蓝色 | 藏青色 | 克莱因蓝", "hue1": "蓝 | 蓝 | 蓝 | 湛蓝", "phrase": "水下 的 感觉 | 海底 世界 色调 | 蓝莹莹 | 蓝汪汪 | 像 在 水下"},
-    "pink": {"hue": "粉色 | 粉色 | 粉红色 | 粉红色 | 桃红色 | 玫红色 | 樱花粉 | 浅粉色 | 嫩粉色 | 洋红色 | 芭比粉 | 玫瑰色 | 少女粉 | 荧光粉", "hue1": "粉 | 粉 | 粉红 | 桃红", "phrase": "芭比 风格 | 少女心 | 粉嫩 一点 | 粉嘟嘟 | 粉粉 的"},
-    "purple": {"hue": "紫色 | 紫色 | 紫色 | 深紫色 | 淡紫色 | 薰衣草色 | 紫罗兰色 | 葡萄紫 | 浅紫色 | 紫红色 | 丁香色 | 茄紫色 | 雪青色", "hue1": "紫 | 紫 | 紫 | 紫罗兰", "phrase": "薰衣草 田 的 色调 | 紫莹莹 | 紫气东来 | 梦幻 紫 | 薰衣草 风"},
+    "red": {
+        "hue": "红色 | 红色 | 红色 | 大红色 | 深红色 | 鲜红色 | 血红色 | 朱红色 | 赤色 | 绯红色 | 酒红色 | 中国红 | 正红色",
+        "hue1": "红 | 红 | 红 | 赤",
+        "phrase": "暗房 红灯 | 像 火星 一样 红 | 血色 | 红通通 | 红彤彤",
+    },
+    "green": {
+        "hue": "绿色 | 绿色 | 绿色 | 翠绿色 | 深绿色 | 草绿色 | 墨绿色 | 嫩绿色 | 碧绿色 | 荧光绿 | 薄荷绿 | 军绿色 | 青绿色",
+        "hue1": "绿 | 绿 | 绿 | 翠绿",
+        "phrase": "黑客 帝国 风格 | 夜视仪 效果 | 绿油油 | 绿莹莹 | 夜视 绿光",
+    },
+    "blue": {
+        "hue": "蓝色 | 蓝色 | 蓝色 | 深蓝色 | 天蓝色 | 浅蓝色 | 宝蓝色 | 湛蓝色 | 海蓝色 | 蔚蓝色 | 靛蓝色 | 藏青色 | 克莱因蓝",
+        "hue1": "蓝 | 蓝 | 蓝 | 湛蓝",
+        "phrase": "水下 的 感觉 | 海底 世界 色调 | 蓝莹莹 | 蓝汪汪 | 像 在 水下",
+    },
+    "pink": {
+        "hue": "粉色 | 粉色 | 粉红色 | 粉红色 | 桃红色 | 玫红色 | 樱花粉 | 浅粉色 | 嫩粉色 | 洋红色 | 芭比粉 | 玫瑰色 | 少女粉 | 荧光粉",
+        "hue1": "粉 | 粉 | 粉红 | 桃红",
+        "phrase": "芭比 风格 | 少女心 | 粉嫩 一点 | 粉嘟嘟 | 粉粉 的",
+    },
+    "purple": {
+        "hue": "紫色 | 紫色 | 紫色 | 深紫色 | 淡紫色 | 薰衣草色 | 紫罗兰色 | 葡萄紫 | 浅紫色 | 紫红色 | 丁香色 | 茄紫色 | 雪青色",
+        "hue1": "紫 | 紫 | 紫 | 紫罗兰",
+        "phrase": "薰衣草 田 的 色调 | 紫莹莹 | 紫气东来 | 梦幻 紫 | 薰衣草 风",
+    },
     "swap": {
         "noun": "红蓝 互换 | BGR | 通道 交换 | 红蓝 对调 | BGR 顺序",
         "fx": "红蓝 互换 | 通道 交换 | 红蓝 通道 互换 效果 | 颜色 通道 对调 | 通道 互换 效果 | 通道 置换",
         "verb": "红蓝 互换 | 交换 红蓝 | 交换 通道 | 对调 红蓝 | 调换 红蓝 | 交换 红色 和 蓝色 | 互换 红蓝 通道 | 置换 通道 | 调换 通道 | 对换 红蓝 | 打乱 通道",
         "act": """
-把 红色 和 蓝色 互换 | 把 红 和 蓝 对调 | 红色 变 蓝色 蓝色 变 红色 | 交换 红色 和 蓝色 通道 | 把 红蓝 通道 调换 | 把 RGB 变成 BGR | 让 红蓝 互换 | 红色 与 蓝色 交换 位置 | 红变蓝 蓝变红 | 交换 {obj} 的 红蓝 通道 | 将 红 蓝 颠倒
-| 对调 红色 和 蓝色 | 把 颜色 通道 交换 | 把 红 换成 蓝 把 蓝 换成 红 | 把 R 和 B 互换 | 调换 红色 与 蓝色 | 颜色 通道 互换 | 红蓝 颠倒 过来 | 把 红色 换 蓝色 ， 蓝色 换 红色
+把 红色 和 蓝色 互换 | 把 红 和 蓝 对调 | 红色 变 蓝色 蓝色 变 红色 | 交换 红色 和 蓝色 通道 | 把 红蓝 通道 调换 | 把 RGB 变成 BGR | 让 红蓝 互换 |
+红色 与 蓝色 交换 位置 | 红变蓝 蓝变红 | 交换 {obj} 的 红蓝 通道 | 将 红 蓝 颠倒 | 对调 红色 和 蓝色 | 把 颜色 通道 交换 | 把 红 换成 蓝 把 蓝 换成 红
+| 把 R 和 B 互换 | 调换 红色 与 蓝色 | 颜色 通道 互换 | 红蓝 颠倒 过来 | 把 红色 换 蓝色 ， 蓝色 换 红色
 """,
         "phrase": "红蓝 互换 | 红蓝 交换 | 红蓝 对调 | 红蓝 颠倒 | 通道 交换 | 红变蓝 蓝变红 | RGB 转 BGR | 红的 变 蓝的 蓝的 变 红的 | 红蓝 调换 | 颜色 互换 | 红蓝 置换 | 通道 互换 | 红和蓝 换过来 | 红蓝 反过来 | 通道 顺序 颠倒",
     },
@@ -288,19 +327,38 @@ CUES = {
 
 UNKNOWN = {
     "act": """
-{put} {thing} | {put} {thing} | 给 {who} {put} {wear} | 给 {who} {wearv} {wear} | {put} {wear} | {where} {put} {thing} | {where} {put} {thing} | 在 {where0} {put} {colour} 的 {thing0} | {put} {colour} 的 {thing0} | {put} {colour} 的 {wear0} | {put} {colour} {wear0}
-| 给 {who} {wearv} {colour} 的 {wear0} | 让 {who} {wearv} {wear0} | {remove} {thing0} | {remove} {thing0} | 把 {thing0} {removed} | 把 {who} {removed} | {remove} {junk} | 把 {junk} {removed} | {remove} {where0} 的 {thing0} | {remove} {colour} 的 {thing0} | 把 {thing0} 换成 {thing0}
-| 把 {thing0} 换成 {thing0} | 把 {thing0} 变成 {thing0} | 用 {thing0} 替换 {thing0} | 把 {who} 变成 {role} | 把 {who} 换成 {thing0} | 让 {who} {act0} | 让 {who} {act0} | 让 {who} 变得 {feeling} | 让 {who} 看起来 {feeling} | 把 {thing0} 变成 {colour} | 把 {thing0} 涂成 {colour}
-| 把 {part} 变成 {colour} | 把 {part} 改成 {colour} | 把 {part} 染成 {colour} | 把 {wear0} 换成 {colour} | 把 {wear0} 改成 {colour} 的 | 让 {part} 变 {colour1} | 把 {body} 变 {colour1} | 把 {thing0} 的 颜色 改成 {colour} | 把 头发 染成 {colour} | 把 {who} 的 {body} 变成 {colour} | 把 {who} 的 {wear0} 变成 {colour}
-| 把 {text} 改成 {word} | 把 {text} 换成 {word} | 在 {where0} 写 {word} | 去掉 {text} | 翻译 {text} | {put} {text} {word} | 把 背景 换成 {scene} | 把 背景 改成 {scene} | 背景 换成 {colour} | 替换 背景 | 去掉 背景 | 把 背景 变 {colour1} | 把 {who} 放到 {scene} | 让 {who} 出现 在 {scene}
-| 把 {thing0} 变 {size} | 把 {body} 变 {size} | 把 {thing0} 移到 {where0} | {local} 背景 | {local} {part} | {local} {thing0} | 只 {local} {thing0} | 把 {part} {local} | 把 {thing0} {local} | 把 {body} {local} | 让 {part} {edit_adj} 一点 | 把 {thing0} 变得 {edit_adj} | 让 {who} 的 {body} {edit_adj} 一点 | 把 {wear0} 变 {edit_adj}
-| {op} | {op} | {op} {obj} | 把 {obj} {op} | {opp} | {opp} | {opp} | 把 {obj} 变成 {style0} | 把 {obj} 变成 {style0} | 转成 {style0} 风格 | 去掉 {stuff} | 去除 {stuff} | 移除 {stuff} | 把 {obj} 变成 {othercolour} | 加 {othercolour} 滤镜 | 画 {thing} | 在 {where0} 画 {thing}
-| 生成 {thing} | 生成 {thing} 的 {pic} | 让 {who} 拿着 {thing} | 下 {weather} | 让 天空 下 {weather} | 加 {weather} | 把 季节 改成 {season} | 换成 {season} | 闭上 眼睛 | 换 一个 发型 | 给 {who} 换 衣服 | 给 {who} 换 {wear0} | 把 {who} 打扮 成 {role} | 换掉 {thing0} | 遮住 {thing0} | 修好 {thing0}
+{put} {thing} | {put} {thing} | 给 {who} {put} {wear} | 给 {who} {wearv} {wear} | {put} {wear} |
+{where} {put} {thing} | {where} {put} {thing} | 在 {where0} {put} {colour} 的 {thing0} | {put}
+{colour} 的 {thing0} | {put} {colour} 的 {wear0} | {put} {colour} {wear0} | 给 {who} {wearv} {colour} 的
+{wear0} | 让 {who} {wearv} {wear0} | {remove} {thing0} | {remove} {thing0} | 把 {thing0} {removed} | 把
+{who} {removed} | {remove} {junk} | 把 {junk} {removed} | {remove} {where0} 的 {thing0} | {remove}
+{colour} 的 {thing0} | 把 {thing0} 换成 {thing0} | 把 {thing0} 换成 {thing0} | 把 {thing0} 变成 {thing0} | 用
+{thing0} 替换 {thing0} | 把 {who} 变成 {role} | 把 {who} 换成 {thing0} | 让 {who} {act0} | 让 {who} {act0} | 让
+{who} 变得 {feeling} | 让 {who} 看起来 {feeling} | 把 {thing0} 变成 {colour} | 把 {thing0} 涂成 {colour} | 把
+{part} 变成 {colour} | 把 {part} 改成 {colour} | 把 {part} 染成 {colour} | 把 {wear0} 换成 {colour} | 把 {wear0}
+改成 {colour} 的 | 让 {part} 变 {colour1} | 把 {body} 变 {colour1} | 把 {thing0} 的 颜色 改成 {colour} | 把 头发 染成
+{colour} | 把 {who} 的 {body} 变成 {colour} | 把 {who} 的 {wear0} 变成 {colour} | 把 {text} 改成 {word} | 把
+{text} 换成 {word} | 在 {where0} 写 {word} | 去掉 {text} | 翻译 {text} | {put} {text} {word} | 把 背景 换成
+{scene} | 把 背景 改成 {scene} | 背景 换成 {colour} | 替换 背景 | 去掉 背景 | 把 背景 变 {colour1} | 把 {who} 放到 {scene} |
+让 {who} 出现 在 {scene} | 把 {thing0} 变 {size} | 把 {body} 变 {size} | 把 {thing0} 移到 {where0} | {local} 背景
+| {local} {part} | {local} {thing0} | 只 {local} {thing0} | 把 {part} {local} | 把 {thing0} {local} | 把
+{body} {local} | 让 {part} {edit_adj} 一点 | 把 {thing0} 变得 {edit_adj} | 让 {who} 的 {body} {edit_adj} 一点
+| 把 {wear0} 变 {edit_adj} | {op} | {op} | {op} {obj} | 把 {obj} {op} | {opp} | {opp} | {opp} | 把 {obj}
+变成 {style0} | 把 {obj} 变成 {style0} | 转成 {style0} 风格 | 去掉 {stuff} | 去除 {stuff} | 移除 {stuff} | 把 {obj}
+变成 {othercolour} | 加 {othercolour} 滤镜 | 画 {thing} | 在 {where0} 画 {thing} | 生成 {thing} | 生成 {thing} 的
+{pic} | 让 {who} 拿着 {thing} | 下 {weather} | 让 天空 下 {weather} | 加 {weather} | 把 季节 改成 {season} | 换成
+{season} | 闭上 眼睛 | 换 一个 发型 | 给 {who} 换 衣服 | 给 {who} 换 {wear0} | 把 {who} 打扮 成 {role} | 换掉 {thing0} |
+遮住 {thing0} | 修好 {thing0}
 """,
     "phrase": """
-{hello} | {hello} | {question} | {question} | {question} | {nonsense} | {nonsense} | {random} {random} | {random} | {random} {random} {random} | {thing} | {where} 有 {thing} | {colour} 的 {thing0} | {colour} 的 {wear0} | {colour} {wear0} | 穿 {colour} {wear0} 的 {role} | {who} 在 {scene}
-| {style0} | {style0} 风格 | {style0} 画风 | {wear} | 我 想要 {thing} | 我 想要 {colour} 的 {thing0} | {who} 应该 {act0} | {who} 要 {wearv} {wear0} | {thing0} 应该 是 {colour} 的 | {part} 要 {colour} | 不要 {thing0} | 没有 {thing0} | {scene} | {scene} 背景 | {colour} 背景 | {season} | {othercolour} | {word}
-| {op} | {opp} | {opp} | {part} 太 {edit_adj} | 多 几个 {thing0} | {thing0} 和 {thing0} | {role} 和 {thing0} | {size} {thing0} | {who} 很 {feeling}
+{hello} | {hello} | {question} | {question} | {question} | {nonsense} | {nonsense} | {random}
+{random} | {random} | {random} {random} {random} | {thing} | {where} 有 {thing} | {colour} 的 {thing0}
+| {colour} 的 {wear0} | {colour} {wear0} | 穿 {colour} {wear0} 的 {role} | {who} 在 {scene} | {style0} |
+{style0} 风格 | {style0} 画风 | {wear} | 我 想要 {thing} | 我 想要 {colour} 的 {thing0} | {who} 应该 {act0} |
+{who} 要 {wearv} {wear0} | {thing0} 应该 是 {colour} 的 | {part} 要 {colour} | 不要 {thing0} | 没有 {thing0} |
+{scene} | {scene} 背景 | {colour} 背景 | {season} | {othercolour} | {word} | {op} | {opp} | {opp} |
+{part} 太 {edit_adj} | 多 几个 {thing0} | {thing0} 和 {thing0} | {role} 和 {thing0} | {size} {thing0} |
+{who} 很 {feeling}
 """,
     "put": "加 | 加上 | 添加 | 放 | 画 | 增加 | 加入 | 放上 | 添上 | 放置 | P上 | 生成 | 摆 | 插入 | 贴上",
     "remove": "去掉 | 移除 | 删除 | 去除 | 擦除 | 抹去 | 消除 | 清除 | 拿走 | 删掉 | 移走 | P掉 | 抠掉",
@@ -313,10 +371,13 @@ UNKNOWN = {
     "thing": "{count} {thing0} | {count} {thing0} | {thing0} | {size} {thing0} | 另 一个 {thing0}",
     "count": "一个 | 一只 | 一顶 | 一条 | 一辆 | 两个 | 三只 | 几个 | 一些 | 一朵 | 一把 | 一棵 | 一架 | 一匹 | 很多",
     "thing0": """
-狗 | 猫 | 鸟 | 树 | 汽车 | 车 | 房子 | 花 | 球 | 椅子 | 桌子 | 灯 | 月亮 | 太阳 | 云 | 彩虹 | 船 | 自行车 | 马 | 牛 | 羊 | 鱼 | 蝴蝶 | 气球 | 风筝 | 书 | 杯子 | 瓶子 | 蛋糕 | 苹果 | 香蕉 | 披萨 | 手机 | 电脑 | 吉他 | 钢琴 | 相机 | 钟
-| 桥 | 山 | 河 | 湖 | 城堡 | 塔 | 教堂 | 长椅 | 雨伞 | 包 | 机器人 | 龙 | 独角兽 | 恐龙 | 外星人 | 飞船 | 火箭 | 飞机 | 火车 | 公交车 | 卡车 | 摩托车 | 大象 | 狮子 | 老虎 | 熊 | 熊猫 | 兔子 | 猴子 | 企鹅 | 长颈鹿 | 狐狸 | 狼 | 蛇 | 鸭子 | 鸡 | 猫头鹰 | 老鹰
-| 天鹅 | 鲸鱼 | 鲨鱼 | 海豚 | 乌龟 | 青蛙 | 松鼠 | 雪人 | 南瓜 | 蜡烛 | 镜子 | 窗户 | 门 | 沙发 | 床 | 枕头 | 地毯 | 花瓶 | 玫瑰 | 郁金香 | 向日葵 | 仙人掌 | 蘑菇 | 喷泉 | 雕像 | 旗子 | 海报 | 人 | 小孩 | 路灯 | 星星 | 瀑布 | 棕榈树 | 小猫 | 小狗 | 猪 | 骆驼
-| 水印 标志 | 电视 | 冰箱 | 梯子 | 盒子 | 篮子 | 剑 | 皇冠 | 无人机 | 橙子 | 草莓 | 汉堡 | 冰淇淋 | 礼物 | 圣诞树 | 烟花 | 石头 | 电车 | 麦克风 | 足球 | 灯笼 | 茶壶 | 筷子 | 风车 | 帐篷 | 竹子 | 鹦鹉 | 海鸥 | 螃蟹
+狗 | 猫 | 鸟 | 树 | 汽车 | 车 | 房子 | 花 | 球 | 椅子 | 桌子 | 灯 | 月亮 | 太阳 | 云 | 彩虹 | 船 | 自行车 | 马 | 牛 | 羊 | 鱼 | 蝴蝶
+| 气球 | 风筝 | 书 | 杯子 | 瓶子 | 蛋糕 | 苹果 | 香蕉 | 披萨 | 手机 | 电脑 | 吉他 | 钢琴 | 相机 | 钟 | 桥 | 山 | 河 | 湖 | 城堡 | 塔 |
+教堂 | 长椅 | 雨伞 | 包 | 机器人 | 龙 | 独角兽 | 恐龙 | 外星人 | 飞船 | 火箭 | 飞机 | 火车 | 公交车 | 卡车 | 摩托车 | 大象 | 狮子 | 老虎 | 熊
+| 熊猫 | 兔子 | 猴子 | 企鹅 | 长颈鹿 | 狐狸 | 狼 | 蛇 | 鸭子 | 鸡 | 猫头鹰 | 老鹰 | 天鹅 | 鲸鱼 | 鲨鱼 | 海豚 | 乌龟 | 青蛙 | 松鼠 | 雪人 |
+南瓜 | 蜡烛 | 镜子 | 窗户 | 门 | 沙发 | 床 | 枕头 | 地毯 | 花瓶 | 玫瑰 | 郁金香 | 向日葵 | 仙人掌 | 蘑菇 | 喷泉 | 雕像 | 旗子 | 海报 | 人 |
+小孩 | 路灯 | 星星 | 瀑布 | 棕榈树 | 小猫 | 小狗 | 猪 | 骆驼 | 水印 标志 | 电视 | 冰箱 | 梯子 | 盒子 | 篮子 | 剑 | 皇冠 | 无人机 | 橙子 | 草莓
+| 汉堡 | 冰淇淋 | 礼物 | 圣诞树 | 烟花 | 石头 | 电车 | 麦克风 | 足球 | 灯笼 | 茶壶 | 筷子 | 风车 | 帐篷 | 竹子 | 鹦鹉 | 海鸥 | 螃蟹
 """,
     "wear": "{wear0} | {colour} {wear0} | {colour} 的 {wear0} | 一顶 {wear0} | 一副 {wear0} | 一件 {wear0} | 一条 {wear0}",
     "wear0": "帽子 | 帽子 | 墨镜 | 太阳镜 | 眼镜 | 围巾 | 领带 | 裙子 | 衬衫 | 外套 | 西装 | 毛衣 | T恤 | 胡子 | 项链 | 皇冠 | 头盔 | 口罩 | 面具 | 假发 | 背包 | 戒指 | 手表 | 手套 | 耳环 | 靴子 | 鞋子 | 耳机 | 旗袍 | 汉服 | 婚纱 | 牛仔裤 | 红帽子 | 蝴蝶结 | 圣诞帽 | 面纱 | 制服 | 风衣 | 棒球帽 | 草帽 | 泳衣",

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 from fakes import FakeWorker
-from step1x_edit import service
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import main
+from step1x_edit.service import service
 
 LOG = Path(os.environ["FAKE_LOG"])
 

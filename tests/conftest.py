@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from fakes import FakeWorker
-from step1x_edit.engine import Clock
-from step1x_edit.file_edits import FileEdits
-from step1x_edit.machine import Survey
-from step1x_edit.service import EditedPicture, EditService, build_service
+from step1x_edit.engine.engine import Clock
+from step1x_edit.engine.machine import Survey
+from step1x_edit.service.file_edits import FileEdits
+from step1x_edit.service.service import EditedPicture, EditService, build_service
 from step1x_edit.settings import Settings
 
 MakeService = Callable[..., EditService]
@@ -113,5 +113,5 @@ def fake_model(
     def build_service(settings: Settings) -> EditService:
         return make_service(worker)
 
-    monkeypatch.setattr("step1x_edit.service.build_service", build_service)
+    monkeypatch.setattr("step1x_edit.service.service.build_service", build_service)
     monkeypatch.chdir(tmp_path)

@@ -27,7 +27,7 @@ from step1x_edit.channel import (
     Residence,
     reasoning_of,
 )
-from step1x_edit.engine import Clock
+from step1x_edit.engine.engine import Clock
 from step1x_edit.errors import (
     EditCancelledError,
     InvalidParameterError,
@@ -36,7 +36,7 @@ from step1x_edit.errors import (
 )
 
 if TYPE_CHECKING:  # the toy worker is a process that imports no pydantic either
-    from step1x_edit.schemas import Location
+    from step1x_edit.schemas.requests import Location
 
 STREAMED: Final = Placement(
     resident_share=0.31,

@@ -13,10 +13,10 @@ import uvicorn
 from fastmcp import FastMCP
 from starlette.types import ASGIApp
 
-from step1x_edit.interfaces import connections
 from step1x_edit.interfaces.discovery import announced
+from step1x_edit.interfaces.http import connections
 from step1x_edit.interfaces.server import build_app
-from step1x_edit.service import EditService
+from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 
 TOKEN = "a-token-of-the-tests"

@@ -4,11 +4,11 @@ import sys
 from functools import partial
 
 from step1x_edit.channel import Start
+from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.interfaces import server
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service import EditService, build_service
+from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import Settings
-from step1x_edit.worker_process import WorkerProcess
 
 
 def build(settings: Settings) -> EditService:

@@ -7,7 +7,7 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from step1x_edit.jobs import JobStore
+from step1x_edit.service.job_store import JobStore
 
 
 def accept_one(data_dir: Path, told: Connection) -> None:

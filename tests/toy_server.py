@@ -12,10 +12,10 @@ from itertools import count
 from pathlib import Path
 
 from step1x_edit.channel import Start
-from step1x_edit.file_edits import FileEdits
-from step1x_edit.service import build_service
+from step1x_edit.engine.worker_process import WorkerProcess
+from step1x_edit.service.file_edits import FileEdits
+from step1x_edit.service.service import build_service
 from step1x_edit.settings import load_settings
-from step1x_edit.worker_process import WorkerProcess
 
 
 def tell(line: object) -> None:

@@ -1,7 +1,7 @@
 """A worker process that needs no torch: `python -m toy_worker HANDLE`. The prompt says what to do.
 
-It inverts pictures through the real loop of `step1x_edit.worker`, so that crossing the border,
-dying and hanging can be tested with real processes in milliseconds.
+It inverts pictures through the real loop of `step1x_edit.worker.process`, so that crossing the
+border, dying and hanging can be tested with real processes in milliseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from step1x_edit.channel import (
     connect,
 )
 from step1x_edit.errors import OutOfMemoryError
-from step1x_edit.worker import WorkerLoop
+from step1x_edit.worker.process import WorkerLoop
 
 
 class ToyModel:

@@ -16,13 +16,13 @@ from bench_residency import GB, held_gb
 from gpu.bench import Bench, Figures, first_line, peak_gb, relative, start_peak, step_seconds
 from gpu.networks import our_states
 from step1x_edit.checkpoints.arena import Block, Weight
+from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, fitting, with_share
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint, open_checkpoint
-from step1x_edit.memory_plan import MemoryPlan, everything, fitting, with_share
 from step1x_edit.model.config import ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Plan
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.residency import Residency
-from step1x_edit.worker import is_out_of_memory
+from step1x_edit.worker.process import is_out_of_memory
+from step1x_edit.worker.residency import Residency
 
 
 class Cap:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from step1x_edit.errors import Step1XEditError
-    from step1x_edit.images import read_edit_record, read_record
-    from step1x_edit.interfaces.client import MCPClient
-    from step1x_edit.schemas import (
+    from step1x_edit.interfaces.mcp.client import MCPClient
+    from step1x_edit.pictures.images import read_edit_record, read_record
+    from step1x_edit.schemas.requests import (
         BatchAnswer,
         BatchRequest,
         EditAnswer,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         GpuAnswer,
         StatusAnswer,
     )
-    from step1x_edit.service import EditService, build_service
+    from step1x_edit.service.service import EditService, build_service
     from step1x_edit.settings import Settings, load_settings
 
 __version__ = "0.1.0"
@@ -52,21 +52,21 @@ __all__ = [
 ]
 
 _HOMES: Final = {
-    "EditService": "service",
-    "MCPClient": "interfaces.client",
+    "EditService": "service.service",
+    "MCPClient": "interfaces.mcp.client",
     "Settings": "settings",
     "Step1XEditError": "errors",
-    "build_service": "service",
+    "build_service": "service.service",
     "load_settings": "settings",
-    "read_edit_record": "images",
-    "read_record": "images",
+    "read_edit_record": "pictures.images",
+    "read_record": "pictures.images",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'schemas')}")
+    module = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'schemas.requests')}")
     return getattr(module, name)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from step1x_edit.model.request import NetworkRequest, Pixels
 
 if TYPE_CHECKING:  # a worker needs no pydantic
-    from step1x_edit.schemas import Location, Precision
+    from step1x_edit.schemas.requests import Location, Precision
 
 GIB: Final = 1024**3
 

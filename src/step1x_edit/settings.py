@@ -41,7 +41,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from step1x_edit.errors import SettingsError
-from step1x_edit.schemas import (
+from step1x_edit.schemas.requests import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_NUM_STEPS,
     DEFAULT_SIZE_LEVEL,

@@ -14,7 +14,7 @@ from step1x_edit.checkpoints.arena import Weight
 from step1x_edit.model.quantised import CODES, Code, QuantLinear
 
 if TYPE_CHECKING:
-    from step1x_edit.schemas import Precision
+    from step1x_edit.schemas.requests import Precision
 
 CODED: Final = re.compile(
     r"transformer\.(double|single)_blocks\.\d+\."

@@ -43,11 +43,11 @@ from step1x_edit.checkpoints.keymap import (
     vae_links,
 )
 from step1x_edit.checkpoints.lora import Loras
+from step1x_edit.checkpoints.memory_plan import HostPlan
 from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
 from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
-from step1x_edit.memory_plan import HostPlan
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
@@ -57,7 +57,7 @@ from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
 
 if TYPE_CHECKING:
-    from step1x_edit.schemas import Precision
+    from step1x_edit.schemas.requests import Precision
 
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 2

@@ -35,25 +35,25 @@ from starlette.types import ASGIApp
 
 from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
-from step1x_edit.interfaces import connections, problems
+from step1x_edit.hub.pulls import Pulls
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced, new_secret
-from step1x_edit.interfaces.docs_page import docs_routes
-from step1x_edit.interfaces.estimate import estimate_routes
-from step1x_edit.interfaces.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
-from step1x_edit.interfaces.hangups import TellHangUps
-from step1x_edit.interfaces.idempotency import Runs
-from step1x_edit.interfaces.jobs_rest import job_operation, job_routes
-from step1x_edit.interfaces.mcp import build_mcp
-from step1x_edit.interfaces.mcp_refusals import OneSentence
-from step1x_edit.interfaces.metrics import Metrics
-from step1x_edit.interfaces.models_rest import model_routes
-from step1x_edit.interfaces.openai_images import image_routes
+from step1x_edit.interfaces.http import connections, problems
+from step1x_edit.interfaces.http.docs_page import docs_routes
+from step1x_edit.interfaces.http.edits import edit_routes, health_routes
+from step1x_edit.interfaces.http.estimate import estimate_routes
+from step1x_edit.interfaces.http.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
+from step1x_edit.interfaces.http.idempotency import Runs
+from step1x_edit.interfaces.http.jobs import job_operation, job_routes
+from step1x_edit.interfaces.http.metrics import Metrics
+from step1x_edit.interfaces.http.models import model_routes
+from step1x_edit.interfaces.http.openai.images import image_routes
+from step1x_edit.interfaces.mcp.hangups import TellHangUps
+from step1x_edit.interfaces.mcp.refusals import OneSentence
+from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.page.page import Page
 from step1x_edit.interfaces.process import hear_signals
-from step1x_edit.interfaces.rest import edit_routes, health_routes
-from step1x_edit.interfaces.ui import Page
-from step1x_edit.jobs import JobRunner, JobStore
-from step1x_edit.pulls import Pulls
-from step1x_edit.service import EditService, build_service
+from step1x_edit.service.job_store import JobRunner, JobStore
+from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import MEBI, Settings
 
 log = logging.getLogger(__name__)

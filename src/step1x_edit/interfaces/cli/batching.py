@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from step1x_edit.errors import InvalidParameterError
-from step1x_edit.files import expanded
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -25,10 +24,11 @@ from step1x_edit.interfaces.cli.terminal import (
     shown_progress,
     told_failures,
 )
-from step1x_edit.schemas import EditRequest, given, read_request
+from step1x_edit.schemas.requests import EditRequest, given, read_request
+from step1x_edit.service.files import expanded
 
 if TYPE_CHECKING:
-    from step1x_edit.interfaces.batches import Chosen, Item, Journal
+    from step1x_edit.service.batches import Chosen, Item, Journal
 
 _INTERRUPTED = "interrupted; what is finished stays, and the same command goes on from there"
 
@@ -74,8 +74,8 @@ def batch(
     are edited all the same.
     """
     with told_failures(as_json, _INTERRUPTED):
-        from step1x_edit.interfaces.batches import Batch, Chosen, Journal
-        from step1x_edit.interfaces.editor import opened_edits
+        from step1x_edit.interfaces.cli.editors import opened_edits
+        from step1x_edit.service.batches import Batch, Chosen, Journal
 
         if prompt is not None:
             check_prompt(prompt)
@@ -95,7 +95,7 @@ def batch(
 
 
 def _items(source: Path, chosen: Chosen, journal: Journal) -> list[Item]:
-    from step1x_edit.interfaces.batches import items_of_folder, items_of_manifest
+    from step1x_edit.service.batches import items_of_folder, items_of_manifest
 
     if not source.is_dir():
         return items_of_manifest(source, chosen)

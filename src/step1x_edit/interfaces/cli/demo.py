@@ -19,11 +19,11 @@ from step1x_edit.interfaces.cli.terminal import (
     shown_progress,
     told_failures,
 )
-from step1x_edit.schemas import PARAMETERS, EditRequest, given, read_request
+from step1x_edit.schemas.requests import PARAMETERS, EditRequest, given, read_request
 
 if TYPE_CHECKING:
-    from step1x_edit.editor import Edited
-    from step1x_edit.file_edits import FileEdits
+    from step1x_edit.service.editor import Edited
+    from step1x_edit.service.file_edits import FileEdits
 
 DEMO_PROMPTS = {
     "night": "change to night scene",
@@ -54,8 +54,8 @@ def demo(
 ) -> None:
     """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
     with told_failures(as_json=False):
-        from step1x_edit.interfaces.comparison import draw_comparison
-        from step1x_edit.interfaces.editor import opened_edits
+        from step1x_edit.interfaces.cli.comparison import draw_comparison
+        from step1x_edit.interfaces.cli.editors import opened_edits
 
         settings = cli_settings().model_copy(update={"model_path": None, "model_version": "auto"})
         folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import typer
 
-from step1x_edit import __version__, host_memory
+from step1x_edit import __version__
+from step1x_edit.engine import host_memory
 from step1x_edit.errors import SettingsError
-from step1x_edit.files import nearest_existing
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
@@ -26,10 +26,11 @@ from step1x_edit.interfaces.cli.terminal import (
     print_json,
     told_failures,
 )
+from step1x_edit.service.files import nearest_existing
 
 if TYPE_CHECKING:
+    from step1x_edit.engine.machine import Survey
     from step1x_edit.interfaces.discovery import RunningServer
-    from step1x_edit.machine import Survey
     from step1x_edit.settings import Settings
 
 _GIB: Final = 1024**3
@@ -77,8 +78,8 @@ def _checks() -> Iterator[Check]:
         return
     yield _memory()
     yield from _data_dir(settings.data_dir)
-    from step1x_edit.machine import look
-    from step1x_edit.service import start_of
+    from step1x_edit.engine.machine import look
+    from step1x_edit.service.service import start_of
 
     seen = look(start_of(settings))
     yield from _torch_and_device(seen)
@@ -145,7 +146,7 @@ def _plan(seen: Survey) -> Iterator[Check]:
 
 
 def _defaults(seen: Survey, settings: Settings) -> Iterator[Check]:
-    from step1x_edit.service import suggestion_for
+    from step1x_edit.service.service import suggestion_for
 
     suggested = suggestion_for(seen.version, settings)
     if suggested is not None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from step1x_edit.errors import ImageFileNotFoundError, InvalidParameterError
-from step1x_edit.files import expanded
 from step1x_edit.interfaces.cli.options import (
     ApiKey,
     AsJson,
@@ -37,11 +36,12 @@ from step1x_edit.interfaces.cli.terminal import (
     write_picture,
 )
 from step1x_edit.interfaces.cli.usage import PROGRAM, Command
-from step1x_edit.schemas import PARAMETERS, EditRequest, given, read_request
+from step1x_edit.schemas.requests import PARAMETERS, EditRequest, given, read_request
+from step1x_edit.service.files import expanded
 
 if TYPE_CHECKING:
-    from step1x_edit.editor import Edited
-    from step1x_edit.file_edits import FileEdits
+    from step1x_edit.service.editor import Edited
+    from step1x_edit.service.file_edits import FileEdits
 
 _EXAMPLE: Final = "add a red hat"
 _MANY: Final = 4  # paths, too many to repeat them
@@ -89,7 +89,7 @@ def edit(
     this process. The path of each result is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.interfaces.editor import opened_edits
+        from step1x_edit.interfaces.cli.editors import opened_edits
 
         _check_words(image, prompt)
         paths = _matched(image)

@@ -24,7 +24,7 @@ from step1x_edit.interfaces.cli.terminal import (
     watched,
     write_picture,
 )
-from step1x_edit.schemas import GenerateRequest, given, parameters_of, read_request
+from step1x_edit.schemas.requests import GenerateRequest, given, parameters_of, read_request
 
 _PARAMETERS: Final = parameters_of(GenerateRequest)
 
@@ -56,7 +56,7 @@ def generate(
     this process. The path of the picture is printed on stdout.
     """
     with told_failures(as_json):
-        from step1x_edit.interfaces.editor import opened_edits
+        from step1x_edit.interfaces.cli.editors import opened_edits
 
         check_prompt(prompt, "a red fox in the snow")
         check_stdout(output, as_json)

@@ -15,7 +15,7 @@ from step1x_edit.interfaces.cli.terminal import (
     print_line,
     told_failures,
 )
-from step1x_edit.schemas import GpuAnswer, StatusAnswer
+from step1x_edit.schemas.requests import GpuAnswer, StatusAnswer
 
 if TYPE_CHECKING:
     from step1x_edit.settings import Settings
@@ -35,7 +35,7 @@ def status(
     Without a server there is none: each command has a model of its own while it
     edits. That is no failure; the exit code is 0.
     """
-    from step1x_edit.interfaces.editor import found_server
+    from step1x_edit.interfaces.cli.editors import found_server
 
     with told_failures(as_json):
         settings = cli_settings()
@@ -86,7 +86,7 @@ def release(
 
 
 def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_json: bool) -> None:
-    from step1x_edit.interfaces.editor import found_server
+    from step1x_edit.interfaces.cli.editors import found_server
 
     with told_failures(as_json):
         settings = cli_settings()
@@ -106,7 +106,7 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
 
 def _own_status(settings: Settings) -> StatusAnswer:
     """The model of this process is not loaded: it edits nothing."""
-    from step1x_edit.service import build_service
+    from step1x_edit.service.service import build_service
 
     with contextlib.closing(build_service(settings)) as service:
         return service.status()

@@ -22,7 +22,7 @@ from step1x_edit.interfaces.cli.terminal import (
     told_failures,
 )
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
-from step1x_edit.interfaces.client_config import (
+from step1x_edit.interfaces.mcp.client_config import (
     ClientName,
     config_file,
     server_entry,
@@ -54,7 +54,7 @@ def mcp(
     wire = os.dup(1)  # whatever is printed from here on must not reach the client
     os.dup2(2, 1)
     gc.disable()  # imports leave no garbage; `serve` enables it again
-    from step1x_edit.interfaces.stdio import serve
+    from step1x_edit.interfaces.mcp.stdio import serve
 
     serve(wire, standalone=standalone)
 
@@ -69,7 +69,7 @@ def call(
     """Call a tool as an MCP client does, and print its answer."""
     with told_failures(as_json=False):
         given = _json_object(arguments)
-        from step1x_edit.interfaces.client import MCPClient
+        from step1x_edit.interfaces.mcp.client import MCPClient
 
         async def called() -> dict[str, Any]:
             async with MCPClient() as client:

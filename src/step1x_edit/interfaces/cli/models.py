@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from step1x_edit import host_memory
-from step1x_edit.checkpoints.catalog import CATALOG, Model, find_model
-from step1x_edit.checkpoints.pulled import (
+from step1x_edit.engine import host_memory
+from step1x_edit.errors import CheckpointError
+from step1x_edit.hub.catalog import CATALOG, Model, find_model
+from step1x_edit.hub.pulled import (
     Kept,
     find_pulled,
     kept_models,
@@ -25,7 +26,6 @@ from step1x_edit.checkpoints.pulled import (
     remove_model,
     resolve_model_path,
 )
-from step1x_edit.errors import CheckpointError
 from step1x_edit.interfaces.cli.options import AsJson
 from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
@@ -39,8 +39,8 @@ from step1x_edit.interfaces.cli.terminal import (
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 
 if TYPE_CHECKING:
-    from step1x_edit.checkpoints.fetch import PullProgress
-    from step1x_edit.machine import Survey
+    from step1x_edit.engine.machine import Survey
+    from step1x_edit.hub.fetch import PullProgress
     from step1x_edit.settings import Settings
 
 _GIGA: Final = 10**9
@@ -102,7 +102,7 @@ def pull(name: Name) -> None:
         model = find_model(name)
         if model.note:
             err.print(f"Note: {model.note}", style="yellow", markup=False)
-        from step1x_edit.checkpoints.fetch import pull as fetch
+        from step1x_edit.hub.fetch import pull as fetch
 
         with _bar(model.name) as show:
             folder = fetch(name, models, show)
@@ -135,8 +135,8 @@ def rm(
 
 def _survey(settings: Settings) -> Survey:
     """What a separate process finds out about this machine and the checkpoint that would run."""
-    from step1x_edit.machine import look
-    from step1x_edit.service import start_of
+    from step1x_edit.engine.machine import look
+    from step1x_edit.service.service import start_of
 
     return look(start_of(settings))
 

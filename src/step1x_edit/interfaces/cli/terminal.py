@@ -28,7 +28,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.interfaces.cli.progress import display
-from step1x_edit.schemas import (
+from step1x_edit.schemas.requests import (
     KEPT,
     BatchAnswer,
     BatchItem,
@@ -40,8 +40,8 @@ from step1x_edit.schemas import (
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
-    from step1x_edit.editor import Edited, Report
-    from step1x_edit.file_edits import ReportOf
+    from step1x_edit.service.editor import Edited, Report
+    from step1x_edit.service.file_edits import ReportOf
     from step1x_edit.settings import Settings
 
 T = TypeVar("T")

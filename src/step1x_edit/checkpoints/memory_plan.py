@@ -1,0 +1,306 @@
+"""The memory plan: which blocks of the model live on the device, which pass through it, and which
+stay on disk.
+
+Every step of an edit runs all core blocks; the conditioner and the prologue run once. So room is
+spent in this order: on the slots and the activations that any edit needs, on core blocks, on the
+activations of a second branch, on the conditioner, on the prologue. Core blocks that stay out are
+spread evenly over the order of execution, so that the copies are as well.
+
+Host memory is spent in the same spirit: what the core passes over and over is there first, and
+conditioner and prologue, which an edit reads once, may stay on disk. What a plan decides costs
+time or memory, never a bit of the picture, with one exception: where a host has too little memory
+even for the core, and nobody has asked for a precision, it is rounded. Sizes are bytes; nothing
+here needs torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas.requests import Precision
+
+GB: Final = 1_000_000_000
+
+# Estimates: none of them has been measured on a card yet.
+FIXED: Final = int(1.15 * GB)
+"""Context, workspaces of the libraries, tables."""
+BRANCH: Final = int(1.1 * GB)
+"""Activations of one branch at 1024 pixels."""
+BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
+"""The same by size level."""
+RESERVE: Final = (int(0.4 * GB), 0.03)
+"""What is left alone for others: so much, or this share of what is free."""
+
+HOST_RESERVE: Final = 4 * GB
+"""Host memory that is left for pictures, libraries, blocks on their way and other programs; where
+there is little, half of what is free."""
+
+FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
+"""The precisions that are tried in this order where nobody has asked for one."""
+
+ALIGNMENT: Final = 256
+MAX_SLOTS: Final = 3
+MIN_SLOTS: Final = 2
+ROOMY: Final = 10 * GB
+"""With less than this the third slot is worth less than a resident block."""
+
+STREAMABLE: Final = re.compile(
+    r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+)|lm_head)"
+    r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+"
+    r"|transformer\.double_blocks\.\d+(\.(img|txt)_mod)?"
+    r"|transformer\.single_blocks\.\d+(\.modulation)?"
+)
+"""Blocks that one module uses and no other: it can be told when they are needed."""
+
+
+class Sized(Protocol):
+    """A block of the model, in execution order."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def component(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """What of the model is in host memory; by default all of it."""
+
+    on_disk: frozenset[str] = frozenset()
+    """Names of the blocks that are read from disk each time they are needed."""
+    precision: Precision = "auto"
+    """In which the weights are kept."""
+    lockable: int | None = None
+    """Bytes that may be page-locked; None is all of them."""
+    size: int = 0
+    """Bytes of the blocks in host memory, as planned."""
+    free: int | None = None
+    """Bytes that were free; None if nobody knows."""
+    left_out: tuple[str, ...] = ()
+    """What stays on disk, in words."""
+    is_rounded: bool = False
+    """Whether the precision is less than there is because memory is."""
+
+    def reason(self, is_passing: bool = True) -> str:
+        """The plan in words; empty if there is nothing to say.
+
+        `is_passing` says whether what is on disk passes through the device in each edit.
+        """
+        if self.free is None:
+            return ""
+        found = [f"the weights are rounded to {self.precision}"] if self.is_rounded else []
+        if self.left_out:
+            verb = "are" if len(self.left_out) > 1 else "is"
+            when = "for each edit" if is_passing else "whenever the model goes to the device"
+            found.append(f"{' and '.join(self.left_out)} {verb} read from disk {when}")
+        told = f"{self.free / GB:.0f} GB of memory are free: "
+        return told + " and ".join(found) if found else ""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What lives on the device, and how an edit runs there."""
+
+    resident: frozenset[str]
+    """Names of the blocks that stay; the others pass through the slots."""
+    num_slots: int
+    has_joint_branches: bool
+    core_share: float
+    """Share of the core's bytes that is resident."""
+    peak: int
+    """What this is expected to need at most of the device."""
+    host: HostPlan = HostPlan()
+    """What is in host memory."""
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether blocks pass through the device."""
+        return self.num_slots > 0
+
+    @property
+    def reason(self) -> str:
+        """The plan in words."""
+        host = self.host.reason(is_passing=bool(self.host.on_disk - self.resident))
+        return f"{self._device_reason}; {host}" if host else self._device_reason
+
+    @property
+    def _device_reason(self) -> str:
+        if not self.is_streaming:
+            return "everything fits"
+        kept = f"{100 * self.core_share:.0f} % of the core"
+        branches = "" if self.has_joint_branches else ", prompts one after the other"
+        return (
+            f"{kept} stays on the device, the rest passes through {self.num_slots} slots{branches}"
+        )
+
+
+def everything(blocks: Iterable[Sized]) -> MemoryPlan:
+    """The plan for a device with room enough."""
+    blocks = list(blocks)
+    names = frozenset(block.name for block in blocks)
+    return MemoryPlan(names, 0, True, 1.0, _total(blocks) + FIXED + 2 * BRANCH)
+
+
+def fitting(blocks: Iterable[Sized], free: int) -> MemoryPlan:
+    """The plan for a device with so many bytes free; the least there is if they are too few."""
+    blocks = list(blocks)
+    usable = free - max(RESERVE[0], int(RESERVE[1] * free))
+    whole = everything(blocks)
+    if whole.peak <= usable:
+        return whole
+    num_slots = MAX_SLOTS if free >= ROOMY else MIN_SLOTS
+    slots = num_slots * slot_size((block.size for block in blocks if _may_pass(block)), num_slots)
+    fixed = _total(block for block in blocks if not _may_pass(block))
+    room = usable - FIXED - BRANCH - slots - fixed
+    resident = _spread(_passing(blocks, "core"), room)
+    return _with_more(blocks, resident, num_slots, room - _total(resident))
+
+
+def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
+    """The plan that keeps about so much of the core and nothing else that may pass."""
+    blocks = list(blocks)
+    core = _passing(blocks, "core")
+    resident = _spread(core, int(core_share * _total(core)))
+    return _with_more(blocks, resident, MIN_SLOTS, room=0)
+
+
+def spared(size_level: int, has_joint_branches: bool) -> int:
+    """Bytes by which an edit at this level stays below the peak of its plan, made for 1024."""
+    return (1 + has_joint_branches) * (BRANCH - BRANCH_AT.get(size_level, BRANCH))
+
+
+def hosted(
+    blocks_of: Callable[[Precision], Iterable[Sized]],
+    free: int | None,
+    *,
+    has_device: bool,
+    lockable_share: float,
+    precisions: Sequence[Precision] = FALLING,
+) -> HostPlan:
+    """The plan for a host with so many bytes free; None if nobody knows, then all is there.
+
+    `blocks_of` says the blocks that the model has in a precision. The first precision is taken
+    whose core fits, and without a device, where nothing can stay on disk, all of the model; if
+    none does, the last.
+    """
+    for precision in precisions:
+        blocks = list(blocks_of(precision))
+        on_disk = [] if free is None else _left_on_disk(blocks, free - min(HOST_RESERVE, free // 2))
+        needed = [block for block in on_disk if block.component == "core" or not has_device]
+        if not needed:
+            break
+    if not has_device:
+        on_disk = []
+    return HostPlan(
+        on_disk=frozenset(block.name for block in on_disk),
+        precision=precision,
+        lockable=None if free is None else int(lockable_share * free),
+        size=_total(blocks) - _total(on_disk),
+        free=free,
+        left_out=tuple(_in_words(blocks, on_disk)),
+        is_rounded=precision != precisions[0],
+    )
+
+
+def slot_size(sizes: Iterable[int], num_slots: int) -> int:
+    """Bytes of a slot for blocks of these sizes; the largest may take all slots together."""
+    *others, largest = sorted(sizes) or [0]
+    return _aligned(max(*others, -(-largest // num_slots), 0))
+
+
+def _with_more(
+    blocks: Sequence[Sized], resident: Sequence[Sized], num_slots: int, room: int
+) -> MemoryPlan:
+    """Spend what is left when the core has been served."""
+    core = _passing(blocks, "core")
+    kept = list(resident)
+    has_joint_branches = False
+    if len(resident) == len(core):
+        has_joint_branches = room >= BRANCH
+        room -= BRANCH if has_joint_branches else 0
+        for component in ("conditioner", "prologue"):
+            for block in _passing(blocks, component):
+                if block.size <= room:
+                    kept.append(block)
+                    room -= block.size
+    fixed = [block for block in blocks if not _may_pass(block)]
+    names = frozenset(block.name for block in (*fixed, *kept))
+    passing = [block.size for block in blocks if block.name not in names]
+    slots = num_slots * slot_size(passing, num_slots)
+    branches = (1 + has_joint_branches) * BRANCH
+    return MemoryPlan(
+        resident=names,
+        num_slots=num_slots if passing else 0,
+        has_joint_branches=has_joint_branches,
+        core_share=_total(resident) / max(1, _total(core)),
+        peak=_total(fixed) + _total(kept) + slots + FIXED + branches,
+    )
+
+
+def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
+    """The blocks for which there is no room, in execution order.
+
+    The core comes first, because each step passes it; then the prologue, which is passed twice
+    where the branches run one after the other.
+    """
+    room -= _total(block for block in blocks if not _may_pass(block))
+    out = set()
+    for component in ("core", "prologue", "conditioner"):
+        for block in _passing(blocks, component):
+            if block.size <= room:
+                room -= block.size
+            else:
+                out.add(block.name)
+        if out:
+            room = 0  # crumbs of what is less important would be of no use
+    return [block for block in blocks if block.name in out]
+
+
+def _in_words(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> Iterator[str]:
+    """What stays on disk."""
+    for component in ("conditioner", "prologue", "core"):
+        out = [block for block in on_disk if block.component == component]
+        if out:
+            is_whole = len(out) == len(_passing(blocks, component))
+            yield f"the {component}" if is_whole else f"a part of the {component}"
+
+
+def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:
+    """As many blocks as fit, evenly over the order."""
+    for count in range(len(blocks), 0, -1):
+        chosen = {i * len(blocks) // count for i in range(count)}
+        left = room - _total(blocks[i] for i in chosen)
+        if left >= 0:
+            break
+    else:
+        chosen, left = set(), room
+    for i, block in enumerate(blocks):  # blocks differ in size: a small one may still fit
+        if i not in chosen and block.size <= left:
+            chosen.add(i)
+            left -= block.size
+    return [blocks[i] for i in sorted(chosen)]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _passing(blocks: Iterable[Sized], component: str) -> list[Sized]:
+    """The blocks of a component that may pass."""
+    return [block for block in blocks if block.component == component and _may_pass(block)]
+
+
+def _may_pass(block: Sized) -> bool:
+    return STREAMABLE.fullmatch(block.name) is not None
+
+
+def _total(blocks: Iterable[Sized]) -> int:
+    return sum(block.size for block in blocks)

@@ -1,0 +1,688 @@
+"""The engine: one line of edits in front of the one worker process that owns the model.
+
+Edits run one at a time, in order; callers wait on the event loop. One thread of the engine starts
+the worker when somebody asks, follows what it does, moves the model out when nobody has asked for a
+while, and starts anew when the worker dies or hangs. The engine knows nothing about files, pictures
+or protocols and never imports torch: it is given a function that starts a `Worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final, Protocol, TypeAlias
+
+from step1x_edit.channel import (
+    Cancel,
+    Done,
+    EditJob,
+    Failure,
+    Offload,
+    Outcome,
+    Phase,
+    Progress,
+    Report,
+    Residence,
+)
+from step1x_edit.engine.pace import Paces, Stopwatch
+from step1x_edit.errors import (
+    DeadlineExceededError,
+    EditCancelledError,
+    InternalError,
+    ModelUnavailableError,
+    ServerBusyError,
+    ShuttingDownError,
+    Step1XEditError,
+    WorkerLostError,
+    rebuild,
+)
+from step1x_edit.model.request import Pixels
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
+MAX_RESTARTS: Final = 3
+RESTART_WINDOW_S: Final = 600.0
+
+_GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
+_STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
+_UNKNOWN_S: Final = 120.0  # patience while libraries are imported or the first step is computed
+_MOVE_S: Final = 60.0  # the model leaves the device in well under a second
+_STOP_S: Final = 5.0
+
+
+class Worker(Protocol):
+    """A worker process as the engine sees it; `worker_process` has the real one.
+
+    Only `cancel` and `kill` may be called from other threads than the engine's.
+    """
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def send(self, request: EditJob | Offload) -> None:
+        """Ask for something; raises WorkerLostError."""
+        ...
+
+    def receive(self, timeout_s: float) -> Report | None:
+        """The next report; None after a silence or a cancel. Raises WorkerLostError."""
+        ...
+
+    def cancel(self, request: Cancel) -> None:
+        """Ask it to stop an edit; whoever waits in `receive` is woken."""
+        ...
+
+    def stop(self, timeout_s: float) -> None:
+        """End the process and wait for it, at last by force."""
+        ...
+
+    def kill(self) -> None:
+        """End the process at once."""
+        ...
+
+
+StartWorker: TypeAlias = Callable[[Callable[[], None]], Worker]
+"""Starts a worker; what it is given is to be called when the worker has ended, from any thread."""
+
+
+class Clock:
+    """Monotonic time, and waiting for it to pass."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+        return time.monotonic()
+
+    def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
+        """Wait until the condition is notified or the time has passed; None is for ever."""
+        condition.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine did and has, at one moment."""
+
+    residence: Residence = Residence()
+    is_editing: bool = False
+    is_monitoring: bool = False
+    queue_length: int = 0
+    idle_time_s: float = 0.0
+    total_loads: int = 0
+    gpu_to_cpu: int = 0
+    cpu_to_gpu: int = 0
+    full_releases: int = 0
+
+
+class Edit:
+    """An edit in the line: what its caller holds on to. Made by `Engine.submit`."""
+
+    def __init__(self, engine: Engine, job: EditJob) -> None:
+        self.job = job
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Progress | None] = asyncio.Queue()
+        # The latest preview only: what a slow listener has not seen must not pile up.
+        self._preview: dict[Progress, Pixels] = {}
+        self._result: asyncio.Future[EditResult] = self._loop.create_future()
+        # Whoever cancels may never look at the result; that is no reason for a warning.
+        self._result.add_done_callback(lambda result: result.cancelled() or result.exception())
+        self.stop_reason: Step1XEditError | None = None
+
+    async def events(self, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[Progress]:
+        """Yield progress until the edit has ended; after a silence, the last event again.
+
+        A preview comes once.
+        """
+        last = Progress(Phase.QUEUED, step=1)
+        # Not wait_for: before Python 3.12 it can swallow the cancellation of its caller.
+        while True:
+            getting = asyncio.ensure_future(self._events.get())
+            try:
+                while not (await asyncio.wait({getting}, timeout=heartbeat_s))[0]:
+                    yield last
+            finally:
+                getting.cancel()
+            if (event := getting.result()) is None:
+                return
+            last = event
+            yield replace(event, preview=self._preview.pop(event, None))
+
+    async def result(self) -> EditResult:
+        """Wait for the outcome, or raise the error that ended the edit."""
+        return await asyncio.shield(self._result)
+
+    def cancel(self) -> None:
+        """Withdraw the edit: at once from the line, within one step from the model."""
+        self._engine.withdraw(self)
+
+    # The engine's thread speaks to the caller's event loop through these.
+
+    def publish(self, event: Progress) -> None:
+        """Tell the caller how far the edit has come."""
+        self._call(self._tell, event)
+
+    def finish(self, result: EditResult | BaseException) -> None:
+        """End the edit; does nothing if it has ended."""
+        self._call(self._settle, result)
+
+    def _tell(self, event: Progress) -> None:
+        if self._result.done():
+            return
+        bare = replace(event, preview=None)
+        if event.preview is not None:
+            self._preview = {bare: event.preview}
+        self._events.put_nowait(bare)
+
+    def _settle(self, result: EditResult | BaseException) -> None:
+        if self._result.done():
+            return
+        if isinstance(result, BaseException):
+            self._result.set_exception(result)
+        else:
+            self._result.set_result(result)
+        self._events.put_nowait(None)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """The edited picture, and which model made it where."""
+
+    outcome: Outcome
+    residence: Residence
+
+
+class _Move(Enum):
+    OFFLOAD = "offload"
+    RELEASE = "release"
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A move of the model, and who waits for it; nobody does if the idle timer gave it."""
+
+    move: _Move
+    done: Future[EngineStatus] | None = None
+
+
+class Engine:
+    """Runs edits one after the other with a model that it loads when first asked."""
+
+    def __init__(
+        self,
+        start: StartWorker,
+        *,
+        max_queue: int = 32,
+        edit_timeout_s: float = 900.0,
+        idle_timeout_s: float = 60.0,
+        release_timeout_s: float = 0.0,
+        min_patience_s: float = 10.0,
+        clock: Clock | None = None,
+    ) -> None:
+        """Timeouts in seconds; 0 is never for the two of the idle model.
+
+        A worker that is silent for `min_patience_s` and for ten usual steps is taken for dead.
+        """
+        self._start = start
+        self._max_queue = max_queue
+        self._edit_timeout_s = edit_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._release_timeout_s = release_timeout_s
+        self._min_patience_s = min_patience_s
+        self._clock = clock or Clock()
+        self._thread: threading.Thread | None = None
+        self._process = os.getpid()
+        self._changed = threading.Condition()  # guards the four below
+        self._waiting: deque[Edit] = deque()
+        self._orders: deque[_Order] = deque()
+        self._running: Edit | None = None
+        self._is_closed = False
+        self._snapshot = EngineStatus(is_monitoring=idle_timeout_s > 0 or release_timeout_s > 0)
+        self._last_use: float | None = None
+        self._last_edit_s = _GUESSED_EDIT_S
+        self._paces = Paces()
+        self._last_model = Residence()  # what it was, also when it has been released
+        self._number = 0
+        self._worker: Worker | None = None
+        self._losses: deque[float] = deque()
+        self._last_loss = ""
+
+    # --- for callers, from any thread -----------------------------------------------------------
+
+    def submit(self, job: EditJob) -> Edit:
+        """Put a job at the end of the line; raises ServerBusyError when the line is full."""
+        self._check_process()
+        with self._changed:
+            self.check_room()
+            return self._enqueue(job)
+
+    def submit_next(self, job: EditJob) -> Edit:
+        """Put the next item of a batch at the end of the line.
+
+        A batch was let in with its first item, and is never refused a place later on.
+        """
+        self._check_process()
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            return self._enqueue(job)
+
+    def check_room(self) -> None:
+        """Raise what `submit` would raise now, for callers with work to do before it."""
+        self._check_process()
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            if len(self._waiting) >= self._max_queue:
+                raise self._busy()
+
+    def check_restarts(self) -> None:
+        """Raise ModelUnavailableError while the worker ends too often to be started again."""
+        with self._changed:
+            if self._worker is not None and self._worker.is_alive:
+                return
+            now = self._clock.now()
+            while self._losses and self._losses[0] <= now - RESTART_WINDOW_S:
+                self._losses.popleft()
+            if len(self._losses) <= MAX_RESTARTS:
+                return
+            wait_s = math.ceil(self._losses[0] + RESTART_WINDOW_S - now)
+            raise ModelUnavailableError(
+                f"the worker process has ended {len(self._losses)} times within 10 minutes "
+                f"({self._last_loss}); try again in {wait_s} s",
+                retry_after_s=wait_s,
+            )
+
+    def withdraw(self, edit: Edit) -> None:
+        """Take an edit out of the line, or stop it; does nothing if it has ended."""
+        if self._process != os.getpid():
+            return  # it is the parent's edit
+        with self._changed:
+            if edit in self._waiting:
+                self._waiting.remove(edit)
+                edit.finish(EditCancelledError())
+                self._tell_positions()
+            elif edit is self._running:
+                self._stop(edit, EditCancelledError())
+
+    def offload(self) -> Future[EngineStatus]:
+        """Have the model leave the device before the next edit; the future tells where it is."""
+        return self._order(_Move.OFFLOAD)
+
+    def release(self) -> Future[EngineStatus]:
+        """Have the worker process end before the next edit, and with it all that it holds."""
+        return self._order(_Move.RELEASE)
+
+    def status(self) -> EngineStatus:
+        """What the engine does and has right now; never waits."""
+        snapshot, last_use = self._snapshot, self._last_use
+        is_idle = last_use is not None and not snapshot.is_editing
+        return replace(
+            snapshot,
+            queue_length=len(self._waiting),
+            idle_time_s=self._clock.now() - last_use if is_idle and last_use is not None else 0.0,
+        )
+
+    def predicted_s(self, job: EditJob) -> float | None:
+        """How long such an edit would take with the model of the last edit; None if unknown."""
+        return self._paces.seconds(job, self._last_model)
+
+    def close(self, timeout_s: float = _STOP_S) -> None:
+        """Refuse new edits, end the waiting ones, stop the running one and end the worker.
+
+        Does nothing in a forked child, which has none of these.
+        """
+        if self._process != os.getpid():
+            return
+        with self._changed:
+            self._is_closed = True
+            self._snapshot = replace(self._snapshot, is_monitoring=False)
+            while self._waiting:
+                self._waiting.popleft().finish(ShuttingDownError())
+            while self._orders:
+                _answer(self._orders.popleft(), ShuttingDownError())
+            if self._running is not None:
+                self._stop(self._running, ShuttingDownError())
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive() and self._worker is not None:
+                self._worker.kill()
+
+    def _check_process(self) -> None:
+        """Raise in a forked child: the thread and the worker stay with the parent.
+
+        Before the lock is taken, which may have been held by a thread that is not here.
+        """
+        if self._process != os.getpid():
+            raise ModelUnavailableError(
+                "this process was forked from the one that has the model; build a service in it"
+            )
+
+    # --- with the lock held ---------------------------------------------------------------------
+
+    def _enqueue(self, job: EditJob) -> Edit:
+        self._number += 1
+        edit = Edit(self, replace(job, number=self._number))
+        self._waiting.append(edit)
+        edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
+        self._wake()
+        return edit
+
+    def _order(self, move: _Move) -> Future[EngineStatus]:
+        self._check_process()
+        done: Future[EngineStatus] = Future()
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            self._orders.append(_Order(move, done))
+            self._wake()
+        return done
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            # A daemon: a worker that hangs must not keep the process from leaving.
+            self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _stop(self, edit: Edit, reason: Step1XEditError) -> None:
+        """Have the running edit end; its caller need not wait until the worker is free."""
+        if edit.stop_reason is None:
+            edit.stop_reason = reason
+            edit.finish(reason)
+            if self._worker is not None:
+                self._worker.cancel(Cancel(edit.job.number))
+
+    def _busy(self) -> ServerBusyError:
+        wait_s = max(1, math.ceil(self._last_edit_s * (len(self._waiting) + 1)))
+        number = len(self._waiting)
+        waiting = "1 edit is waiting" if number == 1 else f"{number} edits are waiting"
+        return ServerBusyError(f"{waiting}, try again in {wait_s} s", retry_after_s=wait_s)
+
+    def _tell_positions(self) -> None:
+        for position, edit in enumerate(self._waiting, start=1):
+            edit.publish(Progress(Phase.QUEUED, step=position))
+
+    # --- on the engine's thread -----------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while (turn := self._next()) is not None:
+                match turn:
+                    case Edit():
+                        self._serve(turn)
+                    case _Order():
+                        self._carry_out(turn)
+        finally:
+            if self._worker is not None:
+                self._worker.stop(_STOP_S)
+
+    def _next(self) -> Edit | _Order | None:
+        """Wait for something to do: moves of the model first, then edits; None is the end."""
+        with self._changed:
+            while not self._is_closed:
+                if self._worker is not None and not self._worker.is_alive:
+                    self._lose(WorkerLostError("it ended while idle"))
+                if self._orders:
+                    return self._orders.popleft()
+                if self._waiting:
+                    edit = self._running = self._waiting.popleft()
+                    self._tell_positions()
+                    self._note(is_editing=True)
+                    return edit
+                moment = self._next_move()
+                if moment is not None and moment[0] <= self._clock.now():
+                    return _Order(moment[1])
+                wait_s = None if moment is None else moment[0] - self._clock.now()
+                self._clock.wait(self._changed, wait_s)
+            return None
+
+    def _next_move(self) -> tuple[float, _Move] | None:
+        """When the idle timer will move the model, and where to."""
+        if self._last_use is None or self._worker is None:
+            return None
+        moves = []
+        if self._idle_timeout_s > 0 and self._snapshot.residence.location == "GPU":
+            moves.append((self._last_use + self._idle_timeout_s, _Move.OFFLOAD))
+        if self._release_timeout_s > 0:
+            moves.append((self._last_use + self._release_timeout_s, _Move.RELEASE))
+        return min(moves, key=lambda move: move[0], default=None)
+
+    def _serve(self, edit: Edit) -> None:
+        started = self._clock.now()
+        result: EditResult | Step1XEditError
+        try:
+            result = self._follow(edit, self._ready_worker())
+        except WorkerLostError as error:
+            self._lose(error)
+            result = WorkerLostError(f"{error}; try again")
+        except Step1XEditError as error:
+            result = error
+        except Exception:
+            log.exception("following an edit failed")
+            self._lose(WorkerLostError("the engine could not follow it"))
+            result = InternalError("the edit failed unexpectedly; the server's log says more")
+        with self._changed:
+            self._running = None
+        self._last_use = self._clock.now()
+        self._note(is_editing=False)
+        if isinstance(result, EditResult):
+            self._last_edit_s = self._last_use - started
+        edit.finish(edit.stop_reason or result)
+
+    def _ready_worker(self) -> Worker:
+        with self._changed:
+            if self._worker is not None and not self._worker.is_alive:
+                self._lose(WorkerLostError("it ended while idle"))
+            if self._worker is None:
+                self.check_restarts()
+                try:
+                    self._worker = self._start(self._worker_ended)
+                except OSError as error:
+                    raise ModelUnavailableError(
+                        f"the worker process cannot be started ({error.strerror})"
+                    ) from None
+            return self._worker
+
+    def _worker_ended(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _lose(self, reason: WorkerLostError) -> None:
+        """Forget a worker that is of no more use."""
+        if self._worker is None:
+            return
+        log.warning("%s", reason)
+        self._last_loss = str(reason)
+        self._losses.append(self._clock.now())
+        self._worker.kill()
+        self._worker = None
+        self._note(residence=Residence())
+
+    def _follow(self, edit: Edit, worker: Worker) -> EditResult:
+        """Have the worker edit, pass on what it tells, and see to it that it comes to an end."""
+        worker.send(edit.job)
+        watch = _Watch(
+            self._clock.now(),
+            self._edit_timeout_s,
+            self._min_patience_s,
+            has_previews=bool(edit.job.preview_steps),
+        )
+        stopwatch = Stopwatch()
+        if edit.stop_reason is not None:  # it came before there was a worker to tell
+            worker.cancel(Cancel(edit.job.number))
+        while True:
+            now = self._clock.now()
+            if edit.stop_reason is None and now >= watch.deadline:
+                self._stop_late(edit)
+            if edit.stop_reason is not None:
+                watch.stopped(now)
+            report = worker.receive(max(0.0, watch.limit - now))
+            if report is None:
+                if watch.hangs(now := self._clock.now()):
+                    raise WorkerLostError(f"it was silent for {watch.silence(now):.0f} s")
+                continue
+            self._observe(report.residence)
+            match report.event:
+                case Progress() as progress:
+                    watch.saw(progress, now := self._clock.now())
+                    stopwatch.saw(progress, now)
+                    edit.publish(progress)
+                case Outcome() as outcome:
+                    pace = stopwatch.pace(edit.job, self._clock.now())
+                    self._paces.learn(edit.job, report.residence, pace)
+                    self._last_model = report.residence
+                    return EditResult(outcome, report.residence)
+                case Failure(code, sentence):
+                    raise rebuild(code, sentence)
+                case Done():
+                    raise InternalError("the model ended without a picture")
+
+    def _stop_late(self, edit: Edit) -> None:
+        with self._changed:
+            self._stop(
+                edit,
+                DeadlineExceededError(
+                    f"the edit took longer than {self._edit_timeout_s:g} s; use fewer num_steps, "
+                    f"{edit.job.smaller}, or a higher EDIT_TIMEOUT"
+                ),
+            )
+
+    def _carry_out(self, order: _Order) -> None:
+        if order.done is not None and not order.done.set_running_or_notify_cancel():
+            return
+        try:
+            match order.move:
+                case _Move.OFFLOAD:
+                    self._offload()
+                case _Move.RELEASE:
+                    self._release()
+        except Step1XEditError as error:
+            if isinstance(error, WorkerLostError):
+                self._lose(error)
+            _answer(order, error)
+        else:
+            _answer(order, self.status())
+
+    def _offload(self) -> None:
+        if self._worker is None or self._snapshot.residence.location != "GPU":
+            return
+        self._worker.send(Offload())
+        limit = self._clock.now() + _MOVE_S
+        while (report := self._worker.receive(max(0.0, limit - self._clock.now()))) is None:
+            if self._clock.now() >= limit:
+                raise WorkerLostError(f"it did not offload within {_MOVE_S:.0f} s")
+        self._observe(report.residence)
+        if isinstance(report.event, Failure):
+            raise rebuild(report.event.code, report.event.sentence)
+
+    def _release(self) -> None:
+        if self._worker is None:
+            return
+        self._worker.stop(_STOP_S)
+        self._worker = None
+        location = self._snapshot.residence.location
+        self._note(residence=Residence())
+        if location != "Unloaded":
+            self._note(full_releases=self._snapshot.full_releases + 1)
+            log.info("%s → Unloaded", location)
+
+    def _observe(self, residence: Residence) -> None:
+        """Take down how things stand, and count it if the model has changed its place."""
+        before, now = self._snapshot.residence.location, residence.location
+        self._note(residence=residence)
+        if before == now:
+            return
+        log.debug("%s → %s: %s on %s", before, now, residence.model, residence.device)
+        counted = self._snapshot
+        if now == "GPU" or (before == "Unloaded" and residence.device == "cpu"):
+            self._note(total_loads=counted.total_loads + 1)
+        if (before, now) == ("CPU", "GPU"):
+            self._note(cpu_to_gpu=counted.cpu_to_gpu + 1)
+        if (before, now) == ("GPU", "CPU"):
+            self._note(gpu_to_cpu=counted.gpu_to_cpu + 1)
+
+    def _note(self, **changes: object) -> None:
+        self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
+
+
+class _Watch:
+    """How long an edit may go on, and how long its worker may be silent."""
+
+    def __init__(
+        self, now: float, edit_timeout_s: float, min_patience_s: float, *, has_previews: bool
+    ) -> None:
+        self._has_previews = has_previews
+        self.deadline = now + edit_timeout_s
+        self._min_patience_s = min_patience_s
+        self._last_sign = now
+        self._stopped_at: float | None = None
+        self._phase = Phase.LOADING
+        self._usual_step_s: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """Until when to wait for the next sign of life."""
+        return self._hangs_from if self._is_stopping else min(self.deadline, self._hangs_from)
+
+    def saw(self, progress: Progress, now: float) -> None:
+        """Take a sign of life."""
+        is_longest = progress.preview is not None or not self._has_previews
+        if is_longest and self._phase is progress.phase is Phase.DENOISING:
+            self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
+        self._phase, self._last_sign = progress.phase, now
+
+    def stopped(self, now: float) -> None:
+        """From now on the edit has to come to its end."""
+        if self._stopped_at is None:
+            self._stopped_at = now
+
+    def hangs(self, now: float) -> bool:
+        """Whether the worker has been silent for longer than its work explains."""
+        return now >= self._hangs_from
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last sign of life."""
+        return now - self._last_sign
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopped_at is not None
+
+    @property
+    def _hangs_from(self) -> float:
+        if self._stopped_at is not None:
+            return self._stopped_at + self._patience_s
+        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
+            return self._last_sign + self._patience_s
+        return math.inf  # nobody knows how long loading, encoding and decoding take
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a silence may last; before a step has been timed nobody knows."""
+        if self._usual_step_s is None:
+            return max(self._min_patience_s, _UNKNOWN_S)
+        return max(self._min_patience_s, _STEPS_OF_SILENCE * self._usual_step_s)
+
+
+def _answer(order: _Order, answer: EngineStatus | Step1XEditError) -> None:
+    match order.done, answer:
+        case None, _:
+            pass
+        case done, Step1XEditError():
+            done.set_exception(answer)
+        case done, _:
+            done.set_result(answer)

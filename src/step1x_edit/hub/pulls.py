@@ -1,0 +1,262 @@
+"""The pulls of a server: published models on their way to this disk, one at a time.
+
+A pull runs in a thread and goes on until it ends or is stopped, listened to or not. Only what the
+catalog lists can be pulled: callers choose from a list, and never what is fetched. What speaks to
+the hub is imported when something is pulled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    InternalError,
+    JobConflictError,
+    ModelNotFoundError,
+    Step1XEditError,
+)
+from step1x_edit.hub.catalog import CATALOG, Model
+from step1x_edit.hub.pulled import Kept, kept_models, models_folder, resolve_model_path
+from step1x_edit.schemas.requests import JobState, PulledModel
+from step1x_edit.settings import Settings
+
+if TYPE_CHECKING:
+    from step1x_edit.hub.fetch import PullProgress
+
+log = logging.getLogger(__name__)
+
+TELL_S: Final = 0.25
+"""How often a listener is told something new, at most."""
+_GRACE_S: Final = 1.0  # for the piece that is being read when the server ends
+_MEASURED_S: Final = 5.0
+
+Outcome: TypeAlias = Path | Step1XEditError
+"""The folder of the model, or why there is none: EditCancelledError if the pull was stopped."""
+
+
+class Speed:
+    """Bytes a second over the last seconds, by the clock of whoever notes and asks."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def note(self, at_s: float, done: int) -> None:
+        """Take in how many bytes there were at a time."""
+        if self._seen and done < self._seen[-1][1]:  # something was wrong and is fetched anew
+            self._seen.clear()
+        if not self._seen or at_s - self._seen[-1][0] >= TELL_S:
+            self._seen.append((at_s, done))
+        while at_s - self._seen[0][0] > _MEASURED_S:
+            self._seen.popleft()
+
+    def bytes_per_s(self, at_s: float) -> float | None:
+        """The speed at a time; None where too little has been noted, or nothing lately."""
+        seen = [each for each in self._seen.copy() if at_s - each[0] <= _MEASURED_S]
+        if len(seen) < 2:
+            return None
+        (first_s, first), (last_s, last) = seen[0], seen[-1]
+        return (last - first) / (last_s - first_s)
+
+
+class Pull:
+    """A model on its way; made within the event loop in which it is listened to.
+
+    That of a model which is here has ended from the beginning.
+    """
+
+    def __init__(self, model: Model, models: Path) -> None:
+        self.name: Final = model.name
+        self.progress: PullProgress | None = None
+        """None until the hub has told what there is."""
+        self._speed = Speed()
+        self._folder = models / model.folder_name
+        self._stopping = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[Outcome] = self._loop.create_future()
+        if self._folder.is_dir():
+            self._ended.set_result(self._folder)
+            return
+        # Not a thread of the loop's pool: the end of the process must not wait for it.
+        threading.Thread(target=self._run, name="pull", daemon=True).start()
+
+    @property
+    def state(self) -> JobState:
+        """Running, or how it ended."""
+        match self.outcome:
+            case None:
+                return JobState.RUNNING
+            case EditCancelledError():
+                return JobState.CANCELLED
+            case Step1XEditError():
+                return JobState.FAILED
+        return JobState.SUCCEEDED
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What came of it; None while it runs."""
+        return self._ended.result() if self._ended.done() else None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stopping.is_set()
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """How fast it is now, where that is known."""
+        return self._speed.bytes_per_s(time.monotonic())
+
+    async def events(self) -> AsyncGenerator[PullProgress, None]:
+        """Yield the newest progress, not more often than every `TELL_S`, and at last the last."""
+        told = None
+        while True:
+            has_ended = self._ended.done()
+            if self.progress is not None and self.progress != told:
+                told = self.progress
+                yield told
+            if has_ended:
+                return
+            await self.wait(TELL_S)
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Wait for its end, or for so many seconds."""
+        await asyncio.wait({self._ended}, timeout=timeout_s)
+
+    def stop(self) -> None:
+        """Have it stop with the next piece; what arrived is kept, and the next pull goes on."""
+        self._stopping.set()
+
+    # --- in its thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        log.info("pulling %s into %s", self.name, self._folder)
+        outcome: Outcome
+        try:
+            from step1x_edit.hub.fetch import pull
+
+            outcome = pull(self.name, self._folder.parent, self._hear, wait=self._pause)
+            log.info("pulled %s", self.name)
+        except Step1XEditError as error:
+            log.info("the pull of %s ended: %s", self.name, error)
+            outcome = error
+        except Exception:
+            log.exception("the pull of %s failed", self.name)
+            outcome = InternalError("the pull failed unexpectedly; the server's log says more")
+        with contextlib.suppress(RuntimeError):  # the loop has ended before us
+            self._loop.call_soon_threadsafe(self._ended.set_result, outcome)
+
+    def _hear(self, progress: PullProgress) -> None:
+        if self._stopping.is_set():
+            raise EditCancelledError
+        self.progress = progress
+        self._speed.note(time.monotonic(), progress.done)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise EditCancelledError
+
+
+class Pulls:
+    """The catalog as it lies here, and the pull that runs or was the last one.
+
+    To be entered; whoever leaves stops what runs.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.latest: Pull | None = None
+        self._settings = settings
+        self._folder = models_folder(settings.data_dir)
+
+    async def __aenter__(self) -> Pulls:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.running is not None:
+            self.running.stop()
+            await self.running.wait(_GRACE_S)
+
+    @property
+    def running(self) -> Pull | None:
+        """The pull that has not ended."""
+        pull = self.latest
+        return pull if pull is not None and pull.state is JobState.RUNNING else None
+
+    def models(self) -> list[PulledModel]:
+        """The catalog, and how much of it is here; looks at the disk."""
+        kept = {item.name: item for item in kept_models(self._folder)}
+        return [_told(model, kept.get(model.name), self.runs(model.name)) for model in CATALOG]
+
+    def folder_of(self, name: str) -> Path | None:
+        """Where a model lies as a whole. Raises ModelNotFoundError."""
+        folder = self._folder / listed(name).folder_name
+        return folder if folder.is_dir() else None
+
+    def runs(self, name: str) -> bool:
+        """Whether a model is what MODEL_PATH stands for. Raises ModelNotFoundError."""
+        folder, chosen = self.folder_of(name), None
+        with contextlib.suppress(CheckpointError):  # it stands for something that is not here
+            chosen = resolve_model_path(self._settings.model_path, self._settings.data_dir)
+        return folder is not None and chosen is not None and chosen.resolve() == folder.resolve()
+
+    def begin(self, name: str) -> Pull:
+        """Pull a model, or join the pull that does; one that is here has ended at once.
+
+        Raises ModelNotFoundError, and JobConflictError while another model is pulled.
+        """
+        model, running = listed(name), self.running
+        if running is not None and running.name == model.name:
+            return running
+        if running is not None and self.folder_of(name) is None:
+            raise JobConflictError(
+                f"{running.name} is being pulled, and one model is at a time; wait for it, "
+                "or stop it"
+            )
+        pull = Pull(model, self._folder)
+        if pull.outcome is None:
+            self.latest = pull
+        return pull
+
+    async def stop(self, name: str) -> Pull:
+        """Stop the pull of a model and wait for its end.
+
+        Raises ModelNotFoundError, and JobConflictError if it is not being pulled.
+        """
+        model, running = listed(name), self.running
+        if running is None or running.name != model.name:
+            raise JobConflictError(f"{model.name} is not being pulled")
+        running.stop()
+        await running.wait()
+        return running
+
+
+def listed(name: str) -> Model:
+    """The model of the catalog with this name. Raises ModelNotFoundError."""
+    for model in CATALOG:
+        if model.name == name:
+            return model
+    names = ", ".join(model.name for model in CATALOG)
+    raise ModelNotFoundError(f"{name!r}; these can be pulled here: {names}")
+
+
+def _told(model: Model, kept: Kept | None, runs: bool) -> PulledModel:
+    return PulledModel(
+        name=model.name,
+        version=model.version,
+        repos=list(model.repos),
+        note=model.note or None,
+        size_bytes=model.published_bytes,
+        state=kept.state if kept else "available",
+        folder=str(kept.folder) if kept else None,
+        disk_bytes=kept.size if kept else None,
+        runs=runs,
+    )

@@ -1,0 +1,327 @@
+"""A running server as the command line uses it: by its REST routes, with pictures going both ways.
+
+An edit is a stored job, because that can be listened to and withdrawn: sent, heard until its end,
+fetched, and forgotten again, also when it fails or the caller gives up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+from pydantic import BaseModel, ValidationError
+
+from step1x_edit.channel import Phase, Progress
+from step1x_edit.errors import (
+    InternalError,
+    InvalidParameterError,
+    ModelUnavailableError,
+    SettingsError,
+    Step1XEditError,
+    rebuild,
+)
+from step1x_edit.interfaces import hosts
+from step1x_edit.pictures import images
+from step1x_edit.schemas.requests import (
+    EditMetadata,
+    GeneratePictureRequest,
+    GpuAnswer,
+    JobAnswer,
+    JobEventAnswer,
+    JobState,
+    PictureRequest,
+    StatusAnswer,
+    given_in,
+)
+from step1x_edit.service.editor import Report
+from step1x_edit.settings import Limits
+
+_Answer = TypeVar("_Answer", bound=BaseModel)
+
+_JOBS: Final = "/v1/jobs"
+_MCP: Final = "/mcp"  # what a server is announced by
+_CONNECT_S: Final = 10.0
+_SILENCE_S: Final = 120.0  # events come at least every 15 s; an upload may take a while to be read
+_MAX_ANSWER: Final = 4 * 1024 * 1024  # of anything but a picture
+
+
+@dataclass(frozen=True)
+class RemotePicture:
+    """The bytes of a picture that a server has edited or made, and how."""
+
+    data: bytes
+    metadata: EditMetadata
+
+
+class RemoteServer:
+    """The editor at a URL; `token` is the key that it asks for, if it does."""
+
+    def __init__(self, url: str, token: str | None, limits: Limits) -> None:
+        self._url = _root(url)
+        self._token = token
+        self._limits = limits
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self._url
+
+    async def check_room(self) -> None:
+        """Raise what is wrong with the server, before pictures are sent that it would refuse."""
+        async with self._client() as client:
+            await self._ask(client, "GET", _JOBS, params={"limit": 1})
+
+    async def edit_picture(
+        self,
+        data: bytes,
+        request: PictureRequest,
+        report: Report,
+        suffix: str = ".png",
+        mask: bytes | None = None,
+    ) -> RemotePicture:
+        """Have a picture edited; cancelling the call withdraws the job."""
+        if suffix != ".png":  # a job's result is a PNG: better to know now whether this can hold it
+            await asyncio.to_thread(self._check_encodable, data, suffix)
+        files = {"file": ("picture", data)}
+        if mask is not None:
+            files["mask"] = ("mask", mask)
+        fields = {
+            name: json.dumps(value) if isinstance(value, list) else str(value)
+            for name, value in given_in(request, PictureRequest).items()
+        }
+        return await self._done({"files": files, "data": fields}, report, suffix)
+
+    edit_next = edit_picture  # each is a job, for which the server has a store
+
+    async def generate_picture(
+        self, request: GeneratePictureRequest, report: Report, suffix: str = ".png"
+    ) -> RemotePicture:
+        """Have a picture made from words alone; cancelling the call withdraws the job."""
+        return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
+
+    async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> RemotePicture:
+        """What comes of a job with this body, in the format of a suffix."""
+        async with self._client() as client:
+            job = await self._sent(client, body)
+            try:
+                ended = await self._heard(client, job, report)
+                if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
+                    raise rebuild(ended.code or "", ended.error or "")
+                content = f"{_JOBS}/{job.id}/content"
+                answer = await self._ask(client, "GET", content, max_bytes=self._max_picture)
+                png = answer.content
+            finally:
+                await self._forget(client, job.id)
+        if suffix != ".png":
+            await report(Progress(Phase.SAVING))
+            png = await asyncio.to_thread(self._converted, png, suffix)
+        return RemotePicture(png, ended.metadata)
+
+    async def status(self) -> StatusAnswer:
+        """Where its model is."""
+        return await self._gpu(StatusAnswer, "GET", "status")
+
+    async def offload(self) -> GpuAnswer:
+        """Move its model to host memory, after the picture that is being edited."""
+        return await self._gpu(GpuAnswer, "POST", "offload")
+
+    async def release(self) -> GpuAnswer:
+        """Have it forget its model, after the picture that is being edited."""
+        return await self._gpu(GpuAnswer, "POST", "release")
+
+    async def _gpu(self, kind: type[_Answer], method: str, name: str) -> _Answer:
+        async with self._client() as client:
+            # A move waits for the running edit, however long that takes.
+            patience = httpx2.Timeout(_CONNECT_S, read=None)
+            answer = await self._ask(client, method, f"/api/gpu/{name}", timeout=patience)
+        return self._read(kind, answer)
+
+    # --- a job ---
+
+    async def _sent(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
+        async with self._told():
+            try:
+                answer = await self._bounded(client, "POST", _JOBS, _MAX_ANSWER, **body)
+            except (httpx2.ReadError, httpx2.WriteError):  # it refuses by the head of the request
+                raise ModelUnavailableError(
+                    f"the server at {self._url} did not take the picture; it may be larger than "
+                    "MAX_UPLOAD_MB allows there"
+                ) from None
+            await self._check(answer)
+        return self._read(JobAnswer, answer)
+
+    async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Report) -> JobAnswer:
+        """Listen to a job until it has ended; a stream that breaks off early is taken up again."""
+        path, last = f"{_JOBS}/{job.id}", "0"
+        if job.position is not None:
+            await report(Progress(Phase.QUEUED, job.position))
+        while not job.status.is_final:
+            headers = {"Last-Event-ID": last}
+            async with (
+                self._told(),
+                client.stream("GET", f"{path}/events", headers=headers) as stream,
+            ):
+                if not stream.is_success:
+                    await self._check(await self._whole(stream, _MAX_ANSWER))
+                async for line in self._lines(stream):
+                    name, _, value = line.partition(": ")
+                    if name == "id":
+                        last = value
+                    elif name == "data":
+                        await _report(value, report)
+            job = self._read(JobAnswer, await self._ask(client, "GET", path))
+        return job
+
+    async def _forget(self, client: httpx2.AsyncClient, job_id: str) -> None:
+        """Withdraw a job if it has not ended, and leave nothing of it behind."""
+        with contextlib.suppress(Step1XEditError):  # it goes by itself one day
+            await self._ask(client, "POST", f"{_JOBS}/{job_id}/cancel")
+            await self._ask(client, "DELETE", f"{_JOBS}/{job_id}")
+
+    def _check_encodable(self, data: bytes, suffix: str) -> None:
+        images.check_encodable(images.decode(data, self._limits), suffix)
+
+    def _converted(self, png: bytes, suffix: str) -> bytes:
+        """The same picture as the server would have encoded it in this format."""
+        picture = images.decode(png, self._limits)
+        return images.encode(picture, suffix, images.read_record(png))
+
+    # --- asking ---
+
+    def _client(self) -> httpx2.AsyncClient:
+        headers = {"Accept-Encoding": "identity"}  # a packed answer could be of any length
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        return httpx2.AsyncClient(
+            base_url=self._url,
+            headers=headers,
+            timeout=httpx2.Timeout(_SILENCE_S, connect=_CONNECT_S),
+            # The proxy for the world outside is not for servers on this machine.
+            trust_env=urlsplit(self._url).hostname not in hosts.LOOPBACK,
+        )
+
+    async def _ask(
+        self,
+        client: httpx2.AsyncClient,
+        method: str,
+        path: str,
+        max_bytes: int = _MAX_ANSWER,
+        **options: Any,
+    ) -> httpx2.Response:
+        async with self._told():
+            answer = await self._bounded(client, method, path, max_bytes, **options)
+            await self._check(answer)
+        return answer
+
+    async def _bounded(
+        self, client: httpx2.AsyncClient, method: str, path: str, max_bytes: int, **options: Any
+    ) -> httpx2.Response:
+        """Ask, and read the answer with its body, which must be no longer than that."""
+        async with client.stream(method, path, **options) as answer:
+            return await self._whole(answer, max_bytes)
+
+    async def _whole(self, answer: httpx2.Response, max_bytes: int) -> httpx2.Response:
+        content = bytearray()
+        async for part in answer.aiter_raw():  # unpacked, a few bytes could be of any length
+            content += part
+            if len(content) > max_bytes:
+                raise self._without_end()
+        headers = httpx2.Headers(answer.headers)
+        headers.pop("Content-Encoding", None)
+        return httpx2.Response(answer.status_code, headers=headers, content=bytes(content))
+
+    async def _lines(self, stream: httpx2.Response) -> AsyncIterator[str]:
+        """The lines of a stream of events, none of which is long."""
+        rest = b""
+        async for part in stream.aiter_raw():
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                yield line.decode("utf-8", "replace").rstrip("\r")
+            if len(rest) > _MAX_ANSWER:
+                raise self._without_end()
+
+    def _without_end(self) -> ModelUnavailableError:
+        return ModelUnavailableError(
+            f"the server at {self._url} sends more than an answer of step1x-edit can have"
+        )
+
+    @property
+    def _max_picture(self) -> int:
+        """The longest PNG that a picture of the largest size can make, with what goes with it."""
+        return 4 * self._limits.max_pixels + self._limits.max_bytes + _MAX_ANSWER
+
+    @contextlib.asynccontextmanager
+    async def _told(self) -> AsyncIterator[None]:
+        """Say in one sentence that nobody is there."""
+        try:
+            yield
+        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            reason = str(error) or type(error).__name__
+            raise ModelUnavailableError(
+                f"the server at {self._url} does not answer ({reason})"
+            ) from None
+
+    async def _check(self, answer: httpx2.Response) -> None:
+        """Raise the error that an answer tells."""
+        if answer.is_success:
+            return
+        code, detail = _problem(answer)
+        if answer.status_code == httpx2.codes.UNAUTHORIZED:
+            raise SettingsError(
+                f"the server at {self._url} asks for its key; set API_KEY, or give --api-key"
+            )
+        if answer.status_code == httpx2.codes.NOT_FOUND and not detail.startswith("Job not found"):
+            raise ModelUnavailableError(
+                f"there are no routes of step1x-edit at {self._url}; the server there needs "
+                "ENABLE_API=true, or use --standalone"
+            )
+        error = rebuild(code, detail)
+        if isinstance(error, InternalError) and code != InternalError.code:
+            raise ModelUnavailableError(
+                f"the server at {self._url} refuses with status {answer.status_code}: {detail}"
+            )
+        with contextlib.suppress(KeyError, ValueError):
+            error.retry_after_s = float(answer.headers["Retry-After"])
+        raise error
+
+    def _read(self, kind: type[_Answer], answer: httpx2.Response) -> _Answer:
+        try:
+            return kind.model_validate_json(answer.content)
+        except ValidationError:
+            raise ModelUnavailableError(
+                f"the server at {self._url} does not answer as this version of step1x-edit does"
+            ) from None
+
+
+def _root(url: str) -> str:
+    """The URL below which the routes are; that of its MCP will do as well."""
+    try:
+        parts = urlsplit(url)
+        is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_known = False
+    if not is_known:
+        raise InvalidParameterError(f"--url must be like http://127.0.0.1:8000, got {url!r}")
+    return url.rstrip("/").removesuffix(_MCP)
+
+
+def _problem(answer: httpx2.Response) -> tuple[str, str]:
+    """The code and the sentence of a failure, as far as it tells them."""
+    with contextlib.suppress(ValueError, AttributeError):
+        problem = answer.json()
+        return str(problem.get("code", "")), str(problem.get("detail", ""))
+    return "", answer.reason_phrase
+
+
+async def _report(data: str, report: Report) -> None:
+    with contextlib.suppress(ValidationError, ValueError):  # how far it is, is told again
+        progress = JobEventAnswer.model_validate_json(data).progress
+        if progress is not None:
+            step = progress.step or progress.position or 0
+            await report(Progress(Phase(progress.phase), step, progress.total or 0))

@@ -1,0 +1,1 @@
+"""HTTP: the REST routes, OpenAI's Images, and what each request has to pass."""

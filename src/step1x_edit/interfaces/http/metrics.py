@@ -1,0 +1,146 @@
+"""What `/metrics` tells Prometheus: requests as they end, and the engine as it is when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from step1x_edit import __version__
+from step1x_edit.schemas.requests import PlanStatus
+from step1x_edit.service.service import EditService
+
+TEXT_FORMAT: Final = CONTENT_TYPE_LATEST
+
+_PREFIX: Final = "step1x_"
+_LOCATIONS: Final = ("Unloaded", "CPU", "GPU")
+_GIBI: Final = 2**30
+# An edit takes seconds to minutes; the usual buckets end at ten seconds.
+_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, float("inf"))
+
+
+class Metrics:
+    """Counts the requests of one server and asks its service about the rest."""
+
+    def __init__(self, service: EditService) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Engine(service))
+        self._requests = Counter(
+            f"{_PREFIX}http_requests",
+            "Requests that have ended",
+            ("path", "status"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            f"{_PREFIX}http_request_seconds",
+            "Seconds from the head of a request to the end of its answer",
+            ("path",),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+
+    def observe(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count a request that has ended."""
+        path = _pattern(scope)
+        self._requests.labels(path, status).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def text(self) -> bytes:
+        """Everything, in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+def _pattern(scope: Scope) -> str:
+    """The pattern of the route that has answered; paths themselves are many, and can be secret."""
+    route = scope.get("route")
+    if route is None and "endpoint" in scope:  # a plain route, which FastAPI does not name
+        for each in scope["app"].routes:
+            is_it = isinstance(each, Route) and each.endpoint is scope["endpoint"]
+            if is_it and each.matches(scope)[0] is not Match.NONE:
+                route = each
+                break
+    return route.path if isinstance(route, Route) else "other"
+
+
+class _Engine(Collector):
+    """Asks the service when it is asked itself, so that nothing is counted twice."""
+
+    def __init__(self, service: EditService) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._service.status().gpu_status
+        yield GaugeMetricFamily(f"{_PREFIX}queue_length", "Edits that wait", status.queue_length)
+
+        location = GaugeMetricFamily(
+            f"{_PREFIX}model_location", "1 where the model is now", labels=["location"]
+        )
+        for name in _LOCATIONS:
+            location.add_metric([name], float(name == status.model_location))
+        yield location
+
+        memory = GaugeMetricFamily(
+            f"{_PREFIX}gpu_memory_bytes", "GPU memory of the model as measured", labels=["kind"]
+        )
+        memory.add_metric(["allocated"], status.gpu_memory_allocated_gb * _GIBI)
+        memory.add_metric(["reserved"], status.gpu_memory_reserved_gb * _GIBI)
+        yield memory
+
+        yield from _of_plan(status.plan)
+
+        moves = CounterMetricFamily(
+            f"{_PREFIX}model_moves", "How often the model changed its place", labels=["move"]
+        )
+        for move, count in status.statistics.to_dict().items():
+            moves.add_metric([move], count)
+        yield moves
+
+        edits = CounterMetricFamily(
+            f"{_PREFIX}edits", "Edits that have ended, through any door", labels=["outcome"]
+        )
+        for outcome, count in self._service.outcomes.items():
+            edits.add_metric([outcome], count)
+        yield edits
+
+        build = GaugeMetricFamily(f"{_PREFIX}build_info", "The version", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+
+
+def _of_plan(plan: PlanStatus | None) -> Iterator[Metric]:
+    """How the model is placed; without a model there are no samples."""
+    share = GaugeMetricFamily(
+        f"{_PREFIX}plan_resident_share", "Share of the core that stays on the device, 0 to 1"
+    )
+    slots = GaugeMetricFamily(
+        f"{_PREFIX}plan_slots", "Slots through which blocks pass the device; 0 if all stay"
+    )
+    peak = GaugeMetricFamily(
+        f"{_PREFIX}peak_memory_bytes",
+        "Most memory of an edit, as planned and as measured at the last one",
+        labels=["kind"],
+    )
+    host = GaugeMetricFamily(f"{_PREFIX}host_memory_bytes", "Host memory that holds the weights")
+    if plan is not None:
+        share.add_metric([], plan.resident_share)
+        slots.add_metric([], plan.slots)
+        for kind, gb in (
+            ("predicted", plan.predicted_peak_gb),
+            ("measured", plan.measured_peak_gb),
+        ):
+            if gb is not None:
+                peak.add_metric([kind], gb * _GIBI)
+        if plan.host_gb is not None:
+            host.add_metric([], plan.host_gb * _GIBI)
+    yield from (share, slots, peak, host)

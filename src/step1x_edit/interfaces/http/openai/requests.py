@@ -1,0 +1,285 @@
+"""Requests in the words of OpenAI's Images: forms and JSON in, requests of the schema out.
+
+A field either has an effect, or a value that asks for nothing, or it is refused by name. Pictures
+come as uploads or in data URLs; nothing is ever fetched for a caller. StepFun's own interface to
+this model has the same routes; what differs there holds for requests that name its model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from step1x_edit.errors import EditCancelledError, InvalidParameterError
+from step1x_edit.interfaces import json_bodies
+from step1x_edit.interfaces.http.edits import content_type, is_json, read_json
+from step1x_edit.interfaces.http.idempotency import digest_of
+from step1x_edit.schemas.requests import OpenAIRequest, Parameter, invalid_parameter, parameters_of
+
+EDITS_PATH: Final = "/v1/images/edits"
+STEPFUN_MODEL: Final = "step-1x-edit"
+"""What StepFun's own interface calls the model."""
+STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd": 50}
+"""What `quality` means."""
+
+_Asked = TypeVar("_Asked", bound=OpenAIRequest)
+
+_MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
+_MAX_FIELDS: Final = 40
+_MAX_FIELD_BYTES: Final = 64 * 1024
+
+_PICTURE: Final = re.compile(r"image(\[[0-9]*\])?")  # in a list, some clients number the items
+_CUT_OUT: Final = re.compile(r"data:[^,]*;base64,([0-9]{1,5})")  # see json_bodies
+_LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
+_SAME: Final[Mapping[str, str]] = {
+    "num_steps": "num_inference_steps",
+    "steps": "num_inference_steps",
+    "true_cfg_scale": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+}
+_EMPTY_MEANS_EMPTY: Final = frozenset({"prompt", "negative_prompt", "loras"})
+_UNSUPPORTED: Final[Mapping[str, str]] = {
+    "markup": "send a mask, or say in the prompt what to change",
+    "complexity": "the model plans nothing",
+    "frame_count": "the result is one picture",
+    "frame_duration_ms": "the result is one picture",
+    "svg": "the result is made of pixels",
+    "url": "no URL is fetched; send the picture itself",
+    "file_id": "no files are kept; send the picture itself",
+}
+_UNSUPPORTED_VALUES: Final[Mapping[tuple[str, str], str]] = {
+    ("background", "transparent"): "the model paints no transparency; auto keeps that of the input",
+    ("style", "natural"): "say in the prompt which style you want",
+}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a caller has sent: the uploads, and the other fields as they came."""
+
+    picture: bytes | None
+    """None where a picture is to be made from words alone."""
+    mask: bytes | None
+    fields: Mapping[str, object]
+
+    @property
+    def digest(self) -> str:
+        """What is asked for, as a digest."""
+        parts = [("image", self.picture or b""), ("mask", self.mask or b"")]
+        parts += [(name, json.dumps(value).encode()) for name, value in self.fields.items()]
+        return digest_of(parts)
+
+
+async def read_edit(request: Request) -> Sent:
+    """What is sent to be edited."""
+    if is_json(request):
+        text, data = await json_bodies.read_with_data(request)
+        return _pictures_of(_supported(await json_bodies.parse(text)), data)
+    async with _form(request) as (pictures, fields):
+        picture = await _uploaded(_only(pictures, "image"), "image")
+        mask = fields.pop("mask", None)
+        return Sent(picture, None if mask is None else await _uploaded(mask, "mask"), fields)
+
+
+async def read_estimate(request: Request) -> dict[str, object]:
+    """The fields of an edit whose picture is not sent."""
+    if is_json(request):
+        fields = _supported(await read_json(request))
+        found: Collection[str] = fields
+    else:
+        async with _form(request) as (pictures, fields):
+            found = [*fields, *(["image"] if pictures else [])]
+    _refuse_pictures(found, "{name} is not wanted here: give the picture's width and height")
+    return fields
+
+
+async def read_generation(request: Request) -> Sent:
+    """What is sent for a picture that is to be made from words alone."""
+    if not is_json(request):
+        raise HTTPException(415, "Send JSON.")
+    fields = _supported(await read_json(request))
+    wrong = "{name!r} is not for this route: pictures are edited at " + EDITS_PATH
+    _refuse_pictures(fields, wrong)
+    return Sent(None, None, fields)
+
+
+def _refuse_pictures(found: Collection[str], sentence: str) -> None:
+    """Raise the sentence, which has a place for the name, if a picture is among the fields."""
+    for name in ("image", "images", "mask"):
+        if name in found:
+            raise InvalidParameterError(sentence.format(name=name), param=name)
+
+
+def _supported(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields of a JSON body that have a value; raises for one that cannot be honoured."""
+    fields = {name: value for name, value in values.items() if value is not None}
+    for name in fields:
+        _check_supported(name)
+    return fields
+
+
+@contextlib.asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[tuple[list[object], dict[str, object]]]:
+    """The pictures of a form and its other fields; uploads can be read within."""
+    if content_type(request) != "multipart/form-data":
+        raise HTTPException(415, "Send a form, as multipart/form-data, or JSON.")
+    try:
+        async with request.form(
+            max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        ) as form:
+            yield _pictures_and_fields(form)
+    except ClientDisconnect:
+        raise EditCancelledError from None
+    except HTTPException as error:
+        raise InvalidParameterError(f"the form cannot be read: {error.detail}") from None
+
+
+def _pictures_and_fields(form: FormData) -> tuple[list[object], dict[str, object]]:
+    pictures: list[object] = []
+    loras: list[object] = []
+    fields: dict[str, object] = {}
+    for name, value in form.multi_items():
+        _check_supported(name)
+        if _PICTURE.fullmatch(name):
+            pictures.append(value)
+        elif name == _LORAS:
+            loras.append(value)
+        elif name in fields:
+            raise InvalidParameterError(f"{name!r} is given twice", param=name)
+        elif isinstance(value, UploadFile) and name != "mask":
+            raise InvalidParameterError(
+                f"{name!r} takes no file; upload the picture as 'image' and a mask as 'mask'",
+                param=name,
+            )
+        else:
+            fields[name] = value
+    if loras and "loras" in fields:
+        raise InvalidParameterError("'loras' is given twice", param="loras")
+    if loras:
+        fields["loras"] = loras
+    return pictures, fields
+
+
+async def _uploaded(value: object, name: str) -> bytes:
+    if not isinstance(value, UploadFile):
+        raise InvalidParameterError(
+            f"{name} must be an uploaded file; no URL is fetched", param=name
+        )
+    return await value.read()
+
+
+def _pictures_of(fields: dict[str, object], data: list[bytes | None]) -> Sent:
+    """The pictures of a JSON body, and its other fields; `data` holds what was cut out of it."""
+    given = {name: fields.pop(name) for name in ("images", "image") if name in fields}
+    if len(given) > 1:
+        raise InvalidParameterError("image and images mean the same; give one", param="image")
+    name, value = next(iter(given.items()), ("images", []))
+    pictures = value if isinstance(value, list) else [value]
+    picture, mask = _in_data_url(_only(pictures, name), name, data), fields.pop("mask", None)
+    if len(data) > 1 + (mask is not None):
+        raise InvalidParameterError("only image, images and mask take data URLs, one each")
+    return Sent(picture, None if mask is None else _in_data_url(mask, "mask", data), fields)
+
+
+def _only(pictures: list[object], name: str) -> object:
+    if not pictures:
+        raise InvalidParameterError(f"{name} is missing", param=name)
+    if len(pictures) > 1:
+        raise InvalidParameterError(
+            f"{name} must be one picture, got {len(pictures)}: the model takes no references",
+            param=name,
+        )
+    return pictures[0]
+
+
+def _in_data_url(value: object, name: str, data: list[bytes | None]) -> bytes:
+    """The bytes of `"data:image/png;base64,0"`, or of an object that has it as its `image_url`."""
+    url = value.get("image_url") if isinstance(value, dict) and len(value) == 1 else value
+    found = _CUT_OUT.fullmatch(url) if isinstance(url, str) else None
+    if found is None or int(found[1]) >= len(data):
+        raise InvalidParameterError(
+            f"{name} must be a data URL in base64 (data:image/png;base64,…), or an object with it "
+            "as image_url and nothing else; no other URL is fetched, and no files are kept",
+            param=name,
+        )
+    decoded = data[int(found[1])]
+    if decoded is None:
+        raise InvalidParameterError(f"{name} is no valid base64", param=name)
+    return decoded
+
+
+def _check_supported(name: str) -> None:
+    """Raise for a field that has a meaning elsewhere and none here."""
+    if not name.isprintable():
+        raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
+    why = _UNSUPPORTED.get(name.partition("[")[0])
+    if why is not None:
+        raise InvalidParameterError(f"{name!r} is not supported: {why}", param=name)
+
+
+def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
+    """The request that the fields make; complaints name a field as the caller did."""
+    own = parameters_of(kind)
+    values: dict[str, object] = {}
+    parameters = {
+        **own,
+        **{name: replace(own[same], name=name) for name, same in _SAME.items()},
+        **{name: Parameter(name, "", "", None) for name in ("image", "mask")},
+    }
+    for name, value in fields.items():
+        known = _SAME.get(name, name)
+        if value == "" and known in own and known not in _EMPTY_MEANS_EMPTY:
+            continue  # a form of a client with nothing chosen
+        if known in values:
+            raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
+        values[known] = value
+        if known in own:
+            parameters[known] = replace(own[known], name=name)
+    for (name, value), why in _UNSUPPORTED_VALUES.items():
+        if values.get(name) == value:
+            raise InvalidParameterError(f"{name} {value!r} is not supported: {why}", param=name)
+    if values.get("model") == STEPFUN_MODEL:
+        values = _as_stepfun_means(values)
+    try:
+        asked = kind.model_validate(values)
+    except ValidationError as error:
+        raise invalid_parameter(error, parameters) from None
+    _check_together(asked)
+    return asked
+
+
+def _as_stepfun_means(values: Mapping[str, object]) -> dict[str, object]:
+    """The fields with what StepFun's interface takes for granted."""
+    default = {} if "stream" in values else {"response_format": "url"}
+    is_drawn = values.get("seed") in (0, "0") and not isinstance(values.get("seed"), bool)
+    return {**default, **values, **({"seed": None} if is_drawn else {})}
+
+
+def _check_together(asked: OpenAIRequest) -> None:
+    """Refuse what would have no effect, or two, beside the other fields."""
+    if asked.output_format == "png" and asked.output_compression not in (None, 100):
+        raise InvalidParameterError(
+            "output_compression needs output_format jpeg, webp or avif: a PNG loses nothing",
+            param="output_compression",
+        )
+    if asked.partial_images and not asked.stream:
+        raise InvalidParameterError("partial_images needs stream=true", param="partial_images")
+    if asked.stream and asked.n > 1:
+        raise InvalidParameterError("n must be 1 with stream=true", param="n")
+    if asked.stream and asked.response_format == "url":
+        raise InvalidParameterError(
+            "response_format must be b64_json with stream=true", param="response_format"
+        )
+    if asked.quality in STEPS_OF and "num_steps" in asked.model_fields_set:
+        raise InvalidParameterError(
+            "quality and num_inference_steps both choose the steps; give one", param="quality"
+        )

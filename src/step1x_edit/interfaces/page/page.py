@@ -1,0 +1,231 @@
+"""The web page's place in the server: which of Gradio's routes there are, and how they answer.
+
+Gradio is imported when somebody opens the page for the first time: it takes seconds and 100 MB,
+which a server that only assistants use should not spend. Only the routes that our page asks for are
+there; what else Gradio would offer (its own API, a proxy, sign-in, saved runs) is not reachable.
+What stands on the page is in `ui_blocks`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import threading
+from collections.abc import AsyncIterator, Collection
+from concurrent.futures import Future
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from step1x_edit.errors import InternalError, InvalidParameterError
+from step1x_edit.hub.pulls import Pulls
+from step1x_edit.interfaces import hosts, json_bodies
+from step1x_edit.interfaces.page.files import PageFiles, own_folder
+from step1x_edit.service.service import EditService
+from step1x_edit.settings import Settings, keep_gradio_quiet
+
+log = logging.getLogger(__name__)
+
+_ROUTES: Final = {
+    "/": ["GET"],
+    "/assets/{path:path}": ["GET"],
+    "/config": ["GET"],
+    "/favicon.ico": ["GET"],
+    "/gradio_api/app_id": ["GET"],
+    "/gradio_api/cancel": ["POST"],
+    "/gradio_api/file={path:path}": ["GET"],
+    "/gradio_api/heartbeat/{session_hash}": ["GET"],
+    "/gradio_api/info": ["GET"],
+    "/gradio_api/queue/data": ["GET"],
+    "/gradio_api/queue/join": ["POST"],
+    "/gradio_api/reset": ["POST"],
+    "/gradio_api/upload": ["POST"],
+    "/gradio_api/upload_progress": ["GET"],
+    "/manifest.json": ["GET"],
+    "/static/{path:path}": ["GET"],
+    "/theme.css": ["GET"],
+}
+_FILE: Final = "/gradio_api/file="
+_HEARTBEAT: Final = "/gradio_api/heartbeat/"
+_JOIN: Final = "/gradio_api/queue/join"
+_EVENTS_OF_SESSION: Final = "/gradio_api/queue/data"
+_UPLOAD: Final = "/gradio_api/upload"
+_EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
+_FIXED: Final = ("/assets/", "/static/")
+_LONGEST_NAME: Final = 255  # bytes, of a file or of a session
+_TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # that can name files
+_QUOTA: Final = 8  # uploads of the largest size, for all visitors together
+# Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "media-src 'self' blob:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
+    "manifest-src 'self'; base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Page:
+    """The page as an application; built at the first request, inside of `lifespan`."""
+
+    def __init__(self, service: EditService, settings: Settings, pulls: Pulls) -> None:
+        self._service = service
+        self._settings = settings
+        self._pulls = pulls
+        self._lock = asyncio.Lock()
+        self._stack = contextlib.AsyncExitStack()
+        self._files: PageFiles | None = None
+        self._app: FastAPI | None = None
+
+    def as_routes(self) -> list[Route]:
+        """Everything that the page consists of, as routes of the server."""
+        return [Route(path, endpoint=self, methods=methods) for path, methods in _ROUTES.items()]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Keep the pictures of the page's visitors, no longer than this."""
+        with own_folder(self._settings.data_dir) as folder:
+            self._files = PageFiles(folder, _QUOTA * self._settings.max_bytes)
+            async with self._stack:
+                yield
+            self._app = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if "://" in scope["path"]:  # Gradio would fetch the address for the caller
+            raise HTTPException(404)
+        path = scope["path"]
+        if path.startswith((_HEARTBEAT, *_FIXED)) and not _can_be_a_name(path):
+            raise HTTPException(404)  # Gradio would fail at it
+        page, files = await self._built()
+        app: ASGIApp = page
+        if path == _UPLOAD:
+            app = self._upload
+        elif path == _EVENTS_OF_SESSION:
+            if Request(scope).query_params.get("session_hash") not in page.state.sessions:
+                # Gradio would fail at it in the middle of its answer.
+                raise HTTPException(404, "There is no such session, or not any more.")
+        elif path in _EVENTS:
+            receive = await _checked(scope, receive, files, page.state.functions)
+        elif path.startswith(_FILE):
+            path = f"{_FILE}{files.real(path.removeprefix(_FILE))}"
+        has_failed = is_text = False
+
+        async def allowed(message: Message) -> None:
+            nonlocal has_failed, is_text
+            if message["type"] == "http.response.start":
+                has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
+            if has_failed:
+                return  # it is reported in our form instead
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["Content-Security-Policy"] = _POLICY
+                if path.startswith(_FIXED):
+                    headers.setdefault("Cache-Control", "private, max-age=3600")
+                is_text = headers.get("content-type", "").startswith(_TEXTS)
+                if is_text:
+                    del headers["Content-Length"]
+            elif is_text:
+                message = {**message, "body": files.shown(message.get("body", b""))}
+            await send(message)
+
+        headers = [each for each in scope["headers"] if _is_understood(path, *each)]
+        changed = {"path": path, "raw_path": quote(path).encode(), "headers": headers}
+        inner = {**scope, "root_path": "", "app": app, **changed}
+        async with contextlib.AsyncExitStack() as stack:
+            if path.startswith(_HEARTBEAT):
+                session = path.removeprefix(_HEARTBEAT)
+                await stack.enter_async_context(files.open_page(session))
+            try:
+                await app(inner, receive, allowed)
+            except Exception:
+                if not has_failed:
+                    raise
+                log.exception("the page failed")
+        if has_failed:
+            raise InternalError("the page failed unexpectedly; the server's log says more")
+
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from step1x_edit.interfaces.page.uploads import receive_upload
+
+        assert self._files is not None
+        max_bytes = self._settings.max_bytes
+        answer = await receive_upload(Request(scope, receive), self._files, max_bytes)
+        await answer(scope, receive, send)
+
+    async def _built(self) -> tuple[FastAPI, PageFiles]:
+        async with self._lock:
+            assert self._files is not None, "the page is used outside of its lifespan"
+            if self._app is None:
+                built: Future[FastAPI] = Future()
+                # Not a thread of the loop's pool: the end of the process must not wait for it.
+                threading.Thread(target=self._build, args=(built, self._files), daemon=True).start()
+                app = await asyncio.wrap_future(built)
+                from step1x_edit.interfaces.page import blocks
+
+                await self._stack.enter_async_context(blocks.running(app))
+                self._app = app
+            return self._app, self._files
+
+    def _build(self, built: Future[FastAPI], files: PageFiles) -> None:
+        try:
+            keep_gradio_quiet(files.folder)
+            from step1x_edit.interfaces.page.blocks import build
+
+            built.set_result(build(self._service, self._settings, self._pulls, files))
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+            built.set_exception(error)
+
+
+def _can_be_a_name(path: str) -> bool:
+    return path.isprintable() and len(path.encode()) <= _LONGEST_NAME
+
+
+def _is_understood(path: str, name: bytes, value: bytes) -> bool:
+    """Whether Gradio sees a header: it fails at all ranges but one, and at malformed hosts.
+
+    Nor does it compress what we have to read again.
+    """
+    match name:
+        case b"accept-encoding":
+            return path.startswith(_FIXED)
+        case b"range":
+            return re.fullmatch(rb"bytes=\d{1,18}-\d{0,18}", value) is not None
+        case b"x-forwarded-host":
+            host = hosts.name_of(value.decode("latin-1"))
+            return hosts.is_address(host) or re.search("[a-z]", host) is not None
+        case _:
+            return True
+
+
+async def _checked(
+    scope: Scope, receive: Receive, files: PageFiles, functions: Collection[object]
+) -> Receive:
+    """Read an event of the page, refuse it if it names files of others, and give it out again.
+
+    An event that names a function comes from a page of another version if there is none of that
+    number, or was never a page's.
+    """
+    body = await json_bodies.read_text(Request(scope, receive))
+    event = await json_bodies.parse(body)
+    session, function = event.get("session_hash"), event.get("fn_index")
+    if scope["path"] == _JOIN and not (isinstance(function, int) and function in functions):
+        raise InvalidParameterError("the page is of another version than the server; reload it")
+    if scope["path"] == _JOIN and not (isinstance(session, str) and session):
+        raise InvalidParameterError("session_hash must be the name of a session")
+    await files.take_event(str(session), event)
+    try:
+        text = json.dumps(event, allow_nan=False)
+    except ValueError:
+        raise InvalidParameterError("the JSON holds a number that is none, or too large") from None
+    except RecursionError:
+        raise InvalidParameterError("the JSON is nested too deeply") from None
+    return json_bodies.given_again(text.encode(), receive)

@@ -1,0 +1,51 @@
+"""The line of a running edit: what is being done, and about how long it still takes."""
+
+from __future__ import annotations
+
+import time
+
+from step1x_edit.channel import Phase, Progress
+from step1x_edit.interfaces.page.lines import alert, bar_line
+from step1x_edit.interfaces.page.texts import text
+from step1x_edit.interfaces.time_left import Now, TimeLeft
+
+
+class ProgressLine:
+    """Puts the progress of one edit into words."""
+
+    def __init__(self, language: str, prefix: str = "", now: Now = time.monotonic) -> None:
+        self._language = language
+        self._prefix = prefix
+        self._now = now
+        self._begun: float | None = None
+        self._left = TimeLeft(now)
+        self.is_known = True
+        """Whether the model has learned such an edit."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the edit takes so far, without its wait in the queue."""
+        return 0.0 if self._begun is None else self._now() - self._begun
+
+    def show(self, progress: Progress) -> str:
+        """The line for this progress, as HTML."""
+        if self._begun is None and progress.phase is not Phase.QUEUED:
+            self._begun = self._now()
+        self.is_known = self.is_known and progress.is_known
+        words, share = self._words(progress), 0.0
+        is_counted = progress.phase is Phase.DENOISING
+        self._left.saw(progress.phase, progress.step, progress.total if is_counted else None)
+        match progress.phase:
+            case Phase.DENOISING:
+                share = progress.step / progress.total
+                left = self._left.seconds
+                if left is not None and left > 1:  # otherwise late, by an unknown time
+                    words += " · " + text("left", self._language, seconds=round(left))
+            case Phase.DECODING | Phase.REFLECTING | Phase.SAVING:
+                share = 1.0
+        line = bar_line(self._prefix + words, share)
+        return line if self.is_known else line + alert(text("unknown_edit", self._language))
+
+    def _words(self, progress: Progress) -> str:
+        key = f"phase.{progress.phase.value}"
+        return text(key, self._language, step=progress.step, total=progress.total)

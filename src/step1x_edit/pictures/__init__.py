@@ -1,0 +1,1 @@
+"""Pictures: bytes to pixels and back, with what must survive an edit."""

@@ -1,0 +1,685 @@
+"""Pictures: bytes to upright RGB and back to bytes, with what must survive an edit.
+
+Limits are checked on the header, before a pixel is decoded; the decoders are an explicit list, and
+content decides the format, not the name. The network sees 8-bit RGB as a viewer shows it:
+
+- EXIF orientation is applied, of animations and stacks only the first picture is taken;
+- 16-bit grey is scaled, palettes are expanded, CMYK and grey with a profile are converted to sRGB;
+- an RGB colour profile stays with the picture and the numbers stay as they are; colour that is
+  given in another way gets a profile or becomes sRGB (see colour);
+- alpha is set aside; colours hidden under full transparency become white.
+
+This module knows nothing about paths, folders and the model.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFilter,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
+
+from step1x_edit.errors import (
+    CorruptImageError,
+    ImageAspectError,
+    ImageError,
+    ImageTooLargeError,
+    ImageTooSmallError,
+    InvalidParameterError,
+    UnsupportedImageError,
+)
+from step1x_edit.pictures import colour, tiff
+from step1x_edit.pictures.colour import Cicp, Shown
+from step1x_edit.pictures.formats import colour_numbers, is_heic, is_png, name_of, with_end_marker
+from step1x_edit.pictures.notes import (
+    RECORD_KEY,
+    Notes,
+    add_jpeg_tags,
+    exif_in,
+    exif_of,
+    exif_with,
+    is_marked_adobe_rgb,
+    notes_of,
+    record_of,
+    written,
+    xmp_packet,
+)
+from step1x_edit.pictures.output_formats import (
+    BMP,
+    JPEG,
+    MAX_PROFILE_BYTES,
+    OUTPUT_FORMATS,
+    PNG,
+    TIFF,
+    OutputFormat,
+)
+from step1x_edit.schemas.requests import EditRecord, Record
+from step1x_edit.settings import Limits
+
+T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+
+# Pillow finds a decoder by name only once its module is imported.
+DECODERS: Final = tuple(
+    plugin.format
+    for plugin in (
+        PngImagePlugin.PngImageFile,
+        JpegImagePlugin.JpegImageFile,
+        WebPImagePlugin.WebPImageFile,
+        AvifImagePlugin.AvifImageFile,
+        TiffImagePlugin.TiffImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+    )
+)
+
+MIN_SIDE: Final = 16  # pixels; one token of the network covers this much
+MAX_ASPECT_RATIO: Final = 16  # at 512 pixels squared the shorter side still has 128
+
+FEATHER: Final = 0.01  # of the longer side: how far inside a mask its edge is soft
+MIN_FEATHER: Final = 2  # pixels
+MAX_FEATHER: Final = 64  # pixels; each of them is one more pass over the masked part
+
+PREVIEW_SIDE: Final = 512
+PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cutting
+ROUND_BASE64_BYTES: Final = 48 * 1024  # several stand beside that in one result
+
+_MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
+_NO_END: Final = "the JPEG lacks its end marker; its picture is whole"
+_OTHER_BYTES: Final = bytes([0x5A]) * 64
+_PNG_DEPTH_AT: Final = 24
+_PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
+
+# Pillow refuses a PNG whose profile is longer than this; by itself it would be 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An upright picture and what travels with it."""
+
+    pixels: Pixels  # (H, W, 3)
+    alpha: Pixels | None = None  # (H, W)
+    icc_profile: bytes | None = None
+    notes: Notes = Notes()
+    warning: str | None = None
+    """What was unusual about reading it, for the answer."""
+
+    @property
+    def width(self) -> int:
+        """Width in pixels, upright."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def height(self) -> int:
+        """Height in pixels, upright."""
+        return int(self.pixels.shape[0])
+
+
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, limits: Limits) -> Picture:
+    """Read a picture; raises an ImageError that says what is wrong with it."""
+
+    def check(width: int, height: int) -> None:
+        check_size(width, height, limits)
+
+    def read(data: bytes) -> Picture:
+        return _picture(_stored(data, limits, check))
+
+    picture, lacks_end = _read_to_the_end(data, read, _same_pixels)
+    return replace(picture, warning=_NO_END) if lacks_end else picture
+
+
+def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
+    """How far each pixel may change, from 0 (it stays) to 255, as (H, W).
+
+    A picture with transparency says so by it: what is fully transparent may change. Any other says
+    so by its brightness: what is white may change. Raises an ImageError as `decode` does, and
+    InvalidParameterError if the upright mask has not the size (width, height) of the upright
+    picture, or lets nothing change.
+    """
+
+    def check(width: int, height: int) -> None:
+        _check_pixels(width, height, limits)
+
+    def read(data: bytes) -> Pixels:
+        return _mask(_stored(data, limits, check).image)
+
+    mask, _ = _read_to_the_end(data, read, np.array_equal)
+    height, width = mask.shape
+    if (width, height) != size:
+        raise InvalidParameterError(
+            f"mask is {width}×{height} pixels, the picture is {size[0]}×{size[1]}; "
+            "both must have the same size",
+            param="mask",
+        )
+    if not mask.any():
+        raise InvalidParameterError(
+            "mask selects nothing; make white, or transparent, what may change",
+            param="mask",
+        )
+    return mask
+
+
+def check_size(width: int, height: int, limits: Limits) -> None:
+    """Raise what `decode` would say of a picture of this size."""
+    _check_pixels(width, height, limits)
+    _check_shape(width, height)
+
+
+def _check_pixels(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"{width}×{height} pixels, at most {limits.max_pixels / 1e6:g} megapixels are allowed"
+        )
+
+
+def _check_shape(width: int, height: int) -> None:
+    size = f"{width}×{height} pixels"
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageAspectError(
+            f"{size}, the longer side may be at most {MAX_ASPECT_RATIO} times the shorter one"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageTooSmallError(f"{size}, at least {MIN_SIDE}×{MIN_SIDE} are needed")
+
+
+def _read_to_the_end(
+    data: bytes, read: Callable[[bytes], T], is_same: Callable[[T, T], bool]
+) -> tuple[T, bool]:
+    """What `read` makes of a file, and whether the file is a JPEG that lacks only its end marker.
+
+    Only then can other bytes in front of the end change nothing: in a scan that is cut short they
+    would count as pixels.
+    """
+    try:
+        return read(data), False
+    except CorruptImageError:
+        mended = with_end_marker(data)
+        if mended is None:
+            raise
+        found = read(mended)
+        if not is_same(found, read(mended[:-2] + _OTHER_BYTES + mended[-2:])):
+            raise
+        return found, True
+
+
+def _same_pixels(left: Picture, right: Picture) -> bool:
+    return np.array_equal(left.pixels, right.pixels)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A decoded picture, upright, with 8 bits a channel, and what describes it."""
+
+    image: Image.Image
+    exif: Mapping[int, Any]
+    notes: Notes
+    numbers: Cicp | None = None
+
+
+def _stored(data: bytes, limits: Limits, check: Callable[[int, int], None]) -> _Stored:
+    """The first picture of a file; `check` sees its size before a pixel is decoded."""
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
+    with _failing_in_words(data, limits):
+        if tiff.is_tiff(data):
+            return _stored_tiff(data, check)
+        with Image.open(io.BytesIO(data), formats=_decoders_for(data)) as image:
+            check(image.width, image.height)
+            image.load()
+            exif = exif_of(image)
+            turn = exif.get(ExifTags.Base.Orientation, 1)
+            notes = _turned(notes_of(image, exif), turn)
+            upright = _upright(_plain(image, data), turn)
+            return _Stored(upright, exif, notes, colour_numbers(data))
+
+
+def _stored_tiff(data: bytes, check: Callable[[int, int], None]) -> _Stored:
+    found = tiff.opened(data)
+    directory = found.directory
+    check(*directory.size)
+    if tiff.is_read_here(directory):
+        image = _upright(tiff.image_of(found.data, directory), directory.orientation)
+        return _described_tiff(image, found, data)
+    try:
+        opened = Image.open(io.BytesIO(found.data), formats=[TiffImagePlugin.TiffImageFile.format])
+    except UnidentifiedImageError:
+        raise UnsupportedImageError(tiff.describe(directory)) from None
+    with opened as image:
+        image.info.pop("xmp", None)  # Pillow would turn the picture by it
+        image.load()  # the decoder turns the picture by its tag, and takes that away
+        return _described_tiff(image, found, data)
+
+
+def _described_tiff(image: Image.Image, found: tiff.Found, data: bytes) -> _Stored:
+    directory, first = found.directory, found.first
+    image.info["iptc"] = directory.iptc or first.iptc
+    image.info["xmp"] = directory.xmp or first.xmp
+    exif = exif_of(image)
+    if first is not directory:
+        exif = {**exif_in(data, leave_out=_OF_ONE_DIRECTORY), **exif}
+    notes = _turned(notes_of(image, exif), directory.orientation)
+    if image.mode.startswith("I"):
+        grey = tiff.at_full_scale(image, directory)
+        grey.info = image.info
+        image = grey
+    return _Stored(image, exif, notes)
+
+
+_OF_ONE_DIRECTORY: Final = (
+    ExifTags.Base.Orientation,
+    ExifTags.Base.XResolution,
+    ExifTags.Base.YResolution,
+)
+
+
+def _decoders_for(data: bytes) -> tuple[str, ...]:
+    """The decoders that may read a file; that of HEIC only if the operator has installed it."""
+    if not is_heic(data):
+        return DECODERS
+    try:
+        import pillow_heif
+    except ImportError:
+        return DECODERS
+    pillow_heif.register_heif_opener()
+    return (*DECODERS, "HEIF")
+
+
+@contextlib.contextmanager
+def _failing_in_words(data: bytes, limits: Limits) -> Iterator[None]:
+    """Make an ImageError of whatever a decoder raises."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        if _decoders_for(data) != DECODERS:
+            raise _damaged(error) from None  # a HEIC, and its decoder is here
+        raise UnsupportedImageError(
+            name_of(data)
+            or "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, or it is damaged"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageTooLargeError(
+            f"at most {limits.max_pixels / 1e6:g} megapixels are allowed"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - see _damaged
+        raise _damaged(error) from None
+
+
+def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
+    """What a failing decoder means.
+
+    A decoder that meets hostile bytes raises nearly anything (OSError, SyntaxError, struct.error,
+    KeyError …), and its words may hold memory addresses: neither is for the caller.
+    """
+    if isinstance(error, MemoryError):
+        return ImageTooLargeError("it does not fit into memory")
+    return CorruptImageError("the file is damaged or incomplete")
+
+
+def _picture(stored: _Stored) -> Picture:
+    alpha = _alpha(stored.image)
+    shown = _shown(stored)
+    if alpha is not None:
+        shown.pixels[alpha == 0] = 255
+    return Picture(shown.pixels, alpha, shown.profile, stored.notes, shown.warning)
+
+
+def _mask(image: Image.Image) -> Pixels:
+    alpha = _alpha(image)
+    if alpha is None or (alpha == 255).all():
+        return np.array(_rgb(image).convert("L"))
+    return 255 - alpha
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turned(notes: Notes, orientation: int) -> Notes:
+    """The notes of the upright picture: across is down if it lies on its side."""
+    if notes.density is None or orientation not in _TURNED_SIDEWAYS:
+        return notes
+    across, down = notes.density
+    return replace(notes, density=(down, across))
+
+
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNED_SIDEWAYS: Final = (5, 6, 7, 8)
+
+
+def _plain(image: Image.Image, data: bytes) -> Image.Image:
+    """The picture without what only its decoder knows: samples of 16 bits, alpha of no use."""
+    if getattr(image, "is_animated", False):
+        # Animations are decoded with alpha whether or not they have any.
+        is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
+        return image.convert("RGB") if is_opaque else image.copy()  # their file closes
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        if isinstance(transparent, int):
+            grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        grey.info = {name: v for name, v in image.info.items() if name != "transparency"}
+        return grey
+    if isinstance(transparent, tuple) and is_png(data) and data[_PNG_DEPTH_AT] == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    return image
+
+
+def _alpha(image: Image.Image) -> Pixels | None:
+    if not image.has_transparency_data:
+        return None
+    return np.array(image.convert("RGBA").getchannel("A"))
+
+
+def _shown(stored: _Stored) -> Shown:
+    """The picture as 8-bit RGB that a viewer shows right.
+
+    In a PNG numbers count more than a profile, in other files less; gamma counts least.
+    """
+    image, info = stored.image, stored.image.info
+    profile = colour.usable(info.get("icc_profile"))
+    if stored.numbers is not None and (profile is None or stored.numbers.outrank_profile):
+        return colour.by_cicp(_pixels(image), stored.numbers)
+    if profile is None and info.get("gamma") and "srgb" not in info:
+        return colour.by_gamma(_pixels(image), info["gamma"], info.get("chromaticity"))
+    if image.mode in ("CMYK", "L", "LA"):
+        converted = None
+        if profile is not None:
+            flat = image.convert("L") if image.mode == "LA" else image
+            converted = colour.to_srgb(flat, profile)
+        return Shown(_pixels(converted or image))
+    if profile is None and is_marked_adobe_rgb(stored.exif):
+        profile = colour.adobe_rgb_profile()
+    return Shown(_pixels(image), profile if colour.is_for_rgb(profile) else None)
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    return np.array(_rgb(image))  # a copy that may be written to
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # Palettes and transparent colours are expanded first: a plain conversion would warn.
+    return (
+        image.convert("RGBA").convert("RGB")
+        if image.has_transparency_data
+        else image.convert("RGB")
+    )
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+def blend(edited: Picture, source: Picture, mask: Pixels) -> Picture:
+    """The edited picture inside of the mask (H, W) and the source, to the bit, outside of it.
+
+    The way from the one to the other lies inside: nothing changes where the mask is 0. It is
+    shorter where the mask is too narrow for it, so that a thin stroke is not lost. Both pictures
+    have the size of the mask; what travels with the pixels is that of the edited one.
+    """
+    box = Image.fromarray(mask).getbbox()
+    if box is None:
+        return replace(edited, pixels=source.pixels)
+    left, top, right, bottom = box  # with a margin, so that the mask's edge is seen
+    box = max(left - 1, 0), max(top - 1, 0), right + 1, bottom + 1
+    part = np.s_[box[1] : box[3], box[0] : box[2]]
+    longer_side = max(source.width, source.height)
+    width = min(max(round(FEATHER * longer_side), MIN_FEATHER), MAX_FEATHER)
+    pixels = source.pixels.copy()
+    pixels[part] = Image.composite(
+        Image.fromarray(edited.pixels[part]),
+        Image.fromarray(source.pixels[part]),
+        Image.fromarray(_feathered(mask[part], width)),
+    )
+    return replace(edited, pixels=pixels)
+
+
+def changed_share(before: Pixels, after: Pixels) -> float:
+    """The share of pixels, from 0 to 1, that are not exactly the same."""
+    return float((before != after).any(axis=-1).mean())
+
+
+def _feathered(mask: Pixels, width: int) -> Pixels:
+    """The mask with an edge that falls to 0 within about `width` pixels on its inner side.
+
+    Each pixel counts by its depth, the sum of the mask eroded by 0, 1, … pixels. A blur takes out
+    the stairs of a hard mask, which depth repeats; what it carries beyond the mask is dropped.
+    """
+    eroded, depth = mask, mask.astype(np.uint16)
+    for step in range(1, width):
+        eroded = _eroded(eroded, with_corners=step % 2 == 0)
+        depth += eroded
+    stairs = _weighted(mask, depth, width, width)
+    blur = min(_MAX_BLUR, width // 2)
+    smooth = np.array(Image.fromarray(stairs).filter(ImageFilter.BoxBlur(blur)))
+    return _weighted(mask, smooth.astype(np.uint16), 1, width + blur)
+
+
+def _weighted(mask: Pixels, depth: npt.NDArray[np.uint16], most: int, distance: int) -> Pixels:
+    """The mask times the part of full depth, `most` times its own value, that each pixel has.
+
+    Where nothing within this distance is so deep, the deepest counts as full: a stroke that is
+    narrower than the feather keeps its middle.
+    """
+    full = np.minimum(mask.astype(np.uint16) * most, _highest_within(depth, distance))
+    share = depth / np.maximum(full, 1, dtype=np.float32)
+    return np.rint(mask * np.minimum(share, 1)).astype(np.uint8)
+
+
+def _eroded(mask: Pixels, *, with_corners: bool) -> Pixels:
+    """The lowest of each pixel and its neighbours; alternating, corners make edges nearly round.
+
+    Beyond the picture nothing is lower: its border is no edge of the mask.
+    """
+    lowest: Pixels = mask.copy()
+    np.minimum(lowest[1:], mask[:-1], out=lowest[1:])
+    np.minimum(lowest[:-1], mask[1:], out=lowest[:-1])
+    beside = lowest.copy() if with_corners else mask
+    np.minimum(lowest[:, 1:], beside[:, :-1], out=lowest[:, 1:])
+    np.minimum(lowest[:, :-1], beside[:, 1:], out=lowest[:, :-1])
+    return lowest
+
+
+def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArray[np.uint16]:
+    """The highest value in a square around each pixel that reaches this far to each side."""
+    for _ in range(2):  # down the columns, then, turned over, along the rows
+        window, length = np.pad(values, ((distance, distance), (0, 0))), 1
+        while length < 2 * distance + 1:
+            step = min(length, 2 * distance + 1 - length)
+            window = np.maximum(window[:-step], window[step:])
+            length += step
+        values = window.T
+    return values
+
+
+# --- encoding ------------------------------------------------------------------------------------
+
+
+def restore(edited: Pixels, source: Picture) -> Picture:
+    """Bring an edited picture to the exact size of its source, with the source's companions."""
+    image = Image.fromarray(np.ascontiguousarray(edited))
+    size = (source.width, source.height)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return replace(source, pixels=np.array(image))
+
+
+def check_encodable(picture: Picture, suffix: str) -> None:
+    """Raise InvalidParameterError if a format cannot hold a picture of this size."""
+    output = OUTPUT_FORMATS[suffix.lower()]
+    if max(picture.width, picture.height) > output.max_side:
+        raise InvalidParameterError(
+            f"{output.name} holds at most {output.max_side} pixels per side, "
+            f"the picture has {picture.width}×{picture.height}; save it as .png"
+        )
+
+
+def resized(picture: Picture, width: int, height: int) -> Picture:
+    """The picture in another size."""
+
+    def to_size(pixels: Pixels) -> Pixels:
+        image = Image.fromarray(pixels)
+        return np.array(image.resize((width, height), Image.Resampling.LANCZOS))
+
+    alpha = None if picture.alpha is None else to_size(picture.alpha)
+    return replace(picture, pixels=to_size(picture.pixels), alpha=alpha)
+
+
+def flattened(picture: Picture) -> Picture:
+    """The picture laid on white, where one sees through it."""
+    return replace(picture, pixels=np.array(_image(picture, with_alpha=False)), alpha=None)
+
+
+def encode(
+    picture: Picture, suffix: str, record: Record | None = None, quality: int | None = None
+) -> bytes:
+    """The bytes of a file with this suffix; the same picture and record give the same bytes.
+
+    `quality`, from 0 to 100, means something to JPEG, WebP and AVIF only.
+
+    JPEG and BMP cannot carry alpha: the picture is laid on white. BMP carries neither a colour
+    profile (the colours are converted to sRGB) nor credit nor the record, only the density.
+    """
+    output = OUTPUT_FORMATS[suffix.lower()]
+    image = _image(picture, with_alpha=output.carries_alpha)
+    options = dict(output.options)
+    if quality is not None and "quality" in options:
+        options["quality"] = quality
+    profile = picture.icc_profile
+    if profile is not None and len(profile) > output.max_profile_bytes:
+        image, profile = _in_srgb(image, profile), None
+    options.update(_companions(picture, record, output, profile))
+    buffer = io.BytesIO()
+    image.save(buffer, output.name, **{name: v for name, v in options.items() if v is not None})
+    return buffer.getvalue()
+
+
+def _companions(
+    picture: Picture, record: Record | None, output: OutputFormat, profile: bytes | None
+) -> dict[str, Any]:
+    """The options that put notes, record and profile into a file, each where its format has it."""
+    notes, dpi = picture.notes, picture.notes.density
+    if output is BMP:
+        return {"dpi": dpi}
+    xmp = xmp_packet(notes)
+    has_profile = profile is not None
+    if output is PNG:
+        # Density and record have chunks; EXIF needs the density as well if there is any EXIF.
+        exif = exif_with(notes, None, has_profile=has_profile) if notes.exif else None
+        chunks = PngImagePlugin.PngInfo()
+        if record is not None:
+            chunks.add_itxt(RECORD_KEY, written(record))
+        if xmp is not None:
+            chunks.add_itxt(_PNG_XMP_KEY, xmp.decode())
+        return {"icc_profile": profile, "exif": _bytes(exif), "pnginfo": chunks, "dpi": dpi}
+    if output is TIFF:
+        exif = exif_with(notes, record, has_profile=has_profile, byte_order="little")
+        if xmp is not None:
+            exif = Image.Exif() if exif is None else exif
+            exif[ExifTags.Base.XMLPacket] = xmp
+        return {"icc_profile": profile, "exif": _bytes(exif)}
+    exif = exif_with(notes, record, has_profile=has_profile)
+    if output is not JPEG:
+        return {"icc_profile": profile, "exif": _bytes(exif), "xmp": xmp}
+    if exif is not None:
+        add_jpeg_tags(exif, picture.width, picture.height)
+    return {"icc_profile": profile, "exif": _bytes(exif), "xmp": xmp, "dpi": dpi}
+
+
+def _bytes(exif: Image.Exif | None) -> bytes | None:
+    # Given the object, the TIFF encoder would leave the inner tags out.
+    return None if exif is None else exif.tobytes()
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The same picture, transparency included, in sRGB."""
+    converted = _shown_in_srgb(image.convert("RGB"), profile)
+    if image.mode == "RGBA":
+        converted.putalpha(image.getchannel("A"))
+    return converted
+
+
+def preview(
+    picture: Picture, side: int = PREVIEW_SIDE, max_base64_bytes: int = PREVIEW_BASE64_BYTES
+) -> bytes:
+    """A JPEG of the picture in sRGB, `side` pixels or less, short enough to be shown in a chat."""
+    image = _image(picture, with_alpha=False)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image = _shown_in_srgb(image, picture.icc_profile)
+    while True:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        if len(base64.b64encode(buffer.getvalue())) <= max_base64_bytes:
+            return buffer.getvalue()
+        side = side * 3 // 4
+
+
+def _image(picture: Picture, *, with_alpha: bool) -> Image.Image:
+    image = Image.fromarray(picture.pixels)
+    if picture.alpha is None:
+        return image
+    alpha = Image.fromarray(picture.alpha)
+    if with_alpha:
+        image.putalpha(alpha)
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    return white
+
+
+def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The picture for a file that will carry no profile."""
+    return image if profile is None else colour.to_srgb(image, profile) or image
+
+
+# --- the record of an edit -----------------------------------------------------------------------
+
+
+def read_edit_record(source: bytes | Path) -> EditRecord | None:
+    """What the picture was edited with, or None if it was not edited here or lost its notes."""
+    record = read_record(source)
+    return record if isinstance(record, EditRecord) else None
+
+
+def read_record(source: bytes | Path) -> Record | None:
+    """What the picture was edited or made with, or None if it was not here or lost its notes."""
+    data = source.read_bytes() if isinstance(source, Path) else source
+    try:
+        with Image.open(io.BytesIO(data), formats=DECODERS) as image:
+            return record_of(image)
+    except Exception:  # noqa: BLE001 - notes of others, or none: see _damaged
+        return None

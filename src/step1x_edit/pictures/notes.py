@@ -1,0 +1,395 @@
+"""What a picture carries beside its pixels: camera, credit, density, and the record of an edit.
+
+Everything is kept by an allow-list, so neither a place nor a serial number nor a thumbnail gets
+into a result. EXIF stays EXIF. Credit from XMP or IPTC becomes XMP, in every format that holds
+XMP: it is written once, so that no two copies can differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+from PIL import ExifTags, Image, TiffTags
+from pydantic import TypeAdapter
+
+from step1x_edit.schemas.requests import Record
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Who made a picture and what others may do with it."""
+
+    creators: tuple[str, ...] = ()
+    rights: str = ""
+    usage_terms: str = ""
+    statement_url: str = ""
+    credit: str = ""
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What stays with a picture through an edit."""
+
+    exif: Mapping[int, Any] = field(default_factory=dict)
+    """Harmless tags by number: who, when, with which camera; never where."""
+    credit: Credit = Credit()
+    density: tuple[float, float] | None = None
+    """Pixels per inch, across and down, of the upright picture."""
+
+
+def notes_of(image: Image.Image, exif: Mapping[int, Any]) -> Notes:
+    """The notes of a picture as its decoder found them."""
+    return Notes(_harmless(exif), _credit(image.info), _density(image, exif))
+
+
+# --- EXIF ----------------------------------------------------------------------------------------
+
+_IMAGE_TAGS: Final = (
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.DateTime,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
+)
+_PHOTO_TAGS: Final = (
+    ExifTags.Base.DateTimeOriginal,
+    ExifTags.Base.OffsetTimeOriginal,
+    ExifTags.Base.ExposureTime,
+    ExifTags.Base.FNumber,
+    ExifTags.Base.ISOSpeedRatings,
+    ExifTags.Base.FocalLength,
+    ExifTags.Base.FocalLengthIn35mmFilm,
+    ExifTags.Base.LensModel,
+)
+_MAX_TAG_LENGTH: Final = 200
+_SRGB, _UNCALIBRATED = 1, 0xFFFF
+_INCH, _CENTIMETRE = 2, 3
+_UNKNOWN_DENSITY: Final = (72.0, 72.0)  # per inch: what EXIF wants if there is nothing to say
+
+# What EXIF requires beside what there is to say.
+_REQUIRED: Final[Mapping[int, bytes]] = {
+    ExifTags.Base.ExifVersion: b"0232",
+    ExifTags.Base.FlashPixVersion: b"0100",
+}
+_COMPONENTS: Final = b"\1\2\3\0"  # Y, Cb, Cr
+_CENTRED: Final = 1
+
+# Pillow writes bytes of a tag that it does not know as BYTE; EXIF wants UNDEFINED.
+for _tag in (ExifTags.Base.UserComment, ExifTags.Base.ComponentsConfiguration):
+    TiffTags.TAGS_V2_GROUPS[ExifTags.IFD.Exif][_tag] = TiffTags.TagInfo(
+        _tag, _tag.name, TiffTags.UNDEFINED, 1
+    )
+
+
+def exif_of(image: Image.Image) -> dict[int, Any]:
+    """All readable tags of a picture; damaged EXIF counts as none.
+
+    An orientation that only XMP has does not count, as in browsers and other viewers.
+    """
+    if "exif" in image.info:
+        return exif_in(image.info["exif"])
+    xmp = image.info.pop("xmp", None)
+    try:
+        return _flat(image.getexif())
+    except Exception:  # noqa: BLE001 - the picture is fine, its notes are not: see images._damaged
+        return {}
+    finally:
+        image.info["xmp"] = xmp
+
+
+def exif_in(data: bytes, leave_out: Collection[int] = ()) -> dict[int, Any]:
+    """All readable tags of EXIF, or of the first directory of a TIFF, but those left out."""
+    exif = Image.Exif()
+    try:
+        exif.load(data)
+        return {tag: value for tag, value in _flat(exif).items() if tag not in leave_out}
+    except Exception:  # noqa: BLE001 - as above
+        return {}
+
+
+def _flat(exif: Image.Exif) -> dict[int, Any]:
+    tags = {**exif, **exif.get_ifd(ExifTags.IFD.Exif)}
+    if ExifTags.IFD.Interop in tags:
+        tags[ExifTags.IFD.Interop] = exif.get_ifd(ExifTags.IFD.Interop)
+    return tags
+
+
+def is_marked_adobe_rgb(exif: Mapping[int, Any]) -> bool:
+    """Whether a camera says "Adobe RGB": by the option file of DCF, R03."""
+    interop = exif.get(ExifTags.IFD.Interop, {})
+    return (
+        exif.get(ExifTags.Base.ColorSpace) == _UNCALIBRATED
+        and str(interop.get(ExifTags.Interop.InteropIndex, "")).rstrip("\0") == "R03"
+    )
+
+
+def exif_with(
+    notes: Notes, record: Record | None, *, has_profile: bool, byte_order: str = "big"
+) -> Image.Exif | None:
+    """EXIF with the notes and the record of the edit; None if there is nothing to say.
+
+    The byte order, "big" or "little", is that of the file that will hold it.
+    """
+    image: dict[int, Any] = {tag: notes.exif[tag] for tag in _IMAGE_TAGS if tag in notes.exif}
+    photo: dict[int, Any] = {tag: notes.exif[tag] for tag in _PHOTO_TAGS if tag in notes.exif}
+    if record is not None:
+        image[ExifTags.Base.Software] = record.software
+        photo[ExifTags.Base.UserComment] = _comment(record, byte_order)
+    if not image and not photo and notes.density is None:
+        return None
+    density = notes.density or _UNKNOWN_DENSITY
+    image[ExifTags.Base.XResolution], image[ExifTags.Base.YResolution] = density
+    image[ExifTags.Base.ResolutionUnit] = _INCH
+    photo.update(_REQUIRED)
+    photo[ExifTags.Base.ColorSpace] = _UNCALIBRATED if has_profile else _SRGB
+    exif = Image.Exif()
+    exif.update(image)
+    exif.get_ifd(ExifTags.IFD.Exif).update(photo)
+    return exif
+
+
+def add_jpeg_tags(exif: Image.Exif, width: int, height: int) -> None:
+    """Add what EXIF requires in a JPEG only."""
+    exif[ExifTags.Base.YCbCrPositioning] = _CENTRED
+    exif.get_ifd(ExifTags.IFD.Exif).update(
+        {
+            ExifTags.Base.ComponentsConfiguration: _COMPONENTS,
+            ExifTags.Base.ExifImageWidth: width,
+            ExifTags.Base.ExifImageHeight: height,
+        }
+    )
+
+
+def _harmless(exif: Mapping[int, Any]) -> dict[int, Any]:
+    """The tags that may go into the result."""
+    return {
+        int(tag): exif[tag]
+        for tag in (*_IMAGE_TAGS, *_PHOTO_TAGS)
+        if tag in exif and _is_writable(tag, exif[tag])
+    }
+
+
+def _is_writable(tag: int, value: Any) -> bool:
+    """Whether the tag can be written back: found out now, not when the edited picture is saved."""
+    exif = Image.Exif()
+    exif[tag] = value
+    try:
+        return len(exif.tobytes()) <= _MAX_TAG_LENGTH
+    except Exception:  # noqa: BLE001 - see images._damaged
+        return False
+
+
+# --- density -------------------------------------------------------------------------------------
+
+_MAX_DENSITY: Final = 0xFFFF  # what JPEG can say
+_ROUNDING: Final = 0.02  # PNG counts whole pixels per metre
+
+
+def _density(image: Image.Image, exif: Mapping[int, Any]) -> tuple[float, float] | None:
+    """Pixels per inch as stored, before any turn."""
+    # In other formats `dpi` is what Pillow makes of the tags.
+    is_stated = image.format in ("PNG", "BMP") or image.info.get("jfif_unit")
+    found = (image.info.get("dpi") if is_stated else None) or _density_in(exif)
+    if found is None:
+        return None
+    across, down = (_number(value) for value in found)
+    if not all(1 <= value <= _MAX_DENSITY for value in (across, down)):
+        return None
+    return _tidy(across), _tidy(down)
+
+
+def _density_in(exif: Mapping[int, Any]) -> tuple[float, float] | None:
+    tags = ExifTags.Base.XResolution, ExifTags.Base.YResolution
+    scale = {_INCH: 1.0, _CENTIMETRE: 2.54}.get(exif.get(ExifTags.Base.ResolutionUnit, _INCH))
+    if scale is None or not all(tag in exif for tag in tags):
+        return None
+    across, down = (_number(exif[tag]) * scale for tag in tags)
+    return None if (across, down) == _UNKNOWN_DENSITY else (across, down)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return math.nan
+
+
+def _tidy(density: float) -> float:
+    return float(round(density)) if abs(density - round(density)) <= _ROUNDING else density
+
+
+# --- credit --------------------------------------------------------------------------------------
+
+_RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_DC: Final = "http://purl.org/dc/elements/1.1/"
+_RIGHTS: Final = "http://ns.adobe.com/xap/1.0/rights/"
+_PHOTOSHOP: Final = "http://ns.adobe.com/photoshop/1.0/"
+
+_MAX_XMP_BYTES: Final = 2**20
+_MAX_TEXT: Final = 2000  # characters; all of it must fit into one segment of a JPEG
+_MAX_CREATORS: Final = 20
+_MAX_CREATOR: Final = 200
+
+
+def _credit(info: Mapping[Any, Any]) -> Credit:
+    """Credit from XMP, and from IPTC what XMP does not say."""
+    xmp, iptc = _xmp_texts(info.get("xmp")), dict(_iptc_texts(_iptc(info)))
+
+    def texts(name: str) -> list[str]:
+        return [text.strip() for text in xmp.get(name) or iptc.get(name) or () if text.strip()]
+
+    def text(name: str) -> str:
+        found = texts(name)
+        return found[0] if found and len(found[0]) <= _MAX_TEXT else ""
+
+    creators = [one for one in texts(f"{{{_DC}}}creator") if len(one) <= _MAX_CREATOR]
+    return Credit(
+        tuple(creators[:_MAX_CREATORS]),
+        text(f"{{{_DC}}}rights"),
+        text(f"{{{_RIGHTS}}}UsageTerms"),
+        text(f"{{{_RIGHTS}}}WebStatement"),
+        text(f"{{{_PHOTOSHOP}}}Credit"),
+    )
+
+
+def _xmp_texts(packet: bytes | str | None) -> dict[str, list[str]]:
+    """The texts of each property of an XMP packet, by its full name; damaged XMP counts as none.
+
+    A packet with a document type is not read: XMP has none, and entities could grow without bound.
+    """
+    if not packet or len(packet) > _MAX_XMP_BYTES:
+        return {}
+    try:
+        text = packet if isinstance(packet, str) else packet.rstrip(b"\0 ").decode("utf-8-sig")
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:
+            return {}
+        root = ElementTree.fromstring(text)  # noqa: S314 - without a document type, see above
+    except (UnicodeDecodeError, ElementTree.ParseError, ValueError):
+        return {}
+    found: dict[str, list[str]] = {}
+    for description in root.iter(f"{{{_RDF}}}Description"):
+        for name, value in description.items():
+            found.setdefault(name, []).append(value)
+        for element in description:
+            items = [item.text or "" for item in element.iter(f"{{{_RDF}}}li")]
+            found.setdefault(element.tag, []).extend(items or [element.text or ""])
+    return found
+
+
+_IPTC_RESOURCE: Final = 0x0404
+_IPTC_NAMES: Final = {
+    80: f"{{{_DC}}}creator",  # By-line
+    116: f"{{{_DC}}}rights",  # Copyright Notice
+    110: f"{{{_PHOTOSHOP}}}Credit",
+}
+_IPTC_UTF_8: Final = b"\x1b%G"
+
+
+def _iptc(info: Mapping[Any, Any]) -> bytes:
+    """The IPTC datasets: a resource of Photoshop in a JPEG, a tag in a TIFF."""
+    resources = info.get("photoshop")
+    found = resources.get(_IPTC_RESOURCE) if isinstance(resources, dict) else info.get("iptc")
+    return found if isinstance(found, bytes) else b""
+
+
+def _iptc_texts(data: bytes) -> Mapping[str, list[str]]:
+    """The texts that IPTC and XMP both have, by their names in XMP."""
+    found: dict[str, list[str]] = {}
+    is_utf_8 = False
+    for record, dataset, value in _datasets(data):
+        if (record, dataset) == (1, 90):
+            is_utf_8 = value == _IPTC_UTF_8
+        if record == 2 and dataset in _IPTC_NAMES:
+            found.setdefault(_IPTC_NAMES[dataset], []).append(_decoded(value, is_utf_8=is_utf_8))
+    return found
+
+
+def _datasets(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    at = 0
+    while at + 5 <= len(data) and data[at] == 0x1C:
+        length = int.from_bytes(data[at + 3 : at + 5], "big")
+        yield data[at + 1], data[at + 2], data[at + 5 : at + 5 + length]
+        at += 5 + length
+
+
+def _decoded(value: bytes, *, is_utf_8: bool) -> str:
+    """Text that names its character set, or else UTF-8 if it is valid, or else Latin-1."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("utf-8", "replace") if is_utf_8 else value.decode("latin-1")
+
+
+def xmp_packet(notes: Notes) -> bytes | None:
+    """An XMP packet with the credit of a picture; None if there is none."""
+    credit = notes.credit
+    properties = [
+        _listed("dc:creator", "Seq", "<rdf:li>", credit.creators),
+        _listed("dc:rights", "Alt", _DEFAULT_LANGUAGE, (credit.rights,)),
+        _listed("xmpRights:UsageTerms", "Alt", _DEFAULT_LANGUAGE, (credit.usage_terms,)),
+        _simple("xmpRights:WebStatement", credit.statement_url),
+        _simple("photoshop:Credit", credit.credit),
+    ]
+    if not any(properties):
+        return None
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/">\n'
+        f'<rdf:RDF xmlns:rdf="{_RDF}">\n'
+        f'<rdf:Description rdf:about="" xmlns:dc="{_DC}" xmlns:xmpRights="{_RIGHTS}" '
+        f'xmlns:photoshop="{_PHOTOSHOP}">\n'
+        f"{''.join(properties)}"
+        "</rdf:Description>\n</rdf:RDF>\n</x:xmpmeta>\n"
+        '<?xpacket end="r"?>'
+    ).encode()
+
+
+_DEFAULT_LANGUAGE: Final = '<rdf:li xml:lang="x-default">'
+
+
+def _listed(name: str, kind: str, item: str, texts: tuple[str, ...]) -> str:
+    items = "".join(f"{item}{escape(_printable(text))}</rdf:li>" for text in texts if text)
+    return f"<{name}><rdf:{kind}>{items}</rdf:{kind}></{name}>\n" if items else ""
+
+
+def _simple(name: str, text: str) -> str:
+    return f"<{name}>{escape(_printable(text))}</{name}>\n" if text else ""
+
+
+def _printable(text: str) -> str:
+    """Text without the characters that XML cannot hold."""
+    return "".join(one for one in text if one.isprintable() or one in "\n\t ")
+
+
+# --- the record of an edit -----------------------------------------------------------------------
+# PNG: an international text chunk. The others: the EXIF comment, which starts with the name of its
+# character set; its UTF-16 has the byte order of the EXIF around it.
+
+RECORD_KEY: Final = "step1x-edit"
+_UNICODE: Final = b"UNICODE\0"
+_RECORD: Final[TypeAdapter[Record]] = TypeAdapter(Record)
+
+
+def written(record: Record) -> str:
+    """The record as text."""
+    return record.model_dump_json(exclude_none=True)
+
+
+def _comment(record: Record, byte_order: str) -> bytes:
+    return _UNICODE + written(record).encode("utf-16-be" if byte_order == "big" else "utf-16-le")
+
+
+def record_of(image: Image.Image) -> Record:
+    """The record in a picture; raises nearly anything if there is none that can be read."""
+    text = image.info.get(RECORD_KEY) or _commented(exif_of(image))
+    return _RECORD.validate_json(text)
+
+
+def _commented(exif: Mapping[int, Any]) -> str:
+    comment = bytes(exif.get(ExifTags.Base.UserComment, b"")).removeprefix(_UNICODE)
+    return comment.decode("utf-16-be" if comment.startswith(b"\0") else "utf-16-le")  # of a brace

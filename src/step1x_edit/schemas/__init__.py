@@ -1,0 +1,1 @@
+"""Every request and every answer: names, ranges, defaults and descriptions."""

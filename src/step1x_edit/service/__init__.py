@@ -1,0 +1,1 @@
+"""What is offered: edits of pictures and files, batches, stored jobs, the GPU."""

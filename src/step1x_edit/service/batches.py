@@ -1,0 +1,422 @@
+"""Batches that can be killed and run again: only what is missing is done.
+
+What a batch consists of stands in a folder or a manifest; where each result belongs follows from
+that alone and is the same in every run. A journal beside the results says what each of them was
+made from and what it is, by digests. A result is done if the file is there, is the one that was
+made, and was made from the same picture and request. A file that is not ours is never replaced
+unless that was asked for.
+
+The journal gets its line before the result gets its place. Whatever kills us, a result in its place
+is known; a line without a result only means that it is made again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import csv
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from pydantic import ValidationError
+
+from step1x_edit.errors import (
+    ImageFileNotFoundError,
+    InvalidParameterError,
+    OutputExistsError,
+    OutputNotWritableError,
+)
+from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
+from step1x_edit.schemas.requests import (
+    KEPT,
+    BatchAnswer,
+    EditAnswer,
+    ImagePath,
+    MaskPath,
+    OutputPath,
+    PictureRequest,
+    Prompt,
+    given,
+    given_in,
+    read_request,
+)
+from step1x_edit.service.editor import Edited, Report
+from step1x_edit.service.file_edits import FileEdits, Inputs, ReportOf, batch_answer
+from step1x_edit.service.files import FileIdentity, Output, expanded
+
+JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
+PICTURES: Final = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif"}
+)
+"""The suffixes by which the pictures in a folder are known.
+
+HEIC is among them even if its decoder is not installed: its sentence is better than silence.
+"""
+
+_TABLES: Final = (".csv",)
+_LINES: Final = (".jsonl", ".ndjson")
+_SEPARATORS: Final = (";", "\t", ",")
+_BAD_ROWS_TOLD: Final = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a batch, how to edit it, and where the result belongs."""
+
+    name: str
+    """What the person calls it."""
+    image: str
+    mask: str | None
+    request: PictureRequest
+    output: str | None
+    """None: `<stem>_edited<suffix>` in the folder for the results, numbered within the batch."""
+
+
+class Chosen(PictureRequest):
+    """What holds for each picture whose line in a manifest says nothing else."""
+
+    prompt: Prompt = ""
+    mask: MaskPath = None
+
+
+class _Row(PictureRequest):
+    """What a line of a manifest may say."""
+
+    image: ImagePath
+    output: OutputPath = None
+    mask: MaskPath = None
+
+
+# --- what a batch consists of --------------------------------------------------------------------
+
+
+def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = ()) -> list[Item]:
+    """The pictures right in a folder, by name; those `apart_from` are results of ours."""
+    results = {path.absolute() for path in apart_from}
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise InvalidParameterError(f"{folder} cannot be read ({error.strerror})") from None
+    pictures = [
+        path
+        for path in found
+        if path.suffix.lower() in PICTURES
+        and not path.name.startswith(".")
+        and path.absolute() not in results
+    ]
+    if not pictures:
+        raise ImageFileNotFoundError(f"{folder} (there are no pictures in this folder)")
+    return [Item(path.name, str(path), chosen.mask, chosen, None) for path in pictures]
+
+
+def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
+    """The lines of a CSV or JSONL file; what a line leaves out is `chosen`.
+
+    Paths in it start at its folder; an output starts at the folder for the results. Raises
+    InvalidParameterError that names the lines that are wrong.
+    """
+    usual = chosen.model_dump(exclude_unset=True, exclude_none=True)
+    items: list[Item] = []
+    wrong: list[str] = []
+    taken: dict[str, int] = {}
+    for line, values in _rows(path):
+        try:
+            items.append(_item(path.parent, line, values, usual))
+        except InvalidParameterError as error:
+            wrong.append(f"line {line}: {str(error).removeprefix(f'{error.beginning}: ')}")
+            continue
+        if (output := items[-1].output) is not None:
+            if output in taken:
+                wrong.append(f"line {line}: the output is that of line {taken[output]}")
+            taken.setdefault(output, line)
+    if wrong:
+        more = len(wrong) - _BAD_ROWS_TOLD
+        told = wrong[:_BAD_ROWS_TOLD] + ([f"and {more} more lines"] if more > 0 else [])
+        raise InvalidParameterError(f"{path.name} {'; '.join(told)}")
+    if not items:
+        raise InvalidParameterError(f"{path.name} has no lines with pictures")
+    return items
+
+
+def _item(
+    folder: Path, line: int, values: Mapping[str, object] | str, usual: Mapping[str, object]
+) -> Item:
+    if isinstance(values, str):
+        raise InvalidParameterError(values)
+    row = read_request(_Row, {**usual, **given(values)})
+    if not row.prompt.strip():
+        raise InvalidParameterError("prompt is empty")
+    if row.output is not None and Path(row.output).suffix.lower() not in OUTPUT_FORMATS:
+        raise InvalidParameterError(
+            f"output must end in {', '.join(OUTPUT_FORMATS)}, got {row.output!r}"
+        )
+    mask = row.mask
+    if mask is not None and "mask" in given(values):  # else the person at the terminal named it
+        mask = str(_below(folder, mask))
+    return Item(
+        name=f"line {line}: {row.image}",
+        image=str(_below(folder, row.image)),
+        mask=mask,
+        request=row,
+        output=row.output,
+    )
+
+
+def _below(folder: Path, path: str) -> Path:
+    return folder / expanded(path)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    """Each line's number with its values, or with what is wrong with it."""
+    kind = path.suffix.lower()
+    if kind not in _TABLES + _LINES:
+        raise InvalidParameterError(
+            f"{path} must be a folder, or a manifest that ends in .csv or .jsonl"
+        )
+    try:
+        with path.open(encoding=_encoding_of(path), newline="") as file:
+            yield from _csv_rows(file) if kind in _TABLES else _json_rows(file)
+    except UnicodeError:
+        raise InvalidParameterError(
+            f"{path} is not a text in UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
+        ) from None
+    except OSError as error:
+        raise InvalidParameterError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def _encoding_of(path: Path) -> str:
+    """UTF-8, or the UTF-16 that spreadsheets write as "Unicode text"; the first bytes say which."""
+    with path.open("rb") as file:
+        first = file.read(2)
+    if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    if b"\0" in first:  # half of a letter of ASCII, with which every list begins
+        return "utf-16-be" if first.startswith(b"\0") else "utf-16-le"
+    return "utf-8-sig"
+
+
+def _separator_of(first_line: str) -> str:
+    """What stands between the names of the columns; where a comma is part of numbers, it is `;`."""
+    return next((sign for sign in _SEPARATORS if sign in first_line), ",")
+
+
+def _csv_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    separator = _separator_of(file.readline())
+    file.seek(0)
+    reader = csv.DictReader(file, restval="", strict=True, delimiter=separator)
+    try:
+        names = [name.strip().lower() for name in reader.fieldnames or ()]
+        if "image" not in names:
+            raise InvalidParameterError(
+                f"the first line must name the columns, image among them, got {', '.join(names)}"
+            )
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InvalidParameterError(f"the first line names {twice[0]!r} twice")
+        reader.fieldnames = names
+        line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                yield line, "it has more cells than the first line"
+            else:
+                yield line, {name: cell for name, cell in row.items() if cell != ""}
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InvalidParameterError(f"line {reader.line_num} is not CSV: {error}") from None
+
+
+def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+    for line, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            values = json.loads(text)
+        except ValueError:
+            yield line, "it is not JSON"
+            continue
+        yield line, values if isinstance(values, dict) else "it is not a JSON object"
+
+
+# --- what has been done --------------------------------------------------------------------------
+
+
+class Journal:
+    """What has been made in a folder, a line for each result; a later line counts more."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there; lines that a kill has cut short count as not written."""
+        self._path = folder / JOURNAL_NAME
+        self._entries: dict[str, list[_Entry]] = {}
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = ""
+        except OSError as error:
+            raise OutputNotWritableError(f"{self._path} ({error.strerror})") from None
+        self._is_torn = bool(text) and not text.endswith("\n")
+        for line in text.splitlines():
+            self._remember(line)
+
+    @property
+    def results(self) -> list[Path]:
+        """Where results were put."""
+        return [self._path.parent / name for name in self._entries]
+
+    def made(self, output: Path, content: str) -> _Entry | None:
+        """How the file with this content was made, if it was made here."""
+        entries = self._entries.get(self._name(output), [])
+        return next((entry for entry in reversed(entries) if entry.content == content), None)
+
+    def note(self, output: Path, request: str, content: str, answer: EditAnswer) -> None:
+        """Write down, on the disk, what is about to be put into its place."""
+        values = {
+            "output": self._name(output),
+            "request": request,
+            "content": content,
+            "answer": answer.to_dict(),
+        }
+        line = json.dumps(values, ensure_ascii=False)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n" if self._is_torn else f"{line}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputNotWritableError(f"{self._path} ({error.strerror})") from None
+        self._is_torn = False
+        self._remember(line)
+
+    def _remember(self, line: str) -> None:
+        try:
+            values: dict[str, Any] = json.loads(line)
+            answer = EditAnswer.model_validate(values["answer"])
+            entry = _Entry(str(values["request"]), str(values["content"]), answer)
+            self._entries.setdefault(str(values["output"]), []).append(entry)
+        except (ValueError, KeyError, TypeError, ValidationError):
+            return
+
+    def _name(self, output: Path) -> str:
+        """Relative to the journal where possible, so that the folder can be moved."""
+        output = output.absolute()
+        folder = self._path.parent.absolute()
+        return str(output.relative_to(folder) if output.is_relative_to(folder) else output)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    request: str
+    content: str
+    answer: EditAnswer
+
+
+# --- doing it ------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Does what has not been done yet of some items."""
+
+    def __init__(
+        self,
+        edits: FileEdits[Edited],
+        journal: Journal,
+        output_dir: Path,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self._edits = edits
+        self._journal = journal
+        self._output_dir = output_dir
+        self._overwrite = overwrite
+        self._taken: set[str] = set()
+        self._outputs: set[str] = set()
+        self._inputs: frozenset[FileIdentity] = frozenset()
+
+    async def run(self, items: Sequence[Item], report_of: ReportOf) -> BatchAnswer:
+        """Do one after the other, as `file_edits.batch_answer` does.
+
+        Cancelling the call stops the work; what is finished stays and is known to the next run.
+        """
+        paths = [path for item in items for path in (item.image, item.mask) if path is not None]
+        self._inputs = await asyncio.to_thread(self._edits.files.identify, paths)
+
+        async def edit(index: int) -> EditAnswer:
+            return await self._edit(items[index], report_of(index))
+
+        names = [item.name for item in items]
+        return await batch_answer(self._edits.editor, names, edit)
+
+    async def _edit(self, item: Item, report: Report) -> EditAnswer:
+        started = time.monotonic()
+        output = self._plan(item)
+        path = Path(output.shown)
+        inputs = await asyncio.to_thread(self._edits.read, item.image, item.mask)
+        request = _digest_of_request(inputs, item.request)
+        existing = await asyncio.to_thread(_digest_of_file, path)
+        if existing is not None:
+            made = self._journal.made(path, existing)
+            if made is not None and made.request == request:
+                return made.answer.model_copy(update={"message": KEPT, "output_path": str(path)})
+            if made is None and not self._overwrite:
+                raise OutputExistsError(f"{path}, and this batch has not made it")
+        edited = await self._edits.editor.edit_next(
+            inputs.image, item.request, report, output.suffix, inputs.mask
+        )
+        answer = EditAnswer(
+            output_path=str(path),
+            processing_time=round(time.monotonic() - started, 2),
+            metadata=edited.metadata,
+        )
+        content = hashlib.sha256(edited.data).hexdigest()
+        place = output.fixed(inputs.identities, overwrite=existing is not None)
+
+        def finish() -> None:
+            self._journal.note(path, request, content, answer)
+            self._edits.files.publish(place, edited.data)
+
+        await asyncio.to_thread(finish)
+        return answer
+
+    def _plan(self, item: Item) -> Output:
+        """Where the result belongs: the same in every run, whatever lies there."""
+        if item.output is not None:
+            wanted = str(_below(self._output_dir, item.output))
+            output = self._edits.files.plan_output(wanted, self._inputs, overwrite=True)
+        else:
+            output = self._edits.files.plan_default_output(
+                item.image,
+                self._inputs,
+                output_dir=str(self._output_dir),
+                overwrite=True,
+                taken=self._taken,
+            )
+        if (name := output.shown.casefold()) in self._outputs:
+            raise OutputExistsError(f"{output.shown} is the result of an earlier line")
+        self._outputs.add(name)
+        return output
+
+
+def _digest_of_request(inputs: Inputs, request: PictureRequest) -> str:
+    asked = {
+        "image": hashlib.sha256(inputs.image).hexdigest(),
+        "mask": None if inputs.mask is None else hashlib.sha256(inputs.mask).hexdigest(),
+        "arguments": given_in(request, PictureRequest),
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_file(path: Path) -> str | None:
+    """The digest of a file; None if there is none that could be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()

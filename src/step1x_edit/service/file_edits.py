@@ -1,0 +1,213 @@
+"""Edits of files, by any editor: what the command line, MCP and batches do with paths.
+
+An edit is one straight story: read the inputs, decide where the result will go, have the picture
+edited, put the result into its place. A batch is the same story for one picture after the other.
+This module knows nothing about pixels, and does not care where the editor runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from step1x_edit.errors import Step1XEditError, about_the_mask
+from step1x_edit.schemas.requests import (
+    EDITED,
+    GENERATED,
+    BatchAnswer,
+    BatchItem,
+    EditAnswer,
+    EditRequest,
+    ErrorAnswer,
+    GenerateRequest,
+)
+from step1x_edit.service.editor import Edited, Editor, Report, unreported
+from step1x_edit.service.files import FileAccess, FileIdentity, Output
+
+E = TypeVar("E", bound=Edited)
+T = TypeVar("T")
+
+ReportOf: TypeAlias = Callable[[int], Report]
+"""Given the number of a picture in a batch, from 0, what its progress is reported to."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of an edit, read."""
+
+    image: bytes
+    mask: bytes | None
+    identities: frozenset[FileIdentity]
+
+
+@dataclass(frozen=True)
+class Saved(Generic[E]):
+    """The answer for a file that was written, and the pictures before and after."""
+
+    answer: EditAnswer
+    edited: E
+    source: bytes = b""
+    """The file that was edited; empty for a picture made from words alone."""
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Where results go that have no output_path: beside the input, or into `folder`."""
+
+    folder: str | None = None
+    inputs: frozenset[FileIdentity] = frozenset()
+    taken: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class FileEdits(Generic[E]):
+    """The operations on files."""
+
+    editor: Editor[E]
+    files: FileAccess
+
+    async def edit(
+        self,
+        request: EditRequest,
+        report: Report = unreported,
+        image: bytes | None = None,
+        output_dir: str | None = None,
+    ) -> Saved[E]:
+        """Edit one picture and save the result; cancelling the call stops the work, unsaved.
+
+        `image` is the input if it was read already, and `output_dir` the folder for a result
+        without an output_path.
+        """
+        await self.editor.check_room()  # a server without room must not spend memory on pictures
+        return await self._edit(
+            self.editor.edit_picture, request, report, _Outputs(output_dir), image
+        )
+
+    async def edit_unsaved(
+        self, request: EditRequest, report: Report = unreported, image: bytes | None = None
+    ) -> E:
+        """Edit one picture and give the result back as a PNG; all else is as in `edit`."""
+        await self.editor.check_room()
+        inputs = await asyncio.to_thread(self.read, request.image_path, request.mask_path, image)
+        return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
+
+    async def edit_several(
+        self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReportOf
+    ) -> BatchAnswer:
+        """Edit several pictures as `edit_each` does; the inputs of all of them stay as they are."""
+        paths = [request.image_path for request in requests]
+        outputs = _Outputs(output_dir, await asyncio.to_thread(self.files.identify, paths))
+
+        async def edit(index: int) -> EditAnswer:
+            saved = await self._edit(
+                self.editor.edit_next, requests[index], report_of(index), outputs
+            )
+            return saved.answer
+
+        return await batch_answer(self.editor, paths, edit)
+
+    async def generate(self, request: GenerateRequest, report: Report = unreported) -> Saved[E]:
+        """Make one picture from words alone and save it; all else is as in `edit`."""
+        await self.editor.check_room()
+        started = time.monotonic()
+        output = await asyncio.to_thread(self._plan_new, request)
+        made = await self.editor.generate_picture(request, report, output.suffix)
+        return Saved(await self._published(output, made, started, GENERATED), made)
+
+    def read(self, image_path: str, mask_path: str | None, image: bytes | None = None) -> Inputs:
+        """Read the picture, unless it is there already, and the mask if there is one."""
+        identities = set()
+        if image is None:
+            file = self.files.read(image_path)
+            image = file.data
+            identities.add(file.identity)
+        mask = None
+        if mask_path is not None:
+            with about_the_mask():
+                file = self.files.read(mask_path)
+            mask = file.data
+            identities.add(file.identity)
+        return Inputs(image, mask, frozenset(identities))
+
+    async def _edit(
+        self,
+        edit: Callable[..., Awaitable[E]],
+        request: EditRequest,
+        report: Report,
+        outputs: _Outputs,
+        image: bytes | None = None,
+    ) -> Saved[E]:
+        started = time.monotonic()
+
+        def opened() -> tuple[Inputs, Output]:
+            inputs = self.read(request.image_path, request.mask_path, image)
+            return inputs, self._plan(request, inputs.identities, outputs)
+
+        inputs, output = await asyncio.to_thread(opened)
+        edited = await edit(inputs.image, request, report, output.suffix, inputs.mask)
+        return Saved(await self._published(output, edited, started, EDITED), edited, inputs.image)
+
+    async def _published(
+        self, output: Output, edited: E, started: float, message: str
+    ) -> EditAnswer:
+        # Publishing is short and comes last: an edit that is given up before it leaves nothing.
+        path = await asyncio.to_thread(self.files.publish, output, edited.data)
+        return EditAnswer(
+            message=message,
+            output_path=str(path),
+            processing_time=round(time.monotonic() - started, 2),
+            metadata=edited.metadata,
+        )
+
+    def _plan(
+        self, request: EditRequest, inputs: frozenset[FileIdentity], outputs: _Outputs
+    ) -> Output:
+        if request.output_path is not None:
+            return self.files.plan_output(request.output_path, inputs, overwrite=request.overwrite)
+        return self.files.plan_default_output(
+            request.image_path,
+            inputs | outputs.inputs,
+            output_dir=outputs.folder,
+            overwrite=request.overwrite,
+            taken=outputs.taken,
+        )
+
+    def _plan_new(self, request: GenerateRequest) -> Output:
+        if request.output_path is None:
+            return self.files.plan_new_output(request.prompt, overwrite=request.overwrite)
+        return self.files.plan_output(request.output_path, (), overwrite=request.overwrite)
+
+
+# --- several pictures -----------------------------------------------------------------------------
+
+
+async def edit_each(
+    editor: Editor[Any], total: int, edit: Callable[[int], Awaitable[T]]
+) -> AsyncIterator[tuple[int, T | Step1XEditError]]:
+    """Edit one picture after the other by its number, and yield what comes of each.
+
+    What goes wrong with one does not stop the others. Other callers have their turn between two
+    pictures if `edit` uses `Editor.edit_next`. Cancelling the call stops the work.
+    """
+    await editor.check_room()
+    for index in range(total):
+        outcome: T | Step1XEditError
+        try:
+            outcome = await edit(index)
+        except Step1XEditError as error:
+            outcome = error
+        yield index, outcome
+
+
+async def batch_answer(
+    editor: Editor[Any], names: Sequence[str], edit: Callable[[int], Awaitable[EditAnswer]]
+) -> BatchAnswer:
+    """Edit the pictures of these names as `edit_each` does; what is saved when it ends stays."""
+    items: list[BatchItem] = []
+    async for index, outcome in edit_each(editor, len(names), edit):
+        result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
+        items.append(BatchItem(input=names[index], result=result))
+    return BatchAnswer.of(items)

@@ -1,0 +1,1019 @@
+"""Stored jobs: edits that outlive their caller's connection and the server's process.
+
+A job is accepted once it and its input are on the disk, and from then on it ends in exactly one of
+the states `succeeded`, `failed`, `cancelled` and `expired`. Rows live in an SQLite database; inputs
+and result lie beside it in `jobs/<id>/`, under names of our own. What has happened to a job is kept
+as numbered events that can be read again and waited for. What a start cannot read, or files of
+jobs that the database no longer knows, it moves to `jobs-lost/` and reports in the log.
+
+`JobStore` remembers, `JobRunner` runs what waits. Neither knows anything about pictures, models or
+protocols: inputs are bytes, a request is JSON, and the work is an operation given from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeAlias, TypeVar
+
+from step1x_edit.channel import Phase, Progress
+from step1x_edit.errors import (
+    DeadlineExceededError,
+    EditCancelledError,
+    InternalError,
+    InvalidParameterError,
+    JobConflictError,
+    JobInterruptedError,
+    JobNotFoundError,
+    NoSpaceError,
+    ServerBusyError,
+    SettingsError,
+    ShuttingDownError,
+    Step1XEditError,
+)
+from step1x_edit.schemas.requests import JOB_ID_PATTERN, ErrorAnswer, JobState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SCHEMA_VERSION: Final = 2
+DATABASE_NAME: Final = "jobs.sqlite3"
+FOLDER_NAME: Final = "jobs"
+LOST_NAME: Final = "jobs-lost"
+PROGRESS_INTERVAL_S: Final = 1.0
+TIDY_INTERVAL_S: Final = 3600.0
+
+_GUESSED_JOB_S: Final = 10.0  # until the first job has been timed
+_RETRY_S: Final = 5.0  # for a full disk to be emptied
+_ID: Final = re.compile(JOB_ID_PATTERN)
+_INPUT: Final = "input"
+_MASK: Final = "mask"
+_RESULT: Final = "result"
+_ACCEPTED: Final = "accepted"
+"""An empty file beside the input from acceptance until the job is forgotten: if the database does
+not know the job, it has lost it."""
+_NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOCKED: Final = "database is locked"  # Python 3.10 has no names for SQLite's codes
+_FULL: Final = "database or disk is full"
+
+# Absent on Windows, which keeps the entries of a folder without being asked to.
+_O_DIRECTORY: Final[int] = getattr(os, "O_DIRECTORY", 0)
+_O_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
+_O_CLOEXEC: Final[int] = getattr(os, "O_CLOEXEC", 0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it is at one moment; times in seconds since 1970."""
+
+    id: str
+    state: JobState
+    request: Mapping[str, object]
+    has_mask: bool
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    progress: Progress | None
+    position: int | None
+    """The place in the queue, from 1, of a job that waits."""
+    answer: Mapping[str, object] | None
+    """What the operation answered, or an `ErrorAnswer`, once the state is final."""
+
+
+@dataclass(frozen=True)
+class JobInput:
+    """What a job was given: the file of a picture, and that of a mask if there is one."""
+
+    image: bytes
+    """Empty where nothing is edited and the picture is made from words alone."""
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """Some jobs, newest first, and whether there are older ones."""
+
+    jobs: tuple[Job, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """Something that happened to a job: a new state, or progress in the old one."""
+
+    number: int
+    at: float
+    state: JobState
+    progress: Progress | None
+
+
+# --- the database ---------------------------------------------------------------------------------
+# An id begins with a number that grows, so that its order is the order of acceptance.
+
+_VERSION_1: Final = (
+    """CREATE TABLE jobs (
+        id TEXT PRIMARY KEY,
+        state TEXT NOT NULL CHECK (
+            state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired')
+        ),
+        request TEXT NOT NULL,
+        answer TEXT,
+        created_at REAL NOT NULL,
+        started_at REAL,
+        finished_at REAL,
+        phase TEXT,
+        step INTEGER,
+        total INTEGER,
+        size INTEGER NOT NULL
+    ) WITHOUT ROWID""",
+    "CREATE INDEX jobs_by_state ON jobs (state, id)",
+    """CREATE TABLE events (
+        job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        at REAL NOT NULL,
+        state TEXT NOT NULL,
+        phase TEXT,
+        step INTEGER,
+        total INTEGER,
+        PRIMARY KEY (job_id, number)
+    ) WITHOUT ROWID""",
+)
+_VERSION_2: Final = ("ALTER TABLE jobs ADD COLUMN has_mask INTEGER NOT NULL DEFAULT 0",)
+_VERSIONS: Final = (_VERSION_1, _VERSION_2)
+"""What makes each version of the database of the one before; 0 is an empty one."""
+
+_GET: Final = """SELECT *, CASE state WHEN 'queued' THEN (
+        SELECT count(*) FROM jobs AS other WHERE other.state = 'queued' AND other.id <= jobs.id
+    ) END AS position FROM jobs """
+
+# Transitions say which state they leave: of two that race, the second finds nothing to change.
+_START: Final = """UPDATE jobs SET state = :state, started_at = :now
+    WHERE id = :id AND state = 'queued'"""
+_PUT_BACK: Final = """UPDATE jobs
+    SET state = :state, started_at = NULL, phase = NULL, step = NULL, total = NULL
+    WHERE id = :id AND state = 'running'"""
+_NOTE: Final = """UPDATE jobs SET phase = :phase, step = :step, total = :total
+    WHERE id = :id AND state = 'running'"""
+_END: Final = """UPDATE jobs
+    SET state = :state, finished_at = :now, answer = :answer, size = size + :size
+    WHERE id = :id AND state = 'running'"""
+_WITHDRAW: Final = """UPDATE jobs SET state = :state, finished_at = :now, answer = :answer
+    WHERE id = :id AND state IN ('queued', 'running')"""
+_EXPIRE: Final = """UPDATE jobs SET state = :state, finished_at = :now, answer = :answer
+    WHERE id = :id AND state = 'queued'"""
+
+_ADD_EVENT: Final = """INSERT INTO events VALUES (
+        :id, (SELECT coalesce(max(number), 0) + 1 FROM events WHERE job_id = :id),
+        :now, :state, :phase, :step, :total
+    )"""
+
+
+class JobStore:
+    """Jobs and their history. Open while it is entered; to be used on the event loop it entered on.
+
+    All work is done by one thread, which holds the one connection: so calls take effect in order.
+    Besides what is said at each call, they raise ShuttingDownError once the store is closed,
+    NoSpaceError when the disk is full and InternalError when it refuses otherwise.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        max_queued: int = 32,
+        max_bytes: int = 2 * 1024**3,
+        max_age_s: float = 7 * 86400.0,
+        max_wait_s: float = 86400.0,
+        now: Callable[[], float] = time.time,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        """Ended jobs are forgotten after `max_age_s`, and earlier when all need over `max_bytes`.
+
+        A job that has waited for `max_wait_s` expires instead of being run.
+        """
+        self._data_dir = data_dir
+        self._folder = data_dir / FOLDER_NAME
+        self._max_queued = max_queued
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        self._max_wait_s = max_wait_s
+        self._now = now
+        self._random_bytes = random_bytes
+        self._thread: ThreadPoolExecutor | None = None
+        self._listeners: dict[str, set[asyncio.Event]] = {}
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> JobStore:
+        """Open the store; raises SettingsError if another process has it open or a newer one had.
+
+        Jobs that were running when the last process was killed end as interrupted; those that were
+        waiting still wait.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, "job store")
+        try:
+            await asyncio.wrap_future(self._thread.submit(self._open))
+        except BaseException:
+            self._thread.shutdown(wait=False)
+            self._thread = None
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        thread, self._thread = self._thread, None
+        assert thread is not None
+        for job_id in self._listeners:
+            self._wake(job_id)
+        self._arrived.set()
+        await asyncio.wrap_future(thread.submit(self._connection.close))
+        thread.shutdown(wait=False)
+
+    # --- for callers ---
+
+    async def create(
+        self, image: bytes, request: Mapping[str, object], mask: bytes | None = None
+    ) -> Job:
+        """Accept a job: when this returns, the job is on the disk.
+
+        Raises ServerBusyError when the queue is full.
+        """
+        return await self._do(self._create, JobInput(image, mask), json.dumps(dict(request)))
+
+    async def check_room(self) -> None:
+        """Raise what `create` would say now about any job, before anybody sends one."""
+        await self._do(self._check_room, 0)
+
+    async def get(self, job_id: str) -> Job:
+        """The job as it is now; raises JobNotFoundError."""
+        return await self._do(self._get, job_id)
+
+    async def page(self, limit: int = 20, after: str | None = None) -> JobPage:
+        """The newest jobs, or those older than the job `after`, which may have been deleted.
+
+        Raises InvalidParameterError if `after` cannot be an id.
+        """
+        return await self._do(self._page, limit, after)
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once its state is final; raises JobNotFoundError, also when it is deleted."""
+        with self._listening(job_id) as changed:
+            while not (job := await self.get(job_id)).state.is_final:
+                await changed.wait()
+                changed.clear()
+        return job
+
+    async def events_after(self, job_id: str, last_event_id: int = 0) -> AsyncIterator[JobEvent]:
+        """Yield the later events of a job, those to come as well, up to the one that is its end.
+
+        Raises JobNotFoundError; ends early when the job is deleted meanwhile.
+        """
+        await self.get(job_id)
+        with self._listening(job_id) as changed:
+            while True:
+                events, is_over = await self._do(self._events_after, job_id, last_event_id)
+                for event in events:
+                    last_event_id = event.number
+                    yield event
+                if is_over:
+                    return
+                await changed.wait()
+                changed.clear()
+
+    async def read_input(self, job_id: str) -> JobInput:
+        """What the job was given; raises JobNotFoundError."""
+        return await self._do(self._read_input, job_id)
+
+    async def read_result(self, job_id: str) -> bytes:
+        """What the job made; raises JobNotFoundError, or JobConflictError if it has no result."""
+        return await self._do(self._read_result, job_id)
+
+    async def cancel(self, job_id: str) -> Job:
+        """Withdraw a job that waits or runs, and return it; a job that has ended stays as it is."""
+        return await self._do(self._cancel, job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget a job with all its files; raises JobConflictError while it is running."""
+        await self._do(self._delete, job_id)
+
+    async def tidy(self) -> None:
+        """Expire what has waited too long and forget what is too old or too much.
+
+        Happens by itself whenever the store is opened and a job comes or ends.
+        """
+        await self._do(self._tidy)
+
+    # --- for whoever runs the jobs ---
+
+    async def start_next(self) -> Job:
+        """Take the job that has waited longest, now running; waits until there is one."""
+        while (job := await self._do(self._start_next)) is None:
+            await self._arrived.wait()
+            self._arrived.clear()
+        return job
+
+    async def note(self, job_id: str, progress: Progress) -> None:
+        """Record how far a running job has come, about once a second and at each new phase."""
+        await self._do(self._note, job_id, progress)
+
+    async def succeed(self, job_id: str, result: bytes, answer: Mapping[str, object]) -> bool:
+        """End a running job with its result; False, and nothing is kept, if it has ended before."""
+        return await self._do(self._succeed, job_id, result, json.dumps(dict(answer)))
+
+    async def end(self, job_id: str, error: Step1XEditError) -> bool:
+        """End a running job with an error; False if it has ended before."""
+        return await self._do(self._end, job_id, error)
+
+    async def put_back(self) -> None:
+        """Have jobs that are said to run wait again, in their old places: nobody runs them now."""
+        await self._do(self._put_back)
+
+    # --- between the event loop and the thread ---
+
+    async def _do(self, work: Callable[..., T], *arguments: object) -> T:
+        if self._thread is None:
+            raise ShuttingDownError()
+        return await asyncio.wrap_future(self._thread.submit(_in_our_words, work, *arguments))
+
+    @contextlib.contextmanager
+    def _listening(self, job_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever something has happened to the job."""
+        changed = asyncio.Event()
+        listeners = self._listeners.setdefault(job_id, set())
+        listeners.add(changed)
+        try:
+            yield changed
+        finally:
+            listeners.discard(changed)
+            if not listeners:
+                self._listeners.pop(job_id, None)
+
+    def _wake(self, job_id: str) -> None:
+        for listener in self._listeners.get(job_id, ()):
+            listener.set()
+
+    def _tell(self, wake: Callable[..., object], *arguments: object) -> None:
+        """From the thread: a caller who has given up must not keep the news from the others."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+            self._loop.call_soon_threadsafe(wake, *arguments)
+
+    # --- opening, on the thread -------------------------------------------------------------------
+
+    def _open(self) -> None:
+        path = self._data_dir / DATABASE_NAME
+        try:
+            self._connect(path)
+        except (OSError, sqlite3.Error) as error:
+            raise SettingsError(f"DATA_DIR: {path} cannot be written ({_why(error)})") from None
+        try:
+            try:
+                self._begin(path)
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise
+                self._connection.close()
+                self._start_over(path, error)
+        except BaseException as error:
+            self._connection.close()
+            if not isinstance(error, OSError | sqlite3.Error):
+                raise
+            if str(error) == _LOCKED:
+                raise SettingsError(f"DATA_DIR: {path} is in use by another process") from None
+            raise SettingsError(f"DATA_DIR: {path} cannot be used ({_why(error)})") from None
+
+    def _connect(self, path: Path) -> None:
+        self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | _O_CLOEXEC, 0o600))
+        _sync_folder(self._data_dir)
+        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+
+    def _begin(self, path: Path) -> None:
+        self._prepare(path)
+        self._set_rows_aside()
+        (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        newest = self._connection.execute("SELECT max(id) FROM jobs").fetchone()[0]
+        self._last_number = int(newest[:12], 16) if newest else 0
+        self._interrupt()
+        self._sweep()
+        self._tidy()
+
+    def _start_over(self, path: Path, error: sqlite3.Error) -> None:
+        """Begin with no jobs, because the database is damaged; everything is kept elsewhere."""
+        folder = self._set_aside(
+            self._folder, *(path.with_name(path.name + end) for end in ("", "-wal", "-shm"))
+        )
+        log.error(
+            "%s is damaged (%s): all stored jobs are lost; what is left of them is in %s",
+            *(path, _why(error), folder),
+        )
+        self._connect(path)
+        self._begin(path)
+
+    def _prepare(self, path: Path) -> None:
+        self._connection.row_factory = sqlite3.Row
+        self._connection.text_factory = _text
+        for pragma in (
+            # Nobody else may even read: the database itself is the lock, and a kill unlocks it.
+            "locking_mode = EXCLUSIVE",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+        ):
+            self._connection.execute(f"PRAGMA {pragma}")
+        with self._transaction():
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if version > SCHEMA_VERSION:
+                raise SettingsError(
+                    f"DATA_DIR: {path} was written by a newer step1x-edit "
+                    f"(version {version}, this one knows {SCHEMA_VERSION})"
+                )
+            for statements in _VERSIONS[version:]:
+                for statement in statements:
+                    self._connection.execute(statement)
+            if version != SCHEMA_VERSION:
+                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _interrupt(self) -> None:
+        """End what was running when the last process was killed: it may have been the reason."""
+        error = JobInterruptedError("the server ended while it was running")
+        for job_id in self._ids("SELECT id FROM jobs WHERE state = 'running'"):
+            self._move(_END, job_id, JobState.FAILED, answer=_answer(error), size=0)
+
+    def _sweep(self) -> None:
+        """Remove files of jobs that were never accepted, and results that were never recorded."""
+        lost = []
+        for folder in self._folder.iterdir():
+            if not _ID.fullmatch(folder.name):
+                continue  # not ours
+            job = self._find(folder.name)
+            if job is None and (folder / _ACCEPTED).exists():
+                lost.append(folder)
+            elif job is None:
+                _remove(folder)
+            else:
+                _mark_accepted(folder)  # or a kill has come before that, or an older version
+                if job.state is not JobState.SUCCEEDED:
+                    self._drop_result(job.id)
+        if lost:
+            kept = self._set_aside(*lost)
+            names = ", ".join(folder.name for folder in lost)
+            log.error("the database has lost stored jobs; their files are in %s: %s", kept, names)
+
+    def _set_rows_aside(self) -> None:
+        """Take rows that cannot be read out of the database, and keep them as files."""
+        rows = self._connection.execute("SELECT *, NULL AS position FROM jobs").fetchall()
+        for row in rows:
+            try:
+                _job(row)
+            except ValueError as error:
+                self._set_row_aside(row, error)
+
+    def _set_row_aside(self, row: sqlite3.Row, error: ValueError) -> None:
+        job_id = row["id"]
+        events = self._connection.execute("SELECT * FROM events WHERE job_id = ?", (job_id,))
+        kept = json.dumps({"job": dict(row), "events": [*map(dict, events)]}, default=repr)
+        is_id = isinstance(job_id, str) and _ID.fullmatch(job_id)
+        folder = self._set_aside(*([self._folder / job_id] if is_id else []))
+        _write(folder / f"row-{secrets.token_hex(8)}.json", kept.encode())
+        self._connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+        log.error("the stored job %s cannot be read (%s); it is in %s", job_id, error, folder)
+
+    def _set_aside(self, *paths: Path) -> Path:
+        """Move files and folders that are not understood to where nothing is removed."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._now()))
+        folder = self._data_dir / LOST_NAME / f"{stamp}-{secrets.token_hex(4)}"
+        folder.mkdir(mode=0o700, parents=True)
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(folder / path.name)
+        _sync_folder(folder)
+        return folder
+
+    # --- reading, on the thread -------------------------------------------------------------------
+
+    def _find(self, job_id: str) -> Job | None:
+        if not _ID.fullmatch(job_id):
+            return None  # and not every text can be asked for
+        row = self._connection.execute(_GET + "WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else _readable(row)
+
+    def _get(self, job_id: str) -> Job:
+        if (job := self._find(job_id)) is None:
+            raise JobNotFoundError(job_id)
+        return job
+
+    def _page(self, limit: int, after: str | None) -> JobPage:
+        if after is not None and not _ID.fullmatch(after):
+            raise InvalidParameterError(f"after must be the id of a job, got {after!r}")
+        jobs: list[Job] = []
+        rows = self._connection.execute(
+            _GET + "WHERE :after IS NULL OR id < :after ORDER BY id DESC", {"after": after}
+        )
+        while len(jobs) <= limit and (row := rows.fetchone()) is not None:
+            if (job := _readable(row)) is not None:
+                jobs.append(job)
+        rows.close()
+        return JobPage(tuple(jobs[:limit]), len(jobs) > limit)
+
+    def _events_after(self, job_id: str, last: int) -> tuple[list[JobEvent], bool]:
+        job = self._find(job_id)
+        rows = self._connection.execute(
+            "SELECT * FROM events WHERE job_id = ? AND number > ? ORDER BY number", (job_id, last)
+        )
+        events = [event for event in map(_event, rows) if event is not None]
+        return events, job is None or job.state.is_final
+
+    def _read_input(self, job_id: str) -> JobInput:
+        job = self._get(job_id)
+        folder = self._folder / job.id
+        # The row says so: a mask whose file has gone must not be taken for none.
+        mask = (folder / _MASK).read_bytes() if job.has_mask else None
+        return JobInput((folder / _INPUT).read_bytes(), mask)
+
+    def _read_result(self, job_id: str) -> bytes:
+        job = self._get(job_id)
+        if job.state is not JobState.SUCCEEDED:
+            raise JobConflictError(f"job {job_id} has no result, it is {job.state.value}")
+        try:
+            return (self._folder / job.id / _RESULT).read_bytes()
+        except FileNotFoundError:
+            raise JobConflictError(f"job {job_id} has no result any more") from None
+
+    def _ids(self, query: str, *values: object) -> list[str]:
+        return [row["id"] for row in self._connection.execute(query, values)]
+
+    def _number(self, query: str) -> float | None:
+        number: float | None = self._connection.execute(query).fetchone()[0]
+        return number
+
+    # --- accepting and forgetting, on the thread --------------------------------------------------
+
+    def _create(self, given: JobInput, request: str) -> Job:
+        size = len(given.image) + len(given.mask or b"")
+        self._tidy()
+        self._check_room(size)  # before history gives way to a job that is refused
+        self._tidy(needed=size)
+        self._last_number += 1
+        job_id = f"{self._last_number:012x}{self._random_bytes(16).hex()}"
+        folder = self._folder / job_id
+        try:
+            folder.mkdir(mode=0o700)
+            _write(folder / _INPUT, given.image)
+            if given.mask is not None:
+                _write(folder / _MASK, given.mask)
+            _sync_folder(folder)
+            _sync_folder(self._folder)
+            with self._transaction():
+                now = self._now()
+                self._connection.execute(
+                    """INSERT INTO jobs (id, state, request, created_at, size, has_mask)
+                    VALUES (?, 'queued', ?, ?, ?, ?)""",
+                    (job_id, request, now, size, given.mask is not None),
+                )
+                self._add_event(job_id, now, JobState.QUEUED)
+        except BaseException:
+            _remove(folder)
+            raise
+        _mark_accepted(folder)
+        self._tell(self._arrived.set)
+        return self._get(job_id)
+
+    def _check_room(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise NoSpaceError("the image is larger than all that stored jobs may occupy")
+        waiting = int(self._number("SELECT count(*) FROM jobs WHERE state = 'queued'") or 0)
+        unfinished = self._number("SELECT sum(size) FROM jobs WHERE finished_at IS NULL") or 0
+        if waiting < self._max_queued and unfinished + size <= self._max_bytes:
+            return
+        usual_s = self._number(
+            """SELECT avg(finished_at - started_at) FROM (
+                SELECT started_at, finished_at FROM jobs WHERE state = 'succeeded'
+                ORDER BY id DESC LIMIT 10
+            )"""
+        )
+        wait_s = max(1, math.ceil((usual_s or _GUESSED_JOB_S) * (waiting + 1)))
+        raise ServerBusyError(
+            f"{waiting} jobs are waiting, try again in {wait_s} s", retry_after_s=wait_s
+        )
+
+    def _delete(self, job_id: str) -> None:
+        if self._get(job_id).state is JobState.RUNNING:
+            raise JobConflictError(f"job {job_id} is running; cancel it first")
+        self._forget([job_id])
+
+    def _tidy(self, needed: int = 0, keep: str = "") -> None:
+        """Make room for `needed` bytes, the oldest ended jobs first, but not of the job `keep`."""
+        now = self._now()
+        waited = DeadlineExceededError(f"the job has waited for {self._max_wait_s:g} s")
+        for job_id in self._ids(
+            "SELECT id FROM jobs WHERE state = 'queued' AND created_at <= ?", now - self._max_wait_s
+        ):
+            self._move(_EXPIRE, job_id, JobState.EXPIRED, answer=_answer(waited))
+        self._forget(self._ids("SELECT id FROM jobs WHERE finished_at <= ?", now - self._max_age_s))
+        surplus = (self._number("SELECT sum(size) FROM jobs") or 0) + needed - self._max_bytes
+        too_much = []
+        for row in self._connection.execute(
+            "SELECT id, size FROM jobs WHERE finished_at IS NOT NULL ORDER BY finished_at, id"
+        ):
+            if surplus <= 0:
+                break
+            if row["id"] != keep:
+                too_much.append(row["id"])
+                surplus -= row["size"]
+        self._forget(too_much)
+
+    def _forget(self, job_ids: Iterable[str]) -> None:
+        """Rows first: what is killed in between leaves folders that the next start sweeps."""
+        for job_id in job_ids:
+            with contextlib.suppress(OSError):
+                (self._folder / job_id / _ACCEPTED).unlink()
+            with self._transaction():
+                self._connection.execute(
+                    "DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)
+                )
+            _remove(self._folder / job_id)
+            self._tell(self._wake, job_id)
+
+    # --- from state to state, on the thread -------------------------------------------------------
+
+    def _start_next(self) -> Job | None:
+        self._tidy()
+        for job_id in self._ids("SELECT id FROM jobs WHERE state = 'queued' ORDER BY id LIMIT 1"):
+            self._move(_START, job_id, JobState.RUNNING)
+            return self._get(job_id)
+        return None
+
+    def _note(self, job_id: str, progress: Progress) -> None:
+        row = self._connection.execute(
+            """SELECT *, coalesce(
+                (SELECT at FROM events WHERE job_id = id ORDER BY number DESC LIMIT 1), 0
+            ) AS told_at FROM jobs WHERE id = ?""",
+            (job_id,),
+        ).fetchone()
+        if row is not None and _is_news(progress, _progress(row), self._now() - row["told_at"]):
+            self._move(_NOTE, job_id, JobState.RUNNING, progress)
+
+    def _succeed(self, job_id: str, result: bytes, answer: str) -> bool:
+        job = self._find(job_id)
+        if job is None or job.state is not JobState.RUNNING:
+            return False
+        folder = self._folder / job.id
+        _write(folder / _RESULT, result)
+        _sync_folder(folder)
+        is_first = self._move(_END, job_id, JobState.SUCCEEDED, answer=answer, size=len(result))
+        self._tidy(keep=job_id)
+        return is_first
+
+    def _end(self, job_id: str, error: Step1XEditError) -> bool:
+        match error:
+            case EditCancelledError():
+                state = JobState.CANCELLED
+            case DeadlineExceededError():
+                state = JobState.EXPIRED
+            case _:
+                state = JobState.FAILED
+        if not self._move(_END, job_id, state, answer=_answer(error), size=0):
+            return False
+        self._drop_result(job_id)
+        self._tidy(keep=job_id)
+        return True
+
+    def _cancel(self, job_id: str) -> Job:
+        self._get(job_id)
+        answer = _answer(EditCancelledError())
+        if self._move(_WITHDRAW, job_id, JobState.CANCELLED, answer=answer):
+            self._drop_result(job_id)
+        return self._get(job_id)
+
+    def _drop_result(self, job_id: str) -> None:
+        """A result that could not be recorded as such is none."""
+        (self._folder / job_id / _RESULT).unlink(missing_ok=True)
+
+    def _put_back(self) -> None:
+        for job_id in self._ids("SELECT id FROM jobs WHERE state = 'running'"):
+            self._move(_PUT_BACK, job_id, JobState.QUEUED)
+        self._tell(self._arrived.set)
+
+    def _move(
+        self,
+        statement: str,
+        job_id: str,
+        state: JobState,
+        progress: Progress | None = None,
+        **values: str | int,
+    ) -> bool:
+        """Change a job and record it as an event, both or none; False if its state forbids that."""
+        now = self._now()
+        with self._transaction():
+            moved = self._connection.execute(
+                statement,
+                {
+                    "id": job_id,
+                    "state": state.value,
+                    "now": now,
+                    **_columns(progress),
+                    **values,
+                },
+            )
+            if moved.rowcount == 0:
+                return False
+            self._add_event(job_id, now, state, progress)
+        self._tell(self._wake, job_id)
+        return True
+
+    def _add_event(
+        self, job_id: str, now: float, state: JobState, progress: Progress | None = None
+    ) -> None:
+        self._connection.execute(
+            _ADD_EVENT, {"id": job_id, "now": now, "state": state.value, **_columns(progress)}
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+
+# --- running --------------------------------------------------------------------------------------
+
+Operation: TypeAlias = Callable[
+    [JobInput, Mapping[str, object], Callable[[Progress], Awaitable[None]]],
+    Awaitable[tuple[bytes, Mapping[str, object]]],
+]
+"""The work: takes what the job was given, the request and whom to tell how far it has come; returns
+the result and the answer. It can be cancelled, and says with a Step1XEditError what went wrong."""
+
+
+class JobRunner:
+    """Runs the jobs of a store one after the other, in order, while it is entered.
+
+    When it is left, the running job is stopped and waits again. An operation that raises
+    ShuttingDownError has the same effect: nothing is wrong with its job.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        operation: Operation,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._store = store
+        self._operation = operation
+        self._pause = pause
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> JobRunner:
+        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._keep_tidy())]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await _stop(*self._tasks)
+        with contextlib.suppress(NoSpaceError, InternalError):  # then it ends as interrupted
+            await self._store.put_back()
+
+    async def _work(self) -> None:
+        with contextlib.suppress(ShuttingDownError):
+            while True:
+                job = await self._insist(self._store.start_next)
+                log.info("job %s started", job.id)
+                await self._run(job)
+
+    async def _keep_tidy(self) -> None:
+        with contextlib.suppress(ShuttingDownError):
+            while True:
+                await self._pause(TIDY_INTERVAL_S)
+                await self._insist(self._store.tidy)
+
+    async def _run(self, job: Job) -> None:
+        """Work until it is done or somebody has cancelled the job."""
+        attempt = asyncio.create_task(self._attempt(job))
+        end = asyncio.create_task(self._insist(partial(self._store.wait, job.id)))
+        try:
+            await asyncio.wait({attempt, end}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _stop(attempt, end)
+        if attempt.cancelled():  # unless the job has been cancelled, the operation has given up
+            await self._insist(partial(self._store.end, job.id, EditCancelledError()))
+        else:
+            attempt.result()
+
+    async def _attempt(self, job: Job) -> None:
+        try:
+            result, answer = await self._operate(job)
+            await self._store.succeed(job.id, result, answer)
+        except ShuttingDownError:
+            raise
+        except Step1XEditError as error:
+            log.info("job %s: %s", job.id, error)
+            await self._insist(partial(self._store.end, job.id, error))
+        except Exception:  # a job must not take the others with it
+            log.exception("job %s", job.id)
+            unknown = InternalError(f"job {job.id} failed, the log says how")
+            await self._insist(partial(self._store.end, job.id, unknown))
+
+    async def _operate(self, job: Job) -> tuple[bytes, Mapping[str, object]]:
+        async def report(progress: Progress) -> None:
+            with contextlib.suppress(NoSpaceError, InternalError):  # no reason to stop the work
+                await self._store.note(job.id, progress)
+
+        given = await self._store.read_input(job.id)
+        while True:
+            try:
+                return await self._operation(given, job.request, report)
+            except ServerBusyError as error:  # others fill the line; this job has been accepted
+                await self._pause(error.retry_after_s or _RETRY_S)
+
+    async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
+        """Take a step that must not be left out, again and again while the disk refuses it."""
+        while True:
+            try:
+                return await step()
+            except (NoSpaceError, InternalError) as error:
+                log.warning("%s; trying again in %g s", error, _RETRY_S)
+                await self._pause(_RETRY_S)
+
+
+async def _stop(*tasks: asyncio.Task[T]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def _readable(row: sqlite3.Row) -> Job | None:
+    """The job of a row; None, with a line in the log, if the row is damaged."""
+    try:
+        return _job(row)
+    except ValueError as error:
+        log.error("the stored job %s cannot be read (%s) and is left out", row["id"], error)
+        return None
+
+
+def _job(row: sqlite3.Row) -> Job:
+    """The job of a row; raises ValueError if the row is not one that we have written."""
+    for name in ("id", "state", "request"):
+        _check_kind(row, name, str)
+    for name in ("answer", "phase"):
+        _check_kind(row, name, str, type(None))
+    _check_kind(row, "created_at", float)
+    for name in ("started_at", "finished_at"):
+        _check_kind(row, name, float, type(None))
+    for name in ("size", "has_mask"):
+        _check_kind(row, name, int)
+    if not _ID.fullmatch(row["id"]):
+        raise ValueError("its id is none")
+    state = JobState(row["state"])
+    if state.is_final != (row["finished_at"] is not None):
+        raise ValueError("its state and its times contradict each other")
+    return Job(
+        id=row["id"],
+        state=state,
+        request=_object(row["request"]),
+        has_mask=bool(row["has_mask"]),
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        progress=_progress(row),
+        position=row["position"],
+        answer=None if row["answer"] is None else _object(row["answer"]),
+    )
+
+
+def _check_kind(row: sqlite3.Row, name: str, *kinds: type) -> None:
+    if not isinstance(row[name], kinds):
+        raise ValueError(f"{name} is of the wrong kind")
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def _event(row: sqlite3.Row) -> JobEvent | None:
+    try:
+        _check_kind(row, "at", float)
+        return JobEvent(row["number"], row["at"], JobState(row["state"]), _progress(row))
+    except ValueError as error:
+        log.error("an event of job %s cannot be read (%s)", row["job_id"], error)
+        return None
+
+
+def _progress(row: sqlite3.Row) -> Progress | None:
+    if row["phase"] is None:
+        return None
+    for name in ("step", "total"):
+        _check_kind(row, name, int, type(None))
+    return Progress(Phase(row["phase"]), row["step"], row["total"])
+
+
+def _text(data: bytes) -> str | bytes:
+    """A text as the database holds it; bytes if it is none, for the row to be found damaged."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    """Whether the database itself is at fault, not the disk or another process."""
+    words = ("no such ", "already exists", "duplicate column", "malformed")
+    return type(error) is sqlite3.DatabaseError or any(word in str(error) for word in words)
+
+
+def _columns(progress: Progress | None) -> dict[str, str | int | None]:
+    if progress is None:
+        return {"phase": None, "step": None, "total": None}
+    return {"phase": progress.phase.value, "step": progress.step, "total": progress.total}
+
+
+def _answer(error: Step1XEditError) -> str:
+    return json.dumps(ErrorAnswer.of(error).to_dict())
+
+
+def _is_news(progress: Progress, last: Progress | None, age_s: float) -> bool:
+    if last is None or progress.phase is not last.phase:
+        return True
+    is_recent = 0 <= age_s < PROGRESS_INTERVAL_S  # a clock may have been set back
+    return progress != last and not is_recent
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+def _in_our_words(work: Callable[..., T], *arguments: object) -> T:
+    try:
+        return work(*arguments)
+    except (OSError, sqlite3.Error) as error:
+        log.warning("stored jobs: %s", error)
+        if str(error) == _FULL or (isinstance(error, OSError) and error.errno in _NO_SPACE):
+            raise NoSpaceError("no space left for stored jobs") from None
+        raise InternalError("stored jobs cannot be reached") from None
+
+
+def _why(error: OSError | sqlite3.Error) -> str:
+    is_system = isinstance(error, OSError) and error.errno
+    return os.strerror(is_system).lower() if is_system else str(error)
+
+
+def _write(path: Path, data: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _O_BINARY | _O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file.fileno(), rest) :]
+        os.fsync(file.fileno())
+
+
+def _mark_accepted(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # without it only the protection against losses is missing
+        (folder / _ACCEPTED).touch(mode=0o600)
+
+
+def _sync_folder(folder: Path) -> None:
+    if _O_DIRECTORY:
+        descriptor = os.open(folder, os.O_RDONLY | _O_DIRECTORY | _O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; what cannot be removed now is swept at the next start."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("%s cannot be removed (%s)", folder, error)

@@ -1,0 +1,711 @@
+"""The service: pictures, GPU operations and status, for every interface.
+
+An edit is one straight story: decode the picture, have the engine edit, bring the result back to
+its size, keep what a mask says must stay, encode it, say how it was made. `file_edits` does the
+same with files. The service knows nothing about protocols, and of the model only what the engine
+says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+
+from step1x_edit.channel import (
+    GIB,
+    EditJob,
+    Outcome,
+    Phase,
+    Placement,
+    Progress,
+    Residence,
+    Start,
+)
+from step1x_edit.checkpoints.memory_plan import spared
+from step1x_edit.engine.engine import (
+    HEARTBEAT_S,
+    Clock,
+    Edit,
+    EditResult,
+    Engine,
+    EngineStatus,
+    StartWorker,
+)
+from step1x_edit.engine.machine import Survey, check_device, look
+from step1x_edit.engine.worker_process import WorkerProcess
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    InvalidParameterError,
+    ModelUnavailableError,
+    NoSpaceError,
+    Step1XEditError,
+    about_the_mask,
+)
+from step1x_edit.hub.catalog import CATALOG
+from step1x_edit.hub.pulled import resolve_model_path
+from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
+from step1x_edit.model.sizes import fit_size
+from step1x_edit.schemas.requests import (
+    CHOSEN_BY_THE_OPERATOR,
+    MAX_PROMPT_LENGTH,
+    MAX_SEED,
+    SUGGESTED,
+    BatchRequest,
+    EditMetadata,
+    EditRecord,
+    EditRequest,
+    EstimateAnswer,
+    GeneratePictureRequest,
+    GenerateRequest,
+    GenerationRecord,
+    GpuAnswer,
+    GpuStatistics,
+    GpuStatus,
+    HowToGenerate,
+    HowToMake,
+    PictureRequest,
+    PlanStatus,
+    Reasoning,
+    Record,
+    StatusAnswer,
+    Suggestion,
+    check_loras,
+    how_of,
+    loras_of,
+    read_request,
+    strengths_of,
+)
+from step1x_edit.service.editor import Report, unreported
+from step1x_edit.service.files import FileAccess, nearest_existing
+from step1x_edit.settings import MEBI, Settings
+
+if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
+    from step1x_edit.pictures.images import Picture, Pixels
+
+T = TypeVar("T")
+_Request = TypeVar("_Request", bound=HowToMake)
+_Asked: TypeAlias = PictureRequest | GeneratePictureRequest
+
+LOOK_S: Final = 60.0
+"""How long an estimate waits for the process that looks at the checkpoint."""
+LOOKED_FOR_S: Final = 600.0
+"""How long its answer is believed: the memory that is free changes."""
+
+
+@dataclass(frozen=True)
+class EditedPicture:
+    """A picture, edited or made from words alone, as the bytes of a file, and how it was made."""
+
+    picture: Picture
+    data: bytes
+    metadata: EditMetadata
+    processing_time: float
+    rounds: tuple[bytes, ...] = ()
+    """Small JPEGs of what each round of a reflection has painted."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is edited: a picture, and the mask of what may change in it, if there is one."""
+
+    picture: Picture
+    mask: Pixels | None = None
+    mask_sha256: str | None = None
+
+
+class EditService:
+    """The operations. Collaborators come from outside; `build_service` brings the usual ones."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        files: FileAccess,
+        settings: Settings,
+        look_around: Callable[[], Survey] | None = None,
+    ) -> None:
+        """`look_around` finds out about a model that is not loaded; it may take long."""
+        self._engine = engine
+        self.files = files
+        """The files of callers, for the doors that take paths."""
+        self._settings = settings
+        self._limits = settings.limits
+        self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
+        self._outcomes: Counter[str] = Counter()
+        self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
+        self._looking: asyncio.Future[Survey] | None = None
+        self._seen: tuple[float, Survey] | None = None
+
+    @property
+    def defaults(self) -> Mapping[str, int | float]:
+        """What the operator has chosen for parameters that a caller leaves out."""
+        return {name: getattr(self._settings, f"default_{name}") for name in CHOSEN_BY_THE_OPERATOR}
+
+    @property
+    def loras(self) -> Mapping[str, float]:
+        """The LoRAs that edits can ask for, and how much of each is added if they do not."""
+        return MappingProxyType(self._loras)
+
+    def read_edit(self, arguments: Mapping[str, object]) -> EditRequest:
+        """Make a request of what a caller gave; raises InvalidParameterError.
+
+        None counts as not given where a parameter may be left out: language models like to send it.
+        """
+        return self._read(EditRequest, arguments)
+
+    def read_picture(self, arguments: Mapping[str, object]) -> PictureRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(PictureRequest, arguments)
+
+    def read_generate(self, arguments: Mapping[str, object]) -> GenerateRequest:
+        """Make a request of what a caller gave, as `read_edit` does.
+
+        Raises InvalidParameterError too if it is known already that the model only edits.
+        """
+        request = self._read(GenerateRequest, arguments)
+        self._check_can_generate()
+        return request
+
+    def read_generate_picture(self, arguments: Mapping[str, object]) -> GeneratePictureRequest:
+        """Make a request of what a caller gave, as `read_generate` does."""
+        request = self._read(GeneratePictureRequest, arguments)
+        self._check_can_generate()
+        return request
+
+    def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
+        """Make a request of what a caller gave, as `read_edit` does."""
+        return self._read(BatchRequest, arguments)
+
+    async def edit_picture(
+        self,
+        data: bytes,
+        request: PictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+        mask: bytes | None = None,
+        previews: int = 0,
+    ) -> EditedPicture:
+        """Edit a picture that the caller has sent, and give the result back; no file is touched.
+
+        `suffix` chooses the format as that of an output does, `mask` is a picture of what may
+        change. Up to `previews` of the reported steps carry a preview. Cancelling the call stops
+        the work.
+        """
+        await self.check_room()  # a server without room must not spend memory on pictures
+        return await self._edit(data, request, report, suffix, mask, self._submit(previews))
+
+    async def edit_next(
+        self,
+        data: bytes,
+        request: PictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+        mask: bytes | None = None,
+    ) -> EditedPicture:
+        """Edit the next picture of a batch that `check_room` has let in; all else as above."""
+        return await self._edit(data, request, report, suffix, mask, self._engine.submit_next)
+
+    async def generate_picture(
+        self,
+        request: GeneratePictureRequest,
+        report: Report = unreported,
+        suffix: str = ".png",
+        previews: int = 0,
+    ) -> EditedPicture:
+        """Make a picture from words alone and give it back; all else is as in `edit_picture`.
+
+        Raises InvalidParameterError if it is known already that the model only edits.
+        """
+        self._check_can_generate()
+        await self.check_room()
+        return await self._edit(None, request, report, suffix, None, self._submit(previews))
+
+    async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
+        """Raise what `edit_picture` would say about these bytes, without editing them."""
+        await asyncio.to_thread(self._decode, data, mask, ".png")
+
+    async def preview(self, data: bytes, side: int) -> bytes:
+        """A small JPEG of a picture, at most `side` pixels wide and high."""
+
+        def show() -> bytes:
+            from step1x_edit.pictures import images
+
+            return images.preview(images.decode(data, self._limits), side)
+
+        return await asyncio.to_thread(show)
+
+    def status(self) -> StatusAnswer:
+        """Where the model is and what it occupies; never waits."""
+        return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether the model is at work, or on its way to it."""
+        return self._engine.status().is_editing
+
+    @property
+    def version(self) -> str | None:
+        """That of the model, known once it has been loaded, or if a setting names it."""
+        return self._engine.status().residence.version or named_version(self._settings)
+
+    @property
+    def can_reason(self) -> bool:
+        """Whether edits may think and reflect, as far as is known before the model is loaded."""
+        return self.version is None or self.version in REASONING
+
+    @property
+    def suggestion(self) -> Suggestion | None:
+        """What the authors recommend for the model, if it is known and the defaults differ."""
+        return suggestion_for(self.version, self._settings)
+
+    async def estimate(
+        self,
+        request: PictureRequest,
+        size: tuple[int, int] | None = None,
+        n: int = 1,
+        previews: int = 0,
+    ) -> EstimateAnswer:
+        """What `n` such edits of a picture of this size (or of a square one) would take.
+
+        Nothing is run and no worker is started; about a model that has not been loaded a process
+        of its own finds out. Raises what such a picture or the checkpoint would be told.
+        """
+        from step1x_edit.pictures import images
+
+        width, height = size or (request.size_level, request.size_level)
+        images.check_size(width, height, self._limits)
+        status, note = self._engine.status(), None
+        residence = status.residence
+        if residence.placement is None:
+            seen = await self._survey()
+            note = seen.torch_error
+            residence = Residence(
+                model=seen.checkpoint,
+                device=seen.device,
+                size_multiple=seen.size_multiple,
+                placement=seen.placement,
+            )
+        placement = residence.placement
+        multiple = residence.size_multiple or self._usual_multiple
+        working = fit_size(width, height, request.size_level, multiple)
+        job = replace(_job(request, None, seed=0), previews=previews)
+        seconds = self._engine.predicted_s(job)
+        return EstimateAnswer(
+            width=working[0],
+            height=working[1],
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            size_level=request.size_level,
+            n=n,
+            predicted_seconds=None if seconds is None else round(n * seconds, 1),
+            predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,
+            must_load=_must_load(status.residence),
+            queue_length=status.queue_length,
+            model=residence.model,
+            device=residence.device,
+            reason=placement.reason if placement else None,
+            note=note,
+        )
+
+    @property
+    def _usual_multiple(self) -> int:
+        """Of what the sides of a working size are multiples, where nobody has looked."""
+        return (DEMO if self._settings.model_path is None else V1_1).size_multiple
+
+    async def _survey(self) -> Survey:
+        """What is known of a model that is not loaded; whoever asks meanwhile waits along.
+
+        Raises what stands in the way of edits.
+        """
+        if self._seen is None or self._seen[0] < time.monotonic() - LOOKED_FOR_S:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.ensure_future(asyncio.to_thread(self._look_around))
+            seen = await asyncio.shield(self._looking)
+            if seen.torch_error is None:
+                self._seen = (time.monotonic(), seen)
+        else:
+            seen = self._seen[1]
+        if seen.device_error is not None:
+            raise ModelUnavailableError(f"DEVICE {seen.device}: {seen.device_error}")
+        if seen.checkpoint_error is not None:
+            raise CheckpointError(seen.checkpoint_error)
+        return seen
+
+    @property
+    def outcomes(self) -> Mapping[str, int]:
+        """How many edits have ended how since the start: "success", or the code of the error."""
+        return MappingProxyType(self._outcomes)
+
+    @property
+    def readiness(self) -> Mapping[str, Callable[[], None]]:
+        """The checks that the next edit depends on; each raises an error, without any path."""
+        checks = {
+            "room in the queue": self._engine.check_room,
+            "worker": self._engine.check_restarts,
+            "checkpoint": self._check_checkpoint,
+        }
+        if self._settings.enable_api:
+            checks["disk for stored jobs"] = self._check_disk
+        return checks
+
+    async def check_room(self) -> None:
+        """Raise what an edit would be refused for now, before its picture is read."""
+        self._engine.check_room()
+
+    def _check_checkpoint(self) -> None:
+        path = resolve_model_path(self._settings.model_path, self._settings.data_dir)
+        if path is not None and not os.path.exists(path):  # noqa: PTH110 - pathlib's can raise
+            raise CheckpointError("there is nothing at MODEL_PATH")
+
+    def _check_disk(self) -> None:
+        """Raise NoSpaceError if DATA_DIR cannot take the largest picture that a job may bring."""
+        folder = self._settings.data_dir
+        try:
+            free = shutil.disk_usage(nearest_existing(folder)).free
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO).lower()
+            raise NoSpaceError(f"DATA_DIR cannot be reached ({reason})") from None
+        if free < self._settings.max_bytes:
+            raise NoSpaceError(
+                f"{free / MEBI:.0f} MiB are free in DATA_DIR, and a picture may have "
+                f"{self._settings.max_upload_mb} (MAX_UPLOAD_MB)"
+            )
+
+    async def offload(self) -> GpuAnswer:
+        """Move the model from the GPU to host memory, before the next edit."""
+        status = await _moving(self._engine.offload())
+        if status.residence.location == "Unloaded":
+            return self._moved("Nothing to offload. Model location:", status)
+        return self._moved("GPU offloaded. Model now on", status)
+
+    async def release(self) -> GpuAnswer:
+        """Let go of the model and of all memory it holds, before the next edit."""
+        return self._moved("GPU released. Model location:", await _moving(self._engine.release()))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop the running edit, end the waiting ones and take no more."""
+        self._engine.close(timeout_s)
+
+    def _check_can_generate(self) -> None:
+        """Refuse without a worker what a version that is certain cannot do."""
+        residence = self._engine.status().residence
+        version = residence.version or _certain_version(self._settings)
+        if version in ONLY_EDITING:
+            raise InvalidParameterError(
+                "text to image needs Step1X-Edit v1.1; the model here is "
+                f"{residence.model or version}"
+            )
+
+    def _read(self, kind: type[_Request], arguments: Mapping[str, object]) -> _Request:
+        fields = kind.model_fields
+        given = {
+            name: value
+            for name, value in arguments.items()
+            if value is not None or name not in fields or fields[name].is_required()
+        }
+        return self._completed(read_request(kind, given))
+
+    def _completed(self, request: _Request) -> _Request:
+        """The request with the operator's defaults for what it leaves open; checks its LoRAs."""
+        check_loras(strengths_of(request.loras or []), self._loras)
+        left_open = type(request).model_fields.keys() - request.model_fields_set
+        defaults = {name: value for name, value in self.defaults.items() if name in left_open}
+        return request.model_copy(update=defaults)
+
+    async def _edit(
+        self,
+        data: bytes | None,
+        request: _Asked,
+        report: Report,
+        suffix: str,
+        mask: bytes | None,
+        submit: Callable[[EditJob], Edit],
+    ) -> EditedPicture:
+        """Edit a picture, or make one if there is none."""
+        started = time.monotonic()
+        request = self._completed(request)
+        seed, source = _seed_of(request), None
+        if data is not None:
+            source = await asyncio.to_thread(self._decode, data, mask, suffix)
+        with self._counted():
+            result = await _run(submit(_job(request, source, seed)), report)
+            record = _record(request, seed, result, source)
+
+            def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
+                from step1x_edit.pictures import images
+
+                picture, share = _restored(result.outcome.image, source)
+                data = images.encode(picture, suffix, record)
+                return picture, share, data, _rounds(result.outcome, source)
+
+            picture, share, encoded, rounds = await _aside(finished, Progress(Phase.SAVING), report)
+        return EditedPicture(
+            picture,
+            encoded,
+            _metadata(record, result, picture, share),
+            processing_time=round(time.monotonic() - started, 2),
+            rounds=rounds,
+        )
+
+    def _submit(self, previews: int) -> Callable[[EditJob], Edit]:
+        return lambda job: self._engine.submit(replace(job, previews=previews))
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        outcome = "internal"
+        try:
+            yield
+            outcome = "success"
+        except asyncio.CancelledError:
+            outcome = EditCancelledError.code
+            raise
+        except Step1XEditError as error:
+            outcome = error.code
+            raise
+        finally:
+            self._outcomes[outcome] += 1
+
+    def _moved(self, message: str, status: EngineStatus) -> GpuAnswer:
+        residence = status.residence
+        return GpuAnswer(
+            message=f"{message} {residence.location}, "
+            f"GPU memory: {residence.memory.allocated_gb:.2f}GB",
+            gpu_status=self._gpu_status(status),
+        )
+
+    def _gpu_status(self, status: EngineStatus) -> GpuStatus:
+        residence = status.residence
+        return GpuStatus(
+            model_location=residence.location,
+            idle_time=round(status.idle_time_s, 1),
+            idle_timeout=self._settings.gpu_idle_timeout,
+            gpu_memory_allocated_gb=round(residence.memory.allocated_gb, 2),
+            gpu_memory_reserved_gb=round(residence.memory.reserved_gb, 2),
+            auto_monitor_running=status.is_monitoring,
+            statistics=GpuStatistics(
+                total_loads=status.total_loads,
+                gpu_to_cpu=status.gpu_to_cpu,
+                cpu_to_gpu=status.cpu_to_gpu,
+                full_releases=status.full_releases,
+            ),
+            model=residence.model,
+            device=residence.device,
+            queue_length=status.queue_length,
+            plan=None if residence.placement is None else _plan_status(residence.placement),
+            loras=list(self._loras) or None,
+            loras_in_model=loras_of(residence.loras) or None,
+        )
+
+    def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:
+        from step1x_edit.pictures import images
+
+        picture = images.decode(data, self._limits)
+        images.check_encodable(picture, suffix)
+        if mask is None:
+            return _Source(picture)
+        with about_the_mask():
+            decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
+        return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
+
+
+def with_seed(request: _Request) -> _Request:
+    """The same request; where it leaves the seed to chance, one is drawn now."""
+    return request.model_copy(update={"seed": _seed_of(request)})
+
+
+def _seed_of(request: HowToMake) -> int:
+    return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
+
+
+async def _run(edit: Edit, report: Report) -> EditResult:
+    try:
+        async for event in edit.events():
+            await report(event)
+        return await edit.result()
+    finally:
+        edit.cancel()  # does nothing to an edit that has ended
+
+
+async def _moving(move: Future[EngineStatus]) -> EngineStatus:
+    """Wait for a move of the model; who gives up waiting does not stop it."""
+    return await asyncio.shield(asyncio.wrap_future(move))
+
+
+async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T:
+    """Work in a thread, with a sign of life now and while it takes long."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    await report(progress)
+    while not (await asyncio.wait({task}, timeout=HEARTBEAT_S))[0]:
+        await report(progress)
+    return task.result()
+
+
+def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
+    """The edited picture as its source was, and the share that changed if there was a mask."""
+    from step1x_edit.pictures import images
+
+    if source is None:
+        return images.Picture(edited), None
+    picture = images.restore(edited, source.picture)
+    if source.mask is None:
+        return picture, None
+    picture = images.blend(picture, source.picture, source.mask)
+    return picture, images.changed_share(source.picture.pixels, picture.pixels)
+
+
+def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
+    """What each round has painted, as it is shown: without what a mask or alpha would hide."""
+    from step1x_edit.pictures import images
+
+    profile = None if source is None else source.picture.icc_profile
+    return tuple(
+        images.preview(
+            images.Picture(pixels, icc_profile=profile),
+            max_base64_bytes=images.ROUND_BASE64_BYTES,
+        )
+        for pixels in (() if outcome.rounds is None else outcome.rounds)
+    )
+
+
+def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
+    loras = None if request.loras is None else strengths_of(request.loras)
+    asked = {**how_of(request), "prompt": request.prompt, "seed": seed, "loras": loras}
+    return EditJob(image=None if source is None else source.picture.pixels, **asked)
+
+
+def _record(request: _Asked, seed: int, result: EditResult, source: _Source | None) -> Record:
+    made = {
+        **how_of(request),
+        "model": result.residence.model_with_loras or "",
+        "prompt": request.prompt,
+        "seed": seed,
+        "loras": loras_of(result.residence.loras) or None,
+    }
+    if isinstance(request, HowToGenerate):
+        return GenerationRecord(**made)
+    if not request.reflection:
+        made["reflection_rounds"] = None
+    rewritten = (result.outcome.reasoning or {}).get("prompt") or ""
+    return EditRecord(
+        **made,
+        mask_sha256=None if source is None else source.mask_sha256,
+        rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
+    )
+
+
+def _metadata(
+    record: Record, result: EditResult, picture: Picture, changed_share: float | None
+) -> EditMetadata:
+    residence, reasoning = result.residence, result.outcome.reasoning
+    made = record.model_dump(include=set(EditMetadata.model_fields))
+    if isinstance(record, EditRecord):
+        made["negative_prompt"] = record.negative_prompt or None  # empty is usual, and no news
+    made["width"], made["height"] = picture.width, picture.height
+    return EditMetadata(
+        **made,
+        gpu_location=residence.location,
+        gpu_memory_gb=round(residence.memory.allocated_gb, 2),
+        device=residence.device,
+        warning="; ".join(filter(None, (result.outcome.warning, picture.warning))) or None,
+        changed_share=None if changed_share is None else round(changed_share, 4),
+        reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
+    )
+
+
+def _plan_status(placement: Placement) -> PlanStatus:
+    """The placement for people: figures that are estimated or fluctuate need few digits."""
+    return PlanStatus(
+        **{
+            name: round(value, 2) if isinstance(value, float) else value
+            for name, value in vars(placement).items()
+        }
+    )
+
+
+def _peak_at(placement: Placement, size_level: int) -> float | None:
+    """GiB that an edit at this size level is expected to need on the device."""
+    if placement.predicted_peak_gb is None:
+        return None
+    less = spared(size_level, placement.joint_branches)
+    return round(placement.predicted_peak_gb - less / GIB, 2)
+
+
+def _must_load(residence: Residence) -> bool:
+    """Whether the next edit has to bring the model to where it computes."""
+    return residence.location != ("CPU" if residence.device == "cpu" else "GPU")
+
+
+def named_version(settings: Settings) -> str | None:
+    """The version of the model as the settings name it, if they do; nothing is opened."""
+    if settings.model_version != "auto":
+        return settings.model_version
+    if settings.model_path is None:
+        return DEMO.version
+    name = settings.model_path.name
+    versions = {each.name: each.version for each in CATALOG}
+    return name if name in SUGGESTED else versions.get(name)
+
+
+def _certain_version(settings: Settings) -> str | None:
+    """The version that the model must have, if the settings leave no other."""
+    if settings.model_version != "auto":
+        return settings.model_version
+    return DEMO.version if settings.model_path is None else None
+
+
+def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None:
+    """What is recommended for a version, if the operator's defaults are others."""
+    suggested = SUGGESTED.get(version or "")
+    chosen = Suggestion(settings.default_num_steps, settings.default_guidance_scale)
+    return None if suggested == chosen else suggested
+
+
+def start_of(settings: Settings) -> Start:
+    """What a worker is told about the model to run."""
+    return Start(
+        model_path=None if settings.model_path is None else str(settings.model_path),
+        data_dir=str(settings.data_dir),
+        model_version=settings.model_version,
+        device=settings.device,
+        log_level=settings.log_level,
+        loras={str(path): strength for path, strength in settings.lora_path.items()},
+        log_format=settings.log_format,
+        precision=settings.precision,
+    )
+
+
+def build_service(
+    settings: Settings,
+    start: StartWorker | None = None,
+    clock: Clock | None = None,
+    look_around: Callable[[], Survey] | None = None,
+) -> EditService:
+    """Wire the service that all interfaces use; `start` brings another worker than the usual.
+
+    Raises SettingsError if the usual one cannot have its DEVICE.
+    """
+    if start is None:
+        check_device(settings.device)
+    engine = Engine(
+        start or partial(WorkerProcess, start_of(settings)),
+        max_queue=settings.max_queue,
+        edit_timeout_s=settings.edit_timeout,
+        idle_timeout_s=settings.gpu_idle_timeout,
+        release_timeout_s=settings.gpu_release_timeout,
+        clock=clock,
+    )
+    files = FileAccess(settings.allowed_dirs, settings.max_bytes)
+    return EditService(engine, files, settings, look_around)

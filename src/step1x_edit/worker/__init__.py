@@ -1,0 +1,1 @@
+"""The child process that owns torch, the model and the device."""

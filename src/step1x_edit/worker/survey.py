@@ -1,0 +1,91 @@
+"""The process that finds out what this machine and its checkpoint are; it may import torch.
+
+`python -m step1x_edit.worker.survey` reads a `Start` as JSON from stdin, as a worker is given it,
+and writes a `Survey` as JSON to stdout. The network is built and the headers of its files are
+checked as for an edit, but no weights are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+
+from step1x_edit.channel import GIB, Start, name_with_loras
+from step1x_edit.engine.machine import Survey, first_line
+from step1x_edit.errors import Step1XEditError
+
+
+def survey(start: Start) -> Survey:
+    """Look at everything that can be looked at."""
+    from step1x_edit.worker.process import import_libraries
+
+    try:
+        import_libraries()
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library in C that it needs is missing
+        return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
+    found = Survey(torch=torch.__version__)
+    return _with_checkpoint(_with_device(found, start), start)
+
+
+def _with_device(found: Survey, start: Start) -> Survey:
+    import torch
+
+    from step1x_edit.worker.process import chosen_device
+
+    name = chosen_device(start)
+    if not name.startswith("cuda"):
+        return dataclasses.replace(found, device=name)
+    try:
+        free, total = torch.cuda.mem_get_info(name)
+        shown = f"{name}, {torch.cuda.get_device_name(name)}"
+    except (RuntimeError, AssertionError, ValueError) as error:
+        return dataclasses.replace(found, device=name, device_error=first_line(str(error)))
+    return dataclasses.replace(
+        found,
+        device=shown,
+        device_free_gb=round(free / GIB, 1),
+        device_total_gb=round(total / GIB, 1),
+    )
+
+
+def _with_checkpoint(found: Survey, start: Start) -> Survey:
+    from step1x_edit.checkpoints.arena import blocks_of
+    from step1x_edit.worker.process import chosen_device, open_chosen, place_of, plan_for
+    from step1x_edit.worker.residency import placement_of, precision_of
+
+    try:
+        opened = open_chosen(start)
+        loras = opened.loras.changes()
+    except (Step1XEditError, OSError) as error:
+        return dataclasses.replace(found, checkpoint_error=first_line(str(error)))
+    placement = None
+    if found.device_error is None:
+        place = place_of(chosen_device(start))
+        plan = None
+        if place is not None:
+            plan = dataclasses.replace(plan_for(place, blocks_of(opened.weights)), host=opened.host)
+        placement = placement_of(plan, precision_of(opened.weights), opened.host)
+    return dataclasses.replace(
+        found,
+        size_multiple=opened.checkpoint.pipeline.config.size_multiple,
+        placement=placement,
+        checkpoint=name_with_loras(opened.checkpoint.name, loras.strengths),
+        version=opened.checkpoint.version,
+        weights_gb=round(sum(weight.size for weight in opened.weights) / GIB, 2),
+    )
+
+
+def main() -> None:
+    """Answer whoever has started us; what libraries print does not get into the answer."""
+    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    with answer:
+        json.dump(dataclasses.asdict(survey(Start(**json.load(sys.stdin)))), answer)
+        answer.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""LoRA files: read in both ways of writing them, added to the weights, refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from command_line import edit
+from step1x_edit.checkpoints.keymap import transformer_links
+from step1x_edit.checkpoints.lora import Lora, deltas, read_lora
+from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint, read_checkpoint, write_demo
+from step1x_edit.errors import CheckpointError
+from step1x_edit.model.config import TINY
+from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.transformer import Transformer
+from step1x_edit.worker.residency import Residency
+from tiny import a_picture, tiny_pipeline
+
+CONFIG = TINY.transformer
+LINKS = transformer_links(CONFIG)
+NETWORK = Transformer(CONFIG)
+SHAPES = {name: tuple(tensor.shape) for name, tensor in NETWORK.state_dict().items()}
+RANK = 3
+
+
+def factors(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The two thin matrices of a change: down (rank, in) and up (out, rank)."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(RANK, columns, generator=generator),
+        torch.randn(rows, RANK, generator=generator),
+    )
+
+
+def kohya(module: str, alpha: float = 6.0) -> dict[str, Tensor]:
+    down, up = factors(*SHAPES[f"{module}.weight"])
+    key = "lora_unet_" + module.replace(".", "_")
+    return {
+        f"{key}.lora_down.weight": down,
+        f"{key}.lora_up.weight": up,
+        f"{key}.alpha": torch.tensor(alpha),
+    }
+
+
+def written(path: Path, tensors: dict[str, Tensor], **metadata: str) -> Path:
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def read(path: Path) -> Lora:
+    return read_lora(path, SHAPES, LINKS)
+
+
+def added(*loras: tuple[Lora, float]) -> dict[str, Tensor]:
+    """What is added to each of the official weights that change."""
+    delta_of = deltas(loras, LINKS)
+    found = {name: delta_of(name) for name in SHAPES}
+    return {name: delta for name, delta in found.items() if delta is not None}
+
+
+def test_kohyas_way_is_up_times_down_times_alpha_by_rank(tmp_path: Path) -> None:
+    module = "double_blocks.0.img_attn.qkv"
+    lora = read(written(tmp_path / "hand.safetensors", kohya(module, alpha=6.0)))
+
+    down, up = factors(*SHAPES[f"{module}.weight"])
+    assert lora.name == "hand"
+    torch.testing.assert_close(added((lora, 1.0)), {f"{module}.weight": 2.0 * up @ down})
+
+
+def test_several_files_add_up_by_their_strengths(tmp_path: Path) -> None:
+    first = read(written(tmp_path / "a.safetensors", kohya("single_blocks.0.linear2")))
+    second = read(written(tmp_path / "b.safetensors", kohya("single_blocks.0.linear2", 3.0)))
+
+    once, twice = added((first, 1.0)), added((first, 0.5), (second, -1.0))
+
+    name = "single_blocks.0.linear2.weight"
+    torch.testing.assert_close(twice[name], (0.5 - 0.5) * once[name], atol=1e-5, rtol=0)
+    assert once[name].abs().max() > 1
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", ""])
+def test_pefts_way_names_the_parts_of_fused_weights(tmp_path: Path, prefix: str) -> None:
+    down, up = factors(CONFIG.hidden_size, CONFIG.hidden_size)
+    key = f"{prefix}single_transformer_blocks.1.attn.to_v"
+    file = written(
+        tmp_path / "v.safetensors",
+        {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up},
+        lora_adapter_metadata=json.dumps({"transformer.lora_alpha": 1.5}),
+    )
+
+    found = added((read(file), 1.0))
+
+    expected = torch.zeros(SHAPES["single_blocks.1.linear1.weight"])
+    d = CONFIG.hidden_size
+    expected[2 * d : 3 * d] = 0.5 * up @ down  # q, k, v, MLP
+    torch.testing.assert_close(found, {"single_blocks.1.linear1.weight": expected})
+
+
+def test_the_alpha_of_peft_may_lie_beside_the_file_and_is_the_rank_otherwise(
+    tmp_path: Path,
+) -> None:
+    down, up = factors(*SHAPES["img_in.weight"])
+    tensors = {"x_embedder.lora_A.weight": down, "x_embedder.lora_B.weight": up}
+    file = written(tmp_path / "adapter_model.safetensors", tensors)
+    alone = added((read(file), 1.0))["img_in.weight"]
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 12}')
+    beside = added((read(file), 1.0))["img_in.weight"]
+
+    torch.testing.assert_close(alone, up @ down)
+    torch.testing.assert_close(beside, 4 * up @ down)
+
+
+def test_both_layouts_of_the_weights_change_alike(tmp_path: Path) -> None:
+    """A fused change, written once for the fused weight and once for each of its parts."""
+    module = "double_blocks.0.txt_attn.qkv"
+    down, up = factors(*SHAPES[f"{module}.weight"])
+    fused = written(tmp_path / "fused.safetensors", kohya(module, alpha=float(RANK)))
+    parts = {}
+    ups = up.split(CONFIG.hidden_size)
+    for name, part in zip(("add_q_proj", "add_k_proj", "add_v_proj"), ups, strict=True):
+        key = f"transformer.transformer_blocks.0.attn.{name}"
+        parts |= {f"{key}.lora_A.weight": down.clone(), f"{key}.lora_B.weight": part.clone()}
+    split = written(tmp_path / "split.safetensors", parts)
+
+    torch.testing.assert_close(added((read(fused), 1.0)), added((read(split), 1.0)))
+
+
+def test_every_linear_layer_of_the_blocks_is_reached(tmp_path: Path) -> None:
+    """The published LoRA has 10 modules per double and 3 per single block: 304 at full size."""
+    modules = [
+        name.removesuffix(".weight")
+        for name, shape in SHAPES.items()
+        if name.startswith(("double_blocks", "single_blocks"))
+        and name.endswith(".weight")
+        and len(shape) == 2
+    ]
+    tensors = {key: value for module in modules for key, value in kohya(module).items()}
+
+    lora = read(written(tmp_path / "all.safetensors", tensors))
+
+    assert len(modules) == 10 * CONFIG.depth + 3 * CONFIG.depth_single
+    assert set(added((lora, 1.0))) == {f"{module}.weight" for module in modules}
+
+
+def test_what_is_not_for_the_transformer_is_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = kohya("single_blocks.0.linear1") | {"lora_te_x.lora_down.weight": torch.ones(1, 1)}
+
+    lora = read(written(tmp_path / "both.safetensors", tensors))
+
+    assert list(lora.changes) == ["single_blocks.0.linear1.weight"]
+    assert "lora_te_x.lora_down.weight" in caplog.text
+
+
+def without_up(tensors: dict[str, Tensor]) -> None:
+    del tensors[next(key for key in tensors if "lora_up" in key)]
+
+
+def of_another_width(tensors: dict[str, Tensor]) -> None:
+    key = next(key for key in tensors if "lora_down" in key)
+    tensors[key] = torch.ones(RANK, 5)
+
+
+def of_another_rank(tensors: dict[str, Tensor]) -> None:
+    key = next(key for key in tensors if "lora_down" in key)
+    tensors[key] = torch.ones(RANK + 1, tensors[key].shape[1])
+
+
+def with_nan(tensors: dict[str, Tensor]) -> None:
+    next(iter(tensors.values()))[0, 0] = torch.nan
+
+
+def of_another_method(tensors: dict[str, Tensor]) -> None:
+    tensors["lora_unet_single_blocks_0_linear1.dora_scale"] = torch.ones(1)
+
+
+def of_another_model(tensors: dict[str, Tensor]) -> None:
+    tensors.clear()
+    tensors["lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight"] = torch.ones(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (without_up, "x.safetensors has only a part of the change of single_blocks.0.linear1"),
+        (of_another_width, "it was made for another model"),
+        (of_another_rank, "by matrices that do not fit"),
+        (with_nan, "by numbers that are not finite"),
+        (of_another_method, "x.safetensors is no plain LoRA"),
+        (of_another_model, "x.safetensors is no LoRA for Step1X-Edit"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], sentence: str
+) -> None:
+    tensors = kohya("single_blocks.0.linear1")
+    damage(tensors)
+
+    with pytest.raises(CheckpointError, match=sentence) as refused:
+        read(written(tmp_path / "x.safetensors", tensors))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_a_pickle_and_rubbish_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rubbish.safetensors").write_bytes(b"not a header")
+    for name in ("missing.safetensors", "rubbish.safetensors"):
+        with pytest.raises(CheckpointError, match=f"cannot read .*{name}"):
+            read(tmp_path / name)
+    with pytest.raises(CheckpointError, match="only safetensors are accepted"):
+        read(tmp_path / "lora.pt")
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny checkpoint, and beside it a LoRA."""
+    write_demo(tmp_path / "model", tiny_pipeline())
+    written(tmp_path / "hand.safetensors", kohya("single_blocks.1.linear1"))
+    return tmp_path
+
+
+def picture(pipeline: EditPipeline) -> np.ndarray:
+    *_, edited = pipeline.edit(NetworkRequest(a_picture(), "night", num_steps=2, size_level=64))
+    return edited.image
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_the_model_edits_as_if_it_had_been_stored_with_the_lora_in_it(
+    folder: Path, device: torch.device | None
+) -> None:
+    plain = read_checkpoint(folder / "model").pipeline
+    before = picture(plain)
+    with torch.no_grad():
+        weight = plain.transformer.single_blocks[1].linear1.weight
+        down, up = factors(*weight.shape)
+        weight += 0.5 * 2.0 * up @ down
+    merged_by_hand = picture(plain)
+
+    loras = {folder / "hand.safetensors": 0.5}
+    residency = Residency(lambda: open_checkpoint(folder / "model", loras=loras), device)
+    for _ in range(2):  # also after it has been away from the device
+        residency.onload()
+        with residency.on_device() as checkpoint:
+            assert (picture(checkpoint.pipeline) == merged_by_hand).all()
+        residency.offload()
+
+    assert residency.loras == {"hand": 0.5}
+    assert (before != merged_by_hand).any()
+
+
+def test_the_files_of_the_model_stay_as_they_are(folder: Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    before = file.read_bytes()
+
+    read_checkpoint(folder / "model", loras={folder / "hand.safetensors": 1.0})
+
+    assert file.read_bytes() == before
+
+
+def demo_lora(path: Path) -> Path:
+    """A LoRA for the embedded checkpoint, strong enough to be seen."""
+    weights = load_file(DEMO_FOLDER / "model.safetensors")
+    weight = weights["transformer.final_layer.linear.weight"]
+    down, up = factors(*weight.shape)
+    return written(
+        path,
+        {
+            "lora_unet_final_layer_linear.lora_down.weight": down,
+            "lora_unet_final_layer_linear.lora_up.weight": 0.02 * up,
+        },
+    )
+
+
+def test_the_setting_changes_the_picture_and_the_answer_says_so(tmp_path: Path) -> None:
+    Image.fromarray(a_picture(96, 64)).save(tmp_path / "photo.png")
+    lora = demo_lora(tmp_path / "look.safetensors")
+
+    without = edit(tmp_path, "without.png")
+    changed = edit(tmp_path, "with.png", LORA_PATH=f"{lora}@0.5")
+    missing = edit(tmp_path, "missing.png", LORA_PATH=str(tmp_path / "no.safetensors"))
+
+    assert json.loads(without.stdout)["metadata"]["model"] == "demo"
+    assert json.loads(changed.stdout)["metadata"]["model"] == "demo with LoRA look 0.5"
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("without.png", "with.png")]
+    assert (pictures[0] != pictures[1]).mean() > 0.2
+    assert missing.returncode == 1
+    assert json.loads(missing.stdout)["error"].startswith("Manager not initialized: cannot read ")
+    assert not (tmp_path / "missing.png").exists()

@@ -1,0 +1,257 @@
+"""`step1x-edit doctor` and `models`: what this machine has, and what stands in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fakes import STREAMED
+from server_process import FAKE, started
+from step1x_edit.channel import Start
+from step1x_edit.checkpoints.read import write_demo
+from step1x_edit.engine.host_memory import HostMemory
+from step1x_edit.engine.machine import Survey, look
+from step1x_edit.interfaces.cli import app
+from step1x_edit.schemas.requests import SUGGESTED
+from step1x_edit.worker.process import STAND_IN
+from step1x_edit.worker.survey import survey
+from tiny import tiny_pipeline
+
+run = CliRunner()
+
+
+def doctor(folder: Path, **settings: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code, and what was found by name; in a process, because torch must not be in it."""
+    code = (
+        "import sys\n"
+        "from step1x_edit.interfaces.cli import app\n"
+        "try: app(['doctor', '--json'])\n"
+        "finally: assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "DATA_DIR": str(folder / "data"), **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    answer = json.loads(done.stdout)
+    assert (answer["status"] == "success") == (done.returncode == 0)
+    return done.returncode, {check["name"]: check for check in answer["checks"]}
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def test_a_machine_that_can_run_the_demo_is_told_so(tmp_path: Path) -> None:
+    exit_code, found = doctor(tmp_path, PORT=free_port(), DEVICE="cpu")
+
+    assert exit_code == 0
+    assert {check["state"] for check in found.values()} <= {"ok", "note"}
+    assert found["torch"]["text"].startswith("torch 2.")
+    assert found["device"]["text"] == "cpu"
+    assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GiB of weights")
+    assert found["port"]["text"].endswith("is free")
+    assert not (tmp_path / "data").exists()  # it only looks
+
+
+def test_what_stands_in_the_way_is_marked_and_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "step1x-edit.safetensors").write_bytes(b"cut short")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = {
+            "MODEL_PATH": str(tmp_path / "step1x-edit.safetensors"),
+            "DATA_DIR": str(tmp_path / "file" / "data"),
+            "DEVICE": "cuda:99",
+            "PORT": str(taken.getsockname()[1]),
+        }
+        exit_code, found = doctor(tmp_path, **settings)
+
+    assert exit_code == 1
+    failed = {name: check["text"] for name, check in found.items() if check["state"] == "fail"}
+    assert failed.keys() == {"data", "device", "checkpoint"}
+    assert failed["data"].endswith("file is not a folder")
+    assert failed["device"].startswith("DEVICE cuda:99: ")
+    assert "step1x-edit.safetensors" in failed["checkpoint"]
+    assert found["port"]["state"] == "note"
+    assert "could not listen" in found["port"]["text"]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere"
+)
+def test_a_data_folder_without_permission_is_told(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+
+    exit_code, found = doctor(tmp_path, DATA_DIR=str(tmp_path / "closed" / "data"))
+
+    assert exit_code == 1
+    assert "no permission" in found["data"]["text"]
+
+
+def test_wrong_settings_are_the_first_thing_to_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "many")
+
+    result = run.invoke(app, ["doctor"])
+
+    assert result.exit_code == 1
+    assert "fail settings    Invalid settings: PORT must be a whole number" in result.stdout
+    assert "stands in the way" in result.stderr
+
+
+def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
+    broken = tmp_path / "transformers"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise ImportError('half installed')")
+
+    exit_code, found = doctor(tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+
+    assert exit_code == 1
+    assert found["torch"]["state"] == "fail"
+    assert "half installed" in found["torch"]["text"]
+
+
+def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
+    """What doctor says of a machine like this, by name; only the looking is left out."""
+    monkeypatch.setattr("step1x_edit.engine.machine.look", lambda start: seen)
+    result = run.invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0
+    return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
+
+
+CARD = Survey(
+    torch="2.13",
+    device="cuda, a card",
+    device_free_gb=7.6,
+    device_total_gb=8.0,
+    checkpoint="Step1X-Edit v1.1",
+    version="v1.1",
+    weights_gb=39.0,
+    placement=STREAMED,
+)
+
+
+def test_how_the_model_fits_on_the_card_is_what_the_plan_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = surveyed(monkeypatch, CARD)
+    too_large = surveyed(monkeypatch, replace(CARD, device_free_gb=2.0))
+
+    assert fits["plan"] == (
+        f"fits: {STREAMED.reason}; an edit needs about 7.4 GiB of the 7.6 GiB that are free"
+    )
+    assert "more than" not in fits["checkpoint"]
+    assert too_large["plan"].startswith("may not fit: 31 % of the core")
+    assert "defaults" not in fits  # they are what the authors suggest for v1.1
+
+
+@pytest.mark.parametrize(
+    ("version", "suggested"),
+    [
+        ("v1.2", "suggested: num_steps 50, guidance_scale 6.0 for v1.2"),
+        ("v1.2-preview", "suggested: num_steps 28, guidance_scale 4.0 for v1.2-preview"),
+    ],
+)
+def test_other_defaults_are_suggested_for_versions_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, version: str, suggested: str
+) -> None:
+    found = surveyed(monkeypatch, replace(CARD, version=version))
+    for name in ("num_steps", "guidance_scale"):
+        value = getattr(SUGGESTED[version], name)
+        monkeypatch.setenv(f"DEFAULT_{name.upper()}", str(value))
+    followed = surveyed(monkeypatch, replace(CARD, version=version))
+
+    assert found["defaults"].startswith(suggested)
+    assert "DEFAULT_NUM_STEPS" in found["defaults"]
+    assert "defaults" not in followed
+
+
+def test_a_survey_foresees_the_plan_without_loading_anything(tmp_path: Path) -> None:
+    write_demo(tmp_path / "checkpoint", tiny_pipeline())
+
+    seen = survey(Start(model_path=str(tmp_path / "checkpoint"), device=STAND_IN))
+
+    assert seen.size_multiple == 16
+    assert seen.placement is not None
+    assert seen.placement.reason == "everything fits"
+    assert seen.placement.precision == "fp32"
+    assert seen.placement.predicted_peak_gb > seen.weights_gb  # type: ignore[operator]
+
+
+def test_a_running_server_is_told_of(tmp_path: Path) -> None:
+    with started(FAKE, tmp_path) as server:
+        url = server.url()
+        _, found = doctor(tmp_path, DATA_DIR=str(server.data_dir))
+
+    assert url in found["server"]["text"]
+    assert "port" not in found
+
+
+def test_a_survey_looks_with_the_eyes_of_a_worker() -> None:
+    seen = look(Start(device="cpu", model_version="v1.1"))
+
+    assert seen.checkpoint_error is not None
+    assert "MODEL_VERSION is v1.1, but the checkpoint is demo" in seen.checkpoint_error
+
+
+def test_models_lists_what_there_is_and_marks_what_would_run() -> None:
+    result = run.invoke(app, ["models", "list", "--json"])
+
+    found: list[dict[str, Any]] = json.loads(result.stdout)["models"]
+    assert [model["name"] for model in found if model["runs"]] == ["demo"]
+    assert Path(found[0]["place"], "model.safetensors").stat().st_size / 1e9 < found[0]["disk_gb"]
+    assert {"v1.0", "v1.1", "v1.1-diffusers"} <= {model["name"] for model in found}
+
+
+def test_models_tells_why_the_chosen_one_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(3_000_000))
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path))
+
+    result = run.invoke(app, ["models", "list"])
+
+    assert result.exit_code == 0
+    assert f"\n{'':20}{tmp_path}\n{'':20}does not run: Manager not initialized" in result.stdout
+    assert "3 MB on disk" in result.stdout
+    assert "\n* " not in f"\n{result.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("device", "total_gb", "recommended"),
+    [
+        ("cuda:0, NVIDIA H200", 128, "v1.1 (it needs 10 GB of memory beside a GPU"),
+        ("cuda:0, a small card", 8, "demo (v1.1 needs 10 GB of memory beside a GPU"),
+        ("cpu", 64, "v1.1 (it needs 26 GB of memory without a GPU"),
+        ("cpu", 16, "demo (v1.1 needs 26 GB of memory without a GPU"),
+    ],
+)
+def test_the_list_of_models_recommends_what_suits_the_machine(
+    monkeypatch: pytest.MonkeyPatch, device: str, total_gb: int, recommended: str
+) -> None:
+    memory = HostMemory(total_gb * 10**9, total_gb * 10**9)
+    monkeypatch.setattr("step1x_edit.engine.host_memory.look", lambda: memory)
+    monkeypatch.setattr(
+        "step1x_edit.engine.machine.look", lambda start: Survey(torch="2.13.0", device=device)
+    )
+
+    told = run.invoke(app, ["models", "list"]).stdout.splitlines()[-1]
+    answer = json.loads(run.invoke(app, ["models", "list", "--json"]).stdout)
+
+    assert told.startswith(f"Recommended for this machine: {recommended}")
+    assert answer["recommended"] == recommended.split()[0]

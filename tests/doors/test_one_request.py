@@ -1,0 +1,310 @@
+"""A parameter of an edit is named once: what `HowToEdit` has is at every door, by its name."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from fastmcp import Client
+from PIL import Image
+from typer.testing import CliRunner
+
+from fakes import FakeWorker
+from http_server import TOKEN, serving, until
+from step1x_edit.channel import EditJob
+from step1x_edit.interfaces.cli import app as cli
+from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.page.texts import translations
+from step1x_edit.model.request import NetworkRequest
+from step1x_edit.pictures.images import read_edit_record
+from step1x_edit.schemas.requests import HowToEdit, ImageEditRequest, Parameter, parameters_of
+from step1x_edit.service.service import EditService, build_service
+from step1x_edit.settings import Settings
+
+PARAMETERS = parameters_of(HowToEdit)
+NAMES = list(PARAMETERS)
+FLAGS = {"loras": "--lora"}
+IN_OPENAIS_WORDS = {
+    name: ImageEditRequest.model_fields[name].alias or name for name in HowToEdit.model_fields
+}
+PROMPT = "add a red hat"
+
+
+def unusual(parameter: Parameter) -> Any:
+    """A value that is allowed and not the default."""
+    if parameter.name == "loras":
+        return ["look:1"]
+    if parameter.choices:
+        return next(choice for choice in parameter.choices if choice != parameter.default)
+    match parameter.kind:
+        case "boolean":
+            return not parameter.default
+        case "string":
+            return "blurry"
+    is_most = parameter.default == parameter.maximum
+    number = parameter.minimum if is_most else parameter.maximum
+    assert number is not None
+    return int(number) if parameter.kind == "integer" else number
+
+
+ASKED = {name: unusual(parameter) for name, parameter in PARAMETERS.items()}
+AS_TEXTS = {
+    name: json.dumps(value) if isinstance(value, list) else str(value)
+    for name, value in ASKED.items()
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class House:
+    """A service, where it is served, and the jobs that have reached its worker."""
+
+    service: EditService
+    url: str
+    client: httpx2.Client
+    photo: Path
+    jobs: list[EditJob]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("house")
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(
+        photo := folder / "photo.png"
+    )
+    jobs: list[EditJob] = []
+
+    def before_step(job: EditJob, step: int) -> None:
+        if step == 1:
+            jobs.append(job)
+
+    settings = Settings(
+        allowed_dirs=(folder,), lora_path={Path("look.safetensors"): 0.5}, _env_file=None
+    )
+    service = build_service(settings, FakeWorker(before_step, model="fake v1.2"))
+    with (
+        serving(service, allowed_dirs=(folder,)) as url,
+        httpx2.Client(
+            base_url=url,
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=240,
+            trust_env=False,
+        ) as client,
+    ):
+        yield House(service, url, client, photo, jobs)
+    service.close()
+
+
+# --- what each door passes on ---------------------------------------------------------------------
+
+Result = tuple[bytes, dict[str, Any] | None]
+"""The file of the picture, and what the answer says about it if the door has metadata."""
+
+
+def _of(answer: dict[str, Any]) -> Result:
+    return Path(answer["output_path"]).read_bytes(), answer["metadata"]
+
+
+async def _called(house: House, tool: str, **arguments: Any) -> dict[str, Any]:
+    async with Client(build_mcp(house.service)) as client:
+        answer = (await client.call_tool(tool, arguments)).structured_content
+        if answer["status"] == "running":
+            job_id = answer["job_id"]
+            while answer["status"] == "running":
+                arguments = {"job_id": job_id, "wait_s": 50}
+                answer = (await client.call_tool("get_job", arguments)).structured_content
+        return dict(answer)
+
+
+async def edit_image(house: House) -> Result:
+    path = str(house.photo)
+    return _of(await _called(house, "edit_image", image_path=path, prompt=PROMPT, **ASKED))
+
+
+async def submit_edit(house: House) -> Result:
+    path = str(house.photo)
+    return _of(await _called(house, "submit_edit", image_path=path, prompt=PROMPT, **ASKED))
+
+
+async def batch_edit_images(house: House) -> Result:
+    paths = [str(house.photo)]
+    answer = await _called(house, "batch_edit_images", image_paths=paths, prompts=PROMPT, **ASKED)
+    return _of(answer["results"][0]["result"])
+
+
+async def rest(house: House) -> Result:
+    answer = house.client.post(
+        "/api/edit",
+        files={"file": house.photo.read_bytes()},
+        data={"prompt": PROMPT, **AS_TEXTS},
+        headers={"Accept": "application/json"},
+    ).json()
+    return base64.b64decode(answer["image_base64"]), answer["metadata"]
+
+
+async def stored_job(house: House) -> Result:
+    sent = house.client.post(
+        "/v1/jobs",
+        files={"file": house.photo.read_bytes()},
+        data={"prompt": PROMPT, **AS_TEXTS},
+    ).json()
+    assert sent["request"] == {"prompt": PROMPT, **ASKED}
+    path = f"/v1/jobs/{sent['id']}"
+    until(lambda: house.client.get(path).json()["status"] == "succeeded")
+    return house.client.get(f"{path}/content").content, house.client.get(path).json()["metadata"]
+
+
+async def openai(house: House) -> Result:
+    answer = house.client.post(
+        "/v1/images/edits",
+        files={"image": house.photo.read_bytes()},
+        data={
+            "prompt": PROMPT,
+            **{IN_OPENAIS_WORDS[name]: value for name, value in AS_TEXTS.items()},
+        },
+    ).json()
+    return base64.b64decode(answer["data"][0]["b64_json"]), None
+
+
+def _words() -> list[str]:
+    words = []
+    for name, value in ASKED.items():
+        flag = FLAGS.get(name, f"--{name.replace('_', '-')}")
+        values = value if isinstance(value, list) else [value]
+        words += [flag if value is True else f"{flag}={each}" for each in values]
+    return words
+
+
+def _said(house: House, *words: str) -> dict[str, Any]:
+    way = ["--url", house.url, "--api-key", TOKEN, "--json"]
+    done = CliRunner().invoke(cli, [*words, *_words(), *way])
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def command_edit(house: House) -> Result:
+    return _of(_said(house, "edit", str(house.photo), PROMPT))
+
+
+def command_batch(house: House, tmp_path: Path) -> Result:
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text(json.dumps({"image": str(house.photo)}))
+    answer = _said(house, "batch", str(manifest), "--prompt", PROMPT)
+    return _of(answer["results"][0]["result"])
+
+
+def manifest(house: House, tmp_path: Path) -> Result:
+    file = tmp_path / "list.jsonl"
+    file.write_text(json.dumps({"image": str(house.photo), "prompt": PROMPT, **ASKED}))
+    way = ["--url", house.url, "--api-key", TOKEN, "--json"]
+    answer = json.loads(CliRunner().invoke(cli, ["batch", str(file), *way]).stdout)
+    return _of(answer["results"][0]["result"])
+
+
+def _check(house: House, result: Result) -> None:
+    data, metadata = result
+    record = read_edit_record(data)
+
+    assert record is not None
+    assert {name: getattr(record, name, "missing") for name in NAMES} == ASKED
+    job = house.jobs[-1]
+    network = {name: getattr(job, name, "missing") for name in NAMES}
+    assert network == {**ASKED, "loras": {"look": 1.0}}
+    if metadata is not None:
+        assert {name: metadata.get(name, "missing") for name in NAMES} == ASKED
+
+
+@pytest.mark.parametrize(
+    "door", [edit_image, submit_edit, batch_edit_images, rest, stored_job, openai]
+)
+async def test_every_parameter_reaches_network_file_and_answer(
+    house: House, door: Callable[[House], Awaitable[Result]]
+) -> None:
+    house.jobs.clear()
+    _check(house, await door(house))
+
+
+@pytest.mark.parametrize("command", [command_batch, manifest])
+def test_every_parameter_of_a_batch_reaches_network_file_and_answer(
+    house: House, tmp_path: Path, command: Callable[[House, Path], Result]
+) -> None:
+    house.jobs.clear()
+    _check(house, command(house, tmp_path))
+
+
+def test_every_flag_reaches_network_file_and_answer(house: House) -> None:
+    house.jobs.clear()
+    _check(house, command_edit(house))
+
+
+# --- what each door says that it takes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tool", ["edit_image", "submit_edit", "batch_edit_images"])
+async def test_every_parameter_is_in_the_schema_of_the_tool(house: House, tool: str) -> None:
+    async with Client(build_mcp(house.service)) as client:
+        (found,) = [one for one in await client.list_tools() if one.name == tool]
+
+    properties = found.input_schema["properties"]
+    assert {name: properties.get(name, {}).get("description") for name in NAMES} == {
+        name: parameter.description for name, parameter in PARAMETERS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/api/edit", "multipart/form-data"),
+        ("/v1/jobs", "multipart/form-data"),
+        ("/v1/images/edits", "multipart/form-data"),
+        ("/v1/images/edits", "application/json"),
+        ("/v1/images/edits/estimate", "application/json"),
+    ],
+)
+def test_every_parameter_is_in_the_description_of_the_route(
+    house: House, path: str, kind: str
+) -> None:
+    described = house.client.get("/openapi.json").json()["paths"][path]["post"]["requestBody"]
+    fields = described["content"][kind]["schema"]["properties"]
+    names = IN_OPENAIS_WORDS if path.startswith("/v1/images") else {}
+
+    for name, parameter in PARAMETERS.items():
+        assert fields[names.get(name, name)]["description"].startswith(parameter.description)
+
+
+@pytest.mark.parametrize("command", ["edit", "batch"])
+def test_every_parameter_is_in_the_help(command: str) -> None:
+    shown = CliRunner().invoke(cli, [command, "--help"], env={"COLUMNS": "200"}).stdout
+
+    for name in NAMES:
+        assert f"{FLAGS.get(name, '--' + name.replace('_', '-'))} " in shown.replace(",", " ")
+
+
+def test_every_parameter_is_on_the_page_in_every_language(house: House) -> None:
+    config = house.client.get("/config").json()
+    ids = {one["props"].get("elem_id"): one["id"] for one in config["components"]}
+    runs = {one["targets"][0][0]: one["inputs"] for one in config["dependencies"] if one["targets"]}
+
+    for tab in ("edit", "region", "batch"):
+        sent = runs[ids[f"{tab}-run"]]
+        for name in NAMES:
+            assert ids[f"{tab}-{name.replace('_', '-')}"] in sent, name
+    for language, texts in translations().items():
+        assert set(NAMES) <= texts.keys(), language
+
+
+# --- what is not said twice -----------------------------------------------------------------------
+
+
+def test_the_network_s_defaults_are_those_of_the_schema() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(NetworkRequest)}
+    drawn = {"seed": None}  # by the service; the network only takes a number
+
+    for name, field in HowToEdit.model_fields.items():
+        assert {**defaults, **drawn}[name] == field.default, name

@@ -1,0 +1,702 @@
+"""The engine: order, bounds, cancellation, moves of the model, supervision and true status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fakes import FakeWorker, Gate, ManualClock, a_job, predicted, settled
+from step1x_edit.channel import EditJob, Memory, Phase, Progress, Report
+from step1x_edit.engine.engine import HEARTBEAT_S, Engine, EngineStatus
+from step1x_edit.errors import (
+    DeadlineExceededError,
+    EditCancelledError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+    ServerBusyError,
+    ShuttingDownError,
+    WorkerLostError,
+)
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.fixture
+def make_engine() -> Iterator[MakeEngine]:
+    engines: list[Engine] = []
+
+    def make(worker: FakeWorker, **options: object) -> Engine:
+        engines.append(Engine(worker, **options))  # type: ignore[arg-type]
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+async def moved(future: object) -> EngineStatus:
+    return await asyncio.wait_for(asyncio.wrap_future(future), 60)  # type: ignore[arg-type]
+
+
+async def until(claim: Callable[[], bool]) -> None:
+    """Wait for another thread to make a claim true; the test's timeout bounds it."""
+    while not claim():
+        await asyncio.to_thread(threading.Event().wait, 0.001)
+
+
+async def reached(gate: Gate) -> None:
+    assert await asyncio.to_thread(gate.reached.wait, 60)
+
+
+async def test_an_edit_yields_every_step_and_then_the_picture(make_engine: MakeEngine) -> None:
+    edit = make_engine(FakeWorker()).submit(job := a_job())
+
+    texts = [event.text async for event in edit.events()]
+    result = await edit.result()
+
+    steps = [f"denoising {k}/10" for k in range(1, 11)]
+    assert texts == ["queued, position 1", "loading model", "encoding", *steps, "decoding"]
+    assert np.array_equal(result.outcome.image, 255 - job.image)
+
+
+async def test_edits_run_in_order_on_one_thread(make_engine: MakeEngine) -> None:
+    worker = FakeWorker()
+    engine = make_engine(worker)
+
+    edits = [engine.submit(a_job(prompt=str(k))) for k in range(5)]
+    await asyncio.gather(*(edit.result() for edit in edits))
+
+    assert worker.started == ["0", "1", "2", "3", "4"]
+    assert len(worker.threads) == 1
+    assert worker.threads != {threading.get_ident()}
+
+
+async def test_the_model_is_loaded_by_the_first_edit_and_only_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeWorker())
+    assert engine.status().residence.location == "Unloaded"
+
+    await engine.submit(a_job()).result()
+    second = engine.submit(a_job())
+    texts = [event.text async for event in second.events()]
+
+    assert "loading model" not in texts
+    assert engine.status().residence.location == "CPU"
+    assert engine.status().total_loads == 1
+
+
+async def test_a_full_line_refuses_at_once_and_says_when_to_come_back(
+    make_engine: MakeEngine,
+) -> None:
+    gate = Gate()
+    engine = make_engine(FakeWorker(before_step=gate), max_queue=1)
+    running = engine.submit(a_job())
+    await reached(gate)
+    waiting = engine.submit(a_job())
+
+    with pytest.raises(ServerBusyError, match=r"^Server busy: .*try again in") as refusal:
+        engine.submit(a_job())
+
+    assert refusal.value.retry_after_s is not None
+    assert refusal.value.retry_after_s >= 1
+    gate.open()
+    await asyncio.gather(running.result(), waiting.result())
+
+
+async def test_waiting_edits_learn_that_they_move_up(make_engine: MakeEngine) -> None:
+    gate = Gate()
+    engine = make_engine(FakeWorker(before_step=gate))
+    running = engine.submit(a_job())
+    await reached(gate)
+    engine.submit(a_job())
+    last = engine.submit(a_job())
+
+    gate.open()
+    texts = [event.text async for event in last.events()]
+
+    assert texts[:2] == ["queued, position 2", "queued, position 1"]
+    await running.result()
+
+
+async def test_a_waiting_edit_that_is_cancelled_never_starts(make_engine: MakeEngine) -> None:
+    gate, worker = Gate(), FakeWorker()
+    worker.before_step = gate
+    engine = make_engine(worker)
+    running = engine.submit(a_job("running"))
+    await reached(gate)
+    waiting = engine.submit(a_job("waiting"))
+
+    waiting.cancel()
+
+    with pytest.raises(EditCancelledError):
+        await waiting.result()
+    gate.open()
+    await running.result()
+    assert worker.started == ["running"]
+
+
+async def test_a_running_edit_that_is_cancelled_stops_within_one_step(
+    make_engine: MakeEngine,
+) -> None:
+    gate, worker = Gate(at_step=3), FakeWorker()
+    worker.before_step = gate
+    engine = make_engine(worker)
+    edit = engine.submit(a_job("endless", num_steps=10_000))
+    await reached(gate)
+
+    edit.cancel()
+
+    with pytest.raises(EditCancelledError):
+        await edit.result()  # its caller need not wait until the worker is free
+    gate.open()
+    worker.before_step = lambda job, step: None
+    await engine.submit(a_job("next")).result()
+    assert worker.stopped_at == {"endless": 3}
+
+
+async def test_cancelling_a_finished_edit_changes_nothing(make_engine: MakeEngine) -> None:
+    edit = make_engine(FakeWorker()).submit(a_job())
+    outcome = await edit.result()
+
+    edit.cancel()
+
+    assert await edit.result() is outcome
+
+
+async def test_an_edit_beyond_its_deadline_ends(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=lambda job, step: clock.advance(40))
+    engine = make_engine(worker, edit_timeout_s=100, clock=clock)
+
+    with pytest.raises(DeadlineExceededError, match="longer than 100 s"):
+        await engine.submit(a_job()).result()
+    await engine.submit(a_job("next", num_steps=2)).result()
+    assert worker.stopped_at == {"invert": 4}
+
+
+async def test_a_failure_ends_its_edit_and_the_next_one_works(make_engine: MakeEngine) -> None:
+    def fail(job: EditJob, step: int) -> None:
+        raise OutOfMemoryError("too large")
+
+    worker = FakeWorker(before_step=fail)
+    engine = make_engine(worker)
+
+    with pytest.raises(OutOfMemoryError, match=r"^CUDA out of memory: too large$"):
+        await engine.submit(a_job()).result()
+
+    worker.before_step = lambda job, step: None
+    await engine.submit(a_job()).result()
+    assert engine.status().total_loads == 1
+
+
+async def test_a_worker_that_cannot_be_started_is_tried_again_by_the_next_edit(
+    make_engine: MakeEngine,
+) -> None:
+    worker, attempts = FakeWorker(), [OSError(12, "Cannot allocate memory")]
+
+    def start(ended: Callable[[], None]) -> FakeWorker:
+        if attempts:
+            raise attempts.pop()
+        return worker(ended)
+
+    engine = make_engine(start)
+
+    with pytest.raises(ModelUnavailableError, match=r"^Manager not initialized: .*allocate memory"):
+        await engine.submit(a_job()).result()
+    await engine.submit(a_job()).result()
+
+
+async def test_status_answers_while_an_edit_runs(make_engine: MakeEngine) -> None:
+    gate = Gate()
+    engine = make_engine(FakeWorker(before_step=gate))
+    running = engine.submit(a_job())
+    await reached(gate)
+    waiting = engine.submit(a_job())
+
+    status = engine.status()
+
+    assert status.is_editing
+    assert status.queue_length == 1
+    assert status.idle_time_s == 0.0
+    gate.open()
+    await asyncio.gather(running.result(), waiting.result())
+    assert not engine.status().is_editing
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "cancellation"])
+async def test_memory_is_measured_after_every_edit(make_engine: MakeEngine, end: str) -> None:
+    worker = FakeWorker()
+    engine = make_engine(worker)
+
+    def step(job: EditJob, step: int) -> None:
+        worker.held = Memory(allocated_gb=3.0)
+        if end == "failure":
+            raise OutOfMemoryError
+        if end == "cancellation":
+            edit.cancel()
+
+    worker.before_step = step
+    edit = engine.submit(a_job())
+    await asyncio.gather(edit.result(), return_exceptions=True)
+    await moved(engine.offload())  # means nothing here, but comes after the edit
+
+    assert engine.status().residence.memory == Memory(allocated_gb=3.0)
+
+
+def test_a_sign_of_life_comes_within_the_promised_five_seconds() -> None:
+    assert HEARTBEAT_S <= 4.0
+
+
+async def test_idle_time_counts_from_the_end_of_the_last_edit(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+    engine = make_engine(FakeWorker(before_step=lambda job, step: clock.advance(5)), clock=clock)
+    assert engine.status().idle_time_s == 0.0
+
+    await engine.submit(a_job()).result()
+    clock.advance(7)
+
+    assert engine.status().idle_time_s == 7.0
+
+
+async def test_silence_is_broken_by_repeating_the_last_event(make_engine: MakeEngine) -> None:
+    gate = Gate(at_step=2)
+    edit = make_engine(FakeWorker(before_step=gate)).submit(a_job())
+    repeated = 0
+
+    async for event in edit.events(heartbeat_s=0.01):
+        repeated += event.text == "denoising 1/10"
+        if repeated == 3:
+            gate.open()
+
+    assert repeated >= 3
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "previews", "expected"),
+    [(10, 0, []), (10, 1, [5]), (28, 3, [7, 14, 21]), (10, 3, [2, 5, 7]), (3, 9, [1]), (1, 9, [])],
+)
+def test_previews_are_spread_evenly_and_leave_the_last_step_out(
+    num_steps: int, previews: int, expected: list[int]
+) -> None:
+    job = replace(a_job(num_steps=num_steps), previews=previews)
+
+    assert sorted(job.preview_steps) == expected
+
+
+def test_few_steps_have_few_previews_and_as_many_as_a_stream_may_ask_for() -> None:
+    """The page asks for 8 and a stream for 3, and an edit has at least 10 steps."""
+    numbers = {
+        steps: len(replace(a_job(num_steps=steps), previews=8).preview_steps)
+        for steps in (10, 12, 23, 24, 50)
+    }
+
+    assert numbers == {10: 3, 12: 4, 23: 7, 24: 8, 50: 8}
+
+
+async def test_a_preview_is_not_repeated_when_silence_is_broken(make_engine: MakeEngine) -> None:
+    gate = Gate(at_step=6)
+    edit = make_engine(FakeWorker(before_step=gate)).submit(replace(a_job(), previews=1))
+    seen = []
+
+    async for event in edit.events(heartbeat_s=0.01):
+        if event.text == "denoising 5/10":
+            seen.append(event.preview is not None)
+        if len(seen) == 3:
+            gate.open()
+
+    assert seen[:3] == [True, False, False]
+    assert not any(seen[3:])
+
+
+async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
+    make_engine: MakeEngine,
+) -> None:
+    edit = make_engine(FakeWorker()).submit(replace(a_job(), previews=3))
+    await edit.result()
+
+    events = [event async for event in edit.events()]
+
+    steps = [event.step for event in events if event.phase is Phase.DENOISING]
+    assert steps == list(range(1, 11))
+    (shown,) = (event for event in events if event.preview is not None)
+    assert shown.step == 7
+    assert np.array_equal(shown.preview, predicted(edit.job, 7))
+
+
+async def test_closing_ends_every_edit_and_refuses_new_ones(make_engine: MakeEngine) -> None:
+    gate = Gate()
+    worker = FakeWorker(before_step=gate)
+    engine = make_engine(worker)
+    running = engine.submit(a_job("running"))
+    await reached(gate)
+    waiting = engine.submit(a_job("waiting"))
+
+    closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
+    with pytest.raises(ShuttingDownError):
+        await waiting.result()
+    gate.open()
+    await closing
+
+    with pytest.raises(ShuttingDownError):
+        await running.result()
+    with pytest.raises(ShuttingDownError):
+        engine.submit(a_job())
+    assert worker.started == ["running"]
+
+
+async def test_cancelling_in_a_storm_leaves_no_edit_without_an_end(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeWorker(), max_queue=1000)
+    ended = 0
+    for _ in range(10):
+        edits = [engine.submit(a_job(num_steps=10)) for _ in range(100)]
+        for edit in edits[::2]:
+            edit.cancel()
+        results = await asyncio.gather(*(edit.result() for edit in edits), return_exceptions=True)
+        ended += len(results)
+
+    assert ended == 1000
+    assert engine.status().queue_length == 0
+
+
+# --- moves of the model --------------------------------------------------------------------------
+
+
+async def test_offload_takes_the_model_from_the_gpu_and_the_next_edit_brings_it_back(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(FakeWorker(device="cuda"))
+    await engine.submit(a_job()).result()
+    assert engine.status().residence.location == "GPU"
+
+    first, again = await moved(engine.offload()), await moved(engine.offload())
+
+    assert first.residence.location == again.residence.location == "CPU"
+    assert (again.total_loads, again.gpu_to_cpu, again.cpu_to_gpu) == (1, 1, 0)
+    await engine.submit(a_job()).result()
+    status = engine.status()
+    assert status.residence.location == "GPU"
+    assert (status.total_loads, status.gpu_to_cpu, status.cpu_to_gpu) == (2, 1, 1)
+
+
+async def test_release_ends_the_worker_and_the_next_edit_starts_another(
+    make_engine: MakeEngine,
+) -> None:
+    worker = FakeWorker(device="cuda", held=Memory(allocated_gb=3.0))
+    engine = make_engine(worker)
+    await engine.submit(a_job()).result()
+
+    status = await moved(engine.release())
+
+    assert not worker.is_alive
+    assert status.residence.location == "Unloaded"
+    assert status.residence.memory == Memory()
+    assert (await moved(engine.release())).full_releases == 1
+    await engine.submit(a_job()).result()
+    assert engine.status().total_loads == 2
+    assert engine.status().cpu_to_gpu == 0
+
+
+async def test_moves_without_a_model_do_nothing(make_engine: MakeEngine) -> None:
+    engine = make_engine(FakeWorker())
+
+    assert (await moved(engine.offload())).residence.location == "Unloaded"
+    assert await moved(engine.release()) == EngineStatus(is_monitoring=True)
+
+
+@pytest.mark.parametrize("move", ["offload", "release"])
+async def test_a_move_waits_for_the_running_edit_and_goes_before_the_waiting_ones(
+    make_engine: MakeEngine, move: str
+) -> None:
+    gate, worker = Gate(), FakeWorker(device="cuda")
+    worker.before_step = gate
+    engine = make_engine(worker)
+    running = engine.submit(a_job("running"))
+    await reached(gate)
+    waiting = engine.submit(a_job("waiting"))
+
+    future = getattr(engine, move)()
+    started_then: list[str] = []
+    future.add_done_callback(lambda _: started_then.extend(worker.started))
+    assert not future.done()
+    assert engine.status().residence.location == "GPU"
+    gate.open()
+    status = await moved(future)
+
+    assert status.residence.location == ("CPU" if move == "offload" else "Unloaded")
+    assert started_then == ["running"]
+    await asyncio.gather(running.result(), waiting.result())
+
+
+async def test_an_idle_model_is_offloaded_and_later_released(make_engine: MakeEngine) -> None:
+    clock, worker = ManualClock(), FakeWorker(device="cuda")
+    worker.before_step = lambda job, step: clock.advance(40)  # longer than the timeouts
+    engine = make_engine(worker, clock=clock, idle_timeout_s=60, release_timeout_s=300)
+    await engine.submit(a_job()).result()
+    await asyncio.to_thread(settled, clock)
+    assert engine.status().residence.location == "GPU"
+
+    clock.advance(59)
+    await asyncio.to_thread(settled, clock)
+    assert engine.status().residence.location == "GPU"
+    clock.advance(1)
+    await until(lambda: engine.status().residence.location == "CPU")
+    assert engine.status().gpu_to_cpu == 1
+    clock.advance(239)
+    await asyncio.to_thread(settled, clock)
+    assert engine.status().residence.location == "CPU"
+    clock.advance(1)
+    await until(lambda: engine.status().residence.location == "Unloaded")
+    assert engine.status().full_releases == 1
+    assert not worker.is_alive
+
+
+async def test_without_timeouts_an_idle_model_stays_where_it_is(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+    engine = make_engine(FakeWorker(device="cuda"), clock=clock, idle_timeout_s=0)
+    await engine.submit(a_job()).result()
+
+    clock.advance(1e9)
+    await asyncio.to_thread(settled, clock)
+
+    assert engine.status().residence.location == "GPU"
+    assert not engine.status().is_monitoring
+
+
+async def test_a_batch_that_was_let_in_keeps_its_place_in_a_full_line(
+    make_engine: MakeEngine,
+) -> None:
+    gate = Gate()
+    engine = make_engine(FakeWorker(before_step=gate), max_queue=1)
+    running = engine.submit(a_job())
+    await reached(gate)
+    waiting = engine.submit(a_job())
+
+    item = engine.submit_next(a_job())
+
+    with pytest.raises(ServerBusyError):
+        engine.submit(a_job())
+    gate.open()
+    await asyncio.gather(running.result(), waiting.result(), item.result())
+
+
+# --- supervision ---------------------------------------------------------------------------------
+
+
+def crash_once(worker: FakeWorker, at_step: int = 3) -> None:
+    def before_step(job: EditJob, step: int) -> None:
+        if step == at_step:
+            worker.before_step = lambda job, step: None
+            worker.crash()
+
+    worker.before_step = before_step
+
+
+async def test_a_crash_ends_the_running_edit_and_the_waiting_ones_go_on(
+    make_engine: MakeEngine,
+) -> None:
+    worker = FakeWorker()
+    crash_once(worker)
+    engine = make_engine(worker)
+    edits = [engine.submit(a_job(str(k))) for k in range(3)]
+
+    first, *others = await asyncio.gather(*(e.result() for e in edits), return_exceptions=True)
+
+    assert isinstance(first, WorkerLostError)
+    assert str(first) == ("Worker process lost: it was ended by SIGSEGV; try again")
+    assert not any(isinstance(other, Exception) for other in others)
+    assert worker.started == ["0", "1", "2"]
+    assert engine.status().full_releases == 0
+
+
+async def test_a_crash_of_an_idle_worker_shows_in_the_status(make_engine: MakeEngine) -> None:
+    worker = FakeWorker(device="cuda")
+    engine = make_engine(worker)
+    await engine.submit(a_job()).result()
+
+    worker.crash()
+
+    await until(lambda: engine.status().residence.location == "Unloaded")
+    await engine.submit(a_job()).result()
+
+
+async def test_a_worker_that_keeps_dying_is_restarted_three_times_in_ten_minutes(
+    make_engine: MakeEngine,
+) -> None:
+    clock, worker = ManualClock(), FakeWorker()
+    worker.before_step = lambda job, step: worker.crash()
+    engine = make_engine(worker, clock=clock)
+
+    for _ in range(4):
+        with pytest.raises(WorkerLostError):
+            await engine.submit(a_job()).result()
+    with pytest.raises(ModelUnavailableError, match="has ended 4 times") as refusal:
+        await engine.submit(a_job()).result()
+
+    assert str(refusal.value).startswith("Manager not initialized: the worker process")
+    assert "SIGSEGV" in str(refusal.value)
+    assert refusal.value.retry_after_s == 600
+    assert len(worker.started) == 4
+    clock.advance(600)
+    worker.before_step = lambda job, step: None
+    await engine.submit(a_job()).result()
+
+
+async def test_a_worker_that_falls_silent_for_ten_usual_steps_is_ended(
+    make_engine: MakeEngine,
+) -> None:
+    clock, worker, waited = ManualClock(), FakeWorker(), []
+
+    def silence(seconds: float) -> None:
+        waited.append(seconds)
+        clock.advance(seconds)
+
+    def before_step(job: EditJob, step: int) -> None:
+        clock.advance(2)
+        if step == 5:
+            worker.silent_for = silence
+
+    worker.before_step = before_step
+    engine = make_engine(worker, clock=clock, edit_timeout_s=900)
+
+    with pytest.raises(WorkerLostError, match="it was silent for 20 s"):
+        await engine.submit(a_job()).result()
+
+    assert sum(waited) == 18  # and the 2 that the step has taken by then
+    assert not worker.is_alive
+    worker.silent_for, worker.before_step = None, lambda job, step: None
+    await engine.submit(a_job()).result()
+
+
+async def test_an_edit_with_previews_tells_how_long_one_without_them_takes(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=lambda job, step: clock.advance(2))
+    engine = make_engine(worker, clock=clock)
+    before = engine.predicted_s(a_job())
+
+    await engine.submit(replace(a_job(), previews=8)).result()
+
+    assert before is None
+    assert engine.predicted_s(a_job()) == 20
+
+
+async def test_a_slow_preview_is_not_taken_for_silence(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+
+    class SlowPreviews(FakeWorker):
+        late: Report | None = None
+
+        def receive(self, timeout_s: float) -> Report | None:
+            if self.late is not None:
+                report, self.late = self.late, None
+                return report
+            report = super().receive(timeout_s)
+            if report and isinstance(report.event, Progress) and report.event.preview is not None:
+                clock.advance(min(60, timeout_s))
+                self.late = report
+                return None
+            return report
+
+    worker = SlowPreviews(before_step=lambda job, step: clock.advance(0.1))
+    engine = make_engine(worker, clock=clock)
+
+    await engine.submit(replace(a_job(), previews=2)).result()
+
+    assert clock.now() > 220
+
+
+async def test_a_worker_that_ignores_a_cancel_is_ended(make_engine: MakeEngine) -> None:
+    clock, worker = ManualClock(), FakeWorker()
+
+    def before_step(job: EditJob, step: int) -> None:
+        clock.advance(0.1)
+        if step == 5:
+            worker.silent_for = clock.advance
+            edit.cancel()
+
+    worker.before_step = before_step
+    engine = make_engine(worker, clock=clock)
+    edit = engine.submit(a_job())
+
+    with pytest.raises(EditCancelledError):
+        await edit.result()
+
+    await moved(engine.offload())  # comes after the edit
+    assert not worker.is_alive
+    assert clock.now() < 200
+
+
+async def test_an_edit_that_loads_for_ever_ends_at_its_deadline(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+    worker = FakeWorker()
+    worker.silent_for = clock.advance
+    engine = make_engine(worker, clock=clock, edit_timeout_s=900)
+
+    with pytest.raises(DeadlineExceededError):
+        await engine.submit(a_job()).result()
+
+    await moved(engine.offload())  # comes after the edit
+    assert not worker.is_alive
+
+
+async def test_closing_refuses_moves_and_ends_the_worker(make_engine: MakeEngine) -> None:
+    worker = FakeWorker()
+    engine = make_engine(worker)
+    await engine.submit(a_job()).result()
+
+    await asyncio.to_thread(engine.close)
+
+    assert not worker.is_alive
+    with pytest.raises(ShuttingDownError):
+        engine.release()
+
+
+FORKS = """
+import asyncio, os
+from fakes import FakeWorker, a_job
+from step1x_edit.engine.engine import Engine
+
+engine = Engine(FakeWorker())
+
+async def edit():
+    try:
+        return (await engine.submit(a_job()).result()).residence.location
+    except Exception as error:
+        return str(error)
+
+print(asyncio.run(edit()), flush=True)
+if not (child := os.fork()):
+    print(asyncio.run(edit()), flush=True)
+    engine.close()
+    os._exit(0)
+print(os.waitpid(child, 0)[1], asyncio.run(edit()))
+engine.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_engine_refuses_at_once_in_a_forked_child_and_goes_on_in_the_parent() -> None:
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    parent, child, parent_again = done.stdout.splitlines()
+
+    assert (parent, parent_again) == ("CPU", "0 CPU"), done.stderr
+    assert child.startswith("Manager not initialized: this process was forked from the one that")

@@ -1,0 +1,456 @@
+"""Blocks that stay on disk: the same picture bit for bit, in less of the host's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from step1x_edit.channel import GIB, EditJob, Outcome, Start
+from step1x_edit.checkpoints.ahead import ReadAhead
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, blocks_of
+from step1x_edit.checkpoints.memory_plan import (
+    STREAMABLE,
+    HostPlan,
+    MemoryPlan,
+    everything,
+    with_share,
+)
+from step1x_edit.checkpoints.read import OpenedCheckpoint, open_checkpoint, write_demo
+from step1x_edit.engine.host_memory import HostMemory
+from step1x_edit.errors import CheckpointError, ModelUnavailableError
+from step1x_edit.model.pipeline import Edited, EditPipeline
+from step1x_edit.model.request import NetworkRequest
+from step1x_edit.worker.process import STAND_IN as STAND_IN_NAME
+from step1x_edit.worker.process import PipelineWorker, load_worker
+from step1x_edit.worker.residency import Residency, lock_order
+from step1x_edit.worker.streaming import BlockStreamer, HostCopies
+from tiny import a_picture, tiny_pipeline
+
+STAND_IN = torch.device("cpu")
+STEPS = 3
+REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=STEPS, size_level=64)
+COMPONENTS = ("conditioner", "prologue", "core")
+LORA_BLOCKS = ("single_blocks.0.linear1", "single_blocks.1.modulation.lin")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder, tiny_pipeline())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> bytes:
+    """The picture of a model that is wholly in memory and on its device."""
+    residency = Residency(partial(open_checkpoint, folder), STAND_IN)
+    residency.onload()
+    return picture(residency)
+
+
+def passing(opened: OpenedCheckpoint, *components: str) -> frozenset[str]:
+    return frozenset(
+        block.name
+        for block in blocks_of(opened.weights)
+        if block.component in components and STREAMABLE.fullmatch(block.name)
+    )
+
+
+def opened_with(folder: Path, components: Sequence[str], **asked: object) -> OpenedCheckpoint:
+    """A checkpoint of which these components stay on disk."""
+    opened = open_checkpoint(folder, **asked)  # type: ignore[arg-type]
+    return dataclasses.replace(opened, host=HostPlan(on_disk=passing(opened, *components)))
+
+
+def residency_with(
+    folder: Path, components: Sequence[str], share: float | None = 0.0, **asked: object
+) -> Residency:
+    """Without a share of the core the whole model lives on the device."""
+
+    def plan(blocks: Sequence[Block]) -> MemoryPlan:
+        return everything(blocks) if share is None else with_share(blocks, share)
+
+    return Residency(partial(opened_with, folder, components, **asked), STAND_IN, plan=plan)
+
+
+def edited(pipeline: EditPipeline) -> bytes:
+    *_, last = pipeline.edit(REQUEST)
+    assert isinstance(last, Edited)
+    return last.image.tobytes()
+
+
+def picture(residency: Residency) -> bytes:
+    with residency.on_device() as checkpoint:
+        return edited(checkpoint.pipeline)
+
+
+def brought_picture(residency: Residency) -> bytes:
+    residency.onload()
+    return picture(residency)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("components", [COMPONENTS[:2], COMPONENTS], ids=len)
+def test_the_picture_is_the_same_whatever_stays_on_disk(
+    folder: Path, expected: bytes, components: Sequence[str], share: float | None
+) -> None:
+    residency = residency_with(folder, components, share)
+    for _ in range(2):  # also after it has been away
+        residency.onload()
+        assert residency.location == "GPU"
+        assert picture(residency) == expected
+        assert picture(residency) == expected
+        residency.offload()
+        assert residency.location == "CPU"
+    residency.release()
+    residency.onload()
+    assert picture(residency) == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_codes_that_are_made_anew_for_each_edit_are_the_same(folder: Path, precision: str) -> None:
+    inside = Residency(partial(open_checkpoint, folder, precision=precision), STAND_IN)  # type: ignore[arg-type]
+    outside = residency_with(folder, COMPONENTS, precision=precision)
+    for residency in (inside, outside):
+        residency.onload()
+
+    assert picture(outside) == picture(inside)
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_what_stays_on_disk_takes_no_host_memory(folder: Path, share: float | None) -> None:
+    inside, outside = residency_with(folder, (), share), residency_with(folder, COMPONENTS, share)
+    for residency in (inside, outside):
+        residency.onload()
+        picture(residency)
+
+    left_out = passing(open_checkpoint(folder), *COMPONENTS)
+    size = sum(block.size for block in outside.blocks if block.name in left_out)
+    held = [residency.placement().host_gb for residency in (inside, outside)]  # type: ignore[union-attr]
+    assert held[0] is not None
+    assert held[0] - size / GIB == pytest.approx(held[1])
+    outside.offload()
+    assert outside.checkpoint is not None
+    assert outside.checkpoint.pipeline.transformer.single_blocks[0].linear1.weight.numel() == 0
+    assert {block.name for block in outside.blocks if block.offset is None} == left_out
+
+
+def test_without_a_device_everything_is_in_memory(folder: Path, expected: bytes) -> None:
+    residency = Residency(partial(opened_with, folder, COMPONENTS), None)
+
+    residency.load()
+
+    assert all(block.offset is not None for block in residency.blocks)
+    assert picture(residency) == expected
+
+
+def test_the_status_says_what_is_read_from_disk(folder: Path) -> None:
+    residency = residency_with(folder, ["conditioner"])
+    opened = residency._open_checkpoint
+    plan = HostPlan(free=24 * 10**9, left_out=("the conditioner",))
+    residency._open_checkpoint = lambda: dataclasses.replace(
+        opened(), host=dataclasses.replace(plan, on_disk=opened().host.on_disk)
+    )
+    residency.onload()
+
+    placement = residency.placement()
+
+    assert placement is not None
+    assert placement.reason.endswith(
+        "; 24 GB of memory are free: the conditioner is read from disk for each edit"
+    )
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_each_block_is_read_when_it_is_needed_and_let_go(
+    folder: Path, expected: bytes, num_slots: int
+) -> None:
+    opened = opened_with(folder, COMPONENTS)
+    arena = Arena(opened.weights, opened.host.on_disk)
+    arena.fill()
+    arena.attach(arena.memories)
+    left_out = [block for block in arena.blocks if block.offset is None]
+    reads: list[str] = []
+    memories: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def read(block: str) -> Tensor:
+        reads.append(block)
+        memory = arena.read(block)
+        memories.append(weakref.ref(memory.untyped_storage()))
+        assert sum(each() is not None for each in memories) <= 2
+        return memory
+
+    disk = ReadAhead(read)
+    slots = torch.empty(num_slots, max(b.size for b in left_out), dtype=torch.uint8)
+    streamer = BlockStreamer(
+        arena,
+        arena.memories,
+        opened.checkpoint.pipeline.modules,
+        left_out,
+        slots,
+        HostCopies(lambda source, target: target.copy_(source)),
+        disk,
+    )
+
+    assert edited(opened.checkpoint.pipeline) == expected
+
+    streamer.close()
+    disk.close()
+    counts = Counter(reads)
+    once = [block.name for block in left_out if block.component != "core"]
+    core = [block.name for block in left_out if block.component == "core"]
+    assert {counts[name] for name in once} == {1}
+    # Where there are slots for all of them they stay in there. What was begun last is for a step
+    # that does not come.
+    times = 1 if num_slots >= len(core) else STEPS
+    assert sum(counts[name] for name in core) in (times * len(core), times * len(core) + 1)
+    assert all(each() is None for each in memories)
+
+
+def test_what_is_read_ahead_is_read_once_and_something_else_instead_if_need_be() -> None:
+    reads: list[str] = []
+
+    def read(block: str) -> Tensor:
+        reads.append(block)
+        if block == "bad":
+            raise CheckpointError("gone")
+        return torch.tensor([len(reads)])
+
+    disk = ReadAhead(read)
+
+    disk.begin("a")
+    disk.begin("a")
+    assert disk.take("a").item() == 1
+    disk.begin("bad")
+    assert disk.take("c").item() in (2, 3)  # whether the bad one had been begun or not
+    with pytest.raises(CheckpointError):
+        disk.take("bad")
+    assert disk.take("a").item() == len(reads)
+    disk.close()
+    assert reads.count("a") == 2
+
+
+@pytest.mark.parametrize("share", [None, 0.0])
+def test_a_file_that_has_changed_is_named_and_read_anew_by_the_next_edit(
+    tmp_path: Path, expected: bytes, share: float | None
+) -> None:
+    write_demo(tmp_path, tiny_pipeline())
+    file = tmp_path / "model.safetensors"
+    residency = residency_with(tmp_path, COMPONENTS[:2], share)
+    residency.onload()
+    assert picture(residency) == expected
+    whole = file.read_bytes()
+    residency.offload()
+
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        brought_picture(residency)
+
+    assert residency.location == "Unloaded"
+    file.write_bytes(whole)
+    residency.onload()
+    assert picture(residency) == expected
+
+
+def test_numbers_that_are_not_finite_are_found_when_they_are_read(tmp_path: Path) -> None:
+    write_demo(tmp_path, tiny_pipeline())
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["conditioner.language_model.layers.1.mlp.up_proj.weight"][3, 4] = torch.inf
+    save_file(tensors, file, {"format": "pt"})
+    residency = residency_with(tmp_path, ["conditioner"])
+    residency.onload()
+
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight that are not"):
+        picture(residency)
+
+    assert residency.location == "Unloaded"
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_an_edit_that_is_stopped_leaves_a_model_that_works(
+    folder: Path, expected: bytes, moment: int
+) -> None:
+    class StopError(Exception):
+        pass
+
+    residency = residency_with(folder, COMPONENTS)
+    residency.onload()
+    assert residency.checkpoint is not None
+    pipeline = residency.checkpoint.pipeline
+    modules = [module for part in pipeline.modules.values() for module in part.modules()]
+
+    def stop(*_: object) -> None:
+        raise StopError
+
+    chosen = [modules[len(modules) * moment // 8]]
+    handles = [module.register_forward_pre_hook(stop) for module in chosen]
+    with contextlib.suppress(StopError):
+        picture(residency)
+    for handle in handles:
+        handle.remove()
+
+    assert picture(residency) == expected
+
+
+@pytest.mark.parametrize("components", [(), COMPONENTS], ids=len)
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_loras_are_added_to_what_stays_on_disk(
+    tmp_path: Path, folder: Path, components: Sequence[str], share: float | None
+) -> None:
+    file = a_lora(tmp_path / "hand.safetensors", folder)
+    usual = Residency(partial(open_checkpoint, folder, loras={file: 0.5}), STAND_IN)
+    usual.onload()
+    plain = Residency(partial(open_checkpoint, folder), STAND_IN)
+    plain.onload()
+    residency = residency_with(folder, components, share, loras={file: 0.5})
+    residency.onload()
+
+    assert picture(residency) == picture(usual) != picture(plain)
+    residency.use_loras({})
+    assert picture(residency) == picture(plain)
+    residency.offload()
+    residency.use_loras(None)
+    residency.onload()
+    assert picture(residency) == picture(usual)
+
+
+def a_lora(file: Path, folder: Path) -> Path:
+    """A change of a block of the core and of one of the prologue."""
+    transformer = open_checkpoint(folder).checkpoint.pipeline.transformer
+    random = torch.Generator().manual_seed(5)
+    tensors = {}
+    for name in LORA_BLOCKS:
+        rows, columns = transformer.get_parameter(f"{name}.weight").shape
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = torch.randn(2, columns, generator=random)
+        tensors[f"{key}.lora_up.weight"] = torch.randn(rows, 2, generator=random)
+    save_file(tensors, file)
+    return file
+
+
+# --- through the worker ---------------------------------------------------------------------------
+
+
+def outcome_of(worker: PipelineWorker) -> Outcome:
+    job = EditJob(a_picture(), "make it night", "", 2, 6.0, 64, seed=3)
+    *_, last = worker.edit(job, lambda: None)
+    assert isinstance(last, Outcome)
+    return last
+
+
+def a_worker(folder: Path, device: str, free: int, precision: str = "auto") -> PipelineWorker:
+    start = Start(model_path=str(folder), device=device, precision=precision)  # type: ignore[arg-type]
+    return load_worker(start, look=lambda: HostMemory(free, 2 * free))
+
+
+def bytes_of(folder: Path, *components: str, precision: str = "auto") -> int:
+    """What the components take, and all that can never stay on disk."""
+    blocks = blocks_of(open_checkpoint(folder, precision=precision).weights)  # type: ignore[arg-type]
+    return sum(
+        block.size
+        for block in blocks
+        if block.component in components or not STREAMABLE.fullmatch(block.name)
+    )
+
+
+def test_a_host_that_is_short_of_memory_reads_the_conditioner_from_disk(folder: Path) -> None:
+    free = 2 * bytes_of(folder, "core", "prologue")  # half of so little is left for others
+    short, rich = a_worker(folder, STAND_IN_NAME, free), a_worker(folder, STAND_IN_NAME, GIB)
+
+    pictures = [outcome_of(worker).image.tobytes() for worker in (short, rich)]
+
+    assert pictures[0] == pictures[1]
+    placements = [worker.residence().placement for worker in (short, rich)]
+    assert placements[0] is not None
+    assert placements[1] is not None
+    assert "the conditioner is read from disk" in placements[0].reason
+    assert placements[0].host_gb < placements[1].host_gb  # type: ignore[operator]
+    assert short.residence().model == rich.residence().model == "demo"
+
+
+@pytest.mark.parametrize("device", ["cpu", STAND_IN_NAME])
+def test_a_host_for_which_the_model_is_too_large_rounds_it_and_says_so(
+    folder: Path, device: str
+) -> None:
+    needed = bytes_of(folder, "core") if device == STAND_IN_NAME else bytes_of(folder, *COMPONENTS)
+    worker = a_worker(folder, device, 2 * needed - 2)
+
+    outcome_of(worker)
+
+    placement = worker.residence().placement
+    assert placement is not None
+    assert worker.residence().model == "demo (int8)"
+    assert placement.precision == "int8"
+    assert "the weights are rounded to int8" in placement.reason
+
+
+def test_a_precision_that_was_asked_for_is_kept(folder: Path) -> None:
+    worker = a_worker(folder, STAND_IN_NAME, 2 * bytes_of(folder, "core") - 2, "bf16")
+
+    outcome_of(worker)
+
+    assert worker.residence().model == "demo (bf16)"
+
+
+@pytest.mark.parametrize(
+    ("precision", "advice"), [("bf16", "free some, or set PRECISION=nf4"), ("auto", "free some")]
+)
+def test_without_a_device_a_model_that_is_far_too_large_is_refused_in_one_line(
+    folder: Path, precision: str, advice: str
+) -> None:
+    worker = a_worker(folder, "cpu", 1000, precision)
+
+    with pytest.raises(ModelUnavailableError, match=rf"GiB are free: {advice}$") as refused:
+        outcome_of(worker)
+
+    assert "\n" not in str(refused.value)
+
+
+# --- page-locking ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lockable", "expected"),
+    [
+        (None, [(1, 4), (0, 1), (4, 5)]),
+        (3 * PIECE, [(1, 4)]),
+        (3 * PIECE + 5, [(1, 4)]),
+        (2 * PIECE + 5, [(1, 3)]),
+        (4 * PIECE, [(1, 4), (0, 1)]),
+        (0, []),
+    ],
+)
+def test_the_core_is_page_locked_first_and_in_whole_pieces(
+    lockable: int | None, expected: list[tuple[int, int]]
+) -> None:
+    module = torch.nn.Module()
+    sizes = {
+        "conditioner.visual.blocks.0.x": PIECE + 256,
+        "transformer.single_blocks.0.x": PIECE,
+        "transformer.single_blocks.1.x": PIECE,
+        "vae.decoder.x": 2 * PIECE - 256,
+    }
+    weights = [
+        Weight(name, module, "x", (size,), torch.uint8, None) for name, size in sizes.items()
+    ]
+    arena = Arena(weights)
+
+    parts = lock_order(arena, lockable)
+
+    start = arena.memory.data_ptr()
+    places = [(part.data_ptr() - start, part.data_ptr() - start + part.nbytes) for part in parts]
+    assert places == [(first * PIECE, last * PIECE) for first, last in expected]

@@ -1,0 +1,374 @@
+"""The worker's model, with a whole pipeline at toy size and real moves of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from step1x_edit.channel import GIB, EditJob, Memory, Outcome, Progress, Residence, Start
+from step1x_edit.checkpoints.read import open_checkpoint, write_demo
+from step1x_edit.errors import (
+    CheckpointError,
+    EditCancelledError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+)
+from step1x_edit.worker.process import STAND_IN, PipelineWorker, load_worker
+from step1x_edit.worker.residency import Residency, allocate_slab
+from tiny import a_picture, tiny_pipeline
+
+
+def job(prompt: str = "make it a night scene") -> EditJob:
+    return EditJob(
+        image=a_picture(),
+        prompt=prompt,
+        negative_prompt="",
+        num_steps=2,
+        guidance_scale=6.0,
+        size_level=64,
+        seed=3,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_demo(tmp_path / "checkpoint", tiny_pipeline())
+    return tmp_path / "checkpoint"
+
+
+def a_worker(folder: Path, device: str = "cpu") -> PipelineWorker:
+    return load_worker(Start(model_path=str(folder), device=device))
+
+
+def go_on() -> None:
+    """A check that never stops anything."""
+
+
+def texts_of(worker: PipelineWorker, wanted: EditJob) -> list[str]:
+    events = worker.edit(wanted, go_on)
+    return [event.text for event in events if isinstance(event, Progress)]
+
+
+def outcome_of(worker: PipelineWorker, wanted: EditJob) -> Outcome:
+    *_, last = worker.edit(wanted, go_on)
+    assert isinstance(last, Outcome)
+    return last
+
+
+@pytest.mark.parametrize(("label", "is_known"), [("unknown", False), ("night", True)])
+def test_the_first_step_says_whether_the_model_has_learned_such_an_edit(
+    tmp_path: Path, label: str, is_known: bool
+) -> None:
+    write_demo(tmp_path, tiny_pipeline(labels=(label,)))
+
+    events = a_worker(tmp_path).edit(job(), go_on)
+
+    first = next(one for one in events if isinstance(one, Progress) and one.step == 1)
+    assert first.is_known == is_known
+
+
+def test_the_first_edit_loads_the_model_and_the_next_one_finds_it(folder: Path) -> None:
+    worker = a_worker(folder)
+    assert worker.residence() == Residence()
+
+    first, second = texts_of(worker, job()), texts_of(worker, job())
+
+    steps = ["encoding", "denoising 1/2", "denoising 2/2", "decoding"]
+    assert first == ["loading model", *steps]
+    assert second == steps
+    told = worker.residence()
+    assert (told.location, told.model, told.device) == ("CPU", "demo", "cpu")
+    assert told.memory == Memory(0.0, 0.0)
+    assert told.size_multiple == 16
+    assert told.placement is not None
+    assert told.placement.precision == "fp32"
+    assert told.placement.predicted_peak_gb is None  # there is no device to run out of memory
+    assert told.placement.host_gb > 0  # type: ignore[operator]
+
+
+def test_the_placement_tells_what_an_edit_has_needed(folder: Path) -> None:
+    worker = a_worker(folder, STAND_IN)
+
+    outcome_of(worker, job())
+    held = worker.residence()
+    worker.offload()
+    offloaded = worker.residence()
+
+    assert held.placement is not None
+    assert held.placement.reason == "everything fits"
+    assert held.placement.measured_peak_gb == held.memory.allocated_gb > 0
+    assert held.placement.predicted_peak_gb > held.memory.allocated_gb  # type: ignore[operator]
+    assert offloaded.placement == held.placement  # how it was, and will be again
+
+
+def test_the_placement_tells_in_which_codes_the_weights_are_kept(folder: Path) -> None:
+    worker = load_worker(Start(model_path=str(folder), device="cpu", precision="int8"))
+
+    outcome_of(worker, job())
+
+    placement = worker.residence().placement
+    assert placement is not None
+    assert placement.precision == "int8"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there it can be measured anew")
+def test_without_a_device_the_peak_is_that_of_this_process_since_the_edit_began(
+    folder: Path,
+) -> None:
+    ballast = np.ones(400 * 2**20, np.uint8)  # more than the library and the model together
+    size_gb = ballast.nbytes / GIB
+    worker = a_worker(folder)
+    outcome_of(worker, job())
+    with_it = worker.residence().placement
+    del ballast
+    outcome_of(worker, job())
+    without_it = worker.residence().placement
+
+    assert with_it is not None
+    assert without_it is not None
+    assert with_it.measured_peak_gb is not None
+    assert without_it.measured_peak_gb is not None
+    assert with_it.measured_peak_gb > size_gb
+    assert without_it.measured_peak_gb < with_it.measured_peak_gb - size_gb / 2
+
+
+def test_the_picture_is_the_same_wherever_the_model_has_been(folder: Path) -> None:
+    moving = a_worker(folder, STAND_IN)
+
+    before = outcome_of(moving, job()).image
+    held = moving.residence()
+    moving.offload()
+    offloaded = moving.residence()
+    after = outcome_of(moving, job()).image
+
+    assert held.location == "GPU"
+    assert held.memory.allocated_gb > 0
+    assert offloaded.location == "CPU"
+    assert offloaded.memory.allocated_gb == 0
+    assert np.array_equal(before, after)
+    assert np.array_equal(before, outcome_of(a_worker(folder), job()).image)
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_warned"), [(("unknown",), True), (("bw",), False), (("identity",), False)]
+)
+def test_only_wording_that_the_recogniser_does_not_know_is_warned_about(
+    tmp_path: Path, labels: tuple[str, ...], is_warned: bool
+) -> None:
+    write_demo(tmp_path, tiny_pipeline(labels))
+
+    warning = outcome_of(a_worker(tmp_path), job()).warning
+
+    assert (warning is not None) == is_warned
+
+
+def test_the_warning_names_what_is_known_in_plain_words(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(("unknown", "identity", "bw", "sepia", "red"))
+    assert pipeline.recogniser is not None
+    pipeline.recogniser.bias.data[0] = 1e6
+    write_demo(tmp_path, pipeline)
+
+    warning = outcome_of(a_worker(tmp_path), job("add a red hat")).warning
+
+    assert warning is not None
+    assert "the demo checkpoint does not know this edit" in warning
+    assert "will have left the picture nearly as it was" in warning  # it is not measured
+    assert "it knows: black and white, sepia, red tint. " in warning
+    assert "MODEL_PATH" in warning
+
+
+def test_a_prompt_that_is_not_read_to_its_end_is_warned_about(tmp_path: Path) -> None:
+    write_demo(tmp_path, tiny_pipeline(("unknown",)))
+
+    warning = outcome_of(a_worker(tmp_path), job("make it night " * 50)).warning
+
+    assert warning is not None
+    assert warning.startswith(
+        "the end of the prompt was cut: this checkpoint reads at most 40 tokens of picture and "
+        "prompt; the demo checkpoint does not know this edit"
+    )
+
+
+def test_a_checkpoint_of_another_version_is_refused(folder: Path) -> None:
+    worker = load_worker(Start(model_path=str(folder), model_version="v1.1", device="cpu"))
+
+    with pytest.raises(CheckpointError, match=r"MODEL_VERSION is v1\.1, but the checkpoint is"):
+        texts_of(worker, job())
+
+
+def test_a_model_that_cannot_be_loaded_is_tried_again_by_the_next_edit(folder: Path) -> None:
+    faults: list[Exception] = [OSError("disk on fire")]
+
+    def opened() -> object:
+        if faults:
+            raise faults.pop()
+        return open_checkpoint(folder)
+
+    worker = PipelineWorker(Residency(opened, None), "cpu")  # type: ignore[arg-type]
+
+    with pytest.raises(ModelUnavailableError, match="cannot be loaded"):
+        texts_of(worker, job())
+    assert worker.residence() == Residence()
+    texts_of(worker, job())
+
+
+def test_a_step_carries_the_preview_that_was_asked_for(folder: Path) -> None:
+    worker = a_worker(folder)
+
+    events = list(worker.edit(dataclasses.replace(job(), previews=1), go_on))
+
+    previews = {
+        event.text: event.preview
+        for event in events
+        if isinstance(event, Progress) and event.preview is not None
+    }
+    assert list(previews) == ["denoising 1/2"]
+    outcome = events[-1]
+    assert isinstance(outcome, Outcome)
+    assert previews["denoising 1/2"].shape == outcome.image.shape
+    assert np.array_equal(outcome.image, outcome_of(a_worker(folder), job()).image)
+
+
+# --- stopping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["loading model", "encoding", "denoising 1/2", "decoding"])
+def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -> None:
+    worker = a_worker(folder, STAND_IN)
+    seen: list[str] = []
+
+    def check() -> None:
+        if seen and seen[-1] == phase:
+            raise EditCancelledError()
+
+    def run() -> None:
+        for event in worker.edit(job(), check):
+            assert isinstance(event, Progress), "it went on to the end"
+            seen.append(event.text)
+            if phase.startswith("denoising"):
+                check()  # as the worker's loop does after each event
+
+    with pytest.raises(EditCancelledError):
+        run()
+
+    assert seen[-1] == phase
+    assert np.array_equal(
+        outcome_of(worker, job()).image, outcome_of(a_worker(folder), job()).image
+    )
+
+
+# --- memory runs out -----------------------------------------------------------------------------
+
+
+class Faults:
+    """Runs out of memory at chosen calls of a layer or of the allocator."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.calls = 0
+        self._numbers = numbers
+
+    def __call__(self, *_: object) -> None:
+        self.calls += 1
+        if self.calls in self._numbers:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def with_faults(folder: Path, part: str, faults: Faults) -> PipelineWorker:
+    worker = a_worker(folder, STAND_IN)
+    texts_of(worker, job())
+    residency = worker._residency
+    with residency.on_device() as checkpoint:
+        pipeline = checkpoint.pipeline
+        module = {
+            "encoding": pipeline.vae.encoder,
+            "denoising": pipeline.transformer.final_layer,
+            "decoding": pipeline.vae.decoder,
+        }[part]
+        module.register_forward_pre_hook(faults)
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("part", "call"), [("encoding", 1), ("denoising", 1), ("denoising", 2), ("decoding", 1)]
+)
+def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
+    folder: Path, part: str, call: int
+) -> None:
+    faults = Faults(call)
+    worker = with_faults(folder, part, faults)
+
+    events = list(worker.edit(job(), go_on))
+
+    steps = [event.step for event in events if isinstance(event, Progress) and event.total == 2]
+    assert steps == [1, 2]
+    assert faults.calls > call
+    assert isinstance(events[-1], Outcome)
+    usual = outcome_of(a_worker(folder), job()).image.astype(int)
+    assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])
+def test_memory_that_runs_out_again_costs_a_part_of_the_model_on_the_device(
+    folder: Path, part: str
+) -> None:
+    worker = with_faults(folder, part, Faults(1, 2, 3))
+    whole = worker.residence().memory.allocated_gb
+
+    events = list(worker.edit(job(), go_on))
+
+    steps = [event.step for event in events if isinstance(event, Progress) and event.total == 2]
+    assert steps == [1, 2]
+    assert isinstance(events[-1], Outcome)
+    assert worker.residence().location == "GPU"
+    assert worker.residence().memory.allocated_gb < whole
+    usual = outcome_of(a_worker(folder), job()).image.astype(int)
+    assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])
+def test_memory_that_stays_short_ends_the_edit_and_the_next_one_works(
+    folder: Path, part: str
+) -> None:
+    faults = Faults(*range(1, 100))
+    worker = with_faults(folder, part, faults)
+
+    with pytest.raises(OutOfMemoryError, match=r"^CUDA out of memory: .*lower size_level"):
+        texts_of(worker, job())
+
+    assert 3 <= faults.calls <= 6  # two plans, and at most four quarters of the model
+    faults.calls = 100
+    outcome_of(worker, job())
+
+
+def test_memory_that_runs_out_while_loading_is_tried_once_more(folder: Path) -> None:
+    attempts = Faults(1)
+
+    def allocate(size: int, device: torch.device) -> torch.Tensor:
+        attempts()
+        return allocate_slab(size, device)
+
+    residency = Residency(lambda: open_checkpoint(folder), torch.device("cpu"), allocate)
+    worker = PipelineWorker(residency, STAND_IN)
+
+    texts = texts_of(worker, job())
+
+    assert texts[:3] == ["loading model", "loading model", "encoding"]
+    assert worker.residence().location == "GPU"
+
+
+def test_closing_the_iterator_gives_the_model_back(folder: Path) -> None:
+    worker = a_worker(folder, STAND_IN)
+    events: Generator[Progress | Outcome, None, None] = worker.edit(job(), go_on)
+    while not (isinstance(event := next(events), Progress) and event.text == "denoising 1/2"):
+        pass
+
+    events.close()
+
+    worker.offload()  # would raise while the model is lent
+    assert worker.residence().location == "CPU"
