@@ -51,7 +51,7 @@ from step1x_edit.model import (
     sizes,
 )
 from step1x_edit.model.autoencoder import Autoencoder
-from step1x_edit.model.blocks import timestep_embedding
+from step1x_edit.model.blocks import Layout, timestep_embedding
 from step1x_edit.model.config import (
     V1_0,
     V1_1,
@@ -764,13 +764,14 @@ def check_denoise_loop(case: Case) -> None:
     timesteps = schedule.tolist()
     case.same("schedule", timesteps, sidecar["schedule"])
     prologue = transformer.prologue(prompt_embeds, mask, schedule[:-1])
-    rope = transformer.rope(ids, prompt_embeds.shape[1])
+    text_length = prompt_embeds.shape[1]
+    layout = Layout(transformer.rope(ids, text_length), text_length)
 
     def sample(rule: GuidanceRule) -> tuple[Tensor, Tensor, Tensor]:
         x, states, velocities = start, [], []
         for i, (t, t_next) in enumerate(itertools.pairwise(timesteps)):
             tokens = torch.cat([x, reference], dim=1).expand(batch, -1, -1)
-            velocity = transformer.core(tokens, prologue[i], rope)
+            velocity = transformer.core(tokens, prologue[i], layout)
             states.append(x[0])
             velocities.append(velocity)
             cond, uncond = velocity[:, :num_tokens].chunk(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bench_residency import GB
 from gpu.bench import Bench, Figures, best_seconds, peak_gb, relative, start_peak
 from gpu.networks import born_as, compiled, randomise
-from step1x_edit.model.blocks import SingleStreamBlock
+from step1x_edit.model.blocks import Layout, SingleStreamBlock
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.quantised import CODES, Code, QuantLinear
 from step1x_edit.model.rope import rope_table
@@ -55,8 +55,8 @@ def coded_blocks(bench: Bench) -> Figures:
     return figures
 
 
-def _inputs(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of both prompts (2, L+2N, D), their modulation (2, 3D) and the rotations."""
+def _inputs(bench: Bench) -> tuple[Tensor, Tensor, Layout]:
+    """Rows of both prompts (2, L+2N, D), their modulation (2, 3D) and their layout."""
     config, text = bench.scale.model.transformer, bench.scale.model.conditioner.text_length
     encoded = bench.encoded(max(bench.scale.pictures))
     ids = image_position_ids(encoded.rows, encoded.columns, bench.scale.model.reference_offset)
@@ -68,7 +68,8 @@ def _inputs(bench: Bench) -> tuple[Tensor, Tensor, Tensor]:
         return numbers.to(bench.dtype)
 
     rope = rope_table(ids, config.axes_dim, config.theta).unsqueeze(-4)  # (1, L+2N, D/2H, 2)
-    return drawn(2, len(ids), config.hidden_size), drawn(2, 3 * config.hidden_size), rope
+    mod = drawn(2, 3 * config.hidden_size)
+    return drawn(2, len(ids), config.hidden_size), mod, Layout(rope, text)
 
 
 def _coded(block: nn.Module, kind: Code) -> nn.Module:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step1x_edit.model.blocks import Layout
 from step1x_edit.model.config import ModelConfig, TransformerConfig
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import image_position_ids
@@ -146,16 +147,11 @@ def our_velocities(
     dtype = network.img_in.weight.dtype
     img, timesteps = _tokens(encoded, model)
     prompts = join(keep_one_pad(encoded.branches))
-    prologue = network.prologue(
-        prompts.embeds.to(dtype), prompts.mask, timesteps[:-1], pad_copies=prompts.pad_copies
-    )
-    ids = _ids(encoded, model)
-    rope = network.rope(ids, prompts.embeds.shape[1])
-    wanted = img.shape[1] // 2
-    return [
-        network.core(img.to(dtype), prologue[step], rope, num_wanted=wanted).float()
-        for step in steps
-    ]
+    prologue = network.prologue(prompts.embeds.to(dtype), prompts.mask, timesteps[:-1])
+    text_length = prompts.embeds.shape[1]
+    rope = network.rope(_ids(encoded, model), text_length)
+    layout = Layout(rope, text_length, prompts.pad_copies, num_wanted=img.shape[1] // 2)
+    return [network.core(img.to(dtype), prologue[step], layout).float() for step in steps]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints.keymap import to_diffusers, transformer_links
-from step1x_edit.model.blocks import timestep_embedding
+from step1x_edit.model.blocks import Layout, timestep_embedding
 from step1x_edit.model.config import TINY
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.rope import apply_rope, rope_table
@@ -73,7 +73,7 @@ def test_double_block_equals_flux(transformer: Transformer) -> None:
 
     block = transformer.double_blocks[0]
     found_img, found_txt = block(
-        img, txt, *block.modulations(F.silu(vec)), transformer.rope(IDS, L)
+        img, txt, *block.modulations(F.silu(vec)), Layout(transformer.rope(IDS, L), L)
     )
 
     torch.testing.assert_close(found_img, expected_img, rtol=0, atol=5e-6)
@@ -94,9 +94,8 @@ def test_single_block_equals_flux(transformer: Transformer) -> None:
     )
 
     block = transformer.single_blocks[1]
-    found = block(
-        torch.cat([txt, img], dim=1), block.modulation(F.silu(vec)), transformer.rope(IDS, L)
-    )
+    layout = Layout(transformer.rope(IDS, L), L)
+    found = block(torch.cat([txt, img], dim=1), block.modulation(F.silu(vec)), layout)
 
     torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=0, atol=5e-6)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from step1x_edit.model.blocks import Layout
 from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, ModelConfig
 from step1x_edit.model.connector import attention_mask
 from step1x_edit.model.latents import image_position_ids
@@ -43,10 +44,10 @@ def test_prologue_for_all_timesteps_equals_one_forward_per_timestep(
     prologue = transformer.prologue(*prompt, timesteps)
 
     assert len(prologue) == 3
-    rope = transformer.rope(IDS, L)
+    layout = Layout(transformer.rope(IDS, L), L)
     for i, t in enumerate(timesteps):
         alone = transformer(img, IDS, *prompt, t.expand(B))
-        torch.testing.assert_close(transformer.core(img, prologue[i], rope), alone)
+        torch.testing.assert_close(transformer.core(img, prologue[i], layout), alone)
     assert not torch.allclose(prologue[0].final, prologue[1].final)
 
 

@@ -14,6 +14,7 @@ from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.model.blocks import Layout
 from step1x_edit.model.config import DEMO, V1_0, V1_1, V1_2
 from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import position_ids
@@ -92,11 +93,12 @@ def test_the_network_sees_no_reference_and_the_conditioner_a_black_square(
         embeds, mask = pipeline.conditioner.encode_many(prompts, black)
         timesteps = schedule(3, 12)
         prologue = pipeline.transformer.prologue(embeds, mask, timesteps[:-1])
-        rope = pipeline.transformer.rope(position_ids(3, 4), embeds.shape[1])
+        text_length = embeds.shape[1]
+        layout = Layout(pipeline.transformer.rope(position_ids(3, 4), text_length), text_length)
         latents = start.latents
         for k in range(3):
             t, t_next = timesteps[k], timesteps[k + 1]
-            velocity = pipeline.transformer.core(latents.expand(2, -1, -1), prologue[k], rope)
+            velocity = pipeline.transformer.core(latents.expand(2, -1, -1), prologue[k], layout)
             cond, uncond = velocity.chunk(2)
             guided = guide(cond, uncond, 6.0, float(t), pipeline.config.guidance_rule)
             latents = latents + (t_next - t) * guided

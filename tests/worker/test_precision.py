@@ -27,6 +27,7 @@ from step1x_edit.checkpoints.read import (
     write_demo,
 )
 from step1x_edit.errors import CheckpointError
+from step1x_edit.model.blocks import Layout
 from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.quantised import CODES, Code, QuantLinear, code
 from step1x_edit.model.request import NetworkRequest
@@ -286,14 +287,14 @@ def test_moving_does_not_make_compiled_blocks_compile_again(folder: Path, kind: 
     block = residency.checkpoint.pipeline.transformer.single_blocks[0]
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     x, mod = torch.randn(1, 5, 32), torch.randn(1, 96)
-    rope = torch.randn(1, 1, 5, 8, 2)
+    layout = Layout(torch.randn(1, 1, 5, 8, 2), text_length=2)
     results = []
     with torch.inference_mode():
         for move in (residency.load, residency.onload, residency.offload, residency.onload):
             move()
-            results.append(compiled(x, mod, rope))
+            results.append(compiled(x, mod, layout))
 
-        by_line = block(x, mod, rope)
+        by_line = block(x, mod, layout)
 
     assert compilations == 1
     assert all(torch.equal(result, results[0]) for result in results)

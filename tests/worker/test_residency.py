@@ -18,6 +18,7 @@ from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.memory_plan import with_share
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
+from step1x_edit.model.blocks import Layout
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker.residency import PageLock, Residency, allocate_slab
@@ -389,13 +390,13 @@ def test_moving_does_not_make_compiled_blocks_compile_again(residency: Residency
     block = network(residency)["transformer"].single_blocks[0]
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     x, mod = torch.randn(1, 5, 32), torch.randn(1, 96)
-    rope = torch.randn(1, 1, 5, 8, 2)
+    layout = Layout(torch.randn(1, 1, 5, 8, 2), text_length=2)
     results = []
     with torch.inference_mode():  # in which a careless move would make tensors of another kind
-        results.append(block(x, mod, rope))
+        results.append(block(x, mod, layout))
         for move in (residency.load, residency.onload, residency.offload, residency.onload):
             move()
-            results.append(compiled(x, mod, rope))
+            results.append(compiled(x, mod, layout))
 
     assert compilations == 1
     assert all(torch.equal(result, results[0]) for result in results)

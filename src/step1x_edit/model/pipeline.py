@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from step1x_edit.model.autoencoder import Autoencoder
-from step1x_edit.model.blocks import widen
+from step1x_edit.model.blocks import Layout, widen
 from step1x_edit.model.conditioner import Conditioner, PromptEncoding
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
@@ -343,16 +343,15 @@ class EditPipeline:
             branches = [join(branches)]
         prologues = [self._steps(branch, timesteps[:-1]) for branch in branches]
         ids = self._image_ids(encoded)
-        size = encoded.rows, encoded.columns
-        ropes = [self._rope(branch, ids, size) for branch in branches]
+        layouts = [self._layout(branch, ids, encoded) for branch in branches]
         latents, reference = start.latents.to(device), encoded.reference.to(device)
         times = timesteps.tolist()
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
             velocity = torch.cat(
                 [
-                    self._velocity(latents, reference, prologue(index), rope)
-                    for prologue, rope in zip(prologues, ropes, strict=True)
+                    self._velocity(latents, reference, prologue(index), layout)
+                    for prologue, layout in zip(prologues, layouts, strict=True)
                 ]
             )
             if request.guidance_scale != 1.0:
@@ -427,11 +426,16 @@ class EditPipeline:
             branch.mask.to(device),
             timesteps.to(device),
             quoted,
-            branch.pad_copies,
         )
 
-    def _rope(self, branch: Branch, img_ids: Tensor, size: tuple[int, int]) -> Tensor:
-        """The rotations of a branch's tokens and those of a picture of `size` (rows, columns)."""
+    def _layout(self, branch: Branch, img_ids: Tensor, encoded: Encoded) -> Layout:
+        """The rows of a branch's text and of the picture's tokens."""
+        wanted = encoded.rows * encoded.columns if self.savings.last_block else None
+        text_length, pad_copies = branch.embeds.shape[1], branch.pad_copies
+        return Layout(self._rope(branch, img_ids, encoded), text_length, pad_copies, wanted)
+
+    def _rope(self, branch: Branch, img_ids: Tensor, encoded: Encoded) -> Tensor:
+        """The rotations of the same rows."""
         device, length = self._device, branch.embeds.shape[1] + branch.pad_copies
         if branch.txt_ids is not None:
             return self.transformer.rope(img_ids.to(device), length, branch.txt_ids.to(device))
@@ -440,7 +444,8 @@ class EditPipeline:
             return self.transformer.rope(img_ids.to(device), length)
 
         if self.savings.rope_cache:
-            table = self._tables.get((size, len(img_ids), length, device), make)
+            key = (encoded.rows, encoded.columns, len(img_ids), length, device)
+            table = self._tables.get(key, make)
         else:
             table = make()
         # All text stands at the origin, so it does not matter which rows of it are left out.
@@ -456,14 +461,12 @@ class EditPipeline:
         return (z - self.config.latent_shift) * self.config.latent_scale
 
     def _velocity(
-        self, latents: Tensor, reference: Tensor, step: PrologueStep, rope: Tensor
+        self, latents: Tensor, reference: Tensor, step: PrologueStep, layout: Layout
     ) -> Tensor:
         """The velocity of the latents in float32, (B, N, C), for one or both prompts."""
         img = torch.cat([latents, reference], dim=1).expand(step.txt.shape[0], -1, -1)
-        wanted = latents.shape[1]  # the reference tokens' velocity is of no use
-        trim = wanted if self.savings.last_block else None
-        velocity = self.transformer.core(img.to(self._dtype), step, rope, num_wanted=trim)
-        return widen(velocity[:, :wanted])
+        velocity = self.transformer.core(img.to(self._dtype), step, layout)
+        return widen(velocity[:, : latents.shape[1]])  # that of the reference is not used
 
     def _name(self, branch: Branch) -> str | None:
         """The edit that the prompt asks for, if there is a recogniser."""

@@ -1,15 +1,16 @@
 """The denoising transformer: a FLUX.1 layout with a connector in front and no guidance input.
 
-It works in two stages. The *prologue* computes, for all timesteps at once, whatever depends on
-timestep and prompt only: the refined text and the modulation of every block. The *core* maps
-tokens to velocity and is all that runs inside the denoising loop. `forward` is one after the
-other for a single step, so there is one implementation for sampling, training and tests.
+The figure is that of `src/flux/model.py` in FLUX.1 and `modules/model_edit.py` in Step1X-Edit, in
+two halves. The *prologue* computes, for all timesteps at once, what depends only on timestep and
+prompt: the refined text and the modulation of every block. The *core* maps tokens to velocity and
+is all that runs inside the denoising loop. `forward` is one after the other for a single step, so
+that sampling, training and tests share one implementation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,8 +21,8 @@ from step1x_edit.model.blocks import (
     TIMESTEP_CHANNELS,
     DoubleStreamBlock,
     FinalLayer,
+    Layout,
     MLPEmbedder,
-    Pads,
     SingleStreamBlock,
     timestep_embedding,
 )
@@ -32,10 +33,10 @@ from step1x_edit.model.rope import rope_table
 
 @dataclass(frozen=True)
 class QuotedText:
-    """v1.2: the letters that a prompt asks to draw, past the conditioner's layers."""
+    """v1.2: the letters that a prompt asks to draw, on a path around the conditioner's layers."""
 
     embeds: Tensor  # (B, L, C), the conditioner's input embeddings of the prompt
-    mask: Tensor  # (B, L), 1 where a token is of a quoted character
+    mask: Tensor  # (B, L), 1 at tokens of a quoted character
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,6 @@ class PrologueStep:
     double: Sequence[tuple[Tensor, Tensor]]  # per block: image and text, (B, 6D) each
     single: Sequence[Tensor]  # per block: (B, 3D)
     final: Tensor  # (B, 2D)
-    pad_copies: int = 0
-    """So many more text rows there would be, all like the last one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class Prologue:
     double: Sequence[tuple[Tensor, Tensor]]
     single: Sequence[Tensor]
     final: Tensor
-    pad_copies: int = 0
 
     def __len__(self) -> int:
         return self.txt.shape[0]
@@ -69,7 +67,6 @@ class Prologue:
             double=[(img[i], txt[i]) for img, txt in self.double],
             single=[mod[i] for mod in self.single],
             final=self.final[i],
-            pad_copies=self.pad_copies,
         )
 
 
@@ -110,12 +107,13 @@ class Transformer(nn.Module):
         """Predict the velocity (B, N, Cout) of tokens img (B, N, Cin), target then reference.
 
         img_ids (N, 3) or (B, N, 3); prompt_embeds (B, L, C); prompt_mask (B, L) of 0 and 1;
-        timesteps (B,) in [0, 1], one per sample. `num_wanted` as in `core`, `quoted` as in
-        `prologue`.
+        timesteps (B,) in [0, 1], one per sample; `txt_ids` as in `rope`, `num_wanted` as in
+        `Layout`, `quoted` as in `prologue`.
         """
-        step = self._condition(prompt_embeds, prompt_mask, timesteps.unsqueeze(0), quoted)[0]
-        rope = self.rope(img_ids, prompt_embeds.shape[1], txt_ids)
-        return self.core(img, step, rope, num_wanted)
+        text_length = prompt_embeds.shape[1]
+        step = self.prologue(prompt_embeds, prompt_mask, timesteps.unsqueeze(0), quoted)[0]
+        rope = self.rope(img_ids, text_length, txt_ids)
+        return self.core(img, step, Layout(rope, text_length, num_wanted=num_wanted))
 
     def prologue(
         self,
@@ -123,39 +121,41 @@ class Transformer(nn.Module):
         prompt_mask: Tensor,
         timesteps: Tensor,
         quoted: QuotedText | None = None,
-        pad_copies: int = 0,
     ) -> Prologue:
-        """Prepare all steps: timesteps (T,) hold for every sample of the batch.
+        """Prepare all steps: timesteps are (T,) for the whole batch, or (T, B).
 
         A network with a text token mapping needs `quoted`, others cannot use it: ValueError.
-        Where the last row of every prompt is padding, it may stand for `pad_copies` more of them.
         """
-        batch = prompt_embeds.shape[0]
-        of_each = timesteps.unsqueeze(1).expand(-1, batch)
-        prologue = self._condition(prompt_embeds, prompt_mask, of_each, quoted)
-        return replace(prologue, pad_copies=pad_copies)
+        if self.config.has_text_token_mapping != (quoted is not None):
+            raise ValueError("quoted text is what a network with a text token mapping needs")
+        timesteps = timesteps.reshape(len(timesteps), -1).expand(-1, len(prompt_embeds))  # (T, B)
+        txt, pooled = self.connector(prompt_embeds, prompt_mask, timesteps)
+        if quoted is not None:
+            mapped = self.text_token_mapping(quoted.embeds)  # (B, L, D)
+            txt = txt + mapped * quoted.mask.unsqueeze(-1).to(mapped.dtype)  # (T, B, L, D)
+        vec = self.time_in(timestep_embedding(timesteps)) + self.vector_in(pooled)  # (T, B, D)
+        vec = F.silu(vec)
+        return Prologue(
+            txt=self.txt_in(txt),
+            double=[block.modulations(vec) for block in self.double_blocks],
+            single=[block.modulation(vec) for block in self.single_blocks],
+            final=self.final_layer.modulation(vec),
+        )
 
-    def core(
-        self, img: Tensor, step: PrologueStep, rope: Tensor, num_wanted: int | None = None
-    ) -> Tensor:
-        """Run the blocks: img (B, N, Cin) to velocity (B, N, Cout).
+    def core(self, img: Tensor, step: PrologueStep, layout: Layout) -> Tensor:
+        """Run the blocks: img (B, N, Cin) to the velocity (B, wanted, Cout) of the wanted tokens.
 
-        The sampler uses the velocity of the target tokens only. Where it says so (`num_wanted`
-        leading tokens), the last block leaves the other rows out, which changes no result.
+        The last block leaves out the other rows; every token has been a key in it, so that this
+        changes no velocity.
         """
-        img, txt = self.img_in(img), step.txt
-        text_length = txt.shape[1]
-        pads = Pads(text_length - 1, step.pad_copies)
+        img, txt = self.img_in(img), step.txt  # (B, N, D), (B, L, D)
         for double, (img_mod, txt_mod) in zip(self.double_blocks, step.double, strict=True):
-            img, txt = double(img, txt, img_mod, txt_mod, rope, pads)
-        x = torch.cat([txt, img], dim=1)
+            img, txt = double(img, txt, img_mod, txt_mod, layout)
+        x = torch.cat([txt, img], dim=1)  # (B, L+N, D)
         *blocks, (last, last_mod) = zip(self.single_blocks, step.single, strict=True)
         for single, mod in blocks:
-            x = single(x, mod, rope, pads=pads)
-        if num_wanted is None:
-            x = last(x, last_mod, rope, pads=pads)[:, text_length:]
-        else:
-            x = last(x, last_mod, rope, slice(text_length, text_length + num_wanted), pads)
+            x = single(x, mod, layout)
+        x = last(x, last_mod, layout, layout.wanted)  # (B, wanted, D)
         velocity: Tensor = self.final_layer(x, step.final)
         return velocity
 
@@ -166,29 +166,6 @@ class Transformer(nn.Module):
         """
         if txt_ids is None:
             txt_ids = img_ids.new_zeros(*img_ids.shape[:-2], text_length, img_ids.shape[-1])
-        ids = torch.cat([txt_ids, img_ids], dim=-2)
+        ids = torch.cat([txt_ids, img_ids], dim=-2)  # (L+N, 3) or (B, L+N, 3)
         table = rope_table(ids, self.config.axes_dim, self.config.theta)
         return table.unsqueeze(-4)
-
-    def _condition(
-        self,
-        prompt_embeds: Tensor,
-        prompt_mask: Tensor,
-        timesteps: Tensor,
-        quoted: QuotedText | None,
-    ) -> Prologue:
-        """Prepare steps from timesteps (T, B)."""
-        if self.config.has_text_token_mapping != (quoted is not None):
-            raise ValueError("quoted text is what a network with a text token mapping needs")
-        txt, pooled = self.connector(prompt_embeds, prompt_mask, timesteps)
-        if quoted is not None:
-            mapped = self.text_token_mapping(quoted.embeds)  # (B, L, D)
-            txt = txt + mapped * quoted.mask.unsqueeze(-1).to(mapped.dtype)
-        vec = self.time_in(timestep_embedding(timesteps)) + self.vector_in(pooled)  # (T, B, D)
-        vec = F.silu(vec)
-        return Prologue(
-            txt=self.txt_in(txt),
-            double=[block.modulations(vec) for block in self.double_blocks],
-            single=[block.modulation(vec) for block in self.single_blocks],
-            final=self.final_layer.modulation(vec),
-        )
