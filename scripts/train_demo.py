@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 import demo_prompts
 from demo_data import (
@@ -54,12 +54,17 @@ from step1x_edit.checkpoints.read import read_checkpoint, write_demo
 from step1x_edit.model.autoencoder import Autoencoder, ResnetBlock
 from step1x_edit.model.blocks import timestep_embedding
 from step1x_edit.model.conditioner import (
+    IMAGE_PAD,
+    MERGE_SIZE,
+    PATCH_SIZE,
     SPECIAL_TOKENS,
+    VISION_END,
+    VISION_START,
     Conditioner,
     measure_prefix_length,
     pad_ids,
     render_chat,
-    small_vlm_config,
+    special_id,
 )
 from step1x_edit.model.config import DEMO, AutoencoderConfig, TransformerConfig
 from step1x_edit.model.connector import masked_mean
@@ -554,7 +559,46 @@ class WordBreaker:
 def new_conditioner(tokenizer: Tokenizer) -> Conditioner:
     length = measure_prefix_length(tokenizer, DEMO.conditioner)
     config = replace(DEMO.conditioner, prefix_length=length)
-    return Conditioner(Qwen2_5_VLModel(small_vlm_config(tokenizer)), tokenizer, config)
+    return Conditioner(Qwen2_5_VLModel(vlm_config(tokenizer)), tokenizer, config)
+
+
+def vlm_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
+    """A small Qwen2.5-VL for a tokenizer that has the chat's special tokens."""
+    ids = {name: special_id(tokenizer, name) for name in SPECIAL_TOKENS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": DEMO.transformer.connector.in_features,
+            "intermediate_size": 320,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],  # 16 pairs; the 7B model splits 64 into 16 + 24 + 24
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": DEMO.transformer.connector.in_features,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids["<|endoftext|>"],  # no videos: an id that never occurs in a chat text
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+    )
 
 
 class Pictures:

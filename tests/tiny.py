@@ -8,20 +8,51 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLModel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import (
+    IMAGE_PAD,
+    MERGE_SIZE,
+    PATCH_SIZE,
     SPECIAL_TOKENS,
+    VISION_END,
+    VISION_START,
     Conditioner,
     measure_prefix_length,
-    small_vlm_config,
+    special_id,
 )
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
-from step1x_edit.model.config import TINY, V1_2, AutoencoderConfig, ModelConfig
+from step1x_edit.model.config import (
+    V1_2,
+    AutoencoderConfig,
+    ConditionerConfig,
+    ConnectorConfig,
+    ModelConfig,
+    TransformerConfig,
+)
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.transformer import Transformer
+
+TINY = ModelConfig(
+    version="tiny",
+    transformer=TransformerConfig(
+        hidden_size=32,
+        num_heads=2,
+        axes_dim=(4, 6, 6),
+        depth=1,
+        depth_single=2,
+        vec_in_dim=24,
+        connector=ConnectorConfig(in_features=20, hidden_size=16, num_heads=2),
+    ),
+    conditioner=ConditionerConfig(
+        prompt_prefix="Edit the picture:", prefix_length=4, text_length=12, fixed_image_size=28
+    ),
+    reference_offset=(1.0, 1.0, 1.0),
+    generation_negative_prompt="blurry",
+)
+"""The architecture of v1.1 in 100 thousand parameters."""
 
 VAE = AutoencoderConfig(
     block_out_channels=(8, 8, 16, 16),
@@ -59,18 +90,49 @@ def tiny_config(tokenizer: Tokenizer, **changes: object) -> ModelConfig:
     return dataclasses.replace(TINY, transformer=transformer, conditioner=conditioner)
 
 
+def tiny_vlm_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL in 100 thousand parameters, for a tokenizer that has the chat's special tokens."""
+    ids = {name: special_id(tokenizer, name) for name in SPECIAL_TOKENS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": tokenizer.get_vocab_size(),
+            "hidden_size": WIDTH,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 1, 1],  # of the 4 pairs of a head: time, rows, columns
+            },
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|im_end|>"],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": WIDTH,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids[IMAGE_PAD],
+        video_token_id=ids["<|endoftext|>"],  # no videos: an id that never occurs in a chat text
+        vision_start_token_id=ids[VISION_START],
+        vision_end_token_id=ids[VISION_END],
+        tie_word_embeddings=True,
+    )
+
+
 def tiny_conditioner(**changes: object) -> Conditioner:
     """A conditioner with random weights."""
     tokenizer = tiny_tokenizer()
-    vlm_config = small_vlm_config(
-        tokenizer,
-        hidden_size=WIDTH,
-        num_layers=2,
-        feed_forward_size=48,
-        vision_hidden_size=32,
-        vision_feed_forward_size=48,
-        vision_heads=2,
-    )
+    vlm_config = tiny_vlm_config(tokenizer)
     torch.manual_seed(1)
     # The usual start is so close to zero that nothing would depend on anything.
     vlm_config.text_config.initializer_range = vlm_config.vision_config.initializer_range = 0.2

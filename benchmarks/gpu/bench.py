@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import bench_residency
 from bench_residency import GB, held_gb, synchronize
 from gpu.networks import NUM_STEPS, encoded_prompts, our_network, peer_network
-from step1x_edit.model.config import TINY, V1_1, ModelConfig, TransformerConfig
+from step1x_edit.model.config import V1_1, ConnectorConfig, ModelConfig, TransformerConfig
 from step1x_edit.model.pipeline import Encoded
 from step1x_edit.model.transformer import Transformer
 
@@ -56,13 +56,27 @@ FULL = Scale(
     file_transformer=bench_residency.scaled(6.0),
     backend="inductor",
 )
+SMALL_TRANSFORMER = TransformerConfig(
+    hidden_size=32,
+    num_heads=2,
+    axes_dim=(4, 6, 6),
+    depth=1,
+    depth_single=2,
+    vec_in_dim=24,
+    connector=ConnectorConfig(in_features=20, hidden_size=16, num_heads=2),
+)
 SMALL = Scale(
-    model=TINY,
+    model=replace(
+        V1_1,
+        version="small",
+        transformer=SMALL_TRANSFORMER,
+        conditioner=replace(V1_1.conditioner, text_length=12),
+    ),
     pictures={32: 28, 64: 2},
     valid=(9, 5),
     matrix=64,
     caps_gb=(3.0, 2.0),  # the plan's fixed costs are those of a real card
-    file_transformer=TINY.transformer,
+    file_transformer=SMALL_TRANSFORMER,
     backend="eager",  # as the compiler of graphs is called that compiles nothing
 )
 

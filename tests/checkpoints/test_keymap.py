@@ -18,9 +18,10 @@ from step1x_edit.checkpoints.keymap import (
 )
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.autoencoder import Autoencoder
-from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, AutoencoderConfig, TransformerConfig
+from step1x_edit.model.config import V1_0, V1_1, V1_2, AutoencoderConfig, TransformerConfig
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import Transformer
+from tiny import TINY
 
 # SHA-256 of the published key map at full size, one sorted line `official [shape] -> diffusers ...`
 # per official tensor.

@@ -18,12 +18,11 @@ from step1x_edit.checkpoints.keymap import transformer_links
 from step1x_edit.checkpoints.lora import Lora, deltas, read_lora
 from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint, read_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.config import TINY
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.worker.residency import Residency
-from tiny import a_picture, tiny_pipeline
+from tiny import TINY, a_picture, tiny_pipeline
 
 CONFIG = TINY.transformer
 LINKS = transformer_links(CONFIG)

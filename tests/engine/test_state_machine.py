@@ -36,10 +36,10 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
-from step1x_edit.model.config import TINY
 from step1x_edit.model.pipeline import Edited, EditRun, Plan, Progress
 from step1x_edit.worker.process import STAND_IN, PipelineWorker
 from step1x_edit.worker.residency import Residency, allocate_slab
+from tiny import TINY
 
 IDLE_S, RELEASE_S, MAX_QUEUE, NUM_STEPS = 60, 300, 3, 3
 EXPECTED = (EditCancelledError, WorkerLostError, OutOfMemoryError, ModelUnavailableError)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from step1x_edit.checkpoints.keymap import to_diffusers, transformer_links
 from step1x_edit.model.blocks import Layout, timestep_embedding
-from step1x_edit.model.config import TINY
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import Transformer
+from tiny import TINY
 
 flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, ModelConfig, TransformerConfig
+from step1x_edit.model.config import V1_0, V1_1, V1_2, ModelConfig, TransformerConfig
+from tiny import TINY
 
 
 @pytest.mark.parametrize("config", [V1_0, V1_1, V1_2, TINY], ids=lambda config: config.version)

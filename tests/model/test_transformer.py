@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from step1x_edit.model.blocks import Layout
-from step1x_edit.model.config import TINY, V1_0, V1_1, V1_2, ModelConfig
+from step1x_edit.model.config import V1_0, V1_1, V1_2, ModelConfig
 from step1x_edit.model.connector import attention_mask
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import QuotedText, Transformer
+from tiny import TINY
 
 CONFIG = TINY.transformer
 B, L, VALID = 2, 7, (7, 4)

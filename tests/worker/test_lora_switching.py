@@ -26,13 +26,12 @@ from step1x_edit.checkpoints.read import (
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import CheckpointError, InvalidParameterError
-from step1x_edit.model.config import TINY
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.worker.process import STAND_IN, PipelineWorker, load_worker
 from step1x_edit.worker.residency import Residency
-from tiny import a_picture, tiny_pipeline
+from tiny import TINY, a_picture, tiny_pipeline
 
 SHAPES = {n: tuple(t.shape) for n, t in Transformer(TINY.transformer).state_dict().items()}
 DEVICE = torch.device("cpu")  # a second copy in host memory stands in for it

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from step1x_edit.model.config import ConditionerConfig
@@ -359,59 +359,6 @@ def num_image_tokens(width: int, height: int, config: ConditionerConfig) -> int:
     first = _first_size(width, height, config)
     size = vlm_image_size(*first, config.min_pixels, config.max_pixels)
     return size[0] * size[1] // FACTOR**2
-
-
-def small_vlm_config(
-    tokenizer: Tokenizer,
-    *,
-    hidden_size: int = 128,
-    num_layers: int = 2,
-    num_heads: int = 4,
-    num_key_value_heads: int = 2,
-    feed_forward_size: int = 320,
-    vision_hidden_size: int = 64,
-    vision_layers: int = 2,
-    vision_heads: int = 4,
-    vision_feed_forward_size: int = 128,
-) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL of the given small sizes for a tokenizer that has the chat's special tokens."""
-    rotary = hidden_size // num_heads // 2
-    spatial = rotary * 3 // 8  # the 7B model splits its 64 pairs into 16 + 24 + 24
-    ids = {name: special_id(tokenizer, name) for name in SPECIAL_TOKENS}
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": tokenizer.get_vocab_size(),
-            "hidden_size": hidden_size,
-            "intermediate_size": feed_forward_size,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": num_heads,
-            "num_key_value_heads": num_key_value_heads,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [rotary - 2 * spatial, spatial, spatial],
-            },
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-        },
-        vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": vision_feed_forward_size,
-            "num_heads": vision_heads,
-            "out_hidden_size": hidden_size,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE_SIZE,
-            "fullatt_block_indexes": [vision_layers - 1],
-        },
-        image_token_id=ids[IMAGE_PAD],
-        video_token_id=ids["<|endoftext|>"],  # no videos: an id that never occurs in a chat text
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-        tie_word_embeddings=True,
-    )
 
 
 def _limit_pixels(

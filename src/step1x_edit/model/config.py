@@ -344,22 +344,3 @@ ONLY_EDITING = frozenset(
     config.version for config in (V1_0, V1_1, V1_2, V1_2_PREVIEW, DEMO) if not config.can_generate
 )
 """The versions that make no pictures from words alone."""
-
-TINY = ModelConfig(
-    version="tiny",
-    transformer=TransformerConfig(
-        hidden_size=32,
-        num_heads=2,
-        axes_dim=(4, 6, 6),
-        depth=1,
-        depth_single=2,
-        vec_in_dim=24,
-        connector=ConnectorConfig(in_features=20, hidden_size=16, num_heads=2),
-    ),
-    conditioner=ConditionerConfig(
-        prompt_prefix="Edit the picture:", prefix_length=4, text_length=12, fixed_image_size=28
-    ),
-    reference_offset=(1.0, 1.0, 1.0),
-    generation_negative_prompt="blurry",
-)
-"""The architecture of v1.1 in 100 thousand parameters; for tests."""

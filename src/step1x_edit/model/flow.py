@@ -85,8 +85,3 @@ def euler_step(x: Tensor, velocity: Tensor, t: float | Tensor, t_next: float | T
 def add_noise(clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
     """Return x_t on the line from `clean` (t = 0) to `noise` (t = 1)."""
     return (1 - t) * clean + t * noise
-
-
-def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """Return what the network is trained to predict, at every t."""
-    return noise - clean
