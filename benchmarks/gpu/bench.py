@@ -21,7 +21,7 @@ import bench_residency
 from bench_residency import GB, held_gb, synchronize
 from gpu.networks import NUM_STEPS, encoded_prompts, our_network, peer_network
 from step1x_edit.model.config import V1_1, ConnectorConfig, ModelConfig, TransformerConfig
-from step1x_edit.model.pipeline import Encoded
+from step1x_edit.model.denoising import Encoded
 from step1x_edit.model.transformer import Transformer
 
 if TYPE_CHECKING:

@@ -21,17 +21,10 @@ from torch import Tensor, nn
 
 from step1x_edit.model.blocks import Layout
 from step1x_edit.model.config import ModelConfig, TransformerConfig
+from step1x_edit.model.denoising import Branch, DenoiseState, Encoded, join, keep_one_pad
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import image_position_ids
-from step1x_edit.model.pipeline import (
-    Branch,
-    DenoiseState,
-    EditPipeline,
-    Encoded,
-    Plan,
-    join,
-    keep_one_pad,
-)
+from step1x_edit.model.pipeline import EditPipeline, Plan
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.transformer import Transformer

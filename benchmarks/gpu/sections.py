@@ -48,7 +48,7 @@ from gpu.networks import (
     plain_states,
     plain_velocities,
 )
-from step1x_edit.model.pipeline import Encoded
+from step1x_edit.model.denoising import Encoded
 
 STRICT = 1e-4
 """How far two float32 paths through a shallow network may be apart, as a share of the norm."""

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import (
-    PLANS,
-    Branch,
-    Edited,
-    EditPipeline,
-    Encoded,
-    Plan,
-    keep_one_pad,
-)
+from step1x_edit.model.denoising import Branch, Encoded, keep_one_pad
+from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, Plan
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, NONE, Savings

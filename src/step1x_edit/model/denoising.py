@@ -1,0 +1,206 @@
+"""The denoising loop: from noise to latents, step by step, under one or two prompts.
+
+Before the first step it prepares what depends on the prompts only (the *prologue* and the layout of
+the rows); then each step runs the transformer's *core*, guidance and an Euler step, and yields. It
+knows nothing of pictures, previews or what an edit does after a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from step1x_edit.model.blocks import Layout, widen
+from step1x_edit.model.config import ModelConfig
+from step1x_edit.model.flow import euler_step, guide, schedule
+from step1x_edit.model.latents import image_position_ids, position_ids
+from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.rope import RecentTables
+from step1x_edit.model.savings import Savings
+from step1x_edit.model.sketch import Sketch
+from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A prompt as the transformer takes it, or several in one batch (`join`)."""
+
+    embeds: Tensor  # (B, L, C), the conditioner's states
+    mask: Tensor  # (B, L) of 0 and 1
+    quoted: QuotedText | None = None
+    txt_ids: Tensor | None = None  # (L, 3); None: all tokens are at the origin
+    pad_copies: int = 0
+    """As in `Layout`."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture and its prompts, encoded."""
+
+    reference: Tensor  # (1, N, C) tokens; (1, 0, C) if there is no picture
+    branches: tuple[Branch, ...]
+    """That of the prompt and, with guidance, that of the negative prompt."""
+    rows: int
+    columns: int
+    cut: tuple[str, ...] = ()
+    """Which of prompt and negative prompt the checkpoint did not read to the end."""
+    sketch: Sketch | None = None
+    """How previews are made, if any are wanted."""
+
+
+@dataclass(frozen=True)
+class DenoiseState:
+    """Everything that the loop carries from step to step; it can continue from any state."""
+
+    latents: Tensor  # (1, N, C) tokens, float32
+    step: int  # steps done
+    predicted: Tensor | None = None  # (1, N, C), the clean latents by the last step's velocity
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The loop with the transformer of one checkpoint."""
+
+    transformer: Transformer
+    config: ModelConfig
+    savings: Savings
+    tables: RecentTables
+
+    def denoise(
+        self,
+        encoded: Encoded,
+        start: DenoiseState,
+        request: NetworkRequest,
+        has_joint_branches: bool,
+    ) -> Generator[DenoiseState, None, None]:
+        """Run the steps that remain, and yield after each.
+
+        `has_joint_branches` runs both prompts as one batch, if they have one length and no ids.
+        """
+        if start.step == request.num_steps:
+            return
+        timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)  # (T+1)
+        branches = self._branches(encoded, has_joint_branches)
+        prologues = [self._steps(branch, timesteps[:-1]) for branch in branches]
+        ids = self._image_ids(encoded)
+        layouts = [self._layout(branch, ids, encoded) for branch in branches]
+        latents, reference = start.latents.to(self._device), encoded.reference.to(self._device)
+        times = timesteps.tolist()
+        for index in range(start.step, request.num_steps):
+            t, t_next = times[index], times[index + 1]
+            velocity = torch.cat(
+                [
+                    self._velocity(latents, reference, prologue(index), layout)
+                    for prologue, layout in zip(prologues, layouts, strict=True)
+                ]
+            )  # (1 or 2, N, C)
+            if request.guidance_scale != 1.0:
+                cond, uncond = velocity.chunk(2)
+                velocity = guide(cond, uncond, request.guidance_scale, t, self.config.guidance_rule)
+            predicted = euler_step(latents, velocity, t, 0.0)
+            latents = euler_step(latents, velocity, t, t_next)
+            yield DenoiseState(latents, index + 1, predicted)
+
+    def _velocity(
+        self, latents: Tensor, reference: Tensor, step: PrologueStep, layout: Layout
+    ) -> Tensor:
+        """The velocity of the latents in float32, (B, N, C), for one or both prompts."""
+        img = torch.cat([latents, reference], dim=1).expand(step.txt.shape[0], -1, -1)
+        velocity = self.transformer.core(img.to(self._dtype), step, layout)
+        return widen(velocity[:, : latents.shape[1]])  # that of the reference is not used
+
+    # --- what depends on the prompts only ---------------------------------------------------------
+
+    def _branches(self, encoded: Encoded, has_joint_branches: bool) -> Sequence[Branch]:
+        """The prompts without the padding that can be spared, as one batch if possible."""
+        branches: Sequence[Branch] = encoded.branches
+        if self.savings.pad_rows:
+            branches = keep_one_pad(branches)
+        if has_joint_branches and all(branch.txt_ids is None for branch in branches):
+            branches = [join(branches)]
+        return branches
+
+    def _steps(self, branch: Branch, timesteps: Tensor) -> Callable[[int], PrologueStep]:
+        """What the core needs to know about a step, by its number."""
+        if self.savings.all_timesteps:
+            return self._prologue(branch, timesteps).__getitem__
+        return lambda index: self._prologue(branch, timesteps[index : index + 1])[0]
+
+    def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:
+        device, dtype = self._device, self._dtype
+        quoted = branch.quoted
+        if quoted is not None:
+            quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
+        return self.transformer.prologue(
+            branch.embeds.to(device, dtype), branch.mask.to(device), timesteps.to(device), quoted
+        )
+
+    def _image_ids(self, encoded: Encoded) -> Tensor:
+        """The coordinates of the image tokens: of the latents and of the reference, if any."""
+        rows, columns = encoded.rows, encoded.columns
+        if encoded.reference.shape[1] == 0:
+            return position_ids(rows, columns)
+        return image_position_ids(rows, columns, self.config.reference_offset)
+
+    def _layout(self, branch: Branch, img_ids: Tensor, encoded: Encoded) -> Layout:
+        """The rows of a branch's text and of the image."""
+        wanted = encoded.rows * encoded.columns if self.savings.last_block else None
+        text_length, pad_copies = branch.embeds.shape[1], branch.pad_copies
+        return Layout(self._rope(branch, img_ids, encoded), text_length, pad_copies, wanted)
+
+    def _rope(self, branch: Branch, img_ids: Tensor, encoded: Encoded) -> Tensor:
+        """The rotations of the same rows."""
+        length = branch.embeds.shape[1] + branch.pad_copies
+        img_ids = img_ids.to(self._device)
+        if branch.txt_ids is not None:
+            return self.transformer.rope(img_ids, length, branch.txt_ids.to(self._device))
+
+        def make() -> Tensor:
+            return self.transformer.rope(img_ids, length)
+
+        if self.savings.rope_cache:
+            key = (encoded.rows, encoded.columns, len(img_ids), length, self._device)
+            table = self.tables.get(key, make)
+        else:
+            table = make()
+        # All text is at the origin, so it does not matter which rows of it are left out.
+        return table[0, branch.pad_copies :].unsqueeze(0)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transformer.img_in.weight.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.transformer.img_in.weight.dtype
+
+
+def join(branches: Sequence[Branch]) -> Branch:
+    """Branches of one length, without ids, as one batch."""
+    return Branch(
+        torch.cat([branch.embeds for branch in branches]),
+        torch.cat([branch.mask for branch in branches]),
+        pad_copies=branches[0].pad_copies,
+    )
+
+
+def keep_one_pad(branches: Sequence[Branch]) -> Sequence[Branch]:
+    """Cut prompts behind the first row that is padding in all of them; it stands for the rest.
+
+    They keep one length. A prompt that fills its rows, as each of v1.2 does, leaves nothing to cut
+    in any.
+    """
+    # Counted, not summed: the masks of a bfloat16 network cannot tell 353 from 352.
+    kept = max(int(branch.mask.count_nonzero(dim=1).max()) for branch in branches) + 1
+    return [
+        replace(
+            branch,
+            embeds=branch.embeds[:, :kept],
+            mask=branch.mask[:, :kept],
+            pad_copies=max(0, branch.mask.shape[1] - kept),
+        )
+        for branch in branches
+    ]
