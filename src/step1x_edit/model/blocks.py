@@ -19,9 +19,9 @@ from step1x_edit.model.rope import apply_rope
 EPS: Final = 1e-6
 TIMESTEP_CHANNELS: Final = 256
 TIMESTEP_SCALE: Final = 1000.0
-"""The embedding of timesteps comes from diffusion models that counted 1000 of them."""
+"""The embedding was made for diffusion models that count 1000 timesteps."""
 MAX_PERIOD: Final = 10_000
-"""Of the sinusoids of the embedding, as in "Attention Is All You Need", section 3.5."""
+"""Of the sinusoids of the embedding, as in "Attention Is All You Need" (arXiv 1706.03762)."""
 
 ALL_ROWS: Final = slice(None)
 
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 class Modulation(NamedTuple):
     """What timestep and prompt do to a layer f: x + gate * f((1 + scale) * LN(x) + shift).
 
-    This is adaLN of "Scalable Diffusion Models with Transformers" (DiT), section 3.2.
+    This is the adaLN block of "Scalable Diffusion Models with Transformers" (arXiv 2212.09748).
     """
 
     shift: Tensor  # (..., 1, D)
@@ -57,7 +57,8 @@ class Modulation(NamedTuple):
 class DoubleStreamBlock(nn.Module):
     """Text and image have separate weights and meet in one attention.
 
-    This is MM-DiT of the Stable Diffusion 3 paper, section 4.
+    This is MM-DiT of "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"
+    (arXiv 2403.03206), "Text-to-Image Architecture".
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
@@ -96,7 +97,8 @@ class DoubleStreamBlock(nn.Module):
 class SingleStreamBlock(nn.Module):
     """Text and image in one sequence, attention and MLP in parallel between two matrices.
 
-    The parallel form is that of "Scaling Vision Transformers to 22 Billion Parameters", section 2.
+    The parallel form is that of "Scaling Vision Transformers to 22 Billion Parameters" (arXiv
+    2302.05442), "Parallel layers".
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
@@ -201,7 +203,7 @@ def merge_heads(x: Tensor) -> Tensor:
 class QKNorm(nn.Module):
     """Normalises queries and keys, each with its own scale. Returns float32 or wider.
 
-    "Scaling Vision Transformers to 22 Billion Parameters", section 2, with RMSNorm for LayerNorm.
+    "QK Normalization" of arXiv 2302.05442, with RMSNorm instead of LayerNorm.
     """
 
     def __init__(self, head_dim: int) -> None:

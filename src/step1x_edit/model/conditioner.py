@@ -1,9 +1,9 @@
-"""The conditioner: Qwen2.5-VL reads picture and instruction, its hidden states steer the edit.
+"""The conditioner: Qwen2.5-VL (arXiv 2502.13923) reads picture and prompt.
 
-It knows chat text, token ids and hidden states; it knows nothing about latents or steps.
-What a checkpoint fixes by number comes from its `ConditionerConfig`, and token ids come from its
-tokenizer, so that the real models and the embedded demo run through the same lines. What v1.2
-does otherwise stands in `conditioner_v1_2`.
+Its hidden states guide the edit, as in `modules/conditioner.py` of Step1X-Edit. It knows chat text,
+token ids and hidden states, but neither latents nor steps. Numbers that a checkpoint fixes come
+from its `ConditionerConfig` and token ids from its tokenizer, so that the published models and the
+embedded demo share one code path. `conditioner_v1_2` holds what v1.2 does differently.
 """
 
 import itertools
@@ -32,7 +32,8 @@ SPECIAL_TOKENS = (
     VISION_END,
     IMAGE_PAD,
 )
-"""The tokens of the chat text; a small vocabulary begins with them in this order: 0 pads."""
+"""The special tokens of the chat text. A small vocabulary begins with them in this order, so that
+its id 0 is padding."""
 
 PAD_ID = 0
 """The reference masks ids > 0. In Qwen's vocabulary id 0 is "!", which is masked as well."""
@@ -42,9 +43,13 @@ FACTOR = PATCH_SIZE * MERGE_SIZE
 """Side in pixels of the square that becomes one image token."""
 
 CHAT_TAIL = "<|im_end|>\n<|im_start|>assistant\n"
-"""What stands behind the prompt in the chat text."""
+"""The chat text behind the prompt."""
 
 PIXELS_BEFORE_PROCESSOR = (4 * FACTOR**2, 16384 * FACTOR**2)
+"""Limits of the first resize, which `qwen-vl-utils` does in the reference."""
+
+MAX_ASPECT_RATIO = 200
+"""Qwen's image processor refuses narrower pictures."""
 
 
 class VlmImage(NamedTuple):
@@ -67,20 +72,20 @@ class PromptEncoding(NamedTuple):
 
 
 class VlmReader:
-    """Lets the vision-language model look at pictures and places what it sees in a text."""
+    """Embeds chat text and pictures for the vision-language model."""
 
     def __init__(self, vlm: Qwen2_5_VLModel, tokenizer: Tokenizer) -> None:
         self.vlm = vlm
         self.tokenizer = tokenizer
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """The vision tower's tokens of all pictures in a row, (tokens, C). Gradients flow."""
+        """The vision tower's tokens of all pictures, concatenated: (tokens, C). Differentiable."""
         device = self.vlm.device
         vision = self.vlm.get_image_features(pixel_values.to(device), grid_thw.to(device))
         return torch.cat(tuple(vision.pooler_output))
 
     def embed(self, input_ids: Tensor, is_image: Tensor, image_features: Tensor) -> Tensor:
-        """The embeddings of the tokens, (B, S, C), with what was seen in its places."""
+        """The embeddings of the tokens, (B, S, C), with the pictures' features at image tokens."""
         embeds = self.vlm.get_input_embeddings()(input_ids)
         mixed: Tensor = embeds.masked_scatter(is_image.unsqueeze(-1), image_features.to(embeds))
         return mixed
@@ -93,11 +98,11 @@ class VlmReader:
         positions, _ = self.vlm.get_rope_index(
             input_ids, is_image.int(), image_grid_thw=grid_thw, attention_mask=mask
         )
-        # The reference ran on a transformers that gave masked positions the rotary position 1.
+        # The reference used a version of transformers in which masked tokens have position 1.
         return positions.masked_fill(mask == 0, 1)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, nothing added."""
+        """The tokens of a text, without added special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
@@ -124,20 +129,20 @@ class Conditioner(VlmReader):
 
     @torch.inference_mode()
     def encode_many(self, prompts: Sequence[str], image: npt.NDArray[np.uint8]) -> PromptEncoding:
-        """The states for several prompts about the same picture, which is looked at only once.
+        """The states for several prompts about the same picture.
 
-        So is what the prompts begin with.
+        The picture, and the text that all prompts begin with, are encoded only once.
         """
         vlm_image = self.prepare_image(image)
         features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
-        # Attention is causal: what lies beyond the window changes no state that is kept.
+        # Attention is causal: tokens beyond the window do not affect the states that are kept.
         rows = [self.tokenize(prompt, vlm_image.num_tokens)[: self._max_ids] for prompt in prompts]
         if len(rows) > 1:
             return self._encode_together(rows, features, vlm_image.grid_thw)
         return self.encode_ids(*pad_ids(rows), features, vlm_image.grid_thw)
 
     def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
-        """Whether the end of the prompt lies beyond what is kept of such a picture's chat text."""
+        """Whether the end of the prompt is cut off: the chat text keeps `text_length` tokens."""
         height, width = image.shape[:2]
         text = render_chat(prompt, self.config).removesuffix(CHAT_TAIL)
         ids = self._spelled(text, num_image_tokens(width, height, self.config))
@@ -163,12 +168,13 @@ class Conditioner(VlmReader):
     def encode_ids(
         self, input_ids: Tensor, lengths: Tensor, image_features: Tensor, grid_thw: Tensor
     ) -> PromptEncoding:
-        """The batched core, differentiable: training calls it without `torch.inference_mode`.
+        """Encode token ids; differentiable, for training calls it without `torch.inference_mode`.
 
-        `input_ids` (B, S) is padded on the right and `lengths` (B) says how far each row is real
-        (`pad_ids` makes both). Row b's picture is `grid_thw[b]`; `image_features` holds the tokens
-        of all rows' pictures in the order of the batch, as `encode_images` returns them for the
-        rows' patches concatenated. Attention is causal, so a row does not depend on its padding.
+        `input_ids` (B, S) is padded on the right and `lengths` (B) holds the real length of each
+        row (`pad_ids` makes both). Row b's picture is `grid_thw[b]`; `image_features` holds the
+        tokens of all rows' pictures in the order of the batch, as `encode_images` returns them for
+        the rows' patches concatenated. Attention is causal, so a row does not depend on its
+        padding.
         """
         embeds, positions, mask = self._place(input_ids, image_features, grid_thw)
         states = self.vlm.language_model(
@@ -179,10 +185,10 @@ class Conditioner(VlmReader):
     def _encode_together(
         self, rows: Sequence[Sequence[int]], image_features: Tensor, grid_thw: Tensor
     ) -> PromptEncoding:
-        """Encode rows about one picture as one sequence: what they all begin with, then their ends.
+        """Encode rows about one picture as one sequence: their common beginning, then their ends.
 
-        Each end sees the beginning and itself. In one pass weights are read once, which matters
-        where they pass through the device.
+        Each end attends to the beginning and to itself. One pass reads the weights once, which
+        matters if they are streamed to the device.
         """
         count, shared = len(rows), common_length(rows)
         input_ids, lengths = pad_ids(rows)
@@ -221,7 +227,7 @@ class Conditioner(VlmReader):
         return keep_window(states, lengths, self.config.prefix_length, self.config.text_length)
 
     def _image_positions(self, input_ids: Tensor, grid_thw: Tensor) -> Tensor:
-        """Where the picture's tokens stand; an image token typed in the prompt is none of them."""
+        """Which tokens are the picture's; an image token typed in the prompt is not."""
         is_pad = input_ids == self.image_pad_id
         tokens = grid_thw.to(input_ids.device).prod(-1, keepdim=True) // MERGE_SIZE**2
         return is_pad & (is_pad.cumsum(-1) <= tokens)
@@ -242,7 +248,7 @@ def render_head(config: ConditionerConfig) -> str:
 def render_chat(prompt: str, config: ConditionerConfig) -> str:
     """Qwen2.5-VL's chat template for one user turn of prefix, picture and prompt.
 
-    In v1.2 the prompt stands before the picture, one space behind the prefix.
+    In v1.2 the prompt comes before the picture, one space after the prefix.
     """
     picture = f"Picture 1: {VISION_START}{IMAGE_PAD}{VISION_END}"
     turn = f"{picture}{prompt}" if config.is_padded else f" {prompt}{picture}"
@@ -250,7 +256,7 @@ def render_chat(prompt: str, config: ConditionerConfig) -> str:
 
 
 def check_prefix_length(tokenizer: Tokenizer, config: ConditionerConfig) -> None:
-    """Raise ValueError if the checkpoint drops another number of tokens than head and prefix."""
+    """Raise ValueError if the checkpoint does not drop exactly the tokens of head and prefix."""
     measured = measure_prefix_length(tokenizer, config)
     if measured != config.prefix_length:
         raise ValueError(
@@ -269,11 +275,11 @@ def measure_prefix_length(tokenizer: Tokenizer, config: ConditionerConfig) -> in
 
 
 def split_quotes(text: str, quote_start: int, quote_characters: str) -> list[str]:
-    """Cut a text so that each quoted character is a piece of its own, wrapped as “c”.
+    """Cut a text so that each quoted character is a separate piece, wrapped as “c”.
 
-    Quotes count from behind `quote_start` on. The apostrophe is one of v1's quote characters, and a
-    quote that never closes spells the rest of the text, special tokens included: the models were
-    trained and are run that way.
+    This is `split_string` in `modules/conditioner.py`. Quotes count after `quote_start`. The
+    apostrophe is one of v1's quote characters, and a quote that never closes spells the rest of the
+    text, special tokens included: the models were trained that way.
     """
     pieces: list[str] = []
     piece, is_quoted = "", False
@@ -293,9 +299,9 @@ def split_quotes(text: str, quote_start: int, quote_characters: str) -> list[str
 
 
 def strip_wrapping_quotes(ids: list[int], quotes: tuple[int, int] | None) -> list[int]:
-    """Drop the pair of quotes around a spelled character, if both stayed tokens of their own.
+    """Drop the pair of quotes around a spelled character, if both are separate tokens.
 
-    A character that merges with a quote (A, a full stop) keeps both: a habit of the reference.
+    A character that merges with a quote (A, a full stop) keeps both, as in the reference.
     """
     return ids[1:-1] if quotes and ids and (ids[0], ids[-1]) == quotes else ids
 
@@ -347,13 +353,13 @@ def round_to_factor(width: int, height: int) -> tuple[int, int]:
 
 
 def vlm_image_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size in which the processor hands a picture to the vision tower."""
+    """The size at which the processor passes a picture to the vision tower."""
     sides = [round(side / FACTOR) * FACTOR for side in (width, height)]
     return _limit_pixels((width, height), (sides[0], sides[1]), min_pixels, max_pixels)
 
 
 def num_image_tokens(width: int, height: int, config: ConditionerConfig) -> int:
-    """How many image tokens the vision tower makes of a picture of this size."""
+    """The number of image tokens for a picture of this size."""
     if config.fixed_image_size:
         return (config.fixed_image_size // FACTOR) ** 2
     first = _first_size(width, height, config)
@@ -365,7 +371,7 @@ def _limit_pixels(
     original: tuple[int, int], rounded: tuple[int, int], low: int, high: int
 ) -> tuple[int, int]:
     """Keep the rounded size if its area is within bounds, else rescale the original's sides."""
-    if min(original) * 200 < max(original):
+    if min(original) * MAX_ASPECT_RATIO < max(original):
         raise ValueError(f"a picture of {original[0]}×{original[1]} is too narrow for the model")
     area = rounded[0] * rounded[1]
     if low <= area <= high:
@@ -377,7 +383,7 @@ def _limit_pixels(
 
 
 def _first_size(width: int, height: int, config: ConditionerConfig) -> tuple[int, int]:
-    """The size in which the processor gets a picture: v1.2 hands it over as it is."""
+    """The size at which the processor gets a picture: v1.2 passes it unchanged."""
     if config.fixed_image_size:
         return config.fixed_image_size, config.fixed_image_size
     return round_to_factor(width, height) if config.is_padded else (width, height)
@@ -392,7 +398,7 @@ def _image_processor(config: ConditionerConfig) -> Qwen2VLImageProcessorPil:
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that has to be there. Raises ValueError if it is not."""
+    """The id of a required token. Raises ValueError if there is none."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise ValueError(f"the tokenizer has no token {token}")

@@ -1,7 +1,8 @@
-"""The conditioner of v1.2: nothing is padded, quoted letters and places in the picture are told.
+"""The conditioner of v1.2: no padding, but a mask of quoted letters and an id for each token.
 
-Beside the hidden states, its transformer takes the input embeddings of the letters between quotes
-and a position for every token, by which the picture's tokens lie on the grid of the latents.
+Besides the hidden states, its transformer takes the input embeddings of the letters between quotes
+and a position id for each token, which puts the picture's tokens on the grid of the latents. The
+reference is the authors' branch of diffusers (`step1xedit_v1p2`); no paper describes this.
 """
 
 import re
@@ -31,25 +32,25 @@ from step1x_edit.model.conditioner import (
 from step1x_edit.model.config import ConditionerConfig
 
 CLOSING_QUOTES = {'"': '"', "“": "”"}
-"""Each opening quote with the one that closes it; the apostrophe is none."""
+"""Each opening quote and its closing one; the apostrophe is not a quote."""
 
 TOKEN_CENTRE = 13.5
-"""Middle of an image token in its own pixels, 0 to 27."""
+"""Centre of an image token in its own pixels, 0 to 27."""
 
 GRID_OFFSET, GRID_PIXELS = 11, 16
-"""A token of latents has 16 pixels. Its middle would be 7.5; the reference has 11."""
+"""A token of latents has 16 pixels. Its centre would be 7.5; the reference uses 11."""
 
 
 class Piece(NamedTuple):
-    """A part of the chat text that is tokenised for itself."""
+    """A part of the chat text that is tokenised separately."""
 
     text: str
     is_quoted: bool = False
-    """Whether it is one letter between quotes."""
+    """Whether it is a letter between quotes."""
 
 
 class ChatTokens(NamedTuple):
-    """The tokens of a chat text and what each stands for."""
+    """The tokens of a chat text and which of them are quoted or the picture's."""
 
     ids: list[int]
     is_quoted: list[bool]
@@ -57,10 +58,10 @@ class ChatTokens(NamedTuple):
 
 
 class PromptEncodingV12(NamedTuple):
-    """What the transformer of v1.2 takes of one prompt, as long as it is."""
+    """What the transformer of v1.2 takes of one prompt of L tokens."""
 
     prompt_embeds: Tensor  # (L, C) hidden states
-    token_embeds: Tensor  # (L, C) what the language model was given
+    token_embeds: Tensor  # (L, C) input embeddings of the language model
     text_mask: Tensor  # (L), 1 at letters between quotes
     position_ids: Tensor  # (L, 3) float32
 
@@ -86,9 +87,9 @@ class ConditionerV12(VlmReader):
     def encode_each(
         self, prompts: Sequence[str], image: npt.NDArray[np.uint8]
     ) -> list[PromptEncodingV12]:
-        """Encode several prompts about the same picture, which is looked at only once.
+        """Encode several prompts about the same picture, which the vision tower sees only once.
 
-        `image` (H, W, 3) has the size that is edited in. The encodings differ in length.
+        `image` (H, W, 3) has the size of the edit. The encodings differ in length.
         """
         vlm_image = prepare_image(image, self.config)
         features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
@@ -101,17 +102,17 @@ class ConditionerV12(VlmReader):
         ]
 
     def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
-        """Whether a part of the prompt or the picture lies beyond what is kept."""
+        """Whether a part of the prompt or the picture is cut off."""
         height, width = image.shape[:2]
         tokens = self.tokenize(prompt, num_image_tokens(width, height, self.config))
         kept = self.config.prefix_length + self.config.text_length
         return len(tokens.ids) - len(self.ids(CHAT_TAIL)) > kept
 
     def tokenize(self, prompt: str, num_image_tokens: int) -> ChatTokens:
-        """The tokens of the whole chat text; each quoted letter is tokenised for itself."""
+        """The tokens of the whole chat text; each quoted letter is tokenised separately."""
         text = render_chat(prompt, self.config)
         pieces = split_quotes_v1_2(text, self.config.quote_start, self.special_tokens)
-        # A prompt may hold the image token too; the picture is behind it.
+        # A prompt may contain the image token too; the picture comes after it.
         picture = max(index for index, piece in enumerate(pieces) if piece.text == IMAGE_PAD)
         tokens = ChatTokens([], [], [])
         for index, piece in enumerate(pieces):
@@ -155,8 +156,8 @@ def split_quotes_v1_2(
 ) -> list[Piece]:
     """Cut a chat text at its special tokens, and so that each quoted letter is a piece.
 
-    Quotes count from behind `quote_start` on and within one part between special tokens; one that
-    is not closed there is no quote.
+    Quotes count after `quote_start` and within one part between special tokens; one that is not
+    closed there is not a quote.
     """
     pieces: list[Piece] = []
     start = 0
@@ -181,10 +182,10 @@ def _split_part(part: str, quote_start: int) -> list[Piece]:
             index += 1
             continue
         end = part.find(closing, index + 1)
-        if end < 0:  # nothing behind a quote that is not closed is a quote
+        if end < 0:  # after an unclosed quote there are no quotes
             piece += part[index:]
             break
-        # “ at the very beginning is dropped: a habit of the reference.
+        # “ at the very beginning is dropped, as in the reference.
         if piece or opening != "“":
             pieces.append(Piece(piece + opening))
         pieces += [Piece(letter, is_quoted=True) for letter in part[index + 1 : end]]
@@ -195,11 +196,12 @@ def _split_part(part: str, quote_start: int) -> list[Piece]:
 def text_position_ids(
     positions: Tensor, is_image: Tensor, grid_thw: Tensor, source_size: tuple[int, int]
 ) -> Tensor:
-    """The places (L, 3) of the kept tokens among those of the latents, float32.
+    """The position ids (L, 3) of the kept tokens, float32, in the coordinates of the latents.
 
-    `positions` (L, 3) are the rotary ones. In time all tokens come before the latents and end at
-    -1. An image token lies, in rows and columns of latents, where it was cut out of the picture,
-    whose size was `source_size` (width, height) before it was resized to the grid.
+    `positions` (L, 3) are the rotary ones. Along the first axis (kind) the tokens come before the
+    latents and end at -1. An image token has the row and column, in tokens of latents, of its
+    centre in the picture, whose size was `source_size` (width, height) before it was resized to the
+    grid: ((28 i + 13.5) · (source - 1) / (seen - 1) - 11) / 16.
     """
     ids = torch.zeros(positions.shape, dtype=torch.float64, device=positions.device)
     ids[:, 0] = positions[:, 0] - (positions[:, 0].max() + 1)
@@ -209,6 +211,6 @@ def text_position_ids(
         for side, source in zip(seen, reversed(source_size), strict=True)
     )
     places = (torch.cartesian_prod(rows, columns) - GRID_OFFSET) / GRID_PIXELS
-    count = int(is_image.sum())  # fewer than there are, if the end of the picture was cut off
+    count = int(is_image.sum())  # fewer than all, if the end of the picture is cut off
     ids[is_image, 1:] = places[:count].to(ids)
     return ids.float()

@@ -1,8 +1,8 @@
-"""Everything the weights fix by number, as frozen data, and the named presets.
+"""Every number that the weights fix, as frozen data, and the named presets.
 
-One code path serves checkpoints of very different size because no module of the network spells
-out a width, an offset, a token id or a prompt: it reads them here. A checkpoint that is not one
-of the presets stores its `ModelConfig` as JSON beside the weights.
+One code path serves checkpoints of very different sizes, because no module of the network contains
+a width, an offset, a token id or a prompt: they are read from here. A checkpoint that is not one of
+the presets stores its `ModelConfig` as JSON beside the weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 PATCH_SIZE = 2
-"""Side of the square of latent pixels that makes one token."""
+"""Side of the square of latent pixels that forms one token."""
 
 
 class GuidanceRule(str, Enum):
@@ -29,7 +29,7 @@ class GuidanceRule(str, Enum):
 
 
 class ReferenceResize(str, Enum):
-    """How the picture gets to the size in which the autoencoder sees it."""
+    """How the picture is resized for the autoencoder."""
 
     LANCZOS = "lanczos"
     """Like the picture that the conditioner sees, in 8 bits."""
@@ -46,7 +46,7 @@ class ConnectorConfig:
     num_heads: int = 32
     depth: int = 2
     has_scale_factor: bool = False
-    """v1.0 only: one learned number scales the pooled text before it becomes the global vector."""
+    """v1.0 only: one learned number scales the pooled text before the global vector is made."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class ConditionerConfig:
-    """How picture and prompt are shown to the vision-language model, and what is kept of it."""
+    """How picture and prompt are given to the vision-language model, and which states are kept."""
 
     prompt_prefix: str
     """Instruction put before the prompt."""
@@ -99,26 +99,26 @@ class ConditionerConfig:
     text_length: int
     """Longest kept sequence."""
     is_padded: bool = True
-    """Whether shorter sequences are filled with zero rows up to `text_length`; not so in v1.2,
-    whose prompt stands before the picture (`conditioner_v1_2`)."""
+    """Whether shorter sequences are filled with zero rows up to `text_length`; not in v1.2, whose
+    prompt comes before the picture (`conditioner_v1_2`)."""
     quote_start: int = 155
     """Quotation marks up to this character of the chat text belong to the template."""
     quote_characters: str = "'“”"
-    """Characters that count as `"`; empty where quoted text is not spelled out."""
+    """Characters that count as `"`; empty if quoted text is not spelled out."""
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 324 * 28 * 28
     fixed_image_size: int | None = None
-    """Side of the square that every picture is scaled to, in place of the pixel limits."""
+    """Side of the square to which every picture is scaled, instead of the pixel limits."""
 
 
 @dataclass(frozen=True)
 class ReasoningConfig:
-    """How a model whose conditioner also talks thinks about an edit (`reasoning`)."""
+    """How a model whose conditioner is also a chat model reasons about an edit (`reasoning`)."""
 
     prompts: str = "reasoning_prompts.json"
-    """File beside this module with the questions that it was trained with."""
+    """File beside this module with the prompts that it was trained with."""
     has_ranking: bool = True
-    """Whether it rates the pictures of all rounds; else the last one is taken."""
+    """Whether it rates the pictures of all rounds; otherwise the last one is the result."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ class ModelConfig:
     guidance_rule: GuidanceRule = GuidanceRule.OFFICIAL
     reference_resize: ReferenceResize = ReferenceResize.LANCZOS
     reasoning: ReasoningConfig | None = None
-    """None: it cannot think, and its language head is not read."""
+    """None: it cannot reason, and its language head is not read."""
     generation_negative_prompt: str | None = None
-    """What pictures made from words alone are steered away from; None: the model only edits."""
+    """The default negative prompt of text to image; None: the model only edits."""
 
     def __post_init__(self) -> None:
         channels = self.latent_channels * PATCH_SIZE**2
@@ -178,7 +178,7 @@ class ModelConfig:
 
     @property
     def can_generate(self) -> bool:
-        """Whether the model makes pictures from words alone."""
+        """Whether the model makes pictures from the prompt alone."""
         return self.generation_negative_prompt is not None
 
     @property
@@ -256,10 +256,10 @@ worst quality, wrong limbs, unreasonable limbs, normal quality, low quality, low
 blurry, text, watermark, logo, banner, extra digits, cropped, jpeg artifacts, \
 signature, username, error, sketch ,duplicate, ugly, monochrome, horror, geometry, \
 mutation, disgusting"""
-"""What pictures made from words alone are steered away from, exactly as published."""
+"""The negative prompt of text to image, as published (`t2i_negative_prompt` of the reference)."""
 
-# The weights of v1.0 and v1.1 expect hidden states from position 217 on: the colon that ends the
-# prefix. v1.2 has a shorter prefix and cuts at 90 by the same rule.
+# 217 is the position of the colon that ends the prefix: v1.0 and v1.1 were trained with the hidden
+# states from there on. v1.2 has a shorter prefix and cuts at 90 by the same rule.
 _CONDITIONER_V1 = ConditionerConfig(
     prompt_prefix=PROMPT_PREFIX_V1, prefix_length=217, text_length=640
 )
@@ -288,7 +288,7 @@ V1_1 = ModelConfig(
     reference_offset=(1.0, 1.0, 1.0),
     generation_negative_prompt=GENERATION_NEGATIVE_PROMPT,
 )
-"""July 2025; the first that also makes pictures from words alone."""
+"""July 2025; the first that also makes pictures from the prompt alone."""
 
 V1_2 = ModelConfig(
     version="v1.2",
@@ -311,7 +311,7 @@ V1_2_PREVIEW = dataclasses.replace(
 REASONING = frozenset(
     config.version for config in (V1_0, V1_1, V1_2, V1_2_PREVIEW) if config.reasoning is not None
 )
-"""The versions that can think and reflect."""
+"""The versions with thinking and reflection."""
 
 DEMO = ModelConfig(
     version="demo",
@@ -329,7 +329,7 @@ DEMO = ModelConfig(
         prompt_prefix="User Prompt:",
         prefix_length=35,  # in the vocabulary that was trained with it
         text_length=48,
-        quote_characters="",  # it cannot draw letters, and an apostrophe would spell out the rest
+        quote_characters="",  # it cannot draw letters, and one apostrophe would spell out the rest
         fixed_image_size=56,
     ),
     reference_offset=(1.0, 1.0, 1.0),
@@ -343,4 +343,4 @@ DEMO = ModelConfig(
 ONLY_EDITING = frozenset(
     config.version for config in (V1_0, V1_1, V1_2, V1_2_PREVIEW, DEMO) if not config.can_generate
 )
-"""The versions that make no pictures from words alone."""
+"""The versions without text to image."""

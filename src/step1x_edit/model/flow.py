@@ -1,7 +1,8 @@
-"""Rectified flow: noise and picture on a straight line, the schedule, guidance, step and target.
+"""Rectified flow: a straight line between noise and picture, its schedule, guidance and step.
 
 The timestep t is the share of noise, from 1 (noise) to 0 (picture): x_t = (1-t) * x_0 + t * noise.
-The network predicts the velocity dx/dt = noise - x_0.
+The network predicts the velocity dx/dt = noise - x_0. ("Flow Straight and Fast", arXiv 2209.03003,
+with time reversed.)
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from step1x_edit.model.config import GuidanceRule
 
-# The schedule is bent towards noise the more, the more tokens there are: mu is a straight line
-# through (256 tokens, 0.5) and (4096 tokens, 1.15).
+# mu is a straight line through (256 tokens, 0.5) and (4096 tokens, 1.15): `get_lin_function` in
+# `src/flux/sampling.py`. More tokens shift the schedule further towards noise.
 _FEW_TOKENS, _FEW_SHIFT = 256, 0.5
 _MANY_TOKENS, _MANY_SHIFT = 4096, 1.15
 
 DAMPED_ABOVE = 0.93
 DAMPING_POWER = 0.4
-"""The official rule against burnt pictures: while t is above 0.93, divide by norm^0.4."""
+"""The official damping rule: while t is above 0.93, divide by norm^0.4. It is in no paper, but in
+`inference.py` of Step1X-Edit (`timesteps_truncate`, `process_diff_norm`)."""
 
 
 def schedule(num_steps: int, num_tokens: int) -> Tensor:
@@ -29,14 +31,18 @@ def schedule(num_steps: int, num_tokens: int) -> Tensor:
 
 
 def shift(u: Tensor, num_tokens: int) -> Tensor:
-    """Bend timesteps u in [0, 1]: t = e^mu / (e^mu + 1/u - 1). Training samples bend likewise."""
+    """Shift timesteps u in [0, 1]: t = e^mu / (e^mu + 1/u - 1). Training shifts its samples, too.
+
+    `time_shift` in `src/flux/sampling.py`; arXiv 2403.03206, section 5.3.2 ("Resolution-dependent
+    shifting of timestep schedules").
+    """
     e_mu = math.exp(mu(num_tokens))
     t: Tensor = e_mu / (e_mu + (1 / u - 1))
     return t
 
 
 def mu(num_tokens: int) -> float:
-    """Return the logarithm of the shift for a picture of so many tokens."""
+    """Return the logarithm of the shift for a picture of `num_tokens` tokens."""
     slope = (_MANY_SHIFT - _FEW_SHIFT) / (_MANY_TOKENS - _FEW_TOKENS)
     return slope * num_tokens + (_FEW_SHIFT - slope * _FEW_TOKENS)
 
@@ -48,9 +54,11 @@ def guide(
     t: float | Tensor,
     rule: GuidanceRule = GuidanceRule.OFFICIAL,
 ) -> Tensor:
-    """Combine the velocities (B, N, C) of prompt and negative prompt.
+    """Combine the velocities (B, N, C): uncond + scale · (cond - uncond) / divisor.
 
-    `scale` and `t` are numbers, or tensors that broadcast to (B, N, C) to mix samples in a batch.
+    Classifier-free guidance (arXiv 2207.12598), from the negative prompt towards the prompt. The
+    divisor is 1 unless the rule damps this step (`norm_divisor`). `scale` and `t` are numbers, or
+    tensors that broadcast to (B, N, C) to mix samples in a batch.
     """
     direction = cond - uncond
     plain = scale * direction

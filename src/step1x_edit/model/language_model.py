@@ -1,6 +1,6 @@
-"""Qwen2.5-VL as a language model: it looks at pictures and writes a reply, token by token.
+"""Qwen2.5-VL as a language model: it reads pictures and writes a reply, token by token.
 
-It knows chat text and sampling; what is asked and what a reply means stand in `reasoning`.
+It knows chat text and sampling; `reasoning` knows the questions and the meaning of replies.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from step1x_edit.model.conditioner import (
 from step1x_edit.model.reasoning import Pixels, Prompt
 
 LONGEST_SIDE = 1024
-"""Larger pictures are shrunk before anything else."""
+"""Pictures are first reduced to this side length."""
 
 MIN_PIXELS, MAX_PIXELS = 262144, 802816
 
@@ -43,7 +43,7 @@ class Sampling:
     """How the next token is drawn."""
 
     max_new_tokens: int = 128
-    """Replies are cut off here, as in the reference; whoever reads them asks again."""
+    """Replies are cut off here, as in the reference; the caller asks again."""
     temperature: float = 0.7
     """0 takes the likeliest token."""
     top_k: int = 50
@@ -52,21 +52,21 @@ class Sampling:
 
 
 class Chat(NamedTuple):
-    """A prompt as tokens, with the places of its pictures."""
+    """A prompt as tokens; `is_image` marks those of its pictures."""
 
     ids: list[int]
     is_image: list[bool]
 
 
 class Said(NamedTuple):
-    """How much of a reply there is."""
+    """The length of a reply so far."""
 
     tokens: int
     limit: int
 
 
 class ChatModel(VlmReader):
-    """Replies to prompts about pictures. The same seed and questions give the same replies."""
+    """Replies to prompts about pictures. The same seed and prompts give the same replies."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ChatModel(VlmReader):
         self.end_id = special_id(tokenizer, END)
 
     def reply(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[Said, None, str]:
-        """Yield after each token and return the text, without special tokens and outer space.
+        """Yield after each token and return the text, stripped and without special tokens.
 
         Closing the generator stops.
         """
@@ -110,7 +110,7 @@ class ChatModel(VlmReader):
         )
         embeds = self.embed(ids, is_image, features)  # (1, S, C)
         positions = self.rope_positions(ids, is_image, grid_thw, torch.ones_like(ids))  # (3, 1, S)
-        # Room for the last token is not needed: nothing is asked of the model behind it.
+        # The last token needs no room: the model is not run on it.
         room = len(chat.ids) + self.sampling.max_new_tokens - 1
         cache = StaticCache(config=self.vlm.config.text_config, max_cache_len=room)
         seen = torch.zeros(self.vlm.config.text_config.vocab_size, dtype=torch.bool, device=device)
@@ -130,7 +130,7 @@ class ChatModel(VlmReader):
             positions = torch.full((3, 1, 1), next_position + index, device=device)
 
     def tokenize(self, prompt: Prompt, image_tokens: Sequence[int]) -> Chat:
-        """Qwen2.5-VL's chat template for one question, with this many tokens for each picture."""
+        """Qwen2.5-VL's chat template for one question, with `image_tokens` for each picture."""
         head = f"<|im_start|>system\n{prompt.system}{END}\n<|im_start|>user\n"
         before, after = (prompt.text, "") if prompt.is_text_first else ("", prompt.text)
         chat = Chat([], [])
@@ -149,16 +149,16 @@ class ChatModel(VlmReader):
 
 
 def add_lm_head(vlm: Qwen2_5_VLModel) -> None:
-    """Give the model a language head, as a part of it: it is read, moved and streamed with it."""
+    """Add a language head as a submodule, so that it is read, moved and streamed with the model."""
     text = vlm.config.text_config
     vlm.add_module("lm_head", nn.Linear(text.hidden_size, text.vocab_size, bias=False))
 
 
 def sample(logits: Tensor, seen: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
-    """Draw a token from logits (V); tokens that were `seen` (V) are made less likely.
+    """Draw a token from logits (V); tokens that were `seen` (V) become less likely.
 
-    In the order of the library: penalty, temperature, the k likeliest, and of these as many as it
-    takes to reach probability p.
+    The order is that of transformers: penalty, temperature, the k likeliest, and of these the
+    fewest whose probabilities add up to p.
     """
     penalty = sampling.repetition_penalty
     punished = torch.where(logits < 0, logits * penalty, logits / penalty)
@@ -173,7 +173,7 @@ def sample(logits: Tensor, seen: Tensor, sampling: Sampling, rng: torch.Generato
 
 
 def shrink(picture: Image.Image) -> Image.Image:
-    """A picture of at most 1024 pixels a side, otherwise as it is."""
+    """Reduce a picture to at most 1024 pixels a side."""
     picture = picture.copy()
     if max(picture.size) > LONGEST_SIDE:
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))

@@ -13,7 +13,8 @@ from step1x_edit.model.config import PATCH_SIZE
 def pack(latents: Tensor) -> Tensor:
     """Fold 2x2 patches of latents (B, C, H, W) into tokens (B, H/2 * W/2, 4C).
 
-    Tokens are in reading order; channel c of the patch's pixel (dy, dx) is number 4c + 2dy + dx.
+    Tokens are in reading order; channel c of the patch's pixel (dy, dx) is number 4c + 2dy + dx, as
+    in `prepare` of `src/flux/sampling.py`.
     """
     b, c, h, w = latents.shape
     if h % PATCH_SIZE or w % PATCH_SIZE:
@@ -38,14 +39,14 @@ def position_ids(rows: int, cols: int, offset: Sequence[float] = (0.0, 0.0, 0.0)
 
 
 def image_position_ids(rows: int, cols: int, reference_offset: Sequence[float]) -> Tensor:
-    """Coordinates of all image tokens: the latents' grid, then the reference's. (2N, 3)."""
+    """Coordinates (2N, 3) of all image tokens: the latents' grid, then the reference's."""
     return torch.cat([position_ids(rows, cols), position_ids(rows, cols, reference_offset)])
 
 
 def draw_noise(shape: Sequence[int], seed: int, draw: int = 0) -> Tensor:
-    """Draw the start of the denoising on the CPU: one seed, one picture, on every device.
+    """Draw the start of the denoising on the CPU, so that a seed means the same on every device.
 
-    `draw` counts from 0: several edits with one seed take what its generator gives in turn.
+    `draw` counts from 0: several edits with one seed take consecutive noises of its generator.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
     for _ in range(draw):

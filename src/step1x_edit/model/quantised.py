@@ -1,10 +1,10 @@
-"""Linear layers with few bits to a weight: 8-bit floats, 8-bit integers or 4 bits.
+"""Linear layers with few bits per weight: 8-bit floats, 8-bit integers or 4 bits.
 
-A matrix W (N, K) is kept as codes and scales. A row of 8-bit codes has one scale; of 4-bit codes
-every 64 columns have one, and two codes share a byte. Every row is coded by itself, so that a
-matrix that is coded piece by piece is the same as one that is coded at once. A layer that is told
-to has a GPU multiply the codes themselves, where it can; then the input is rounded to 8 bits as
-well, row by row. Everywhere else the weights are widened to the input's type first.
+A matrix W (N, K) is kept as codes and scales. 8-bit codes have one scale per row; 4-bit codes have
+one per 64 columns, and two codes share a byte. Rows are coded independently, so that a matrix that
+is coded in pieces equals one that is coded at once. If a layer may round its input and the GPU has
+a product for the codes, it multiplies the codes themselves; the input is then rounded to 8 bits,
+row by row. Otherwise the weights are widened to the input's type first.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ NF4_VALUES: Final = (
     0.7229568362236023,
     1.0,
 )
-"""What the 16 codes stand for: the values of NormalFloat4 in the QLoRA paper, appendix E."""
+"""The values of the 16 codes: NormalFloat4 of QLoRA (arXiv 2305.14314), appendix E."""
 
 SMALLEST: Final = 1e-30
-"""Rows of smaller numbers become zeros."""
+"""Rows with a smaller maximum become zeros."""
 INT_MM_ROWS: Final = 17
-"""Rows from which on CUDA multiplies integers."""
+"""The fewest rows that CUDA's integer product takes."""
 OUTPUTS_AT_ONCE: Final = 4096
-"""Columns of an integer product that are computed together: each takes 4 bytes of its own."""
+"""Columns of an integer product that are computed together: their sums take 4 bytes each."""
 
 
 class Coded(NamedTuple):
@@ -62,7 +62,7 @@ def code(matrix: Tensor, kind: Code) -> Coded:
     """Round a float32 matrix (N, K) to codes and scales."""
     match kind:
         case "fp8":
-            # Powers of two change no digit: what was stored as such a float before stays exact.
+            # Powers of two change no digit: weights that are stored in this type stay exact.
             mantissa, exponent = torch.frexp(_largest(matrix) / FLOAT8_MAX)
             scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
             return Coded((matrix / scale).to(FLOAT8), scale)
@@ -81,7 +81,7 @@ def code(matrix: Tensor, kind: Code) -> Coded:
 
 
 def empty(shape: tuple[int, int], kind: Code, device: torch.device | str | None = None) -> Coded:
-    """Room for the codes and scales of a matrix of this shape."""
+    """Allocate the codes and scales of a matrix of this shape."""
     rows, columns = shape
     if kind == "nf4":
         blocks = -(-columns // NF4_BLOCK)
@@ -97,7 +97,7 @@ def empty(shape: tuple[int, int], kind: Code, device: torch.device | str | None 
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose weights are codes; the bias is as it was."""
+    """A linear layer whose weights are codes; the bias is unchanged."""
 
     codes: Tensor
     scale: Tensor
@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("codes", coded.codes)
         self.register_buffer("scale", coded.scale)
         if kind == "nf4":
-            # What each byte stands for: the values of its upper and its lower half.
+            # The values of a byte's upper and lower half.
             values = torch.tensor(NF4_VALUES)
             pairs = torch.cartesian_prod(values, values)  # (256, 2)
             self.register_buffer("pairs", pairs, persistent=False)
@@ -126,19 +126,19 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def like(cls, linear: nn.Linear, kind: Code) -> QuantLinear:
-        """Room for the codes of a layer; its bias becomes that of the new one."""
+        """Allocate a layer of the same shape, with the same bias."""
         device = linear.weight.device
         return cls(linear.in_features, linear.out_features, kind, linear.bias, device)
 
     @classmethod
     def of(cls, linear: nn.Linear, kind: Code) -> QuantLinear:
-        """A layer with its weights rounded."""
+        """Return the layer with its weights rounded."""
         made = cls.like(linear, kind).to(linear.weight.device)
         made.codes, made.scale = code(linear.weight.detach().float(), kind)
         return made
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weights that the codes stand for, (N, K)."""
+        """Return the weights of the codes, (N, K)."""
         if self.kind != "nf4":
             return self.codes.to(dtype).mul_(self.scale.to(dtype))
         assert isinstance(self.pairs, Tensor)
@@ -160,7 +160,7 @@ class QuantLinear(nn.Module):
         match self.kind:
             case "fp8":
                 fits = self.in_features % 16 == 0 and self.out_features % 16 == 0
-                # The product knows bfloat16 only.
+                # The product supports bfloat16 only.
                 return fits and x.dtype == torch.bfloat16 and _capability(x.device.index) >= (8, 9)
             case "int8":
                 fits = self.in_features % 8 == 0 and self.out_features % 8 == 0
@@ -176,7 +176,7 @@ class QuantLinear(nn.Module):
 def multiply_float8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K) in bfloat16 times the codes (N, K): (M, N), both as 8-bit floats."""
     x_scale = _largest(x).float() / FLOAT8_MAX  # (M, 1)
-    # Rounding may end just above the largest number, and there is none beyond it.
+    # Rounding may exceed the largest number of the type, which has no infinity.
     x_codes = (x.float() / x_scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     product: Tensor = torch._scaled_mm(
         x_codes,
@@ -185,7 +185,7 @@ def multiply_float8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None
         scale_b=scale.t(),
         bias=bias,
         out_dtype=x.dtype,
-        use_fast_accum=True,  # its rounding is far below that of the codes
+        use_fast_accum=True,  # its rounding error is far below that of the codes
     )
     return product
 
@@ -203,12 +203,12 @@ def multiply_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) 
 
 
 def _largest(x: Tensor) -> Tensor:
-    """The largest magnitude along the last axis, which stays; never 0, so that it can divide."""
+    """The largest magnitude along the last axis, which is kept; never 0, to divide by it."""
     return x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
-    """The smallest numbers that bfloat16 has and that are not below x; in float32."""
+    """Round x up to bfloat16; returned in float32."""
     rounded = x.bfloat16()
     above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
     return torch.where(rounded < x, above, rounded).float()
@@ -216,5 +216,5 @@ def _up_to_bfloat16(x: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(index: int) -> tuple[int, int]:
-    """The generation of a GPU."""
+    """The compute capability of a GPU."""
     return torch.cuda.get_device_capability(index)

@@ -1,9 +1,9 @@
-"""Reasoning of v1.2: think about the instruction, edit, look at the result, try again, choose.
+"""Reasoning of v1.2: think about the instruction, edit, judge the result, try again, choose.
 
-The rules around the language model: what it is asked, how its replies are read, when a round
-follows. It knows pictures as arrays and a language model as something that replies; how either is
-computed or shown it does not know. Whatever takes long is a generator: what an edit or a reply
-yields on its way is passed on, so that progress and cancellation need no callback.
+The rules around the language model: what it is asked, how its replies are parsed, when another
+round follows. It knows pictures as arrays and a language model as something that replies, but not
+how either is computed or shown. Everything that takes long is a generator, which passes on what an
+edit or a reply yields, so that progress and cancellation need no callback.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Event = TypeVar("Event")
 Event_co = TypeVar("Event_co", covariant=True)
 
 MAX_TRIES: Final = 20
-"""How often a question is put until its reply can be read."""
+"""How often a question is asked until its reply can be parsed."""
 
 THINK, SUCCESS, FAILED = "<#Think>", "<#Success>", "<#Failed>"
 REFLECTION, OTHERS = "<#Reflection>", "<#Others>"
 VERDICT_TAGS: Final = (REFLECTION, FAILED, SUCCESS, OTHERS)
 
 GAVE_UP: Final = f"{THINK} The process encountered repeated errors and could not complete.{FAILED}"
-"""The verdict if a reply on the way to it could never be read."""
+"""The verdict if one of the replies that it needs could never be parsed."""
 
 MEETS_CAPS: Final = {"no": 2.0, "partial": 5.0}
 """Highest score of a picture that does not fully meet the instruction."""
@@ -59,14 +59,14 @@ class Prompt(NamedTuple):
     system: str
     text: str
     is_text_first: bool = False
-    """Whether the text stands before the pictures; else behind them."""
+    """Whether the text comes before the pictures; otherwise after them."""
 
 
 class LanguageModel(Protocol[Event_co]):
-    """Whatever answers a question about pictures."""
+    """A model that answers questions about pictures."""
 
     def reply(self, images: Sequence[Pixels], prompt: Prompt) -> Generator[Event_co, None, str]:
-        """Return the text of the answer. It may be cut short, and differ when asked again."""
+        """Return the answer. It may be cut off, and differ if the question is asked again."""
         ...
 
 
@@ -88,16 +88,16 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Reflection:
-    """What the model made of an edited picture; `verdict` is its text, tags included."""
+    """The model's judgement of an edited picture; `verdict` is its text, tags included."""
 
     verdict: str
     description: str = ""
     consistency: Consistency | None = None
-    """None if no reply could be read."""
+    """None if no reply could be parsed."""
 
 
 class Verdict(NamedTuple):
-    """A verdict's text, read: a success, or what to do with the edited picture next."""
+    """A parsed verdict: a success, or what to do with the edited picture next."""
 
     is_valid: bool
     is_success: bool = False
@@ -114,7 +114,7 @@ class Rating:
 
 
 NO_RATING: Final = Rating((0.0, 0.0))
-"""Stands for a rating that could never be read."""
+"""The rating if no reply could be parsed."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Ranking:
     """The ratings by which the best of several edits is chosen."""
 
     edit: Rating
-    """How well the instruction was followed, and how much else was left alone."""
+    """How well the instruction was followed, and how little else was changed."""
     quality: Rating
     """How natural the picture looks, and how free of artefacts."""
 
@@ -134,7 +134,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Round:
-    """One edit: from which picture, with which prompt, and what was thought of the result."""
+    """One edit: its picture, its prompt, its result and the model's judgement."""
 
     source: Pixels
     prompt: str
@@ -145,7 +145,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Reasoned:
-    """All that was thought and painted, in order."""
+    """All rounds, in order, and the best one."""
 
     rewritten_prompt: str | None
     """None without thinking."""
@@ -160,16 +160,16 @@ class Reasoned:
 
 @dataclass(frozen=True)
 class ReasoningPlan:
-    """How much to think."""
+    """Which stages of reasoning to run."""
 
     has_thinking: bool = False
     """Whether the model rewrites the instruction first."""
     has_reflection: bool = True
-    """Whether it judges its edits and tries again; else there is one edit."""
+    """Whether it judges its edits and tries again; otherwise there is one edit."""
     max_rounds: int = 3
     """The most edits."""
     has_ranking: bool = True
-    """Whether each picture is rated; else the last one is the best."""
+    """Whether each picture is rated; otherwise the last one is the best."""
 
     def __post_init__(self) -> None:
         if self.max_rounds < 1:
@@ -178,26 +178,26 @@ class ReasoningPlan:
 
 @dataclass(frozen=True)
 class Stage:
-    """What begins now, in which round; thinking is before the first."""
+    """The stage that begins, and its round; thinking comes before the first."""
 
     name: Literal["thinking", "editing", "reflecting", "ranking"]
     round: int
 
 
 class Reasoner(Generic[Event]):
-    """Asks a language model the questions of v1.2 and reads its replies."""
+    """Asks a language model the questions of v1.2 and parses its replies."""
 
     def __init__(
         self,
         language_model: LanguageModel[Event],
         questions: Mapping[str, Prompt] | None = None,
     ) -> None:
-        """`questions` are those that the model was trained with; else those of v1.2."""
+        """`questions` are those that the model was trained with; None: those of v1.2."""
         self.language_model = language_model
         self.questions = prompts() if questions is None else questions
 
     def think(self, source: Pixels, instruction: str) -> Generator[Event, None, str]:
-        """Return the instruction in clear words; as it was if the model has nothing to say."""
+        """Return the instruction in clear words, or unchanged if the reply is empty."""
         question = self._fill("think", instruction=instruction, language=language_word(instruction))
         thought = yield from self.language_model.reply([source], question)
         return thought.strip() or instruction
@@ -205,7 +205,7 @@ class Reasoner(Generic[Event]):
     def reflect(
         self, source: Pixels, edited: Pixels, instruction: str
     ) -> Generator[Event, None, Reflection]:
-        """Describe what the edit should show, score what it shows, and come to a verdict."""
+        """Describe what the edit should show, score what it shows, and reach a verdict."""
         language = language_word(instruction)
         question = self._fill("describe", instruction=instruction, language=language)
         description = yield from self.language_model.reply([source], question)
@@ -228,7 +228,7 @@ class Reasoner(Generic[Event]):
     def rank(
         self, source: Pixels, edited: Pixels, instruction: str
     ) -> Generator[Event, None, Ranking]:
-        """Rate an edit and the picture that it made."""
+        """Rate an edit and its picture."""
         question = self._fill("rank_edit", instruction=instruction)
         edit = yield from self._ask([source, edited], question, _marks)
         quality = yield from self._ask([edited], self._fill("rank_quality"), _marks)
@@ -237,7 +237,7 @@ class Reasoner(Generic[Event]):
     def _ask(
         self, images: Sequence[Pixels], question: Prompt, read: Callable[[str], T | None]
     ) -> Generator[Event, None, T | None]:
-        """Ask until the reply can be read; None if it never can."""
+        """Ask until the reply can be parsed; None if it never can."""
         for _ in range(MAX_TRIES):
             reply = yield from self.language_model.reply(images, question)
             answer = read(reply)
@@ -246,7 +246,7 @@ class Reasoner(Generic[Event]):
         return None
 
     def _fill(self, name: str, **values: str) -> Prompt:
-        """A question with its placeholders filled in; what is filled in is left alone."""
+        """Fill in the placeholders of a question; placeholders in the values stay as they are."""
 
         def fill(template: str) -> str:
             return re.sub(
@@ -266,9 +266,9 @@ def reason(
 ) -> Generator[Stage | Event | Reasoned, None, None]:
     """Yield each stage before it begins and, last, the result; closing the generator stops.
 
-    `edit` paints: it is given a picture and a prompt and returns a picture of the same size. What
-    it and the language model yield is passed on, and what they raise ends the generator. Each round
-    is judged against `source` and the (rewritten) prompt, also if it changed an earlier picture.
+    `edit` takes a picture and a prompt and returns a picture of the same size. The generator passes
+    on what it and the language model yield, and ends with what they raise. Each round is judged
+    against `source` and the (rewritten) prompt, even if it changed an earlier result.
     """
     rewritten = None
     if plan.has_thinking:
@@ -302,7 +302,7 @@ def reason(
 
 
 def best_round(rounds: Sequence[Round]) -> int:
-    """The index of the highest value; among equals success counts, then the later round."""
+    """The index of the highest value; among equals a success wins, then the later round."""
 
     def worth(index: int) -> tuple[float, bool, int]:
         ranking, reflection = rounds[index].ranking, rounds[index].reflection
@@ -313,13 +313,13 @@ def best_round(rounds: Sequence[Round]) -> int:
 
 
 def language_word(instruction: str) -> str:
-    """“Chinese” or “English”, in Chinese: the prompts are filled in like this, the English too."""
+    """“Chinese” or “English” in Chinese, with which even the English prompts are filled in."""
     num_chinese = sum("\u4e00" <= character <= "\u9fff" for character in instruction)
     return "中文" if num_chinese >= 2 else "英文"
 
 
 def clean_verdict(reply: str) -> str | None:
-    """The reply from its first thought on; None unless one verdict, once, follows the thought."""
+    """The reply from its first thought on; None unless exactly one verdict follows the thought."""
     thought = reply.find(THINK)
     tags = [tag for tag in VERDICT_TAGS if tag in reply]
     if thought < 0 or len(tags) != 1 or reply.count(tags[0]) != 1 or reply.find(tags[0]) < thought:
@@ -328,7 +328,7 @@ def clean_verdict(reply: str) -> str | None:
 
 
 def read_verdict(text: str) -> Verdict:
-    """What a verdict's text says; a text that is none is a failure."""
+    """Parse a verdict; a text that is not one is a failure."""
     tags = [tag for tag in VERDICT_TAGS for _ in range(text.count(tag))]
     if not text.startswith(THINK) or text.count(THINK) != 1 or len(tags) != 1:
         return Verdict(is_valid=False)
@@ -344,7 +344,7 @@ def parse_consistency(reply: str) -> Consistency | None:
 
 
 def parse_json_block(reply: str) -> dict[str, Any] | None:
-    """The JSON object from the first `{` to the last `}`; None if that is none."""
+    """The JSON object from the first `{` to the last `}`; None if that is not one."""
     start, end = reply.find("{"), reply.rfind("}")
     try:
         data = json.loads(reply[start : end + 1]) if start >= 0 else None
@@ -354,7 +354,7 @@ def parse_json_block(reply: str) -> dict[str, Any] | None:
 
 
 def cap_score(block: Mapping[str, Any]) -> Consistency | None:
-    """The score that the counted mistakes allow; None if a value is there and is not a number.
+    """The score that the counted mistakes allow; None if a value is present and not a number.
 
     A missing raw score counts as 0, as in the reference.
     """
@@ -368,7 +368,7 @@ def cap_score(block: Mapping[str, Any]) -> Consistency | None:
         return None
     if not math.isfinite(raw_score):
         return None
-    if 0 <= raw_score <= 1.0000001:  # a score from 0 to 1 was given
+    if 0 <= raw_score <= 1.0000001:  # the score is from 0 to 1
         raw_score *= 10
     raw_score = min(max(raw_score, 0.0), 10.0)
     meets = str(block.get("meets_instruction") or "").strip().lower()
@@ -396,8 +396,8 @@ def cap_score(block: Mapping[str, Any]) -> Consistency | None:
 def parse_rating(reply: str) -> Rating | None:
     """Marks and reasoning of a reply that is strict JSON; None if it is not.
 
-    A code fence is cut off by length, so a fence that was not closed costs three characters of the
-    JSON: a habit of the reference.
+    A code fence is cut off by length, so that an unclosed fence costs three characters of the JSON,
+    as in the reference.
     """
     text = reply.strip()
     if text.startswith("```"):
@@ -415,20 +415,20 @@ def parse_rating(reply: str) -> Rating | None:
 
 
 def _marks(reply: str) -> Rating | None:
-    """A rating that has a mark; the reference breaks on one that has none."""
+    """A rating with at least one mark; the reference fails without one."""
     rating = parse_rating(reply)
     return rating if rating and rating.score else None
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value out of JSON is a number that a float can hold."""
+    """Whether a value from JSON is a finite number of moderate size."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return abs(value) <= 1e6  # a NaN is not
+    return abs(value) <= 1e6  # false for NaN
 
 
 @cache
 def prompts(name: str = ReasoningConfig.prompts) -> Mapping[str, Prompt]:
-    """The questions of a file, those that the models were trained with, byte for byte."""
+    """The questions in a file: those that the models were trained with, byte for byte."""
     file = resources.files("step1x_edit.model") / name
     return {name: Prompt(**fields) for name, fields in json.loads(file.read_text("utf-8")).items()}

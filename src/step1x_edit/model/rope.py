@@ -1,7 +1,8 @@
-"""Rotary position encoding over several axes, as in FLUX.
+"""Rotary position encoding over several axes: `src/flux/math.py` of FLUX.1.
 
-A head's channels are dealt out to the axes in order (kind, row, column); within an axis, channel
-pair j turns by the angle `position * theta^(-2j/n)`. Pairs are adjacent channels.
+After RoFormer (arXiv 2104.09864): within an axis of n channels, pair j of adjacent channels at
+position p turns by the angle p · theta^(-2j/n). The channels of a head are divided between the axes
+in the order kind, row, column.
 
 Tables are real: cosine and sine of each pair, side by side.
 """
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 MOST_TABLES: Final = 4
-"""A table for 1024 × 1024 pixels has 4.5 MB."""
+"""A table for 1024 × 1024 pixels takes 4.5 MB."""
 
 
 def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
     """Turn position ids (..., N, axes) into cosines and sines (..., N, D/2, 2), float32.
 
-    Angles are computed in float64: at theta 10000 and positions of thousands, float32 would not do.
+    Angles are computed in float64: float32 is too coarse for positions in the thousands.
     """
     angles = [
         ids[..., axis, None].double() * _frequencies(dim, theta, ids.device)
@@ -35,8 +36,8 @@ def rope_table(ids: Tensor, axes_dim: Sequence[int], theta: float) -> Tensor:
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate float32 or float64 x (B, H, N, D) by a table that broadcasts to (B, H, N, D/2, 2)."""
     pairs = x.view(*x.shape[:-1], -1, 2)
-    # The compiler makes one kernel of sums and products and cannot compile complex numbers; run
-    # line by line, one complex product is several times as fast.
+    # The compiler fuses sums and products, but cannot compile complex numbers. Without it, one
+    # complex product is several times as fast.
     if torch.compiler.is_compiling():
         return rotate_pairs(pairs, rope).flatten(-2)
     turned = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
@@ -51,14 +52,14 @@ def rotate_pairs(pairs: Tensor, rope: Tensor) -> Tensor:
 
 
 class RecentTables:
-    """Keeps the tables that were asked for last, where they are used."""
+    """Keeps the most recently used tables, on the device that uses them."""
 
     def __init__(self, most: int = MOST_TABLES) -> None:
         self._most = most
         self._tables: OrderedDict[Hashable, Tensor] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """The table of this key, made if it is not there."""
+        """Return the table of this key; make it if it is not there."""
         if key not in self._tables:
             self._tables[key] = make()
         self._tables.move_to_end(key)

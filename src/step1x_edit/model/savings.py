@@ -1,7 +1,6 @@
-"""Work that an edit does not do twice. No saving changes what is computed.
+"""Work that an edit does only once. No saving changes the result.
 
-They are always on. That each can be turned off is for tests and benchmarks, which hold it against
-the plain path beside it.
+They are always on. Tests and benchmarks turn each off to compare it with the plain path.
 """
 
 from dataclasses import dataclass
@@ -10,18 +9,18 @@ from typing import Final
 
 @dataclass(frozen=True)
 class Savings:
-    """Which work is spared."""
+    """Which work is saved."""
 
     pad_rows: bool = True
-    """One row of padding stands for all: they are equal in every layer, at every step."""
+    """One row of padding stands for all of them, which are equal in every layer at every step."""
     all_timesteps: bool = True
     """What depends on timestep and prompt only is computed for all steps in one pass."""
     shared_prefix: bool = True
-    """The conditioner looks once at the picture and at what both prompts begin with."""
+    """The conditioner reads the picture and the common beginning of both prompts once."""
     last_block: bool = True
-    """The last block leaves out what the sampler does not use: text and reference."""
+    """The last block leaves out the rows that the sampler does not use: text and reference."""
     rope_cache: bool = True
-    """Tables of rotations stay for the next picture of the same size."""
+    """Rotary tables are kept for the next picture of the same size."""
 
 
 ALL: Final = Savings()

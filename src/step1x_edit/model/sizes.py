@@ -1,4 +1,4 @@
-"""The size at which a picture is edited; without torch, so that it can be told beforehand."""
+"""The size at which a picture is edited; without torch, so that the parent process can use it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 def fit_size(width: int, height: int, size_level: int, multiple: int) -> tuple[int, int]:
     """Return the size (width, height) at which a picture is edited.
 
-    About `size_level`² pixels in the picture's own shape, both sides multiples of `multiple`.
-    Raises ValueError for a strip so narrow that a side would vanish.
+    About `size_level`² pixels in the picture's aspect ratio, both sides multiples of `multiple`
+    (`input_process_image` in `inference.py` of Step1X-Edit). Raises ValueError for a picture so
+    narrow that a side would be 0.
     """
     ratio = width / height
     if width > height:

@@ -1,9 +1,9 @@
 """Previews without the autoencoder's decoder: one linear layer, fitted to it for each edit.
 
-An edit has encoded its picture before the first step, so pairs of latents and pixels are there.
-Least squares over them give the layer that best turns latents into pixels, for any autoencoder and
-for next to nothing: the decoder itself takes as long as several steps of a small network. A chart
-of coloured noise joins in, because a grey picture alone could not teach how red looks.
+An edit encodes its picture before the first step, so that pairs of latents and pixels exist. Least
+squares over them give the linear layer that best maps latents to pixels, for any autoencoder and at
+almost no cost: the decoder takes as long as several steps of a small network. A chart of coloured
+noise is added, because a grey picture alone does not determine how red looks.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK: Final = 8
-"""Side of the block of pixels that stands for one place of the latents."""
+"""Side of the block of pixels for one latent pixel."""
 
 CHART_SIDE: Final = 192
-"""Pixels; enough for latents at an eighth of the size, with 145 unknowns."""
+"""In pixels; enough for latents at an eighth of the size, with 145 unknowns."""
 
 RIDGE: Final = 1e-3
-"""Share of the mean square that is added to each, so that few pairs do not lead astray."""
+"""Ridge, as a share of the mean square, against overfitting to few pairs."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What least squares has to know of pairs of latents and pixels; sums are those of more."""
+    """The sums over pairs of latents and pixels that least squares needs; they can be added up."""
 
     squares: Tensor  # (F, F), XᵀX with F = 9 C + 1: the latents around a place, and 1
     products: Tensor  # (F, 3·b²), XᵀY with Y the pixels of its block, b × b
 
     @classmethod
     def of(cls, latents: Tensor, pixels: Tensor) -> Pairs:
-        """Pairs of one picture: latents (1, C, h, w) and pixels (1, 3, H, W), 0 to 255."""
+        """The pairs of one picture: latents (1, C, h, w) and pixels (1, 3, H, W), 0 to 255."""
         height, width = latents.shape[2:]
         block = min(BLOCK, pixels.shape[2] // height)
         scaled = pixels.to(latents.device).float() / 127.5 - 1
@@ -49,7 +49,7 @@ class Pairs:
         return Pairs(self.squares + other.squares, self.products + other.products)
 
     def fit(self) -> Sketch:
-        """The layer with the least squared error, and with a small ridge."""
+        """Return the layer with the least squared error, with a small ridge."""
         squares = self.squares.double()
         ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
         solution = torch.linalg.solve(squares + ridge, self.products.double()).float()
@@ -59,7 +59,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Sketch:
-    """A linear layer that shows what latents would be as a picture, a little blurred."""
+    """A linear layer from latents to a slightly blurred picture."""
 
     weight: Tensor  # (3·b², C, 3, 3)
     bias: Tensor  # (3·b²)
@@ -76,7 +76,7 @@ class Sketch:
 
 @cache
 def chart() -> Tensor:
-    """Coloured noise at all scales, as pictures have it: (1, 3, H, W), 0 to 255."""
+    """Coloured noise at all scales, like that of photographs: (1, 3, H, W), 0 to 255."""
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(1, 3, CHART_SIDE, CHART_SIDE)
     side = 1
@@ -88,5 +88,5 @@ def chart() -> Tensor:
 
 
 def _framed(latents: Tensor) -> Tensor:
-    """Latents with their border repeated once."""
+    """Pad latents by one, repeating their border."""
     return F.pad(latents, (1, 1, 1, 1), mode="replicate")
