@@ -107,6 +107,7 @@ class ConditionerConfig:
     """Characters that count as `"`; empty if quoted text is not spelled out."""
     min_pixels: int = 256 * 28 * 28
     max_pixels: int = 324 * 28 * 28
+    """Limits of the image processor: 256 to 324 image tokens of 28 × 28 pixels."""
     fixed_image_size: int | None = None
     """Side of the square to which every picture is scaled, instead of the pixel limits."""
 

@@ -34,6 +34,7 @@ LONGEST_SIDE = 1024
 """Pictures are first reduced to this side length."""
 
 MIN_PIXELS, MAX_PIXELS = 262144, 802816
+"""Limits of the image processor in the reference: 512², and 1024 image tokens of 28²."""
 
 END = "<|im_end|>"
 

@@ -19,6 +19,9 @@ from torch import Tensor
 BLOCK: Final = 8
 """Side of the block of pixels for one latent pixel."""
 
+CHART_MEAN, CHART_DEVIATION = 128, 76
+"""Mean and standard deviation of the chart's 8-bit values."""
+
 CHART_SIDE: Final = 192
 """In pixels; enough for latents at an eighth of the size, with 145 unknowns."""
 
@@ -84,7 +87,7 @@ def chart() -> Tensor:
         noise = torch.randn(1, 3, side, side, generator=generator)
         total += F.interpolate(noise, (CHART_SIDE, CHART_SIDE), mode="bilinear") / side**0.5
         side *= 2
-    return (128 + 76 * total / total.std()).clamp(0, 255)
+    return (CHART_MEAN + CHART_DEVIATION * total / total.std()).clamp(0, 255)
 
 
 def _framed(latents: Tensor) -> Tensor:
