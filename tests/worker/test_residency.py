@@ -21,7 +21,8 @@ from step1x_edit.errors import CheckpointError
 from step1x_edit.model.blocks import Layout
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
-from step1x_edit.worker.residency import PageLock, Residency, allocate_slab
+from step1x_edit.worker.page_lock import PageLock
+from step1x_edit.worker.residency import Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
 
 REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=2, size_level=64)

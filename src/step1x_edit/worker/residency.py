@@ -21,12 +21,11 @@ import contextlib
 import gc
 import itertools
 import logging
-import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ from step1x_edit.checkpoints.memory_plan import (
 )
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.errors import CheckpointError
+from step1x_edit.worker.page_lock import CudaPages, PageLock, lock_order
 from step1x_edit.worker.peak import PeakMeter
 from step1x_edit.worker.streaming import BlockStreamer, copies_for
 
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from step1x_edit.schemas.requests import Location
 
 logger = logging.getLogger(__name__)
-
-LOCKED_AT_ONCE: Final = GIB
-"""Bytes that are page-locked in one call: calls for hundreds of gigabytes fail."""
 
 _PRECISIONS: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -509,104 +506,3 @@ def precision_of(weights: Iterable[Weight]) -> str:
 def _forget_locals(error: BaseException) -> None:
     """Empty the frames that an error came through: they would keep memory as long as it lives."""
     traceback.clear_frames(error.__traceback__)
-
-
-class Pages(Protocol):
-    """Who page-locks memory."""
-
-    def lock(self, address: int, size: int) -> None: ...  # raises RuntimeError
-
-    def unlock(self, address: int) -> None: ...
-
-
-class CudaPages:
-    """Page-locking by the CUDA runtime."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-    def lock(self, address: int, size: int) -> None:
-        with torch.cuda.device(self._device):
-            result = int(self._runtime.cudaHostRegister(address, size, 0))
-        if result != 0:
-            raise RuntimeError(f"cudaHostRegister says {result}")
-
-    def unlock(self, address: int) -> None:
-        with torch.cuda.device(self._device):
-            self._runtime.cudaHostUnregister(address)
-
-
-class PageLock:
-    """Page-locks host memory in the background, so that copies run at the full bandwidth.
-
-    Where the system refuses, copies go through the driver's own buffers: slower, not wrong.
-    """
-
-    def __init__(
-        self, memories: Sequence[Tensor], pages: Pages, at_once: int = LOCKED_AT_ONCE
-    ) -> None:
-        """`memories` are locked one after the other."""
-        self._memories = memories
-        self._pages = pages
-        self._at_once = at_once
-        self._locked: list[int] = []
-        self._is_stopped = threading.Event()
-        self._locking = threading.Lock()
-        # The runtime keeps the last error of each thread and shows it to whoever asks next; in a
-        # thread of its own a refusal troubles nobody.
-        self._thread = threading.Thread(target=self._lock_all, name="page-lock", daemon=True)
-        self._thread.start()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """No memory changes its kind within: a copy is either from locked pages or not."""
-        with self._locking:
-            yield
-
-    def undo(self) -> None:
-        """Unlock everything; waits for the gigabyte that is being locked."""
-        self._is_stopped.set()
-        self._thread.join()
-        for address in self._locked:
-            self._pages.unlock(address)
-        self._locked.clear()
-
-    def _lock_all(self) -> None:
-        for memory in self._memories:
-            for offset in range(0, memory.nbytes, self._at_once):
-                if self._is_stopped.is_set():
-                    return
-                address = memory.data_ptr() + offset
-                try:
-                    with self._locking:
-                        self._pages.lock(address, min(self._at_once, memory.nbytes - offset))
-                except RuntimeError as error:
-                    logger.info("host memory stays pageable: %s", error)
-                    return
-                self._locked.append(address)
-        locked = sum(memory.nbytes for memory in self._memories)
-        logger.info("page-locked %.2f GB of host memory", locked / GIB)
-
-
-def lock_order(arena: Arena, lockable: int | None) -> list[Tensor]:
-    """The parts of an arena that may be page-locked, so many bytes together.
-
-    The core comes first: it is what passes in each step. Parts end where pieces of copies do.
-    """
-    offsets = [
-        (block.offset, block.offset + block.size)
-        for block in arena.blocks
-        if block.component == "core" and block.offset is not None
-    ]
-    start = min((first for first, _ in offsets), default=0) // PIECE * PIECE
-    stop = -(-max((last for _, last in offsets), default=0) // PIECE) * PIECE
-    parts = []
-    room = arena.size if lockable is None else lockable
-    for part in (arena.memory[start:stop], arena.memory[:start], arena.memory[stop:]):
-        if part.nbytes > room:
-            part = part[: room // PIECE * PIECE]
-        if part.nbytes:
-            parts.append(part)
-        room -= part.nbytes
-    return parts
