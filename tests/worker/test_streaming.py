@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from step1x_edit.channel import GIB
+from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import Arena, Block
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, slot_size, with_share
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
@@ -204,7 +205,8 @@ def test_copies_beside_the_computing_are_waited_for_and_begun_one_block_ahead(
     size = slot_size((block.size for block in passing), num_slots)
     assert size < max(block.size for block in passing)  # so one takes all slots
     slots = torch.empty(num_slots, size, dtype=torch.uint8)
-    streamer = BlockStreamer(arena, arena.memories, pipeline.modules, passing, slots, copies)
+    disk = ReadAhead(arena.read)
+    streamer = BlockStreamer(arena, arena.memories, pipeline.modules, passing, slots, copies, disk)
 
     assert edited(pipeline) == expected
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -84,6 +85,8 @@ RELEASES: Final[Mapping[str, Release]] = {
 SAME_TENSORS: Final = {"v1.2-preview": "v1.2"}
 """Versions that cannot be told from another by their tensors: somebody has to say so."""
 
+_DTYPE_NAMES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 LM_HEAD: Final = "lm_head.weight"
 EMBEDDINGS: Final = "language_model.embed_tokens.weight"
 
@@ -109,6 +112,14 @@ class OpenedCheckpoint:
     """What can be added to its transformer."""
     host: HostPlan = HostPlan()
     """Which of its blocks stay on disk."""
+
+    @cached_property
+    def precision(self) -> str:
+        """The codes of the transformer's matrices; without codes, the type of its numbers."""
+        weights = [each for each in self.weights if each.name.startswith("transformer.")]
+        code = next((each.code for each in weights if each.code is not None), None)
+        dtype = weights[0].dtype
+        return code or _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def open_checkpoint(

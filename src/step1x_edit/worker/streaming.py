@@ -1,12 +1,12 @@
-"""Block streaming: weights that do not fit on the device pass through it, each for its moment.
+"""Block streaming: weights that do not fit on the device are copied there when they are needed.
 
-A few slots on the device take turns. While one block computes, the next is copied into another
-slot; before a block runs its parameters become views into its slot, and after it they are empty,
-so that weights which are not there can never be used by mistake. The numbers are those of the
-host's arena, so the result is the same bit for bit, whatever passes and whatever stays.
+A few slots on the device are used in turn. While one block computes, the next is copied into
+another slot. Before a block runs, its parameters become views of its slot; afterwards they are
+empty, so that missing weights can never be used by mistake. The numbers are those of the host's
+arena, so the result is the same bit for bit, whichever blocks are streamed.
 
-A block that is not in host memory either is read from disk while the one before it computes, and
-its memory is given back as soon as it has been copied.
+A block that is not in host memory is read from disk while the one before it computes, and its
+memory is freed as soon as it has been copied.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import Arena, Block
 
 Copy = Callable[[Tensor, Tensor], None]
-"""Copies from the first tensor, in host memory, to the second."""
+"""Copies the first tensor, in host memory, to the second."""
 
 
 class Copies(Protocol):
-    """How blocks get into slots, beside the computing. A large block takes several slots."""
+    """Copies blocks into slots while the device computes. A large block takes several slots."""
 
     def start(self, slots: Sequence[int], source: Tensor, target: Tensor) -> None:
-        """Begin to copy, once the work that reads the slots has been done."""
+        """Begin to copy as soon as the work that reads the slots has ended."""
 
     def wait(self, slots: Sequence[int]) -> None:
-        """Let what is computed from now on wait for the copy."""
+        """Make all work submitted from now on wait for the copy."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """Say that the work given so far is the last that reads the slots."""
+        """Mark the work submitted so far as the last that reads the slots."""
 
     def finish(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait for all copies."""
 
 
 class HostCopies:
-    """Copies at once; for the stand-in. So nothing is ever under way."""
+    """Copies synchronously, for the stand-in."""
 
     def __init__(self, copy: Copy) -> None:
         self._copy = copy
@@ -61,7 +61,7 @@ class HostCopies:
 
 
 class CudaCopies:
-    """Copies on a stream of their own."""
+    """Copies on a separate CUDA stream."""
 
     def __init__(self, copy: Copy, device: torch.device, num_slots: int) -> None:
         self._copy = copy
@@ -91,14 +91,14 @@ class CudaCopies:
 
 
 def copies_for(device: torch.device, num_slots: int, copy: Copy) -> Copies:
-    """The way of copying that a device has."""
+    """The copies that suit a device."""
     if device.type == "cuda":
         return CudaCopies(copy, device, num_slots)
     return HostCopies(copy)
 
 
 class BlockStreamer:
-    """Brings the blocks of a network that do not live on its device, just in time."""
+    """Copies the blocks of a network that do not stay on its device, just in time."""
 
     def __init__(
         self,
@@ -108,12 +108,12 @@ class BlockStreamer:
         blocks: Sequence[Block],
         slots: Tensor,
         copies: Copies,
-        disk: ReadAhead | None = None,
+        disk: ReadAhead,
     ) -> None:
-        """`modules` holds the network's parts; `blocks` are those that pass, in order.
+        """`modules` are the network's parts; `blocks` are those to stream, in execution order.
 
-        What is not in `host` comes from `disk`. `slots` (N, size) are bytes on the device; a block
-        larger than one slot takes them all.
+        Blocks that are not in `host` come from `disk`. `slots` (N, size) are bytes on the device;
+        a block larger than one slot takes all of them.
         """
         self._arena = arena
         self._host = host
@@ -130,31 +130,31 @@ class BlockStreamer:
             module = modules[part].get_submodule(path)
             self._handles += [
                 module.register_forward_pre_hook(self._before(index)),
-                # Also when the block fails or is cancelled.
+                # Also if the block fails or is cancelled.
                 module.register_forward_hook(self._after(index), always_call=True),
             ]
 
     def close(self) -> None:
-        """Let the network's modules be; whoever closes binds their parameters anew."""
+        """Remove the hooks. The caller must bind the parameters again."""
         for handle in self._handles:
             handle.remove()
         self._copies.finish()
 
     def forget(self, blocks: Collection[str]) -> None:
-        """Have these blocks copied anew when they are next needed: their memory will change."""
+        """Copy these blocks again when they are needed next: their host memory will change."""
         self._copies.finish()
         stale = {index for index, block in enumerate(self._blocks) if block.name in blocks}
         self._holds = [None if held in stale else held for held in self._holds]
 
     def _before(self, index: int) -> Callable[..., None]:
         def bring(*_: object) -> None:
-            # Tensors born in inference mode are of another kind, and compiled code would notice.
+            # Tensors made in inference mode are of another kind, and compiled code would notice.
             with torch.inference_mode(False):
                 slots = self._where(index) or self._fetch(index, range(len(self._slots)))
                 self._copies.wait(slots)
                 self._arena.bind({self._blocks[index].name: self._memory(index, slots)})
                 following = self._following(index)
-                # To wait for the disk here would let the device wait as well.
+                # Waiting for the disk here would make the device wait too.
                 if self._is_in_host(following) and not self._where(following):
                     self._fetch(following, [s for s in range(len(self._slots)) if s not in slots])
                 self._read_ahead(index)
@@ -170,7 +170,7 @@ class BlockStreamer:
         return drop
 
     def _where(self, index: int) -> list[int]:
-        """The slots with this block in them, or on its way; none if it is not here."""
+        """The slots that hold this block or are being filled with it; empty if there are none."""
         return [slot for slot, held in enumerate(self._holds) if held == index]
 
     def _memory(self, index: int, slots: Sequence[int]) -> Tensor:
@@ -179,7 +179,7 @@ class BlockStreamer:
         return memory[: self._blocks[index].size]
 
     def _fetch(self, index: int, free: Sequence[int]) -> Sequence[int]:
-        """Begin to bring a block into slots of the free ones, unless there are too few of them."""
+        """Begin to copy a block into free slots; returns them, or none if too few are free."""
         is_large = self._blocks[index].size > self._slots.shape[1]
         wanted = len(self._slots) if is_large else 1
         by_turn = sorted(free, key=lambda slot: (slot - self._turn) % len(self._slots))
@@ -189,12 +189,12 @@ class BlockStreamer:
         name = self._blocks[index].name
         source = self._host[name] if self._is_in_host(index) else self._read(index)
         self._turn = (slots[-1] + 1) % len(self._slots)
-        # A large block is gone as a whole; and the new one is not here if copying fails.
+        # A large block is overwritten as a whole; and the new one is not there if copying fails.
         gone = {self._holds[slot] for slot in slots}
         self._holds = [None if held in gone else held for held in self._holds]
         self._copies.start(slots, source, self._memory(index, slots))
         if not self._is_in_host(index):
-            self._copies.finish()  # what has been read is let go
+            self._copies.finish()  # before the memory of the source is freed
         for slot in slots:
             self._holds[slot] = index
         return slots
@@ -204,15 +204,12 @@ class BlockStreamer:
 
     def _read(self, index: int) -> Tensor:
         """A block from disk; the next one is read while this one is copied."""
-        assert self._disk is not None
         source = self._disk.take(self._blocks[index].name)
         self._read_ahead(index)
         return source
 
     def _read_ahead(self, index: int) -> None:
         """Begin to read the next block that comes from disk, if there is one."""
-        if self._disk is None:
-            return
         passed = {index}
         following = self._following(index)
         while following not in passed:
@@ -224,7 +221,7 @@ class BlockStreamer:
             following = self._following(following)
 
     def _following(self, index: int) -> int:
-        """The block that is likely to run next: the core is run over and over."""
+        """The block that will probably run next: the core is repeated for each step."""
         following = (index + 1) % len(self._blocks)
         component = self._blocks[index].component
         if component == "core" and self._blocks[following].component != "core":

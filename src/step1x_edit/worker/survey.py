@@ -54,7 +54,7 @@ def _with_device(found: Survey, start: Start) -> Survey:
 def _with_checkpoint(found: Survey, start: Start) -> Survey:
     from step1x_edit.checkpoints.arena import blocks_of
     from step1x_edit.worker.process import chosen_device, open_chosen, place_of, plan_for
-    from step1x_edit.worker.residency import placement_of, precision_of
+    from step1x_edit.worker.residency import placement_of
 
     try:
         opened = open_chosen(start)
@@ -67,7 +67,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         plan = None
         if place is not None:
             plan = dataclasses.replace(plan_for(place, blocks_of(opened.weights)), host=opened.host)
-        placement = placement_of(plan, precision_of(opened.weights), opened.host)
+        placement = placement_of(plan, opened)
     return dataclasses.replace(
         found,
         size_multiple=opened.checkpoint.pipeline.config.size_multiple,
