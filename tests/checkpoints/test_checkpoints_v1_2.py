@@ -20,7 +20,7 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import V1_2, V1_2_PREVIEW
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
-from step1x_edit.worker.process import open_chosen
+from step1x_edit.worker.opening import open_chosen
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
 
 HEAD = "lm_head.weight"

@@ -22,7 +22,7 @@ from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.engine.machine import Survey, look
 from step1x_edit.interfaces.cli import app
 from step1x_edit.schemas.requests import SUGGESTED
-from step1x_edit.worker.process import STAND_IN
+from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.survey import survey
 from tiny import tiny_pipeline
 

@@ -106,7 +106,7 @@ def test_the_command_line_answers_without_what_only_pictures_or_protocols_need(
 
 LIBRARIES = """
 import gc, sys
-from step1x_edit.worker.process import import_libraries
+from step1x_edit.worker.opening import import_libraries
 assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens before"
 import_libraries()
 print("libraries are there", file=sys.stderr, flush=True)

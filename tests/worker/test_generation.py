@@ -20,7 +20,8 @@ from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import position_ids
 from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Plan
 from step1x_edit.model.request import NetworkRequest
-from step1x_edit.worker.process import STAND_IN, load_worker
+from step1x_edit.worker.opening import STAND_IN
+from step1x_edit.worker.process import load_worker
 from tiny import tiny_pipeline
 
 REQUEST = NetworkRequest(

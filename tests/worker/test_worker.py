@@ -19,7 +19,8 @@ from step1x_edit.errors import (
     ModelUnavailableError,
     OutOfMemoryError,
 )
-from step1x_edit.worker.process import STAND_IN, PipelineWorker, load_worker
+from step1x_edit.worker.opening import STAND_IN
+from step1x_edit.worker.process import PipelineWorker, load_worker
 from step1x_edit.worker.residency import Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
 

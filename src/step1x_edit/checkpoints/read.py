@@ -25,7 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from step1x_edit.checkpoints.arena import Arena, Weight
+from step1x_edit.checkpoints.arena import Arena, Block, Weight, blocks_of
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.find import (
     FileSet,
@@ -112,6 +112,11 @@ class OpenedCheckpoint:
     """What can be added to its transformer."""
     host: HostPlan = HostPlan()
     """Which of its blocks stay on disk."""
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of its weights in execution order."""
+        return blocks_of(self.weights)
 
     @cached_property
     def precision(self) -> str:

@@ -21,11 +21,9 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from step1x_edit.channel import (
-    GIB,
     Cancel,
     Channel,
     Done,
@@ -41,9 +39,7 @@ from step1x_edit.channel import (
     connect,
 )
 from step1x_edit.engine import host_memory
-from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.errors import (
-    CheckpointError,
     EditCancelledError,
     InternalError,
     InvalidParameterError,
@@ -52,25 +48,26 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.logs import log_to_stderr
+from step1x_edit.worker.opening import (
+    Look,
+    chosen_device,
+    import_libraries,
+    open_chosen,
+    place_of,
+    plan_for,
+)
 
 if TYPE_CHECKING:
-    import torch
-
-    from step1x_edit.checkpoints.arena import Block
-    from step1x_edit.checkpoints.memory_plan import MemoryPlan
-    from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
+    from step1x_edit.checkpoints.read import Checkpoint
     from step1x_edit.model.config import ReasoningConfig
     from step1x_edit.model.language_model import ChatModel, Said, Sampling
     from step1x_edit.model.pipeline import Edited, Plan
     from step1x_edit.model.reasoning import Prompt
     from step1x_edit.model.request import NetworkRequest, Pixels
-    from step1x_edit.schemas.requests import Location, Precision
+    from step1x_edit.schemas.requests import Location
     from step1x_edit.worker.residency import Residency
 
 log = logging.getLogger(__name__)
-
-STAND_IN: Final = "stand-in"
-"""A device for tests: a second copy in host memory takes the GPU's place."""
 
 # Labels of a recogniser that are not edits: wording it has not learned, and the empty prompt.
 UNKNOWN: Final = "unknown"
@@ -90,9 +87,6 @@ _SPOKEN: Final = {
 
 T = TypeVar("T")
 Event = TypeVar("Event")
-
-Look = Callable[[], HostMemory | None]
-"""Tells how much memory the host has, and how much of it is free."""
 
 Check = Callable[[], None]
 """Called between small pieces of work; raises what is to end the work."""
@@ -324,113 +318,6 @@ def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
     plan = partial(plan_for, place)
     residency = Residency(partial(open_chosen, start, look), place, plan=plan)
     return PipelineWorker(residency, device)
-
-
-def import_libraries() -> None:
-    """Import torch and transformers, in two thirds of the time that it usually takes.
-
-    They make millions of objects that live to the end, so the garbage collector pauses and
-    ignores them afterwards. Transformers also imports scipy and scikit-learn if it finds them,
-    for losses and for a kind of sampling that no checkpoint of ours uses.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-
-        with _absent("scipy", "sklearn"):
-            import transformers
-
-            import step1x_edit.checkpoints.read  # noqa: F401
-    finally:
-        if collects:
-            gc.enable()
-    # Bars of ours tell the progress; theirs would fill the log of a server.
-    transformers.utils.logging.disable_progress_bar()
-    gc.freeze()
-
-
-@contextlib.contextmanager
-def _absent(*packages: str) -> Iterator[None]:
-    """Have imports not find these packages, unless they are imported already."""
-    hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for package in hidden:
-            del sys.modules[package]
-
-
-def place_of(device: str) -> torch.device | None:
-    """The device of this name; None if the model computes where the host keeps it."""
-    import torch
-
-    if device == "cpu":
-        return None
-    return torch.device("cpu" if device == STAND_IN else device)
-
-
-def plan_for(place: torch.device | None, blocks: Sequence[Block]) -> MemoryPlan:
-    """What of the model will live on the device, by the memory that is free there now."""
-    import torch
-
-    from step1x_edit.checkpoints.memory_plan import everything, fitting
-
-    if place is None or place.type != "cuda":
-        return everything(blocks)
-    free, _ = torch.cuda.mem_get_info(place)
-    return fitting(blocks, free)
-
-
-def chosen_device(start: Start) -> str:
-    """The name of the device to compute on."""
-    import torch
-
-    if start.device != "auto":
-        return start.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint:
-    """Open the checkpoint that is to be run, as the host's memory allows; `look` tells of that.
-
-    Raises CheckpointError, or ModelUnavailableError if it is too large for this machine.
-    """
-    from step1x_edit.checkpoints.arena import blocks_of
-    from step1x_edit.checkpoints.memory_plan import FALLING, hosted
-    from step1x_edit.checkpoints.read import open_checkpoint
-    from step1x_edit.hub.pulled import pulled_version, resolve_model_path
-
-    data_dir = Path(start.data_dir)
-    path = resolve_model_path(start.model_path, data_dir)
-    wanted = None if start.model_version == "auto" else start.model_version
-    loras = {Path(file): strength for file, strength in start.loras.items()}
-    version = wanted or pulled_version(path, data_dir)
-    tried: dict[Precision, OpenedCheckpoint] = {}
-
-    def blocks_with(precision: Precision) -> tuple[Block, ...]:
-        tried[precision] = open_checkpoint(path, version=version, loras=loras, precision=precision)
-        found = tried[precision].checkpoint.version
-        if wanted not in (None, found):
-            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
-        return blocks_of(tried[precision].weights)
-
-    memory, has_device = look(), place_of(chosen_device(start)) is not None
-    plan = hosted(
-        blocks_with,
-        None if memory is None else memory.available,
-        has_device=has_device,
-        precisions=FALLING if start.precision == "auto" else (start.precision,),
-        lockable_share=host_memory.lockable_share(),
-    )
-    if memory is not None and not has_device and plan.size > memory.available:
-        smaller = "" if plan.precision == FALLING[-1] else f", or set PRECISION={FALLING[-1]}"
-        raise ModelUnavailableError(
-            f"the model needs {plan.size / GIB:.1f} GiB of memory and "
-            f"{memory.available / GIB:.1f} GiB are free: free some{smaller}"
-        )
-    return replace(tried[plan.precision], host=plan)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
-"""The process that finds out what this machine and its checkpoint are; it may import torch.
+"""The process that inspects this machine and the checkpoint; it may import torch.
 
-`python -m step1x_edit.worker.survey` reads a `Start` as JSON from stdin, as a worker is given it,
-and writes a `Survey` as JSON to stdout. The network is built and the headers of its files are
-checked as for an edit, but no weights are read.
+`python -m step1x_edit.worker.survey` reads a worker's `Start` as JSON from stdin and writes a
+`Survey` as JSON to stdout. It builds the network and checks the headers of its files as an edit
+does, but reads no weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ import sys
 from step1x_edit.channel import GIB, Start, name_with_loras
 from step1x_edit.engine.machine import Survey, first_line
 from step1x_edit.errors import Step1XEditError
+from step1x_edit.worker.opening import (
+    chosen_device,
+    import_libraries,
+    open_chosen,
+    place_of,
+    plan_for,
+)
 
 
 def survey(start: Start) -> Survey:
-    """Look at everything that can be looked at."""
-    from step1x_edit.worker.process import import_libraries
-
+    """Inspect the libraries, the device and the checkpoint."""
     try:
         import_libraries()
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library in C that it needs is missing
+    except (ImportError, OSError) as error:  # OSError: a native library is missing
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
     found = Survey(torch=torch.__version__)
     return _with_checkpoint(_with_device(found, start), start)
@@ -32,8 +37,6 @@ def survey(start: Start) -> Survey:
 
 def _with_device(found: Survey, start: Start) -> Survey:
     import torch
-
-    from step1x_edit.worker.process import chosen_device
 
     name = chosen_device(start)
     if not name.startswith("cuda"):
@@ -52,8 +55,6 @@ def _with_device(found: Survey, start: Start) -> Survey:
 
 
 def _with_checkpoint(found: Survey, start: Start) -> Survey:
-    from step1x_edit.checkpoints.arena import blocks_of
-    from step1x_edit.worker.process import chosen_device, open_chosen, place_of, plan_for
     from step1x_edit.worker.residency import placement_of
 
     try:
@@ -66,7 +67,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         place = place_of(chosen_device(start))
         plan = None
         if place is not None:
-            plan = dataclasses.replace(plan_for(place, blocks_of(opened.weights)), host=opened.host)
+            plan = dataclasses.replace(plan_for(place, opened.blocks), host=opened.host)
         placement = placement_of(plan, opened)
     return dataclasses.replace(
         found,
@@ -79,7 +80,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
 
 
 def main() -> None:
-    """Answer whoever has started us; what libraries print does not get into the answer."""
+    """Answer on stdout, without anything that libraries print there."""
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     with answer:

@@ -1,0 +1,140 @@
+"""Opening the checkpoint that a worker is started with, as the memory of this machine allows.
+
+Torch, and what needs it, is imported inside functions: it takes seconds and may fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from step1x_edit.channel import GIB, Start
+from step1x_edit.engine import host_memory
+from step1x_edit.engine.host_memory import HostMemory
+from step1x_edit.errors import CheckpointError, ModelUnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+    from step1x_edit.checkpoints.arena import Block
+    from step1x_edit.checkpoints.memory_plan import MemoryPlan
+    from step1x_edit.checkpoints.read import OpenedCheckpoint
+    from step1x_edit.schemas.requests import Precision
+
+STAND_IN: Final = "stand-in"
+"""A device for tests: a second copy in host memory takes the GPU's place."""
+
+Look: TypeAlias = Callable[[], HostMemory | None]
+"""Returns how much memory the host has, and how much of it is free; None if unknown."""
+
+
+def import_libraries() -> None:
+    """Import torch and transformers, in two thirds of the usual time.
+
+    They create millions of objects that live until the process ends, so the garbage collector
+    pauses, and ignores them afterwards. Transformers also imports scipy and scikit-learn if it
+    finds them, for losses and for a kind of sampling that no checkpoint here uses.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+
+        with _absent("scipy", "sklearn"):
+            import transformers
+
+            import step1x_edit.checkpoints.read  # noqa: F401
+    finally:
+        if collects:
+            gc.enable()
+    # Their progress bars would fill the log of a server.
+    transformers.utils.logging.disable_progress_bar()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def _absent(*packages: str) -> Iterator[None]:
+    """Hide these packages from imports, unless they are imported already."""
+    hidden = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for package in hidden:
+            del sys.modules[package]
+
+
+def place_of(device: str) -> torch.device | None:
+    """The device of this name; None if the model computes in host memory."""
+    import torch
+
+    if device == "cpu":
+        return None
+    return torch.device("cpu" if device == STAND_IN else device)
+
+
+def plan_for(place: torch.device | None, blocks: Sequence[Block]) -> MemoryPlan:
+    """The part of the model that fits on the device, by the memory that is free there now."""
+    import torch
+
+    from step1x_edit.checkpoints.memory_plan import everything, fitting
+
+    if place is None or place.type != "cuda":
+        return everything(blocks)
+    free, _ = torch.cuda.mem_get_info(place)
+    return fitting(blocks, free)
+
+
+def chosen_device(start: Start) -> str:
+    """The name of the device to compute on."""
+    import torch
+
+    if start.device != "auto":
+        return start.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint:
+    """Open the checkpoint to run in a precision for which the host has memory.
+
+    `look` returns that memory. Raises CheckpointError, or ModelUnavailableError if the model is too
+    large for this machine.
+    """
+    from step1x_edit.checkpoints.memory_plan import FALLING, hosted
+    from step1x_edit.checkpoints.read import open_checkpoint
+    from step1x_edit.hub.pulled import pulled_version, resolve_model_path
+
+    data_dir = Path(start.data_dir)
+    path = resolve_model_path(start.model_path, data_dir)
+    wanted = None if start.model_version == "auto" else start.model_version
+    loras = {Path(file): strength for file, strength in start.loras.items()}
+    version = wanted or pulled_version(path, data_dir)
+    tried: dict[Precision, OpenedCheckpoint] = {}
+
+    def blocks_with(precision: Precision) -> tuple[Block, ...]:
+        tried[precision] = open_checkpoint(path, version=version, loras=loras, precision=precision)
+        found = tried[precision].checkpoint.version
+        if wanted not in (None, found):
+            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+        return tried[precision].blocks
+
+    memory, has_device = look(), place_of(chosen_device(start)) is not None
+    plan = hosted(
+        blocks_with,
+        None if memory is None else memory.available,
+        has_device=has_device,
+        precisions=FALLING if start.precision == "auto" else (start.precision,),
+        lockable_share=host_memory.lockable_share(),
+    )
+    if memory is not None and not has_device and plan.size > memory.available:
+        smaller = "" if plan.precision == FALLING[-1] else f", or set PRECISION={FALLING[-1]}"
+        raise ModelUnavailableError(
+            f"the model needs {plan.size / GIB:.1f} GiB of memory and "
+            f"{memory.available / GIB:.1f} GiB are free: free some{smaller}"
+        )
+    return replace(tried[plan.precision], host=plan)
