@@ -21,7 +21,7 @@ from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint, open_chec
 from step1x_edit.model.config import ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Plan
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.worker.process import is_out_of_memory
+from step1x_edit.worker.memory import is_out_of_memory
 from step1x_edit.worker.residency import Residency
 
 

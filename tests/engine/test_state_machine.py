@@ -37,8 +37,8 @@ from step1x_edit.errors import (
     WorkerLostError,
 )
 from step1x_edit.model.pipeline import Edited, EditRun, Plan, Progress
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
-from step1x_edit.worker.process import PipelineWorker
 from step1x_edit.worker.residency import Residency, allocate_slab
 from tiny import TINY
 

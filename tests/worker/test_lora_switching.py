@@ -29,8 +29,9 @@ from step1x_edit.errors import CheckpointError, InvalidParameterError
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
-from step1x_edit.worker.process import PipelineWorker, load_worker
+from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency
 from tiny import TINY, a_picture, tiny_pipeline
 

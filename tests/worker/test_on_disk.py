@@ -30,9 +30,10 @@ from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
 from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.request import NetworkRequest
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN as STAND_IN_NAME
 from step1x_edit.worker.page_lock import lock_order
-from step1x_edit.worker.process import PipelineWorker, load_worker
+from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency
 from step1x_edit.worker.streaming import BlockStreamer, HostCopies
 from tiny import a_picture, tiny_pipeline

@@ -19,8 +19,8 @@ from step1x_edit.checkpoints.memory_plan import STREAMABLE, HostPlan, everything
 from step1x_edit.checkpoints.read import OpenedCheckpoint, open_checkpoint, write_demo
 from step1x_edit.model.language_model import Sampling
 from step1x_edit.schemas.requests import Precision
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
-from step1x_edit.worker.process import PipelineWorker
 from step1x_edit.worker.residency import Residency
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
 

@@ -19,8 +19,9 @@ from step1x_edit.errors import (
     ModelUnavailableError,
     OutOfMemoryError,
 )
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
-from step1x_edit.worker.process import PipelineWorker, load_worker
+from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency, allocate_slab
 from tiny import a_picture, tiny_pipeline
 

@@ -25,8 +25,9 @@ from step1x_edit.model.language_model import Said, Sampling
 from step1x_edit.model.pipeline import Edited
 from step1x_edit.model.reasoning import GAVE_UP, Prompt
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
-from step1x_edit.worker.process import PipelineWorker, load_worker
+from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.reasoning import Say, reasoned_edit
 from step1x_edit.worker.residency import Residency
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2

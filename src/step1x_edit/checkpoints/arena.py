@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,10 @@ A tensor belongs to the first line that its name begins with, and what is matche
 _RANKS: Final = tuple((component, re.compile(pattern)) for component, pattern in ORDER)
 
 
+Check: TypeAlias = Callable[[], None]
+"""Called between pieces of work; raises to stop it."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A parameter or buffer of the network, and where its numbers come from."""
@@ -113,7 +117,7 @@ class Block:
 
 
 def never_stop() -> None:
-    """What checks where nobody can ask to stop."""
+    """A check that lets the work continue."""
 
 
 class Arena:
@@ -131,7 +135,7 @@ class Arena:
         }
         self._sizes = {block.name: block.size for block in self.blocks}
 
-    def fill(self, check: Callable[[], None] = never_stop) -> None:
+    def fill(self, check: Check = never_stop) -> None:
         """Read all weights that do not stay on disk.
 
         `check` is called between pieces; what it raises stops the reading. Raises CheckpointError
@@ -139,7 +143,7 @@ class Arena:
         """
         self._read(self.memories, check)
 
-    def read(self, block: str, check: Callable[[], None] = never_stop) -> Tensor:
+    def read(self, block: str, check: Check = never_stop) -> Tensor:
         """The bytes of a block as they are in the files, in memory of its own; raises as `fill`."""
         memory = self.room_for(block)
         self._read({block: memory}, check)
@@ -149,7 +153,7 @@ class Arena:
         """New memory of the size of a block."""
         return _reserve(self._sizes[block])
 
-    def _read(self, memories: Mapping[str, Tensor], check: Callable[[], None]) -> None:
+    def _read(self, memories: Mapping[str, Tensor], check: Check) -> None:
         """Read the blocks of these names into this memory."""
         threads = min(16, 2 * (os.cpu_count() or 1))
         under_way: deque[Future[None]] = deque()
@@ -176,7 +180,7 @@ class Arena:
         block: str,
         memory: Tensor,
         delta_of: Callable[[str], Tensor | None],
-        check: Callable[[], None] = never_stop,
+        check: Check = never_stop,
     ) -> None:
         """Write a block with something added to some weights into memory of its size.
 
@@ -236,9 +240,7 @@ class Arena:
         }
         return found <= addresses
 
-    def _add(
-        self, block: str, place: _Place, delta: Tensor, memory: Tensor, check: Callable[[], None]
-    ) -> None:
+    def _add(self, block: str, place: _Place, delta: Tensor, memory: Tensor, check: Check) -> None:
         """Have a weight and something added to it in a copy of its block."""
         if place.weight.code is None:
             view = place.view(memory)

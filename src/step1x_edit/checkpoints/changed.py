@@ -6,11 +6,9 @@ when other LoRAs change it; one that none changes any more has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from step1x_edit.checkpoints.arena import Arena, never_stop
+from step1x_edit.checkpoints.arena import Arena, Check, never_stop
 from step1x_edit.checkpoints.lora import Changes, Mark
 
 
@@ -31,7 +29,7 @@ class ChangedBlocks:
         """The blocks that are not as these changes make them, in execution order."""
         return [name for name, marks in self._marks.items() if marks != self._wanted(name, changes)]
 
-    def put(self, block: str, changes: Changes, check: Callable[[], None] = never_stop) -> None:
+    def put(self, block: str, changes: Changes, check: Check = never_stop) -> None:
         """Make a block as these changes make it.
 
         `check` is called between its weights; if it raises, or memory runs out, the block differs

@@ -25,14 +25,14 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from step1x_edit.channel import GIB, Memory, Placement
 from step1x_edit.checkpoints.ahead import ReadAhead
-from step1x_edit.checkpoints.arena import PIECE, Arena, Block, never_stop
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Check, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, slot_size, with_share
@@ -46,9 +46,6 @@ if TYPE_CHECKING:
     from step1x_edit.schemas.requests import Location
 
 logger = logging.getLogger(__name__)
-
-Check: TypeAlias = Callable[[], None]
-"""Called between pieces of work; raises to stop it."""
 
 
 def allocate_slab(size: int, device: torch.device) -> Tensor:
