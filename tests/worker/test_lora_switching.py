@@ -222,7 +222,7 @@ def test_a_change_that_is_stopped_anywhere_leaves_what_was_before(
             residency.use_loras(SETS[1], check)
         except MemoryError:
             assert residency.loras == SETS[0]
-            assert residency.has_loras(SETS[0])
+            assert residency.is_ready(SETS[0])
             if moment % 4 == 0:  # an edit takes a while
                 assert edited(residency) == expected[0]
         else:
@@ -285,7 +285,7 @@ def test_a_file_that_is_written_anew_counts_from_then_on(tmp_path: Path, folder:
     write_lora(file, ["final_layer.linear"], 4)
     os.utime(file, ns=(1, 1))
 
-    assert not residency.has_loras(None)
+    assert not residency.is_ready(None)
     residency.use_loras(None)
 
     assert edited(residency) != before

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
 
 from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Residence
-from step1x_edit.checkpoints.arena import Check, never_stop
+from step1x_edit.checkpoints.arena import Check
 from step1x_edit.checkpoints.read import Checkpoint
 from step1x_edit.errors import (
     InvalidParameterError,
@@ -32,12 +31,9 @@ from step1x_edit.worker.memory import free_memory, is_out_of_memory
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
 
-if TYPE_CHECKING:
-    from step1x_edit.schemas.requests import Location
-
 log = logging.getLogger(__name__)
 
-# Labels of a recogniser that are not edits: wording it has not learned, and the empty prompt.
+# Labels of a recogniser that are not edits: unknown wording, and the empty prompt.
 UNKNOWN: Final = "unknown"
 UNCHANGED: Final = "identity"
 _SPOKEN: Final = {
@@ -51,44 +47,32 @@ _SPOKEN: Final = {
     "sketch": "pencil sketch",
     **{colour: f"{colour} tint" for colour in ("red", "green", "blue", "pink", "purple")},
 }
-"""Labels that would not be understood as they are."""
+"""Words for the labels that are not clear as they are."""
 
 T = TypeVar("T")
-Event = TypeVar("Event")
+E = TypeVar("E")
 
 
 class PipelineWorker:
-    """Edits with the model of a `Residency`, which it loads and moves as edits need it."""
+    """Makes edits with the model of a `Residency`, which it loads and moves when necessary."""
 
     def __init__(self, residency: Residency, device: str, sampling: Sampling | None = None) -> None:
-        """`sampling` is how replies of a model that thinks are drawn; else as published."""
+        """`sampling` is how replies of a model that thinks are drawn; None: as published."""
         self._residency = residency
-        self._sampling = sampling
         self._device = device
-        self._workplace: Location = "CPU" if device == "cpu" else "GPU"
-        self._check: Check = never_stop
-        self._accept: Callable[[Checkpoint], None] = lambda checkpoint: None
-        self._smaller = ""
+        self._sampling = sampling or Sampling()
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
-        """Yield progress and, last, the outcome; closing the iterator stops the work.
-
-        When memory runs out, the edit goes on from where it is with the cheaper plan, and then
-        with less and less of the model on the device.
-        """
-        self._check, self._accept, self._smaller = check, partial(_check_able, job), job.smaller
+        """Yield progress and finally the outcome; closing the iterator stops the work."""
         self._residency.begin_edit()
-        if job.image is not None and (job.thinking or job.reflection):
-            yield from self._reason(job)
-        else:
-            yield from self._edit(job)
+        yield from _RunningEdit(self._residency, job, check, self._sampling).run()
 
     def offload(self) -> None:
-        """Take the model to host memory; does nothing if it is there already."""
+        """Move the model to host memory; does nothing if it is there already."""
         self._residency.offload()
 
     def residence(self) -> Residence:
-        """Which model there is, where it is and what it occupies, as measured."""
+        """The model, its location and the memory that it occupies, as measured."""
         checkpoint = self._residency.checkpoint
         if checkpoint is None:
             return Residence(memory=self._residency.memory())
@@ -103,19 +87,35 @@ class PipelineWorker:
             loras=self._residency.loras,
         )
 
-    def _smaller_plans(self) -> Iterator[Plan]:
-        while self._residency.shrink():
-            log.warning("keeping less of the model on the device")
-            yield PLANS[-1]
+
+@dataclass(frozen=True)
+class _RunningEdit:
+    """One edit, which takes the model where it computes whenever it needs it.
+
+    When memory runs out, it continues from where it is with a cheaper plan, and then with less
+    and less of the model on the device.
+    """
+
+    residency: Residency
+    job: EditJob
+    check: Check
+    sampling: Sampling
+
+    def run(self) -> Generator[Progress | Outcome, None, None]:
+        """Yield progress and finally the outcome."""
+        job = self.job
+        if job.image is None or not (job.thinking or job.reflection):
+            return self._edit(job)
+        return self._reason()
 
     def _edit(self, request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
-        """One edit."""
+        """One pass through the network."""
         run = EditRun(request)
 
         def advance(
             checkpoint: Checkpoint, plan: Plan
         ) -> Generator[Progress | Outcome, None, None]:
-            # Closed with us, so that whoever drops this iterator stops the network at once.
+            # Closed together with this iterator, which then stops the network at once.
             with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
                 for event in events:
                     if isinstance(event, Edited):
@@ -129,74 +129,73 @@ class PipelineWorker:
                             is_known=run.label != UNKNOWN,
                         )
 
-        yield from self._persistently(advance, request.loras)
+        yield from self._with_model(advance)
 
-    def _reason(self, request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
-        """An edit, or several, with thoughts before and after."""
+    def _reason(self) -> Generator[Progress | Outcome, None, None]:
+        """One pass or several, with thoughts before and after."""
 
-        def meet(
+        def chat_model(
             checkpoint: Checkpoint, _: Plan
         ) -> Generator[Progress, None, tuple[ReasoningConfig, ChatModel]]:
-            yield from ()  # it is quick
-            pipeline = checkpoint.pipeline
-            config = pipeline.config.reasoning
-            assert config is not None  # else it was not accepted
-            vlm, tokenizer = pipeline.conditioner.vlm, pipeline.conditioner.tokenizer
-            head = vlm.get_submodule("lm_head")
-            sampling = self._sampling or Sampling()
-            return config, ChatModel(vlm, head, tokenizer, sampling=sampling, seed=request.seed)
+            yield from ()
+            config = checkpoint.pipeline.config.reasoning
+            assert config is not None  # else the model was not accepted
+            conditioner = checkpoint.pipeline.conditioner
+            head = conditioner.vlm.get_submodule("lm_head")
+            sampling, seed = self.sampling, self.job.seed
+            return config, ChatModel(
+                conditioner.vlm, head, conditioner.tokenizer, sampling=sampling, seed=seed
+            )
 
         def say(images: Sequence[Pixels], prompt: Prompt) -> Generator[Progress | Said, None, str]:
             before = chat.rng.get_state()
 
             def reply(_: Checkpoint, __: Plan) -> Generator[Said, None, str]:
-                chat.rng.set_state(before)  # also when memory has run out on the way
+                chat.rng.set_state(before)  # also if memory ran out during an earlier attempt
                 return (yield from chat.reply(images, prompt))
 
-            return (yield from self._persistently(reply, request.loras))
+            return (yield from self._with_model(reply))
 
-        config, chat = yield from self._persistently(meet, request.loras)
-        yield from reasoned_edit(request, config, self._edit, say)
+        config, chat = yield from self._with_model(chat_model)
+        yield from reasoned_edit(self.job, config, self._edit, say)
 
-    def _persistently(
-        self,
-        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
-        loras: Mapping[str, float] | None,
-    ) -> Generator[Event | Progress, None, T]:
-        """Work with the model where it computes; when memory runs out, with less and less of it."""
+    def _with_model(
+        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]]
+    ) -> Generator[E | Progress, None, T]:
+        """Work with the model where it computes; when memory runs out, try a cheaper plan."""
         for plan in itertools.chain(PLANS, self._smaller_plans()):
             try:
-                return (yield from self._attempt(work, plan, loras))
+                return (yield from self._attempt(work, plan))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 log.warning("out of memory with %s", plan)
-            free_memory()  # only here: while an exception is handled its frames keep tensors alive
-        raise OutOfMemoryError(f"this edit needs more than is free; try {self._smaller}")
+            free_memory()  # not above: while an exception is handled, its frames hold tensors
+        raise OutOfMemoryError(f"this edit needs more than is free; try {self.job.smaller}")
+
+    def _smaller_plans(self) -> Iterator[Plan]:
+        while self.residency.shrink():
+            log.warning("keeping less of the model on the device")
+            yield PLANS[-1]
 
     def _attempt(
-        self,
-        work: Callable[[Checkpoint, Plan], Generator[Event, None, T]],
-        plan: Plan,
-        loras: Mapping[str, float] | None,
-    ) -> Generator[Event | Progress, None, T]:
-        is_there = self._residency.location == self._workplace
-        if not is_there or not self._residency.has_loras(loras):
+        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], plan: Plan
+    ) -> Generator[E | Progress, None, T]:
+        if not self.residency.is_ready(self.job.loras):
             yield Progress(Phase.LOADING)
-            self._bring(loras)
-        placed = self._residency.plan
+            self._make_ready()
+        placed = self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
-        with self._residency.on_device() as checkpoint:
+        with self.residency.on_device() as checkpoint, self._stoppable(checkpoint):
             self._accept(checkpoint)
             return (yield from work(checkpoint, plan))
 
-    def _bring(self, loras: Mapping[str, float] | None) -> None:
-        """Have the model where it computes, with these LoRAs in it."""
-        is_new = self._residency.location == "Unloaded"
+    def _make_ready(self) -> None:
+        """Load the model with the LoRAs of the job, and move it to where it computes."""
         try:
-            self._residency.use_loras(loras, self._check)
-            self._residency.load(self._check, self._accept)
+            self.residency.use_loras(self.job.loras, self.check)
+            self.residency.load(self.check, self._accept)
         except (Step1XEditError, MemoryError):
             raise
         except Exception as error:
@@ -204,39 +203,41 @@ class PipelineWorker:
                 raise
             log.exception("loading the model failed")
             raise ModelUnavailableError(f"the model cannot be loaded ({error})") from None
-        if is_new:
-            self._stop_between_layers()
-        self._residency.onload(self._check)
+        self.residency.onload(self.check)
 
-    def _stop_between_layers(self) -> None:
-        """Let a cancel end encoding and decoding too; the core loop yields after each step."""
-        assert self._residency.checkpoint is not None
-        pipeline = self._residency.checkpoint.pipeline
+    @contextlib.contextmanager
+    def _stoppable(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Let a cancel also end encoding and decoding; the core loop yields after each step."""
 
         def before_layer(*_: object) -> None:
-            self._check()
+            self.check()
 
-        for part in (pipeline.vae, pipeline.conditioner.vlm):
-            for module in part.modules():
-                module.register_forward_pre_hook(before_layer)
+        pipeline = checkpoint.pipeline
+        with contextlib.ExitStack() as hooks:
+            for part in (pipeline.vae, pipeline.conditioner.vlm):
+                for module in part.modules():
+                    # First of all: a layer that is not run needs no weights.
+                    handle = module.register_forward_pre_hook(before_layer, prepend=True)
+                    hooks.callback(handle.remove)
+            yield
 
-
-def _check_able(job: EditJob, checkpoint: Checkpoint) -> None:
-    """Refuse what this version of the model cannot do."""
-    config = checkpoint.pipeline.config
-    if job.image is None and not config.can_generate:
-        raise InvalidParameterError(
-            f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.name}"
-        )
-    for asked in ("thinking", "reflection"):
-        if getattr(job, asked) and config.reasoning is None:
+    def _accept(self, checkpoint: Checkpoint) -> None:
+        """Refuse what this version of the model cannot do."""
+        config = checkpoint.pipeline.config
+        if self.job.image is None and not config.can_generate:
             raise InvalidParameterError(
-                f"{asked} needs Step1X-Edit v1.2; the model here is {checkpoint.name}", param=asked
+                f"text to image needs Step1X-Edit v1.1; the model here is {checkpoint.name}"
             )
+        for asked in ("thinking", "reflection"):
+            if getattr(self.job, asked) and config.reasoning is None:
+                raise InvalidParameterError(
+                    f"{asked} needs Step1X-Edit v1.2; the model here is {checkpoint.name}",
+                    param=asked,
+                )
 
 
 def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:
-    """What the caller should know about how the prompt was understood."""
+    """What the caller should know about how the prompt was read."""
     found = (_cut(edited, checkpoint), _unknown(edited, checkpoint))
     return "; ".join(filter(None, found)) or None
 
@@ -252,7 +253,7 @@ def _cut(edited: Edited, checkpoint: Checkpoint) -> str | None:
 
 
 def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
-    """What to say if a small checkpoint recognised no edit that it has learned."""
+    """The warning of a small checkpoint that recognises no edit that it has learned."""
     recogniser = checkpoint.pipeline.recogniser
     if edited.label != UNKNOWN or recogniser is None:
         return None

@@ -180,10 +180,15 @@ class Residency:
         """The LoRAs in the model, and the strength of each."""
         return {} if self._loaded is None else self._loaded.changes.strengths
 
-    def has_loras(self, strengths: Mapping[str, float] | None) -> bool:
-        """Whether the model is loaded with the LoRAs that `use_loras` would add."""
+    def is_ready(self, strengths: Mapping[str, float] | None) -> bool:
+        """Whether the model is where it computes, with the LoRAs that `use_loras` would add.
+
+        Raises InvalidParameterError for an unknown name.
+        """
         loaded = self._loaded
-        return loaded is not None and loaded.opened.loras.marks(strengths) == loaded.changes.marks
+        if loaded is None or self.location != ("CPU" if self._device is None else "GPU"):
+            return False
+        return loaded.opened.loras.marks(strengths) == loaded.changes.marks
 
     def memory(self) -> Memory:
         """Device memory as its allocator reports it; for a stand-in, the bytes of the slabs."""
