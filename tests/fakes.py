@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from step1x_edit.channel import (
     Outcome,
     Phase,
     Pixels,
-    Placement,
     Progress,
     Report,
     Residence,
@@ -34,11 +33,9 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
+from step1x_edit.schemas.requests import Location, PlanStatus
 
-if TYPE_CHECKING:  # the toy worker is a process that imports no pydantic either
-    from step1x_edit.schemas.requests import Location
-
-STREAMED: Final = Placement(
+STREAMED: Final = PlanStatus(
     resident_share=0.31,
     precision="bf16",
     streaming=True,
@@ -168,7 +165,7 @@ class FakeWorker:
     usual_loras: Mapping[str, float] = field(default_factory=dict)
     version: str | None = None
     size_multiple: int | None = None
-    placement: Placement | None = None
+    placement: PlanStatus | None = None
     started: list[str] = field(default_factory=list)
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)

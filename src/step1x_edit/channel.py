@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from step1x_edit.model.request import NetworkRequest, Pixels
 
 if TYPE_CHECKING:  # a worker needs no pydantic
-    from step1x_edit.schemas.requests import Location, Precision
+    from step1x_edit.schemas.requests import Location, PlanStatus, Precision
 
 GIB: Final = 1024**3
 
@@ -126,24 +126,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a model is spread over device and host, and what that needs; memory in GiB.
-
-    `schemas.PlanStatus` has the same fields, with what they mean to people.
-    """
-
-    resident_share: float
-    precision: str
-    streaming: bool
-    slots: int
-    joint_branches: bool
-    reason: str
-    predicted_peak_gb: float | None = None
-    measured_peak_gb: float | None = None
-    host_gb: float | None = None
-
-
-@dataclass(frozen=True)
 class Residence:
     """Which model there is, where it is and what it occupies, as measured."""
 
@@ -154,7 +136,7 @@ class Residence:
     version: str | None = None
     size_multiple: int | None = None
     """Sides of the edited picture, in its working size, are multiples of so many pixels."""
-    placement: Placement | None = None
+    placement: PlanStatus | None = None
     """How it was placed when it came to where it computes; kept while it waits in host memory."""
     loras: Mapping[str, float] = field(default_factory=dict)
     """Those that are in the model, by name, and how much of each."""
@@ -282,7 +264,9 @@ class Channel:
         residence = header["residence"]
         residence["memory"] = Memory(**residence["memory"])
         if residence["placement"] is not None:
-            residence["placement"] = Placement(**residence["placement"])
+            from step1x_edit.schemas.requests import PlanStatus
+
+            residence["placement"] = PlanStatus(**residence["placement"])
         return Report(message, Residence(**residence))
 
     def hang_up(self) -> None:

@@ -18,10 +18,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
-if TYPE_CHECKING:
-    from step1x_edit.schemas.requests import Precision
+from step1x_edit.channel import GIB
+from step1x_edit.schemas.requests import PlanStatus, Precision
 
 GB: Final = 1_000_000_000
 
@@ -214,6 +214,29 @@ def slot_size(sizes: Iterable[int], num_slots: int) -> int:
     """Bytes of a slot for blocks of these sizes; the largest may take all slots together."""
     *others, largest = sorted(sizes) or [0]
     return _aligned(max(*others, -(-largest // num_slots), 0))
+
+
+def plan_status(plan: MemoryPlan | None, precision: str, host: HostPlan) -> PlanStatus:
+    """The plan as it is reported; without one the model computes in host memory."""
+    if plan is None:
+        reasons = ("the model computes in host memory", host.reason())
+        return PlanStatus(
+            resident_share=1.0,
+            precision=precision,
+            streaming=False,
+            slots=0,
+            joint_branches=True,
+            reason="; ".join(filter(None, reasons)),
+        )
+    return PlanStatus(
+        resident_share=plan.core_share,
+        precision=precision,
+        streaming=plan.is_streaming,
+        slots=plan.num_slots,
+        joint_branches=plan.has_joint_branches,
+        reason=plan.reason,
+        predicted_peak_gb=plan.peak / GIB,
+    )
 
 
 def _with_more(

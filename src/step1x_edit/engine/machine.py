@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from step1x_edit.channel import Placement, Start
+from step1x_edit.channel import Start
 from step1x_edit.errors import InternalError, SettingsError
+from step1x_edit.schemas.requests import PlanStatus
 from step1x_edit.settings import inherited_environment
 
 _CUDA_LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -37,7 +38,7 @@ class Survey:
     checkpoint_error: str | None = None
     size_multiple: int | None = None
     """Sides of an edited picture, in its working size, are multiples of so many pixels."""
-    placement: Placement | None = None
+    placement: PlanStatus | None = None
     """What would be kept where if the model were loaded now."""
 
 
@@ -55,7 +56,7 @@ def look(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
         )
         found = json.loads(done.stdout.splitlines()[-1])
         if found["placement"] is not None:
-            found["placement"] = Placement(**found["placement"])
+            found["placement"] = PlanStatus(**found["placement"])
         return Survey(**found)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]

@@ -16,7 +16,16 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    TypeAlias,
+    TypeVar,
+)
 
 from pydantic import (
     AfterValidator,
@@ -1069,8 +1078,12 @@ class GpuStatistics(_Answer):
     full_releases: int = 0
 
 
-class PlanStatus(_Answer):
+@dataclass(frozen=True)
+class PlanStatus:
     """How the loaded model is spread over device and host, and what that needs; memory in GiB."""
+
+    # A plain dataclass, because the worker sends it through the channel.
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     resident_share: Annotated[
         float,

@@ -22,14 +22,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from step1x_edit.channel import (
     GIB,
     EditJob,
     Outcome,
     Phase,
-    Placement,
     Progress,
     Residence,
     Start,
@@ -504,7 +503,7 @@ class EditService:
             model=residence.model,
             device=residence.device,
             queue_length=status.queue_length,
-            plan=None if residence.placement is None else _plan_status(residence.placement),
+            plan=None if residence.placement is None else _rounded(residence.placement),
             loras=list(self._loras) or None,
             loras_in_model=loras_of(residence.loras) or None,
         )
@@ -625,22 +624,20 @@ def _metadata(
     )
 
 
-def _plan_status(placement: Placement) -> PlanStatus:
-    """The placement for people: figures that are estimated or fluctuate need few digits."""
-    return PlanStatus(
-        **{
-            name: round(value, 2) if isinstance(value, float) else value
-            for name, value in vars(placement).items()
-        }
-    )
+def _rounded(plan: PlanStatus) -> PlanStatus:
+    """The plan with two digits, because its figures are estimates or fluctuate."""
+    figures: dict[str, Any] = {
+        name: round(value, 2) for name, value in vars(plan).items() if isinstance(value, float)
+    }
+    return replace(plan, **figures)
 
 
-def _peak_at(placement: Placement, size_level: int) -> float | None:
+def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
     """GiB that an edit at this size level is expected to need on the device."""
-    if placement.predicted_peak_gb is None:
+    if plan.predicted_peak_gb is None:
         return None
-    less = spared(size_level, placement.joint_branches)
-    return round(placement.predicted_peak_gb - less / GIB, 2)
+    less = spared(size_level, plan.joint_branches)
+    return round(plan.predicted_peak_gb - less / GIB, 2)
 
 
 def _must_load(residence: Residence) -> bool:

@@ -30,12 +30,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB, Memory, Placement
+from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Check, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes
-from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, slot_size, with_share
+from step1x_edit.checkpoints.memory_plan import (
+    MemoryPlan,
+    everything,
+    plan_status,
+    slot_size,
+    with_share,
+)
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.errors import CheckpointError
 from step1x_edit.worker.page_lock import CudaPages, PageLock, lock_order
@@ -43,7 +49,7 @@ from step1x_edit.worker.peak import PeakMeter
 from step1x_edit.worker.streaming import BlockStreamer, copies_for
 
 if TYPE_CHECKING:
-    from step1x_edit.schemas.requests import Location
+    from step1x_edit.schemas.requests import Location, PlanStatus
 
 logger = logging.getLogger(__name__)
 
@@ -205,14 +211,14 @@ class Residency:
         """Measure the peak of memory from here on."""
         self._peak.begin()
 
-    def placement(self) -> Placement | None:
+    def placement(self) -> PlanStatus | None:
         """How the model is placed and what an edit has needed; None until that is decided."""
         loaded = self._loaded
         if loaded is None or (self._device is not None and loaded.plan is None):
             return None
         peak = self._peak.read()
         return replace(
-            placement_of(loaded.plan, loaded.opened),
+            plan_status(loaded.plan, loaded.opened.precision, loaded.opened.host),
             measured_peak_gb=None if peak is None else peak / GIB,
             host_gb=loaded.size / GIB,
         )
@@ -475,29 +481,6 @@ class Residency:
             gc.collect()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def placement_of(plan: MemoryPlan | None, opened: OpenedCheckpoint) -> Placement:
-    """The plan as it is reported; without one the model computes in host memory."""
-    if plan is None:
-        reasons = ("the model computes in host memory", opened.host.reason())
-        return Placement(
-            resident_share=1.0,
-            precision=opened.precision,
-            streaming=False,
-            slots=0,
-            joint_branches=True,
-            reason="; ".join(filter(None, reasons)),
-        )
-    return Placement(
-        resident_share=plan.core_share,
-        precision=opened.precision,
-        streaming=plan.is_streaming,
-        slots=plan.num_slots,
-        joint_branches=plan.has_joint_branches,
-        reason=plan.reason,
-        predicted_peak_gb=plan.peak / GIB,
-    )
 
 
 def _synchronize(device: torch.device) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 
 from step1x_edit.channel import GIB, Start, name_with_loras
+from step1x_edit.checkpoints.memory_plan import plan_status
 from step1x_edit.engine.machine import Survey, first_line
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.worker.opening import (
@@ -55,8 +56,6 @@ def _with_device(found: Survey, start: Start) -> Survey:
 
 
 def _with_checkpoint(found: Survey, start: Start) -> Survey:
-    from step1x_edit.worker.residency import placement_of
-
     try:
         opened = open_chosen(start)
         loras = opened.loras.changes()
@@ -68,7 +67,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         plan = None
         if place is not None:
             plan = dataclasses.replace(plan_for(place, opened.blocks), host=opened.host)
-        placement = placement_of(plan, opened)
+        placement = plan_status(plan, opened.precision, opened.host)
     return dataclasses.replace(
         found,
         size_multiple=opened.checkpoint.pipeline.config.size_multiple,
