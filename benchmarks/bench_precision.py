@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from step1x_edit.checkpoints.read import read_checkpoint
+from step1x_edit.checkpoints.read import Wanted, read_checkpoint
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.quantised import CODES
 from step1x_edit.model.request import NetworkRequest
@@ -54,7 +54,7 @@ def main() -> None:
     print("| precision | weights, MB | an edit, s | " + " | ".join(PROMPTS) + " |")
     print("|---" * (3 + len(PROMPTS)) + "|")
     for precision in ("auto", *CODES):
-        pipeline = read_checkpoint(precision=precision).pipeline
+        pipeline = read_checkpoint(wanted=Wanted(precision=precision)).pipeline
         tensors = [
             tensor
             for module in pipeline.modules.values()

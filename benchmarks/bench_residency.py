@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint
+from step1x_edit.checkpoints.read import DEMO_FOLDER, Wanted, open_checkpoint
 from step1x_edit.model.config import V1_1, ConnectorConfig, ModelConfig, TransformerConfig
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import Transformer
@@ -160,8 +160,9 @@ def measure(folder: Path, device: torch.device, repeat: int) -> dict[str, float]
     file = folder / "model.safetensors"
     file_gb = file.stat().st_size / GB
     figures = {"file_gb": file_gb, "held_before_gb": held_gb(device)}
-    opened = open_checkpoint(folder, torch.bfloat16)
-    figures["open_s"] = seconds(partial(open_checkpoint, folder, torch.bfloat16))
+    wanted = Wanted(dtype=torch.bfloat16)
+    opened = open_checkpoint(folder, wanted)
+    figures["open_s"] = seconds(partial(open_checkpoint, folder, wanted))
     residency = Residency(lambda: opened, device)
 
     reads: dict[str, list[float]] = {}

@@ -17,7 +17,7 @@ from gpu.bench import Bench, Figures, first_line, peak_gb, relative, start_peak,
 from gpu.networks import our_states
 from step1x_edit.checkpoints.arena import Block, Weight
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, fitting, with_share
-from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint, open_checkpoint
+from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint, Wanted, open_checkpoint
 from step1x_edit.model.config import ModelConfig
 from step1x_edit.model.pipeline import EditPipeline, Plan
 from step1x_edit.model.transformer import Transformer
@@ -59,7 +59,7 @@ class Cap:
 
 def opened_from(network: Transformer, model: ModelConfig) -> OpenedCheckpoint:
     """A checkpoint in host memory with these weights; the parts around it are the demo's."""
-    demo = open_checkpoint(dtype=network.img_in.weight.dtype)
+    demo = open_checkpoint(wanted=Wanted(dtype=network.img_in.weight.dtype))
     empty = bench_residency.empty(network.config)
     weights = [each for each in demo.weights if not each.name.startswith(("transformer", "recog"))]
     for name, tensor in network.state_dict().items():

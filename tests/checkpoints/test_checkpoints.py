@@ -16,6 +16,7 @@ from layouts import save, tiny_releases, write_diffusers, write_official
 from step1x_edit.checkpoints.read import (
     Checkpoint,
     Release,
+    Wanted,
     open_checkpoint,
     read_checkpoint,
     write_demo,
@@ -52,7 +53,7 @@ def copies(originals: Path, tmp_path: Path) -> Path:
 def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Checkpoint:
     """Read with the tiny sizes in the place of the published ones."""
     releases = tiny_releases(pipeline)
-    return read_checkpoint(path, dtype=torch.float32, version=version, releases=releases)
+    return read_checkpoint(path, Wanted(dtype=torch.float32, version=version, releases=releases))
 
 
 def picture(pipeline: EditPipeline) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_real_models_compute_in_bfloat16_but_for_the_autoencoder(
 ) -> None:
     releases = {"v1.1": Release(pipeline.config, VAE)}
 
-    read = read_checkpoint(originals / "official", releases=releases).pipeline
+    read = read_checkpoint(originals / "official", Wanted(releases=releases)).pipeline
 
     assert read.transformer.img_in.weight.dtype == torch.bfloat16
     assert read.conditioner.vlm.dtype == torch.bfloat16
@@ -452,7 +453,7 @@ def test_the_conditioner_is_read_under_its_older_and_its_newer_names(
 def test_opening_a_checkpoint_takes_no_memory_for_its_weights(
     originals: Path, pipeline: EditPipeline
 ) -> None:
-    opened = open_checkpoint(originals / "official", releases=tiny_releases(pipeline))
+    opened = open_checkpoint(originals / "official", Wanted(releases=tiny_releases(pipeline)))
 
     for module in opened.checkpoint.pipeline.modules.values():
         for name, parameter in module.named_parameters():

@@ -13,7 +13,13 @@ from layouts import save, tiny_releases, tiny_releases_v1_2, write_diffusers
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.arena import Arena
 from step1x_edit.checkpoints.memory_plan import with_share
-from step1x_edit.checkpoints.read import Checkpoint, open_checkpoint, read_checkpoint, write_demo
+from step1x_edit.checkpoints.read import (
+    Checkpoint,
+    Wanted,
+    open_checkpoint,
+    read_checkpoint,
+    write_demo,
+)
 from step1x_edit.errors import CheckpointError
 from step1x_edit.hub.pulled import models_folder
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12
@@ -47,7 +53,7 @@ def copy(original: Path, tmp_path: Path) -> Path:
 
 def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Checkpoint:
     releases = tiny_releases_v1_2(pipeline)
-    return read_checkpoint(path, dtype=torch.float32, version=version, releases=releases)
+    return read_checkpoint(path, Wanted(dtype=torch.float32, version=version, releases=releases))
 
 
 def picture(pipeline: EditPipeline) -> bytes:
@@ -117,7 +123,7 @@ def test_models_that_cannot_think_leave_the_head_in_its_file(tmp_path: Path) -> 
     file = tmp_path / "model" / "text_encoder" / "model.safetensors"
     save({**load_file(file), HEAD: torch.zeros(300, 32)}, file)
 
-    opened = open_checkpoint(tmp_path / "model", releases=tiny_releases(pipeline))
+    opened = open_checkpoint(tmp_path / "model", Wanted(releases=tiny_releases(pipeline)))
 
     assert all("lm_head" not in weight.name for weight in opened.weights)
 
@@ -125,7 +131,7 @@ def test_models_that_cannot_think_leave_the_head_in_its_file(tmp_path: Path) -> 
 def test_the_head_is_a_block_that_may_pass_through_a_device(
     original: Path, pipeline: EditPipeline
 ) -> None:
-    opened = open_checkpoint(original, releases=tiny_releases_v1_2(pipeline))
+    opened = open_checkpoint(original, Wanted(releases=tiny_releases_v1_2(pipeline)))
 
     blocks = Arena(opened.weights).blocks
 
@@ -148,7 +154,7 @@ def test_a_model_of_another_version_is_no_preview(tmp_path: Path) -> None:
     write_diffusers(tmp_path / "model", pipeline)
 
     checkpoint = read_checkpoint(
-        tmp_path / "model", version="v1.2-preview", releases=tiny_releases(pipeline)
+        tmp_path / "model", Wanted(version="v1.2-preview", releases=tiny_releases(pipeline))
     )
 
     assert checkpoint.version == "v1.1"

@@ -30,7 +30,7 @@ from layouts import (
     write_published,
 )
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, to_official, transformer_links, vae_links
-from step1x_edit.checkpoints.read import read_checkpoint
+from step1x_edit.checkpoints.read import Wanted, read_checkpoint
 from step1x_edit.interfaces.cli import app
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, AutoencoderConfig, ModelConfig
@@ -226,7 +226,9 @@ def test_every_tensor_of_the_published_models_is_read_in_each_layout(
         original = as_deep_as_published(layout.preset)
         folder = tmp_path / name
         layout.write(folder, original, layout.stored)
-        read = read_checkpoint(folder / layout.place, version=layout.preset.version).pipeline
+        read = read_checkpoint(
+            folder / layout.place, Wanted(version=layout.preset.version)
+        ).pipeline
 
         assert names_on_disk(layout, folder) == names_of(layout, original)
         assert replace(read.config, conditioner=original.config.conditioner) == original.config

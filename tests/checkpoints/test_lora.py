@@ -16,7 +16,13 @@ from torch import Tensor
 from command_line import edit
 from step1x_edit.checkpoints.keymap import transformer_links
 from step1x_edit.checkpoints.lora import Lora, deltas, read_lora
-from step1x_edit.checkpoints.read import DEMO_FOLDER, open_checkpoint, read_checkpoint, write_demo
+from step1x_edit.checkpoints.read import (
+    DEMO_FOLDER,
+    Wanted,
+    open_checkpoint,
+    read_checkpoint,
+    write_demo,
+)
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
@@ -248,7 +254,7 @@ def test_the_model_edits_as_if_it_had_been_stored_with_the_lora_in_it(
     merged_by_hand = picture(plain)
 
     loras = {folder / "hand.safetensors": 0.5}
-    residency = Residency(lambda: open_checkpoint(folder / "model", loras=loras), device)
+    residency = Residency(lambda: open_checkpoint(folder / "model", Wanted(loras=loras)), device)
     for _ in range(2):  # also after it has been away from the device
         residency.onload()
         with residency.on_device() as checkpoint:
@@ -263,7 +269,7 @@ def test_the_files_of_the_model_stay_as_they_are(folder: Path) -> None:
     file = folder / "model" / "model.safetensors"
     before = file.read_bytes()
 
-    read_checkpoint(folder / "model", loras={folder / "hand.safetensors": 1.0})
+    read_checkpoint(folder / "model", Wanted(loras={folder / "hand.safetensors": 1.0}))
 
     assert file.read_bytes() == before
 

@@ -19,6 +19,7 @@ from step1x_edit.checkpoints.arena import Block
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, with_share
 from step1x_edit.checkpoints.read import (
     OpenedCheckpoint,
+    Wanted,
     open_checkpoint,
     read_checkpoint,
     write_demo,
@@ -82,7 +83,7 @@ def files(folder: Path, strengths: Strengths | None = None) -> dict[Path, float]
 
 
 def opened(folder: Path) -> OpenedCheckpoint:
-    return open_checkpoint(folder / "model", loras=files(folder))
+    return open_checkpoint(folder / "model", Wanted(loras=files(folder)))
 
 
 def picture(pipeline: EditPipeline) -> bytes:
@@ -99,7 +100,7 @@ def edited(residency: Residency) -> bytes:
 def expected(folder: Path) -> list[bytes]:
     """The pictures of models that were started with each of the sets."""
     return [
-        picture(read_checkpoint(folder / "model", loras=files(folder, strengths)).pipeline)
+        picture(read_checkpoint(folder / "model", Wanted(loras=files(folder, strengths))).pipeline)
         for strengths in SETS
     ]
 
@@ -141,7 +142,9 @@ def test_each_set_gives_the_picture_of_a_fresh_start(
 
 def test_matrices_that_are_kept_as_codes_are_those_of_a_fresh_start(folder: Path) -> None:
     def residency(strengths: Strengths | None) -> Residency:
-        opened = open_checkpoint(folder / "model", loras=files(folder, strengths), precision="int8")
+        opened = open_checkpoint(
+            folder / "model", Wanted(loras=files(folder, strengths), precision="int8")
+        )
         return Residency(lambda: opened, DEVICE, plan=share(0.3))
 
     switching = residency(None)
@@ -260,7 +263,7 @@ def test_a_name_or_a_file_that_is_wrong_leaves_what_was_before(
     save_file({"lora_unet_x.lora_down.weight": torch.ones(1, 1)}, broken)
     gone = tmp_path / "gone.safetensors"
     loras = {**files(folder), broken: 0.0, gone: 0.0}
-    residency = Residency(lambda: open_checkpoint(folder / "model", loras=loras), DEVICE)
+    residency = Residency(lambda: open_checkpoint(folder / "model", Wanted(loras=loras)), DEVICE)
     residency.use_loras(SETS[0])
     residency.onload()
 
@@ -278,7 +281,7 @@ def test_a_name_or_a_file_that_is_wrong_leaves_what_was_before(
 def test_a_file_that_is_written_anew_counts_from_then_on(tmp_path: Path, folder: Path) -> None:
     file = write_lora(tmp_path / "mine.safetensors", ["final_layer.linear"], 3)
     loras = {file: 1.0}
-    residency = Residency(lambda: open_checkpoint(folder / "model", loras=loras), None)
+    residency = Residency(lambda: open_checkpoint(folder / "model", Wanted(loras=loras)), None)
     residency.use_loras(None)
     residency.load()
     before = edited(residency)
@@ -289,7 +292,9 @@ def test_a_file_that_is_written_anew_counts_from_then_on(tmp_path: Path, folder:
     residency.use_loras(None)
 
     assert edited(residency) != before
-    assert edited(residency) == picture(read_checkpoint(folder / "model", loras=loras).pipeline)
+    assert edited(residency) == picture(
+        read_checkpoint(folder / "model", Wanted(loras=loras)).pipeline
+    )
 
 
 # --- in the worker --------------------------------------------------------------------------------

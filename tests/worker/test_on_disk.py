@@ -25,7 +25,7 @@ from step1x_edit.checkpoints.memory_plan import (
     everything,
     with_share,
 )
-from step1x_edit.checkpoints.read import OpenedCheckpoint, open_checkpoint, write_demo
+from step1x_edit.checkpoints.read import OpenedCheckpoint, Wanted, open_checkpoint, write_demo
 from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
 from step1x_edit.model.pipeline import Edited, EditPipeline
@@ -70,7 +70,7 @@ def passing(opened: OpenedCheckpoint, *components: str) -> frozenset[str]:
 
 def opened_with(folder: Path, components: Sequence[str], **asked: object) -> OpenedCheckpoint:
     """A checkpoint of which these components stay on disk."""
-    opened = open_checkpoint(folder, **asked)  # type: ignore[arg-type]
+    opened = open_checkpoint(folder, Wanted(**asked))  # type: ignore[arg-type]
     return dataclasses.replace(opened, host=HostPlan(on_disk=passing(opened, *components)))
 
 
@@ -121,7 +121,7 @@ def test_the_picture_is_the_same_whatever_stays_on_disk(
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_codes_that_are_made_anew_for_each_edit_are_the_same(folder: Path, precision: str) -> None:
-    inside = Residency(partial(open_checkpoint, folder, precision=precision), STAND_IN)  # type: ignore[arg-type]
+    inside = Residency(partial(open_checkpoint, folder, Wanted(precision=precision)), STAND_IN)  # type: ignore[arg-type]
     outside = residency_with(folder, COMPONENTS, precision=precision)
     for residency in (inside, outside):
         residency.onload()
@@ -314,7 +314,7 @@ def test_loras_are_added_to_what_stays_on_disk(
     tmp_path: Path, folder: Path, components: Sequence[str], share: float | None
 ) -> None:
     file = a_lora(tmp_path / "hand.safetensors", folder)
-    usual = Residency(partial(open_checkpoint, folder, loras={file: 0.5}), STAND_IN)
+    usual = Residency(partial(open_checkpoint, folder, Wanted(loras={file: 0.5})), STAND_IN)
     usual.onload()
     plain = Residency(partial(open_checkpoint, folder), STAND_IN)
     plain.onload()
@@ -361,7 +361,7 @@ def a_worker(folder: Path, device: str, free: int, precision: str = "auto") -> P
 
 def bytes_of(folder: Path, *components: str, precision: str = "auto") -> int:
     """What the components take, and all that can never stay on disk."""
-    blocks = blocks_of(open_checkpoint(folder, precision=precision).weights)  # type: ignore[arg-type]
+    blocks = blocks_of(open_checkpoint(folder, Wanted(precision=precision)).weights)  # type: ignore[arg-type]
     return sum(
         block.size
         for block in blocks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from step1x_edit.checkpoints.arena import Arena
 from step1x_edit.checkpoints.memory_plan import with_share
 from step1x_edit.checkpoints.read import (
     OpenedCheckpoint,
+    Wanted,
     open_checkpoint,
     read_checkpoint,
     write_demo,
@@ -77,7 +79,7 @@ def layers(module: nn.Module) -> dict[str, nn.Linear | QuantLinear]:
 
 
 def test_the_layers_of_all_blocks_are_codes_and_the_ends_are_not(folder: Path) -> None:
-    found = read_checkpoint(folder, precision="int8").pipeline.modules
+    found = read_checkpoint(folder, Wanted(precision="int8")).pipeline.modules
 
     exact = {
         f"{part}.{name}"
@@ -127,9 +129,7 @@ def test_the_codes_are_those_of_the_matrix_whatever_the_layout_and_the_pieces(
 
     read = read_checkpoint(
         tmp_path / layout,
-        dtype=torch.float32,
-        releases=tiny_releases(pipeline),
-        precision=kind,
+        Wanted(dtype=torch.float32, releases=tiny_releases(pipeline), precision=kind),
     ).pipeline
 
     for part, module in read.modules.items():
@@ -151,12 +151,11 @@ def test_float8_files_lose_nothing_as_float8(tmp_path: Path, pipeline: EditPipel
     file = tmp_path / "model" / "step1x-edit.safetensors"
     stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
     save_file(stored, file)
-    open_it = partial(
-        read_checkpoint, tmp_path / "model", dtype=torch.float32, releases=tiny_releases(pipeline)
-    )
+    wanted = Wanted(dtype=torch.float32, releases=tiny_releases(pipeline))
 
     exact, coded = (
-        layers(open_it(precision=precision).pipeline.transformer) for precision in ("auto", "fp8")
+        layers(read_checkpoint(tmp_path / "model", each).pipeline.transformer)
+        for each in (wanted, dataclasses.replace(wanted, precision="fp8"))
     )
 
     for name, layer in coded.items():
@@ -177,7 +176,7 @@ def test_numbers_that_are_not_finite_are_refused(
     with pytest.raises(
         CheckpointError, match=r"numbers in transformer\.single_blocks\.1\.linear2\.weight that are"
     ):
-        read_checkpoint(tmp_path, precision=kind)
+        read_checkpoint(tmp_path, Wanted(precision=kind))
 
 
 @pytest.mark.parametrize("kind", CODES)
@@ -191,7 +190,7 @@ def test_what_a_lora_adds_is_added_before_the_rounding(
     lora = tmp_path / "hand.safetensors"
     save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, lora)
 
-    read = read_checkpoint(folder, loras={lora: 0.5}, precision=kind)
+    read = read_checkpoint(folder, Wanted(loras={lora: 0.5}, precision=kind))
 
     layer = read.pipeline.transformer.get_submodule(name)
     assert isinstance(layer, QuantLinear)
@@ -220,7 +219,7 @@ def test_a_precision_that_is_not_the_checkpoints_own_is_told_in_its_name(
     write_official(tmp_path / "model", pipeline)
 
     names = [
-        open_checkpoint(place, releases=tiny_releases(pipeline), precision=precision)
+        open_checkpoint(place, Wanted(releases=tiny_releases(pipeline), precision=precision))
         for place in (folder, tmp_path / "model")
     ]
 
@@ -228,7 +227,7 @@ def test_a_precision_that_is_not_the_checkpoints_own_is_told_in_its_name(
 
 
 def test_the_demo_in_bf16_computes_in_bf16(folder: Path) -> None:
-    read = read_checkpoint(folder, precision="bf16").pipeline
+    read = read_checkpoint(folder, Wanted(precision="bf16")).pipeline
 
     assert read.transformer.img_in.weight.dtype == torch.bfloat16
     assert read.vae.dtype == torch.float32
@@ -247,11 +246,11 @@ def kind(request: pytest.FixtureRequest) -> Code:
 @pytest.fixture(scope="module")
 def expected(folder: Path, kind: Code) -> bytes:
     """The picture of a model that computes in host memory."""
-    return picture(read_checkpoint(folder, precision=kind).pipeline)
+    return picture(read_checkpoint(folder, Wanted(precision=kind)).pipeline)
 
 
 def residency_with(folder: Path, kind: Code, share: float | None) -> Residency:
-    open_it = partial(open_checkpoint, folder, precision=kind)
+    open_it = partial(open_checkpoint, folder, Wanted(precision=kind))
     if share is None:
         return Residency(open_it, STAND_IN)
     return Residency(open_it, STAND_IN, plan=partial(with_share, core_share=share))
@@ -308,7 +307,7 @@ def test_the_arena_holds_the_codes_and_nothing_else() -> None:
     exact = open_checkpoint()
     core = sum(block.size for block in Arena(exact.weights).blocks if block.component == "core")
     for kind, least, most in (("fp8", 0.25, 0.28), ("int8", 0.25, 0.28), ("nf4", 0.14, 0.16)):
-        opened = open_checkpoint(precision=kind)
+        opened = open_checkpoint(wanted=Wanted(precision=kind))
         arena = Arena(opened.weights)
         blocks = [block.size for block in arena.blocks if block.component == "core"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from layouts import tiny_releases, write_diffusers, write_official
 from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.memory_plan import with_share
-from step1x_edit.checkpoints.read import open_checkpoint, write_demo
+from step1x_edit.checkpoints.read import Wanted, open_checkpoint, write_demo
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.blocks import Layout
 from step1x_edit.model.pipeline import EditPipeline
@@ -457,7 +457,9 @@ def test_every_layout_and_type_on_disk_gives_the_same_parameters(
     write = {"official": write_official, "diffusers": write_diffusers}[layout]
     write(tmp_path / layout, original)
     open_tiny = partial(
-        open_checkpoint, tmp_path / layout, torch.float32, releases=tiny_releases(original)
+        open_checkpoint,
+        tmp_path / layout,
+        Wanted(dtype=torch.float32, releases=tiny_releases(original)),
     )
     residency = Residency(open_tiny, STAND_IN)
 

@@ -16,7 +16,7 @@ from second_device import SECOND, SecondTensor, second_device
 from step1x_edit.channel import EditJob, Outcome
 from step1x_edit.checkpoints.arena import blocks_of
 from step1x_edit.checkpoints.memory_plan import STREAMABLE, HostPlan, everything, with_share
-from step1x_edit.checkpoints.read import OpenedCheckpoint, open_checkpoint, write_demo
+from step1x_edit.checkpoints.read import OpenedCheckpoint, Wanted, open_checkpoint, write_demo
 from step1x_edit.model.language_model import Sampling
 from step1x_edit.schemas.requests import Precision
 from step1x_edit.worker.edits import PipelineWorker
@@ -64,7 +64,7 @@ def opened(
     folder: Path, model: str = "v1_1", precision: Precision = "auto", is_on_disk: bool = False
 ) -> OpenedCheckpoint:
     loras = {folder / "hand.safetensors": 0.0}
-    found = open_checkpoint(folder / model, precision=precision, loras=loras)
+    found = open_checkpoint(folder / model, Wanted(precision=precision, loras=loras))
     if not is_on_disk:
         return found
     blocks = (block.name for block in blocks_of(found.weights))

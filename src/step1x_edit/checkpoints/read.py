@@ -4,8 +4,8 @@
     diffusers   folders transformer/, vae/, text_encoder/, processor/
     demo        model.safetensors, config.json and tokenizer.json: everything in one folder
 
-What a file is, and which version, is recognised by the tensors in it, never by its name. Reading
-is strict: a tensor that is missing, unknown or of another shape is a `CheckpointError`.
+Files and versions are recognised by their tensors, never by their names. Reading is strict: a
+tensor that is missing, unknown or of another shape is a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -83,14 +82,33 @@ RELEASES: Final[Mapping[str, Release]] = {
 }
 
 SAME_TENSORS: Final = {"v1.2-preview": "v1.2"}
-"""Versions that cannot be told from another by their tensors: somebody has to say so."""
+"""Versions whose tensors equal those of another version, so that they have to be named."""
 
 _DTYPE_NAMES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 LM_HEAD: Final = "lm_head.weight"
 EMBEDDINGS: Final = "language_model.embed_tokens.weight"
 
-NO_LORAS: Final[Mapping[Path, float]] = MappingProxyType({})
+
+@dataclass(frozen=True)
+class Wanted:
+    """How to open a checkpoint."""
+
+    version: str | None = None
+    """Chooses among several transformers in a folder, and between versions of `SAME_TENSORS`.
+
+    If there is none of that version, or None is wanted, the newest transformer is opened.
+    """
+    dtype: torch.dtype | None = None
+    """In which to compute; None: float32 for the demo, bfloat16 for published models.
+
+    The autoencoder always computes in float32.
+    """
+    releases: Mapping[str, Release] = field(default_factory=lambda: RELEASES)
+    loras: Mapping[Path, float] = field(default_factory=dict)
+    """Files that can be added, and their usual strengths."""
+    precision: Precision = "auto"
+    """See `with_precision`; bf16 also sets `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +122,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose network is built and checked, and whose weights still lie in files."""
+    """A checkpoint whose network is built and checked, and whose weights are still in files."""
 
     checkpoint: Checkpoint
     weights: tuple[Weight, ...]
     loras: Loras = field(default_factory=Loras)
-    """What can be added to its transformer."""
+    """LoRAs that can be added to its transformer."""
     host: HostPlan = HostPlan()
     """Which of its blocks stay on disk."""
 
@@ -127,39 +145,28 @@ class OpenedCheckpoint:
         return code or _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def open_checkpoint(
-    path: Path | None = None,
-    dtype: torch.dtype | None = None,
-    version: str | None = None,
-    releases: Mapping[str, Release] = RELEASES,
-    loras: Mapping[Path, float] = NO_LORAS,
-    precision: Precision = "auto",
-) -> OpenedCheckpoint:
+def open_checkpoint(path: Path | None = None, wanted: Wanted = Wanted()) -> OpenedCheckpoint:
     """Open a folder or file; None is the embedded demo. Only headers are read.
 
-    Without a `dtype` the demo computes in float32 and the real models in bfloat16; the
-    autoencoder always in float32. Where a folder holds several transformers, `version` chooses;
-    without it, or if there is none of that version, the newest is opened. It also tells versions
-    of `SAME_TENSORS`. `loras` are files that may be added to it and their usual strengths.
-    `precision` is as in `with_precision`. Raises CheckpointError.
+    Raises CheckpointError.
     """
-    if precision == "bf16":
-        dtype = torch.bfloat16
-    opened = with_precision(_open(path, dtype, version, releases), precision)
+    if wanted.precision == "bf16":
+        wanted = replace(wanted, dtype=torch.bfloat16)
+    opened = with_precision(_open(path, wanted), wanted.precision)
     shapes = {
         weight.name.removeprefix("transformer."): weight.source.shape
         for weight in opened.weights
         if weight.source is not None
     }
     links = transformer_links(opened.checkpoint.pipeline.transformer.config)
-    return replace(opened, loras=Loras(loras, shapes, links))
+    return replace(opened, loras=Loras(wanted.loras, shapes, links))
 
 
 def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedCheckpoint:
-    """The same with most matrices kept as codes, if the precision is one of fp8, int8 and nf4.
+    """The same, with most matrices kept as codes if the precision is fp8, int8 or nf4.
 
-    A precision that the checkpoint does not have of itself is told in its name. The network is
-    changed; to be asked for before the weights are read.
+    The name states a precision that is not the checkpoint's own. The network is changed; call
+    this before its weights are read.
     """
     checkpoint = opened.checkpoint
     if is_code(precision):
@@ -171,36 +178,23 @@ def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedChec
     return replace(opened, checkpoint=named)
 
 
-def _open(
-    path: Path | None,
-    dtype: torch.dtype | None,
-    version: str | None,
-    releases: Mapping[str, Release],
-) -> OpenedCheckpoint:
+def _open(path: Path | None, wanted: Wanted) -> OpenedCheckpoint:
     path = DEMO_FOLDER if path is None else path.expanduser()
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
     refuse_pickle(path)
     if path.is_file():
-        return _open_official([file_set([path])], path, dtype, version, releases)
+        return _open_official([file_set([path])], path, wanted)
     if read_json(path / "config.json").get("format") is not None:
-        return _open_demo(path, dtype)
+        return _open_demo(path, wanted.dtype or torch.float32)
     if (path / "transformer").is_dir():
-        return _open_diffusers(path, dtype, version, releases)
-    return _open_official(file_sets(path), path, dtype, version, releases)
+        return _open_diffusers(path, wanted)
+    return _open_official(file_sets(path), path, wanted)
 
 
-def read_checkpoint(
-    path: Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    version: str | None = None,
-    releases: Mapping[str, Release] = RELEASES,
-    loras: Mapping[Path, float] = NO_LORAS,
-    precision: Precision = "auto",
-) -> Checkpoint:
-    """Open a checkpoint, read its weights and put it on a device. Raises CheckpointError."""
-    opened = open_checkpoint(path, dtype, version, releases, loras, precision)
+def read_checkpoint(path: Path | None = None, wanted: Wanted = Wanted()) -> Checkpoint:
+    """Open a checkpoint and read its weights into host memory. Raises CheckpointError."""
+    opened = open_checkpoint(path, wanted)
     changes = opened.loras.changes()
     arena = Arena(opened.weights)
     arena.fill()
@@ -208,8 +202,6 @@ def read_checkpoint(
     for name in blocks.differing(changes):
         blocks.put(name, changes)
     arena.attach(blocks.memories)
-    for module in opened.checkpoint.pipeline.modules.values():
-        module.to(device)
     return opened.checkpoint
 
 
@@ -234,7 +226,7 @@ def write_demo(folder: Path, pipeline: EditPipeline) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
+def _open_demo(folder: Path, dtype: torch.dtype) -> OpenedCheckpoint:
     config = read_json(folder / "config.json")
     if config["format"] != DEMO_FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']}, known is {DEMO_FORMAT}")
@@ -249,7 +241,6 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
         vlm = _build_vlm(config["conditioner"], folder / "config.json", model)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {error!r}") from error
-    dtype = dtype or torch.float32
     parts = _by_prefix(stored_tensors([folder / "model.safetensors"]))
     weights = [
         *_weights("transformer", transformer, parts.pop("transformer", {}), dtype),
@@ -267,76 +258,71 @@ def _open_demo(folder: Path, dtype: torch.dtype | None) -> OpenedCheckpoint:
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
 
-def _open_official(
-    sets: Sequence[FileSet],
-    place: Path,
-    dtype: torch.dtype | None,
-    wanted: str | None,
-    releases: Mapping[str, Release],
-) -> OpenedCheckpoint:
-    chosen = choose_transformer(sets, place, SAME_TENSORS.get(wanted or "", wanted))
+def _open_official(sets: Sequence[FileSet], place: Path, wanted: Wanted) -> OpenedCheckpoint:
+    version = SAME_TENSORS.get(wanted.version or "", wanted.version)
+    chosen = choose_transformer(sets, place, version)
     folder = place if place.is_dir() else place.parent
-    vlm_folder = find_vlm(folder)
-    version = _version(chosen, wanted)
-    return _assemble(chosen, {}, find_vae(folder), vlm_folder, vlm_folder, dtype, version, releases)
+    vlm = find_vlm(folder)
+    return _assemble(_Files(chosen, {}, find_vae(folder), vlm, vlm), wanted)
 
 
-def _open_diffusers(
-    folder: Path, dtype: torch.dtype | None, wanted: str | None, releases: Mapping[str, Release]
-) -> OpenedCheckpoint:
+def _open_diffusers(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
     inside = folder / "transformer"
     chosen = choose_transformer(file_sets(inside), inside, None)
     places = [folder / name for name in ("processor", "tokenizer", "text_encoder")]
     tokenizer = next((each for each in places if (each / "tokenizer.json").is_file()), places[0])
     described = read_json(inside / "config.json")
-    vlm_folder = folder / "text_encoder"
-    version = _version(chosen, wanted)
-    vae = find_vae(folder)
-    return _assemble(chosen, described, vae, vlm_folder, tokenizer, dtype, version, releases)
+    vlm = folder / "text_encoder"
+    return _assemble(_Files(chosen, described, find_vae(folder), vlm, tokenizer), wanted)
 
 
-def _version(chosen: FileSet, wanted: str | None) -> str:
-    """The version of a transformer: by its tensors, or as wanted where they do not tell."""
-    if wanted is not None and SAME_TENSORS.get(wanted) == chosen.version:
-        return wanted
-    return chosen.version
+@dataclass(frozen=True)
+class _Files:
+    """Where the parts of a published model are."""
+
+    transformer: FileSet
+    described: Mapping[str, Any]
+    """The sizes of the transformer, if a file states them."""
+    vae: FileSet
+    vlm: Path
+    tokenizer: Path
 
 
-def _assemble(
-    chosen: FileSet,
-    described: Mapping[str, Any],
-    vae_files: FileSet,
-    vlm_folder: Path,
-    tokenizer_folder: Path,
-    dtype: torch.dtype | None,
-    version: str,
-    releases: Mapping[str, Release],
-) -> OpenedCheckpoint:
-    """Put a published model together, whichever layouts its parts have."""
-    if version not in releases:
-        raise CheckpointError(f"{chosen} is Step1X-Edit {version}, which is not supported yet")
-    release = releases[version]
-    dtype = dtype or torch.bfloat16
-    tensors: Mapping[str, Stored] = stored_tensors(chosen.files)
-    sizes = transformer_sizes(tensors, described, release.model.transformer)
-    links = transformer_links(sizes)
-    if not chosen.is_official:
-        tensors = to_official(tensors, links)
-    vae_config, vae_tensors = _open_vae(vae_files, release)
+def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
+    """Build a published model from its parts, whichever layouts they have."""
+    version = _version(files.transformer, wanted.version)
+    if version not in wanted.releases:
+        raise CheckpointError(
+            f"{files.transformer} is Step1X-Edit {version}, which is not supported yet"
+        )
+    release = wanted.releases[version]
+    dtype = wanted.dtype or torch.bfloat16
+    tensors: Mapping[str, Stored] = stored_tensors(files.transformer.files)
+    sizes = transformer_sizes(tensors, files.described, release.model.transformer)
+    if not files.transformer.is_official:
+        tensors = to_official(tensors, transformer_links(sizes))
+    vae_config, vae_tensors = _open_vae(files.vae, release)
     with _WithoutWeights():
         transformer = Transformer(sizes)
         vae = Autoencoder(vae_config)
-    vlm, vlm_tensors = _open_vlm(vlm_folder, release.model)
+    vlm, vlm_tensors = _open_vlm(files.vlm, release.model)
     weights = [
         *_weights("transformer", transformer, tensors, dtype),
         *_weights("vae", vae, vae_tensors, torch.float32),
         *_weights("conditioner", vlm, vlm_tensors, dtype),
     ]
     model = replace(release.model, transformer=sizes)
-    conditioner = _conditioner(vlm, tokenizer_folder, model, is_published=True)
+    conditioner = _conditioner(vlm, files.tokenizer, model, is_published=True)
     pipeline = EditPipeline(transformer, vae, conditioner, model)
     checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
+
+
+def _version(transformer: FileSet, wanted: str | None) -> str:
+    """The version of a transformer by its tensors, or the wanted one if they are the same."""
+    if wanted is not None and SAME_TENSORS.get(wanted) == transformer.version:
+        return wanted
+    return transformer.version
 
 
 def _open_vae(files: FileSet, release: Release) -> tuple[AutoencoderConfig, dict[str, Stored]]:
@@ -351,9 +337,9 @@ def _open_vae(files: FileSet, release: Release) -> tuple[AutoencoderConfig, dict
 
 
 def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
-    """The inner model, with the language head if it is to talk, and its tensors by its own names.
+    """The inner model, with the language head if it reasons, and its tensors by its own names.
 
-    Where the head shares its weights with the embeddings, it gets them once more.
+    If the head shares its weights with the embeddings, it gets a copy of them.
     """
     files = [file for each in file_sets(folder) for file in each.files]
     if not files:
@@ -385,7 +371,7 @@ def _build_vlm(config: Mapping[str, Any], file: Path, model: ModelConfig) -> Qwe
 
 
 def _inner_name(published: str) -> str:
-    """What the inner model calls a tensor.
+    """The name of a tensor in the inner model.
 
     Qwen2.5-VL was published with `model.layers…` and `visual…`; newer libraries write
     `model.language_model.layers…` and `model.visual…`.
@@ -400,8 +386,8 @@ def _conditioner(
 ) -> Conditioner | ConditionerV12:
     """The conditioner with the tokenizer of a folder.
 
-    How many tokens of a published prompt are dropped is a fact of Qwen2.5-VL's vocabulary; in
-    another one the same words are counted.
+    The number of tokens that a published model drops from its prompt holds for Qwen2.5-VL's
+    vocabulary; with another vocabulary the tokens of the same words are counted.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -419,10 +405,10 @@ def _conditioner(
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """Within it networks are built without memory for their weights, but with real buffers.
+    """Networks are built within it without memory for their weights, but with real buffers.
 
-    The layers of all our libraries take their weights from `torch.empty`, and only they use it;
-    what is computed, such as rotary frequencies, is not in the files and has to be there.
+    The layers of all libraries here make their weights with `torch.empty`, and only they use it.
+    Computed buffers, such as rotary frequencies, are not in the files and must exist.
     """
 
     def __torch_function__(
@@ -437,13 +423,13 @@ class _WithoutWeights(TorchFunctionMode):
 
 
 PART_NAMES: Final = {"vae": "autoencoder"}
-"""What messages call a part, where that is not its name."""
+"""The names of parts in messages, if they differ."""
 
 
 def _weights(
     part: str, module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype
 ) -> list[Weight]:
-    """Tell where a module's weights come from.
+    """The weights of a module, and where their numbers come from.
 
     Raises CheckpointError unless names and shapes agree exactly.
     """
@@ -471,7 +457,7 @@ def _weights(
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a tensor, and the name it has there."""
+    """The submodule that holds a tensor, and its name there."""
     path, _, attribute = name.rpartition(".")
     return module.get_submodule(path), attribute
 

@@ -106,21 +106,23 @@ def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint
     large for this machine.
     """
     from step1x_edit.checkpoints.memory_plan import FALLING, hosted
-    from step1x_edit.checkpoints.read import open_checkpoint
+    from step1x_edit.checkpoints.read import Wanted, open_checkpoint
     from step1x_edit.hub.pulled import pulled_version, resolve_model_path
 
     data_dir = Path(start.data_dir)
     path = resolve_model_path(start.model_path, data_dir)
-    wanted = None if start.model_version == "auto" else start.model_version
-    loras = {Path(file): strength for file, strength in start.loras.items()}
-    version = wanted or pulled_version(path, data_dir)
+    named = None if start.model_version == "auto" else start.model_version
+    wanted = Wanted(
+        version=named or pulled_version(path, data_dir),
+        loras={Path(file): strength for file, strength in start.loras.items()},
+    )
     tried: dict[Precision, OpenedCheckpoint] = {}
 
     def blocks_with(precision: Precision) -> tuple[Block, ...]:
-        tried[precision] = open_checkpoint(path, version=version, loras=loras, precision=precision)
+        tried[precision] = open_checkpoint(path, replace(wanted, precision=precision))
         found = tried[precision].checkpoint.version
-        if wanted not in (None, found):
-            raise CheckpointError(f"MODEL_VERSION is {wanted}, but the checkpoint is {found}")
+        if named not in (None, found):
+            raise CheckpointError(f"MODEL_VERSION is {named}, but the checkpoint is {found}")
         return tried[precision].blocks
 
     memory, has_device = look(), place_of(chosen_device(start)) is not None
