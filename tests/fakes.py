@@ -15,10 +15,10 @@ from step1x_edit.channel import (
     Cancel,
     Done,
     EditJob,
-    Failure,
+    Failed,
     Memory,
     Offload,
-    Outcome,
+    Painted,
     Phase,
     Pixels,
     Progress,
@@ -253,18 +253,18 @@ class FakeWorker:
                     yield self._report(Progress(Phase.REFLECTING))
         except Step1XEditError as error:
             self.stopped_at[job.prompt] = step
-            yield self._report(Failure(error.code, str(error)))
+            yield self._report(Failed(error.code, str(error)))
         else:
             image = self.paint(job)
             rounds = np.stack([job.image, image][-rounds_of(job) :]) if job.reflection else None
-            yield self._report(Outcome(image, self.warning, reasoned(job), rounds))
+            yield self._report(Painted(image, self.warning, reasoned(job), rounds))
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":
             self.residence = dataclasses.replace(self.residence, location="CPU")
         yield self._report(Done())
 
-    def _report(self, event: Progress | Outcome | Failure | Done) -> Report:
+    def _report(self, event: Progress | Painted | Failed | Done) -> Report:
         is_home = self.residence.location == ("CPU" if self.device == "cpu" else "GPU")
         held = self.held if is_home else Memory()
         return Report(event, dataclasses.replace(self.residence, memory=held))

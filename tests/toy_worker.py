@@ -18,7 +18,7 @@ from step1x_edit.channel import (
     Channel,
     EditJob,
     Memory,
-    Outcome,
+    Painted,
     Phase,
     Progress,
     Residence,
@@ -38,7 +38,7 @@ class ToyModel:
 
     def edit(
         self, job: EditJob, check: Callable[[], None]
-    ) -> Generator[Progress | Outcome, None, None]:
+    ) -> Generator[Progress | Painted, None, None]:
         word, _, rest = job.prompt.partition(" ")
         is_known = word != "unknown"
         for progress in (
@@ -73,7 +73,7 @@ class ToyModel:
                 sys.stdout.write("a stray line\n")
                 sys.stdout.flush()
                 os.write(1, b"stray bytes\n")
-        yield Outcome(255 - job.image, warning=f"{self._start.model_version} 雪 {sys.stdin.read()}")
+        yield Painted(255 - job.image, warning=f"{self._start.model_version} 雪 {sys.stdin.read()}")
 
     def offload(self) -> None:
         self._location = "CPU"

@@ -154,7 +154,7 @@ def name_with_loras(model: str, loras: Mapping[str, float]) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Painted:
     """The edited picture, in its working size."""
 
     image: Pixels
@@ -180,7 +180,7 @@ def reasoning_of(
 
 
 @dataclass(frozen=True)
-class Failure:
+class Failed:
     """What was asked for could not be done: an error of our tree, by its code and its sentence."""
 
     code: str
@@ -192,7 +192,7 @@ class Done:
     """What was asked for has been done, and there is nothing to show."""
 
 
-Event: TypeAlias = Progress | Outcome | Failure | Done
+Event: TypeAlias = Progress | Painted | Failed | Done
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Report:
 
 _KINDS: Final = {
     kind.__name__: kind
-    for kind in (Start, EditJob, Cancel, Offload, Progress, Outcome, Failure, Done)
+    for kind in (Start, EditJob, Cancel, Offload, Progress, Painted, Failed, Done)
 }
 
 _PICTURES: Final = ("image", "preview", "rounds")

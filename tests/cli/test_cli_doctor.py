@@ -19,7 +19,7 @@ from server_process import FAKE, started
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.engine.host_memory import HostMemory
-from step1x_edit.engine.machine import Survey, look
+from step1x_edit.engine.machine import Survey, inspect_machine
 from step1x_edit.interfaces.cli import app
 from step1x_edit.schemas.requests import SUGGESTED
 from step1x_edit.worker.opening import STAND_IN
@@ -128,7 +128,7 @@ def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
 
 def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
     """What doctor says of a machine like this, by name; only the looking is left out."""
-    monkeypatch.setattr("step1x_edit.engine.machine.look", lambda start: seen)
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda start: seen)
     result = run.invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
@@ -203,7 +203,7 @@ def test_a_running_server_is_told_of(tmp_path: Path) -> None:
 
 
 def test_a_survey_looks_with_the_eyes_of_a_worker() -> None:
-    seen = look(Start(device="cpu", model_version="v1.1"))
+    seen = inspect_machine(Start(device="cpu", model_version="v1.1"))
 
     assert seen.checkpoint_error is not None
     assert "MODEL_VERSION is v1.1, but the checkpoint is demo" in seen.checkpoint_error
@@ -245,9 +245,10 @@ def test_the_list_of_models_recommends_what_suits_the_machine(
     monkeypatch: pytest.MonkeyPatch, device: str, total_gb: int, recommended: str
 ) -> None:
     memory = HostMemory(total_gb * 10**9, total_gb * 10**9)
-    monkeypatch.setattr("step1x_edit.engine.host_memory.look", lambda: memory)
+    monkeypatch.setattr("step1x_edit.engine.host_memory.measure", lambda: memory)
     monkeypatch.setattr(
-        "step1x_edit.engine.machine.look", lambda start: Survey(torch="2.13.0", device=device)
+        "step1x_edit.engine.machine.inspect_machine",
+        lambda start: Survey(torch="2.13.0", device=device),
     )
 
     told = run.invoke(app, ["models", "list"]).stdout.splitlines()[-1]

@@ -65,7 +65,7 @@ async def test_an_edit_yields_every_step_and_then_the_picture(make_engine: MakeE
 
     steps = [f"denoising {k}/10" for k in range(1, 11)]
     assert texts == ["queued, position 1", "loading model", "encoding", *steps, "decoding"]
-    assert np.array_equal(result.outcome.image, 255 - job.image)
+    assert np.array_equal(result.painted.image, 255 - job.image)
 
 
 async def test_edits_run_in_order_on_one_thread(make_engine: MakeEngine) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from step1x_edit.engine.host_memory import HostMemory, lockable_share, look
+from step1x_edit.engine.host_memory import HostMemory, lockable_share, measure
 
 MEMINFO = "MemTotal:       64000 kB\nMemFree:  1000 kB\nMemAvailable:   32000 kB\n"
 SECOND = "30 23 0:26 {inside} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
@@ -39,20 +39,20 @@ def write(file: Path, text: str) -> None:
 
 
 def test_without_limits_the_system_knows_what_is_free(tmp_path: Path) -> None:
-    assert look(a_machine(tmp_path)) == HostMemory(32000 * KIB, 64000 * KIB)
+    assert measure(a_machine(tmp_path)) == HostMemory(32000 * KIB, 64000 * KIB)
 
 
 def test_where_the_system_does_not_tell_nothing_is_known(tmp_path: Path) -> None:
-    assert look(tmp_path) is None
+    assert measure(tmp_path) is None
     write(tmp_path / "proc/meminfo", "MemTotal: much\n\nMemAvailable:\n")
-    assert look(tmp_path) is None
+    assert measure(tmp_path) is None
 
 
 def test_a_group_leaves_what_it_allows_and_does_not_use_or_only_caches(tmp_path: Path) -> None:
     a_machine(tmp_path, "0::/shop/server\n", SECOND)
     a_group(tmp_path / "sys/fs/cgroup/shop/server", "10000000", usage=6_000_000, cached=2_000_000)
 
-    assert look(tmp_path) == HostMemory(6_000_000, 10_000_000)
+    assert measure(tmp_path) == HostMemory(6_000_000, 10_000_000)
 
 
 def test_the_narrowest_of_the_groups_around_us_counts(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_narrowest_of_the_groups_around_us_counts(tmp_path: Path) -> None:
     a_group(top / "shop", "9000000", usage=5_000_000)
     a_group(top, "20000000", usage=1_000_000)
 
-    assert look(tmp_path) == HostMemory(4_000_000, 9_000_000)
+    assert measure(tmp_path) == HostMemory(4_000_000, 9_000_000)
 
 
 def test_a_group_that_is_slowed_down_from_a_limit_on_has_that_limit(tmp_path: Path) -> None:
@@ -70,14 +70,14 @@ def test_a_group_that_is_slowed_down_from_a_limit_on_has_that_limit(tmp_path: Pa
     a_group(tmp_path / "sys/fs/cgroup", "10000000", usage=1_000_000)
     write(tmp_path / "sys/fs/cgroup/memory.high", "3000000")
 
-    assert look(tmp_path) == HostMemory(2_000_000, 3_000_000)
+    assert measure(tmp_path) == HostMemory(2_000_000, 3_000_000)
 
 
 def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
     a_machine(tmp_path, "0::/\n", SECOND)
     a_group(tmp_path / "sys/fs/cgroup", "1000", usage=5000)
 
-    assert look(tmp_path) == HostMemory(0, 1000)
+    assert measure(tmp_path) == HostMemory(0, 1000)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_container_finds_its_own_group(tmp_path: Path, path: str, inside: str)
     a_machine(tmp_path, f"0::{path}\n", SECOND, inside)
     a_group(tmp_path / "sys/fs/cgroup", "10000000", usage=1_000_000)
 
-    assert look(tmp_path) == HostMemory(9_000_000, 10_000_000)
+    assert measure(tmp_path) == HostMemory(9_000_000, 10_000_000)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_groups_of_the_first_version_are_read_as_well(
     write(group / "memory.usage_in_bytes", "5000000")
     write(group / "memory.stat", "inactive_file 0\ntotal_inactive_file 1000000\n")
 
-    assert look(tmp_path) == expected
+    assert measure(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_less_may_be_page_locked_under_windows(tmp_path: Path, release: str, sha
 
 
 def test_this_machine_has_memory() -> None:
-    found = look()
+    found = measure()
 
     if sys.platform == "linux":
         assert found is not None

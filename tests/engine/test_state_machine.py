@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fakes import ManualClock
-from step1x_edit.channel import Cancel, Done, EditJob, Failure, Offload, Report
+from step1x_edit.channel import Cancel, Done, EditJob, Failed, Offload, Report
 from step1x_edit.checkpoints.arena import Weight
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.engine.engine import Edit, EditResult, Engine, EngineStatus
@@ -158,7 +158,7 @@ class LocalWorker:
                 yield event
                 check()
         except Step1XEditError as error:
-            yield Failure(error.code, str(error))
+            yield Failed(error.code, str(error))
 
     def _offload(self) -> Generator[Any, None, None]:
         self._model.offload()
@@ -291,7 +291,7 @@ class EngineMachine(RuleBasedStateMachine):
             # A move under a lease would be an InternalError.
             if not isinstance(result, EXPECTED):
                 assert isinstance(result, EditResult), result
-                assert np.array_equal(result.outcome.image, 255 - edit.job.image)
+                assert np.array_equal(result.painted.image, 255 - edit.job.image)
         assert all(move.done() for move in self.moves)
         self.engine.close()
         self.loop.close()

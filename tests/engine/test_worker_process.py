@@ -86,8 +86,8 @@ async def test_a_picture_crosses_the_border_and_comes_back(engine: ToyEngine) ->
         *("loading model", "loading model", "encoding"),
         *("denoising 1/3", "denoising 2/3", "denoising 3/3", "decoding"),
     ]
-    assert np.array_equal(result.outcome.image, 255 - job.image)
-    assert result.outcome.warning == "v1.1 雪 "  # what it read from stdin: nothing
+    assert np.array_equal(result.painted.image, 255 - job.image)
+    assert result.painted.warning == "v1.1 雪 "  # what it read from stdin: nothing
     assert result.residence.memory == Memory(0.5, 1.5)
     assert engine.status().residence == result.residence
 

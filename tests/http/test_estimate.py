@@ -16,7 +16,7 @@ from conftest import MakeService
 from fakes import STREAMED, FakeWorker, Gate, ManualClock, a_job
 from http_server import calling, until
 from step1x_edit.channel import EditJob, Start
-from step1x_edit.engine.machine import Survey, look
+from step1x_edit.engine.machine import Survey, inspect_machine
 from step1x_edit.interfaces.http.estimate import ESTIMATE_PATH
 from step1x_edit.interfaces.http.openai.images import EDITS_PATH
 
@@ -192,7 +192,7 @@ def test_what_nobody_could_find_out_is_null_and_says_why(make_service: MakeServi
 
 
 def test_a_process_that_takes_too_long_is_given_up() -> None:
-    assert look(Start(device="cpu"), timeout_s=0.01) == Survey(
+    assert inspect_machine(Start(device="cpu"), timeout_s=0.01) == Survey(
         torch_error="no answer within 0.01 s"
     )
 

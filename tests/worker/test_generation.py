@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Start
+from step1x_edit.channel import EditJob, Painted, Phase, Progress, Start
 from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
@@ -162,7 +162,7 @@ async def test_a_worker_process_makes_a_picture(tmp_path: Path, pipeline: EditPi
     try:
         edit = engine.submit(dataclasses.replace(JOB, previews=1))
         seen = [event async for event in edit.events()]
-        outcome = (await edit.result()).outcome
+        outcome = (await edit.result()).painted
     finally:
         engine.close()
 
@@ -174,7 +174,7 @@ def test_parts_of_the_model_may_be_off_the_device(tmp_path: Path, pipeline: Edit
     worker = load_worker(Start(model_path=checkpoint(tmp_path), device=STAND_IN))
     *events, outcome = worker.edit(JOB, lambda: None)
 
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert np.array_equal(outcome.image, made(pipeline, REQUEST))
     assert Progress(Phase.DENOISING, 3, 3) in events
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from step1x_edit.channel import EditJob, Outcome, Progress, Start
+from step1x_edit.channel import EditJob, Painted, Progress, Start
 from step1x_edit.checkpoints.arena import Block
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, with_share
 from step1x_edit.checkpoints.read import (
@@ -320,7 +320,7 @@ def a_start(folder: Path) -> Start:
 
 def outcome(worker: PipelineWorker, loras: Strengths | None) -> tuple[bytes, list[str]]:
     events = list(worker.edit(job(loras), lambda: None))
-    assert isinstance(events[-1], Outcome)
+    assert isinstance(events[-1], Painted)
     return events[-1].image.tobytes(), [e.text for e in events if isinstance(e, Progress)]
 
 
@@ -351,7 +351,7 @@ async def test_edits_switch_in_a_worker_process_that_loads_its_model_once(
     finally:
         await asyncio.to_thread(engine.close)
 
-    assert [result.outcome.image.tobytes() for result in results] == expected[2:]
+    assert [result.painted.image.tobytes() for result in results] == expected[2:]
     assert [result.residence.model_with_loras for result in results] == [
         "demo with LoRA look 0.5",
         "demo",

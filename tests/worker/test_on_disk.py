@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from step1x_edit.channel import GIB, EditJob, Outcome, Start
+from step1x_edit.channel import GIB, EditJob, Painted, Start
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, blocks_of
 from step1x_edit.checkpoints.memory_plan import (
@@ -347,16 +347,16 @@ def a_lora(file: Path, folder: Path) -> Path:
 # --- through the worker ---------------------------------------------------------------------------
 
 
-def outcome_of(worker: PipelineWorker) -> Outcome:
+def outcome_of(worker: PipelineWorker) -> Painted:
     job = EditJob(a_picture(), "make it night", "", 2, 6.0, 64, seed=3)
     *_, last = worker.edit(job, lambda: None)
-    assert isinstance(last, Outcome)
+    assert isinstance(last, Painted)
     return last
 
 
 def a_worker(folder: Path, device: str, free: int, precision: str = "auto") -> PipelineWorker:
     start = Start(model_path=str(folder), device=device, precision=precision)  # type: ignore[arg-type]
-    return load_worker(start, look=lambda: HostMemory(free, 2 * free))
+    return load_worker(start, measure=lambda: HostMemory(free, 2 * free))
 
 
 def bytes_of(folder: Path, *components: str, precision: str = "auto") -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from command_line import edit
 from layouts import tiny_releases, write_diffusers, write_official
-from step1x_edit.channel import EditJob, Outcome, Start
+from step1x_edit.channel import EditJob, Painted, Start
 from step1x_edit.checkpoints import arena as arena_module
 from step1x_edit.checkpoints.arena import Arena
 from step1x_edit.checkpoints.memory_plan import with_share
@@ -332,7 +332,7 @@ def test_the_worker_edits_with_codes_and_the_picture_differs_a_little() -> None:
     for precision in ("auto", "int8", "nf4"):
         worker = load_worker(Start(device="cpu", precision=precision))
         *_, outcome = worker.edit(job, lambda: None)
-        assert isinstance(outcome, Outcome)
+        assert isinstance(outcome, Painted)
         pictures[precision] = outcome.image.astype(int)
         residence = worker.residence()
         assert residence.model == ("demo" if precision == "auto" else f"demo ({precision})")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from second_device import SECOND, SecondTensor, second_device
-from step1x_edit.channel import EditJob, Outcome
+from step1x_edit.channel import EditJob, Painted
 from step1x_edit.checkpoints.arena import blocks_of
 from step1x_edit.checkpoints.memory_plan import STREAMABLE, HostPlan, everything, with_share
 from step1x_edit.checkpoints.read import OpenedCheckpoint, Wanted, open_checkpoint, write_demo
@@ -85,13 +85,13 @@ def a_worker(
     return PipelineWorker(Residency(model, device, plan=plan), label, FEW)
 
 
-def made(worker: PipelineWorker, job: EditJob) -> Outcome:
+def made(worker: PipelineWorker, job: EditJob) -> Painted:
     *_, outcome = worker.edit(job, lambda: None)
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     return outcome
 
 
-def difference(one: Outcome, other: Outcome) -> float:
+def difference(one: Painted, other: Painted) -> float:
     """Mean over all pixels; attention goes through another kernel on the second device."""
     return float(np.abs(one.image.astype(int) - other.image.astype(int)).mean())
 

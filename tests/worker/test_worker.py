@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from step1x_edit.channel import GIB, EditJob, Memory, Outcome, Progress, Residence, Start
+from step1x_edit.channel import GIB, EditJob, Memory, Painted, Progress, Residence, Start
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import (
     CheckpointError,
@@ -57,9 +57,9 @@ def texts_of(worker: PipelineWorker, wanted: EditJob) -> list[str]:
     return [event.text for event in events if isinstance(event, Progress)]
 
 
-def outcome_of(worker: PipelineWorker, wanted: EditJob) -> Outcome:
+def outcome_of(worker: PipelineWorker, wanted: EditJob) -> Painted:
     *_, last = worker.edit(wanted, go_on)
-    assert isinstance(last, Outcome)
+    assert isinstance(last, Painted)
     return last
 
 
@@ -232,7 +232,7 @@ def test_a_step_carries_the_preview_that_was_asked_for(folder: Path) -> None:
     }
     assert list(previews) == ["denoising 1/2"]
     outcome = events[-1]
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert previews["denoising 1/2"].shape == outcome.image.shape
     assert np.array_equal(outcome.image, outcome_of(a_worker(folder), job()).image)
 
@@ -310,7 +310,7 @@ def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
     steps = [event.step for event in events if isinstance(event, Progress) and event.total == 2]
     assert steps == [1, 2]
     assert faults.calls > call
-    assert isinstance(events[-1], Outcome)
+    assert isinstance(events[-1], Painted)
     usual = outcome_of(a_worker(folder), job()).image.astype(int)
     assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
 
@@ -326,7 +326,7 @@ def test_memory_that_runs_out_again_costs_a_part_of_the_model_on_the_device(
 
     steps = [event.step for event in events if isinstance(event, Progress) and event.total == 2]
     assert steps == [1, 2]
-    assert isinstance(events[-1], Outcome)
+    assert isinstance(events[-1], Painted)
     assert worker.residence().location == "GPU"
     assert worker.residence().memory.allocated_gb < whole
     usual = outcome_of(a_worker(folder), job()).image.astype(int)
@@ -366,7 +366,7 @@ def test_memory_that_runs_out_while_loading_is_tried_once_more(folder: Path) -> 
 
 def test_closing_the_iterator_gives_the_model_back(folder: Path) -> None:
     worker = a_worker(folder, STAND_IN)
-    events: Generator[Progress | Outcome, None, None] = worker.edit(job(), go_on)
+    events: Generator[Progress | Painted, None, None] = worker.edit(job(), go_on)
     while not (isinstance(event := next(events), Progress) and event.text == "denoising 1/2"):
         pass
 

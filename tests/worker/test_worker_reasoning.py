@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from layouts import narrow_pipeline, write_diffusers
-from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Start
+from step1x_edit.channel import EditJob, Painted, Phase, Progress, Start
 from step1x_edit.checkpoints.memory_plan import with_share
 from step1x_edit.checkpoints.read import open_checkpoint, read_checkpoint, write_demo
 from step1x_edit.engine.engine import Engine
@@ -65,9 +65,9 @@ def go_on() -> None:
     """A check that never stops anything."""
 
 
-def done(worker: PipelineWorker, **changes: object) -> tuple[list[Progress], Outcome]:
+def done(worker: PipelineWorker, **changes: object) -> tuple[list[Progress], Painted]:
     *told, outcome = worker.edit(dataclasses.replace(JOB, **changes), go_on)  # type: ignore[arg-type]
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     return [event for event in told if isinstance(event, Progress)], outcome
 
 
@@ -246,12 +246,12 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
     pipeline = read_checkpoint(folder).pipeline
     made: list[NetworkRequest] = []
 
-    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Painted, None, None]:
         made.append(request)
         yield Progress(Phase.ENCODING)
         *_, edited = pipeline.edit(request)
         assert isinstance(edited, Edited)
-        yield Outcome(edited.image, warning=f"of round {len(made)}")
+        yield Painted(edited.image, warning=f"of round {len(made)}")
 
     verdicts = [
         "<#Think> nearly <#Reflection>make it red",
@@ -271,7 +271,7 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
     assert np.array_equal(made[2].image, job.image)
     assert not np.array_equal(made[1].image, job.image)
     assert set(asked) == {job.image.shape}
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert outcome.reasoning is not None
     rounds = outcome.reasoning["rounds"]
     assert [each["from_round"] for each in rounds] == [0, 1, 0]
@@ -296,8 +296,8 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
 def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> None:
     pictures = [np.full((48, 64, 3), 50 * k, np.uint8) for k in range(3)]
 
-    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
-        yield Outcome(pictures[request.draw])
+    def edit(request: NetworkRequest) -> Generator[Progress | Painted, None, None]:
+        yield Painted(pictures[request.draw])
 
     _, say = scripted(["<#Think> bad <#Failed>"] * 3, marks=[])
     job = dataclasses.replace(JOB, reflection=True)
@@ -306,7 +306,7 @@ def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> N
 
     *_, outcome = reasoned_edit(job, config, edit, say)
 
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert outcome.reasoning is not None
     assert np.array_equal(outcome.image, pictures[2])
     assert outcome.reasoning["best"] == 3
@@ -314,8 +314,8 @@ def test_the_preview_rates_nothing_and_takes_its_last_picture(folder: Path) -> N
 
 
 def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
-    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
-        yield Outcome(a_picture())
+    def edit(request: NetworkRequest) -> Generator[Progress | Painted, None, None]:
+        yield Painted(a_picture())
 
     verdicts = ["<#Think> bad <#Failed>", "<#Think> good <#Success>"]
     _, say = scripted(verdicts, marks=[5, 8], score='{"reason": "cut short"}')
@@ -325,7 +325,7 @@ def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
 
     *_, outcome = reasoned_edit(job, config, edit, say)
 
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert outcome.reasoning is not None
     rounds = outcome.reasoning["rounds"]
     assert [(each["score"], each["reason"]) for each in rounds] == [(0.0, "cut short")] * 2
@@ -336,9 +336,9 @@ def test_a_round_whose_reply_holds_no_score_is_scored_zero_and_judged() -> None:
 def test_a_job_bounds_the_rounds(most: int) -> None:
     edits: list[NetworkRequest] = []
 
-    def edit(request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
+    def edit(request: NetworkRequest) -> Generator[Progress | Painted, None, None]:
         edits.append(request)
-        yield Outcome(a_picture())
+        yield Painted(a_picture())
 
     _, say = scripted(["<#Think> bad <#Failed>"] * 3, marks=[5, 8, 6])
     job = dataclasses.replace(JOB, reflection=True, reflection_rounds=most)
@@ -347,7 +347,7 @@ def test_a_job_bounds_the_rounds(most: int) -> None:
 
     *_, outcome = reasoned_edit(job, config, edit, say)
 
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Painted)
     assert outcome.reasoning is not None
     assert len(edits) == len(outcome.reasoning["rounds"]) == most
 
@@ -361,8 +361,8 @@ async def test_a_published_v1_2_edits_and_thinks_in_the_worker_process(tmp_path:
     engine = Engine(partial(WorkerProcess, Start(model_path=str(model), device="cpu")))
     small = dataclasses.replace(JOB, num_steps=1)
     try:
-        plain = (await engine.submit(small).result()).outcome
-        thought = (await engine.submit(dataclasses.replace(small, thinking=True)).result()).outcome
+        plain = (await engine.submit(small).result()).painted
+        thought = (await engine.submit(dataclasses.replace(small, thinking=True)).result()).painted
     finally:
         engine.close()
 

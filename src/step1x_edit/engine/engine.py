@@ -26,9 +26,9 @@ from step1x_edit.channel import (
     Cancel,
     Done,
     EditJob,
-    Failure,
+    Failed,
     Offload,
-    Outcome,
+    Painted,
     Phase,
     Progress,
     Report,
@@ -157,7 +157,7 @@ class Edit:
             yield replace(event, preview=self._preview.pop(event, None))
 
     async def result(self) -> EditResult:
-        """Wait for the outcome, or raise the error that ended the edit."""
+        """Wait for the picture, or raise the error that ended the edit."""
         return await asyncio.shield(self._result)
 
     def cancel(self) -> None:
@@ -200,7 +200,7 @@ class Edit:
 class EditResult:
     """The edited picture, and which model made it where."""
 
-    outcome: Outcome
+    painted: Painted
     residence: Residence
 
 
@@ -541,12 +541,12 @@ class Engine:
                     watch.saw(progress, now := self._clock.now())
                     stopwatch.saw(progress, now)
                     edit.publish(progress)
-                case Outcome() as outcome:
+                case Painted() as painted:
                     pace = stopwatch.pace(edit.job, self._clock.now())
                     self._paces.learn(edit.job, report.residence, pace)
                     self._last_model = report.residence
-                    return EditResult(outcome, report.residence)
-                case Failure(code, sentence):
+                    return EditResult(painted, report.residence)
+                case Failed(code, sentence):
                     raise rebuild(code, sentence)
                 case Done():
                     raise InternalError("the model ended without a picture")
@@ -586,7 +586,7 @@ class Engine:
             if self._clock.now() >= limit:
                 raise WorkerLostError(f"it did not offload within {_MOVE_S:.0f} s")
         self._observe(report.residence)
-        if isinstance(report.event, Failure):
+        if isinstance(report.event, Failed):
             raise rebuild(report.event.code, report.event.sentence)
 
     def _release(self) -> None:

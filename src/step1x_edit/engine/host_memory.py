@@ -52,10 +52,10 @@ _SECOND: Final = _Names(
 )
 
 
-def look(root: Path = ROOT) -> HostMemory | None:
+def measure(root: Path = ROOT) -> HostMemory | None:
     """What is free for this process; `root` is where /proc and /sys lie."""
     if sys.platform == "win32":
-        return _look_on_windows()
+        return _measure_windows()
     found = _numbers(root / "proc/meminfo")
     try:
         available, total = 1024 * found["MemAvailable:"], 1024 * found["MemTotal:"]
@@ -161,7 +161,7 @@ if sys.platform == "win32":
             ("others", ctypes.c_ulonglong * 5),
         )
 
-    def _look_on_windows() -> HostMemory | None:
+    def _measure_windows() -> HostMemory | None:
         status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
         if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             return None

@@ -1,6 +1,6 @@
-"""What this machine can run, as far as the parent may know it: the answer of a process that looks.
+"""What this machine can run: the answer of a separate process, and what is known without torch.
 
-`survey` is that process. This module does not import it, so that torch stays out of ours.
+`survey` is that process. This module does not import it, so that torch stays out of the parent.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from step1x_edit.schemas.requests import PlanStatus
 from step1x_edit.settings import inherited_environment
 
 _CUDA_LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_TIMEOUT_S: Final = 300.0  # libraries on a slow disk, and no more than that
+_TIMEOUT_S: Final = 300.0  # enough to import the libraries from a slow disk
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What was found; what has an error cannot be used."""
+    """The result of an inspection; a part with an error cannot be used."""
 
     torch: str | None = None
     torch_error: str | None = None
@@ -37,13 +37,13 @@ class Survey:
     weights_gb: float | None = None
     checkpoint_error: str | None = None
     size_multiple: int | None = None
-    """Sides of an edited picture, in its working size, are multiples of so many pixels."""
+    """The sides of an edited picture, in its working size, are multiples of this, in pixels."""
     placement: PlanStatus | None = None
-    """What would be kept where if the model were loaded now."""
+    """How the model would be placed if it were loaded now."""
 
 
-def look(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
-    """Have a process of its own look, so that nothing of torch stays in ours."""
+def inspect_machine(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
+    """Inspect the machine in a separate process, so that torch is never imported in this one."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "step1x_edit.worker.survey"],
@@ -68,9 +68,9 @@ def look(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
 
 
 def check_device(device: str) -> None:
-    """Raise SettingsError if a device is asked for whose driver is not on this machine.
+    """Raise SettingsError if the driver of the device is missing on this machine.
 
-    Without torch no more can be known: how many cards there are is found by the first edit.
+    No more is known without torch; the first edit finds out how many cards there are.
     """
     if device.startswith("cuda") and not has_gpu_driver():
         raise SettingsError(
@@ -80,9 +80,9 @@ def check_device(device: str) -> None:
 
 
 def has_gpu_driver() -> bool:
-    """Whether a driver is installed by which torch could find a card."""
+    """Whether a driver is installed with which torch can find a card."""
     if Path("/dev/kfd").exists():
-        return True  # AMD's, which torch calls cuda as well
+        return True  # of AMD, which torch also calls cuda
     try:
         ctypes.CDLL(_CUDA_LIBRARY)
     except OSError:
@@ -91,6 +91,6 @@ def has_gpu_driver() -> bool:
 
 
 def first_line(text: str) -> str:
-    """Of a text with many lines the first, safe to print."""
+    """The first line of a text, safe to print."""
     first = (text.strip().splitlines() or ["unknown"])[0]
     return str(InternalError(first)).removeprefix(f"{InternalError.beginning}: ")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from step1x_edit.channel import (
     GIB,
     EditJob,
-    Outcome,
+    Painted,
     Phase,
     Progress,
     Residence,
@@ -43,7 +43,7 @@ from step1x_edit.engine.engine import (
     EngineStatus,
     StartWorker,
 )
-from step1x_edit.engine.machine import Survey, check_device, look
+from step1x_edit.engine.machine import Survey, check_device, inspect_machine
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import (
     CheckpointError,
@@ -144,7 +144,7 @@ class EditService:
         self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
-        self._look_around = look_around or partial(look, start_of(settings), LOOK_S)
+        self._look_around = look_around or partial(inspect_machine, start_of(settings), LOOK_S)
         self._looking: asyncio.Future[Survey] | None = None
         self._seen: tuple[float, Survey] | None = None
 
@@ -446,9 +446,9 @@ class EditService:
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
                 from step1x_edit.pictures import images
 
-                picture, share = _restored(result.outcome.image, source)
+                picture, share = _restored(result.painted.image, source)
                 data = images.encode(picture, suffix, record)
-                return picture, share, data, _rounds(result.outcome, source)
+                return picture, share, data, _rounds(result.painted, source)
 
             picture, share, encoded, rounds = await _aside(finished, Progress(Phase.SAVING), report)
         return EditedPicture(
@@ -565,7 +565,7 @@ def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | 
     return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
-def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
+def _rounds(painted: Painted, source: _Source | None) -> tuple[bytes, ...]:
     """What each round has painted, as it is shown: without what a mask or alpha would hide."""
     from step1x_edit.pictures import images
 
@@ -575,7 +575,7 @@ def _rounds(outcome: Outcome, source: _Source | None) -> tuple[bytes, ...]:
             images.Picture(pixels, icc_profile=profile),
             max_base64_bytes=images.ROUND_BASE64_BYTES,
         )
-        for pixels in (() if outcome.rounds is None else outcome.rounds)
+        for pixels in (() if painted.rounds is None else painted.rounds)
     )
 
 
@@ -597,7 +597,7 @@ def _record(request: _Asked, seed: int, result: EditResult, source: _Source | No
         return GenerationRecord(**made)
     if not request.reflection:
         made["reflection_rounds"] = None
-    rewritten = (result.outcome.reasoning or {}).get("prompt") or ""
+    rewritten = (result.painted.reasoning or {}).get("prompt") or ""
     return EditRecord(
         **made,
         mask_sha256=None if source is None else source.mask_sha256,
@@ -608,7 +608,7 @@ def _record(request: _Asked, seed: int, result: EditResult, source: _Source | No
 def _metadata(
     record: Record, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
-    residence, reasoning = result.residence, result.outcome.reasoning
+    residence, reasoning = result.residence, result.painted.reasoning
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
         made["negative_prompt"] = record.negative_prompt or None  # empty is usual, and no news
@@ -618,7 +618,7 @@ def _metadata(
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),
         device=residence.device,
-        warning="; ".join(filter(None, (result.outcome.warning, picture.warning))) or None,
+        warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-from step1x_edit.channel import EditJob, Outcome, Phase, Progress, Residence
+from step1x_edit.channel import EditJob, Painted, Phase, Progress, Residence
 from step1x_edit.checkpoints.arena import Check
 from step1x_edit.checkpoints.read import Checkpoint
 from step1x_edit.errors import (
@@ -62,8 +62,8 @@ class PipelineWorker:
         self._device = device
         self._sampling = sampling or Sampling()
 
-    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]:
-        """Yield progress and finally the outcome; closing the iterator stops the work."""
+    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]:
+        """Yield progress and finally the picture; closing the iterator stops the work."""
         self._residency.begin_edit()
         yield from _RunningEdit(self._residency, job, check, self._sampling).run()
 
@@ -101,25 +101,25 @@ class _RunningEdit:
     check: Check
     sampling: Sampling
 
-    def run(self) -> Generator[Progress | Outcome, None, None]:
-        """Yield progress and finally the outcome."""
+    def run(self) -> Generator[Progress | Painted, None, None]:
+        """Yield progress and finally the picture."""
         job = self.job
         if job.image is None or not (job.thinking or job.reflection):
             return self._edit(job)
         return self._reason()
 
-    def _edit(self, request: NetworkRequest) -> Generator[Progress | Outcome, None, None]:
-        """One pass through the network."""
+    def _edit(self, request: NetworkRequest) -> Generator[Progress | Painted, None, None]:
+        """One picture."""
         run = EditRun(request)
 
         def advance(
             checkpoint: Checkpoint, plan: Plan
-        ) -> Generator[Progress | Outcome, None, None]:
+        ) -> Generator[Progress | Painted, None, None]:
             # Closed together with this iterator, which then stops the network at once.
             with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
                 for event in events:
                     if isinstance(event, Edited):
-                        yield Outcome(event.image, _warning(event, checkpoint))
+                        yield Painted(event.image, _warning(event, checkpoint))
                     else:
                         yield Progress(
                             Phase(event.phase),
@@ -131,8 +131,8 @@ class _RunningEdit:
 
         yield from self._with_model(advance)
 
-    def _reason(self) -> Generator[Progress | Outcome, None, None]:
-        """One pass or several, with thoughts before and after."""
+    def _reason(self) -> Generator[Progress | Painted, None, None]:
+        """One picture or several rounds, with reasoning before and after."""
 
         def chat_model(
             checkpoint: Checkpoint, _: Plan

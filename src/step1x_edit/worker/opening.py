@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 STAND_IN: Final = "stand-in"
 """A device for tests: a second copy in host memory takes the GPU's place."""
 
-Look: TypeAlias = Callable[[], HostMemory | None]
-"""Returns how much memory the host has, and how much of it is free; None if unknown."""
+MeasureHost: TypeAlias = Callable[[], HostMemory | None]
+"""Returns the memory of the host and how much of it is free; None if unknown."""
 
 
 def import_libraries() -> None:
@@ -99,11 +99,10 @@ def chosen_device(start: Start) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint:
-    """Open the checkpoint to run in a precision for which the host has memory.
+def open_chosen(start: Start, measure: MeasureHost = host_memory.measure) -> OpenedCheckpoint:
+    """Open the checkpoint to run, in a precision for which the host has memory.
 
-    `look` returns that memory. Raises CheckpointError, or ModelUnavailableError if the model is too
-    large for this machine.
+    Raises CheckpointError, or ModelUnavailableError if the model is too large for this machine.
     """
     from step1x_edit.checkpoints.memory_plan import FALLING, hosted
     from step1x_edit.checkpoints.read import Wanted, open_checkpoint
@@ -125,7 +124,7 @@ def open_chosen(start: Start, look: Look = host_memory.look) -> OpenedCheckpoint
             raise CheckpointError(f"MODEL_VERSION is {named}, but the checkpoint is {found}")
         return tried[precision].blocks
 
-    memory, has_device = look(), place_of(chosen_device(start)) is not None
+    memory, has_device = measure(), place_of(chosen_device(start)) is not None
     plan = hosted(
         blocks_with,
         None if memory is None else memory.available,

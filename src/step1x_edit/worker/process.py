@@ -1,9 +1,9 @@
 """The worker: the child process that owns torch, the model and the device.
 
-It does one thing at a time on its main thread, while a second thread listens to the engine, so that
-a cancel is heard at once. Torch is imported for the first edit and not before. When the pipe ends
-the process leaves, whatever it is doing: the model must not outlive its engine. The worker knows
-nothing about files of users, queues or callers.
+It handles one request at a time on its main thread, while a second thread listens to the engine,
+so that a cancel takes effect at once. Torch is imported for the first edit, not before. When the
+pipe closes, the process exits, whatever it is doing: the model must not outlive its engine. The
+worker knows nothing about users' files, queues or callers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from step1x_edit.channel import (
     Channel,
     Done,
     EditJob,
-    Failure,
+    Failed,
     Offload,
-    Outcome,
+    Painted,
     Phase,
     Progress,
     Report,
@@ -45,7 +45,7 @@ from step1x_edit.errors import (
 from step1x_edit.logs import log_to_stderr
 from step1x_edit.worker.memory import free_memory, is_out_of_memory
 from step1x_edit.worker.opening import (
-    Look,
+    MeasureHost,
     chosen_device,
     import_libraries,
     open_chosen,
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
-    """Prepare a worker; its model is read by the first edit. `look` tells of the host's memory."""
+def load_worker(start: Start, measure: MeasureHost = host_memory.measure) -> PipelineWorker:
+    """Prepare a worker for the model, which the first edit loads."""
     import_libraries()
     from step1x_edit.worker.edits import PipelineWorker
     from step1x_edit.worker.residency import Residency
@@ -69,14 +69,14 @@ def load_worker(start: Start, look: Look = host_memory.look) -> PipelineWorker:
     device = chosen_device(start)
     place = place_of(device)
     plan = partial(plan_for, place)
-    residency = Residency(partial(open_chosen, start, look), place, plan=plan)
+    residency = Residency(partial(open_chosen, start, measure), place, plan=plan)
     return PipelineWorker(residency, device)
 
 
 class Model(Protocol):
-    """What the loop below has edits made with; `PipelineWorker` is one."""
+    """Makes the edits of a `WorkerLoop`; `PipelineWorker` is one."""
 
-    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Outcome, None, None]: ...
+    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]: ...
 
     def offload(self) -> None: ...
 
@@ -84,18 +84,18 @@ class Model(Protocol):
 
 
 class WorkerLoop:
-    """Takes requests from the channel one by one and reports what comes of them."""
+    """Handles the requests from the channel one by one and reports their results."""
 
     def __init__(self, channel: Channel, load: Callable[[Start], Model] = load_worker) -> None:
         self._channel = channel
         self._load = load
         self._requests: queue.SimpleQueue[EditJob | Offload] = queue.SimpleQueue()
-        self._cancelled = 0  # the number of the edit that was cancelled last
+        self._cancelled = 0  # number of the last edit that was cancelled
         self._model: Model | None = None
         self._start = Start()
 
     def run(self) -> None:
-        """Work until the engine is gone."""
+        """Handle requests until the engine is gone."""
         first = self._channel.receive()
         if not isinstance(first, Start):
             raise TypeError(f"the first message must be a Start, not {first}")
@@ -110,7 +110,7 @@ class WorkerLoop:
                     self._answer(self._offload)
 
     def _listen(self) -> None:
-        """Hear requests and cancels; the end of the pipe ends the process, busy as it may be."""
+        """Receive requests and cancels; the end of the pipe ends the process, busy or not."""
         with contextlib.suppress(EOFError, OSError):
             while True:
                 match self._channel.receive():
@@ -121,17 +121,17 @@ class WorkerLoop:
         os._exit(0)
 
     def _answer(self, work: Callable[[], None]) -> None:
-        """Do something, and report the failure if it fails."""
+        """Handle a request, and report the error if it fails."""
         try:
             work()
             return
         except Step1XEditError as error:
-            failure = Failure(error.code, str(error))
-        except Exception as error:  # noqa: BLE001 - the worker's loop goes on whatever happens
-            failure = _explain(error)
-        # The exception is gone by now, and with it what its frames kept alive.
+            failed = Failed(error.code, str(error))
+        except Exception as error:  # noqa: BLE001 - the loop continues after any error
+            failed = _explain(error)
+        # The exception is gone now, and with it the tensors that its frames kept alive.
         free_memory()
-        self._report(failure)
+        self._report(failed)
         _leave_if_device_is_broken()
 
     def _edit(self, job: EditJob) -> None:
@@ -143,13 +143,13 @@ class WorkerLoop:
         if self._model is None:
             self._report(Progress(Phase.LOADING))
             self._model = self._load(self._start)
-        last: Progress | Outcome | None = None
+        last: Progress | Painted | None = None
         with contextlib.closing(self._model.edit(job, check)) as events:
             for last in events:
                 if isinstance(last, Progress):
                     self._report(last)
                     check()
-        if not isinstance(last, Outcome):
+        if not isinstance(last, Painted):
             raise InternalError("the model ended without a picture")
         self._report(last)
 
@@ -158,28 +158,28 @@ class WorkerLoop:
             self._model.offload()
         self._report(Done())
 
-    def _report(self, event: Progress | Outcome | Failure | Done) -> None:
+    def _report(self, event: Progress | Painted | Failed | Done) -> None:
         residence = Residence() if self._model is None else self._model.residence()
         self._channel.send(Report(event, residence))
 
 
-def _explain(error: Exception) -> Failure:
-    """What the caller is told of an exception that nobody has foreseen, or nearly nobody."""
-    told: Step1XEditError
+def _explain(error: Exception) -> Failed:
+    """The error that the caller sees for an exception that is not one of ours."""
+    explained: Step1XEditError
     if isinstance(error, FloatingPointError):
-        told = InternalError(
+        explained = InternalError(
             "the model produced values that are not numbers; try another seed or fewer steps"
         )
     elif is_out_of_memory(error):
-        told = OutOfMemoryError("the model does not fit into the memory that is free")
+        explained = OutOfMemoryError("the model does not fit into the memory that is free")
     else:
         log.error("an edit failed", exc_info=error)
-        told = InternalError("the edit failed unexpectedly; the server's log says more")
-    return Failure(told.code, str(told))
+        explained = InternalError("the edit failed unexpectedly; the server's log says more")
+    return Failed(explained.code, str(explained))
 
 
 def _leave_if_device_is_broken() -> None:
-    """After some errors a CUDA context answers nothing any more; only a new process helps."""
+    """Exit if the CUDA context is unusable, as it is after some errors: it takes a new process."""
     if "torch" not in sys.modules:
         return
     import torch
@@ -193,9 +193,9 @@ def _leave_if_device_is_broken() -> None:
 
 
 def main() -> None:
-    """Run the worker on the pipe whose handle stands in the arguments."""
+    """Run the worker on the pipe whose handle is the first argument."""
     faulthandler.enable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the engine that stops us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine stops this process
     WorkerLoop(Channel(connect(int(sys.argv[1])))).run()
 
 

@@ -1,7 +1,7 @@
-"""An edit with thought, in the worker: the rounds of `reasoning` in the words of the channel.
+"""An edit with reasoning in the worker: translates between `model.reasoning` and the channel.
 
-It knows neither memory nor where the model is: how one edit is made and how the model is made to
-talk comes from the worker.
+It knows neither memory nor the location of the model: the worker passes in how to make one edit
+and how to make the model talk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from PIL import Image
 
-from step1x_edit.channel import Outcome, Phase, Progress, reasoning_of
+from step1x_edit.channel import Painted, Phase, Progress, reasoning_of
 from step1x_edit.model.config import ReasoningConfig
 from step1x_edit.model.language_model import Said
 from step1x_edit.model.reasoning import (
@@ -29,26 +29,26 @@ from step1x_edit.model.reasoning import (
 )
 from step1x_edit.model.request import NetworkRequest, Pixels
 
-Edit: TypeAlias = Callable[[NetworkRequest], Generator[Progress | Outcome, None, None]]
-"""Yields progress and, last, the picture in its working size."""
+Paint: TypeAlias = Callable[[NetworkRequest], Generator[Progress | Painted, None, None]]
+"""Makes one edit; yields progress and finally the picture in its working size."""
 
 Say: TypeAlias = Callable[[Sequence[Pixels], Prompt], Generator[Progress | Said, None, str]]
-"""Replies to a question about pictures."""
+"""Answers a question about pictures."""
 
-TOKENS_TOLD: Final = 8
-"""After so many tokens of a reply there is a sign of life."""
+TOKENS_PER_EVENT: Final = 8
+"""Tokens of a reply per progress event."""
 
 
 def reasoned_edit(
-    request: NetworkRequest, config: ReasoningConfig, edit: Edit, say: Say
-) -> Generator[Progress | Outcome, None, None]:
-    """Yield progress and, last, the best picture with all that was thought about it.
+    request: NetworkRequest, config: ReasoningConfig, paint: Paint, say: Say
+) -> Generator[Progress | Painted, None, None]:
+    """Yield progress and finally the best picture, with the reasoning about it.
 
-    `request` is the edit as it was asked for. Its later rounds take the noises that follow.
+    `request` is the edit as requested. Later rounds use the noises that follow its own.
     """
     picture = request.image
-    assert picture is not None  # there is none only where words alone make one, without a thought
-    painter, talker = _Painter(request, picture, edit), _Talker(say)
+    assert picture is not None  # generation from text has no reasoning
+    painter, talker = _Painter(request, picture, paint), _Talker(say)
     plan = ReasoningPlan(
         has_thinking=request.thinking,
         has_reflection=request.reflection,
@@ -63,7 +63,7 @@ def reasoned_edit(
                 case Progress():
                     yield event
                 case Reasoned():
-                    yield painter.outcome(event, has_rounds=request.reflection)
+                    yield painter.best(event, has_rounds=request.reflection)
                 case Stage("editing"):
                     pass
                 case Stage(name):
@@ -72,39 +72,39 @@ def reasoned_edit(
 
 
 class _Painter:
-    """Makes the edits of all rounds and keeps their pictures in the size they were made in."""
+    """Makes the edits of all rounds and keeps their pictures in the working size."""
 
-    def __init__(self, request: NetworkRequest, picture: Pixels, edit: Edit) -> None:
+    def __init__(self, request: NetworkRequest, picture: Pixels, paint: Paint) -> None:
         self._request = request
         self._picture = picture
-        self._edit = edit
-        self._outcomes: list[Outcome] = []
+        self._paint = paint
+        self._rounds: list[Painted] = []
 
     def paint(self, canvas: Pixels, prompt: str) -> Generator[Progress, None, Pixels]:
         """Edit a picture and return the result in the size of the input."""
-        request = replace(self._request, image=canvas, prompt=prompt, draw=len(self._outcomes))
-        with contextlib.closing(self._edit(request)) as events:
+        request = replace(self._request, image=canvas, prompt=prompt, draw=len(self._rounds))
+        with contextlib.closing(self._paint(request)) as events:
             for event in events:
-                if isinstance(event, Outcome):
-                    self._outcomes.append(event)
+                if isinstance(event, Painted):
+                    self._rounds.append(event)
                 else:
                     yield event
         height, width = self._picture.shape[:2]
-        painted = Image.fromarray(self._outcomes[-1].image)
+        painted = Image.fromarray(self._rounds[-1].image)
         return np.asarray(painted.resize((width, height), Image.Resampling.BICUBIC))
 
-    def outcome(self, reasoned: Reasoned, *, has_rounds: bool) -> Outcome:
-        """The best picture and, if they are wanted, those of all rounds."""
-        pictures = [outcome.image for outcome in self._outcomes]
+    def best(self, reasoned: Reasoned, *, has_rounds: bool) -> Painted:
+        """The best picture and, if requested, those of all rounds."""
+        pictures = [painted.image for painted in self._rounds]
         return replace(
-            self._outcomes[reasoned.best_index],
-            reasoning=_told(reasoned),
+            self._rounds[reasoned.best_index],
+            reasoning=_as_data(reasoned),
             rounds=np.stack(pictures) if has_rounds else None,
         )
 
 
 class _Talker:
-    """The language model that tells in which phase it talks."""
+    """The language model, with progress events in the phase in which it talks."""
 
     def __init__(self, say: Say) -> None:
         self._say = say
@@ -119,12 +119,12 @@ class _Talker:
                     return str(end.value)
                 if isinstance(event, Progress):
                     yield event
-                elif event.tokens % TOKENS_TOLD == 0:
+                elif event.tokens % TOKENS_PER_EVENT == 0:
                     yield Progress(self.phase, event.tokens, event.limit)
 
 
-def _told(reasoned: Reasoned) -> dict[str, Any]:
-    """All that was thought, as plain data."""
+def _as_data(reasoned: Reasoned) -> dict[str, Any]:
+    """The reasoning as plain data."""
     rounds = [
         {
             "prompt": each.prompt,
@@ -137,12 +137,12 @@ def _told(reasoned: Reasoned) -> dict[str, Any]:
 
 
 def _number_of(source: Pixels, rounds: Sequence[Round]) -> int:
-    """The round, from 1, that painted a picture; 0 if none did."""
+    """The number of the round that made a picture, from 1; 0 for the input."""
     return next((i for i, each in enumerate(rounds, 1) if each.image is source), 0)
 
 
 def _judged(each: Round) -> Mapping[str, Any]:
-    """What was thought of a round, if it was asked."""
+    """The judgement of a round; empty without reflection."""
     if each.reflection is None:
         return {}
     consistency, ranking = each.reflection.consistency, each.ranking

@@ -78,10 +78,10 @@ def _checks() -> Iterator[Check]:
         return
     yield _memory()
     yield from _data_dir(settings.data_dir)
-    from step1x_edit.engine.machine import look
+    from step1x_edit.engine.machine import inspect_machine
     from step1x_edit.service.service import start_of
 
-    seen = look(start_of(settings))
+    seen = inspect_machine(start_of(settings))
     yield from _torch_and_device(seen)
     if seen.torch_error is None:
         yield _checkpoint(seen, settings)
@@ -91,7 +91,7 @@ def _checks() -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    found = host_memory.look()
+    found = host_memory.measure()
     if found is None:
         return Check("note", "memory", "this system does not tell how much there is")
     free, total = found.available / _GIB, found.total / _GIB

@@ -78,7 +78,7 @@ def list_models(as_json: AsJson = False) -> None:
         settings = cli_settings()
         seen = _survey(settings)
         found = _found(settings, seen)
-        recommended, reason = recommendation(seen.device, host_memory.look())
+        recommended, reason = recommendation(seen.device, host_memory.measure())
         if as_json:
             print_json({"status": "success", "models": found, "recommended": recommended})
             return
@@ -135,10 +135,10 @@ def rm(
 
 def _survey(settings: Settings) -> Survey:
     """What a separate process finds out about this machine and the checkpoint that would run."""
-    from step1x_edit.engine.machine import look
+    from step1x_edit.engine.machine import inspect_machine
     from step1x_edit.service.service import start_of
 
-    return look(start_of(settings))
+    return inspect_machine(start_of(settings))
 
 
 def recommendation(device: str | None, memory: host_memory.HostMemory | None) -> tuple[str, str]:
