@@ -1,8 +1,8 @@
-"""What engine and worker say to each other, and how it crosses the border between their processes.
+"""The messages between engine and worker, and how they cross the pipe between the two processes.
 
-The vocabulary is plain data. On the pipe each message is one frame of JSON; pictures follow, each
-as a frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The
-channel knows nothing about queues, models or files.
+Messages are plain data. On the pipe each is one frame of JSON, followed by its pictures, each as a
+frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The channel
+knows nothing about queues, models or files.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ GIB: Final = 1024**3
 
 @dataclass(frozen=True)
 class Start:
-    """The first message: which model to run, and where."""
+    """The first message: which model to run, and on which device."""
 
     model_path: str | None = None
-    """A path, or the name of a model that was pulled into `data_dir`."""
+    """A path, or the name of a model pulled into `data_dir`."""
     data_dir: str = ""
     model_version: str = "auto"
     device: str = "auto"
     log_level: str = "INFO"
     loras: Mapping[str, float] = field(default_factory=dict)
-    """Paths of LoRA files, and how much of each is added where an edit does not say otherwise.
+    """Paths of LoRA files, and their strengths in edits that name none.
 
     An edit names a file by its stem.
     """
@@ -63,14 +63,14 @@ class EditJob(NetworkRequest):
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop the edit of this number; means nothing if it has ended."""
+    """Stop the edit with this number; ignored if it has ended."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Offload:
-    """Take the model from the compute device to host memory."""
+    """Move the model from the compute device to host memory."""
 
 
 Request: TypeAlias = Start | EditJob | Cancel | Offload
@@ -80,7 +80,7 @@ Request: TypeAlias = Start | EditJob | Cancel | Offload
 
 
 class Phase(str, Enum):
-    """What is being done for an edit, in order."""
+    """The phases of an edit, in order."""
 
     QUEUED = "queued"
     LOADING = "loading"
@@ -94,15 +94,15 @@ class Phase(str, Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an edit has come: step `step` of `total` in its phase; in the queue, its position."""
+    """Step `step` of `total` in a phase of an edit; in the queue, `step` is its position."""
 
     phase: Phase
     step: int = 0
     total: int = 0
     preview: Pixels | None = field(default=None, compare=False, repr=False)
-    """The picture as predicted at this step, in its working size, where one was asked for."""
+    """The picture as predicted at this step, in its working size, if one was requested."""
     is_known: bool = field(default=True, compare=False)
-    """False once a small model has found that it has not learned such an edit."""
+    """False once a small model has found that it does not know such an edit."""
 
     @property
     def text(self) -> str:
@@ -119,7 +119,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Memory:
-    """Device memory that the worker holds, as the allocator reports it."""
+    """Device memory that the worker holds, as reported by the allocator."""
 
     allocated_gb: float = 0.0
     reserved_gb: float = 0.0
@@ -127,7 +127,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Residence:
-    """Which model there is, where it is and what it occupies, as measured."""
+    """The model, its location and the memory that it occupies, as measured."""
 
     location: Location = "Unloaded"
     model: str | None = None
@@ -135,15 +135,15 @@ class Residence:
     memory: Memory = Memory()
     version: str | None = None
     size_multiple: int | None = None
-    """Sides of the edited picture, in its working size, are multiples of so many pixels."""
+    """The sides of the edited picture, in its working size, are multiples of this, in pixels."""
     placement: PlanStatus | None = None
-    """How it was placed when it came to where it computes; kept while it waits in host memory."""
+    """How it was last placed where it computes; kept while it waits in host memory."""
     loras: Mapping[str, float] = field(default_factory=dict)
-    """Those that are in the model, by name, and how much of each."""
+    """The LoRAs in the model by name, and the strength of each."""
 
     @property
     def model_with_loras(self) -> str | None:
-        """What a picture was made with, in words: demo with LoRA hand 0.5."""
+        """The model of a picture in words: demo with LoRA hand 0.5."""
         return self.model and name_with_loras(self.model, self.loras)
 
 
@@ -159,9 +159,9 @@ class Painted:
 
     image: Pixels
     warning: str | None = None
-    """Set if the model does not know such an edit or did not read all of its prompt."""
+    """Set if the model does not know such an edit or has not read its whole prompt."""
     reasoning: Mapping[str, Any] | None = None
-    """What was thought on the way, where that was asked for; see `reasoning_of`."""
+    """The reasoning, if it was requested; see `reasoning_of`."""
     rounds: Pixels | None = None
     """(R, H, W, 3): the pictures of all rounds of a reflection, in the same size."""
 
@@ -169,19 +169,19 @@ class Painted:
 def reasoning_of(
     prompt: str | None, rounds: Sequence[Mapping[str, Any]], best: int
 ) -> dict[str, Any]:
-    """The reasoning as plain data: the rewritten prompt, the rounds, and which was taken (from 1).
+    """The reasoning as plain data: the rewritten prompt, the rounds, and the best round (from 1).
 
     A round has `prompt`, `from_round` (the round whose picture it changed; 0 is the input) and,
-    with reflection, `verdict`, `description`, `score` (0 to 10, None if it could not be read),
-    `reason`, `edit_score` and `quality_score` (lists of 0 to 10) and `value`, by which the best
-    is chosen.
+    with reflection, `verdict`, `description`, `score` (0 to 10, None if it is not readable),
+    `reason`, `edit_score` and `quality_score` (lists of 0 to 10) and `value`, which decides which
+    round is the best.
     """
     return {"prompt": prompt, "rounds": [dict(each) for each in rounds], "best": best}
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What was asked for could not be done: an error of our tree, by its code and its sentence."""
+    """The request failed: one of our errors, as its code and its sentence."""
 
     code: str
     sentence: str
@@ -189,7 +189,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Done:
-    """What was asked for has been done, and there is nothing to show."""
+    """The request is done, and has no result."""
 
 
 Event: TypeAlias = Progress | Painted | Failed | Done
@@ -197,7 +197,7 @@ Event: TypeAlias = Progress | Painted | Failed | Done
 
 @dataclass(frozen=True)
 class Report:
-    """An event, and how things stood when it happened."""
+    """An event, and the state of the model at that moment."""
 
     event: Event
     residence: Residence
@@ -215,7 +215,7 @@ _PICTURES: Final = ("image", "preview", "rounds")
 
 
 def connect(handle: int) -> Connection:
-    """Take up the end of a pipe that another process has left us."""
+    """Open the inherited end of a pipe."""
     if sys.platform == "win32":
         from multiprocessing.connection import PipeConnection
 
@@ -224,7 +224,7 @@ def connect(handle: int) -> Connection:
 
 
 class Channel:
-    """One end of the pipe; messages may be sent from several threads, and are read by one."""
+    """One end of the pipe; several threads may send, one receives."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -270,12 +270,12 @@ class Channel:
         return Report(message, Residence(**residence))
 
     def hang_up(self) -> None:
-        """Say that nothing more will come, also while another thread waits in `receive`."""
+        """Send the end of the stream, even while another thread waits in `receive`."""
         with contextlib.suppress(OSError), self._sending:
             self._connection.send_bytes(b"")
 
     def close(self) -> None:
-        """Let go of this end; the other one sees the end of the stream."""
+        """Close this end; the other one sees the end of the stream."""
         self._connection.close()
 
 

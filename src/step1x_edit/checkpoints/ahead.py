@@ -1,4 +1,4 @@
-"""Reading blocks that stay on disk: the next one already while one is in use."""
+"""Reading blocks that stay on disk, the next one while one is in use."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 class ReadAhead:
-    """Reads one block at a time in a thread; at most two are in memory, if the caller drops his."""
+    """Reads one block at a time in a thread; at most two are in memory if the caller drops one."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
-        """`read` gives the bytes of a block in memory of their own."""
+        """`read` returns the bytes of a block in new memory."""
         self._read = read
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._name: str | None = None
         self._begun: Future[Tensor] | None = None
 
     def begin(self, block: str) -> None:
-        """Begin to read a block, unless that is the one begun last; what was begun is dropped."""
+        """Begin to read a block, unless it was begun last; drops another one."""
         if block != self._name:
             self.drop()
             self._name, self._begun = block, self._reader.submit(self._read, block)
 
     def take(self, block: str) -> Tensor:
-        """The bytes of a block; raises what reading it has raised."""
+        """The bytes of a block; raises the error of reading it."""
         self.begin(block)
         begun = self._begun
         self._name, self._begun = None, None
@@ -33,12 +33,12 @@ class ReadAhead:
         return begun.result()
 
     def drop(self) -> None:
-        """Forget what has been begun."""
+        """Drop the block that was begun."""
         if self._begun is not None:
             self._begun.cancel()
         self._name, self._begun = None, None
 
     def close(self) -> None:
-        """Wait for what is being read, and read nothing any more."""
+        """Wait for the block that is being read, and read no more."""
         self.drop()
         self._reader.shutdown()

@@ -1,8 +1,8 @@
 """The weights of a checkpoint in one piece of host memory, block by block in execution order.
 
-Blocks may also stay on disk, to be read each time they are needed. Parameters and buffers of the
-network are views into the arena, or into copies of its blocks elsewhere; whoever holds such copies
-says which (`bind`). The arena knows nothing about devices.
+Blocks may also stay on disk and be read each time they are needed. Parameters and buffers of the
+network are views of the arena, or of copies of its blocks that the caller holds (`bind`). The arena
+knows nothing about devices.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from step1x_edit.errors import CheckpointError
 from step1x_edit.model.quantised import Code, code
 
 ALIGNMENT: Final = 256
-"""Bytes: what CUDA's own allocations are aligned to, so that kernels find what they expect."""
+"""Bytes: the alignment of CUDA's own allocations, which kernels expect."""
 
 PIECE: Final = 16 * 1024**2
-"""Bytes that are read or copied at once; between two pieces the work can be stopped."""
+"""Bytes per read or copy; the work can be stopped between two pieces."""
 
 CODED_PIECE: Final = PIECE // 4
-"""Bytes of a matrix, in float32, that are turned into codes at once: that takes room as well."""
+"""Bytes of a matrix, in float32, that are coded at once: coding needs memory too."""
 
 ORDER: Final = (
     ("conditioner", r"conditioner\.visual\.(patch_embed|rotary_pos_emb)"),
@@ -61,9 +61,9 @@ ORDER: Final = (
     ("decoder", r"vae\.decoder"),
     ("recogniser", r"recogniser"),
 )
-"""What belongs to which component, in the order in which an edit comes to it.
+"""The components of all tensors, in execution order.
 
-A tensor belongs to the first line that its name begins with, and what is matched names its block.
+A tensor belongs to the first line that matches the start of its name; the match names its block.
 """
 
 _RANKS: Final = tuple((component, re.compile(pattern)) for component, pattern in ORDER)
@@ -75,22 +75,22 @@ Check: TypeAlias = Callable[[], None]
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter or buffer of the network, and where its numbers come from."""
+    """A parameter or buffer of the network, and the source of its numbers."""
 
     name: str
-    """The part and the name in it: transformer.img_in.weight; codes have that of their matrix."""
+    """The part and the name in it: transformer.img_in.weight; codes keep that of their matrix."""
     module: nn.Module
     attribute: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: Stored | Tensor | None
-    """None of the scales of a matrix, which are computed with its codes."""
+    """None for the scales of a matrix, which are computed with its codes."""
     code: Code | None = None
-    """Of a matrix that is kept as codes; its source, in full precision, has its real shape."""
+    """Set for a matrix that is kept as codes; its source has the real shape and full precision."""
 
     @property
     def scale_name(self) -> str:
-        """Of a matrix that is kept as codes, the name of its scales."""
+        """The name of the scales of a matrix that is kept as codes."""
         return f"{self.name.removesuffix('.weight')}.scale"
 
     @property
@@ -100,7 +100,7 @@ class Weight:
 
     @property
     def tensor(self) -> Tensor:
-        """The parameter or buffer as it is now."""
+        """The current parameter or buffer."""
         tensor: Tensor = getattr(self.module, self.attribute)
         return tensor
 
@@ -112,7 +112,7 @@ class Block:
     name: str
     component: str
     offset: int | None
-    """None of a block that stays on disk: it is not in the arena."""
+    """None for a block that stays on disk: it is not in the arena."""
     size: int
 
 
@@ -121,10 +121,10 @@ def never_stop() -> None:
 
 
 class Arena:
-    """Host memory for the weights of one network; it is given back with the last view into it."""
+    """Host memory for the weights of one network; it is freed with the last view of it."""
 
     def __init__(self, weights: Iterable[Weight], on_disk: Collection[str] = frozenset()) -> None:
-        """`on_disk` names the blocks that stay there."""
+        """`on_disk` names the blocks that stay on disk."""
         self.blocks, self._places = _lay_out(weights, on_disk)
         self.size = sum(block.size for block in self.blocks if block.offset is not None)
         self.memory = _reserve(self.size)
@@ -138,13 +138,13 @@ class Arena:
     def fill(self, check: Check = never_stop) -> None:
         """Read all weights that do not stay on disk.
 
-        `check` is called between pieces; what it raises stops the reading. Raises CheckpointError
+        `check` is called between pieces and may raise to stop. Raises CheckpointError
         if a file cannot be read, has changed, or holds numbers that are not finite.
         """
         self._read(self.memories, check)
 
     def read(self, block: str, check: Check = never_stop) -> Tensor:
-        """The bytes of a block as they are in the files, in memory of its own; raises as `fill`."""
+        """The bytes of a block as in the files, in new memory; raises as `fill` does."""
         memory = self.room_for(block)
         self._read({block: memory}, check)
         return memory
@@ -154,7 +154,7 @@ class Arena:
         return _reserve(self._sizes[block])
 
     def _read(self, memories: Mapping[str, Tensor], check: Check) -> None:
-        """Read the blocks of these names into this memory."""
+        """Read blocks into memory, by name."""
         threads = min(16, 2 * (os.cpu_count() or 1))
         under_way: deque[Future[None]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
@@ -182,10 +182,10 @@ class Arena:
         delta_of: Callable[[str], Tensor | None],
         check: Check = never_stop,
     ) -> None:
-        """Write a block with something added to some weights into memory of its size.
+        """Write a block, with deltas added to some of its weights, into memory of its size.
 
-        `delta_of` says by the name of a weight what is added to it, in float32. A matrix that is
-        kept as codes is read again for that, so that it is rounded once; raises as `fill`.
+        `delta_of` returns the delta of a weight by its name, in float32. A matrix that is kept as
+        codes is read again, so that it is rounded only once; raises as `fill` does.
         """
         if block in self.memories:
             memory.copy_(self.memories[block])
@@ -198,9 +198,9 @@ class Arena:
                 self._add(block, place, delta, memory, check)
 
     def attach(self, memories: Mapping[str, Tensor]) -> None:
-        """Make the network's parameters and buffers views into the arena, or changed copies.
+        """Make the network's parameters and buffers views of this memory.
 
-        Parameters are made anew: those of a network without weights cannot take any.
+        Parameters are created again: those of a network without weights cannot take any.
         """
         for place in self._all_places():
             weight = place.weight
@@ -208,30 +208,30 @@ class Arena:
             is_parameter = isinstance(weight.tensor, nn.Parameter)
             made = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
             setattr(weight.module, weight.attribute, made)
-        # Only now, because a tensor that is born a view never lets go of what it was a view of.
+        # Not above: a tensor that is created as a view holds the memory of that view for ever.
         self.bind(memories)
 
     def bind(self, memories: Mapping[str, Tensor]) -> None:
-        """Let the network's tensors be views into these copies of their blocks, by name.
+        """Make the network's tensors views of these copies of their blocks, by name.
 
-        Only `data` is exchanged: whoever holds a parameter, such as compiled code, keeps it.
+        Only `data` is replaced: compiled code, for example, keeps its parameters.
         """
         for name, memory in memories.items():
             for place in self._places[name]:
                 place.weight.tensor.data = place.view(memory)
 
     def empty(self, block: str, device: torch.device) -> None:
-        """Take the weights of a block from the network; on which device they were to be stays."""
+        """Detach the weights of a block from the network, as empty tensors on this device."""
         for place in self._places[block]:
             place.weight.tensor.data = torch.empty(0, dtype=place.weight.dtype, device=device)
 
     def detach(self) -> None:
-        """Take the weights from the network, so that nobody who still holds it holds them."""
+        """Detach the weights so that stray references do not keep them alive."""
         for name in self._places:
             self.empty(name, torch.device("cpu"))
 
     def lies_in(self, memories: Iterable[Tensor], blocks: Iterable[str]) -> bool:
-        """Whether all tensors of the blocks are views into the given memory, by address."""
+        """Whether all tensors of the blocks are views of this memory, by address."""
         addresses = {memory.untyped_storage().data_ptr() for memory in memories}
         found = {
             place.weight.tensor.untyped_storage().data_ptr()
@@ -241,7 +241,7 @@ class Arena:
         return found <= addresses
 
     def _add(self, block: str, place: _Place, delta: Tensor, memory: Tensor, check: Check) -> None:
-        """Have a weight and something added to it in a copy of its block."""
+        """Add a delta to a weight in a copy of its block."""
         if place.weight.code is None:
             view = place.view(memory)
             view.copy_(view.float() + delta)
@@ -254,7 +254,7 @@ class Arena:
         return itertools.chain.from_iterable(self._places.values())
 
     def _pieces(self, memories: Mapping[str, Tensor]) -> Iterator[_Piece | _CodedPiece]:
-        """What is to be read, in pieces."""
+        """The pieces to read."""
         for name, memory in memories.items():
             for place in self._places[name]:
                 if place.weight.code is not None:
@@ -265,7 +265,7 @@ class Arena:
     def _coded_pieces(
         self, block: str, place: _Place, memory: Tensor, delta: Tensor | None = None
     ) -> Iterator[_CodedPiece]:
-        """Some rows at a time of a matrix that is kept as codes."""
+        """The pieces of a matrix that is kept as codes, some rows each."""
         weight, source = place.weight, place.weight.source
         assert source is not None
         scales = next(p for p in self._places[block] if p.weight.name == weight.scale_name)
@@ -285,7 +285,7 @@ class Arena:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a weight lies: how many bytes after the beginning of its block."""
+    """The place of a weight, in bytes from the start of its block."""
 
     weight: Weight
     offset: int
@@ -298,7 +298,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Numbers of a weight: from where and to where."""
+    """Numbers of a weight: source and target."""
 
     weight: Weight
     source: Span | Tensor
@@ -313,14 +313,14 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _CodedPiece:
-    """Rows of a matrix, of which codes and scales are kept."""
+    """Rows of a matrix that is kept as codes and scales."""
 
     weight: Weight
     source: Stored | Tensor
     codes: Tensor
     scale: Tensor
     delta: Tensor | None
-    """What is added before."""
+    """Added before coding."""
 
     def read(self) -> None:
         assert self.weight.code is not None
@@ -343,7 +343,7 @@ def _read(weight: Weight, span: Span, target: Tensor) -> None:
     """Read numbers of a weight into a flat tensor. Raises CheckpointError."""
     span.read_into(target)
     if target.is_floating_point():
-        # As fast as copying; asking of each number whether it is finite is much slower.
+        # As fast as copying; checking each number with isfinite is much slower.
         low, high = target.aminmax()
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CheckpointError(
@@ -367,14 +367,14 @@ def _pieces_of(weight: Weight, flat: Tensor) -> Iterator[_Piece]:
 
 
 def blocks_of(weights: Iterable[Weight]) -> tuple[Block, ...]:
-    """The blocks that an arena of these weights would have; no memory is taken."""
+    """The blocks that an arena of these weights would have; takes no memory."""
     return _lay_out(weights)[0]
 
 
 def _lay_out(
     weights: Iterable[Weight], on_disk: Collection[str] = frozenset()
 ) -> tuple[tuple[Block, ...], dict[str, list[_Place]]]:
-    """The blocks in execution order, and where in them the weights lie."""
+    """The blocks in execution order, and the places of the weights in them."""
     # sorted() is stable: within a block the order of the network's definition remains.
     ordered = sorted(weights, key=lambda weight: _rank(weight.name)[0])
     blocks: list[Block] = []
@@ -395,7 +395,7 @@ def _lay_out(
 
 
 def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
-    """Where in the order a tensor stands, its component and the name of its block."""
+    """The rank of a tensor in the order, its component and the name of its block."""
     for line, (component, pattern) in enumerate(_RANKS):
         if match := pattern.match(name):
             numbers = [int(number) for number in re.findall(r"\d+", match.group())]
@@ -404,7 +404,7 @@ def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
 
 
 def _reserve(size: int) -> Tensor:
-    """Memory of our own, in huge pages where there are such; given back with the last view."""
+    """Anonymous memory, in huge pages if possible; freed with the last view."""
     if hasattr(mmap, "MAP_PRIVATE"):  # everywhere but on Windows
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:
@@ -416,7 +416,7 @@ def _reserve(size: int) -> Tensor:
 
 
 def _place_on_disk(piece: _Piece | _CodedPiece) -> tuple[str, int]:
-    """Disks like to be read from beginning to end."""
+    """Sorts pieces so that files are read from beginning to end."""
     if isinstance(piece.source, Tensor):
         return "", 0
     span = piece.source.spans[0] if isinstance(piece.source, Stored) else piece.source

@@ -1,7 +1,7 @@
-"""The blocks of an arena as they are to be used: its own, or copies with LoRAs in them.
+"""The blocks of an arena as they are used: its own, or copies with LoRAs added.
 
-The arena stays as it was read. A block that LoRAs change has a copy, whose memory is used again
-when other LoRAs change it; one that none changes any more has none.
+The arena stays as it was read. A block that LoRAs change has a copy, whose memory is reused when
+other LoRAs change it; a block that no LoRA changes has none.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class ChangedBlocks:
         names = (block.name for block in arena.blocks)
         self._marks: dict[str, tuple[Mark, ...] | None] = dict.fromkeys(names, ())
         self.memories: dict[str, Tensor] = dict(arena.memories)
-        """Always the same dictionary, so that whoever copies from it sees what is there now.
+        """Always the same dictionary, so that its users see each change.
 
         Blocks that stay on disk are not in it, unless LoRAs change them.
         """
 
     def differing(self, changes: Changes) -> list[str]:
-        """The blocks that are not as these changes make them, in execution order."""
+        """The blocks that do not have these changes yet, in execution order."""
         return [name for name, marks in self._marks.items() if marks != self._wanted(name, changes)]
 
     def put(self, block: str, changes: Changes, check: Check = never_stop) -> None:
-        """Make a block as these changes make it.
+        """Apply these changes to a block, and no others.
 
-        `check` is called between its weights; if it raises, or memory runs out, the block differs
-        from everything until it is put again.
+        `check` is called between its weights; if it raises, or memory runs out, the block counts
+        as differing until it is put again.
         """
         wanted, base = self._wanted(block, changes), self._arena.memories.get(block)
         self._marks[block] = None

@@ -1,16 +1,16 @@
-"""The memory plan: which blocks of the model live on the device, which pass through it, and which
-stay on disk.
+"""The memory plan: which blocks of the model stay on the device, which are streamed, and which stay
+on disk.
 
-Every step of an edit runs all core blocks; the conditioner and the prologue run once. So room is
-spent in this order: on the slots and the activations that any edit needs, on core blocks, on the
-activations of a second branch, on the conditioner, on the prologue. Core blocks that stay out are
-spread evenly over the order of execution, so that the copies are as well.
+Every step of an edit runs all core blocks; the conditioner and the prologue run once. So device
+memory is spent in this order: slots and the activations that any edit needs, core blocks, the
+activations of a second branch, the conditioner, the prologue. Streamed core blocks are spread
+evenly over the order of execution, so that their copies are too.
 
-Host memory is spent in the same spirit: what the core passes over and over is there first, and
-conditioner and prologue, which an edit reads once, may stay on disk. What a plan decides costs
-time or memory, never a bit of the picture, with one exception: where a host has too little memory
-even for the core, and nobody has asked for a precision, it is rounded. Sizes are bytes; nothing
-here needs torch.
+Host memory is spent by the same rule: the core, which each step reads, comes first; the
+conditioner and the prologue, which an edit reads once, may stay on disk. A plan changes time and
+memory but not one bit of the picture, with one exception: if the host has too little memory even
+for the core, and no precision is requested, the weights are rounded. Sizes are bytes; nothing here
+needs torch.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ BRANCH: Final = int(1.1 * GB)
 BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
 """The same by size level."""
 RESERVE: Final = (int(0.4 * GB), 0.03)
-"""What is left alone for others: so much, or this share of what is free."""
+"""Device memory left to other programs: bytes, or a share of what is free if that is more."""
 
 HOST_RESERVE: Final = 4 * GB
-"""Host memory that is left for pictures, libraries, blocks on their way and other programs; where
-there is little, half of what is free."""
+"""Host memory left to pictures, libraries, blocks being copied and other programs; if little is
+free, half of it."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
-"""The precisions that are tried in this order where nobody has asked for one."""
+"""The precisions to try, in this order, if none is requested."""
 
 ALIGNMENT: Final = 256
 MAX_SLOTS: Final = 3
 MIN_SLOTS: Final = 2
 ROOMY: Final = 10 * GB
-"""With less than this the third slot is worth less than a resident block."""
+"""With less than this, a resident block is worth more than a third slot."""
 
 STREAMABLE: Final = re.compile(
     r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+)|lm_head)"
@@ -54,7 +54,7 @@ STREAMABLE: Final = re.compile(
     r"|transformer\.double_blocks\.\d+(\.(img|txt)_mod)?"
     r"|transformer\.single_blocks\.\d+(\.modulation)?"
 )
-"""Blocks that one module uses and no other: it can be told when they are needed."""
+"""Blocks that exactly one module uses, so that it is known when they are needed."""
 
 
 class Sized(Protocol):
@@ -72,27 +72,27 @@ class Sized(Protocol):
 
 @dataclass(frozen=True)
 class HostPlan:
-    """What of the model is in host memory; by default all of it."""
+    """The part of the model in host memory; all of it by default."""
 
     on_disk: frozenset[str] = frozenset()
     """Names of the blocks that are read from disk each time they are needed."""
     precision: Precision = "auto"
-    """In which the weights are kept."""
+    """Of the weights in host memory."""
     lockable: int | None = None
     """Bytes that may be page-locked; None is all of them."""
     size: int = 0
     """Bytes of the blocks in host memory, as planned."""
     free: int | None = None
-    """Bytes that were free; None if nobody knows."""
+    """Bytes that were free; None if unknown."""
     left_out: tuple[str, ...] = ()
-    """What stays on disk, in words."""
+    """The parts that stay on disk, in words."""
     is_rounded: bool = False
-    """Whether the precision is less than there is because memory is."""
+    """Whether the precision was lowered for lack of memory."""
 
     def reason(self, is_passing: bool = True) -> str:
         """The plan in words; empty if there is nothing to say.
 
-        `is_passing` says whether what is on disk passes through the device in each edit.
+        `is_passing`: whether the blocks on disk are streamed in each edit.
         """
         if self.free is None:
             return ""
@@ -101,28 +101,29 @@ class HostPlan:
             verb = "are" if len(self.left_out) > 1 else "is"
             when = "for each edit" if is_passing else "whenever the model goes to the device"
             found.append(f"{' and '.join(self.left_out)} {verb} read from disk {when}")
-        told = f"{self.free / GB:.0f} GB of memory are free: "
-        return told + " and ".join(found) if found else ""
+        if not found:
+            return ""
+        return f"{self.free / GB:.0f} GB of memory are free: {' and '.join(found)}"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What lives on the device, and how an edit runs there."""
+    """The part of the model on the device, and how an edit runs there."""
 
     resident: frozenset[str]
-    """Names of the blocks that stay; the others pass through the slots."""
+    """Names of the blocks that stay; the others are streamed through the slots."""
     num_slots: int
     has_joint_branches: bool
     core_share: float
     """Share of the core's bytes that is resident."""
     peak: int
-    """What this is expected to need at most of the device."""
+    """The most device memory that this is expected to need."""
     host: HostPlan = HostPlan()
-    """What is in host memory."""
+    """The part in host memory."""
 
     @property
     def is_streaming(self) -> bool:
-        """Whether blocks pass through the device."""
+        """Whether blocks are streamed."""
         return self.num_slots > 0
 
     @property
@@ -143,14 +144,14 @@ class MemoryPlan:
 
 
 def everything(blocks: Iterable[Sized]) -> MemoryPlan:
-    """The plan for a device with room enough."""
+    """The plan for a device with enough memory."""
     blocks = list(blocks)
     names = frozenset(block.name for block in blocks)
     return MemoryPlan(names, 0, True, 1.0, _total(blocks) + FIXED + 2 * BRANCH)
 
 
 def fitting(blocks: Iterable[Sized], free: int) -> MemoryPlan:
-    """The plan for a device with so many bytes free; the least there is if they are too few."""
+    """The plan for a device with `free` bytes; the smallest plan if they are too few."""
     blocks = list(blocks)
     usable = free - max(RESERVE[0], int(RESERVE[1] * free))
     whole = everything(blocks)
@@ -165,7 +166,7 @@ def fitting(blocks: Iterable[Sized], free: int) -> MemoryPlan:
 
 
 def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
-    """The plan that keeps about so much of the core and nothing else that may pass."""
+    """The plan that keeps about this share of the core, and nothing else that can be streamed."""
     blocks = list(blocks)
     core = _passing(blocks, "core")
     resident = _spread(core, int(core_share * _total(core)))
@@ -173,7 +174,7 @@ def with_share(blocks: Iterable[Sized], core_share: float) -> MemoryPlan:
 
 
 def spared(size_level: int, has_joint_branches: bool) -> int:
-    """Bytes by which an edit at this level stays below the peak of its plan, made for 1024."""
+    """Bytes by which an edit at this level stays below the peak of its plan, which is for 1024."""
     return (1 + has_joint_branches) * (BRANCH - BRANCH_AT.get(size_level, BRANCH))
 
 
@@ -185,11 +186,11 @@ def hosted(
     lockable_share: float,
     precisions: Sequence[Precision] = FALLING,
 ) -> HostPlan:
-    """The plan for a host with so many bytes free; None if nobody knows, then all is there.
+    """The plan for a host with `free` bytes; None if unknown: then nothing stays on disk.
 
-    `blocks_of` says the blocks that the model has in a precision. The first precision is taken
-    whose core fits, and without a device, where nothing can stay on disk, all of the model; if
-    none does, the last.
+    `blocks_of` returns the blocks of the model in a precision. The first precision is chosen whose
+    core fits, or the last if none does. Without a device nothing can stay on disk, so the whole
+    model has to fit.
     """
     for precision in precisions:
         blocks = list(blocks_of(precision))
@@ -211,7 +212,7 @@ def hosted(
 
 
 def slot_size(sizes: Iterable[int], num_slots: int) -> int:
-    """Bytes of a slot for blocks of these sizes; the largest may take all slots together."""
+    """Bytes of a slot for blocks of these sizes; the largest block may take all slots."""
     *others, largest = sorted(sizes) or [0]
     return _aligned(max(*others, -(-largest // num_slots), 0))
 
@@ -242,7 +243,7 @@ def plan_status(plan: MemoryPlan | None, precision: str, host: HostPlan) -> Plan
 def _with_more(
     blocks: Sequence[Sized], resident: Sequence[Sized], num_slots: int, room: int
 ) -> MemoryPlan:
-    """Spend what is left when the core has been served."""
+    """The plan with these core blocks resident, and `room` spent on the rest."""
     core = _passing(blocks, "core")
     kept = list(resident)
     has_joint_branches = False
@@ -271,8 +272,8 @@ def _with_more(
 def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
     """The blocks for which there is no room, in execution order.
 
-    The core comes first, because each step passes it; then the prologue, which is passed twice
-    where the branches run one after the other.
+    The core comes first, because each step reads it; then the prologue, which is read twice if the
+    branches run one after the other.
     """
     room -= _total(block for block in blocks if not _may_pass(block))
     out = set()
@@ -283,12 +284,12 @@ def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
             else:
                 out.add(block.name)
         if out:
-            room = 0  # crumbs of what is less important would be of no use
+            room = 0  # a few blocks of a less important component are of no use
     return [block for block in blocks if block.name in out]
 
 
 def _in_words(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> Iterator[str]:
-    """What stays on disk."""
+    """The parts that stay on disk, in words."""
     for component in ("conditioner", "prologue", "core"):
         out = [block for block in on_disk if block.component == component]
         if out:
@@ -297,7 +298,7 @@ def _in_words(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> Iterator[str
 
 
 def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:
-    """As many blocks as fit, evenly over the order."""
+    """As many blocks as fit, spread evenly over the order."""
     for count in range(len(blocks), 0, -1):
         chosen = {i * len(blocks) // count for i in range(count)}
         left = room - _total(blocks[i] for i in chosen)
@@ -317,7 +318,7 @@ def _aligned(size: int) -> int:
 
 
 def _passing(blocks: Iterable[Sized], component: str) -> list[Sized]:
-    """The blocks of a component that may pass."""
+    """The blocks of a component that can be streamed."""
     return [block for block in blocks if block.component == component and _may_pass(block)]
 
 

@@ -1,9 +1,9 @@
-"""The engine: one line of edits in front of the one worker process that owns the model.
+"""The engine: a queue of edits in front of the one worker process that owns the model.
 
-Edits run one at a time, in order; callers wait on the event loop. One thread of the engine starts
-the worker when somebody asks, follows what it does, moves the model out when nobody has asked for a
-while, and starts anew when the worker dies or hangs. The engine knows nothing about files, pictures
-or protocols and never imports torch: it is given a function that starts a `Worker`.
+Edits run one at a time, in order; callers wait on the event loop. One thread starts the worker for
+the first edit, follows its reports, moves the model out when it is idle, and starts another worker
+when one dies or hangs. The engine knows nothing about files, pictures or protocols and never
+imports torch: it is given a function that starts a `Worker`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from step1x_edit.model.request import Pixels
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S: Final = 4.0  # a sign of life every 5 s is promised, and timers come late
+HEARTBEAT_S: Final = 4.0  # an event every 5 s is promised, and timers are late
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_S: Final = 600.0
 
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
 _STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
-_UNKNOWN_S: Final = 120.0  # patience while libraries are imported or the first step is computed
+_UNKNOWN_S: Final = 120.0  # patience for importing libraries and for the first step
 _MOVE_S: Final = 60.0  # the model leaves the device in well under a second
 _STOP_S: Final = 5.0
 
@@ -71,7 +71,7 @@ class Worker(Protocol):
     def is_alive(self) -> bool: ...
 
     def send(self, request: EditJob | Offload) -> None:
-        """Ask for something; raises WorkerLostError."""
+        """Send a request; raises WorkerLostError."""
         ...
 
     def receive(self, timeout_s: float) -> Report | None:
@@ -79,11 +79,11 @@ class Worker(Protocol):
         ...
 
     def cancel(self, request: Cancel) -> None:
-        """Ask it to stop an edit; whoever waits in `receive` is woken."""
+        """Ask it to stop an edit, and wake the caller that waits in `receive`."""
         ...
 
     def stop(self, timeout_s: float) -> None:
-        """End the process and wait for it, at last by force."""
+        """End the process and wait for it; kill it after the timeout."""
         ...
 
     def kill(self) -> None:
@@ -92,24 +92,24 @@ class Worker(Protocol):
 
 
 StartWorker: TypeAlias = Callable[[Callable[[], None]], Worker]
-"""Starts a worker; what it is given is to be called when the worker has ended, from any thread."""
+"""Starts a worker, which calls the given function when it has ended, from any thread."""
 
 
 class Clock:
-    """Monotonic time, and waiting for it to pass."""
+    """Monotonic time, and waiting."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Seconds since an arbitrary moment."""
         return time.monotonic()
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        """Wait until the condition is notified or the time has passed; None is for ever."""
+        """Wait until the condition is notified or the time has passed; None waits for ever."""
         condition.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
 
 @dataclass(frozen=True)
 class EngineStatus:
-    """What the engine did and has, at one moment."""
+    """The state of the engine and its counts, at one moment."""
 
     residence: Residence = Residence()
     is_editing: bool = False
@@ -123,24 +123,24 @@ class EngineStatus:
 
 
 class Edit:
-    """An edit in the line: what its caller holds on to. Made by `Engine.submit`."""
+    """An edit in the queue, as its caller sees it. Made by `Engine.submit`."""
 
     def __init__(self, engine: Engine, job: EditJob) -> None:
         self.job = job
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | None] = asyncio.Queue()
-        # The latest preview only: what a slow listener has not seen must not pile up.
+        # Only the latest preview: unread ones must not pile up for a slow listener.
         self._preview: dict[Progress, Pixels] = {}
         self._result: asyncio.Future[EditResult] = self._loop.create_future()
-        # Whoever cancels may never look at the result; that is no reason for a warning.
+        # A caller that cancels may never read the result; asyncio must not warn about that.
         self._result.add_done_callback(lambda result: result.cancelled() or result.exception())
         self.stop_reason: Step1XEditError | None = None
 
     async def events(self, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[Progress]:
         """Yield progress until the edit has ended; after a silence, the last event again.
 
-        A preview comes once.
+        Each preview is yielded once.
         """
         last = Progress(Phase.QUEUED, step=1)
         # Not wait_for: before Python 3.12 it can swallow the cancellation of its caller.
@@ -161,20 +161,20 @@ class Edit:
         return await asyncio.shield(self._result)
 
     def cancel(self) -> None:
-        """Withdraw the edit: at once from the line, within one step from the model."""
+        """Withdraw the edit: at once if it is queued, within one step if it is running."""
         self._engine.withdraw(self)
 
-    # The engine's thread speaks to the caller's event loop through these.
+    # The engine's thread calls these; they hand over to the caller's event loop.
 
     def publish(self, event: Progress) -> None:
-        """Tell the caller how far the edit has come."""
-        self._call(self._tell, event)
+        """Send progress to the caller."""
+        self._call(self._deliver, event)
 
     def finish(self, result: EditResult | BaseException) -> None:
         """End the edit; does nothing if it has ended."""
         self._call(self._settle, result)
 
-    def _tell(self, event: Progress) -> None:
+    def _deliver(self, event: Progress) -> None:
         if self._result.done():
             return
         bare = replace(event, preview=None)
@@ -192,13 +192,13 @@ class Edit:
         self._events.put_nowait(None)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its listeners are gone
             self._loop.call_soon_threadsafe(function, *args)
 
 
 @dataclass(frozen=True)
 class EditResult:
-    """The edited picture, and which model made it where."""
+    """The edited picture, and the model that made it."""
 
     painted: Painted
     residence: Residence
@@ -211,14 +211,14 @@ class _Move(Enum):
 
 @dataclass(frozen=True)
 class _Order:
-    """A move of the model, and who waits for it; nobody does if the idle timer gave it."""
+    """A move of the model, and the future of its caller; None if the idle timer ordered it."""
 
     move: _Move
     done: Future[EngineStatus] | None = None
 
 
 class Engine:
-    """Runs edits one after the other with a model that it loads when first asked."""
+    """Runs edits one after the other, with a worker that it starts for the first one."""
 
     def __init__(
         self,
@@ -231,9 +231,9 @@ class Engine:
         min_patience_s: float = 10.0,
         clock: Clock | None = None,
     ) -> None:
-        """Timeouts in seconds; 0 is never for the two of the idle model.
+        """Timeouts are in seconds; for the two of the idle model 0 means never.
 
-        A worker that is silent for `min_patience_s` and for ten usual steps is taken for dead.
+        A worker that is silent for `min_patience_s` and for ten usual steps counts as dead.
         """
         self._start = start
         self._max_queue = max_queue
@@ -253,7 +253,7 @@ class Engine:
         self._last_use: float | None = None
         self._last_edit_s = _GUESSED_EDIT_S
         self._paces = Paces()
-        self._last_model = Residence()  # what it was, also when it has been released
+        self._last_model = Residence()  # of the last edit, also after a release
         self._number = 0
         self._worker: Worker | None = None
         self._losses: deque[float] = deque()
@@ -262,16 +262,16 @@ class Engine:
     # --- for callers, from any thread -----------------------------------------------------------
 
     def submit(self, job: EditJob) -> Edit:
-        """Put a job at the end of the line; raises ServerBusyError when the line is full."""
+        """Put a job at the end of the queue; raises ServerBusyError if the queue is full."""
         self._check_process()
         with self._changed:
             self.check_room()
             return self._enqueue(job)
 
     def submit_next(self, job: EditJob) -> Edit:
-        """Put the next item of a batch at the end of the line.
+        """Put the next item of a batch at the end of the queue.
 
-        A batch was let in with its first item, and is never refused a place later on.
+        A batch is accepted or refused with its first item; the later ones are always accepted.
         """
         self._check_process()
         with self._changed:
@@ -280,7 +280,7 @@ class Engine:
             return self._enqueue(job)
 
     def check_room(self) -> None:
-        """Raise what `submit` would raise now, for callers with work to do before it."""
+        """Raise what `submit` would raise now, for callers that prepare a job first."""
         self._check_process()
         with self._changed:
             if self._is_closed:
@@ -289,7 +289,7 @@ class Engine:
                 raise self._busy()
 
     def check_restarts(self) -> None:
-        """Raise ModelUnavailableError while the worker ends too often to be started again."""
+        """Raise ModelUnavailableError if the worker has ended too often to be started again."""
         with self._changed:
             if self._worker is not None and self._worker.is_alive:
                 return
@@ -306,27 +306,27 @@ class Engine:
             )
 
     def withdraw(self, edit: Edit) -> None:
-        """Take an edit out of the line, or stop it; does nothing if it has ended."""
+        """Take an edit out of the queue, or stop it; does nothing if it has ended."""
         if self._process != os.getpid():
             return  # it is the parent's edit
         with self._changed:
             if edit in self._waiting:
                 self._waiting.remove(edit)
                 edit.finish(EditCancelledError())
-                self._tell_positions()
+                self._publish_positions()
             elif edit is self._running:
                 self._stop(edit, EditCancelledError())
 
     def offload(self) -> Future[EngineStatus]:
-        """Have the model leave the device before the next edit; the future tells where it is."""
+        """Move the model off the device before the next edit; the future holds the new status."""
         return self._order(_Move.OFFLOAD)
 
     def release(self) -> Future[EngineStatus]:
-        """Have the worker process end before the next edit, and with it all that it holds."""
+        """End the worker process, and free all its memory, before the next edit."""
         return self._order(_Move.RELEASE)
 
     def status(self) -> EngineStatus:
-        """What the engine does and has right now; never waits."""
+        """The current state and counts; never waits."""
         snapshot, last_use = self._snapshot, self._last_use
         is_idle = last_use is not None and not snapshot.is_editing
         return replace(
@@ -340,7 +340,7 @@ class Engine:
         return self._paces.seconds(job, self._last_model)
 
     def close(self, timeout_s: float = _STOP_S) -> None:
-        """Refuse new edits, end the waiting ones, stop the running one and end the worker.
+        """Refuse new edits, end the queued ones, stop the running one and end the worker.
 
         Does nothing in a forked child, which has none of these.
         """
@@ -364,7 +364,7 @@ class Engine:
     def _check_process(self) -> None:
         """Raise in a forked child: the thread and the worker stay with the parent.
 
-        Before the lock is taken, which may have been held by a thread that is not here.
+        To be called before the lock is taken: in a child it may be held for ever.
         """
         if self._process != os.getpid():
             raise ModelUnavailableError(
@@ -393,13 +393,13 @@ class Engine:
 
     def _wake(self) -> None:
         if self._thread is None:
-            # A daemon: a worker that hangs must not keep the process from leaving.
+            # A daemon, so that a worker that hangs does not keep the process alive.
             self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
             self._thread.start()
         self._changed.notify_all()
 
     def _stop(self, edit: Edit, reason: Step1XEditError) -> None:
-        """Have the running edit end; its caller need not wait until the worker is free."""
+        """End the running edit for its caller, who need not wait until the worker is free."""
         if edit.stop_reason is None:
             edit.stop_reason = reason
             edit.finish(reason)
@@ -412,7 +412,7 @@ class Engine:
         waiting = "1 edit is waiting" if number == 1 else f"{number} edits are waiting"
         return ServerBusyError(f"{waiting}, try again in {wait_s} s", retry_after_s=wait_s)
 
-    def _tell_positions(self) -> None:
+    def _publish_positions(self) -> None:
         for position, edit in enumerate(self._waiting, start=1):
             edit.publish(Progress(Phase.QUEUED, step=position))
 
@@ -431,7 +431,7 @@ class Engine:
                 self._worker.stop(_STOP_S)
 
     def _next(self) -> Edit | _Order | None:
-        """Wait for something to do: moves of the model first, then edits; None is the end."""
+        """Wait for work: moves of the model first, then edits; None ends the thread."""
         with self._changed:
             while not self._is_closed:
                 if self._worker is not None and not self._worker.is_alive:
@@ -440,7 +440,7 @@ class Engine:
                     return self._orders.popleft()
                 if self._waiting:
                     edit = self._running = self._waiting.popleft()
-                    self._tell_positions()
+                    self._publish_positions()
                     self._note(is_editing=True)
                     return edit
                 moment = self._next_move()
@@ -451,7 +451,7 @@ class Engine:
             return None
 
     def _next_move(self) -> tuple[float, _Move] | None:
-        """When the idle timer will move the model, and where to."""
+        """When the idle timer will move the model, and how."""
         if self._last_use is None or self._worker is None:
             return None
         moves = []
@@ -502,7 +502,7 @@ class Engine:
             self._changed.notify_all()
 
     def _lose(self, reason: WorkerLostError) -> None:
-        """Forget a worker that is of no more use."""
+        """End and forget a worker that is lost."""
         if self._worker is None:
             return
         log.warning("%s", reason)
@@ -513,7 +513,7 @@ class Engine:
         self._note(residence=Residence())
 
     def _follow(self, edit: Edit, worker: Worker) -> EditResult:
-        """Have the worker edit, pass on what it tells, and see to it that it comes to an end."""
+        """Send the edit to the worker, publish its progress, and make sure that it ends."""
         worker.send(edit.job)
         watch = _Watch(
             self._clock.now(),
@@ -522,7 +522,7 @@ class Engine:
             has_previews=bool(edit.job.preview_steps),
         )
         stopwatch = Stopwatch()
-        if edit.stop_reason is not None:  # it came before there was a worker to tell
+        if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:
             now = self._clock.now()
@@ -601,7 +601,7 @@ class Engine:
             log.info("%s → Unloaded", location)
 
     def _observe(self, residence: Residence) -> None:
-        """Take down how things stand, and count it if the model has changed its place."""
+        """Record where the model is, and count its moves."""
         before, now = self._snapshot.residence.location, residence.location
         self._note(residence=residence)
         if before == now:
@@ -620,7 +620,7 @@ class Engine:
 
 
 class _Watch:
-    """How long an edit may go on, and how long its worker may be silent."""
+    """The time that an edit may take, and the silence that its worker may keep."""
 
     def __init__(
         self, now: float, edit_timeout_s: float, min_patience_s: float, *, has_previews: bool
@@ -635,27 +635,27 @@ class _Watch:
 
     @property
     def limit(self) -> float:
-        """Until when to wait for the next sign of life."""
+        """When to stop waiting for the next report."""
         return self._hangs_from if self._is_stopping else min(self.deadline, self._hangs_from)
 
     def saw(self, progress: Progress, now: float) -> None:
-        """Take a sign of life."""
+        """Record a report."""
         is_longest = progress.preview is not None or not self._has_previews
         if is_longest and self._phase is progress.phase is Phase.DENOISING:
             self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
         self._phase, self._last_sign = progress.phase, now
 
     def stopped(self, now: float) -> None:
-        """From now on the edit has to come to its end."""
+        """Expect the edit to end from now on."""
         if self._stopped_at is None:
             self._stopped_at = now
 
     def hangs(self, now: float) -> bool:
-        """Whether the worker has been silent for longer than its work explains."""
+        """Whether the worker has been silent for longer than its work takes."""
         return now >= self._hangs_from
 
     def silence(self, now: float) -> float:
-        """Seconds since the last sign of life."""
+        """Seconds since the last report."""
         return now - self._last_sign
 
     @property
@@ -668,11 +668,11 @@ class _Watch:
             return self._stopped_at + self._patience_s
         if self._phase is Phase.DENOISING and self._usual_step_s is not None:
             return self._last_sign + self._patience_s
-        return math.inf  # nobody knows how long loading, encoding and decoding take
+        return math.inf  # the time of loading, encoding and decoding is not known
 
     @property
     def _patience_s(self) -> float:
-        """How long a silence may last; before a step has been timed nobody knows."""
+        """How long a silence may last; generous until a step has been timed."""
         if self._usual_step_s is None:
             return max(self._min_patience_s, _UNKNOWN_S)
         return max(self._min_patience_s, _STEPS_OF_SILENCE * self._usual_step_s)

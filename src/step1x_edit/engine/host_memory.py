@@ -1,7 +1,7 @@
-"""The host's memory: how much of it is free for us, and how much of that may be page-locked.
+"""The host's memory: how much is free for this process, and how much may be page-locked.
 
-Linux answers in /proc, and in the control groups that a container or a service puts us into; their
-limits are often far below what the machine has. Sizes are bytes. Where a system does not tell, the
+Linux reports it in /proc, and in the control groups of a container or service, whose limits are
+often far below the memory of the machine. Sizes are bytes. If a system does not report it, the
 answer is None. Nothing here needs torch.
 """
 
@@ -17,17 +17,17 @@ from typing import Final
 ROOT: Final = Path("/")
 
 UNLIMITED: Final = 2**60
-"""From here on a number in a group's file says that there is no limit."""
+"""A number in a group's file from here on means that there is no limit."""
 
 LOCKABLE_SHARE: Final = 0.6
-"""How much of what is free may be page-locked; the rest is left for other programs."""
+"""The share of free memory that may be page-locked; the rest is left to other programs."""
 LOCKABLE_SHARE_WINDOWS: Final = 0.4
-"""The same under Windows, and in WSL, where page-locked memory counts as the GPU's."""
+"""The same on Windows and in WSL, where page-locked memory counts as the GPU's."""
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What there is for this process and what of it is free, in bytes."""
+    """The memory for this process and how much of it is free, in bytes."""
 
     available: int
     total: int
@@ -35,11 +35,11 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class _Names:
-    """What a version of the control groups calls its files."""
+    """The file names of a version of the control groups."""
 
     limits: tuple[str, ...]
     usage: str
-    cached: tuple[str, ...]  # lines of memory.stat: what the system takes back when it is short
+    cached: tuple[str, ...]  # lines of memory.stat: memory that the system can reclaim
 
 
 _FIRST: Final = _Names(
@@ -53,7 +53,7 @@ _SECOND: Final = _Names(
 
 
 def measure(root: Path = ROOT) -> HostMemory | None:
-    """What is free for this process; `root` is where /proc and /sys lie."""
+    """The memory for this process; `root` is the folder of proc and sys."""
     if sys.platform == "win32":
         return _measure_windows()
     found = _numbers(root / "proc/meminfo")
@@ -74,7 +74,7 @@ def lockable_share(root: Path = ROOT) -> float:
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """The limit of each group that we are in, and how much of it is left."""
+    """The limit of each group of this process, and how much of it is left."""
     for names, folder in _groups(root):
         limits = [_number(folder / name) for name in names.limits]
         limit = min((each for each in limits if each is not None), default=UNLIMITED)
@@ -87,7 +87,7 @@ def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
 
 
 def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
-    """The folders of the groups that limit our memory, ours and those around it."""
+    """The folders of the groups that limit this process: its own and those around it."""
     mounts = dict(_mounts(root))
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
@@ -101,7 +101,7 @@ def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
         if names not in mounts:
             continue
         inside, top = mounts[names]
-        # In a container the path may be one of the machine, whose groups are not shown here.
+        # In a container the path may be of the host, whose groups are not visible here.
         below = path.removeprefix(inside).strip("/")
         folder = top / below
         if ".." in Path(below).parts or not folder.is_dir():
@@ -113,7 +113,7 @@ def _groups(root: Path) -> Iterator[tuple[_Names, Path]]:
 
 
 def _mounts(root: Path) -> Iterator[tuple[_Names, tuple[str, Path]]]:
-    """Where the groups are mounted, and which of them stands at the top there."""
+    """Where the groups are mounted, and which group is at the top there."""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         mount, kind = left.split(), right.split()
@@ -127,7 +127,7 @@ def _mounts(root: Path) -> Iterator[tuple[_Names, tuple[str, Path]]]:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """A file of lines that begin with a name and a number."""
+    """The numbers by name of a file whose lines begin with a name and a number."""
     found = {}
     for line in _text(file).splitlines():
         name, *rest = line.split() or [""]

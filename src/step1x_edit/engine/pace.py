@@ -1,8 +1,8 @@
-"""How long edits take, learned from those that have been made; a guess is never told.
+"""How long edits take, learned from earlier edits; guesses are never reported.
 
-An edit takes so much for each step, and so much besides. Both depend on the model, on where it
-computes, on the working size and on what a step has to do, so only edits of the same kind are
-asked. What a loading model takes is not counted.
+The time of an edit is a time per step plus a rest. Both depend on the model, on its device, on the
+working size and on the work of a step, so only edits of the same kind are compared. Loading the
+model is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MOST_KINDS: Final = 64
 
 @dataclass(frozen=True)
 class Kind:
-    """What edits that take equally long have in common, but for the number of their steps."""
+    """What determines the time of an edit, except the number of its steps."""
 
     model: str | None
     device: str | None
@@ -45,18 +45,18 @@ class Kind:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an edit, or of each round of a reflection: for each step, and for the rest."""
+    """Seconds of an edit, or of each round of a reflection: per step, and for the rest."""
 
     step_s: float
     rest_s: float
 
     def seconds(self, num_steps: int) -> float:
-        """Of one round with this number of steps."""
+        """The time of one round with this number of steps."""
         return self.rest_s + num_steps * self.step_s
 
 
 class Stopwatch:
-    """Times one edit by what its worker tells; times are those of the engine's clock."""
+    """Times one edit by its worker's progress; times are those of the engine's clock."""
 
     def __init__(self) -> None:
         self._begun: float | None = None
@@ -68,9 +68,9 @@ class Stopwatch:
         self._steps_s = 0.0
 
     def saw(self, progress: Progress, now: float) -> None:
-        """Take note of how far the edit is."""
+        """Record the progress of the edit."""
         if progress.phase is Phase.LOADING:
-            self._begun = None  # also on the way, when memory ran out
+            self._begun = None  # also during an edit, if memory ran out
             self._forget()
             return
         if self._begun is None:
@@ -85,7 +85,7 @@ class Stopwatch:
         self._last = (progress.step, now)
 
     def pace(self, job: EditJob, now: float) -> Pace | None:
-        """The pace of an edit that has just ended; None if too little of it was seen."""
+        """The pace of an edit that has just ended; None if it had too few steps."""
         if self._begun is None or self._steps < 1:
             return None
         step_s = self._steps_s / self._steps
@@ -110,9 +110,9 @@ class Paces:
             del self._known[next(iter(self._known))]
 
     def seconds(self, job: EditJob, residence: Residence) -> float | None:
-        """How long such an edit will take; None if there was none of its kind.
+        """The time of such an edit; None if there was none of its kind.
 
-        How often a reflection tries again is not known: this is the time of all its rounds.
+        The number of rounds of a reflection is not known in advance: this is the time of all.
         """
         pace = self._known.get(Kind.of(job, residence))
         if pace is None:

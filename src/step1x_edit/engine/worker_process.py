@@ -1,7 +1,7 @@
-"""The worker process as its parent holds it: started, spoken to, watched, ended.
+"""The worker process as its parent sees it: started, sent requests, watched, ended.
 
-The child shares nothing with us but one pipe and stderr. It leaves by itself when the pipe closes,
-so that it never outlives us, however we end.
+The child shares one pipe and stderr with the parent and nothing else. It exits when the pipe
+closes, so that it never outlives the parent, however that ends.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from step1x_edit.errors import WorkerLostError
 from step1x_edit.settings import inherited_environment
 
 _PATIENT_THREADS: Final = {"GOMP_SPINCOUNT": "20000"}
-"""Threads that wait for each other spin for a moment and then sleep, unless the user has said
-otherwise. By default they spin longer, which is ruinous where other programs want the cores too."""
+"""OpenMP threads that wait for each other spin briefly and then sleep, unless the user sets this.
+By default they spin longer, which is ruinous if other programs need the cores too."""
 
 _SEND_S: Final = 30.0
-_LOOK_S: Final = 1.0  # between two looks at whether it is stopped
+_POLL_S: Final = 1.0  # between two checks whether the process is stopped
 _CAN_SEE_STOPS: Final = hasattr(os, "waitid")
 _EXIT_S: Final = 5.0  # between the end of the pipe and the end of the process
 
 
 class _Mark(Enum):
-    """What stands among the reports without being one."""
+    """Marks in the queue of reports."""
 
     WAKE = "wake"
     END = "end"
 
 
 class WorkerProcess:
-    """One process that owns torch and the model; see `engine.Worker` for who may call what."""
+    """One process that owns torch and the model; see `engine.Worker` for threads."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class WorkerProcess:
     ) -> None:
         """Start the process; `on_end` is called from another thread when it has ended.
 
-        `module` is what it runs. After `max_stop_s` of being stopped it counts as lost. Raises
-        OSError if it cannot be started.
+        It runs `module`. If it is stopped for `max_stop_s`, it counts as lost. Raises OSError if
+        it cannot be started.
         """
         ours, theirs = multiprocessing.Pipe()
         with theirs:
@@ -65,7 +65,7 @@ class WorkerProcess:
         self._reports: queue.SimpleQueue[Report | _Mark] = queue.SimpleQueue()
         self._has_ended = threading.Event()
         threading.Thread(target=self._listen, name="worker reports", daemon=True).start()
-        with contextlib.suppress(OSError):  # told by the first `receive`
+        with contextlib.suppress(OSError):  # the first `receive` raises
             self._channel.send(start)
 
     @property
@@ -75,12 +75,12 @@ class WorkerProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can still be asked for something."""
+        """Whether it can still take requests."""
         return not self._has_ended.is_set()
 
     def send(self, request: EditJob | Offload) -> None:
-        """Ask for something; raises WorkerLostError."""
-        patience = threading.Timer(_SEND_S, self.kill)  # a process that is stopped does not read
+        """Send a request; raises WorkerLostError."""
+        patience = threading.Timer(_SEND_S, self.kill)  # a stopped process does not read
         patience.start()
         try:
             self._channel.send(request)
@@ -92,8 +92,8 @@ class WorkerProcess:
     def receive(self, timeout_s: float) -> Report | None:
         """The next report; None after a silence or a cancel. Raises WorkerLostError.
 
-        A process that is stopped counts as lost after some seconds, whatever it was doing: while it
-        loads or decodes, nothing else tells it from one that works.
+        A stopped process counts as lost after some seconds, whatever it was doing: while it loads
+        or decodes, nothing else distinguishes it from one that works.
         """
         report = self._next_report(time.monotonic() + timeout_s)
         if report is _Mark.END:
@@ -111,7 +111,7 @@ class WorkerProcess:
             elif now >= stopped_at + self._max_stop_s:
                 raise WorkerLostError(f"it was stopped for {self._max_stop_s:g} s")
             with contextlib.suppress(queue.Empty):
-                return self._reports.get(timeout=max(0.0, min(_LOOK_S, until - now)))
+                return self._reports.get(timeout=max(0.0, min(_POLL_S, until - now)))
             if time.monotonic() >= until:
                 return _Mark.WAKE
         with contextlib.suppress(queue.Empty):
@@ -119,7 +119,7 @@ class WorkerProcess:
         return _Mark.END
 
     def _is_stopped(self) -> bool:
-        """Whether a signal has stopped the process; the news of that is left where it is."""
+        """Whether a signal has stopped the process; does not consume its status."""
         if not _CAN_SEE_STOPS:
             return False
         with contextlib.suppress(OSError):  # it has ended
@@ -128,13 +128,13 @@ class WorkerProcess:
         return False
 
     def cancel(self, request: Cancel) -> None:
-        """Ask it to stop an edit; whoever waits in `receive` is woken."""
-        with contextlib.suppress(OSError):  # who waits for it is told that it has ended
+        """Ask it to stop an edit, and wake the caller that waits in `receive`."""
+        with contextlib.suppress(OSError):  # `receive` raises
             self._channel.send(request)
         self._reports.put(_Mark.WAKE)
 
     def stop(self, timeout_s: float) -> None:
-        """End the process and wait for it, at last by force."""
+        """End the process and wait for it; kill it after the timeout."""
         self._channel.hang_up()
         try:
             self._process.wait(timeout_s)
@@ -158,14 +158,14 @@ class WorkerProcess:
             self._reports.put(_Mark.END)
             try:
                 self._process.wait(_EXIT_S)
-            except subprocess.TimeoutExpired:  # it no longer speaks to us
+            except subprocess.TimeoutExpired:  # it closed the pipe but hangs
                 self.kill()
                 self._process.wait()
             self._channel.close()
             self._on_end()
 
     def _how_it_ended(self) -> str:
-        """In words, for the error that tells it."""
+        """How it ended, for the sentence of an error."""
         try:
             code = self._process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
@@ -180,7 +180,7 @@ class WorkerProcess:
 
 
 def _spawn(module: str, connection: Connection) -> subprocess.Popen[bytes]:
-    """Start the child with its end of the pipe, and with nothing of ours on descriptors 0 and 1."""
+    """Start the child with its end of the pipe, and without our stdin and stdout."""
     options: dict[str, Any] = {}
     handle = connection.fileno()
     if sys.platform == "win32":
@@ -188,13 +188,13 @@ def _spawn(module: str, connection: Connection) -> subprocess.Popen[bytes]:
         startup = subprocess.STARTUPINFO(lpAttributeList={"handle_list": [handle]})
         options = {"startupinfo": startup, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     else:
-        # A session of its own: Ctrl-C in the terminal is for us, and we tell the child.
+        # In a separate session, because Ctrl-C in the terminal is for the parent only.
         options = {"pass_fds": [handle], "start_new_session": True}
     return subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [sys.executable, "-m", module, str(handle)],
         stdin=subprocess.DEVNULL,
         stdout=2,
-        # A `torch.py` in the folder we were started in must not be taken for the library.
+        # A file torch.py in the current folder must not be imported instead of the library.
         env={**_PATIENT_THREADS, **inherited_environment(PYTHONSAFEPATH="1")},
         **options,
     )

@@ -1,4 +1,4 @@
-"""The most memory that an edit has needed, as the allocator or the system tells it."""
+"""The peak memory of an edit, as reported by the allocator or the system."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 _REFS: Final = Path("/proc/self/clear_refs")
 _STATUS: Final = Path("/proc/self/status")
-_RESET_PEAK: Final = "5"  # of the resident set, says proc(5); nothing else is touched
+_RESET_PEAK: Final = "5"  # only the peak of the resident set, see proc(5)
 
 
 class PeakMeter:
-    """Measures from `begin` on: on a GPU its allocator, without one this process's resident set.
+    """Measures from `begin` on: the allocator of a GPU, or this process's resident set.
 
-    Of the stand-in for a GPU the slabs are all there is to know; `held` tells their bytes.
+    For the stand-in of a GPU only the slabs are known; `held` returns their bytes.
     """
 
     def __init__(self, device: torch.device | None, held: Callable[[], int]) -> None:
@@ -26,7 +26,7 @@ class PeakMeter:
         self._highest = 0
 
     def begin(self) -> None:
-        """Forget what was before."""
+        """Start again."""
         self._highest = self._held()
         self._has_begun = True
         if self._device is None:
@@ -35,11 +35,11 @@ class PeakMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def note(self) -> None:
-        """Take down what is held now; only a stand-in has to be told."""
+        """Record what is held now; only the stand-in needs this."""
         self._highest = max(self._highest, self._held())
 
     def read(self) -> int | None:
-        """The most bytes since `begin`; None if nobody has begun, or the system does not tell."""
+        """The most bytes since `begin`; None before that, or if the system does not report it."""
         if not self._has_begun:
             return None
         if self._device is None:
@@ -52,7 +52,7 @@ class PeakMeter:
 def _reset_resident_peak() -> bool:
     try:
         _REFS.write_text(_RESET_PEAK, encoding="ascii")
-    except OSError:  # not Linux, or not allowed: a peak since the start would say something else
+    except OSError:  # not Linux, or not allowed: the peak since the start means something else
         return False
     return True
 
