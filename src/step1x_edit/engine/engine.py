@@ -35,6 +35,7 @@ from step1x_edit.channel import (
     Residence,
 )
 from step1x_edit.engine.pace import Paces, Stopwatch
+from step1x_edit.engine.watch import Watch
 from step1x_edit.errors import (
     DeadlineExceededError,
     EditCancelledError,
@@ -55,8 +56,6 @@ MAX_RESTARTS: Final = 3
 RESTART_WINDOW_S: Final = 600.0
 
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
-_STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
-_UNKNOWN_S: Final = 120.0  # patience for importing libraries and for the first step
 _MOVE_S: Final = 60.0  # the model leaves the device in well under a second
 _STOP_S: Final = 5.0
 
@@ -515,7 +514,7 @@ class Engine:
     def _follow(self, edit: Edit, worker: Worker) -> EditResult:
         """Send the edit to the worker, publish its progress, and make sure that it ends."""
         worker.send(edit.job)
-        watch = _Watch(
+        watch = Watch(
             self._clock.now(),
             self._edit_timeout_s,
             self._min_patience_s,
@@ -617,65 +616,6 @@ class Engine:
 
     def _note(self, **changes: object) -> None:
         self._snapshot = replace(self._snapshot, **changes)  # type: ignore[arg-type]
-
-
-class _Watch:
-    """The time that an edit may take, and the silence that its worker may keep."""
-
-    def __init__(
-        self, now: float, edit_timeout_s: float, min_patience_s: float, *, has_previews: bool
-    ) -> None:
-        self._has_previews = has_previews
-        self.deadline = now + edit_timeout_s
-        self._min_patience_s = min_patience_s
-        self._last_sign = now
-        self._stopped_at: float | None = None
-        self._phase = Phase.LOADING
-        self._usual_step_s: float | None = None
-
-    @property
-    def limit(self) -> float:
-        """When to stop waiting for the next report."""
-        return self._hangs_from if self._is_stopping else min(self.deadline, self._hangs_from)
-
-    def saw(self, progress: Progress, now: float) -> None:
-        """Record a report."""
-        is_longest = progress.preview is not None or not self._has_previews
-        if is_longest and self._phase is progress.phase is Phase.DENOISING:
-            self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
-        self._phase, self._last_sign = progress.phase, now
-
-    def stopped(self, now: float) -> None:
-        """Expect the edit to end from now on."""
-        if self._stopped_at is None:
-            self._stopped_at = now
-
-    def hangs(self, now: float) -> bool:
-        """Whether the worker has been silent for longer than its work takes."""
-        return now >= self._hangs_from
-
-    def silence(self, now: float) -> float:
-        """Seconds since the last report."""
-        return now - self._last_sign
-
-    @property
-    def _is_stopping(self) -> bool:
-        return self._stopped_at is not None
-
-    @property
-    def _hangs_from(self) -> float:
-        if self._stopped_at is not None:
-            return self._stopped_at + self._patience_s
-        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
-            return self._last_sign + self._patience_s
-        return math.inf  # the time of loading, encoding and decoding is not known
-
-    @property
-    def _patience_s(self) -> float:
-        """How long a silence may last; generous until a step has been timed."""
-        if self._usual_step_s is None:
-            return max(self._min_patience_s, _UNKNOWN_S)
-        return max(self._min_patience_s, _STEPS_OF_SILENCE * self._usual_step_s)
 
 
 def _answer(order: _Order, answer: EngineStatus | Step1XEditError) -> None:

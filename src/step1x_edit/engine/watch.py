@@ -1,0 +1,68 @@
+"""How long an edit may take, and how long its worker may be silent before it counts as hanging."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from step1x_edit.channel import Phase, Progress
+
+_STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
+_UNKNOWN_S: Final = 120.0  # patience for importing libraries and for the first step
+
+
+class Watch:
+    """The time that an edit may take, and the silence that its worker may keep."""
+
+    def __init__(
+        self, now: float, edit_timeout_s: float, min_patience_s: float, *, has_previews: bool
+    ) -> None:
+        self._has_previews = has_previews
+        self.deadline = now + edit_timeout_s
+        self._min_patience_s = min_patience_s
+        self._last_sign = now
+        self._stopped_at: float | None = None
+        self._phase = Phase.LOADING
+        self._usual_step_s: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """When to stop waiting for the next report."""
+        if self._stopped_at is not None:
+            return self._hangs_from
+        return min(self.deadline, self._hangs_from)
+
+    def saw(self, progress: Progress, now: float) -> None:
+        """Record a report."""
+        is_longest = progress.preview is not None or not self._has_previews
+        if is_longest and self._phase is progress.phase is Phase.DENOISING:
+            self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
+        self._phase, self._last_sign = progress.phase, now
+
+    def stopped(self, now: float) -> None:
+        """Expect the edit to end from now on."""
+        if self._stopped_at is None:
+            self._stopped_at = now
+
+    def hangs(self, now: float) -> bool:
+        """Whether the worker has been silent for longer than its work takes."""
+        return now >= self._hangs_from
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last report."""
+        return now - self._last_sign
+
+    @property
+    def _hangs_from(self) -> float:
+        if self._stopped_at is not None:
+            return self._stopped_at + self._patience_s
+        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
+            return self._last_sign + self._patience_s
+        return math.inf  # the time of loading, encoding and decoding is not known
+
+    @property
+    def _patience_s(self) -> float:
+        """The longest silence; generous until a step has been timed."""
+        if self._usual_step_s is None:
+            return max(self._min_patience_s, _UNKNOWN_S)
+        return max(self._min_patience_s, _STEPS_OF_SILENCE * self._usual_step_s)
