@@ -304,7 +304,7 @@ class Residency:
     def shrink(self) -> bool:
         """Offload, and keep a quarter of the core less on the device until the model is released.
 
-        Less than at the last attempt, also if that failed. False if nothing is left to stream.
+        Less than at the last attempt, also if that failed. False if none of the core was resident.
         """
         if self._loaded is None or self._loaded.core_tried == 0:
             return False
