@@ -39,9 +39,11 @@ from step1x_edit.hub.pulls import Pulls
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced, new_secret
 from step1x_edit.interfaces.http import connections, problems
 from step1x_edit.interfaces.http.docs_page import docs_routes
-from step1x_edit.interfaces.http.edits import edit_routes, health_routes
+from step1x_edit.interfaces.http.edits import edit_routes
 from step1x_edit.interfaces.http.estimate import estimate_routes
+from step1x_edit.interfaces.http.gpu import gpu_routes
 from step1x_edit.interfaces.http.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
+from step1x_edit.interfaces.http.health import health_routes
 from step1x_edit.interfaces.http.idempotency import Runs
 from step1x_edit.interfaces.http.jobs import job_operation, job_routes
 from step1x_edit.interfaces.http.metrics import Metrics
@@ -125,6 +127,7 @@ def build_routes(
     if store is not None:
         runs = Runs()
         app.router.routes.extend(edit_routes(service, runs).routes)
+        app.router.routes.extend(gpu_routes(service).routes)
         app.router.routes.extend(image_routes(service, settings, runs).routes)
         app.router.routes.extend(estimate_routes(service).routes)
         app.router.routes.extend(job_routes(service, store, runs, app.state.closing).routes)

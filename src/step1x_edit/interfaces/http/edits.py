@@ -1,4 +1,4 @@
-"""The REST face: a picture in, a picture out, and the operations on the GPU.
+"""The REST face of an edit: a picture in, a picture out.
 
 Uploads are read into memory that spills into files without names, which end with the request. What
 a form may hold is what `PictureRequest` says; its fields reach the service unread. Failures leave
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
@@ -18,18 +18,14 @@ from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
-from step1x_edit import __version__
 from step1x_edit.errors import (
     EditCancelledError,
     InvalidParameterError,
-    Step1XEditError,
 )
 from step1x_edit.interfaces import json_bodies
-from step1x_edit.interfaces.discovery import PROOF_HEADER, proof
 from step1x_edit.interfaces.http import problems
-from step1x_edit.interfaces.http.guard import request_id
 from step1x_edit.interfaces.http.idempotency import (
     KEY_PARAMETER,
     REPLAYED,
@@ -40,18 +36,12 @@ from step1x_edit.interfaces.http.idempotency import (
     may_be_known,
     unless_gone,
 )
-from step1x_edit.interfaces.http.metrics import TEXT_FORMAT, Metrics
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.requests import (
     EditMetadata,
-    GpuAnswer,
-    GpuStatistics,
-    GpuStatus,
     PictureAnswer,
     PictureRequest,
-    PlanStatus,
     RoundPicture,
-    StatusAnswer,
 )
 from step1x_edit.service.service import EditedPicture, EditService
 
@@ -67,7 +57,6 @@ MASK_DESCRIPTION: Final = (
 _UPLOADS: Final = (FILE, MASK)
 _MAX_FIELDS: Final = 20
 _MAX_FIELD_BYTES: Final = 64 * 1024
-_MAX_NONCE: Final = 64
 
 _JSON: Final = "application/json"
 _SUFFIX_OF: Final = {
@@ -89,37 +78,6 @@ repeats the picture is in `X-Seed`; with a `mask`, `X-Changed-Share` is the shar
 that changed. Closing the connection cancels the edit."""
 
 # What the description shows.
-_STATUS: Final = GpuStatus(
-    model_location="CPU",
-    idle_time=45.2,
-    idle_timeout=60,
-    gpu_memory_allocated_gb=0.0,
-    gpu_memory_reserved_gb=0.0,
-    auto_monitor_running=True,
-    statistics=GpuStatistics(total_loads=5, gpu_to_cpu=5, cpu_to_gpu=4, full_releases=0),
-    model="v1.1",
-    device="cuda:0",
-    queue_length=0,
-    plan=PlanStatus(
-        resident_share=0.31,
-        precision="bf16",
-        streaming=True,
-        slots=2,
-        joint_branches=False,
-        reason="31 % of the core stays on the device, the rest passes through 2 slots, prompts "
-        "one after the other",
-        predicted_peak_gb=7.4,
-        measured_peak_gb=7.1,
-        host_gb=39.2,
-    ),
-)
-_OFFLOADED: Final = GpuAnswer(
-    message="GPU offloaded. Model now on CPU, GPU memory: 0.00GB", gpu_status=_STATUS
-)
-_RELEASED: Final = GpuAnswer(
-    message="GPU released. Model location: Unloaded, GPU memory: 0.00GB",
-    gpu_status=_STATUS.model_copy(update={"model_location": "Unloaded", "plan": None}),
-)
 METADATA: Final = EditMetadata(
     prompt="change to night scene",
     num_steps=28,
@@ -141,7 +99,7 @@ _EDITED: Final = PictureAnswer(
 )
 
 
-def _example(answer: GpuAnswer | PictureAnswer | StatusAnswer) -> dict[str, Any]:
+def _example(answer: PictureAnswer) -> dict[str, Any]:
     return {_JSON: {"example": answer.to_dict()}}
 
 
@@ -227,57 +185,6 @@ def edit_routes(service: EditService, runs: Runs) -> APIRouter:
             return JSONResponse(_answer(edited).to_dict(), headers=headers)
         headers["Content-Disposition"] = f'inline; filename="edited{suffix}"'
         return Response(edited.data, headers=headers, media_type=wanted)
-
-    @router.get(
-        "/gpu/status",
-        operation_id="get_gpu_status",
-        summary="Say where the model is",
-        description="Where the model is, what it occupies as measured, how it is placed and why, "
-        "and how many edits wait. Answers at once, also during an edit.",
-        response_model=StatusAnswer,
-        responses={
-            200: {
-                "description": "How things stand",
-                "content": _example(StatusAnswer(gpu_status=_STATUS)),
-            },
-            **problems.described("internal"),
-        },
-        tags=["GPU"],
-    )
-    async def gpu_status() -> Response:
-        return JSONResponse(service.status().to_dict())
-
-    @router.post(
-        "/gpu/offload",
-        operation_id="offload_gpu",
-        summary="Move the model to host memory",
-        description="Waits for the picture that is being edited and goes ahead of waiting edits. "
-        "Does nothing if the model is not on the GPU; the next edit brings it back.",
-        response_model=GpuAnswer,
-        responses={
-            200: {"description": "Where it is now", "content": _example(_OFFLOADED)},
-            **problems.described("internal", "shutting_down"),
-        },
-        tags=["GPU"],
-    )
-    async def offload() -> Response:
-        return JSONResponse((await service.offload()).to_dict())
-
-    @router.post(
-        "/gpu/release",
-        operation_id="release_gpu",
-        summary="Forget the model",
-        description="Frees GPU and host memory; the next edit loads the model from disk again. "
-        "Waits for the picture that is being edited and goes ahead of waiting edits.",
-        response_model=GpuAnswer,
-        responses={
-            200: {"description": "Where it is now", "content": _example(_RELEASED)},
-            **problems.described("internal", "shutting_down"),
-        },
-        tags=["GPU"],
-    )
-    async def release() -> Response:
-        return JSONResponse((await service.release()).to_dict())
 
     return router
 
@@ -455,149 +362,3 @@ def json_content(
         if name in schema["properties"]:
             schema["properties"][name]["default"] = default
     return {_JSON: {"schema": {**schema, "example": dict(example)}}}
-
-
-# --- whether all is well --------------------------------------------------------------------------
-
-
-def health_routes(service: EditService, metrics: Metrics, secret: str) -> APIRouter:
-    """The routes for monitoring; `secret` is that of the note by which the server is found."""
-    router = APIRouter(tags=["Watching"])
-
-    @router.get(
-        "/health",
-        operation_id="get_health",
-        summary="Say in short how the server is",
-        description="Whether an edit would be taken now, where the model is, how many edits wait.",
-        responses={
-            200: {
-                "description": "The server answers",
-                "content": {
-                    _JSON: {
-                        "schema": {"type": "object"},
-                        "example": {
-                            "status": "healthy",
-                            "version": __version__,
-                            "model_location": "Unloaded",
-                            "queue_length": 0,
-                        },
-                    }
-                },
-            },
-            **problems.described("internal"),
-        },
-        response_class=JSONResponse,
-    )
-    async def health() -> Response:
-        status = service.status().gpu_status
-        return JSONResponse(
-            {
-                "status": "healthy" if _is_ready(service) else "unavailable",
-                "version": __version__,
-                "model_location": status.model_location,
-                "model": status.model,
-                "queue_length": status.queue_length,
-            }
-        )
-
-    @router.get(
-        "/livez",
-        operation_id="get_liveness",
-        summary="Say that the process lives",
-        description="Needs no token. It says nothing about whether edits are possible. To a "
-        f"`nonce` it answers in `{PROOF_HEADER}` with the HMAC-SHA256 of its port and the nonce, "
-        "by which programs on this machine recognise the server that wrote the note in DATA_DIR.",
-        responses={200: _plain("The process answers", "ok\n"), **problems.described("internal")},
-        response_class=PlainTextResponse,
-        openapi_extra={
-            "parameters": [
-                {
-                    "name": "nonce",
-                    "in": "query",
-                    "description": f"A random text of at most {_MAX_NONCE} characters",
-                    "schema": {"type": "string"},
-                }
-            ]
-        },
-    )
-    async def livez(request: Request) -> Response:
-        nonce = request.query_params.get("nonce", "")
-        _, port = request.scope.get("server") or ("", 0)
-        is_asked = secret and 0 < len(nonce) <= _MAX_NONCE
-        headers = {PROOF_HEADER: proof(secret, nonce, port)} if is_asked else {}
-        return PlainTextResponse("ok\n", headers=headers)
-
-    @router.get(
-        "/readyz",
-        operation_id="get_readiness",
-        summary="Say whether an edit would be taken now",
-        description="With `?verbose` as one line for each thing that was looked at.",
-        responses={
-            200: _plain("An edit would be taken", "ready\n"),
-            **problems.described("internal", "queue_full", "model_unavailable", "shutting_down"),
-        },
-        response_class=PlainTextResponse,
-        openapi_extra={
-            "parameters": [
-                {
-                    "name": "verbose",
-                    "in": "query",
-                    "description": "Whether to tell each thing that was looked at",
-                    "allowEmptyValue": True,
-                    "schema": {"type": "string"},
-                }
-            ]
-        },
-    )
-    async def readyz(request: Request) -> Response:
-        if "verbose" not in request.query_params:
-            try:
-                for check in service.readiness.values():
-                    check()
-            except Step1XEditError as error:  # whatever its own status, the server is not ready
-                failure = replace(problems.of_error(error), status=503)
-                return problems.response(failure, request_id(request.scope))
-            return PlainTextResponse("ready\n")
-        lines, is_ready = [], True
-        for name, check in service.readiness.items():
-            try:
-                check()
-            except Step1XEditError as error:
-                is_ready = False
-                lines.append(f"[-] {name}: {error}\n")
-            else:
-                lines.append(f"[+] {name}\n")
-        lines.append("ready\n" if is_ready else "not ready\n")
-        return PlainTextResponse("".join(lines), 200 if is_ready else 503)
-
-    @router.get(
-        "/metrics",
-        operation_id="get_metrics",
-        summary="Tell Prometheus how things stand",
-        description="Requests, edits, the queue, and where the model is, as text.",
-        responses={
-            200: _plain("The figures", "step1x_queue_length 0.0\n"),
-            **problems.described("internal"),
-        },
-        response_class=PlainTextResponse,
-    )
-    async def tell_metrics() -> Response:
-        return PlainTextResponse(metrics.text(), media_type=TEXT_FORMAT)
-
-    return router
-
-
-def _is_ready(service: EditService) -> bool:
-    try:
-        for check in service.readiness.values():
-            check()
-    except Step1XEditError:
-        return False
-    return True
-
-
-def _plain(description: str, example: str) -> dict[str, Any]:
-    return {
-        "description": description,
-        "content": {"text/plain": {"schema": {"type": "string"}, "example": example}},
-    }
