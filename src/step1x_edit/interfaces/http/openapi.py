@@ -8,24 +8,34 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel
 
 from step1x_edit import __version__
+from step1x_edit.errors import EditCancelledError
+from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.interfaces.discovery import PROOF_HEADER
 from step1x_edit.interfaces.http import problems
+from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
 from step1x_edit.schemas.requests import (
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    JobState,
+    ModelsAnswer,
     PlanStatus,
+    PullAnswer,
+    PulledModel,
+    PullProgressAnswer,
     StatusAnswer,
 )
 
 _JSON: Final = "application/json"
 
 
-def _json(description: str, answer: GpuAnswer | StatusAnswer) -> dict[str, Any]:
-    return {"description": description, "content": {_JSON: {"example": answer.to_dict()}}}
+def _json(description: str, answer: BaseModel) -> dict[str, Any]:
+    example = answer.model_dump(mode="json", exclude_none=True)
+    return {"description": description, "content": {_JSON: {"example": example}}}
 
 
 def _plain(description: str, example: str) -> dict[str, Any]:
@@ -103,6 +113,111 @@ RELEASE_GPU: Final[dict[str, Any]] = {
         200: _json("The new location", _RELEASED),
         **problems.described("internal", "shutting_down"),
     },
+}
+
+# --- published models -----------------------------------------------------------------------------
+
+_MODEL_FOLDER: Final = "/home/me/.local/share/step1x-edit/models/v1.1"
+_PULL_BEGINS: Final = PullProgressAnswer(phase="asking", done=0, total=0, text="asking the hub")
+_PULL_PROGRESS: Final = PullProgressAnswer(
+    phase="downloading",
+    done=3_100_000_000,
+    total=41_800_000_000,
+    text="step1x-edit-v1p1-official.safetensors",
+)
+_PULL: Final = PullAnswer(name="v1.1", status=JobState.RUNNING, progress=_PULL_PROGRESS)
+_STOPPED_PULL: Final = _PULL.model_copy(
+    update={
+        "status": JobState.CANCELLED,
+        "error": str(EditCancelledError()),
+        "code": EditCancelledError.code,
+    }
+)
+_MODELS: Final = ModelsAnswer(
+    models=[
+        PulledModel(
+            name="v1.1",
+            version="v1.1",
+            repos=["stepfun-ai/Step1X-Edit", "Qwen/Qwen2.5-VL-7B-Instruct"],
+            size_bytes=41_800_000_000,
+            state="partial",
+            folder=f"{_MODEL_FOLDER}.partial",
+            disk_bytes=3_100_000_000,
+            runs=False,
+        )
+    ],
+    pull=_PULL,
+)
+_PULL_EVENTS: Final = (
+    named("progress", _PULL_BEGINS.to_dict())
+    + named("progress", _PULL_PROGRESS.to_dict())
+    + named("pulled", {"path": _MODEL_FOLDER})
+)
+_PULL_EVENT: Final = {
+    "type": "object",
+    "description": "One event: `progress` with a `PullProgressAnswer`, `pulled` with the path of "
+    "the folder, `error` with the sentence and its code, or `cancelled` with a message",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string", "enum": ["progress", "pulled", "error", "cancelled"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+_OF_MODEL: Final = {
+    "parameters": [
+        {
+            "name": "name",
+            "in": "path",
+            "required": True,
+            "description": "The name of the model, as listed",
+            "schema": {"type": "string", "enum": [model.name for model in CATALOG]},
+            "example": "v1.1",
+        }
+    ]
+}
+
+LIST_PUBLISHED_MODELS: Final[dict[str, Any]] = {
+    "operation_id": "list_published_models",
+    "summary": "List the published models",
+    "description": "For each model how much of it is on this disk and where. Also the running "
+    "pull, or the last one since the server started.",
+    "response_model": ModelsAnswer,
+    "responses": {
+        200: _json("The models", _MODELS),
+        **problems.described("internal"),
+    },
+}
+
+PULL_MODEL: Final[dict[str, Any]] = {
+    "operation_id": "pull_model",
+    "summary": "Download a published model",
+    "description": "Answers with server-sent events: `progress` up to four times a second, then "
+    "`pulled` with the folder for `MODEL_PATH`, `error` or `cancelled`. Closing the connection "
+    "does not stop the pull; the same request again receives the events of the running pull. A "
+    "pull continues from what an earlier one has left, and a model that is on the disk is not "
+    "downloaded again. One model is pulled at a time.",
+    "responses": {
+        200: {
+            "description": "The events",
+            "content": {EVENT_STREAM: {"schema": _PULL_EVENT, "example": _PULL_EVENTS}},
+        },
+        **problems.described("model_not_found", "job_conflict", "rate_limited", "internal"),
+    },
+    "response_class": StreamingResponse,
+    "openapi_extra": _OF_MODEL,
+}
+
+STOP_PULL: Final[dict[str, Any]] = {
+    "operation_id": "stop_pull",
+    "summary": "Stop downloading a model",
+    "description": "Answers once the pull has ended, which takes some seconds if the hub does not "
+    "respond. What arrived is kept, and the next pull of this model continues from there.",
+    "response_model": PullAnswer,
+    "responses": {
+        200: _json("The outcome of the pull", _STOPPED_PULL),
+        **problems.described("model_not_found", "job_conflict", "internal"),
+    },
+    "openapi_extra": _OF_MODEL,
 }
 
 # --- monitoring -----------------------------------------------------------------------------------
