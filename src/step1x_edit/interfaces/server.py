@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 from fastmcp.server.dependencies import get_http_request
 from fastmcp.server.http import StarletteWithLifespan, StreamableHTTPASGIApp
 from fastmcp.server.middleware import CallNext, Middleware, MiddlewareContext
@@ -37,12 +36,12 @@ from step1x_edit import __version__
 from step1x_edit.errors import InternalError, SettingsError, Step1XEditError
 from step1x_edit.hub.pulls import Pulls
 from step1x_edit.interfaces.discovery import SERVER_NAME, announced, new_secret
-from step1x_edit.interfaces.http import connections, problems
+from step1x_edit.interfaces.http import connections, openapi, problems
 from step1x_edit.interfaces.http.docs_page import docs_routes
 from step1x_edit.interfaces.http.edits import edit_routes
 from step1x_edit.interfaces.http.estimate import estimate_routes
 from step1x_edit.interfaces.http.gpu import gpu_routes
-from step1x_edit.interfaces.http.guard import MCP_PATH, OPEN_PATHS, Guard, request_id, start_work
+from step1x_edit.interfaces.http.guard import MCP_PATH, Guard, request_id, start_work
 from step1x_edit.interfaces.http.health import health_routes
 from step1x_edit.interfaces.http.idempotency import Runs
 from step1x_edit.interfaces.http.jobs import job_operation, job_routes
@@ -70,13 +69,6 @@ _EDITING_TOOLS: Final = frozenset(
 )
 _GRACE_S: Final = 3.0  # for the running step to end
 _LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
-_DESCRIPTION: Final = """\
-Edit pictures by saying what to change, with the open model Step1X-Edit on this machine.
-
-Failures are `application/problem+json`; their `code` is the same through every door, and `detail` \
-is one sentence that says what to change. Below `/v1/images` and `/v1/models` they have the form \
-that OpenAI's clients know, with the same code and sentence. Every answer has an `X-Request-Id`, \
-and so has the log."""
 
 
 # --- the application ------------------------------------------------------------------------------
@@ -116,7 +108,7 @@ def build_routes(
     app = FastAPI(
         title=SERVER_NAME,
         version=__version__,
-        description=_DESCRIPTION,
+        description=openapi.DESCRIPTION,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from what the caller calls us
@@ -141,7 +133,7 @@ def build_routes(
         app.router.routes.extend(page.as_routes())
     for kind in (Step1XEditError, HTTPException, Exception):
         app.add_exception_handler(kind, _told)
-    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi.description_of(app, service.defaults)  # type: ignore[method-assign]
     return app
 
 
@@ -227,33 +219,6 @@ def _allowed(request: Request) -> str:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             methods |= route.methods or set()
     return ", ".join(sorted(methods))
-
-
-def _described(app: FastAPI) -> dict[str, Any]:
-    """The routes in OpenAPI."""
-    if app.openapi_schema is None:
-        schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
-        components = schema.setdefault("components", {})
-        components.setdefault("schemas", {}).update(problems.schemas())
-        components["securitySchemes"] = {
-            "API_KEY": {
-                "type": "http",
-                "scheme": "bearer",
-                "description": "Needed where the server has an API_KEY",
-            }
-        }
-        schema["security"] = [{}, {"API_KEY": []}]
-        for path, operations in schema["paths"].items():
-            for operation in operations.values():
-                of_guard = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
-                told = problems.described_status(*of_guard, path=path)
-                operation["responses"] |= {str(status): answer for status, answer in told.items()}
-                if path in OPEN_PATHS:
-                    operation["security"] = []
-        app.openapi_schema = schema
-    return app.openapi_schema
 
 
 # --- the process ----------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ for people who write a client. The schemas come from `schemas`, the failures fro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
 
 from step1x_edit import __version__
@@ -16,13 +19,22 @@ from step1x_edit.errors import EditCancelledError
 from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.interfaces.discovery import PROOF_HEADER
 from step1x_edit.interfaces.http import problems
+from step1x_edit.interfaces.http.edits import METADATA, form_body, json_content, without_null
+from step1x_edit.interfaces.http.guard import OPEN_PATHS
+from step1x_edit.interfaces.http.idempotency import KEY_PARAMETER
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
 from step1x_edit.schemas.requests import (
+    GeneratePictureRequest,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    JobAnswer,
+    JobEventAnswer,
+    JobsAnswer,
+    JobsRequest,
     JobState,
     ModelsAnswer,
+    PictureRequest,
     PlanStatus,
     PullAnswer,
     PulledModel,
@@ -30,7 +42,58 @@ from step1x_edit.schemas.requests import (
     StatusAnswer,
 )
 
+DESCRIPTION: Final = """\
+Edit pictures by saying what to change, with the open model Step1X-Edit on this machine.
+
+Failures are `application/problem+json`: `code` is the same on every door, and `detail` is one \
+sentence that says what to change. Under `/v1/images` and `/v1/models` failures have the form that \
+OpenAI's clients expect, with the same code and sentence. Every answer has an `X-Request-Id`, \
+which is also in the log."""
+"""The description of the whole API."""
+
 _JSON: Final = "application/json"
+
+
+def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, Any]:
+    """The routes of `app` in OpenAPI, with the operator's defaults and what the guard answers."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        components = schema.setdefault("components", {})
+        components.setdefault("schemas", {}).update(problems.schemas())
+        components["securitySchemes"] = {
+            "API_KEY": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "Required if the server has an API_KEY",
+            }
+        }
+        schema["security"] = [{}, {"API_KEY": []}]
+        for path, operations in schema["paths"].items():
+            for operation in operations.values():
+                _add_guard(operation, path)
+                _set_defaults(operation.get("requestBody", {}).get("content", {}), defaults)
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _add_guard(operation: dict[str, Any], path: str) -> None:
+    """Add what the guard answers at this path."""
+    statuses = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
+    failures = problems.described_status(*statuses, path=path)
+    operation["responses"] |= {str(status): answer for status, answer in failures.items()}
+    if path in OPEN_PATHS:
+        operation["security"] = []
+
+
+def _set_defaults(contents: Mapping[str, Any], defaults: Mapping[str, object]) -> None:
+    """Set the operator's defaults in each form of a body."""
+    for content in contents.values():
+        properties = content["schema"]["properties"]
+        for name, default in {**defaults, "num_inference_steps": defaults["num_steps"]}.items():
+            if name in properties:
+                properties[name]["default"] = default
 
 
 def _json(description: str, answer: BaseModel) -> dict[str, Any]:
@@ -113,6 +176,214 @@ RELEASE_GPU: Final[dict[str, Any]] = {
         200: _json("The new location", _RELEASED),
         **problems.described("internal", "shutting_down"),
     },
+}
+
+# --- stored jobs ----------------------------------------------------------------------------------
+
+LAST_EVENT_ID: Final = "Last-Event-ID"
+
+_ID: Final = "0000000000078f14e45fceea167a5a36dedd4bea2543"
+_QUEUED: Final = JobAnswer(
+    id=_ID,
+    status=JobState.QUEUED,
+    created_at=1767225600.0,
+    position=1,
+    request=PictureRequest(prompt="change to night scene", seed=42),
+)
+_SUCCEEDED: Final = _QUEUED.model_copy(
+    update={
+        "status": JobState.SUCCEEDED,
+        "started_at": 1767225601.5,
+        "finished_at": 1767225617.0,
+        "position": None,
+        "processing_time": 15.3,
+        "metadata": METADATA,
+    }
+)
+_CANCELLED: Final = _QUEUED.model_copy(
+    update={
+        "status": JobState.CANCELLED,
+        "finished_at": 1767225602.0,
+        "position": None,
+        "error": str(EditCancelledError()),
+        "code": EditCancelledError.code,
+    }
+)
+_JOBS: Final = JobsAnswer(data=[_QUEUED], has_more=False, first_id=_ID, last_id=_ID)
+_JOB_EVENTS: Final = (
+    'id: 1\ndata: {"at": 1767225600.0, "status": "queued"}\n\n'
+    'id: 2\ndata: {"at": 1767225601.5, "status": "running"}\n\n'
+    ": still there\n\n"
+    'id: 3\ndata: {"at": 1767225617.0, "status": "succeeded"}\n\n'
+)
+_JOB_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template=problems.SCHEMA_REFERENCE)
+del _JOB_EVENT_DATA["$defs"]  # JobAnswer brings the same ones
+_JOB_EVENT: Final = {
+    "type": "object",
+    "description": "One event",
+    "required": ["id", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "Its number"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": _JOB_EVENT_DATA,
+        },
+    },
+}
+_JOB_ID: Final = {
+    "name": "job_id",
+    "in": "path",
+    "required": True,
+    "description": "The id of the job",
+    "schema": {"type": "string"},
+    "example": _ID,
+}
+_OF_JOB: Final = {"parameters": [_JOB_ID]}
+_LIST_QUERY: Final = [
+    {
+        "name": name,
+        "in": "query",
+        "description": schema.pop("description"),
+        "schema": without_null(schema),
+    }
+    for name, schema in JobsRequest.model_json_schema()["properties"].items()
+]
+_JOB_BODY: Final = form_body({})
+_JOB_BODY["content"] |= json_content(
+    GeneratePictureRequest, {}, {"prompt": "a red fox in the snow", "seed": 42}
+)
+
+CREATE_JOB: Final[dict[str, Any]] = {
+    "operation_id": "create_job",
+    "summary": "Create a stored job",
+    "description": "Takes the same form as `/api/edit` and answers as soon as the job is on the "
+    "disk. From then on the job runs even if the client disconnects or the server restarts. "
+    "`Location` is the path of the job. A JSON body instead of a form makes a picture from the "
+    "prompt alone, which needs Step1X-Edit v1.1.",
+    "status_code": 202,
+    "response_model": JobAnswer,
+    "responses": {
+        202: {
+            "headers": {
+                "Location": {"description": "The path of the job", "schema": {"type": "string"}}
+            },
+            **_json("The job is accepted", _QUEUED),
+        },
+        **problems.described(
+            "image_too_large",
+            "unsupported_image",
+            "invalid_parameter",
+            "corrupt_image",
+            "idempotency_key",
+            "internal",
+            "queue_full",
+            "shutting_down",
+            "no_space",
+        ),
+    },
+    "openapi_extra": {"requestBody": _JOB_BODY, "parameters": [KEY_PARAMETER]},
+}
+
+LIST_JOBS: Final[dict[str, Any]] = {
+    "operation_id": "list_jobs",
+    "summary": "List stored jobs",
+    "description": "Newest first. If `has_more` is true, send the `last_id` of this answer as "
+    "`after` to get the next page.",
+    "response_model": JobsAnswer,
+    "responses": {
+        200: _json("One page of jobs", _JOBS),
+        **problems.described("invalid_parameter", "internal", "shutting_down"),
+    },
+    "openapi_extra": {"parameters": _LIST_QUERY},
+}
+
+GET_JOB: Final[dict[str, Any]] = {
+    "operation_id": "get_job",
+    "summary": "Get a stored job",
+    "description": "`status` is `queued`, `running`, or one of the final states `succeeded`, "
+    "`failed`, `cancelled` and `expired`. If the job has failed, `error` and `code` say why, as on "
+    "every other door.",
+    "response_model": JobAnswer,
+    "responses": {
+        200: _json("The job in its current state", _SUCCEEDED),
+        **problems.described("not_found", "internal", "shutting_down"),
+    },
+    "openapi_extra": _OF_JOB,
+}
+
+GET_JOB_EVENTS: Final[dict[str, Any]] = {
+    "operation_id": "get_job_events",
+    "summary": "Stream the events of a stored job",
+    "description": "All past and future events of the job as server-sent events, until the job "
+    "ends. A client that was disconnected sends the id of the last event it received in "
+    "`Last-Event-ID` and gets the later ones; browsers do so by themselves. If no event is left "
+    "the answer is 204, after which browsers do not reconnect.",
+    "responses": {
+        200: {
+            "description": "The events",
+            "content": {EVENT_STREAM: {"schema": _JOB_EVENT, "example": _JOB_EVENTS}},
+        },
+        204: {"description": "The job has ended and no event is left"},
+        **problems.described("not_found", "invalid_parameter", "internal", "shutting_down"),
+    },
+    "response_class": StreamingResponse,
+    "openapi_extra": {
+        "parameters": [
+            _JOB_ID,
+            {
+                "name": LAST_EVENT_ID,
+                "in": "header",
+                "description": "The id of the last event that the client received",
+                "schema": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+            },
+        ]
+    },
+}
+
+GET_JOB_CONTENT: Final[dict[str, Any]] = {
+    "operation_id": "get_job_content",
+    "summary": "Download the result of a stored job",
+    "description": "The edited picture as PNG, once the job has succeeded.",
+    "responses": {
+        200: {
+            "description": "The edited picture",
+            "content": {
+                "image/png": {
+                    "schema": {"type": "string", "format": "binary"},
+                    "example": "(bytes)",
+                }
+            },
+        },
+        **problems.described("not_found", "job_conflict", "internal", "shutting_down"),
+    },
+    "response_class": Response,
+    "openapi_extra": _OF_JOB,
+}
+
+CANCEL_JOB: Final[dict[str, Any]] = {
+    "operation_id": "cancel_job",
+    "summary": "Cancel a stored job",
+    "description": "A queued job does not start; a running job stops within one step. A job that "
+    "has ended does not change.",
+    "response_model": JobAnswer,
+    "responses": {
+        200: _json("The job in its current state", _CANCELLED),
+        **problems.described("not_found", "internal", "shutting_down", "no_space"),
+    },
+    "openapi_extra": _OF_JOB,
+}
+
+DELETE_JOB: Final[dict[str, Any]] = {
+    "operation_id": "delete_job",
+    "summary": "Delete a stored job",
+    "description": "Removes the job and its pictures. A running job must be cancelled first.",
+    "status_code": 204,
+    "responses": {
+        204: {"description": "The job is deleted"},
+        **problems.described("not_found", "job_conflict", "internal", "shutting_down", "no_space"),
+    },
+    "openapi_extra": _OF_JOB,
 }
 
 # --- published models -----------------------------------------------------------------------------
