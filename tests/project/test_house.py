@@ -1,0 +1,44 @@
+"""The code stays readable: no function of the interfaces is longer than a screen."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import step1x_edit.interfaces
+
+INTERFACES: Final = Path(step1x_edit.interfaces.__file__).parent
+LONGEST: Final = 60
+"""Lines from `def` to the end of the body."""
+
+STILL_TOO_LONG: Final = {
+    "_batch_tab",
+    "_edit",
+    "_region_tab",
+    "_view",
+    "batch",
+    "build_mcp",
+    "edit",
+    "edit_routes",
+    "generate",
+    "image_routes",
+}
+"""Nothing may be added here."""
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Each function of the interfaces, nested ones included, and its lines."""
+    for path in INTERFACES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_no_function_of_the_interfaces_is_longer_than_a_screen() -> None:
+    lines = list(functions())
+
+    assert len(lines) > 500
+    assert {name for name, count in lines if count > LONGEST} - STILL_TOO_LONG == set()
