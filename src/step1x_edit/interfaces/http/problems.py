@@ -1,8 +1,8 @@
 """Every failure over HTTP, as `application/problem+json` (RFC 9457) with a stable `code`.
 
-`STATUS_OF` says for each code which status it has. Whoever answers with a failure, the guard as
-well as a route, does it through this module. Below the paths of OpenAI's interface failures have
-the form that its clients understand; sentence and `code` are the same.
+`STATUS_OF` holds the status of each code. The guard and all routes render failures through this
+module. Under the paths of OpenAI's interface failures have the form that OpenAI's clients expect,
+with the same sentence and `code`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ MEDIA_TYPE: Final = "application/problem+json"
 OPENAI_MEDIA_TYPE: Final = "application/json"
 SCHEMA_REFERENCE: Final = "#/components/schemas/{model}"
 OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
-CLIENT_GONE: Final = 499  # for the log; whoever asked does not see it
-_LONGEST_NAME: Final = 60  # of a field; longer ones are no names
+CLIENT_GONE: Final = 499  # for the log: the client has disconnected
+_LONGEST_NAME: Final = 60  # of a field; longer ones are not repeated in an answer
 _LATER: Final = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
-_COME_BACK_S: Final = 5.0  # where nobody knows better
+_RETRY_AFTER_S: Final = 5.0  # if the error does not say
 
 STATUS_OF: Final[Mapping[str, int]] = {
     "invalid_parameter": 422,
@@ -62,7 +62,7 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "deadline_exceeded": 504,
     "not_found": 404,
     "job_conflict": 409,
-    "interrupted": 503,  # never an answer by itself: jobs that have ended so say it
+    "interrupted": 503,  # never an answer, only in stored jobs that ended so
     InternalError.code: 500,
 }
 """The status for each code of `errors`."""
@@ -76,32 +76,32 @@ class WrongField(BaseModel):
 
 
 class Problem(BaseModel):
-    """What went wrong, in a form for machines and in one sentence for people."""
+    """A failure: a code for programs and one sentence for people."""
 
     type: Annotated[str, Field(description="The kind of failure, as a name")]
     title: Annotated[str, Field(description="The kind of failure, in words")]
     status: Annotated[int, Field(description="The status of this answer")]
     detail: Annotated[str, Field(description="What is wrong and what to change")]
-    code: Annotated[str, Field(description="The kind of failure, the same through every door")]
+    code: Annotated[str, Field(description="The kind of failure, the same on every door")]
     instance: Annotated[
-        str, Field(description="The request, by the id that X-Request-Id and the log have as well")
+        str, Field(description="The id of the request, as in X-Request-Id and in the log")
     ]
     errors: Annotated[
-        list[WrongField] | None, Field(description="Each wrong parameter, where that is known")
+        list[WrongField] | None, Field(description="Each wrong parameter, if known")
     ] = None
 
 
 class OpenAIError(BaseModel):
-    """What went wrong, as clients of OpenAI's interface expect it below `error`."""
+    """A failure as clients of OpenAI's interface expect it in `error`."""
 
     message: Annotated[str, Field(description="What is wrong and what to change")]
-    type: Annotated[str, Field(description="Whose mistake it was, as a name")]
-    param: Annotated[str | None, Field(description="The field that is wrong, if it is one")]
-    code: Annotated[str, Field(description="The kind of failure, the same through every door")]
+    type: Annotated[str, Field(description="Whether the request or the server is at fault")]
+    param: Annotated[str | None, Field(description="The wrong field, if it is one")]
+    code: Annotated[str, Field(description="The kind of failure, the same on every door")]
 
 
 class OpenAIFailure(BaseModel):
-    """The whole answer that tells of an `OpenAIError`."""
+    """The answer that holds an `OpenAIError`."""
 
     error: OpenAIError
 
@@ -125,16 +125,16 @@ class Failure:
     headers: Mapping[str, str]
     param: str | None = None
     is_worth_another_try: bool = True
-    """False where the same request would take as long and fail as before."""
+    """False if the same request would take as long again and fail."""
     wrong_fields: tuple[tuple[str, str], ...] = ()
 
 
 def of_error(error: Step1XEditError) -> Failure:
-    """The failure that tells one of our errors."""
+    """The failure for one of our errors."""
     status = STATUS_OF.get(error.code, 500)
     headers = {}
     if status in _LATER and (error.retry_after_s or error.retryable):
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s or _COME_BACK_S))
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))
     fields = error.fields if isinstance(error, InvalidParameterError) else ()
     return Failure(
         status,
@@ -149,7 +149,7 @@ def of_error(error: Step1XEditError) -> Failure:
 
 
 def _param(error: Step1XEditError) -> str | None:
-    """The field of a request that an error is about."""
+    """The field of a request that is wrong, if the error names it."""
     match error:
         case InvalidParameterError():
             name = error.param or ""
@@ -162,9 +162,9 @@ def _param(error: Step1XEditError) -> str | None:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Failure:
-    """The failure of a request that came to no operation, such as 404 or 405.
+    """The failure of a request that reached no operation, such as 404 or 405.
 
-    A `detail` that only repeats the name of the status, as frameworks put it, counts as none.
+    A `detail` that only repeats the name of the status, as frameworks do, is ignored.
     """
     known = HTTPStatus(status)
     code = known.phrase.lower().replace(" ", "_").replace("-", "_")
@@ -174,7 +174,7 @@ def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None =
 
 
 def response(failure: Failure, request_id: str, path: str = "") -> Response:
-    """The answer to the request with this id, in the form for its path."""
+    """The answer to the request with this id, in the form that clients of this path expect."""
     if is_of_openai(path):
         return _openai_response(failure)
     problem = Problem(
@@ -195,16 +195,16 @@ def response(failure: Failure, request_id: str, path: str = "") -> Response:
 
 
 def is_of_openai(path: str) -> bool:
-    """Whether clients of OpenAI's interface ask at this path."""
+    """Whether the path belongs to OpenAI's interface."""
     return any(path == known or path.startswith(f"{known}/") for known in OPENAI_PATHS)
 
 
 def openai_body(failure: Failure) -> dict[str, Any]:
     """The failure as clients of OpenAI's interface expect it."""
-    is_theirs = _openai_status(failure) < HTTPStatus.INTERNAL_SERVER_ERROR
+    is_of_client = _openai_status(failure) < HTTPStatus.INTERNAL_SERVER_ERROR
     error = OpenAIError(
         message=failure.detail,
-        type="invalid_request_error" if is_theirs else "server_error",
+        type="invalid_request_error" if is_of_client else "server_error",
         param=failure.param,
         code=failure.code,
     )
@@ -215,19 +215,19 @@ def _openai_response(failure: Failure) -> Response:
     status = _openai_status(failure)
     headers = {"Content-Type": OPENAI_MEDIA_TYPE, **failure.headers}
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR and not failure.is_worth_another_try:
-        headers["X-Should-Retry"] = "false"  # the clients would send any 5xx twice more
+        headers["X-Should-Retry"] = "false"  # these clients repeat any 5xx twice
     return Response(json.dumps(openai_body(failure), ensure_ascii=False).encode(), status, headers)
 
 
 def _openai_status(failure: Failure) -> int:
-    """There, what is wrong with the fields or the picture is a bad request."""
+    """The status under OpenAI's paths, where a wrong field or picture is a bad request."""
     if failure.status == HTTPStatus.UNPROCESSABLE_ENTITY or failure.code == "unsupported_image":
         return int(HTTPStatus.BAD_REQUEST)  # FastAPI describes it by its name in Python 3.10
     return failure.status
 
 
 def described(*codes: str, path: str = "") -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says about an operation that can fail in these ways, with an example each."""
+    """The responses of these failures for OpenAPI, with an example each."""
     found: dict[int | str, dict[str, Any]] = {}
     for code in codes:
         error = rebuild(code, _EXAMPLES.get(code, ""))
@@ -237,7 +237,7 @@ def described(*codes: str, path: str = "") -> dict[int | str, dict[str, Any]]:
 
 
 def described_status(*statuses: int, path: str = "") -> dict[int | str, dict[str, Any]]:
-    """The same for failures that say no more than their status."""
+    """The same for failures that have only a status."""
     found: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         _describe(found, of_status(status), path)
