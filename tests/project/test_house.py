@@ -21,9 +21,7 @@ STILL_TOO_LONG: Final = {
     "batch",
     "build_mcp",
     "edit",
-    "edit_routes",
     "generate",
-    "image_routes",
 }
 """Nothing may be added here."""
 

@@ -34,14 +34,6 @@ KEPT_S: Final = 600.0  # the read time-out of OpenAI's clients
 KEPT_BYTES: Final = 128 * 1024 * 1024
 GRACE_S: Final = 30.0  # the clients come back within 8 s
 
-KEY_PARAMETER: Final = {
-    "name": KEY,
-    "in": "header",
-    "description": "A name of the caller's choice for this request: sent again, it is not done "
-    "again, but answered with what came of it, for ten minutes",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-}
-
 _KEPT_AT_LEAST: Final = 1  # the answer that was just made, however large it is
 _KEPT_AT_MOST: Final = 256
 _RETRIES: Final = "X-Stainless-Retry-Count"

@@ -27,7 +27,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
 )
 from step1x_edit.interfaces.http import openapi
-from step1x_edit.interfaces.http.edits import is_json, once, read_form, read_json
+from step1x_edit.interfaces.http.forms import is_json, once, read_form, read_json
 from step1x_edit.interfaces.http.idempotency import (
     REPLAYED,
     Runs,

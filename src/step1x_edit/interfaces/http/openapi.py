@@ -6,6 +6,7 @@ for people who write a client. The schemas come from `schemas`, the failures fro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,33 +14,43 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from step1x_edit import __version__
-from step1x_edit.errors import EditCancelledError
+from step1x_edit.errors import EditCancelledError, rebuild
 from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.interfaces.discovery import PROOF_HEADER
 from step1x_edit.interfaces.http import problems
-from step1x_edit.interfaces.http.edits import METADATA, form_body, json_content, without_null
+from step1x_edit.interfaces.http.forms import FILE, MASK
 from step1x_edit.interfaces.http.guard import OPEN_PATHS
-from step1x_edit.interfaces.http.idempotency import KEY_PARAMETER
+from step1x_edit.interfaces.http.idempotency import KEY
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
+from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.requests import (
+    EditMetadata,
+    EstimateAnswer,
     GeneratePictureRequest,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    ImageEditRequest,
+    ImageGenerationRequest,
     JobAnswer,
     JobEventAnswer,
     JobsAnswer,
     JobsRequest,
     JobState,
     ModelsAnswer,
+    OpenAIRequest,
+    PictureAnswer,
     PictureRequest,
+    PictureSize,
     PlanStatus,
     PullAnswer,
     PulledModel,
     PullProgressAnswer,
     StatusAnswer,
+    parameters_of,
 )
 
 DESCRIPTION: Final = """\
@@ -52,6 +63,7 @@ which is also in the log."""
 """The description of the whole API."""
 
 _JSON: Final = "application/json"
+_OPENAI: Final = problems.OPENAI_PATHS[0]
 
 
 def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, Any]:
@@ -61,7 +73,7 @@ def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, An
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         components = schema.setdefault("components", {})
-        components.setdefault("schemas", {}).update(problems.schemas())
+        components.setdefault("schemas", {}).update(_schemas_of_failures())
         components["securitySchemes"] = {
             "API_KEY": {
                 "type": "http",
@@ -81,7 +93,7 @@ def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, An
 def _add_guard(operation: dict[str, Any], path: str) -> None:
     """Add what the guard answers at this path."""
     statuses = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
-    failures = problems.described_status(*statuses, path=path)
+    failures = _failures(*statuses, path=path)
     operation["responses"] |= {str(status): answer for status, answer in failures.items()}
     if path in OPEN_PATHS:
         operation["security"] = []
@@ -96,17 +108,241 @@ def _set_defaults(contents: Mapping[str, Any], defaults: Mapping[str, object]) -
                 properties[name]["default"] = default
 
 
-def _json(description: str, answer: BaseModel) -> dict[str, Any]:
-    example = answer.model_dump(mode="json", exclude_none=True)
-    return {"description": description, "content": {_JSON: {"example": example}}}
+# --- failures -------------------------------------------------------------------------------------
+
+_REFERENCE: Final = "#/components/schemas/{model}"
+
+_DETAIL_OF: Final = {
+    "invalid_parameter": "num_steps must be between 10 and 50, got 5",
+    "unsupported_image": "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, "
+    "or it is damaged",
+    "corrupt_image": "the file is damaged or incomplete",
+    "image_too_large": "at most 32 MB are allowed",
+    "rate_limited": "at most 60 a minute (RATE_LIMIT), try again in 1 s",
+    "queue_full": "32 edits are waiting, try again in 330 s",
+    "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
+    "deadline_exceeded": "the edit took longer than 900 s",
+    "no_space": "no space left for stored jobs",
+    "not_found": "0000000000078f14e45fceea167a5a36dedd4bea2543",
+    "job_conflict": "job 0000000000078f14e45fceea167a5a36dedd4bea2543 has no result, it is queued",
+    "model_not_found": "'v9'; /v1/models lists what there is",
+    "idempotency_key": "it came with another request before; send each request with its own",
+    "internal": "the request failed unexpectedly; the server's log says more",
+}
+"""The example of each failure, by its code."""
 
 
-def _plain(description: str, example: str) -> dict[str, Any]:
+def _failures(*kinds: str | int, path: str = "") -> dict[int | str, dict[str, Any]]:
+    """The responses for failures, each given by its code, or by its status if that is all."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        failure = _failure(kind)
+        answer = problems.response(failure, "0123456789abcdef", path)
+        media_type = answer.headers["Content-Type"]
+        schema = "OpenAIFailure" if problems.is_of_openai(path) else "Problem"
+        response = responses.setdefault(
+            answer.status_code,
+            {
+                "description": failure.title,
+                "content": {
+                    media_type: {
+                        "schema": {"$ref": _REFERENCE.format(model=schema)},
+                        "examples": {},
+                    }
+                },
+            },
+        )
+        if failure.title not in response["description"]:
+            response["description"] += f"; {failure.title}"
+        response["content"][media_type]["examples"][failure.code] = {
+            "summary": failure.title,
+            "value": json.loads(bytes(answer.body)),
+        }
+    return responses
+
+
+def _failure(kind: str | int) -> problems.Failure:
+    if isinstance(kind, int):
+        return problems.of_status(kind)
+    return problems.of_error(rebuild(kind, _DETAIL_OF.get(kind, "")))
+
+
+def _schemas_of_failures() -> dict[str, Any]:
+    _, found = models_json_schema(
+        [(problems.Problem, "validation"), (problems.OpenAIFailure, "validation")],
+        ref_template=_REFERENCE,
+    )
+    return dict(found["$defs"])
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+_FILE: Final = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _json(description: str, answer: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """The response of a route whose schema is its `response_model`, or any object."""
+    content: dict[str, Any] = {"schema": {"type": "object"}, "example": answer}
+    if isinstance(answer, BaseModel):
+        content = {"example": answer.model_dump(mode="json", exclude_none=True)}
+    return {"description": description, "content": {_JSON: content}}
+
+
+def _text(description: str, example: str) -> dict[str, Any]:
     return {
         "description": description,
         "content": {"text/plain": {"schema": {"type": "string"}, "example": example}},
     }
 
+
+def _in_path(name: str, description: str, example: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": description,
+        "schema": {"type": "string"},
+        "example": example,
+    }
+
+
+def _fields(kind: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a request by name; null is expressed by leaving a field out."""
+    return {
+        name: _without_null(field) for name, field in kind.model_json_schema()["properties"].items()
+    }
+
+
+def _without_null(field: Mapping[str, Any]) -> dict[str, Any]:
+    values = [value for value in field.get("anyOf", ()) if value != {"type": "null"}]
+    rest = {name: value for name, value in field.items() if name != "anyOf"}
+    return {**values[0], **rest} if values else rest
+
+
+def _in_form(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as a form holds them: a list is one text."""
+    return {
+        name: {
+            "type": "string",
+            "title": field["title"],
+            "description": f"{field['description']}. In a form: separated by commas, or a list in "
+            "JSON",
+        }
+        if field.get("type") == "array"
+        else field
+        for name, field in fields.items()
+    }
+
+
+_IDEMPOTENCY_KEY: Final = {
+    "name": KEY,
+    "in": "header",
+    "description": "A name for this request, chosen by the client. The same request with the same "
+    "name is not run again within ten minutes, but gets the same answer",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+
+
+# --- editing --------------------------------------------------------------------------------------
+
+_PICTURE_UPLOAD: Final = {
+    "type": "string",
+    "format": "binary",
+    "description": "The picture to edit: PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF",
+}
+_MASK_UPLOAD: Final = {
+    "type": "string",
+    "format": "binary",
+    "description": "A picture of the same size. Its white pixels (or, if it has transparency, its "
+    "transparent pixels) may change; all others keep their exact values. Without a mask the whole "
+    "picture may change",
+}
+_PICTURE_FORM: Final = {
+    "multipart/form-data": {
+        "schema": {
+            **PictureRequest.model_json_schema(),
+            "properties": {
+                FILE: _PICTURE_UPLOAD,
+                MASK: _MASK_UPLOAD,
+                **_in_form(_fields(PictureRequest)),
+            },
+            "required": [FILE, "prompt"],
+            "example": {"prompt": "change to night scene", "seed": 42},
+        }
+    }
+}
+_METADATA: Final = EditMetadata(
+    prompt="change to night scene",
+    num_steps=28,
+    guidance_scale=6.0,
+    size_level=1024,
+    seed=42,
+    gpu_location="GPU",
+    gpu_memory_gb=41.9,
+    model="v1.1",
+    device="cuda:0",
+    width=1536,
+    height=1024,
+)
+_EDITED: Final = PictureAnswer(
+    processing_time=15.3,
+    metadata=_METADATA,
+    media_type="image/png",
+    image_base64="iVBORw0KGgo…",
+)
+_FAILURES_OF_WORK: Final = (
+    "idempotency_key",
+    "image_too_large",
+    "internal",
+    "queue_full",
+    "model_unavailable",
+    "out_of_memory",
+    "deadline_exceeded",
+)
+
+EDIT_PICTURE: Final[dict[str, Any]] = {
+    "operation_id": "edit_picture",
+    "summary": "Edit a picture",
+    "description": "Edits the picture as the prompt says. The result has the size of the input; "
+    "nothing is stored on the server. The answer is `image/png` unless `Accept` names another "
+    "type: `image/jpeg`, `image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or "
+    "`application/json` for the picture in base64 together with its parameters. Any other type "
+    "gives 406. `X-Seed` is the seed that repeats the picture; with a `mask`, `X-Changed-Share` is "
+    "the share of the pixels that changed. Closing the connection cancels the edit.",
+    "responses": {
+        200: {
+            "model": PictureAnswer,
+            "headers": {
+                "X-Seed": {
+                    "description": "The seed that repeats the picture",
+                    "schema": {"type": "integer"},
+                },
+                "X-Processing-Time": {
+                    "description": "Duration of the edit in seconds",
+                    "schema": {"type": "number"},
+                },
+                "X-Changed-Share": {
+                    "description": "Share of the pixels that changed, 0 to 1, if there was a mask",
+                    "schema": {"type": "number", "minimum": 0, "maximum": 1},
+                },
+            },
+            "description": "The edited picture: a PNG unless `Accept` names another type",
+            # The first is the default, and the one that generated clients expect.
+            "content": {
+                **{output.media_type: _FILE for output in OUTPUT_FORMATS.values()},
+                _JSON: {"example": _EDITED.to_dict()},
+            },
+        },
+        **_failures(
+            "unsupported_image", "invalid_parameter", "corrupt_image", *_FAILURES_OF_WORK, 406
+        ),
+    },
+    "response_class": Response,
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": _PICTURE_FORM},
+        "parameters": [_IDEMPOTENCY_KEY],
+    },
+}
 
 # --- the GPU -------------------------------------------------------------------------------------
 
@@ -150,7 +386,7 @@ GET_GPU_STATUS: Final[dict[str, Any]] = {
     "response_model": StatusAnswer,
     "responses": {
         200: _json("The current status", StatusAnswer(gpu_status=_STATUS)),
-        **problems.described("internal"),
+        **_failures("internal"),
     },
 }
 
@@ -162,7 +398,7 @@ OFFLOAD_GPU: Final[dict[str, Any]] = {
     "response_model": GpuAnswer,
     "responses": {
         200: _json("The new location", _OFFLOADED),
-        **problems.described("internal", "shutting_down"),
+        **_failures("internal", "shutting_down"),
     },
 }
 
@@ -174,8 +410,286 @@ RELEASE_GPU: Final[dict[str, Any]] = {
     "response_model": GpuAnswer,
     "responses": {
         200: _json("The new location", _RELEASED),
-        **problems.described("internal", "shutting_down"),
+        **_failures("internal", "shutting_down"),
     },
+}
+
+# --- OpenAI Images --------------------------------------------------------------------------------
+
+_IMAGE_FIELDS: Final = _fields(ImageEditRequest)
+_DATA_URL: Final = {
+    "type": "object",
+    "properties": {
+        "image_url": {"type": "string", "description": "A data URL: data:image/png;base64,…"}
+    },
+    "required": ["image_url"],
+    "additionalProperties": False,
+}
+_IMAGE_BODIES: Final = {
+    "multipart/form-data": {
+        "schema": {
+            **ImageEditRequest.model_json_schema(),
+            "properties": {
+                "image": _PICTURE_UPLOAD,
+                "mask": _MASK_UPLOAD,
+                **_in_form(_IMAGE_FIELDS),
+            },
+            "required": ["image", "prompt"],
+            "example": {"prompt": "change to night scene", "seed": 42},
+        }
+    },
+    _JSON: {
+        "schema": {
+            **ImageEditRequest.model_json_schema(),
+            "properties": {
+                "images": {"type": "array", "items": _DATA_URL, "minItems": 1, "maxItems": 1},
+                "mask": _DATA_URL,
+                **_IMAGE_FIELDS,
+            },
+            "required": ["images", "prompt"],
+            "example": {
+                "prompt": "change to night scene",
+                "seed": 42,
+                "images": [{"image_url": "data:image/png;base64,iVBORw0KGgo…"}],
+            },
+        }
+    },
+}
+_EDITED_IMAGE: Final = {
+    "id": "imgedit_0123456789abcdef01234567",
+    "model": "v1.1",
+    "num_inference_steps": 28,
+    "guidance_scale": 6.0,
+    "size_level": 1024,
+    "inference_time_s": 15.3,
+    "output_format": "png",
+    "size": "1536x1024",
+    "background": "opaque",
+    "usage": {
+        "input_tokens": 0,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+        "output_tokens": 0,
+        "total_tokens": 0,
+    },
+}
+_NEW_IMAGE: Final = {
+    **{name: value for name, value in _EDITED_IMAGE.items() if name != "size_level"},
+    "size": "1024x1024",
+    "id": "imggen_0123456789abcdef01234567",
+}
+_MODEL: Final = {
+    "id": "step1x-edit",
+    "object": "model",
+    "created": 1767225600,
+    "owned_by": "step1x-edit",
+    "version": "v1.1",
+    "location": "GPU",
+}
+
+
+def _images(description: str, event: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The response with pictures, whole or as a stream of events."""
+    completed = {
+        "type": f"{event}.completed",
+        "b64_json": "iVBORw0KGgo…",
+        "created_at": 1767225617,
+        "quality": "auto",
+        "seed": 42,
+        **about,
+    }
+    names = [f"{event}.partial_image", f"{event}.completed", "error"]
+    stream = {
+        "type": "object",
+        "description": "One event, whose data is the picture or the error as JSON",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string", "enum": names},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
+    }
+    pictures = [{"b64_json": "iVBORw0KGgo…", "seed": 42}]
+    response = _json(description, {"created": 1767225617, "data": pictures, **about})
+    response["content"][EVENT_STREAM] = {
+        "schema": stream,
+        "example": named(completed["type"], completed),
+    }
+    return response
+
+
+EDIT_IMAGE_OPENAI: Final[dict[str, Any]] = {
+    "operation_id": "edit_image_openai",
+    "summary": "Edit a picture, as OpenAI's Images API does",
+    "description": "The interface of OpenAI's Images, for its clients: "
+    '`OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").images.edit(…)`. `image` (or '
+    "`image[]`) is the one picture to edit. The fully transparent pixels of `mask` may change, or "
+    "its white pixels if it has no transparency. The body may be JSON instead of a form, with "
+    '`images: [{"image_url": "data:…"}]`; a data URL alone and the name `image` are accepted as '
+    "well. `num_steps` and `steps` are aliases of `num_inference_steps`, `true_cfg_scale` and "
+    "`cfg_scale` of `guidance_scale`. A field that cannot be honoured is refused by name. An empty "
+    "text counts as left out. With the model `step-1x-edit` the defaults and the meaning of `size` "
+    "are those of StepFun's own interface: links, and an area. With `stream=true` the answer is a "
+    "stream of `image_edit.partial_image` and `image_edit.completed`, or `error`. Closing the "
+    "connection cancels the edit, unless the request has an `Idempotency-Key`, or comes from one "
+    "of OpenAI's clients without `stream`: then the edit continues for half a minute, so that a "
+    "repeated request finds it.",
+    "responses": {
+        200: _images("The edited picture", "image_edit", _EDITED_IMAGE),
+        **_failures(
+            "invalid_parameter",
+            "unsupported_image",
+            "corrupt_image",
+            "model_not_found",
+            *_FAILURES_OF_WORK,
+            415,
+            path=_OPENAI,
+        ),
+    },
+    "response_class": JSONResponse,
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": _IMAGE_BODIES},
+        "parameters": [_IDEMPOTENCY_KEY],
+    },
+}
+
+GENERATE_IMAGE_OPENAI: Final[dict[str, Any]] = {
+    "operation_id": "generate_image_openai",
+    "summary": "Make a picture from a prompt, as OpenAI's Images API does",
+    "description": "Makes a picture from the prompt alone, which needs Step1X-Edit v1.1; the demo "
+    "and the other versions only edit. The body is JSON, as "
+    '`OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").images.generate(…)` sends it. '
+    "Fields, answers, streams (of `image_generation.partial_image` and "
+    "`image_generation.completed`) and what happens when the connection closes are as at "
+    "`/v1/images/edits`, except that no picture is sent.",
+    "responses": {
+        200: _images("The picture", "image_generation", _NEW_IMAGE),
+        **_failures(
+            "invalid_parameter",
+            "model_not_found",
+            *_FAILURES_OF_WORK,
+            415,
+            path=_OPENAI,
+        ),
+    },
+    "response_class": JSONResponse,
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                _JSON: {
+                    "schema": {
+                        **ImageGenerationRequest.model_json_schema(),
+                        "properties": _fields(ImageGenerationRequest),
+                        "example": {"prompt": "a red fox in the snow", "seed": 42},
+                    }
+                }
+            },
+        },
+        "parameters": [_IDEMPOTENCY_KEY],
+    },
+}
+
+GET_IMAGE_CONTENT: Final[dict[str, Any]] = {
+    "operation_id": "get_image_content",
+    "summary": "Download a picture by the link of an answer",
+    "description": "The target of the links of `response_format=url`. A link is valid for an hour, "
+    "or less if many are made, and until the server stops.",
+    "responses": {
+        200: {
+            "description": "The picture, in the `output_format` of its request",
+            "content": {
+                OUTPUT_FORMATS[f".{name}"].media_type: {**_FILE, "example": "(bytes)"}
+                for name in parameters_of(OpenAIRequest)["output_format"].choices
+            },
+        },
+        **_failures("internal", 404, path=_OPENAI),
+    },
+    "response_class": Response,
+    "openapi_extra": {
+        "parameters": [_in_path("image_id", "The id of the picture", "img_0123456789abcdef")]
+    },
+}
+
+LIST_MODELS: Final[dict[str, Any]] = {
+    "operation_id": "list_models",
+    "summary": "List the models, as OpenAI does",
+    "description": "There is one model. Its version is known once it has been loaded.",
+    "responses": {
+        200: _json("The model", {"object": "list", "data": [_MODEL]}),
+        **_failures("internal", path=_OPENAI),
+    },
+    "response_class": JSONResponse,
+}
+
+GET_MODEL: Final[dict[str, Any]] = {
+    "operation_id": "get_model",
+    "summary": "Get a model, as OpenAI does",
+    "description": "By its name in the list, or by the name of the loaded version.",
+    "responses": {
+        200: _json("The model", _MODEL),
+        **_failures("model_not_found", "internal", path=_OPENAI),
+    },
+    "response_class": JSONResponse,
+    "openapi_extra": {"parameters": [_in_path("model", "The id of the model", "step1x-edit")]},
+}
+
+_ESTIMATE: Final = EstimateAnswer(
+    width=1248,
+    height=832,
+    num_steps=28,
+    guidance_scale=6.0,
+    size_level=1024,
+    n=1,
+    predicted_seconds=15.3,
+    predicted_peak_gb=41.9,
+    must_load=False,
+    queue_length=0,
+    model="Step1X-Edit v1.1",
+    device="cuda",
+    reason="everything fits",
+    note=None,
+)
+_ESTIMATE_BODY: Final = {
+    _JSON: {  # a form with the same fields has nothing to add
+        "schema": {
+            **ImageEditRequest.model_json_schema(),
+            "title": "EstimateRequest",
+            "description": EstimateAnswer.__doc__,
+            "properties": {**_fields(PictureSize), **_IMAGE_FIELDS},
+            "dependentRequired": {"width": ["height"], "height": ["width"]},
+            "example": {"prompt": "change to night scene", "width": 1536, "height": 1024},
+        }
+    }
+}
+
+ESTIMATE_EDIT: Final[dict[str, Any]] = {
+    "operation_id": "estimate_edit",
+    "summary": "Estimate the cost of an edit",
+    "description": "Takes the fields of an edit without the picture, as JSON or as a form with the "
+    "same fields, and answers without running anything: the working size, the steps, the memory "
+    "and, once such an edit has been made, the time. `width` and `height` are those of the "
+    "picture; without them a square is assumed. What is not known is null. If the model is not "
+    "loaded, a separate process inspects the checkpoint; this can take a few seconds.",
+    "response_model": EstimateAnswer,
+    "responses": {
+        200: {
+            "description": "The estimate",
+            "content": {
+                _JSON: {"example": _ESTIMATE.model_dump(mode="json")}
+            },  # null has a meaning
+        },
+        **_failures(
+            "invalid_parameter",
+            "image_too_large",
+            "image_too_small",
+            "image_aspect",
+            "model_not_found",
+            "model_unavailable",
+            "internal",
+            415,
+            path=_OPENAI,
+        ),
+    },
+    "openapi_extra": {"requestBody": {"required": True, "content": _ESTIMATE_BODY}},
 }
 
 # --- stored jobs ----------------------------------------------------------------------------------
@@ -197,7 +711,7 @@ _SUCCEEDED: Final = _QUEUED.model_copy(
         "finished_at": 1767225617.0,
         "position": None,
         "processing_time": 15.3,
-        "metadata": METADATA,
+        "metadata": _METADATA,
     }
 )
 _CANCELLED: Final = _QUEUED.model_copy(
@@ -216,7 +730,7 @@ _JOB_EVENTS: Final = (
     ": still there\n\n"
     'id: 3\ndata: {"at": 1767225617.0, "status": "succeeded"}\n\n'
 )
-_JOB_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template=problems.SCHEMA_REFERENCE)
+_JOB_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template=_REFERENCE)
 del _JOB_EVENT_DATA["$defs"]  # JobAnswer brings the same ones
 _JOB_EVENT: Final = {
     "type": "object",
@@ -231,28 +745,25 @@ _JOB_EVENT: Final = {
         },
     },
 }
-_JOB_ID: Final = {
-    "name": "job_id",
-    "in": "path",
-    "required": True,
-    "description": "The id of the job",
-    "schema": {"type": "string"},
-    "example": _ID,
-}
+_JOB_ID: Final = _in_path("job_id", "The id of the job", _ID)
 _OF_JOB: Final = {"parameters": [_JOB_ID]}
 _LIST_QUERY: Final = [
     {
         "name": name,
         "in": "query",
-        "description": schema.pop("description"),
-        "schema": without_null(schema),
+        "description": field["description"],
+        "schema": {key: value for key, value in field.items() if key != "description"},
     }
-    for name, schema in JobsRequest.model_json_schema()["properties"].items()
+    for name, field in _fields(JobsRequest).items()
 ]
-_JOB_BODY: Final = form_body({})
-_JOB_BODY["content"] |= json_content(
-    GeneratePictureRequest, {}, {"prompt": "a red fox in the snow", "seed": 42}
-)
+_GENERATION: Final = {
+    _JSON: {
+        "schema": {
+            **GeneratePictureRequest.model_json_schema(),
+            "example": {"prompt": "a red fox in the snow", "seed": 42},
+        }
+    }
+}
 
 CREATE_JOB: Final[dict[str, Any]] = {
     "operation_id": "create_job",
@@ -270,7 +781,7 @@ CREATE_JOB: Final[dict[str, Any]] = {
             },
             **_json("The job is accepted", _QUEUED),
         },
-        **problems.described(
+        **_failures(
             "image_too_large",
             "unsupported_image",
             "invalid_parameter",
@@ -282,7 +793,10 @@ CREATE_JOB: Final[dict[str, Any]] = {
             "no_space",
         ),
     },
-    "openapi_extra": {"requestBody": _JOB_BODY, "parameters": [KEY_PARAMETER]},
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": {**_PICTURE_FORM, **_GENERATION}},
+        "parameters": [_IDEMPOTENCY_KEY],
+    },
 }
 
 LIST_JOBS: Final[dict[str, Any]] = {
@@ -293,7 +807,7 @@ LIST_JOBS: Final[dict[str, Any]] = {
     "response_model": JobsAnswer,
     "responses": {
         200: _json("One page of jobs", _JOBS),
-        **problems.described("invalid_parameter", "internal", "shutting_down"),
+        **_failures("invalid_parameter", "internal", "shutting_down"),
     },
     "openapi_extra": {"parameters": _LIST_QUERY},
 }
@@ -307,7 +821,7 @@ GET_JOB: Final[dict[str, Any]] = {
     "response_model": JobAnswer,
     "responses": {
         200: _json("The job in its current state", _SUCCEEDED),
-        **problems.described("not_found", "internal", "shutting_down"),
+        **_failures("not_found", "internal", "shutting_down"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -325,7 +839,7 @@ GET_JOB_EVENTS: Final[dict[str, Any]] = {
             "content": {EVENT_STREAM: {"schema": _JOB_EVENT, "example": _JOB_EVENTS}},
         },
         204: {"description": "The job has ended and no event is left"},
-        **problems.described("not_found", "invalid_parameter", "internal", "shutting_down"),
+        **_failures("not_found", "invalid_parameter", "internal", "shutting_down"),
     },
     "response_class": StreamingResponse,
     "openapi_extra": {
@@ -348,14 +862,9 @@ GET_JOB_CONTENT: Final[dict[str, Any]] = {
     "responses": {
         200: {
             "description": "The edited picture",
-            "content": {
-                "image/png": {
-                    "schema": {"type": "string", "format": "binary"},
-                    "example": "(bytes)",
-                }
-            },
+            "content": {"image/png": {**_FILE, "example": "(bytes)"}},
         },
-        **problems.described("not_found", "job_conflict", "internal", "shutting_down"),
+        **_failures("not_found", "job_conflict", "internal", "shutting_down"),
     },
     "response_class": Response,
     "openapi_extra": _OF_JOB,
@@ -369,7 +878,7 @@ CANCEL_JOB: Final[dict[str, Any]] = {
     "response_model": JobAnswer,
     "responses": {
         200: _json("The job in its current state", _CANCELLED),
-        **problems.described("not_found", "internal", "shutting_down", "no_space"),
+        **_failures("not_found", "internal", "shutting_down", "no_space"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -381,7 +890,7 @@ DELETE_JOB: Final[dict[str, Any]] = {
     "status_code": 204,
     "responses": {
         204: {"description": "The job is deleted"},
-        **problems.described("not_found", "job_conflict", "internal", "shutting_down", "no_space"),
+        **_failures("not_found", "job_conflict", "internal", "shutting_down", "no_space"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -455,7 +964,7 @@ LIST_PUBLISHED_MODELS: Final[dict[str, Any]] = {
     "response_model": ModelsAnswer,
     "responses": {
         200: _json("The models", _MODELS),
-        **problems.described("internal"),
+        **_failures("internal"),
     },
 }
 
@@ -472,7 +981,7 @@ PULL_MODEL: Final[dict[str, Any]] = {
             "description": "The events",
             "content": {EVENT_STREAM: {"schema": _PULL_EVENT, "example": _PULL_EVENTS}},
         },
-        **problems.described("model_not_found", "job_conflict", "rate_limited", "internal"),
+        **_failures("model_not_found", "job_conflict", "rate_limited", "internal"),
     },
     "response_class": StreamingResponse,
     "openapi_extra": _OF_MODEL,
@@ -486,7 +995,7 @@ STOP_PULL: Final[dict[str, Any]] = {
     "response_model": PullAnswer,
     "responses": {
         200: _json("The outcome of the pull", _STOPPED_PULL),
-        **problems.described("model_not_found", "job_conflict", "internal"),
+        **_failures("model_not_found", "job_conflict", "internal"),
     },
     "openapi_extra": _OF_MODEL,
 }
@@ -502,21 +1011,16 @@ GET_HEALTH: Final[dict[str, Any]] = {
     "description": "Whether the server would accept an edit now, where the model is, and how many "
     "edits are queued.",
     "responses": {
-        200: {
-            "description": "The server responds",
-            "content": {
-                _JSON: {
-                    "schema": {"type": "object"},
-                    "example": {
-                        "status": "healthy",
-                        "version": __version__,
-                        "model_location": "Unloaded",
-                        "queue_length": 0,
-                    },
-                }
+        200: _json(
+            "The server responds",
+            {
+                "status": "healthy",
+                "version": __version__,
+                "model_location": "Unloaded",
+                "queue_length": 0,
             },
-        },
-        **problems.described("internal"),
+        ),
+        **_failures("internal"),
     },
     "response_class": JSONResponse,
 }
@@ -527,7 +1031,7 @@ GET_LIVENESS: Final[dict[str, Any]] = {
     "description": "Needs no token. Does not check whether edits are possible. If a `nonce` is "
     f"given, the header `{PROOF_HEADER}` holds the HMAC-SHA256 of the server's port and the nonce. "
     "Programs on this machine use it to recognise the server that wrote the note in DATA_DIR.",
-    "responses": {200: _plain("The process is alive", "ok\n"), **problems.described("internal")},
+    "responses": {200: _text("The process is alive", "ok\n"), **_failures("internal")},
     "response_class": PlainTextResponse,
     "openapi_extra": {
         "parameters": [
@@ -546,8 +1050,8 @@ GET_READINESS: Final[dict[str, Any]] = {
     "summary": "Check whether the server would accept an edit now",
     "description": "With `?verbose` the answer has one line for each check.",
     "responses": {
-        200: _plain("The server would accept an edit", "ready\n"),
-        **problems.described("internal", "queue_full", "model_unavailable", "shutting_down"),
+        200: _text("The server would accept an edit", "ready\n"),
+        **_failures("internal", "queue_full", "model_unavailable", "shutting_down"),
     },
     "response_class": PlainTextResponse,
     "openapi_extra": {
@@ -569,8 +1073,8 @@ GET_METRICS: Final[dict[str, Any]] = {
     "description": "Requests, edits, the queue and the location of the model, in the text format "
     "of Prometheus.",
     "responses": {
-        200: _plain("The metrics", "step1x_queue_length 0.0\n"),
-        **problems.described("internal"),
+        200: _text("The metrics", "step1x_queue_length 0.0\n"),
+        **_failures("internal"),
     },
     "response_class": PlainTextResponse,
 }

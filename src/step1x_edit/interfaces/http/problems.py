@@ -15,7 +15,6 @@ from http import HTTPStatus
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, Field
-from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from step1x_edit.errors import (
@@ -26,12 +25,10 @@ from step1x_edit.errors import (
     InvalidParameterError,
     ModelNotFoundError,
     Step1XEditError,
-    rebuild,
 )
 
 MEDIA_TYPE: Final = "application/problem+json"
 OPENAI_MEDIA_TYPE: Final = "application/json"
-SCHEMA_REFERENCE: Final = "#/components/schemas/{model}"
 OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
 CLIENT_GONE: Final = 499  # for the log: the client has disconnected
 _LONGEST_NAME: Final = 60  # of a field; longer ones are not repeated in an answer
@@ -104,14 +101,6 @@ class OpenAIFailure(BaseModel):
     """The answer that holds an `OpenAIError`."""
 
     error: OpenAIError
-
-
-def schemas() -> dict[str, Any]:
-    """The schemas that `described` refers to, by their names in OpenAPI's components."""
-    _, found = models_json_schema(
-        [(Problem, "validation"), (OpenAIFailure, "validation")], ref_template=SCHEMA_REFERENCE
-    )
-    return dict(found["$defs"])
 
 
 @dataclass(frozen=True)
@@ -224,57 +213,3 @@ def _openai_status(failure: Failure) -> int:
     if failure.status == HTTPStatus.UNPROCESSABLE_ENTITY or failure.code == "unsupported_image":
         return int(HTTPStatus.BAD_REQUEST)  # FastAPI describes it by its name in Python 3.10
     return failure.status
-
-
-def described(*codes: str, path: str = "") -> dict[int | str, dict[str, Any]]:
-    """The responses of these failures for OpenAPI, with an example each."""
-    found: dict[int | str, dict[str, Any]] = {}
-    for code in codes:
-        error = rebuild(code, _EXAMPLES.get(code, ""))
-        failure = of_error(error)
-        _describe(found, failure, path)
-    return found
-
-
-def described_status(*statuses: int, path: str = "") -> dict[int | str, dict[str, Any]]:
-    """The same for failures that have only a status."""
-    found: dict[int | str, dict[str, Any]] = {}
-    for status in statuses:
-        _describe(found, of_status(status), path)
-    return found
-
-
-_EXAMPLES: Final = {
-    "invalid_parameter": "num_steps must be between 10 and 50, got 5",
-    "unsupported_image": "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, "
-    "or it is damaged",
-    "corrupt_image": "the file is damaged or incomplete",
-    "image_too_large": "at most 32 MB are allowed",
-    "rate_limited": "at most 60 a minute (RATE_LIMIT), try again in 1 s",
-    "queue_full": "32 edits are waiting, try again in 330 s",
-    "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
-    "deadline_exceeded": "the edit took longer than 900 s",
-    "no_space": "no space left for stored jobs",
-    "not_found": "0000000000078f14e45fceea167a5a36dedd4bea2543",
-    "job_conflict": "job 0000000000078f14e45fceea167a5a36dedd4bea2543 has no result, it is queued",
-    "model_not_found": "'v9'; /v1/models lists what there is",
-    "idempotency_key": "it came with another request before; send each request with its own",
-    "internal": "the request failed unexpectedly; the server's log says more",
-}
-
-
-def _describe(found: dict[int | str, dict[str, Any]], failure: Failure, path: str) -> None:
-    answer = response(failure, "0123456789abcdef", path)
-    example, kind = json.loads(bytes(answer.body)), answer.headers["Content-Type"]
-    schema = "OpenAIFailure" if is_of_openai(path) else "Problem"
-    entry = found.setdefault(
-        answer.status_code,
-        {
-            "description": failure.title,
-            "content": {kind: {"schema": {"$ref": SCHEMA_REFERENCE.format(model=schema)}}},
-        },
-    )
-    if failure.title not in entry["description"]:
-        entry["description"] += f"; {failure.title}"
-    examples = entry["content"][kind].setdefault("examples", {})
-    examples[failure.code] = {"summary": failure.title, "value": example}

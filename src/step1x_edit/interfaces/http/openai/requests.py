@@ -19,18 +19,36 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
-from step1x_edit.errors import EditCancelledError, InvalidParameterError
+from step1x_edit.errors import EditCancelledError, InvalidParameterError, ModelNotFoundError
 from step1x_edit.interfaces import json_bodies
-from step1x_edit.interfaces.http.edits import content_type, is_json, read_json
+from step1x_edit.interfaces.http.forms import content_type, is_json, read_json
 from step1x_edit.interfaces.http.idempotency import digest_of
-from step1x_edit.schemas.requests import OpenAIRequest, Parameter, invalid_parameter, parameters_of
+from step1x_edit.schemas.requests import (
+    PARAMETERS,
+    SIDE_MULTIPLE,
+    GeneratePictureRequest,
+    HowToEdit,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    OpenAIRequest,
+    Parameter,
+    PictureRequest,
+    invalid_parameter,
+    parameters_of,
+)
+from step1x_edit.service.service import EditService, with_seed
 
 EDITS_PATH: Final = "/v1/images/edits"
+GENERATIONS_PATH: Final = "/v1/images/generations"
+CONTENT_PATH: Final = "/v1/images/{image_id}/content"
+MODELS_PATH: Final = "/v1/models"
+MODEL: Final = "step1x-edit"
 STEPFUN_MODEL: Final = "step-1x-edit"
 """What StepFun's own interface calls the model."""
 STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd": 50}
 """What `quality` means."""
 
+_OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
 _Asked = TypeVar("_Asked", bound=OpenAIRequest)
 
 _MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
@@ -283,3 +301,63 @@ def _check_together(asked: OpenAIRequest) -> None:
         raise InvalidParameterError(
             "quality and num_inference_steps both choose the steps; give one", param="quality"
         )
+
+
+# --- requests of our own --------------------------------------------------------------------------
+
+
+def check_model(service: EditService, name: str) -> None:
+    """Raise ModelNotFoundError unless the name is ours, the version's, or one of OpenAI's."""
+    if name not in names_of(service) and not name.startswith(_OF_OPENAI):
+        raise ModelNotFoundError(f"{name!r}; {MODELS_PATH} lists what there is")
+
+
+def names_of(service: EditService) -> set[str]:
+    """The names under which the model is listed."""
+    version = service.status().gpu_status.model
+    return {MODEL, STEPFUN_MODEL} if version is None else {MODEL, STEPFUN_MODEL, version}
+
+
+def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
+    """The same as a request of our own, with a seed and the operator's defaults."""
+    return with_seed(service.read_picture(_given(asked) | _level_of(asked)))
+
+
+def _given(asked: OpenAIRequest) -> dict[str, object]:
+    """The given parameters that are also ours."""
+    ours = {"prompt", "negative_prompt", *HowToEdit.model_fields}
+    given = asked.model_dump(include=ours, exclude_unset=True)
+    return given | ({"num_steps": STEPS_OF[asked.quality]} if asked.quality in STEPS_OF else {})
+
+
+def _level_of(asked: ImageEditRequest) -> dict[str, int]:
+    """The working resolution, if StepFun's interface asks for it as the size."""
+    if asked.model != STEPFUN_MODEL or "size_level" in asked.model_fields_set:
+        return {}
+    side = asked.size.partition("x")[0]
+    return {"size_level": int(side)} if side in map(str, PARAMETERS["size_level"].choices) else {}
+
+
+def generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
+    """The same as a request of our own, as `request_of` does."""
+    width, height = new_size(asked)
+    size = {"width": width, "height": height}
+    return with_seed(service.read_generate_picture(_given(asked) | size))
+
+
+def new_size(asked: ImageGenerationRequest) -> tuple[int | None, int | None]:
+    """The requested width and height, or None if the server chooses."""
+    if asked.size == "auto":
+        return None, None
+    width, height = map(int, asked.size.split("x"))
+    allowed = PARAMETERS["width"]
+    assert allowed.minimum is not None
+    assert allowed.maximum is not None
+    for side in (width, height):
+        if side % SIDE_MULTIPLE or not allowed.minimum <= side <= allowed.maximum:
+            raise InvalidParameterError(
+                f"size must be auto, or WIDTHxHEIGHT with multiples of {SIDE_MULTIPLE} "
+                f"{allowed.range}, got {asked.size}",
+                param="size",
+            )
+    return width, height
