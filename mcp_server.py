@@ -24,8 +24,8 @@ if __name__ == "__main__" and find_spec("step1x_edit") is None:
     os.dup2(_wire, 1)
     os.execv(_VENV_PYTHON, [str(_VENV_PYTHON), *sys.argv])  # noqa: S606
 
+from step1x_edit.interfaces.mcp.server import build_mcp  # noqa: E402
 from step1x_edit.interfaces.mcp.stdio import main, start  # noqa: E402
-from step1x_edit.interfaces.mcp.tools import build_mcp  # noqa: E402
 from step1x_edit.service.service import build_service  # noqa: E402
 
 if __name__ == "__main__":

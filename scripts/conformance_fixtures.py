@@ -33,7 +33,7 @@ from PIL import Image
 
 from step1x_edit.interfaces import server
 from step1x_edit.interfaces.cli import app
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 
 WAV: Final = base64.b64encode(
     b"RIFF\x26\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data\2\0\0\0\0\0"

@@ -24,7 +24,7 @@ from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError, Step1XEditError
 from step1x_edit.interfaces.cli import app as cli
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import Pixels, read_edit_record
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings

@@ -27,7 +27,7 @@ from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError, Step1XEditError
 from step1x_edit.interfaces.cli import app as cli
 from step1x_edit.interfaces.http.openai.images import GENERATIONS_PATH
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import read_edit_record, read_record
 from step1x_edit.schemas.requests import GenerationRecord
 from step1x_edit.service.files import FileAccess

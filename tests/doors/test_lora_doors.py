@@ -17,7 +17,7 @@ from conftest import MakeService
 from fakes import FakeWorker
 from http_server import TOKEN, serving, until
 from step1x_edit.interfaces.cli import app as cli
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.service.service import EditService
 
 LORA_PATH = {Path("/secret/hand.safetensors"): 0.0, Path("/secret/look.safetensors"): 0.5}

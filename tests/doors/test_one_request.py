@@ -20,7 +20,7 @@ from fakes import FakeWorker
 from http_server import TOKEN, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app as cli
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.page.texts import translations
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.pictures.images import read_edit_record

@@ -37,7 +37,7 @@ from step1x_edit.interfaces.discovery import (
     start_of_process,
 )
 from step1x_edit.interfaces.mcp.client import OWN_SERVER
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "mcp_server.py"

@@ -25,7 +25,7 @@ from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import EditCancelledError, JobNotFoundError, OutOfMemoryError
 from step1x_edit.interfaces.mcp.client_config import ClientName, config_file, server_entry
 from step1x_edit.interfaces.mcp.handles import Handles, Pursuit
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings, inherited_environment
 
@@ -76,7 +76,7 @@ async def test_a_submitted_edit_answers_at_once_and_ends_as_edit_image_does(
     assert running == {
         "status": "running",
         **job,
-        "message": "The edit goes on (denoising 2/10); get_job has its result",
+        "message": "The edit continues (denoising 2/10); get_job has its result",
         "phase": "denoising",
         "step": 2,
         "total": 10,

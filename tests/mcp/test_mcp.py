@@ -20,7 +20,7 @@ from PIL import Image
 
 from conftest import MakeService
 from fakes import STREAMED, FakeWorker, Gate
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.schemas.requests import MAX_BATCH
 
 

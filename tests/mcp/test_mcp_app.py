@@ -23,7 +23,7 @@ from playwright.async_api import Frame, Page, async_playwright
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from step1x_edit.channel import EditJob
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import Pixels
 from step1x_edit.schemas.requests import HowToEdit
 
@@ -375,7 +375,7 @@ async def test_an_edit_that_still_runs_is_followed_and_a_failure_is_told(
         wrong = await frame.locator("#state").inner_text()
         still_seen = await colour(frame, 0.75)
 
-    assert said.startswith("The edit goes on (")
+    assert said.startswith("The edit continues (")
     assert [name for name, _ in host.calls] == ["get_job", "edit_image"]
     assert is_near(seen, GREEN)
     assert is_near(still_seen, GREEN)

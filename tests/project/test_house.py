@@ -19,7 +19,6 @@ STILL_TOO_LONG: Final = {
     "_region_tab",
     "_view",
     "batch",
-    "build_mcp",
     "edit",
     "generate",
 }

@@ -50,7 +50,7 @@ from step1x_edit.interfaces.http.models import model_routes
 from step1x_edit.interfaces.http.openai.images import image_routes
 from step1x_edit.interfaces.mcp.hangups import TellHangUps
 from step1x_edit.interfaces.mcp.refusals import OneSentence
-from step1x_edit.interfaces.mcp.tools import build_mcp
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.page.page import Page
 from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.service.job_store import JobRunner, JobStore

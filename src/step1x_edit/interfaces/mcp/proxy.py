@@ -25,8 +25,10 @@ from mcp_types import CallToolRequestParams
 from step1x_edit.errors import ModelUnavailableError
 from step1x_edit.interfaces.discovery import SERVER_NAME, RunningServer, transport_to
 from step1x_edit.interfaces.mcp.app import PASSED_ON_HEADER, for_client
+from step1x_edit.interfaces.mcp.errors import OneErrorShape
 from step1x_edit.interfaces.mcp.prompts import complete
-from step1x_edit.interfaces.mcp.tools import MAX_WAIT_HEADER, OneErrorShape, result_of
+from step1x_edit.interfaces.mcp.results import result_of
+from step1x_edit.interfaces.mcp.tools import MAX_WAIT_HEADER
 from step1x_edit.schemas.requests import read_list
 from step1x_edit.service.files import expanded
 

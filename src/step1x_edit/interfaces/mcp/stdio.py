@@ -24,8 +24,8 @@ from typing_extensions import Buffer
 
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.discovery import find_server
+from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.mcp.stdin import take_stdin
-from step1x_edit.interfaces.mcp.tools import build_mcp
 from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
 from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import Settings, load_settings
