@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,32 @@ def test_the_shell_completes_commands_and_names_of_clients(
 
     assert "complete -o default -F _step1x_edit_completion step1x-edit" in script.stdout
     assert [result.stdout.split() for result in completed] == [["batch"], ["cursor"]]
+
+
+COMPLETIONS = {
+    "fish": 'source $argv[1]; complete -C "step1x-edit mcp config --client curs"',
+    "zsh": "compdef() {}; source $1; _arguments() { print -r -- $@ }; "
+    "words=(step1x-edit mcp config --client curs); CURRENT=5; _step1x_edit_completion",
+}
+
+
+@pytest.mark.parametrize("shell", COMPLETIONS)
+def test_other_shells_complete_with_the_script_that_they_are_given(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = shutil.which(shell)
+    if installed is None:
+        pytest.skip(f"{shell} is not installed")
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    script, name = tmp_path / "script", tmp_path / "step1x-edit"
+    script.write_text(run.invoke(app, ["--show-completion", shell]).stdout)
+    name.write_text(f'#!/bin/sh\nexec {sys.executable} -m step1x_edit.interfaces.cli "$@"\n')
+    name.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    words = [shell, str(script)] if shell == "zsh" else [str(script)]
+    told = subprocess.check_output([installed, "-c", COMPLETIONS[shell], *words], text=True)
+
+    assert "cursor" in told
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")

@@ -340,14 +340,14 @@ def test_an_edit_that_the_model_has_not_learned_is_reported_before_the_wait(
     begin(page, photo, "unknown wait in denoising")
     line = page.locator("#edit-line")
     expect(line).to_contain_text("第 1 步")
-    expect(line.locator("[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
+    expect(line.locator(".notice[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
     page.click("#edit-stop")
     expect(line).to_have_text(text("stopped", "zh-CN"))
 
     page.fill("#edit-prompt textarea", "unknown")
     page.click("#edit-run")
     page.wait_for_selector("#edit-download")
-    expect(line.locator("[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
+    expect(line.locator(".notice[role=alert]")).to_have_text(text("unknown_edit", "zh-CN"))
 
 
 def lines(progress: ProgressLine, clock: ManualClock, *events: tuple[float, Progress]) -> list[str]:
@@ -644,6 +644,48 @@ def test_a_phone_shows_every_tab_and_does_not_scroll_sideways(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@needs_browser
+def test_the_label_of_the_mask_is_not_hidden_by_its_tools_on_a_phone(
+    open_page: OpenPage, photo: Path
+) -> None:
+    page = open_page(viewport={"width": 360, "height": 900})
+    page.get_by_role("tab").nth(1).click()
+    choose(page, "region", photo)
+    label = page.locator("#region-mask").get_by_test_id("block-label")
+    expect(label).to_be_visible()
+
+    covered = label.evaluate(
+        """label => {
+            const box = label.getBoundingClientRect();
+            const found = document.elementFromPoint(box.right - 3, box.top + box.height / 2);
+            return !!found.closest("button, .icon-button-wrapper");
+        }"""
+    )
+    assert not covered
+
+
+@needs_browser
+def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
+    service: EditService, browser: Browser, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from step1x_edit.interfaces.page import blocks
+
+    monkeypatch.setattr(blocks, "_REFRESH_S", 3600.0)
+    expect.set_options(timeout=PATIENCE_MS)
+    with serving(service, api_key=None) as url:
+        page = browser.new_page(locale="en")
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(url)
+        page.wait_for_selector("#edit-run")
+        page.get_by_role("tab", name="System").click()
+        page.click("#release")
+        expect(page.locator(".chip .pill")).to_have_text("Model not loaded")
+        page.get_by_role("tab", name="Edit", exact=True).click()
+        begin(page, photo, "invert")
+        expect(page.locator(".chip .pill")).to_have_text("Model on the GPU")
+        page.close()
+
+
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text("utf-8")
 _GRADIO_S_OWN = [".settings img", ".gallery-item img", ".thumbnail-item img", ".empty"]
 """Parts whose names Gradio chooses."""
@@ -740,10 +782,12 @@ def test_an_open_page_survives_a_restart_of_the_server(
         expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
     gone = page.get_by_test_id("toast-text").filter(has_text=text("page.disconnected", "en"))
     expect(gone.first).to_be_visible()  # and not the sentence of Gradio, which is always English
+    expect(page.locator(".chip .pill")).to_have_text(text("page.offline", "en"))
     with toy_server(port, tmp_path):
         expect(page.locator("#notice")).to_have_text(
             "The server was started again. Your pictures went with the old one: choose them again."
         )
+        expect(page.locator(".chip .pill")).to_have_text("Model not loaded")
         expect(page.locator("#edit-prompt textarea")).to_have_value("wait in denoising")
         expect(page.locator("#edit-stop")).to_be_disabled()
         begin(page, photo, "invert")

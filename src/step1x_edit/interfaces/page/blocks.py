@@ -30,6 +30,7 @@ import gradio as gr
 import numpy as np
 from fastapi import FastAPI
 from gradio import processing_utils, routes
+from gradio.events import Dependency
 from PIL import Image
 
 from step1x_edit.channel import Progress
@@ -40,6 +41,7 @@ from step1x_edit.interfaces.page.files import PageFiles
 from step1x_edit.interfaces.page.lines import (
     alert,
     alert_of,
+    caution,
     done_line,
     picture_alone,
     pictures_compared,
@@ -450,6 +452,7 @@ class _Page:
         self._sessions = _Sessions(files)
         self._hints: list[_Hint] = []  # one for each form
         self._prompts: list[gr.Textbox] = []  # the same
+        self._ends: list[Dependency] = []  # the events after which an edit has ended
 
     def blocks(self) -> gr.Blocks:
         blocks = gr.Blocks(
@@ -499,6 +502,9 @@ class _Page:
             gr.Timer(_REFRESH_S).tick(tell, given, shown, **PRIVATE)
             offload.click(move_away, None, line, **PRIVATE).then(tell, given, shown, **PRIVATE)
             release.click(let_go, None, line, **PRIVATE).then(tell, given, shown, **PRIVATE)
+            for end in self._ends:
+                ended = end.then(None, None, None, js=_ENDED, **PRIVATE)
+                ended.then(tell, given, shown, **PRIVATE)
             blocks.unload(self._leave)
         return blocks
 
@@ -533,7 +539,7 @@ class _Page:
         picture.change(take, picture, [picture, buttons.line], preprocess=False, **PRIVATE)
         inputs, outputs = [picture, *form.inputs], [*view.outputs, *buttons.outputs]
         done = buttons.run.click(edit, inputs, outputs, preprocess=False, **PRIVATE)
-        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._ends.append(done)
         self._repeat(view, buttons, picture)
 
     def _region_tab(self) -> None:
@@ -586,7 +592,7 @@ class _Page:
         )
         inputs, outputs = [source, editor, *form.inputs], [*view.outputs, *buttons.outputs]
         done = buttons.run.click(edit, inputs, outputs, **PRIVATE)
-        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._ends.append(done)
         self._repeat(view, buttons, picture)
 
     def _mask(self, path: str, painted: dict[str, Any] | None) -> bytes | None:
@@ -632,7 +638,7 @@ class _Page:
 
         outputs = [*view.outputs, *buttons.outputs]
         done = view.again.click(again, None, outputs, **PRIVATE)
-        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._ends.append(done)
         view.reuse.click(reuse, None, picture, **PRIVATE)
         view.gallery.select(look, None, [*view.outputs, buttons.line], **PRIVATE)
         buttons.stop.click(stop, None, None, **PRIVATE)
@@ -738,7 +744,7 @@ class _Page:
         files.change(self._check_batch, files, buttons.line, preprocess=False, **PRIVATE)
         inputs, outputs = [files, *form.inputs], [view.gallery, view.archive, *buttons.outputs]
         done = buttons.run.click(edit, inputs, outputs, preprocess=False, **PRIVATE)
-        done.then(None, None, None, js=_ENDED, **PRIVATE)
+        self._ends.append(done)
         buttons.stop.click(stop, None, None, **PRIVATE)
 
     async def _check_batch(self, request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
@@ -1143,8 +1149,8 @@ def _done(edited: EditedPicture, progress: ProgressLine, language: str) -> str:
         words += " · " + text("changed", language, share=share)
     line = done_line(words)
     if not progress.is_known:
-        return line + alert(text("unknown_edit", language))
-    return line if metadata.warning is None else line + alert(metadata.warning)
+        return line + caution(text("unknown_edit", language))
+    return line if metadata.warning is None else line + caution(metadata.warning)
 
 
 # --- files ----------------------------------------------------------------------------------------

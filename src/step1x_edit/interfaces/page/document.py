@@ -26,6 +26,7 @@ _SAID_BY_SCRIPT: Final = {
     "restarted": "page.restarted",
     "lost": "page.lost",
     "disconnected": "page.disconnected",
+    "offline": "page.offline",
 }
 
 

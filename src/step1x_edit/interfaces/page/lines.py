@@ -22,6 +22,11 @@ def alert(words: str, detail: str = "") -> str:
     return f'<div class="problem" role="alert">{html.escape(words)}{small}</div>'
 
 
+def caution(words: str) -> str:
+    """A line about a result that may not be what was asked for."""
+    return f'<div class="notice" role="alert">{html.escape(words)}</div>'
+
+
 def done_line(words: str) -> str:
     """A line that says how something has ended, also to screen readers."""
     return f'<div role="status">{html.escape(words)}</div>'

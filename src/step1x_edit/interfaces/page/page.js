@@ -46,7 +46,9 @@
   new MutationObserver(() => {
     for (const message of document.querySelectorAll("[data-testid=toast-text]")) {
       for (const part of message.childNodes) {
-        if (part.data?.startsWith(GONE)) part.data = texts.disconnected;
+        if (!part.data?.startsWith(GONE)) continue;
+        part.data = texts.disconnected;
+        find(".chip .pill").innerHTML = `<b class="gone"></b>${texts.offline}`;
       }
     }
   }).observe(document, { childList: true, subtree: true });

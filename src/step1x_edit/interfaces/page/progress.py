@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from step1x_edit.channel import Phase, Progress
-from step1x_edit.interfaces.page.lines import alert, bar_line
+from step1x_edit.interfaces.page.lines import bar_line, caution
 from step1x_edit.interfaces.page.texts import text
 from step1x_edit.interfaces.time_left import Now, TimeLeft
 
@@ -44,7 +44,7 @@ class ProgressLine:
             case Phase.DECODING | Phase.REFLECTING | Phase.SAVING:
                 share = 1.0
         line = bar_line(self._prefix + words, share)
-        return line if self.is_known else line + alert(text("unknown_edit", self._language))
+        return line if self.is_known else line + caution(text("unknown_edit", self._language))
 
     def _words(self, progress: Progress) -> str:
         key = f"phase.{progress.phase.value}"

@@ -225,6 +225,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "伺服器沒有回應。頁面會不斷重試，直到恢復連線。",
         "サーバーが応答しません。つながるまで、このページは再試行を続けます。",
     ),
+    "page.offline": ("No connection", "未连接", "未連線", "未接続"),
     # --- what the server says -------------------------------------------------------------------
     "no_picture": (
         "Choose a picture first.",
