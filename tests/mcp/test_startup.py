@@ -106,11 +106,14 @@ def test_the_command_line_answers_without_what_only_pictures_or_protocols_need(
 
 LIBRARIES = """
 import gc, sys
-from step1x_edit.worker.opening import import_libraries
+from step1x_edit.worker.libraries import import_libraries
 assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens before"
 import_libraries()
 print("libraries are there", file=sys.stderr, flush=True)
-import scipy, sklearn
+import scipy, sklearn, torch, torch._dynamo, transformers
+from step1x_edit.checkpoints.read import Qwen2_5_VLModel
+assert transformers.Qwen2_5_VLModel is Qwen2_5_VLModel
+assert torch.distributed.is_available()
 print(gc.isenabled())
 """
 
@@ -126,5 +129,31 @@ def test_a_worker_imports_its_libraries_without_what_no_model_needs() -> None:
     packages = imported(libraries)
 
     assert packages >= {"torch", "transformers"}
-    assert not packages & {"pydantic", "scipy", "sklearn"}
+    assert not packages & {"pydantic", "scipy", "sklearn", "sympy"}
+    assert process.stdout == "True\n"
+
+
+ANOTHER_VERSION = """
+import sys
+from types import ModuleType
+from step1x_edit.worker.libraries import import_libraries
+
+class NeedsTheWholePackage:
+    def find_spec(self, name, path, target=None):
+        is_bare = type(sys.modules.get("transformers")) is ModuleType
+        if name == "transformers.masking_utils" and is_bare:
+            raise AttributeError("a version that asks its package for something")
+
+sys.meta_path.insert(0, NeedsTheWholePackage())
+import_libraries()
+from step1x_edit.checkpoints.read import Qwen2_5_VLModel
+print(Qwen2_5_VLModel is sys.modules["transformers"].Qwen2_5_VLModel)
+"""
+
+
+def test_a_transformers_that_needs_all_of_itself_is_imported_whole() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", ANOTHER_VERSION], capture_output=True, text=True, check=True
+    )
+
     assert process.stdout == "True\n"

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.arena import Arena, Block, Weight, blocks_of
 from step1x_edit.checkpoints.changed import ChangedBlocks

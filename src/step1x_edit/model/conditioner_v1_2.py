@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import Qwen2_5_VLModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from step1x_edit.model.conditioner import (
     CHAT_TAIL,

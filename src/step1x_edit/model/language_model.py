@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLModel, StaticCache
+from transformers.cache_utils import StaticCache
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from step1x_edit.model.conditioner import (

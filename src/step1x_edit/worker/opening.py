@@ -5,10 +5,7 @@ Torch, and what needs it, is imported inside functions: it takes seconds and may
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -31,42 +28,6 @@ STAND_IN: Final = "stand-in"
 
 MeasureHost: TypeAlias = Callable[[], HostMemory | None]
 """Returns the memory of the host and how much of it is free; None if unknown."""
-
-
-def import_libraries() -> None:
-    """Import torch and transformers, in two thirds of the usual time.
-
-    They create millions of objects that live until the process ends, so the garbage collector
-    pauses, and ignores them afterwards. Transformers also imports scipy and scikit-learn if it
-    finds them, for losses and for a kind of sampling that no checkpoint here uses.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        import torch  # noqa: F401
-
-        with _absent("scipy", "sklearn"):
-            import transformers
-
-            import step1x_edit.checkpoints.read  # noqa: F401
-    finally:
-        if collects:
-            gc.enable()
-    # Their progress bars would fill the log of a server.
-    transformers.utils.logging.disable_progress_bar()
-    gc.freeze()
-
-
-@contextlib.contextmanager
-def _absent(*packages: str) -> Iterator[None]:
-    """Hide these packages from imports, unless they are imported already."""
-    hidden = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for package in hidden:
-            del sys.modules[package]
 
 
 def place_of(device: str) -> torch.device | None:

@@ -43,11 +43,11 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.logs import log_to_stderr
+from step1x_edit.worker.libraries import import_libraries
 from step1x_edit.worker.memory import free_memory, is_out_of_memory
 from step1x_edit.worker.opening import (
     MeasureHost,
     chosen_device,
-    import_libraries,
     open_chosen,
     place_of,
     plan_for,

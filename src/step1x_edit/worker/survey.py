@@ -16,9 +16,9 @@ from step1x_edit.channel import GIB, Start, name_with_loras
 from step1x_edit.checkpoints.memory_plan import plan_status
 from step1x_edit.engine.machine import Survey, first_line
 from step1x_edit.errors import Step1XEditError
+from step1x_edit.worker.libraries import import_libraries
 from step1x_edit.worker.opening import (
     chosen_device,
-    import_libraries,
     open_chosen,
     place_of,
     plan_for,
