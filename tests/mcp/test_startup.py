@@ -109,6 +109,8 @@ import gc, sys
 from step1x_edit.worker.libraries import import_libraries
 assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens before"
 import_libraries()
+from step1x_edit.checkpoints.read import open_checkpoint
+open_checkpoint()
 print("libraries are there", file=sys.stderr, flush=True)
 import scipy, sklearn, torch, torch._dynamo, transformers
 from step1x_edit.checkpoints.read import Qwen2_5_VLModel

@@ -405,6 +405,10 @@ def _conditioner(
         raise CheckpointError(f"{file} does not fit this model: {error}") from error
 
 
+_RANDOM: Final = {"normal_", "uniform_", "kaiming_uniform_"}
+"""By name: transformers replaces the functions while it builds a network."""
+
+
 class _WithoutWeights(TorchFunctionMode):
     """Networks are built within it without memory for their weights, but with real buffers.
 
@@ -420,7 +424,14 @@ class _WithoutWeights(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
+        if func is torch.empty:
+            return func(*args, **(kwargs | {"device": "meta"}))
+        # Torch would import its compiler to fill a tensor that has no memory.
+        if getattr(func, "__name__", None) in _RANDOM:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 PART_NAMES: Final = {"vae": "autoencoder"}
