@@ -1,31 +1,46 @@
-# `make setup` once, then `make demo`. Every other target sets itself up first.
+# `make demo` installs what runs the program; every other target also what develops it.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.step1x-edit-installed
+# What runs the program is installed, and what develops it also.
+INSTALLED := $(VENV)/.step1x-edit-installed
+DEVELOP   := $(VENV)/.step1x-edit-develop
 # A package index for torch alone: `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`
 # saves the CUDA download on a machine without a GPU.
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix openapi conformance train clean
+.PHONY: help setup demo test test-all check fix openapi conformance train clean
 
 help:  ## Say what each target does
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## Create .venv and install the project with everything needed to develop it
+setup: $(DEVELOP)  ## Create .venv and install the project with everything needed to develop it
 
-$(STAMP): pyproject.toml constraints.txt
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(1)'
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install)
 	touch $@
 
-demo: setup  ## Edit a bundled photograph and say where the pictures lie
+$(DEVELOP): pyproject.toml constraints.txt
+	$(call install,[dev])
+	touch $(INSTALLED) $@
+
+demo: $(INSTALLED)  ## Edit a bundled photograph and say where the pictures lie
 	$(BIN)/step1x-edit demo
 
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## Run the tests (CPU)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-all: setup  ## Run the tests with everything that the slow ones can try
+	TEST_EXTENT=all $(PYTEST)
 
 check: setup  ## Lint, check the format, the types and the import contracts
 	$(BIN)/ruff check

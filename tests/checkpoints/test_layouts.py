@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from command_line import edit
+from extent import by_extent
 from http_server import TOKEN, serving
 from layouts import (
     links_of,
@@ -217,12 +218,18 @@ def as_deep_as_published(preset: ModelConfig) -> EditPipeline:
     return narrow_pipeline(sizes.depth, sizes.depth_single, preset)
 
 
+ONE_OF_EACH_KIND = ("v1.0", "v1.1", "v1.1-diffusers", "v1.2")
+"""All versions and both kinds of names; the other layouts store the same names in other types."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_the_published_models_is_read_in_each_layout(
     family: str, tmp_path: Path
 ) -> None:
     pictures = set()
     for name, layout in FAMILIES[family].items():
+        if name not in by_extent(ONE_OF_EACH_KIND, tuple(LAYOUTS)):
+            continue
         original = as_deep_as_published(layout.preset)
         folder = tmp_path / name
         layout.write(folder, original, layout.stored)

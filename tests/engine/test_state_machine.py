@@ -23,6 +23,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from extent import by_extent
 from fakes import ManualClock
 from step1x_edit.channel import Cancel, Done, EditJob, Failed, Offload, Report
 from step1x_edit.checkpoints.arena import Weight
@@ -298,7 +299,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=500, stateful_step_count=20, deadline=None, print_blob=True
+    max_examples=by_extent(100, 500), stateful_step_count=20, deadline=None, print_blob=True
 )
 
 

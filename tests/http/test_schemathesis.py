@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
+from extent import by_extent
 from fakes import FakeWorker
 from http_server import TOKEN, serving
 from step1x_edit.engine.machine import Survey
@@ -27,7 +28,7 @@ from step1x_edit.service.service import build_service
 from step1x_edit.settings import Settings
 from write_openapi import FILE
 
-EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", by_extent("4", "8")))
 """Made-up requests for each operation."""
 
 KEY = {"Authorization": f"Bearer {TOKEN}"}

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_demo
+from extent import slow
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.model.pipeline import Edited
 from step1x_edit.model.request import NetworkRequest
@@ -70,6 +71,7 @@ def test_three_steps_of_each_stage_make_a_checkpoint_that_edits(
     assert "start" not in again, "a finished stage was done once more"
 
 
+@slow  # the first test runs every stage; this one begins with other weights
 @pytest.mark.timeout(600)
 def test_three_more_steps_of_a_checkpoint_keep_what_it_knows(
     tmp_path: Path, train_here: Callable[..., str]

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import toy_jobs
+from extent import by_extent
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -1301,6 +1302,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=16, deadline=None, print_blob=True
+    max_examples=by_extent(40, 200), stateful_step_count=16, deadline=None, print_blob=True
 )
 TestStoreMachine = StoreMachine.TestCase
