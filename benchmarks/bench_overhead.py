@@ -160,8 +160,12 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if index:  # the first round loads the models
                     for name, seconds in taken.items():
                         times[name].append(seconds)
-            output = {"output_path": f"{folder}/status.jpg", "size_level": 1024, "num_steps": 28}
-            latencies = sorted(await status_latency(client, call | output))
+            last: dict[str, str | int] = {
+                "output_path": f"{folder}/status.jpg",
+                "size_level": 1024,
+                "num_steps": 28,
+            }
+            latencies = sorted(await status_latency(client, call | last))
         await asyncio.to_thread(service.close)
     base = statistics.median(times["pipeline"])
     summary: dict[str, Any] = {"size": arguments.size, "num_steps": arguments.num_steps}

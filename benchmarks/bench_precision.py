@@ -17,21 +17,27 @@ import time
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from skimage import data
 
 from step1x_edit.checkpoints.read import Wanted, read_checkpoint
-from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.quantised import CODES
 from step1x_edit.model.request import NetworkRequest
+from step1x_edit.schemas.requests import Precision
 
+Pixels = npt.NDArray[np.uint8]
 PROMPTS = ("change to night scene", "make it black and white", "make it warmer", "red tint")
 
 
-def edited(pipeline: EditPipeline, image: np.ndarray, prompt: str, size: int, steps: int):
+def edited(
+    pipeline: EditPipeline, image: Pixels, prompt: str, size: int, steps: int
+) -> tuple[Pixels, float]:
     request = NetworkRequest(image, prompt, num_steps=steps, size_level=size, seed=0)
     started = time.perf_counter()
     *_, last = pipeline.edit(request)
+    assert isinstance(last, Edited)
     return last.image, time.perf_counter() - started
 
 
@@ -53,7 +59,8 @@ def main() -> None:
     found: dict[str, dict[str, object]] = {}
     print("| precision | weights, MB | an edit, s | " + " | ".join(PROMPTS) + " |")
     print("|---" * (3 + len(PROMPTS)) + "|")
-    for precision in ("auto", *CODES):
+    precisions: tuple[Precision, ...] = ("auto", *CODES)
+    for precision in precisions:
         pipeline = read_checkpoint(wanted=Wanted(precision=precision)).pipeline
         tensors = [
             tensor

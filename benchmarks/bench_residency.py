@@ -182,7 +182,12 @@ def measure(folder: Path, device: torch.device, repeat: int) -> dict[str, float]
         figures["onload_while_locking_s"] = seconds(residency.onload)
         residency.offload()
         locking = [thread for thread in threading.enumerate() if thread.name == "page-lock"]
-        figures["page_lock_rest_s"] = seconds(lambda: [thread.join() for thread in locking])
+
+        def wait() -> None:
+            for thread in locking:
+                thread.join()
+
+        figures["page_lock_rest_s"] = seconds(wait)
     figures["copy_gb_per_s"] = copy_gb_per_s(device, arena_gb)
     residency.onload()
     step(residency, device)  # what is slow once only

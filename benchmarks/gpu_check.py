@@ -26,6 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,13 +109,17 @@ def run_sections(
         if started >= end:
             continue
         deadline = min(end, started + section.budget_s)
-        bench.is_over = lambda deadline=deadline: time.monotonic() >= deadline
+        bench.is_over = partial(_is_past, deadline)
         report.found[section.name] = {"status": "stopped: it was stuck when the time was up"}
         report.found[section.name] = _attempt(section, bench)
         report.found[section.name]["seconds"] = time.monotonic() - started
         report.write(folder)
         said = report.found[section.name]
         print(f"{section.name}: {said['status']}, {said['seconds']:.1f} s", file=sys.stderr)
+
+
+def _is_past(deadline: float) -> bool:
+    return time.monotonic() >= deadline
 
 
 def _attempt(section: Section, bench: Bench) -> Figures:

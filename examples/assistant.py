@@ -18,7 +18,7 @@ class ImageEditingAssistant:
         result = await self.mcp_client.call_tool(
             "edit_image", {"image_path": image_path, "prompt": instruction}
         )
-        return result["output_path"]
+        return str(result["output_path"])
 
     async def cleanup(self) -> None:
         """Free GPU resources."""

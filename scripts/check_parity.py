@@ -394,7 +394,9 @@ def check_v1_2_position_ids(case: Case) -> None:
     vlm = _unread_model()
     for row in case.table("cases"):
         name, source, seen = row["index"], row["ref_image_wh"], row["vlm_wh"]
-        size = conditioner.vlm_image_size(*source, config.min_pixels, config.max_pixels)
+        size = conditioner.vlm_image_size(
+            source[0], source[1], config.min_pixels, config.max_pixels
+        )
         grid = [seen[1] // conditioner.FACTOR, seen[0] // conditioner.FACTOR]
         case.same("vlm_wh", list(size), seen)
         case.same("vision_grid_hw", grid, row["vision_grid_hw"])

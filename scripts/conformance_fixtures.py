@@ -388,5 +388,5 @@ def build(*arguments: Any, **options: Any) -> FastMCP:
 
 
 if __name__ == "__main__":
-    server.build_mcp = build
+    setattr(server, "build_mcp", build)  # noqa: B010 - a name that the module only imports
     app(["serve"])

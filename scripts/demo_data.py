@@ -12,13 +12,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-Picture = NDArray[np.float32]
+Picture = NDArray[np.floating[Any]]
 Edit = Callable[[Picture], Picture]
 
 # ------------------------------------------------------------------------------------------------

@@ -268,7 +268,8 @@ CONSTANT = 6.0
 def pair_layout(signals: int, channels: int, groups: int) -> Tensor:
     """Channel numbers for +z (first half) and -z (second half), spread over the norm groups."""
     per_group, width = 2 * signals // groups, channels // groups
-    plus, minus = [], []
+    plus: list[int] = []
+    minus: list[int] = []
     for group in range(groups):
         base = group * width
         plus += range(base, base + per_group // 2)

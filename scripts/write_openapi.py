@@ -20,7 +20,7 @@ def openapi() -> str:
     """The description as it stands in the file."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     chosen = {name: value for name, value in defaults.items() if name.startswith("default_")}
-    settings = Settings(_env_file=None, enable_api=True, **chosen)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, enable_api=True, **chosen)
     service = build_service(settings)
     app = build_routes(service, settings, Metrics(service))
     return json.dumps(app.openapi(), indent=2, ensure_ascii=False) + "\n"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -179,11 +179,13 @@ def peak_gb(device: torch.device, before: int) -> Figures:
     }
 
 
-def step_seconds(
-    bench: Bench, steps: Iterator[object], number: int
-) -> tuple[list[float], object | None]:
+T = TypeVar("T")
+
+
+def step_seconds(bench: Bench, steps: Iterator[T], number: int) -> tuple[list[float], T | None]:
     """How long each of the first steps took, and what the last one gave."""
-    taken, last = [], None
+    taken: list[float] = []
+    last: T | None = None
     synchronize(bench.device)
     started = time.perf_counter()
     for step in itertools.islice(steps, number):
@@ -217,7 +219,7 @@ def rows(
         step_seconds(bench, make(encoded), 2)  # what is slow once only
         before = start_peak(bench.device)
         taken, last = step_seconds(bench, make(encoded), min(wanted, most))
-        if name and len(taken) == NUM_STEPS and pixels == bench.smallest:
+        if last is not None and name and len(taken) == NUM_STEPS and pixels == bench.smallest:
             bench.finals[name] = last.latents.cpu()
         if len(taken) < 2:
             left_out.append(pixels)

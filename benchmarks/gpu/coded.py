@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,12 @@ def coded_blocks(bench: Bench) -> Figures:
         before = start_peak(bench.device)
         row: Figures = {"precision": name, "from_float32": error, "allowed": ALLOWED[name]}
         row["weights_gb"] = sum(t.nbytes for t in (*coded.parameters(), *coded.buffers())) / GB
-        row["ms"] = 1000 * best_seconds(bench.device, lambda c=coded: c(*inputs))
+        row["ms"] = 1000 * best_seconds(bench.device, partial(coded, *inputs))
         row |= peak_gb(bench.device, before)
         if not bench.is_over():
             with compiled([coded], bench.scale.backend):
                 row["compiled_from_float32"] = relative(coded(*inputs).float() - x, exact)
-                row["compiled_ms"] = 1000 * best_seconds(bench.device, lambda c=coded: c(*inputs))
+                row["compiled_ms"] = 1000 * best_seconds(bench.device, partial(coded, *inputs))
         figures["blocks"].append(row)
     figures["is_right"] = all(
         max(row["from_float32"], row.get("compiled_from_float32", 0)) <= row["allowed"]

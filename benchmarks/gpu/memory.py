@@ -159,7 +159,7 @@ def _onload_and_run(
                 if len(taken) > 1:
                     row[f"step_ms_{pixels}"] = 1000 * statistics.median(taken[1:])
                     row[f"step_ms_{pixels}_{way}"] = row[f"step_ms_{pixels}"]
-                if len(taken) < 4:
+                if len(taken) < 4 or last is None:
                     continue
                 latents = last.latents.cpu()
                 if is_first:

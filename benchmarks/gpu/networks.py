@@ -123,7 +123,8 @@ def our_states(
     pipeline: EditPipeline, encoded: Encoded, plan: Plan | None = None
 ) -> Generator[DenoiseState, None, None]:
     """The product's own loop."""
-    request = NetworkRequest(None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE)  # type: ignore[arg-type]  # the picture has been encoded
+    # The picture has been encoded.
+    request = NetworkRequest(None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
     start = pipeline.start(encoded, seed=0)
     yield from pipeline.denoise(encoded, start, request, plan or Plan())
 

@@ -72,7 +72,7 @@ def probe(bench: Bench) -> Figures:
         }
     a, b = (torch.randn(n, n, device=device).to(bench.dtype) for _ in range(2))
     figures["product_tflop_per_s"] = 2 * n**3 / 1e12 / best_seconds(device, lambda: a @ b)
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + (5 if device.type == "cuda" else 0)
     while not times or (time.perf_counter() < until and not bench.is_over()):
         times.append(best_seconds(device, lambda: a @ b, repeat=1))
