@@ -1,4 +1,4 @@
-"""The core of an assistant that edits pictures for somebody.
+"""The core of an assistant that edits pictures for its user.
 
 python examples/assistant.py portrait.jpg "change to night scene"
 """

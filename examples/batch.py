@@ -1,4 +1,4 @@
-"""Edit three pictures, each by a prompt of its own.
+"""Edit three pictures, each with a separate prompt.
 
 python examples/batch.py img1.jpg img2.jpg img3.jpg
 """

@@ -1,4 +1,4 @@
-"""Keep the model on the GPU for longer: the server that is started inherits the environment.
+"""Keep the model on the GPU for longer: the server that this starts inherits the environment.
 
 python examples/custom_timeout.py
 """

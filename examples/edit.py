@@ -1,4 +1,4 @@
-"""Edit one picture, look at the GPU, and free it.
+"""Edit one picture, print the GPU's state, and free it.
 
 python examples/edit.py input.jpg
 """

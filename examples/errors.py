@@ -1,4 +1,4 @@
-"""What goes wrong is told in the answer; nothing is raised.
+"""Handle errors: the answer reports them, and nothing is raised.
 
 python examples/errors.py image.jpg "add a red hat"
 """

@@ -1,4 +1,4 @@
-"""Each of the five tools once: edit, batch, status, offload, release.
+"""Call each of the five tools once: edit, batch, status, offload, release.
 
 python examples/five_tools.py portrait.jpg img1.jpg img2.jpg img3.jpg
 """

@@ -1,4 +1,4 @@
-"""Say where the model is, again and again.
+"""Print where the model is at regular intervals.
 
 python examples/monitor.py [times] [seconds between]
 """

@@ -1,4 +1,4 @@
-"""Edit one picture with OpenAI's own client (`pip install openai`) and watch it become.
+"""Edit one picture with OpenAI's own client (`pip install openai`) and save its previews.
 
 python examples/openai_client.py input.jpg "add a red hat" http://127.0.0.1:8000/v1
 """

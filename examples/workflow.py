@@ -1,4 +1,4 @@
-"""Edit all pictures of a folder, one after the other.
+"""Edit all pictures in a folder, one after the other.
 
 python examples/workflow.py photos/
 """
