@@ -1,12 +1,12 @@
-"""Work that is done once, however often it is asked for.
+"""Work that runs once, however often it is requested.
 
-A client that hears nothing for long sends its request again, and must not pay for it with a second
-edit: while the first runs the second waits for the same outcome, and for a while after its end gets
-what came of it. Requests belong together by their `Idempotency-Key`; those of OpenAI's clients,
-which send none, by what they ask for and by the number with which these mark that they try again.
+A client that gets no answer for long repeats its request, which must not start a second edit: while
+the first runs, the repeated request waits for the same result, and for a while after its end gets
+that result. Requests belong together by their `Idempotency-Key`; OpenAI's clients send none, so
+theirs are matched by their content and by the number with which they mark a retry.
 
-`Runs` keeps the work, a `Shelf` what came of it, in memory and within bounds. What the work is, and
-what protocol it is asked for by, is not known here.
+`Runs` keeps the work, a `Shelf` its results, in memory and within bounds. Nothing here knows the
+work or the protocol.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RETRIES: Final = "X-Stainless-Retry-Count"
 
 
 class Shelf(Generic[T]):
-    """Things by name, for a while, within a number of bytes and a count; the oldest go first."""
+    """Things by name, limited by age, bytes and count; the oldest are dropped first."""
 
     def __init__(
         self,
@@ -59,14 +59,14 @@ class Shelf(Generic[T]):
         self._bytes = 0
 
     def put(self, name: str, thing: T, size: int) -> None:
-        """Keep a thing of this many bytes; at least the newest stay, however large they are."""
+        """Keep a thing of `size` bytes; the newest are kept whatever their size."""
         self.remove(name)
         self._things[name] = self._now() + self._kept_s, size, thing
         self._bytes += size
         self._sweep()
 
     def get(self, name: str) -> T | None:
-        """The thing of this name, if it is still there."""
+        """The thing of this name, if it is still kept."""
         self._sweep()
         found = self._things.get(name)
         return None if found is None else found[2]
@@ -89,7 +89,7 @@ class Shelf(Generic[T]):
 
 @dataclass(frozen=True)
 class Identity:
-    """By what requests belong together: a name, what exactly is asked for, and whether again."""
+    """What identifies a request: a name, a digest of its content, and whether it is a retry."""
 
     name: str
     digest: str
@@ -99,7 +99,7 @@ class Identity:
 def identity_of(request: Request, digest: str) -> Identity | None:
     """The identity of a request, if it has one; raises InvalidParameterError for an unusable key.
 
-    `digest` is what the request asks for. The same key at two paths is two keys.
+    `digest` covers the content of the request. The same key at two paths is two keys.
     """
     keys, path = request.headers.getlist(KEY), request.url.path
     if keys:
@@ -111,17 +111,17 @@ def identity_of(request: Request, digest: str) -> Identity | None:
     count = request.headers.get(_RETRIES, "")
     if not re.fullmatch("[0-9]{1,9}", count):
         return None
-    # To ask anew for the same is a new request, unless the client says that it tries again.
+    # The same content is a new request, unless the client marks it as a retry.
     return Identity(f"sdk {path} {digest}", digest, is_retry=int(count) > 0)
 
 
 def may_be_known(request: Request) -> bool:
-    """Whether a request, by its head, may belong to one that is there already."""
+    """Whether the head of a request allows that it repeats an earlier one."""
     return KEY in request.headers or request.headers.get(_RETRIES, "0") != "0"
 
 
 def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
-    """A digest of what a request asks for: its fields in any order, however they were wrapped."""
+    """A digest of the content of a request: its fields, in any order and encoding."""
     whole = hashlib.sha256()
     for name, value in sorted(parts):
         for piece in (name.encode(), value):
@@ -132,11 +132,11 @@ def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
 
 Tell: TypeAlias = Callable[[E], None]
 Work: TypeAlias = Callable[[Callable[[E], None]], Awaitable[T]]
-"""What is to be done; it may tell of events on the way."""
+"""The work; it may report events while it runs."""
 
 
 class Run(Generic[E, T]):
-    """Work that has begun. It is ended when nobody has waited for it for `grace_s`."""
+    """Work that has started. It is cancelled once no client has waited for it for `grace_s`."""
 
     def __init__(self, work: Work[E, T], grace_s: float) -> None:
         self._grace_s = grace_s
@@ -145,15 +145,15 @@ class Run(Generic[E, T]):
         self._listeners = 0
         self._leaving: asyncio.TimerHandle | None = None
         self.is_ending = False
-        """Whether it has been ended, because nobody waited for it."""
+        """Whether it has been cancelled because no client waited for it."""
         self._task: asyncio.Task[T] = asyncio.ensure_future(self._do(work))
-        # Whoever leaves may never look at the result; that is no reason for a warning.
+        # Clients that have left never read the result, which would log a warning.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._task.add_done_callback(lambda _: self._wake())
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Count as somebody who waits for the work."""
+        """Count as a client that waits for the work."""
         self._listeners += 1
         if self._leaving is not None:
             self._leaving.cancel()
@@ -166,26 +166,26 @@ class Run(Generic[E, T]):
 
     async def result(self) -> T:
         """Wait for the outcome, or raise the error that ended the work."""
-        await asyncio.wait({self._task})  # to give up waiting does not end the work
+        await asyncio.wait({self._task})  # cancelling the wait does not cancel the work
         if self._task.cancelled():
             raise EditCancelledError
         return self._task.result()
 
     async def events(self) -> AsyncIterator[E]:
-        """What the work has told and tells, from the beginning to its end."""
-        told = 0
+        """All events of the work, from its start to its end."""
+        sent = 0
         while True:
             news = self._news
-            while told < len(self._events):
-                told += 1
-                yield self._events[told - 1]
+            while sent < len(self._events):
+                sent += 1
+                yield self._events[sent - 1]
             if self._task.done():
                 return
-            if news is self._news:  # otherwise something was told while we were away
+            if news is self._news:  # otherwise an event came while the last one was sent
                 await news.wait()
 
     def when_done(self, then: Callable[[asyncio.Task[T]], None]) -> None:
-        """Have something called at the end of the work, with its task."""
+        """Call `then` with the task once the work has ended."""
         self._task.add_done_callback(then)
 
     async def _do(self, work: Work[E, T]) -> T:
@@ -212,7 +212,7 @@ class Run(Generic[E, T]):
 
 
 class Runs:
-    """All work that is being done, and the outcomes that are still kept."""
+    """All running work, and the results that are still kept."""
 
     def __init__(self, kept_s: float = KEPT_S, grace_s: float = GRACE_S) -> None:
         self._grace_s = grace_s
@@ -228,10 +228,10 @@ class Runs:
         size_of: Callable[[T], int],
         grace_s: float = 0.0,
     ) -> tuple[Run[E, T], bool]:
-        """The run that a request belongs to, begun now if there is none, and whether there was.
+        """The run that a request belongs to, started now if there is none, and whether there was.
 
-        A run without an identity is ended `grace_s` after its caller has left. Only successes are
-        kept: who sends again what has failed wants it tried again. Raises IdempotencyKeyError.
+        A run without an identity is cancelled `grace_s` after its client has disconnected. Only
+        successes are kept: repeating a failed request tries it again. Raises IdempotencyKeyError.
         """
         if identity is None:
             return Run(work, grace_s), False
@@ -265,7 +265,7 @@ class Runs:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Wait for the work, or for the caller to go away, which raises EditCancelledError."""
+    """Wait for the work; raises EditCancelledError if the client disconnects first."""
     working = asyncio.ensure_future(work)
     going = asyncio.ensure_future(_gone(request))
     waiting: set[asyncio.Future[Any]] = {working, going}

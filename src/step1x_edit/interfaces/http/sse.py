@@ -1,4 +1,4 @@
-"""Server-sent events: how one is written, and how a stream lives through silence and shutdown."""
+"""Server-sent events: their text, and streams that survive silence and end at shutdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, Final, TypeVar
 T = TypeVar("T")
 
 EVENT_STREAM: Final = "text/event-stream"
-KEEP_ALIVE_S: Final = 15.0  # many proxies close what is silent for a minute, some for half of it
+KEEP_ALIVE_S: Final = (
+    15.0  # many proxies close a connection after a minute of silence, some after half
+)
 
 
 def named(name: str, data: Mapping[str, Any]) -> str:
@@ -21,7 +23,7 @@ def named(name: str, data: Mapping[str, Any]) -> str:
 async def kept_alive(
     events: AsyncIterator[str], closing: asyncio.Event, keep_alive_s: float
 ) -> AsyncIterator[str]:
-    """The events up to their end or until `closing`, and a comment whenever there was none."""
+    """The events until they end or `closing` is set, with a comment after each silence."""
     coming = asyncio.ensure_future(next_of(events))
     end = asyncio.ensure_future(closing.wait())
     try:
@@ -42,5 +44,5 @@ async def kept_alive(
 
 
 async def next_of(events: AsyncIterator[T]) -> T | None:
-    """The next event, or None if none comes any more."""
+    """The next event, or None at the end."""
     return await anext(events, None)

@@ -1,8 +1,8 @@
 """The MCP App of an edit: a page in the chat that shows before and after.
 
-Hosts that know apps (the extension io.modelcontextprotocol/ui) draw the page beside the result of a
-tool that names it; others see nothing of it. What only the page needs travels in the result's
-`_meta`, for clients that declare the extension: some others show their model the whole result.
+Hosts that support apps (the extension io.modelcontextprotocol/ui) show the page beside the result
+of a tool that names it; others ignore it. Data for the page alone is in the result's `_meta`, and
+only for clients that declare the extension: some others show their model the whole result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOWN_IN_APP: Final[dict[str, Any]] = {"ui": {"resourceUri": PAGE_URI}}
 BEFORE_KEY: Final = "step1x-edit/before"
 ARGUMENTS_KEY: Final = "step1x-edit/arguments"
 PASSED_ON_HEADER: Final = "X-Passed-On"
-"""Sent by a server of ours that has joined another: it decides itself what its client gets."""
+"""Sent by a proxy of ours, which decides itself what its client gets."""
 
 
 def app_page() -> Resource:
@@ -44,9 +44,9 @@ def app_page() -> Resource:
 
 
 def app_meta(request: EditRequest, before: bytes) -> dict[str, Any]:
-    """What the page has to know of an edit: the JPEG of its input, and how to ask for it again.
+    """What the page needs of an edit: the JPEG of its input, and the arguments to repeat it.
 
-    Another attempt becomes another file, so neither the output of this one nor its seed is told.
+    Another attempt is another file, so the output of this one and its seed are left out.
     """
     of_this_one = {"seed", "output_path", "overwrite"}
     again = request.model_dump(mode="json", exclude=of_this_one, exclude_none=True)
@@ -57,7 +57,7 @@ def app_meta(request: EditRequest, before: bytes) -> dict[str, Any]:
 
 
 def for_client(result: ToolResult, context: Context) -> ToolResult:
-    """The result as the client of this call gets it: without what it has no page for."""
+    """The result for the client of this call, without data for a page that it cannot show."""
     if result.meta is None or _has_apps(context):
         return result
     meta = {

@@ -1,6 +1,6 @@
-"""Ready-made prompts that lead an assistant to call `edit_image` well, and completions for them.
+"""Prompts that help an assistant to use `edit_image` well, and completions for them.
 
-A prompt is text for the assistant, not for the model: it names the tool, the shape of a good
+A prompt is text for the assistant, not for the model: it names the tool, the form of a good
 instruction and what to do with the answer.
 """
 
@@ -18,8 +18,8 @@ from mcp_types import (
     ResourceTemplateReference,
 )
 
-_HOW_TO_GO_ON: Final = """\
-Look at the preview in the answer. If it is not what was asked for, try once more with another \
+_NEXT_STEPS: Final = """\
+Look at the preview in the answer. If it is not what the user wants, try once more with another \
 seed or a higher guidance_scale (up to 10), and tell the user which seed was used. If \
 metadata.warning is there, tell the user what it says. Give output_path as the result; the input \
 is never changed."""
@@ -29,7 +29,7 @@ def _restyle(image_path: str, style: str) -> str:
     return (
         f"Call edit_image with image_path {image_path!r} and the prompt "
         f'"turn it into {style}". '
-        f"Leave the other parameters at their defaults.\n\n{_HOW_TO_GO_ON}"
+        f"Leave the other parameters at their defaults.\n\n{_NEXT_STEPS}"
     )
 
 
@@ -38,7 +38,7 @@ def _replace_background(image_path: str, background: str) -> str:
         f"Look at {image_path!r} with view_image and find the subject. Then call edit_image on it "
         f'with a prompt such as "replace the background with {background}, keep the <subject> '
         'unchanged", naming the subject in two or three words. Leave the other parameters at '
-        f"their defaults.\n\n{_HOW_TO_GO_ON}"
+        f"their defaults.\n\n{_NEXT_STEPS}"
     )
 
 
@@ -47,8 +47,8 @@ def _fix_colours(image_path: str, problem: str = "not said") -> str:
         f"Look at {image_path!r} with view_image; the user's complaint about its colours: "
         f"{problem}. Choose one concrete instruction that repairs it, for example "
         '"make it brighter", "more contrast", "make the colours more vivid" or "remove the yellow '
-        'tint", and call edit_image with it. One repair per call; go on from output_path of the '
-        f"last one if a second is needed.\n\n{_HOW_TO_GO_ON}"
+        'tint", and call edit_image with it. One repair per call; for a second one continue from '
+        f"output_path of the first.\n\n{_NEXT_STEPS}"
     )
 
 
@@ -107,7 +107,7 @@ def prompts() -> list[Prompt]:
 
 
 def _prompt(function: Callable[..., str], title: str, description: str) -> Prompt:
-    """A prompt of a function; fastmcp would load a parser of docstrings to read its description."""
+    """A prompt of a function; to read docstrings fastmcp would import a parser for them."""
     prompt = Prompt.from_function(
         function, name=function.__name__.lstrip("_"), title=title, description=description
     )
@@ -127,7 +127,7 @@ def complete(
     argument: CompletionArgument,
     context: CompletionContext | None,
 ) -> list[str] | None:
-    """What could be meant by the beginning of an argument."""
+    """The known values that contain the text of an argument."""
     if not isinstance(reference, PromptReference):
         return None
     known = SUGGESTIONS.get((reference.name, argument.name), ())

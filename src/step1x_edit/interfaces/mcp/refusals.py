@@ -1,8 +1,8 @@
-"""What is said over HTTP about a body that is not a message of MCP.
+"""Answers over HTTP to a body that is not a message of MCP.
 
-The library answers it with the whole text of its parser or validator, which tells of classes and
-lines that mean nothing to a client. Here such an answer becomes one sentence. The library parses on
-the event loop, so a body with very many parts, which would stop it, is refused before.
+The library answers with the whole text of its parser or validator, whose classes and lines mean
+nothing to a client. Here such an answer becomes one sentence. The library parses on the event loop,
+so a body with very many parts, which would block it, is refused first.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _SENTENCES: Final[Mapping[str, tuple[int, str]]] = {
         "method, params as an object, and an id if it is a request",
     ),
 }
-"""Ours, with its code, by how the library's begins."""
+"""Our code and sentence, by the beginning of the library's."""
 
 
 class OneSentence:
-    """An application whose refusals of malformed messages hold no text of the library."""
+    """An application that refuses malformed messages in one sentence."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -76,12 +76,12 @@ def _refusal() -> JSONResponse:
 
 def _in_one_sentence(body: bytes) -> bytes:
     try:
-        told: dict[str, Any] = json.loads(body)
-        message: str = told["error"]["message"]
+        answer: dict[str, Any] = json.loads(body)
+        message: str = answer["error"]["message"]
     except (ValueError, LookupError, TypeError):
         return body
     for beginning, (code, sentence) in _SENTENCES.items():
         if message.startswith(beginning):
-            told["error"] = {"code": code, "message": sentence}
-            return json.dumps(told).encode()
+            answer["error"] = {"code": code, "message": sentence}
+            return json.dumps(answer).encode()
     return body

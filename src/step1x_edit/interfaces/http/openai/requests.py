@@ -1,8 +1,8 @@
-"""Requests in the words of OpenAI's Images: forms and JSON in, requests of the schema out.
+"""Requests to OpenAI's Images: forms and JSON in, requests of ours out.
 
-A field either has an effect, or a value that asks for nothing, or it is refused by name. Pictures
-come as uploads or in data URLs; nothing is ever fetched for a caller. StepFun's own interface to
-this model has the same routes; what differs there holds for requests that name its model.
+A field has an effect, or a value that changes nothing, or is refused by name. Pictures are uploads
+or data URLs; no URL is fetched. StepFun's own interface to this model has the same routes; its
+differences apply to requests that name its model.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd":
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
 _Asked = TypeVar("_Asked", bound=OpenAIRequest)
 
-_MAX_FILES: Final = 20  # theirs takes 16 pictures, and is to be told in words that we take one
+_MAX_FILES: Final = 20  # theirs takes 16 pictures; a sentence says that this one takes one
 _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURE: Final = re.compile(r"image(\[[0-9]*\])?")  # in a list, some clients number the items
 _CUT_OUT: Final = re.compile(r"data:[^,]*;base64,([0-9]{1,5})")  # see json_bodies
-_LORAS: Final = "loras[]"  # how their client says a list in a form, once for each item
+_LORAS: Final = "loras[]"  # how their client sends a list in a form, once for each item
 _SAME: Final[Mapping[str, str]] = {
     "num_steps": "num_inference_steps",
     "steps": "num_inference_steps",
@@ -82,23 +82,23 @@ _UNSUPPORTED_VALUES: Final[Mapping[tuple[str, str], str]] = {
 
 @dataclass(frozen=True)
 class Sent:
-    """What a caller has sent: the uploads, and the other fields as they came."""
+    """What a client has sent: the uploads, and the other fields as they came."""
 
     picture: bytes | None
-    """None where a picture is to be made from words alone."""
+    """None if a picture is made from the prompt alone."""
     mask: bytes | None
     fields: Mapping[str, object]
 
     @property
     def digest(self) -> str:
-        """What is asked for, as a digest."""
+        """A digest of the uploads and fields."""
         parts = [("image", self.picture or b""), ("mask", self.mask or b"")]
         parts += [(name, json.dumps(value).encode()) for name, value in self.fields.items()]
         return digest_of(parts)
 
 
 async def read_edit(request: Request) -> Sent:
-    """What is sent to be edited."""
+    """Read the request of an edit."""
     if is_json(request):
         text, data = await json_bodies.read_with_data(request)
         return _pictures_of(_supported(await json_bodies.parse(text)), data)
@@ -109,7 +109,7 @@ async def read_edit(request: Request) -> Sent:
 
 
 async def read_estimate(request: Request) -> dict[str, object]:
-    """The fields of an edit whose picture is not sent."""
+    """Read the fields of an edit without its picture."""
     if is_json(request):
         fields = _supported(await read_json(request))
         found: Collection[str] = fields
@@ -121,7 +121,7 @@ async def read_estimate(request: Request) -> dict[str, object]:
 
 
 async def read_generation(request: Request) -> Sent:
-    """What is sent for a picture that is to be made from words alone."""
+    """Read the request of a picture from a prompt alone."""
     if not is_json(request):
         raise HTTPException(415, "Send JSON.")
     fields = _supported(await read_json(request))
@@ -131,7 +131,7 @@ async def read_generation(request: Request) -> Sent:
 
 
 def _refuse_pictures(found: Collection[str], sentence: str) -> None:
-    """Raise the sentence, which has a place for the name, if a picture is among the fields."""
+    """Raise the sentence, with the name filled in, if a picture is among the fields."""
     for name in ("image", "images", "mask"):
         if name in found:
             raise InvalidParameterError(sentence.format(name=name), param=name)
@@ -236,7 +236,7 @@ def _in_data_url(value: object, name: str, data: list[bytes | None]) -> bytes:
 
 
 def _check_supported(name: str) -> None:
-    """Raise for a field that has a meaning elsewhere and none here."""
+    """Raise for a field that OpenAI or others know and this server does not support."""
     if not name.isprintable():
         raise InvalidParameterError(f"{name[:60]!r} is unknown", param=name)
     why = _UNSUPPORTED.get(name.partition("[")[0])
@@ -245,7 +245,7 @@ def _check_supported(name: str) -> None:
 
 
 def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
-    """The request that the fields make; complaints name a field as the caller did."""
+    """The request with these fields; errors name a field as the client did."""
     own = parameters_of(kind)
     values: dict[str, object] = {}
     parameters = {
@@ -256,7 +256,7 @@ def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
     for name, value in fields.items():
         known = _SAME.get(name, name)
         if value == "" and known in own and known not in _EMPTY_MEANS_EMPTY:
-            continue  # a form of a client with nothing chosen
+            continue  # a form whose user has chosen nothing
         if known in values:
             raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
         values[known] = value
@@ -276,14 +276,14 @@ def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
 
 
 def _as_stepfun_means(values: Mapping[str, object]) -> dict[str, object]:
-    """The fields with what StepFun's interface takes for granted."""
+    """The fields with the defaults of StepFun's interface."""
     default = {} if "stream" in values else {"response_format": "url"}
     is_drawn = values.get("seed") in (0, "0") and not isinstance(values.get("seed"), bool)
     return {**default, **values, **({"seed": None} if is_drawn else {})}
 
 
 def _check_together(asked: OpenAIRequest) -> None:
-    """Refuse what would have no effect, or two, beside the other fields."""
+    """Refuse fields that have no effect, or a contradictory one, beside the others."""
     if asked.output_format == "png" and asked.output_compression not in (None, 100):
         raise InvalidParameterError(
             "output_compression needs output_format jpeg, webp or avif: a PNG loses nothing",
