@@ -1,6 +1,6 @@
 """The work behind OpenAI's Images: the pictures of a request, in the format and size it names.
 
-Requests are read by `openai_requests` and answers rendered by `openai_answers`.
+`requests` reads what a client sends and `answers` renders the result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The face of OpenAI's Images: its routes, for its clients.
 
-`openai_requests` reads what a client sends, `openai_edits` makes the pictures, `openai_answers`
-renders them. A request that a client repeats after a time-out is not run twice (`idempotency`).
-Failures are raised and get OpenAI's form in `problems`.
+`requests` reads what a client sends, `edits` makes the pictures, `answers` renders them. A request
+that a client repeats after a time-out is not run twice (`idempotency`). Failures are raised and get
+OpenAI's form in `problems`.
 """
 
 from __future__ import annotations
