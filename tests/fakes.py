@@ -33,7 +33,8 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
-from step1x_edit.schemas.requests import Location, PlanStatus
+from step1x_edit.schemas.plan import PlanStatus
+from step1x_edit.schemas.requests import Location
 
 STREAMED: Final = PlanStatus(
     resident_share=0.31,

@@ -19,9 +19,10 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.schemas.plan import PlanStatus
 
 if TYPE_CHECKING:  # a worker needs no pydantic
-    from step1x_edit.schemas.requests import Location, PlanStatus, Precision
+    from step1x_edit.schemas.requests import Location, Precision
 
 GIB: Final = 1024**3
 
@@ -264,8 +265,6 @@ class Channel:
         residence = header["residence"]
         residence["memory"] = Memory(**residence["memory"])
         if residence["placement"] is not None:
-            from step1x_edit.schemas.requests import PlanStatus
-
             residence["placement"] = PlanStatus(**residence["placement"])
         return Report(message, Residence(**residence))
 

@@ -18,10 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from step1x_edit.channel import GIB
-from step1x_edit.schemas.requests import PlanStatus, Precision
+from step1x_edit.schemas.plan import PlanStatus
+
+if TYPE_CHECKING:
+    from step1x_edit.schemas.requests import Precision
 
 GB: Final = 1_000_000_000
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from step1x_edit.channel import Start
 from step1x_edit.errors import InternalError, SettingsError
-from step1x_edit.schemas.requests import PlanStatus
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.settings import inherited_environment
 
 _CUDA_LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

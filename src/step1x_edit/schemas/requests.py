@@ -20,7 +20,6 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
-    ClassVar,
     Final,
     Literal,
     TypeAlias,
@@ -43,6 +42,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticKnownError
 from typing_extensions import Self
 
 from step1x_edit.errors import InvalidParameterError, Step1XEditError
+from step1x_edit.schemas.plan import PlanStatus
 
 Size = Literal[512, 768, 1024]
 Location = Literal["Unloaded", "CPU", "GPU"]
@@ -1076,38 +1076,6 @@ class GpuStatistics(_Answer):
     gpu_to_cpu: int = 0
     cpu_to_gpu: int = 0
     full_releases: int = 0
-
-
-@dataclass(frozen=True)
-class PlanStatus:
-    """How the loaded model is spread over device and host, and what that needs; memory in GiB."""
-
-    # A plain dataclass, because the worker sends it through the channel.
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
-
-    resident_share: Annotated[
-        float,
-        Field(description="Share of the denoising core that stays on the device, 0 to 1"),
-    ]
-    precision: Annotated[str, Field(description="In which numbers the weights are kept")]
-    streaming: Annotated[bool, Field(description="Whether blocks pass through the device")]
-    slots: Annotated[int, Field(description="Through how many slots they pass")]
-    joint_branches: Annotated[
-        bool, Field(description="Whether prompt and negative prompt run together, if memory allows")
-    ]
-    reason: Annotated[str, Field(description="The plan in words")]
-    predicted_peak_gb: Annotated[
-        float | None,
-        Field(description="What an edit at size level 1024 is expected to need on the device"),
-    ] = None
-    measured_peak_gb: Annotated[
-        float | None,
-        Field(
-            description="The most that the last edit, or the running one, has taken: of the "
-            "device's memory, or without a device of the host's, by the whole worker process"
-        ),
-    ] = None
-    host_gb: Annotated[float | None, Field(description="Host memory that holds the weights")] = None
 
 
 class GpuStatus(_Answer):

@@ -58,6 +58,7 @@ from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
 from step1x_edit.model.sizes import fit_size
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     CHOSEN_BY_THE_OPERATOR,
     MAX_PROMPT_LENGTH,
@@ -77,7 +78,6 @@ from step1x_edit.schemas.requests import (
     HowToGenerate,
     HowToMake,
     PictureRequest,
-    PlanStatus,
     Reasoning,
     Record,
     StatusAnswer,

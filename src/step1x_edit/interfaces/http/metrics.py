@@ -18,7 +18,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from step1x_edit import __version__
-from step1x_edit.schemas.requests import PlanStatus
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.service.service import EditService
 
 TEXT_FORMAT: Final = CONTENT_TYPE_LATEST

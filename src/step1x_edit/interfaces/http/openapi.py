@@ -26,6 +26,7 @@ from step1x_edit.interfaces.http.guard import OPEN_PATHS
 from step1x_edit.interfaces.http.idempotency import KEY
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     EditMetadata,
     EstimateAnswer,
@@ -45,7 +46,6 @@ from step1x_edit.schemas.requests import (
     PictureAnswer,
     PictureRequest,
     PictureSize,
-    PlanStatus,
     PullAnswer,
     PulledModel,
     PullProgressAnswer,

@@ -53,13 +53,13 @@ from step1x_edit.interfaces.page.texts import DEMO_EXAMPLES, EXAMPLES, has_text,
 from step1x_edit.interfaces.rounds import read_verdict
 from step1x_edit.model.request import Pixels
 from step1x_edit.pictures import images
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     GpuAnswer,
     GpuStatus,
     HowToEdit,
     Parameter,
     PictureRequest,
-    PlanStatus,
     Suggestion,
     loras_of,
     parameters_of,
