@@ -18,7 +18,9 @@ from fastmcp import Client
 from fastmcp.client.transports import PythonStdioTransport
 from PIL import Image
 
-KILLS = 25
+from extent import by_extent
+
+KILLS = by_extent(8, 25)
 HERE = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
