@@ -1,10 +1,10 @@
-"""What the operator decides: read from flags, environment and `.env`, in this order.
+"""The settings: read from flags, environment and `.env`, in this order.
 
-This is the only reader of the environment. Every name is also the name of the variable, in upper
-case. A value that cannot be right stops the start; whether a checkpoint lies at `MODEL_PATH` is
-the state of a disk and not a setting, so it is told to whoever asks for an edit.
+Only this module reads the environment. Every field has the name of its variable, in lower case.
+An invalid value prevents the start. Whether `MODEL_PATH` holds a checkpoint is the state of a disk
+and not a setting, so that error is reported by the edit that needs it.
 
-Blanks, line ends and one pair of quotes around a value do not belong to it: shells remove them,
+Blanks, line ends and one pair of quotes around a value are removed: shells do that,
 but `docker --env-file` and secret files do not. A key in quotes is refused instead, because other
 programs that read the same file would send the quotes.
 """
@@ -60,15 +60,15 @@ log = logging.getLogger(__name__)
 MEGA: Final = 1_000_000
 MEBI: Final = 1024 * 1024
 MOST: Final = 10**9
-"""The largest number that a setting takes: 31 years in seconds, a petabyte in MiB."""
+"""The largest number that a setting accepts: 31 years in seconds, a petabyte in MiB."""
 
 _ENV_FILE: Final = ".env"
 _NO_FOLDER: Final = Path(os.devnull) / "step1x-edit"
-"""Stands for the data folder of a user without a home: nothing can ever be written there."""
+"""The data folder of a user without a home: nothing can ever be written there."""
 
 
 def _bare(value: str) -> str:
-    """A value without the blanks, line ends and quotes around it."""
+    """Remove blanks, line ends and quotes around a value."""
     value = value.strip()
     quote = value[:1]
     if len(value) > 1 and quote in "'\"" and value.endswith(quote) and quote not in value[1:-1]:
@@ -93,23 +93,23 @@ def _known_device(value: str) -> str:
 
 
 def _plain_key(value: SecretStr) -> SecretStr:
-    # What every client can send in a header as it is; the key itself is never part of a message.
+    # A key that every client can send in a header unchanged; messages never contain the key.
     key = value.get_secret_value()
     if len(key) > 1 and key[0] in "'\"" and key.endswith(key[0]):
         raise PydanticCustomError(
-            "plain_text", "must not stand in quotes: they would be a part of it"
+            "plain_text", "must not be in quotes: they would be part of the key"
         )
     if not re.fullmatch(r"[!-~]+", key):
         raise PydanticCustomError(
-            "plain_text", "must consist of ASCII letters, digits and signs, without spaces"
+            "plain_text", "must consist of ASCII letters, digits and punctuation, without spaces"
         )
     return value
 
 
 def _loras(value: object) -> object:
-    """What `hand.safetensors@0.8:other.safetensors` says: files, or folders, and their strengths.
+    """Parse `hand.safetensors@0.8:other.safetensors` into files or folders and their strengths.
 
-    What a folder holds is there to be asked for, and is not added unless that is said.
+    The files of a folder are available to edits; they are only added if it has a strength.
     """
     if not isinstance(value, str):
         return value
@@ -117,7 +117,7 @@ def _loras(value: object) -> object:
     for part in filter(None, map(_bare, value.split(os.pathsep))):
         file, mark, strength = part.rpartition("@")
         if not mark or strength.endswith(".safetensors") or os.sep in strength:
-            file, strength = part, ""  # the sign belongs to the name
+            file, strength = part, ""  # the '@' belongs to the name
         path = _without_tilde(Path(_bare(file)))
         if file == part:
             strength = "0" if path.is_dir() else "1"
@@ -128,14 +128,14 @@ def _loras(value: object) -> object:
         if not abs(found[path]) <= MAX_STRENGTH:
             raise PydanticCustomError(
                 "plain_text",
-                "wants a strength between -{most} and {most} after '@', got '{part}'",
+                "needs a strength between -{most} and {most} after '@', got '{part}'",
                 {"most": MAX_STRENGTH, "part": part},
             )
     return found
 
 
 def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
-    """The files, also those in folders: one that is named itself has the strength said there."""
+    """All files, including those of folders; a strength given for a file itself wins."""
     found: dict[Path, float] = {}
     for path, strength in paths.items():
         if not path.is_dir():
@@ -150,7 +150,7 @@ def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
         if other != file:
             raise PydanticCustomError(
                 "plain_text",
-                "has two files of the name {name}, {one} and {other}; rename one",
+                "has two files named {name}, {one} and {other}; rename one",
                 {"name": file.stem, "one": str(other), "other": str(file)},
             )
     return found
@@ -160,27 +160,27 @@ def _plain_names(values: tuple[str, ...]) -> tuple[str, ...]:
     for value in values:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", value):
             raise PydanticCustomError(
-                "plain_text", "holds {value}, which is not the name of a host", {"value": value}
+                "plain_text", "contains {value}, which is not a host name", {"value": value}
             )
     return values
 
 
 def _plain_origins(values: tuple[str, ...]) -> tuple[str, ...]:
-    # Each by its name: '*' would let pages of anybody use the browser of somebody who is let in.
+    # No '*': it would let any site act through the browser of a user who has the key.
     for value in values:
         if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?", value):
             raise PydanticCustomError(
                 "plain_text",
-                "holds {value}, which is not an origin such as https://app.example",
+                "contains {value}, which is not an origin such as https://app.example",
                 {"value": value},
             )
     return values
 
 
 def _known_home() -> Path | None:
-    """The home folder as the system names it, whether or not it is there."""
+    """The home folder as the system names it, whether or not it exists."""
     if os.environ.get("HOME") == "":
-        return None  # which the library takes for the root of the disk
+        return None  # pathlib would take it for the root of the disk
     try:
         home = Path.home()
     except RuntimeError:
@@ -213,26 +213,26 @@ def _without_tilde(path: Path) -> Path:
         pass
     raise PydanticCustomError(
         "plain_text",
-        "begins with {start}, and there is no such home folder; write the whole path",
+        "begins with {start}, but there is no such home folder; write the full path",
         {"start": path.parts[0]},
     )
 
 
 def local_folders() -> tuple[Path, ...]:
-    """Where callers on this machine may read and write by default: home, here, temp.
+    """The folders that local callers may use by default: home, start folder, temp folder.
 
     Services and containers often start in `/` or have it as their home: such a root is left out,
-    because it would open the whole machine. What is not there or cannot be entered is left out too.
+    because it would open the whole machine. Folders that cannot be entered are left out too.
     """
     found = [folder for folder in (_home(), _here()) if folder is not None]
     narrow = [folder for folder in found if folder != Path(folder.anchor)]
-    with contextlib.suppress(OSError):  # no folder for temporary files
+    with contextlib.suppress(OSError):  # there is no folder for temporary files
         narrow.append(Path(tempfile.gettempdir()))
     return tuple(narrow)
 
 
 def start_folder() -> tuple[Path, ...]:
-    """Where callers over HTTP may read and write by default: here, unless that is a whole disk."""
+    """The folder that HTTP clients may use by default: the start folder, unless it is a disk."""
     folder = _here()
     return () if folder is None or folder == Path(folder.anchor) else (folder,)
 
@@ -244,18 +244,18 @@ def _data_folder() -> Path:
 
 
 def _remarks(settings: Settings) -> Iterator[str]:
-    """What is wrong with the surroundings, though it stops nothing."""
+    """Warnings about the environment that do not prevent the start."""
     needs_home = {"allowed_dirs", "data_dir"} - settings.model_fields_set
     if needs_home and _home() is None:
         shown = _known_home() or os.environ.get("HOME", "not set")
         yield (
-            f"there is no home folder to use (HOME: {str(shown)!r}): it is left out of the allowed "
-            "folders, and what has to be stored needs DATA_DIR"
+            f"there is no usable home folder (HOME: {str(shown)!r}): it is left out of the allowed "
+            "folders, and features that store files need DATA_DIR"
         )
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         yield (
-            f"the locale ({_locale_name()}) is not UTF-8: file names and prompts with other than "
-            "ASCII letters may fail; set LC_ALL=C.UTF-8"
+            f"the locale ({_locale_name()}) is not UTF-8: file names and prompts with non-ASCII "
+            "characters may fail; set LC_ALL=C.UTF-8"
         )
 
 
@@ -265,12 +265,12 @@ def _locale_name() -> str:
 
 
 def inherited_environment(**changes: str) -> dict[str, str]:
-    """The environment for a process that we start: our own, with some changes."""
+    """The environment for a child process: this one's, with some changes."""
     return {**os.environ, **changes}
 
 
 def keep_gradio_quiet(folder: Path) -> None:
-    """Have Gradio keep its files in `folder` and call nobody; it takes no arguments for these."""
+    """Make Gradio keep its files in `folder` and send nothing; it has no arguments for these."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -288,10 +288,10 @@ class Settings(BaseSettings):
     """All settings of the server and the command line, checked."""
 
     model_config = SettingsConfigDict(
-        env_file=None,  # `load_settings` says which, once it has looked at it
+        env_file=None,  # `load_settings` passes it after checking it
         env_file_encoding="utf-8-sig",
         env_ignore_empty=True,
-        extra="ignore",  # the environment and .env hold the names of other programs as well
+        extra="ignore",  # the environment and .env have variables of other programs too
         frozen=True,
     )
 
@@ -299,11 +299,11 @@ class Settings(BaseSettings):
     _remarks: tuple[str, ...] = PrivateAttr(())
 
     model_path: Annotated[
-        Path | None, Field(description="Checkpoint to load; unset: the embedded demo checkpoint")
+        Path | None, Field(description="Checkpoint to load; unset: the built-in demo checkpoint")
     ] = None
     model_version: Annotated[
         Literal["auto", "demo", "v1.0", "v1.1", "v1.2", "v1.2-preview"],
-        Field(description="Version that the checkpoint must have; auto: recognise it"),
+        Field(description="Version that the checkpoint must have; auto: detect it"),
         BeforeValidator(_lower),
     ] = "auto"
     lora_path: Annotated[
@@ -313,8 +313,8 @@ class Settings(BaseSettings):
         BeforeValidator(_loras),
         Field(
             default_factory=dict,
-            description=f"LoRA files that change the model, separated by '{os.pathsep}'; "
-            "file@0.8 adds that much of it. Those in a folder are there to be asked for by edits",
+            description=f"LoRA files to add to the model, separated by '{os.pathsep}'; file@0.8 "
+            "adds one at strength 0.8. The files of a folder are only used by edits that name them",
         ),
     ]
     gpu_idle_timeout: Annotated[
@@ -328,7 +328,7 @@ class Settings(BaseSettings):
     gpu_release_timeout: Annotated[
         int,
         Field(
-            ge=0, le=MOST, description="Seconds without use until nothing is left of it; 0: never"
+            ge=0, le=MOST, description="Seconds without use until the model is unloaded; 0: never"
         ),
     ] = 0
     device: Annotated[
@@ -341,8 +341,8 @@ class Settings(BaseSettings):
         Precision,
         Field(
             description="How weights are kept: bf16, or most of them as fp8, int8 or nf4, which "
-            "takes a half or a third of the memory and changes pictures a little; "
-            "auto: exact if the memory of the host allows it"
+            "needs a half or a third of the memory and changes pictures slightly; "
+            "auto: exact if the host has enough memory"
         ),
         BeforeValidator(_lower),
     ] = "auto"
@@ -359,7 +359,7 @@ class Settings(BaseSettings):
         str,
         Field(
             min_length=1,
-            description="Address to listen at; one that other machines reach needs API_KEY",
+            description="Address to listen at; if other machines can reach it, set API_KEY",
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port to listen at; 0: a free one")] = (
@@ -372,19 +372,19 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=MOST,
-            description="Seconds until edit_image answers with a job_id while the edit goes on, "
-            "for MCP clients that give up; 0: never",
+            description="Seconds until edit_image answers with a job_id while the edit continues, "
+            "for MCP clients that end long calls; 0: never",
         ),
     ] = 0
     enable_ui: Annotated[bool, Field(description="Whether there is a web page")] = True
     api_key: Annotated[
         Annotated[SecretStr, AfterValidator(_plain_key)] | None,
-        Field(description="What callers over HTTP have to show as a bearer token; unset: nothing"),
+        Field(description="Key that HTTP clients must send as a bearer token; unset: none"),
     ] = None
     allowed_hosts: Annotated[
         tuple[str, ...],
         NoDecode,
-        Field(description="Further names of this server, such as a proxy's, separated by ','"),
+        Field(description="Further host names of this server, such as a proxy's; separated by ','"),
         AfterValidator(_plain_names),
     ] = ()
     allowed_origins: Annotated[
@@ -392,7 +392,7 @@ class Settings(BaseSettings):
         NoDecode,
         Field(
             description="Sites whose pages may call this server, such as https://app.example, "
-            "separated by ','; unset: none but its own"
+            "separated by ','; unset: only its own pages"
         ),
         AfterValidator(_plain_origins),
     ] = ()
@@ -401,8 +401,8 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             le=MOST,
-            description="Requests a minute that start work, for each caller: whoever has the key, "
-            "or an address where there is none; a third of them at once, at most 20; 0: any number",
+            description="Requests per minute that start work, per API key, or per IP address if no "
+            "key is set. Bursts of up to a third of them, at most 20. 0: no limit",
         ),
     ] = 60
     max_queue: Annotated[int, Field(ge=1, le=MOST, description="Edits that may wait")] = 32
@@ -414,8 +414,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=MOST,
-            description="Connections at a time; another machine may have an eighth of them. Above "
-            "that the one that has kept the server waiting longest is closed for the new one",
+            description="Connections at a time, an eighth of them for any other machine. If there "
+            "are more, the one that has kept the server waiting longest is closed",
         ),
     ] = 256
     receive_timeout: Annotated[
@@ -423,8 +423,8 @@ class Settings(BaseSettings):
         Field(
             ge=1,
             le=MOST,
-            description="Seconds that the body of a request may take to arrive; 10 of them for its "
-            "head, or until a body comes at 16 KiB a second",
+            description="Seconds for the body of a request to arrive; 10 for its headers. After "
+            "10 seconds a body must average 16 KiB a second",
         ),
     ] = 60
     # Pillow itself refuses pictures of twice its own limit, 178 megapixels.
@@ -438,29 +438,31 @@ class Settings(BaseSettings):
         Path,
         Field(
             default_factory=_data_folder,
-            description="Folder for our own files: stored jobs, pictures of the page, and the note "
-            "by which a running server is found; unset: the user's data folder",
+            description="Folder for stored jobs, pictures of the page, pulled models, and the note "
+            "that announces a running server; unset: the user's data folder",
         ),
     ]
     jobs_max_mb: Annotated[
         int,
-        Field(ge=1, le=MOST, description="MiB that stored jobs may occupy; the oldest give way"),
+        Field(
+            ge=1, le=MOST, description="MiB that stored jobs may use; the oldest are deleted first"
+        ),
     ] = 2048
     jobs_max_age: Annotated[
         int,
-        Field(ge=1, le=MOST, description="Seconds until a stored job that has ended is forgotten"),
+        Field(ge=1, le=MOST, description="Seconds until a stored job that has ended is deleted"),
     ] = 7 * 86400
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-        Field(description="What is worth a line in the log"),
+        Field(description="Lowest level that is logged"),
         BeforeValidator(_upper),
     ] = "INFO"
     log_format: Annotated[
         Literal["text", "json"],
-        Field(description="Lines for people, or one JSON object in each for programs"),
+        Field(description="Lines of text, or one JSON object per line"),
         BeforeValidator(_lower),
     ] = "text"
 
@@ -481,16 +483,16 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """Whether only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
             return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name: nobody knows where it leads, and when
+        except ValueError:  # a name may resolve to any address
             return False
 
     def report(self) -> None:
-        """Log where the settings come from, and what about the surroundings was left out."""
+        """Log which file the settings come from, and the warnings about the environment."""
         if self._env_file is not None:
             log.info("settings read from %s", self._env_file)
         for remark in self._remarks:
@@ -539,7 +541,9 @@ class Settings(BaseSettings):
         for folder in folders:
             if not os.path.isdir(folder):  # noqa: PTH112 - pathlib's raises without permission
                 raise PydanticCustomError(
-                    "plain_text", "holds {folder}, which is not a folder", {"folder": str(folder)}
+                    "plain_text",
+                    "contains {folder}, which is not a folder",
+                    {"folder": str(folder)},
                 )
         return folders
 
@@ -553,7 +557,7 @@ _NAMES: Final[Mapping[str, Parameter]] = {
 def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
     """Read the settings; `overrides` (flags, by field name) win, those that are None are left out.
 
-    Raises SettingsError with everything that is wrong in one sentence.
+    Raises SettingsError with all problems in one sentence.
     """
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     if unknown := given.keys() - Settings.model_fields.keys():
@@ -578,26 +582,26 @@ def load_settings(overrides: Mapping[str, object] | None = None) -> Settings:
 
 
 def _distrust(file: Path) -> str | None:
-    """Why a file of settings is not read: others than the user and root could have written it."""
+    """Why a settings file is ignored: users other than this one and root could have written it."""
     if not hasattr(os, "geteuid"):
-        return None  # Windows has no owners and modes in this sense
+        return None  # Windows has no such owners and modes
     trusted = (0, os.geteuid())
-    if file.lstat().st_uid not in trusted:  # a link that somebody has put there
+    if file.lstat().st_uid not in trusted:  # a link of another user
         return f"{file} is not read: it belongs to another user"
     for path in (file, file.parent):
         found = path.stat()
         if found.st_uid not in trusted:
             return f"{file} is not read: {path} belongs to another user"
         is_shared = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX  # such as /tmp
-        # A group with the number of its only member is private, and its bit means nobody else.
+        # A group whose id equals the user's is private: its bit opens the file to nobody else.
         is_group_of_others = found.st_mode & stat.S_IWGRP and found.st_gid != found.st_uid
         if not is_shared and (found.st_mode & stat.S_IWOTH or is_group_of_others):
-            return f"{file} is not read: others may write to {path} (chmod go-w)"
+            return f"{file} is not read: other users can write to {path} (chmod go-w)"
     return None
 
 
 def _check_text(file: Path) -> None:
-    """Raise SettingsError if a file is not text in UTF-8; UTF-16 would look like no settings."""
+    """Raise SettingsError if a file is not UTF-8 text; UTF-16 would look like no settings."""
     data = file.read_bytes()
     try:
         is_text = "\0" not in data.decode()
@@ -608,11 +612,11 @@ def _check_text(file: Path) -> None:
 
 
 def load_server_settings(overrides: Mapping[str, object] | None = None) -> Settings:
-    """Read the settings for a server over HTTP: it opens less, and must not stand open itself."""
+    """Read the settings for an HTTP server: fewer folders by default, and no open access."""
     settings = load_settings(overrides)
     if not settings.is_loopback and settings.api_key is None:
         raise SettingsError(
-            f"HOST {settings.host} can be reached from other machines, so set API_KEY as well, "
+            f"HOST {settings.host} can be reached from other machines: set API_KEY too, "
             "or HOST to 127.0.0.1"
         )
     if "allowed_dirs" in settings.model_fields_set:

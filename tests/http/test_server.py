@@ -124,7 +124,7 @@ def test_a_second_server_with_the_same_data_folder_is_told_so_in_one_sentence(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"HOST": "0.0.0.0"}, "HOST 0.0.0.0 can be reached from other machines, so set API_KEY"),
+        ({"HOST": "0.0.0.0"}, "HOST 0.0.0.0 can be reached from other machines: set API_KEY"),
         ({"PORT": "eighty"}, "PORT must be a whole number between 0 and 65535, got 'eighty'"),
     ],
 )
@@ -184,7 +184,7 @@ def test_only_a_file_of_settings_that_others_cannot_write_opens_the_server(tmp_p
         asks_for_the_key = httpx2.get(f"{process.url()}/health").status_code == 401
     file.chmod(0o666)
     with started(FAKE, tmp_path) as process:
-        process.heard(f"{file} is not read: others may write to {file} (chmod go-w)")
+        process.heard(f"{file} is not read: other users can write to {file} (chmod go-w)")
         status = httpx2.get(f"{process.url()}/health").status_code
 
     assert asks_for_the_key
@@ -211,11 +211,11 @@ def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> 
     with started(FAKE, tmp_path, **nowhere, **stores_nothing) as without_jobs:
         health = httpx2.get(f"{without_jobs.url()}/health").status_code
         without_jobs.heard("other programs cannot find this server: DATA_DIR /dev/null/")
-        without_jobs.heard("there is no home folder to use (HOME: ")
+        without_jobs.heard("there is no usable home folder (HOME: ")
 
     assert health == 200
     assert code == 2
-    assert "needs DATA_DIR" in refused.lines[0]
+    assert "need DATA_DIR" in refused.lines[0]
     assert "cannot be written" in refused.lines[-1]
     assert "DATA_DIR of its own" in refused.lines[-1]
     assert not any("Traceback" in line for line in [*refused.lines, *without_jobs.lines])

@@ -171,7 +171,7 @@ def test_loras_in_a_folder_are_there_and_added_only_if_that_is_said(
     assert read(f"{b}@0.8{os.pathsep}{folder}") == {a: 0.0, b: 0.8}
     with pytest.raises(SettingsError) as caught:
         read(f"{folder}{os.pathsep}{tmp_path}/a.safetensors")
-    assert "LORA_PATH has two files of the name a, " in str(caught.value)
+    assert "LORA_PATH has two files named a, " in str(caught.value)
     assert str(caught.value).endswith("; rename one")
 
 
@@ -236,7 +236,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
     assert sentence.startswith("Invalid settings: ")
     assert [name for name in wrong if name not in sentence] == []
     assert "DEFAULT_NUM_STEPS must be between 10 and 50, got 5" in sentence
-    assert "ALLOWED_DIRS holds /nope, which is not a folder" in sentence
+    assert "ALLOWED_DIRS contains /nope, which is not a folder" in sentence
     assert "pydantic" not in sentence
     assert "spaces, got" not in sentence  # a key is not repeated
 
@@ -258,7 +258,7 @@ def test_hosts_and_origins_are_named_one_by_one(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=f"{name} holds .*, which is not"):
+    with pytest.raises(SettingsError, match=f"{name} contains .*, which is not"):
         load_settings()
 
 
@@ -355,7 +355,9 @@ def test_a_file_of_settings_that_others_may_write_is_not_read(
     assert (settings.host, settings.api_key is None) == (
         ("0.0.0.0", False) if is_read else ("127.0.0.1", True)
     )
-    told = f"settings read from {file}" if is_read else f"{file} is not read: others may write to"
+    told = (
+        f"settings read from {file}" if is_read else f"{file} is not read: other users can write to"
+    )
     assert told in caplog.text
 
 
@@ -405,7 +407,7 @@ def test_a_home_that_cannot_be_used_is_left_out_with_one_line(
     assert settings.allowed_dirs == (tmp_path, Path(tempfile.gettempdir()))
     assert settings.data_dir == Path("/dev/null/step1x-edit")
     (line,) = caplog.messages
-    assert line.startswith("there is no home folder to use (HOME: ")
+    assert line.startswith("there is no usable home folder (HOME: ")
     assert "DATA_DIR" in line
 
 
@@ -446,7 +448,7 @@ def test_a_home_that_a_setting_names_and_nobody_knows_is_an_error(
     monkeypatch.setenv(name, f"{start}/x")
     with pytest.raises(SettingsError) as caught:
         load_settings()
-    assert f"{name} begins with {start}, and there is no such home folder" in str(caught.value)
+    assert f"{name} begins with {start}, but there is no such home folder" in str(caught.value)
 
 
 @posix
