@@ -1,4 +1,4 @@
-"""Every failure a caller can meet, as one tree.
+"""Every failure that a caller can meet, as one tree.
 
     Step1XEditError
     ├── InvalidParameterError         invalid_parameter     Invalid parameter: …
@@ -33,8 +33,8 @@
     │   └── JobInterruptedError       interrupted           Job interrupted: …
     └── InternalError                 internal              Internal error: …
 
-`str(error)` is the whole sentence for the user: one line of bounded length that begins as the
-tree says. This module knows nothing about protocols; the faces turn `code` into theirs.
+`str(error)` is the whole sentence for the user: one line of limited length that begins as the
+tree shows. This module knows nothing about protocols; each interface maps `code` to its own.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 _MEMORY_ADDRESS = re.compile(r"0x[0-9a-fA-F]{8,}")
-_ERROR_NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # what follows says it in words
+_ERROR_NUMBER = re.compile(r"\[(Errno|WinError) -?\d+\] ")  # a text follows each number
 
 
 class Step1XEditError(Exception):
-    """The root: a failure that can be told to the caller in one sentence.
+    """The root: a failure that can be reported to the caller in one sentence.
 
     `detail` follows the beginning of the class. A detail that already starts with this beginning
     is the whole sentence, so that an error can be rebuilt from its text on another machine.
@@ -58,7 +58,7 @@ class Step1XEditError(Exception):
     code: ClassVar[str] = "internal"
     beginning: ClassVar[str] = "Internal error"
     retryable: ClassVar[bool] = False
-    """Whether the same call may succeed later without being changed."""
+    """Whether the same call may succeed later."""
     max_length: ClassVar[int] = 500
 
     def __init__(self, detail: str = "", *, retry_after_s: float | None = None) -> None:
@@ -73,7 +73,7 @@ class Step1XEditError(Exception):
 class InvalidParameterError(Step1XEditError):
     """A parameter is unknown, missing, of the wrong kind or out of range.
 
-    `param` is its name where one is to blame, for faces that tell it apart from the sentence.
+    `param` is its name, if one parameter is the cause, for interfaces that report it separately.
     """
 
     code = "invalid_parameter"
@@ -93,7 +93,7 @@ class InvalidParameterError(Step1XEditError):
             (_one_line(name, self.max_length), _one_line(message, self.max_length))
             for name, message in fields
         )
-        """Each wrong parameter and what is wrong with it, where that is known."""
+        """Each invalid parameter and what is wrong with it, if known."""
 
 
 class ImageFileNotFoundError(Step1XEditError):
@@ -111,21 +111,21 @@ class PathNotAllowedError(Step1XEditError):
 
 
 class ImageError(Step1XEditError):
-    """The file was found but its picture cannot be edited."""
+    """The file exists, but its picture cannot be edited."""
 
     code = "corrupt_image"
     beginning = "Cannot read image"
 
 
 class UnsupportedImageError(ImageError):
-    """The content is none of the formats that we decode."""
+    """The content has none of the supported formats."""
 
     code = "unsupported_image"
     beginning = "Unsupported image format"
 
 
 class CorruptImageError(ImageError):
-    """The content is damaged or cut short."""
+    """The content is damaged or truncated."""
 
     code = "corrupt_image"
     beginning = "Cannot read image"
@@ -146,21 +146,21 @@ class ImageTooSmallError(ImageError):
 
 
 class ImageAspectError(ImageError):
-    """One side is so much longer than the other that nothing would be left of the shorter one."""
+    """One side is so much longer that the other would have no pixels left."""
 
     code = "image_aspect"
     beginning = "Image too elongated"
 
 
 class OutputError(Step1XEditError):
-    """The result cannot be put where it was asked for."""
+    """The result cannot be saved to the requested path."""
 
     code = "output_not_writable"
     beginning = "Cannot write output"
 
 
 class OutputExistsError(OutputError):
-    """The output name is taken and overwriting was not asked for, or it is an input."""
+    """The output exists and overwriting was not requested, or it is an input."""
 
     code = "output_exists"
     beginning = "Output already exists"
@@ -179,7 +179,7 @@ class NoSpaceError(OutputNotWritableError):
 
 
 class ServerBusyError(Step1XEditError):
-    """The queue is full; `retry_after_s` says when to come back."""
+    """The queue is full; `retry_after_s` says when to try again."""
 
     code = "queue_full"
     beginning = "Server busy"
@@ -187,7 +187,7 @@ class ServerBusyError(Step1XEditError):
 
 
 class RateLimitedError(Step1XEditError):
-    """A caller asks for more than its share; `retry_after_s` says when to come back."""
+    """A client has exceeded its rate; `retry_after_s` says when to try again."""
 
     code = "rate_limited"
     beginning = "Too many requests"
@@ -195,7 +195,7 @@ class RateLimitedError(Step1XEditError):
 
 
 class ShuttingDownError(Step1XEditError):
-    """The server is stopping and takes no more work."""
+    """The server is stopping and accepts no more work."""
 
     code = "shutting_down"
     beginning = "Server shutting down"
@@ -210,7 +210,7 @@ class OutOfMemoryError(Step1XEditError):
 
 
 class ModelUnavailableError(Step1XEditError):
-    """There is no model that could serve: nothing usable to load, or the engine is down."""
+    """No model is available: there is nothing usable to load, or the engine is down."""
 
     code = "model_unavailable"
     beginning = "Manager not initialized"
@@ -218,7 +218,7 @@ class ModelUnavailableError(Step1XEditError):
 
 
 class CheckpointError(ModelUnavailableError):
-    """The checkpoint is missing, damaged or of an unknown kind; waiting does not help."""
+    """The checkpoint is missing, damaged or of an unknown kind; retrying does not help."""
 
     retryable = False
 
@@ -230,21 +230,21 @@ class ModelFetchError(CheckpointError):
 
 
 class ModelNotFoundError(Step1XEditError):
-    """The caller asked for a model of another name than the one that is here."""
+    """The requested name is not that of the model in use."""
 
     code = "model_not_found"
     beginning = "Model not found"
 
 
 class IdempotencyKeyError(Step1XEditError):
-    """The key of a request belongs to another request."""
+    """The key of a request was used with another request."""
 
     code = "idempotency_key"
     beginning = "Idempotency-Key in use"
 
 
 class EditCancelledError(Step1XEditError):
-    """The caller withdrew the edit."""
+    """The caller cancelled the edit."""
 
     code = "cancelled"
     beginning = "Cancelled"
@@ -252,7 +252,7 @@ class EditCancelledError(Step1XEditError):
 
 
 class DeadlineExceededError(Step1XEditError):
-    """The edit took longer than it was given."""
+    """The edit took longer than its time limit."""
 
     code = "deadline_exceeded"
     beginning = "Deadline exceeded"
@@ -260,11 +260,11 @@ class DeadlineExceededError(Step1XEditError):
 
 
 class SettingsError(Step1XEditError):
-    """The configuration does not allow a start; the sentence lists everything that is wrong."""
+    """The configuration does not allow a start; the sentence lists all problems."""
 
     code = "invalid_settings"
     beginning = "Invalid settings"
-    max_length = 5000  # read by the operator at the terminal, who wants all mistakes at once
+    max_length = 5000  # the operator wants to see all problems at once
 
 
 class WorkerLostError(Step1XEditError):
@@ -276,14 +276,14 @@ class WorkerLostError(Step1XEditError):
 
 
 class JobError(Step1XEditError):
-    """A stored job, or a pull, cannot be had, or cannot be treated in this way."""
+    """A stored job or a pull does not exist, or does not allow this operation."""
 
     code = "job_conflict"
     beginning = "Not possible now"
 
 
 class JobNotFoundError(JobError):
-    """There is no job of this id, or there is none any more."""
+    """There is no job with this id, or it no longer exists."""
 
     code = "not_found"
     beginning = "Job not found"
@@ -296,7 +296,7 @@ class JobConflictError(JobError):
 
 
 class JobInterruptedError(JobError):
-    """The server ended while the job was running; sent again, it may succeed."""
+    """The server ended while the job was running; a new request may succeed."""
 
     code = "interrupted"
     beginning = "Job interrupted"
@@ -304,12 +304,12 @@ class JobInterruptedError(JobError):
 
 
 class InternalError(Step1XEditError):
-    """A mistake of ours."""
+    """A bug in this program."""
 
 
 @contextlib.contextmanager
 def about_the_mask() -> Iterator[None]:
-    """Have what is wrong with a picture say that the mask is meant."""
+    """Make errors about a picture say that they are about the mask."""
     try:
         yield
     except ImageError as error:
@@ -318,12 +318,12 @@ def about_the_mask() -> Iterator[None]:
 
 
 def rebuild(code: str, sentence: str) -> Step1XEditError:
-    """The error that another process told by its code and its sentence."""
+    """The error that another process reported by its code and its sentence."""
     return _by_code(Step1XEditError).get(code, InternalError)(sentence)
 
 
 def _by_code(root: type[Step1XEditError]) -> dict[str, type[Step1XEditError]]:
-    """The kinds of error below `root`; of several with one code, the most general."""
+    """The kinds of error below `root`; if several share a code, the most general one."""
     found: dict[str, type[Step1XEditError]] = {}
     for kind in root.__subclasses__():
         found = {**_by_code(kind), kind.code: kind, **found}
@@ -331,7 +331,7 @@ def _by_code(root: type[Step1XEditError]) -> dict[str, type[Step1XEditError]]:
 
 
 def _one_line(text: str, max_length: int) -> str:
-    """Make `text` safe to print: one line, printable, without the system's numbers, bounded."""
+    """Make `text` safe to print: one line, printable, without error numbers, of limited length."""
     text = _ERROR_NUMBER.sub("", _MEMORY_ADDRESS.sub("0x…", text))
     text = "".join(map(_printable, text)).strip()
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
