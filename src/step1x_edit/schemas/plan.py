@@ -12,16 +12,18 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class PlanStatus:
-    """How the loaded model is spread over device and host, and what that needs; memory in GiB."""
+    """How the loaded model is placed on device and host, and its memory in GiB."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     resident_share: float = field(
         metadata={"description": "Share of the denoising core that stays on the device, 0 to 1"}
     )
-    precision: str = field(metadata={"description": "Number format of the weights"})
-    streaming: bool = field(metadata={"description": "Whether blocks are streamed to the device"})
-    slots: int = field(metadata={"description": "Number of slots through which they are streamed"})
+    precision: str = field(metadata={"description": "The number format of the weights"})
+    streaming: bool = field(
+        metadata={"description": "Whether blocks are streamed through the device"}
+    )
+    slots: int = field(metadata={"description": "The number of slots for streamed blocks"})
     joint_branches: bool = field(
         metadata={
             "description": "Whether prompt and negative prompt run together, if memory allows"
@@ -30,15 +32,13 @@ class PlanStatus:
     reason: str = field(metadata={"description": "The plan in words"})
     predicted_peak_gb: float | None = field(
         default=None,
-        metadata={
-            "description": "What an edit at size level 1024 is expected to need on the device"
-        },
+        metadata={"description": "Estimated device memory of an edit at size level 1024"},
     )
     measured_peak_gb: float | None = field(
         default=None,
         metadata={
-            "description": "Peak memory of the running edit, or of the last one: of the device, or "
-            "without a device of the whole worker process on the host"
+            "description": "Peak of the last or the running edit: device memory, or without a device "
+            "the host memory of the whole worker process"
         },
     )
     host_gb: float | None = field(

@@ -1,9 +1,9 @@
 """Every request and every answer; the only home of names, ranges, defaults and descriptions.
 
-The annotated types (`NumSteps`, `Seed`, …) are used as they are by the request models, by the MCP
-tools and by the settings; `PARAMETERS` says the same to faces that need plain numbers, such as
-the command line. Values are read leniently where callers are sloppy ("28", 28.0, a list encoded
-as JSON), which never shows in the JSON schema. This module knows nothing about who is asking.
+The request models, the MCP tools and the settings use the annotated types (`NumSteps`, `Seed`, …)
+directly; `PARAMETERS` has the same as plain values for interfaces such as the command line.
+Common deviations are accepted ("28", 28.0, a list encoded as JSON), which the JSON schema does
+not show. This module knows nothing about its callers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from step1x_edit.schemas.plan import PlanStatus
 Size = Literal[512, 768, 1024]
 Location = Literal["Unloaded", "CPU", "GPU"]
 Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
-"""In which the model's weights are kept; auto: as the checkpoint has them, if memory allows."""
+"""How the model's weights are kept; auto: as the checkpoint has them, if memory allows."""
 
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
@@ -56,15 +56,15 @@ DEFAULT_SIDE: Final = 1024
 DEFAULT_REFLECTION_ROUNDS: Final = 3
 DEFAULT_MAX_SIZE: Final = 768
 DEFAULT_JOBS_LISTED: Final = 20
-DEFAULT_WAIT_S: Final = 4.0  # the shortest limit of a client that is known is 5 s
-SIDE_MULTIPLE: Final = 16  # one token of the real models
-MAX_BATCH: Final = 1000  # so many results, without metadata, are what an answer over MCP can hold
+DEFAULT_WAIT_S: Final = 4.0  # the shortest known limit of a client is 5 s
+SIDE_MULTIPLE: Final = 16  # one token of the published models
+MAX_BATCH: Final = 1000  # the number of results without metadata that an MCP answer can hold
 MAX_SEED: Final = 2**32 - 1
 MAX_PROMPT_LENGTH: Final = 4000
 MAX_PATH_LENGTH: Final = 4096  # PATH_MAX of Linux
 MAX_LORAS: Final = 16  # of one edit
 MAX_STRENGTH: Final = 4
-"""Of a LoRA; beyond it no picture is left."""
+"""Of a LoRA; larger strengths destroy the picture."""
 
 
 CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level")
@@ -85,14 +85,14 @@ SUGGESTED: Final[Mapping[str, Suggestion]] = {
     "v1.2-preview": Suggestion(28, 4.0),
     "v1.2": Suggestion(50, 6.0),
 }
-"""By version. They only are suggestions: the defaults are the same for all versions."""
+"""By version. These are only suggestions: the defaults are the same for all versions."""
 
 
 # --- reading leniently ---------------------------------------------------------------------------
 
 
 def _whole_number(value: object) -> object:
-    if isinstance(value, bool):  # a bool is an int to Python, a mistake to us
+    if isinstance(value, bool):  # an int for Python, but surely a mistake of the caller
         raise PydanticKnownError("int_type")
     return value
 
@@ -104,7 +104,7 @@ def _number(value: object) -> object:
 
 
 def _choice(value: object) -> object:
-    """Read "768" and 768.0 as 768; the list of choices decides about the rest."""
+    """Read "768" and 768.0 as 768; other values are checked against the choices."""
     if isinstance(value, bool):
         raise PydanticKnownError("int_type")
     try:
@@ -119,7 +119,7 @@ def _path(value: object) -> object:
 
 
 def read_list(value: object) -> object:
-    """Read a list that arrives encoded as JSON, as language models like to send it."""
+    """Read a list that is encoded as JSON, as language models often send it."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             decoded = json.loads(value)
@@ -147,7 +147,7 @@ def _drawn_if_negative(value: int | None) -> int | None:
 
 
 def _loras(value: object) -> object:
-    """Read "hand, look:0.5" and {"hand": 1} as the list that they mean; empty texts say nothing."""
+    """Read "hand, look:0.5" and {"hand": 1} as lists; empty texts are left out."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -162,7 +162,7 @@ def _loras(value: object) -> object:
 
 def _lora(value: str) -> str:
     name, strength = _name_and_strength(value)
-    if not name or not abs(strength) <= MAX_STRENGTH:  # nor what is not a number
+    if not name or not abs(strength) <= MAX_STRENGTH:  # refuses NaN too
         raise PydanticCustomError(
             "plain_text",
             "must be a name or name:strength with a strength between -{most} and {most}, "
@@ -191,18 +191,18 @@ def _each_lora_once(values: list[str] | None) -> list[str] | None:
 
 
 def strengths_of(loras: Iterable[str]) -> dict[str, float]:
-    """The strengths by name that a list of `name:strength` says; 0 is the same as not there."""
+    """The strengths by name of a list of `name:strength`; those of 0 are left out."""
     strengths = dict(map(_name_and_strength, loras))
     return {name: strengths[name] for name in sorted(strengths) if strengths[name] != 0}
 
 
 def loras_of(strengths: Mapping[str, float]) -> list[str]:
-    """The same as a list of `name:strength`."""
+    """The inverse: a list of `name:strength`."""
     return [f"{name}:{_plain(strength)}" for name, strength in strengths.items()]
 
 
 def check_loras(wanted: Iterable[str], known: Collection[str]) -> None:
-    """Raise InvalidParameterError unless there are LoRAs of all these names."""
+    """Raise InvalidParameterError unless all these names are known LoRAs."""
     for name in wanted:
         if name not in known:
             there_are = f"there are {', '.join(known)}" if known else "LORA_PATH names none"
@@ -212,7 +212,7 @@ def check_loras(wanted: Iterable[str], known: Collection[str]) -> None:
 
 
 # --- parameters ----------------------------------------------------------------------------------
-# Constraints stand before the readers: the other way round they would not reach the JSON schema.
+# Constraints come before the readers: in the other order they would not reach the JSON schema.
 
 _PathText = Annotated[
     str,
@@ -228,19 +228,19 @@ Prompt = Annotated[
     _PromptText,
     Field(
         description="What to change, in plain words, such as 'add a red hat'; "
-        "an empty text leaves the picture as it is"
+        "an empty text leaves the picture unchanged"
     ),
 ]
 OutputPath = Annotated[
     _PathText | None,
     Field(
         description="Where to save the result; the suffix (.png, .jpg, .webp, .avif, .tiff, .bmp) "
-        "chooses the format. Default: <name>_edited beside the input"
+        "chooses the format. Default: <name>_edited next to the input"
     ),
 ]
 NumSteps = Annotated[
     int,
-    Field(ge=10, le=50, description="Denoising steps: more is slower and finer"),
+    Field(ge=10, le=50, description="Denoising steps: more steps are slower and give more detail"),
     BeforeValidator(_whole_number),
 ]
 GuidanceScale = Annotated[
@@ -256,8 +256,8 @@ GuidanceScale = Annotated[
 SizeLevel = Annotated[
     Size,
     Field(
-        description="Working resolution: the edit runs at about this many pixels squared; "
-        "the result has the input's size"
+        description="Working resolution: the edit runs at about this number of pixels squared; "
+        "the result has the size of the input"
     ),
     BeforeValidator(_choice),
 ]
@@ -265,26 +265,26 @@ Seed = Annotated[
     _SeedNumber | None,
     AfterValidator(_drawn_if_negative),
     Field(
-        description="Start of the random numbers: the same seed gives the same picture. "
-        "Left out or -1, one is drawn and reported"
+        description="Seed of the random numbers: the same seed gives the same picture. "
+        "Left out or -1: a random seed, which is reported"
     ),
 ]
-Overwrite = Annotated[bool, Field(description="Replace the output file if it exists already")]
+Overwrite = Annotated[bool, Field(description="Replace the output file if it already exists")]
 NegativePrompt = Annotated[
     _PromptText, Field(description="What the picture should not show, such as 'blurry'")
 ]
 Thinking = Annotated[
     bool,
     Field(
-        description="Have the model put the prompt into clearer words before it edits; "
-        "only Step1X-Edit v1.2 can"
+        description="Let the model rewrite the prompt more clearly before it edits; "
+        "needs Step1X-Edit v1.2"
     ),
 ]
 Reflection = Annotated[
     bool,
     Field(
-        description="Have the model judge its result, try again where it is not satisfied, and "
-        "take the best of up to reflection_rounds edits; only Step1X-Edit v1.2 can"
+        description="Let the model judge its result, try again if it is not satisfied, and "
+        "keep the best of up to reflection_rounds edits; needs Step1X-Edit v1.2"
     ),
 ]
 ReflectionRounds = Annotated[
@@ -292,7 +292,7 @@ ReflectionRounds = Annotated[
     Field(
         ge=1,
         le=3,
-        description="With reflection: how many edits it makes at most, which bounds its cost; "
+        description="With reflection: the maximum number of edits, which limits the time; "
         "1 judges the result without trying again",
     ),
     BeforeValidator(_whole_number),
@@ -300,8 +300,8 @@ ReflectionRounds = Annotated[
 MaskPath = Annotated[
     _PathText | None,
     Field(
-        description="Path of a mask, a picture of the same size: what is white (or, if it has "
-        "transparency, transparent) may change, the rest keeps its exact pixels. "
+        description="Path of a mask, a picture of the same size: its white pixels (or, if it has "
+        "transparency, its transparent ones) may change, all others stay exactly the same. "
         "Default: the whole picture may change"
     ),
 ]
@@ -317,9 +317,9 @@ Loras = Annotated[
     | None,
     Field(
         max_length=MAX_LORAS,
-        description="LoRAs to edit with, of those that get_gpu_status lists: each a name, or "
+        description="LoRAs to use, of those that get_gpu_status lists: each a name, or "
         "name:strength with a strength from -4 to 4. Default: those that the server was started "
-        "with; an empty list is none",
+        "with; an empty list: none",
     ),
     AfterValidator(_each_lora_once),
     BeforeValidator(_loras),
@@ -358,24 +358,27 @@ Width = Annotated[_NewSide, Field(description="Width in pixels, a multiple of 16
 Height = Annotated[_NewSide, Field(description="Height in pixels, a multiple of 16")]
 MaxSize = Annotated[
     int,
-    Field(ge=64, le=1024, description="Longest side of what is shown, in pixels"),
+    Field(ge=64, le=1024, description="Longest side of the shown picture, in pixels"),
     BeforeValidator(_whole_number),
 ]
 JOB_ID_PATTERN: Final = "^[0-9a-f]{44}$"
 
 JobsListed = Annotated[
     int,
-    Field(ge=1, le=100, description="How many jobs to list at most"),
+    Field(ge=1, le=100, description="Maximum number of jobs to list"),
     BeforeValidator(_whole_number),
 ]
 OutputDir = Annotated[
     _PathText | None,
-    Field(description="Folder for the results, created if missing. Default: beside each input"),
+    Field(description="Folder for the results, created if missing. Default: next to each input"),
 ]
 
 
 JobId = Annotated[
-    str, Field(min_length=1, max_length=100, description="What submit_edit or edit_image answered")
+    str,
+    Field(
+        min_length=1, max_length=100, description="The id that submit_edit or edit_image returned"
+    ),
 ]
 WaitSeconds = Annotated[
     float,
@@ -383,7 +386,7 @@ WaitSeconds = Annotated[
         ge=0.0,
         le=50.0,  # many clients give a call 60 s
         allow_inf_nan=False,
-        description="Seconds to wait for the edit to end before answering; 0 answers at once",
+        description="Seconds to wait for the edit to end; 0 answers immediately",
     ),
     BeforeValidator(_number),
 ]
@@ -408,7 +411,7 @@ _CONTRACT: Final = (
     "negative_prompt",
     "mask_path",
 )
-"""The order in which the contract lists parameters; those that are added later follow."""
+"""The order in which the contract lists parameters; later additions follow."""
 
 
 def _in_order(values: Mapping[str, Any], first: Iterable[str]) -> dict[str, Any]:
@@ -426,7 +429,7 @@ class _Request(BaseModel):
 
 
 class HowToMake(_Request):
-    """What editing a picture and making one from words alone have in common."""
+    """The parameters that editing a picture and generating one from text share."""
 
     model_config = ConfigDict(json_schema_extra=_list_as_the_contract_does)
 
@@ -451,7 +454,7 @@ class HowToEdit(HowToMake):
 
 
 class HowToGenerate(HowToMake):
-    """How a picture is made from words alone; otherwise as `HowToEdit`."""
+    """How a picture is generated from text; otherwise as `HowToEdit`."""
 
     width: Width = DEFAULT_SIDE
     height: Height = DEFAULT_SIDE
@@ -459,13 +462,13 @@ class HowToGenerate(HowToMake):
 
 
 def how_of(request: HowToEdit | HowToGenerate) -> dict[str, Any]:
-    """How a request is to be run, by the names of the parameters."""
+    """The parameters of a request that say how to run it, by name."""
     kind = HowToEdit if isinstance(request, HowToEdit) else HowToGenerate
     return {name: getattr(request, name) for name in kind.model_fields}
 
 
 class PictureRequest(HowToEdit):
-    """What to do with a picture that comes with the request instead of lying on our disk."""
+    """How to edit a picture that is sent with the request instead of being a file on this disk."""
 
     prompt: Prompt
 
@@ -480,13 +483,13 @@ class EditRequest(PictureRequest):
 
 
 class GeneratePictureRequest(HowToGenerate):
-    """A picture to make from words alone and to give back, without a file on our disk."""
+    """A picture to generate from text and to return, without a file on this disk."""
 
     prompt: NewPrompt
 
 
 class GenerateRequest(GeneratePictureRequest):
-    """A picture to make from words alone."""
+    """A picture to generate from text."""
 
     output_path: NewOutputPath = None
     overwrite: Overwrite = False
@@ -531,25 +534,25 @@ class ViewRequest(_Request):
 
 
 class HandleRequest(_Request):
-    """An edit that goes on by itself."""
+    """An edit that runs in the background."""
 
     job_id: JobId
 
 
 class WaitRequest(HandleRequest):
-    """An edit that goes on by itself, and for how long to wait for its end."""
+    """An edit that runs in the background, and how long to wait for its end."""
 
     wait_s: WaitSeconds = DEFAULT_WAIT_S
 
 
 _OPENAI_NAMES: Final = {"num_steps": "num_inference_steps"}
-"""The parameters that have another name there."""
+"""The parameters that have another name in OpenAI's API and its extensions."""
 
 
 class OpenAIRequest(_Request):
-    """What OpenAI's Images and who extends them have in common for every picture.
+    """The fields of OpenAI's Images API and its usual extensions that every request shares.
 
-    Of the parameters of ours only those are passed on that were given.
+    Parameters that the request leaves out are not passed on.
     """
 
     model_config = ConfigDict(
@@ -561,80 +564,78 @@ class OpenAIRequest(_Request):
         str,
         Field(
             max_length=200,
-            description="`step1x-edit`, the version that runs, StepFun's `step-1x-edit`, or a name "
-            "of OpenAI's, for clients that insist; the answer says which model it was",
+            description="`step1x-edit`, the loaded version, StepFun's `step-1x-edit`, or a name "
+            "of OpenAI's for clients that require one; the response names the model that was used",
         ),
     ] = "step1x-edit"
     n: Annotated[
         int,
-        Field(ge=1, le=10, description="How many pictures; their seeds follow each other"),
+        Field(ge=1, le=10, description="Number of pictures; they have consecutive seeds"),
         BeforeValidator(_whole_number),
     ] = 1
     quality: Annotated[
         Literal["auto", "standard", "low", "medium", "high", "hd"],
-        Field(description="A name for a number of steps: low 10, medium 28, high and hd 50"),
+        Field(description="Number of steps: low 10, medium 28, high and hd 50"),
     ] = "auto"
     style: Annotated[
         Literal["vivid"] | None,
-        Field(description="`vivid` asks for nothing; a style belongs into the prompt"),
+        Field(description="`vivid` has no effect; describe a style in the prompt"),
     ] = None
     response_format: Annotated[
         Literal["b64_json", "url"],
-        Field(description="The picture in the answer, or a link that holds for an hour"),
+        Field(description="The picture in the response, or a link that is valid for an hour"),
     ] = "b64_json"
     output_format: Annotated[
         Literal["png", "webp", "jpeg", "avif"], Field(description="The format of the result")
     ] = "png"
     output_compression: Annotated[
         int | None,
-        Field(ge=0, le=100, description="Quality of a WebP, JPEG or AVIF; a PNG has all of it"),
+        Field(ge=0, le=100, description="Quality of a WebP, JPEG or AVIF; a PNG accepts only 100"),
         BeforeValidator(_whole_number),
     ] = None
     moderation: Annotated[
-        Literal["auto", "low"], Field(description="Nothing is moderated here")
+        Literal["auto", "low"], Field(description="Ignored: there is no moderation")
     ] = "auto"
-    user: Annotated[str | None, Field(max_length=1000, description="Not looked at")] = None
-    safety_identifier: Annotated[
-        str | None, Field(max_length=1000, description="Not looked at")
-    ] = None
+    user: Annotated[str | None, Field(max_length=1000, description="Ignored")] = None
+    safety_identifier: Annotated[str | None, Field(max_length=1000, description="Ignored")] = None
     stream: Annotated[bool, Field(description="Whether to answer with server-sent events")] = False
     partial_images: Annotated[
         int,
-        Field(ge=0, le=3, description="How many previews a stream has"),
+        Field(ge=0, le=3, description="Number of previews in a stream"),
         BeforeValidator(_whole_number),
     ] = 0
 
 
 class ImageEditRequest(HowToEdit, OpenAIRequest):
-    """What to do with a picture, in the words of OpenAI's Images and of who extends them."""
+    """How to edit a picture, in the fields of OpenAI's Images API and its usual extensions."""
 
     size: Annotated[
         str,
         Field(
             pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-            description="`auto`: the size of the input; `WIDTHxHEIGHT` resizes the result to fit "
-            "into it and keeps the input's ratio; the answer has the size that it became",
+            description="`auto`: the size of the input; `WIDTHxHEIGHT` scales the result to fit "
+            "into it and keeps the input's ratio; the response has the actual size",
         ),
     ] = "auto"
     background: Annotated[
         Literal["auto", "opaque"],
-        Field(description="`auto` keeps transparency of the input, `opaque` lays it on white"),
+        Field(description="`auto` keeps the input's transparency, `opaque` places it on white"),
     ] = "auto"
     input_fidelity: Annotated[
         Literal["low", "high"] | None,
-        Field(description="The model always sees the whole picture; both mean the same"),
+        Field(description="Ignored: the model always sees the whole picture"),
     ] = None
 
 
 _Side = Annotated[
     int | None,
-    Field(ge=1, le=100_000, description="Pixels of the picture that would be sent"),
+    Field(ge=1, le=100_000, description="Size in pixels of the picture that would be sent"),
     BeforeValidator(_whole_number),
 ]
 
 
 class PictureSize(_Request):
-    """How large a picture is that has not been sent; both sides or none."""
+    """The size of a picture that has not been sent: both sides or none."""
 
     width: _Side = None
     height: _Side = None
@@ -647,7 +648,7 @@ class PictureSize(_Request):
 
 
 class ImageGenerationRequest(HowToMake, OpenAIRequest):
-    """A picture to make from words alone, in the words of OpenAI's Images."""
+    """A picture to generate from text, in the fields of OpenAI's Images API."""
 
     prompt: NewPrompt
     size: Annotated[
@@ -659,7 +660,7 @@ class ImageGenerationRequest(HowToMake, OpenAIRequest):
         ),
     ] = "auto"
     background: Annotated[
-        Literal["auto", "opaque"], Field(description="The picture is opaque; both mean the same")
+        Literal["auto", "opaque"], Field(description="Ignored: the picture is always opaque")
     ] = "auto"
     negative_prompt: NewNegativePrompt = None
 
@@ -671,7 +672,7 @@ class JobsRequest(_Request):
     after: Annotated[
         str | None,
         Field(
-            description="The id of a job: list older ones than this",
+            description="The id of a job: list only older ones",
             json_schema_extra={"pattern": JOB_ID_PATTERN},
         ),
     ] = None
@@ -690,11 +691,11 @@ _IN_A_FILE: Final = (
     "seed",
     "mask_sha256",
 )
-"""The order of the parameters in a file; later ones follow."""
+"""The order of the parameters in a file; later additions follow."""
 
 
 class _Record(HowToMake):
-    """What a picture was made with, as it stands in its file."""
+    """What a picture was made with, as stored in its file."""
 
     software: Literal["step1x-edit"] = "step1x-edit"
     model: str
@@ -704,7 +705,7 @@ class _Record(HowToMake):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without switches that are off."""
+        """Leave out switches that are off."""
         values = {name: value for name, value in write(self).items() if value is not False}
         return _in_order(values, _IN_A_FILE)
 
@@ -714,19 +715,19 @@ class EditRecord(_Record, HowToEdit):
 
     prompt: Prompt
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
-    """Of the bytes of the mask, if there was one: only with it the edit can be replayed."""
+    """Of the bytes of the mask, if there was one: replaying the edit needs the same mask."""
     reflection_rounds: ReflectionRounds | None = None  # type: ignore[assignment]
     """The maximum number of rounds, if there was a reflection."""
     rewritten_prompt: Annotated[str, Field(max_length=MAX_PROMPT_LENGTH)] | None = None
-    """What thinking has made of the prompt, unless it is too long for a file."""
+    """The prompt as thinking has rewritten it, unless it is too long for a file."""
 
 
 class GenerationRecord(_Record, HowToGenerate):
-    """What a picture was made with from words alone, written into its file as an `EditRecord`."""
+    """What a picture was generated with from text, written into its file like an `EditRecord`."""
 
     prompt: NewPrompt
     negative_prompt: NewNegativePrompt = None
-    """None, which is left out: what the model was published with."""
+    """None, which is left out: the list that the model was published with."""
 
 
 Record: TypeAlias = EditRecord | GenerationRecord
@@ -736,7 +737,7 @@ Record: TypeAlias = EditRecord | GenerationRecord
 
 
 class _Answer(BaseModel):
-    """An answer; optional fields that say nothing are left out of its dictionary."""
+    """An answer; optional fields that are None are left out of its dictionary."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -746,42 +747,43 @@ class _Answer(BaseModel):
 
 
 class ReasoningRound(_Answer):
-    """One edit of a reflection, and what the model thought of it; marks from 0 to 10."""
+    """One edit of a reflection and how the model judged it; scores from 0 to 10."""
 
-    prompt: Annotated[str, Field(description="What this round was told to change")]
+    prompt: Annotated[str, Field(description="The prompt of this round")]
     from_round: Annotated[
-        int, Field(description="The round whose picture it changed, from 1; 0 is the input")
+        int, Field(description="The round whose picture it edited, from 1; 0 is the input")
     ]
     verdict: Annotated[
         str | None,
         Field(
-            description="<#Think> and a thought, then <#Success>, <#Others>, <#Failed>, or "
+            description="<#Think> and the reasoning, then <#Success>, <#Others>, <#Failed>, or "
             "<#Reflection> and what to change next"
         ),
     ] = None
     description: Annotated[
-        str | None, Field(description="What the picture should show, as the model sees it")
+        str | None, Field(description="The model's description of what the picture should show")
     ] = None
     score: Annotated[
-        float | None, Field(description="How well the picture agrees with the description")
+        float | None, Field(description="How well the picture matches the description")
     ] = None
-    reason: Annotated[str | None, Field(description="Why this score")] = None
+    reason: Annotated[str | None, Field(description="The reason for this score")] = None
     edit_score: Annotated[
-        list[float] | None, Field(description="Marks for how well the prompt was followed")
+        list[float] | None, Field(description="Scores for how well the edit follows the prompt")
     ] = None
     quality_score: Annotated[
-        list[float] | None, Field(description="Marks for how natural and clean the picture is")
+        list[float] | None, Field(description="Scores for how natural and clean the picture is")
     ] = None
     value: Annotated[
-        float | None, Field(description="The worst mark of the edit times that of the quality")
+        float | None,
+        Field(description="The lowest score of the edit times the lowest of the quality"),
     ] = None
 
 
 class Reasoning(_Answer):
-    """What the model has thought and tried on the way to the picture."""
+    """The model's reasoning, and the edits that it tried."""
 
     prompt: Annotated[
-        str | None, Field(description="The prompt in the model's words, if it was to think")
+        str | None, Field(description="The prompt as the model rewrote it, with thinking")
     ] = None
     rounds: list[ReasoningRound]
     best: Annotated[int, Field(description="The round whose picture is the result, from 1")]
@@ -790,14 +792,14 @@ class Reasoning(_Answer):
 if TYPE_CHECKING:
 
     class _HowItWasMade(_Answer):
-        """What an answer says about each parameter of an edit, by its name."""
+        """The parameters of an edit, by name, as an answer repeats them."""
 
 else:
     _HowItWasMade = create_model(
         "_HowItWasMade",
         __base__=_Answer,
         prompt=(str, ...),
-        **{  # without the limits of a request, and left out if it has no effect
+        **{  # without the limits of a request, and left out if without effect
             name: (field.annotation | None, None)
             for name, field in _in_order(HowToEdit.model_fields, _CONTRACT).items()
         },
@@ -805,13 +807,13 @@ else:
 
 
 class EditMetadata(_HowItWasMade):
-    """With what, where and by which model the picture was edited, or made."""
+    """The parameters, the model and the device of an edit or a generated picture."""
 
     prompt: str
     num_steps: int
     guidance_scale: float
     size_level: Annotated[
-        int | None, Field(description="Left out for a picture that was made from words alone")
+        int | None, Field(description="Left out for a picture that was generated from text")
     ] = None
     seed: int
     gpu_location: Location
@@ -828,10 +830,10 @@ class EditMetadata(_HowItWasMade):
     ] = None
     loras: Annotated[
         list[str] | None,
-        Field(description="The LoRAs that it was edited with, as name:strength, if there were any"),
+        Field(description="The LoRAs that were used, as name:strength, if there were any"),
     ] = None
     reasoning: Annotated[
-        Reasoning | None, Field(description="What was thought, if that was asked for")
+        Reasoning | None, Field(description="The outcome of thinking and reflection, if requested")
     ] = None
 
 
@@ -841,7 +843,7 @@ KEPT: Final = "Kept from an earlier run"
 
 
 class EditAnswer(_Answer):
-    """One picture was edited, or made from words alone, and saved."""
+    """One picture was edited, or generated from text, and saved."""
 
     status: Literal["success"] = "success"
     message: str = EDITED
@@ -851,11 +853,11 @@ class EditAnswer(_Answer):
 
 
 class RunningAnswer(_Answer):
-    """The edit goes on by itself; `get_job` has its answer when it has ended."""
+    """The edit continues in the background; `get_job` returns its answer once it has ended."""
 
     status: Literal["running"] = "running"
-    job_id: Annotated[str, Field(description="What get_job and cancel_job are to be given")]
-    message: Annotated[str, Field(description="How far the edit has come, in words")]
+    job_id: Annotated[str, Field(description="The id for get_job and cancel_job")]
+    message: Annotated[str, Field(description="The progress of the edit in words")]
     phase: Annotated[
         str | None,
         Field(
@@ -863,27 +865,27 @@ class RunningAnswer(_Answer):
             "saving"
         ),
     ] = None
-    step: Annotated[int | None, Field(description="Denoising steps that are done")] = None
-    total: Annotated[int | None, Field(description="Denoising steps that there are")] = None
-    position: Annotated[int | None, Field(description="Place in the line, from 1")] = None
+    step: Annotated[int | None, Field(description="Completed denoising steps")] = None
+    total: Annotated[int | None, Field(description="All denoising steps")] = None
+    position: Annotated[int | None, Field(description="Position in the queue, from 1")] = None
 
 
 class CancelAnswer(_Answer):
     """The answer of `cancel_job`."""
 
     status: Literal["success"] = "success"
-    message: Annotated[str, Field(description="What was cancelled, or why there was nothing")]
-    job_id: Annotated[str, Field(description="The edit that was asked for")]
+    message: Annotated[str, Field(description="What was cancelled, or why nothing was")]
+    job_id: Annotated[str, Field(description="The id of the edit")]
 
 
 class RoundPicture(_Answer):
-    """What a round of a reflection has painted, small, as a JPEG in base64."""
+    """The picture of a round of a reflection, as a small JPEG in base64."""
 
     image: str
 
 
 class PictureAnswer(_Answer):
-    """One picture was edited, and here it is."""
+    """One picture was edited; the answer contains it."""
 
     status: Literal["success"] = "success"
     message: str = EDITED
@@ -907,19 +909,19 @@ class ErrorAnswer(_Answer):
 
     @classmethod
     def of(cls, error: Step1XEditError) -> ErrorAnswer:
-        """The answer that tells `error`."""
+        """The answer that reports `error`."""
         return cls(error=str(error), code=error.code, retry_after_s=error.retry_after_s)
 
 
 class BatchItem(_Answer):
-    """What became of one input of a batch."""
+    """The result for one input of a batch."""
 
     input: str
     result: EditAnswer | ErrorAnswer
 
 
 class BatchSummary(_Answer):
-    """How many inputs a batch had and what became of them."""
+    """How many inputs a batch had, and how many succeeded and failed."""
 
     total: int
     successes: int
@@ -927,7 +929,7 @@ class BatchSummary(_Answer):
 
 
 class BatchAnswer(_Answer):
-    """What became of a batch; `partial` when some items failed, `error` when all did."""
+    """The results of a batch; `partial` if some items failed, `error` if all did."""
 
     status: Literal["success", "partial", "error"]
     message: str
@@ -937,7 +939,7 @@ class BatchAnswer(_Answer):
 
     @classmethod
     def of(cls, items: Sequence[BatchItem]) -> BatchAnswer:
-        """Count the items and say how the batch as a whole went."""
+        """Count the items and derive the status of the batch."""
         total = len(items)
         successes = sum(isinstance(item.result, EditAnswer) for item in items)
         failures = total - successes
@@ -956,7 +958,7 @@ class BatchAnswer(_Answer):
 
 
 class JobState(str, Enum):
-    """Where a job is in its life; the last four are final."""
+    """The state of a job; the last four are final."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -967,23 +969,23 @@ class JobState(str, Enum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing will happen any more."""
+        """Whether the state can no longer change."""
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
 class JobProgress(_Answer):
-    """How far a job has come: `step` of `total` where the phase has steps, or its `position`."""
+    """The progress of a job: `step` of `total` if the phase has steps, or its `position`."""
 
     phase: str
-    step: Annotated[int | None, Field(description="Steps of the phase that are done")] = None
-    total: Annotated[int | None, Field(description="Steps that the phase has")] = None
+    step: Annotated[int | None, Field(description="Completed steps of the phase")] = None
+    total: Annotated[int | None, Field(description="All steps of the phase")] = None
     position: Annotated[
-        int | None, Field(description="Place in the line of edits, from 1, while it waits there")
+        int | None, Field(description="Position in the queue of edits, from 1, while it waits")
     ] = None
 
 
 class JobResult(_Answer):
-    """What is kept of a job that has succeeded, besides the picture."""
+    """What is stored of a job that has succeeded, besides the picture."""
 
     processing_time: float
     metadata: EditMetadata
@@ -1018,7 +1020,7 @@ class JobsAnswer(_Answer):
 
 
 class JobEventAnswer(_Answer):
-    """Something that has happened to a stored job: a new status, or progress in the old one."""
+    """An event of a stored job: a new status, or progress."""
 
     at: float
     status: JobState
@@ -1026,43 +1028,45 @@ class JobEventAnswer(_Answer):
 
 
 class PulledModel(_Answer):
-    """A published model, and how much of it is on this disk."""
+    """A published model and its state on this disk."""
 
     name: str
     version: str | None = None
-    repos: Annotated[list[str], Field(description="Where the hub has it")]
+    repos: Annotated[list[str], Field(description="Its repositories on the hub")]
     note: str | None = None
-    size_bytes: Annotated[
-        int | None, Field(description="What it needs on the disk, where that was published")
-    ] = None
+    size_bytes: Annotated[int | None, Field(description="Its size on the disk, if published")] = (
+        None
+    )
     state: Literal["available", "partial", "pulled"]
-    folder: Annotated[str | None, Field(description="Where it lies, whole or begun")] = None
-    disk_bytes: Annotated[int | None, Field(description="How much lies there")] = None
-    runs: Annotated[bool, Field(description="Whether it is what MODEL_PATH stands for")]
+    folder: Annotated[
+        str | None, Field(description="Its folder on this disk, complete or partial")
+    ] = None
+    disk_bytes: Annotated[int | None, Field(description="The size of that folder")] = None
+    runs: Annotated[bool, Field(description="Whether MODEL_PATH selects it")]
 
 
 class PullProgressAnswer(_Answer):
-    """How far a pull has come, in bytes; while the hub is asked for the files both are 0."""
+    """The progress of a pull in bytes; both are 0 while the hub is asked for the list of files."""
 
     phase: Literal["asking", "downloading", "checking", "waiting"]
     done: int
     total: int
-    text: Annotated[str, Field(description="The file, or what is waited for")]
+    text: Annotated[str, Field(description="The file, or what the pull waits for")]
 
 
 class PullAnswer(_Answer):
-    """A pull as it is now, or as it ended."""
+    """The state of a pull, or its outcome."""
 
     name: str
     status: JobState
     progress: PullProgressAnswer
-    path: Annotated[str | None, Field(description="The folder of the model that was pulled")] = None
+    path: Annotated[str | None, Field(description="The folder of the pulled model")] = None
     error: str | None = None
     code: str | None = None
 
 
 class ModelsAnswer(_Answer):
-    """The published models, and the pull that runs or was the last one."""
+    """The published models, and the running or last pull."""
 
     status: Literal["success"] = "success"
     models: list[PulledModel]
@@ -1070,7 +1074,7 @@ class ModelsAnswer(_Answer):
 
 
 class GpuStatistics(_Answer):
-    """How often the model changed its place since the start."""
+    """How often the model was moved since the start."""
 
     total_loads: int = 0
     gpu_to_cpu: int = 0
@@ -1079,7 +1083,7 @@ class GpuStatistics(_Answer):
 
 
 class GpuStatus(_Answer):
-    """Where the model is and what it occupies; times in seconds, memory in GiB."""
+    """Where the model is and how much memory it uses; times in seconds, memory in GiB."""
 
     model_location: Location
     idle_time: float
@@ -1094,17 +1098,17 @@ class GpuStatus(_Answer):
     plan: Annotated[
         PlanStatus | None,
         Field(
-            description="How the model is placed; while it waits in host memory, how it was on the "
-            "device. Left out while none is loaded"
+            description="How the model is placed; while it is in host memory, how it was on the "
+            "device. Left out if no model is loaded"
         ),
     ] = None
     loras: Annotated[
         list[str] | None,
-        Field(description="The names of the LoRAs that edits can ask for, if there are any"),
+        Field(description="The names of the LoRAs that edits can use, if there are any"),
     ] = None
     loras_in_model: Annotated[
         list[str] | None,
-        Field(description="Those that the last edit was made with, as name:strength"),
+        Field(description="Those that the last edit used, as name:strength"),
     ] = None
 
 
@@ -1124,33 +1128,31 @@ class GpuAnswer(_Answer):
 
 
 class EstimateAnswer(_Answer):
-    """What an edit would take; null is what nobody knows. Nothing was run."""
+    """The estimated time and memory of an edit that was not run; null if unknown."""
 
     status: Literal["success"] = "success"
-    width: Annotated[int, Field(description="Pixels of the picture while it is edited")]
-    height: Annotated[int, Field(description="The same")]
+    width: Annotated[int, Field(description="Width in pixels at which the picture is edited")]
+    height: Annotated[int, Field(description="Height in pixels at which the picture is edited")]
     num_steps: int
     guidance_scale: float
     size_level: int
-    n: Annotated[int, Field(description="How many pictures, one after the other")]
+    n: Annotated[int, Field(description="Number of pictures, one after the other")]
     predicted_seconds: Annotated[
         float | None,
         Field(
-            description="For all n, by the last edit of the same kind, once it is their turn and "
-            "the model is where it computes; with reflection the most it takes, for all rounds"
+            description="For all n pictures, from the last edit of the same kind, without waiting "
+            "and loading; with reflection the time of all rounds, an upper bound"
         ),
     ]
-    predicted_peak_gb: Annotated[
-        float | None, Field(description="GiB of the device's memory; an estimate")
-    ]
+    predicted_peak_gb: Annotated[float | None, Field(description="Estimated device memory in GiB")]
     must_load: Annotated[
-        bool, Field(description="Whether the model has to be loaded, or brought back, first")
+        bool, Field(description="Whether the model must first be loaded or moved to the device")
     ]
-    queue_length: Annotated[int, Field(description="Edits that wait")]
+    queue_length: Annotated[int, Field(description="Number of waiting edits")]
     model: str | None
     device: str | None
     reason: Annotated[str | None, Field(description="The memory plan in words")]
-    note: Annotated[str | None, Field(description="Why less is known than usual, where that is so")]
+    note: Annotated[str | None, Field(description="Why less is known than usual, if so")]
 
 
 # --- what is allowed, in plain values -------------------------------------------------------------
@@ -1158,7 +1160,7 @@ class EstimateAnswer(_Answer):
 
 @dataclass(frozen=True)
 class Parameter:
-    """What the schema says about one parameter, for faces that show it and for error sentences."""
+    """What the schema says about one parameter, for interfaces and error sentences."""
 
     name: str
     kind: str
@@ -1171,7 +1173,7 @@ class Parameter:
 
     @property
     def range(self) -> str:
-        """The allowed values in words: "between 10 and 50", "512, 768 or 1024", or nothing."""
+        """The allowed values in words: "between 10 and 50", "512, 768 or 1024", or empty."""
         if self.choices:
             *others, last = map(str, self.choices)
             return f"{', '.join(others)} or {last}" if others else last
@@ -1217,18 +1219,18 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def given(values: Mapping[str, object]) -> dict[str, object]:
-    """The values without None, which counts as not given."""
+    """The values without those that are None, which count as not given."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def given_in(request: BaseModel, kind: type[BaseModel]) -> dict[str, Any]:
-    """What a request gives of the parameters of `kind`, by name; what it leaves open is missing."""
+    """The parameters of `kind` that a request gives, by name, without those that it leaves out."""
     fields = set(kind.model_fields)
     return request.model_dump(include=fields, exclude_unset=True, exclude_none=True)
 
 
 def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:
-    """Make a request of `values`, or raise InvalidParameterError."""
+    """Make a request from `values`, or raise InvalidParameterError."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -1238,7 +1240,7 @@ def read_request(model: type[_Model], values: Mapping[str, object]) -> _Model:
 def invalid_parameter(
     error: ValidationError, parameters: Mapping[str, Parameter] = PARAMETERS
 ) -> InvalidParameterError:
-    """Say in plain words what pydantic found wrong with a call."""
+    """Turn a validation error of pydantic into plain sentences."""
     first = error.errors(include_url=False)[0]["loc"]
     name = str(first[0]) if first else ""
     sentences = complaints(error, parameters)
@@ -1250,16 +1252,16 @@ def invalid_parameter(
 
 
 def complaints(error: ValidationError, parameters: Mapping[str, Parameter]) -> list[str]:
-    """One sentence for each wrong parameter, in the order of the call."""
+    """One sentence for each invalid parameter, in the order of the call."""
     return [_complaint(details, parameters) for details in _wrong_fields(error).values()]
 
 
 def _wrong_fields(error: ValidationError) -> dict[str, ErrorDetails]:
-    """What is wrong with each parameter, by its name; what belongs to none has none."""
+    """The error of each parameter, by name; errors of the whole request have an empty name."""
     found: dict[str, ErrorDetails] = {}
     for details in error.errors(include_url=False):
         name = str(details["loc"][0]) if details["loc"] else ""
-        # A choice of types complains once for each; the deepest complaint is the fitting one.
+        # A union reports an error for each of its types; the deepest one is the relevant one.
         if name not in found or len(details["loc"]) > len(found[name]["loc"]):
             found[name] = details
     return _in_order(found, _CONTRACT)
@@ -1325,7 +1327,7 @@ def _plain(number: float) -> str:
 
 
 def _shown_as(parameter: Parameter, value: object) -> str:
-    """A value of the caller; a number is the same whether it comes as one or, in forms, as text."""
+    """A value of the caller; a number in a form, which is text, looks like any other number."""
     if parameter.kind in ("integer", "number") and isinstance(value, str):
         with contextlib.suppress(ValueError):
             float(value)
@@ -1334,11 +1336,11 @@ def _shown_as(parameter: Parameter, value: object) -> str:
 
 
 def _shown(value: object, width: int = 60) -> str:
-    """A value of the caller, quoted and cut, so that a sentence stays a sentence."""
+    """A value of the caller, quoted and shortened, so that it fits into a sentence."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int) and value.bit_length() > 200:
-        return "a huge number"  # Python refuses to write out very long integers
+        return "a huge number"  # Python refuses to format very long integers
     if isinstance(value, dict):
         return "an object"
     if isinstance(value, list | tuple):
