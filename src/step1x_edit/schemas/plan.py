@@ -37,8 +37,8 @@ class PlanStatus:
     measured_peak_gb: float | None = field(
         default=None,
         metadata={
-            "description": "Peak of the last or the running edit: device memory, or without a device "
-            "the host memory of the whole worker process"
+            "description": "Peak of the last or the running edit: device memory, or without "
+            "a device the host memory of the whole worker process"
         },
     )
     host_gb: float | None = field(
