@@ -203,7 +203,7 @@ def test_help_tells_the_default_of_each_command() -> None:
 
     assert "default 768" in demo
     assert "1024)" not in demo
-    assert "default 1024, or DEFAULT_SIZE_LEVEL where that is set" in edit
+    assert "default 1024, or DEFAULT_SIZE_LEVEL if set" in edit
 
 
 def test_help_is_there_without_torch_and_names_ranges() -> None:

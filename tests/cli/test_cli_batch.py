@@ -403,7 +403,7 @@ def test_ctrl_c_ends_a_batch_with_130_and_leaves_what_is_finished(
     _, log = process.communicate(timeout=240)
 
     assert process.returncode == 130
-    assert "goes on from there" in log
+    assert "continues from there" in log
     assert "Traceback" not in log
     assert edited(tmp_path / "in_edited") == ["a_edited.png", "b_edited.png"]
     assert len(batch.to_its_end().splitlines()) == 5

@@ -1,4 +1,4 @@
-"""`step1x-edit doctor` and `models`: what this machine has, and what stands in the way."""
+"""`step1x-edit doctor` and `models`: what this machine has, and what prevents it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_wrong_settings_are_the_first_thing_to_be_told(monkeypatch: pytest.Monke
 
     assert result.exit_code == 1
     assert "fail settings    Invalid settings: PORT must be a whole number" in result.stdout
-    assert "stands in the way" in result.stderr
+    assert "marked with fail" in result.stderr
 
 
 def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
@@ -235,8 +235,8 @@ def test_models_tells_why_the_chosen_one_does_not_run(
 @pytest.mark.parametrize(
     ("device", "total_gb", "recommended"),
     [
-        ("cuda:0, NVIDIA H200", 128, "v1.1 (it needs 10 GB of memory beside a GPU"),
-        ("cuda:0, a small card", 8, "demo (v1.1 needs 10 GB of memory beside a GPU"),
+        ("cuda:0, NVIDIA H200", 128, "v1.1 (it needs 10 GB of memory with a GPU"),
+        ("cuda:0, a small card", 8, "demo (v1.1 needs 10 GB of memory with a GPU"),
         ("cpu", 64, "v1.1 (it needs 26 GB of memory without a GPU"),
         ("cpu", 16, "demo (v1.1 needs 26 GB of memory without a GPU"),
     ],

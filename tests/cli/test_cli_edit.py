@@ -135,7 +135,11 @@ def test_what_the_model_thought_is_told_round_by_round(
     [
         (["in/*.gif", "x"], 1, "Image file not found: in/*.gif (nothing matches this pattern)"),
         (["in/a.png", "in/b.png", "x", "--output", "o.png"], 2, "use --output-dir"),
-        (["in/a.png", "x", "--output", "o.png", "--output-dir", "o"], 2, "exclude each other"),
+        (
+            ["in/a.png", "x", "--output", "o.png", "--output-dir", "o"],
+            2,
+            "give either --output or --output-dir",
+        ),
         (["-", "in/a.png", "x"], 2, "reads one image from stdin"),
         (["-", "x", "--output-dir", "o"], 2, "an image from stdin has no name"),
         (["in/a.png", "x", "--output", "-", "--json"], 2, "not both"),

@@ -223,8 +223,8 @@ def test_without_a_server_there_is_nothing_to_tell_of_and_nothing_to_move() -> N
     assert json.loads(as_json.stdout)["server"] is None
     assert [move.exit_code for move in moves] == [0, 0]
     assert [move.stdout for move in moves] == [
-        "Nothing to offload here: no server is running on this machine\n",
-        "Nothing to release here: no server is running on this machine\n",
+        "Nothing to offload: no server is running on this machine\n",
+        "Nothing to release: no server is running on this machine\n",
     ]
 
 

@@ -62,7 +62,7 @@ def program(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ("demo --size-level many", "size_level must be 512, 768 or 1024"),
         ("edit photo.png x --hat", "No such option: --hat; see step1x-edit edit --help"),
         ("edit photo.png x --seed", "Option '--seed' requires an argument"),
-        ("edit photo.png -20%", 'a prompt that begins with - stands last, after -- : -- "-20%"'),
+        ("edit photo.png -20%", 'put a prompt that begins with - last, after --: -- "-20%"'),
         ("mcp config --client x", "Invalid value for '--client': 'x' is not one of"),
         ("edt", "No such command 'edt'. Did you mean 'edit'?; see step1x-edit --help"),
         ("--hat", "No such option: --hat; see step1x-edit --help"),

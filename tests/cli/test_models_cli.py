@@ -78,7 +78,7 @@ def test_an_interrupted_pull_says_that_it_goes_on_and_does(hub: Hub, tmp_path: P
         _, told = process.communicate(timeout=240)
 
     assert process.returncode == 130
-    assert "the same command goes on" in told
+    assert "run the same command again to continue" in told
     kept = partial.stat().st_size
     hub.served.clear()
     assert models("pull", TINY, hub=hub).returncode == 0

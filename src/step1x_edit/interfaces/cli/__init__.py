@@ -1,8 +1,8 @@
 """The command line: progress on stderr, results on stdout, exit codes 0, 1, 2 (usage) and 130.
 
-Flags are the parameter names of the operations with dashes; what they allow is said once, in
-`schemas`. Each module holds the commands of one matter. Commands import what they need when they
-run, so that `--help` is there at once.
+Flags are the parameter names of the operations with dashes; `schemas` defines what they allow.
+Each module has the commands of one topic. Commands import what they need when they
+run, so that `--help` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command for many pictures, which can be stopped at any time and run again."""
+"""The command that edits many pictures and can be interrupted and run again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from step1x_edit.service.files import expanded
 if TYPE_CHECKING:
     from step1x_edit.service.batches import Chosen, Item, Journal
 
-_INTERRUPTED = "interrupted; what is finished stays, and the same command goes on from there"
+_INTERRUPTED = "interrupted; finished results are kept, and the same command continues from there"
 
 
 @with_options_of(EditRequest)
@@ -39,8 +39,8 @@ def batch(
         Path,
         typer.Argument(
             metavar="FOLDER|MANIFEST",
-            help="A folder with pictures, or a file .csv or .jsonl with the columns image and "
-            "prompt, and as wanted output, mask and the parameters by their names",
+            help="A folder with pictures, or a .csv or .jsonl file with the columns image and "
+            "prompt and, if needed, output, mask and the parameters by name",
             show_default=False,
         ),
     ],
@@ -48,8 +48,8 @@ def batch(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="What to change, in plain words; needed for a folder, and in a manifest for "
-            "lines without one",
+            help="What to change, in plain words; required for a folder, and for lines of a "
+            "manifest without a prompt",
             show_default=False,
         ),
     ] = None,
@@ -57,7 +57,7 @@ def batch(
         Path | None,
         typer.Option(
             help="Folder for the results and their journal, created if missing "
-            "(default: <name>_edited beside the folder or manifest)",
+            "(default: <name>_edited next to the folder or manifest)",
             show_default=False,
         ),
     ] = None,
@@ -67,11 +67,11 @@ def batch(
     standalone: Standalone = False,
     as_json: AsJson = False,
 ) -> None:
-    """Edit a folder or a list of pictures; run again, it does only what is missing.
+    """Edit a folder or a list of pictures; a second run edits only what is missing.
 
-    A result is missing if it is not there, or if its picture, prompt or
-    parameters have changed. The exit code is 1 if a picture failed; the others
-    are edited all the same.
+    A result is missing if it does not exist, or if its picture, prompt or
+    parameters have changed. If a picture fails, the others are still edited,
+    and the exit code is 1.
     """
     with told_failures(as_json, _INTERRUPTED):
         from step1x_edit.interfaces.cli.editors import opened_edits

@@ -1,4 +1,4 @@
-"""The command that shows what this is: a photograph before and after, without any download."""
+"""The command that shows what the program does: edits of a photograph, without any download."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def demo(
         Path | None,
         typer.Option(
             help="Folder for the pictures, created if missing; pictures in it are not replaced "
-            f"(default {DEMO_FOLDER}, numbered when taken)",
+            f"(default {DEMO_FOLDER}, with a number if taken)",
             show_default=False,
         ),
     ] = None,
@@ -52,7 +52,7 @@ def demo(
     ),
     seed: Annotated[str, option(PARAMETERS["seed"], DEMO_SEED)] = str(DEMO_SEED),
 ) -> None:
-    """Edit a bundled photograph with the embedded demo checkpoint and show where it went."""
+    """Edit a bundled photograph with the built-in demo checkpoint and print the paths of the results."""
     with told_failures(as_json=False):
         from step1x_edit.interfaces.cli.comparison import draw_comparison
         from step1x_edit.interfaces.cli.editors import opened_edits
@@ -87,7 +87,7 @@ async def _edited(edits: FileEdits[Edited], requests: Sequence[EditRequest]) -> 
 
 
 def _free_folder(name: str) -> Path:
-    """The first of name, name_2, name_3 … that is an empty folder or not there yet."""
+    """The first of name, name_2, name_3 … that is an empty folder or does not exist."""
     paths = (Path(name if number == 1 else f"{name}_{number}") for number in count(1))
     return next(path for path in paths if not os.path.lexists(path) or _is_empty_folder(path))
 
@@ -95,7 +95,7 @@ def _free_folder(name: str) -> Path:
 def _is_empty_folder(path: Path) -> bool:
     try:
         return not path.is_symlink() and not any(path.iterdir())
-    except OSError:  # a file, or a folder that is not ours
+    except OSError:  # a file, or another user's folder
         return False
 
 
@@ -106,11 +106,11 @@ def _print_demo(before: Path, results: Mapping[str, Path], comparison: Path) -> 
     out.print(f"side by side  {comparison}", markup=False)
     out.print(
         f"""
-Go on:
+Next steps:
   your own picture    {as_typed("step1x-edit")} edit photo.jpg "make it a night scene"
   a web page          {as_typed("step1x-edit")} serve
   an MCP client       let it start: {as_typed("step1x-edit")} mcp   (mcp_config.json is an example)
-  the real model      {as_typed("step1x-edit")} models pull v1.1   (41.8 GB; the embedded demo
-                      checkpoint knows edits of the whole picture, no objects)""",
+  published model     {as_typed("step1x-edit")} models pull v1.1   (41.8 GB; the built-in demo
+                      checkpoint knows edits of the whole picture, but no objects)""",
         markup=False,
     )

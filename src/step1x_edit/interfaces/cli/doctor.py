@@ -1,4 +1,4 @@
-"""The command that says what this machine can run, and what stands in the way."""
+"""The command that reports what this machine can run, and what prevents it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STYLES: Final = {"ok": "green", "note": "yellow", "fail": "red"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; `fail` stands in the way of edits, or of a server."""
+    """The result of one check; `fail` prevents edits, or a server."""
 
     state: Literal["ok", "note", "fail"]
     name: str
@@ -47,10 +47,10 @@ class Check:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine can run, one line for each thing that was looked at.
+    """Report what this machine can run, one line for each check.
 
-    The exit code is 1 if something stands in the way. Nothing is changed, and
-    no model is loaded.
+    The exit code is 1 if a check fails. Nothing is changed, and no model is
+    loaded.
     """
     with told_failures(as_json):
         checks = []
@@ -65,7 +65,7 @@ def doctor(as_json: AsJson = False) -> None:
             print_json({"status": status, "checks": [asdict(check) for check in checks]})
         if not can_run:
             if not as_json:
-                err.print("what is marked with fail stands in the way", markup=False)
+                err.print("fix the checks that are marked with fail", markup=False)
             raise typer.Exit(FAILED)
 
 
@@ -93,7 +93,7 @@ def _checks() -> Iterator[Check]:
 def _memory() -> Check:
     found = host_memory.measure()
     if found is None:
-        return Check("note", "memory", "this system does not tell how much there is")
+        return Check("note", "memory", "this system does not report its memory")
     free, total = found.available / _GIB, found.total / _GIB
     return Check("ok", "memory", f"{free:.1f} GiB of {total:.1f} GiB free")
 
@@ -129,12 +129,12 @@ def _checkpoint(seen: Survey, settings: Settings) -> Check:
     place = "inside the package" if settings.model_path is None else f"at {settings.model_path}"
     text = f"{seen.checkpoint} {place}, {seen.weights_gb:.2f} GiB of weights"
     if settings.model_path is None:
-        text += "; for the real model set MODEL_PATH"
+        text += "; for a published model set MODEL_PATH"
     return Check("ok", "checkpoint", text)
 
 
 def _plan(seen: Survey) -> Iterator[Check]:
-    """Whether the model fits on the device, and how; there is nothing to fit in host memory."""
+    """Whether and how the model fits on the device; host memory is not checked."""
     plan, free_gb = seen.placement, seen.device_free_gb
     if plan is None or plan.predicted_peak_gb is None or free_gb is None:
         return
@@ -155,7 +155,7 @@ def _defaults(seen: Survey, settings: Settings) -> Iterator[Check]:
             "defaults",
             f"suggested: num_steps {suggested.num_steps}, guidance_scale "
             f"{suggested.guidance_scale:.1f} for {seen.version}; set DEFAULT_NUM_STEPS and "
-            "DEFAULT_GUIDANCE_SCALE to have them where a call leaves them out",
+            "DEFAULT_GUIDANCE_SCALE to use them by default",
         )
 
 
@@ -164,9 +164,9 @@ def _server(settings: Settings) -> Iterator[Check]:
 
     found: RunningServer | None = asyncio.run(find_server(settings.data_dir))
     if found is not None:
-        yield Check("ok", "server", f"running at {found.url}; commands go through it")
+        yield Check("ok", "server", f"running at {found.url}; commands use it")
         return
-    yield Check("ok", "server", "none is running on this machine; commands run by themselves")
+    yield Check("ok", "server", "none is running on this machine; commands load the model")
     place = f"{settings.host}:{settings.port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

@@ -1,4 +1,4 @@
-"""The command that edits pictures: one or several files, or what comes from another program."""
+"""The command that edits pictures: one or several files, or the output of another program."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def edit(
 ) -> None:
     """Edit images as the prompt says and save each result as a new file.
 
-    A server that runs on this machine does it with its model, and otherwise
-    this process. The path of each result is printed on stdout.
+    Uses the model of the server that runs on this machine; without a server,
+    this process loads the model. The path of each result is printed on stdout.
     """
     with told_failures(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
@@ -130,7 +130,7 @@ def _edit_several(
 
 
 class Edit(Command):
-    """The command `edit`, which says which of its words is missing."""
+    """The command `edit`, which says which of its arguments is missing."""
 
     def explain(self, ctx: Any, words: list[str], error: typer.TyperException) -> str:
         """What is wrong with the words, and what to do."""
@@ -162,7 +162,7 @@ def _check_words(images: Sequence[str], prompt: str) -> None:
 
 
 def _is_path(word: str) -> bool:
-    """Whether a word names a file and is no part of a prompt, whether the file is there or not."""
+    """Whether a word is a path, of an existing file or not, and not part of a prompt."""
     if word == STREAM or os.path.isfile(expanded(word)):  # noqa: PTH113
         return True
     return " " not in word and (
@@ -175,7 +175,7 @@ def _how_to_call(images: str, prompt: str) -> str:
 
 
 def _matched(images: Sequence[str]) -> list[str]:
-    """The paths, with patterns that no shell has expanded replaced by what they match, sorted."""
+    """The paths, with patterns that the shell has not expanded replaced by their sorted matches."""
     paths: list[str] = []
     for image in images:
         pattern = expanded(image)
@@ -192,15 +192,15 @@ def _matched(images: Sequence[str]) -> list[str]:
 def _check_places(
     paths: Sequence[str], output: str | None, output_dir: str | None, as_json: bool
 ) -> None:
-    """Say what does not go together, before anything is read."""
+    """Refuse contradicting arguments before anything is read."""
     if len(paths) > 1 and STREAM in paths:
-        raise InvalidParameterError("- reads one image from stdin, and no other can be named")
+        raise InvalidParameterError("- reads one image from stdin; give no other images")
     if len(paths) > 1 and output is not None:
         raise InvalidParameterError(
             f"--output names one file, but there are {len(paths)} images; use --output-dir"
         )
     if output is not None and output_dir is not None:
-        raise InvalidParameterError("--output and --output-dir exclude each other")
+        raise InvalidParameterError("give either --output or --output-dir, not both")
     if paths == [STREAM] and output_dir is not None:
         raise InvalidParameterError("an image from stdin has no name; use --output")
     check_stdout(output, as_json)

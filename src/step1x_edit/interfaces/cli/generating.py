@@ -1,4 +1,4 @@
-"""The command that makes a picture from words alone."""
+"""The command that generates a picture from text."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def generate(
     standalone: Standalone = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a picture from words alone, which needs Step1X-Edit v1.1.
+    """Generate a picture from text, which needs Step1X-Edit v1.1.
 
-    A server that runs on this machine does it with its model, and otherwise
-    this process. The path of the picture is printed on stdout.
+    Uses the model of the server that runs on this machine; without a server,
+    this process loads the model. The path of the picture is printed on stdout.
     """
     with told_failures(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits

@@ -1,4 +1,4 @@
-"""The commands about where the model is: that of a running server, because ours goes with us."""
+"""The commands about where a running server's model is; this process ends, and so does its own."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from step1x_edit.settings import Settings
 
 _NO_SERVER: Final = (
-    "No server is running on this machine, so no model is loaded: step1x-edit serve starts one, "
-    "and without it each command loads a model while it works"
+    "No server is running on this machine, so no model is loaded: start one with step1x-edit "
+    "serve, or each command loads the model while it runs"
 )
-_ALONE: Final = "With --standalone no server is asked, and this command loads no model"
+_ALONE: Final = "With --standalone no server is used, and this command loads no model"
 
 
 def status(
     url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
 ) -> None:
-    """Say where the model of the running server is and what it occupies.
+    """Report where the model of the running server is and how much memory it uses.
 
-    Without a server there is none: each command has a model of its own while it
-    edits. That is no failure; the exit code is 0.
+    Without a server no model is loaded, because each command loads one only
+    while it edits. This is not a failure; the exit code is 0.
     """
     from step1x_edit.interfaces.cli.editors import found_server
 
@@ -52,7 +52,7 @@ def status(
 
 
 def _rows(status: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """What is told in one line each: lists by commas, counts beside their names, parts apart."""
+    """The lines of the status: lists and counts on one line, the plan on one line per field."""
     for name, value in status.items():
         match name, value:
             case "plan", dict():
@@ -68,9 +68,9 @@ def _rows(status: Mapping[str, object]) -> Iterator[tuple[str, object]]:
 def offload(
     url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
 ) -> None:
-    """Have the running server move its model from the GPU to host memory.
+    """Move the model of the running server from the GPU to host memory.
 
-    It waits for the picture that is being edited; the next edit brings the model back.
+    This waits for the running edit; the next edit moves the model back.
     """
     _move("offload", url, api_key, standalone, as_json)
 
@@ -78,9 +78,9 @@ def offload(
 def release(
     url: Url = None, api_key: ApiKey = None, standalone: Standalone = False, as_json: AsJson = False
 ) -> None:
-    """Have the running server forget its model and free all memory that it holds.
+    """Unload the model of the running server and free all of its memory.
 
-    It waits for the picture that is being edited; the next edit loads the model from disk.
+    This waits for the running edit; the next edit loads the model from disk.
     """
     _move("release", url, api_key, standalone, as_json)
 
@@ -93,7 +93,7 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
         server = found_server(settings, url, api_key, standalone)
         if server is None:
             answer = GpuAnswer(
-                message=f"Nothing to {move} here: no server is running on this machine",
+                message=f"Nothing to {move}: no server is running on this machine",
                 gpu_status=_own_status(settings).gpu_status,
             )
         else:
@@ -105,7 +105,7 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
 
 
 def _own_status(settings: Settings) -> StatusAnswer:
-    """The model of this process is not loaded: it edits nothing."""
+    """The status of this process, which edits nothing and so has not loaded a model."""
     from step1x_edit.service.service import build_service
 
     with contextlib.closing(build_service(settings)) as service:

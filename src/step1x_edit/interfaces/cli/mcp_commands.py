@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 mcp_app = typer.Typer(
     context_settings=HELP_NAMES,
-    help="Serve the tools to an MCP client over stdin and stdout; or see the commands.",
+    help="Serve the tools to an MCP client over stdin and stdout, or run a command.",
     invoke_without_command=True,
 )
 
@@ -48,12 +48,12 @@ def mcp(
         bool, typer.Option("--standalone", help="Do not join a server that runs on this machine")
     ] = False,
 ) -> None:
-    """Serve the tools to an MCP client over stdin and stdout; or see the commands."""
+    """Serve the tools to an MCP client over stdin and stdout, or run a command."""
     if context.invoked_subcommand is not None:
         return
-    wire = os.dup(1)  # whatever is printed from here on must not reach the client
+    wire = os.dup(1)  # nothing that is printed from here on may reach the client
     os.dup2(2, 1)
-    gc.disable()  # imports leave no garbage; `serve` enables it again
+    gc.disable()  # imports create no garbage; `serve` enables it again
     from step1x_edit.interfaces.mcp.stdio import serve
 
     serve(wire, standalone=standalone)
@@ -84,19 +84,21 @@ def call(
 
 @mcp_app.command(cls=Command)
 def config(
-    client: Annotated[ClientName, typer.Option(help="The program that is to start the server")],
+    client: Annotated[ClientName, typer.Option(help="The program that will start the server")],
     write: Annotated[
         bool,
-        typer.Option("--write", help="Add it to the client's own file, which is backed up first"),
+        typer.Option("--write", help="Add it to the client's file, after making a backup"),
     ] = False,
 ) -> None:
-    """Print the configuration by which an MCP client starts this server, or write it."""
+    """Print or write the configuration with which an MCP client starts this server."""
     with told_failures(as_json=False):
         file = config_file(client)
         settings = load_settings()
         entry = server_entry(settings, file)
         if settings.api_key is not None:
-            err.print("API_KEY is left out: a server that a client starts needs none", markup=False)
+            err.print(
+                "API_KEY is left out: a server that a client starts does not need it", markup=False
+            )
         if not write:
             typer.echo(snippet(file, entry), nl=False)
             err.print(f"add this to {file.path}, or run again with --write", markup=False)
@@ -104,13 +106,13 @@ def config(
         backup = write_entry(file, entry)
         print_line(file.path)
         if backup is not None:
-            err.print(f"the file as it was: {backup}", markup=False)
-        err.print("restart the client to have it read", markup=False)
+            err.print(f"backup of the old file: {backup}", markup=False)
+        err.print("restart the client to apply the change", markup=False)
 
 
 @contextlib.contextmanager
 def _shown_call(label: str) -> Iterator[ProgressHandler]:
-    """Show what an MCP server reports; saying the same again is only a sign of life."""
+    """Show the progress that an MCP server reports; a repeated message is only a heartbeat."""
     with display(err) as shown:
         shown.begin(label)
         last: str | None = None
@@ -128,7 +130,7 @@ def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        reason = f"it is no JSON: {error}"
+        reason = f"it is not JSON: {error}"
     else:
         if isinstance(value, dict):
             return value

@@ -1,6 +1,6 @@
-"""The commands about checkpoints: which there are and which would run; fetch, find, remove them.
+"""The commands about checkpoints: list, fetch, find and remove them.
 
-What speaks to the hub is imported when something is pulled.
+The code that talks to the hub is imported when a model is pulled.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 _GIGA: Final = 10**9
 _EMBEDDED: Final = "demo"
 _REAL: Final = "v1.1"
-# docs/models.md: the core in nf4 beside a GPU, and in int8 where everything has to be in memory.
+# docs/models.md: the core in nf4 with a GPU; everything in int8 without one.
 _HOST_GB_BESIDE_A_GPU: Final = 10
 _HOST_GB_WITHOUT_A_GPU: Final = 26
 
 models_app = typer.Typer(
-    help="See which checkpoints there are; fetch, find and remove them.",
+    help="List, fetch, find and remove checkpoints.",
     context_settings=HELP_NAMES,
     no_args_is_help=True,
 )
 
-# What the authors publish for their own code in bfloat16 at 1024 px on an H800, without offloading.
+# The authors' figure for their own code in bfloat16 at 1024 px on an H800, without offloading.
 _PUBLISHED_MEMORY: Final = "49.8 GB of GPU memory, as published"
 
 Name = Annotated[
@@ -70,9 +70,9 @@ Name = Annotated[
 
 @models_app.command("list", cls=Command)
 def list_models(as_json: AsJson = False) -> None:
-    """List the checkpoints: the embedded one, that of MODEL_PATH, and the published ones.
+    """List the checkpoints: the built-in one, that of MODEL_PATH, and the published ones.
 
-    The one that an edit would run is marked with *. `pull` fetches the others.
+    * marks the one that an edit would use. `pull` fetches the others.
     """
     with told_failures(as_json):
         settings = cli_settings()
@@ -93,11 +93,11 @@ def list_models(as_json: AsJson = False) -> None:
 
 @models_app.command(cls=Command)
 def pull(name: Name) -> None:
-    """Fetch a model; after a cut, the same command goes on from where it was.
+    """Fetch a model; after an interruption the same command continues.
 
-    HF_ENDPOINT names a mirror to fetch from; HF_TOKEN is shown where a model wants one.
+    HF_ENDPOINT sets a mirror to fetch from; HF_TOKEN is sent if a model requires it.
     """
-    with told_failures(False, "interrupted; what arrived is kept, and the same command goes on"):
+    with told_failures(False, "interrupted; run the same command again to continue"):
         models = models_folder(cli_settings().data_dir)
         model = find_model(name)
         if model.note:
@@ -121,7 +121,7 @@ def rm(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
 ) -> None:
-    """Remove a pulled model, or what a pull has left of it."""
+    """Remove a pulled model, or the files of an unfinished pull."""
     with told_failures(False):
         models = models_folder(cli_settings().data_dir)
         model = find_model(name)
@@ -134,7 +134,7 @@ def rm(
 
 
 def _survey(settings: Settings) -> Survey:
-    """What a separate process finds out about this machine and the checkpoint that would run."""
+    """What a separate process reports about this machine and the checkpoint that would run."""
     from step1x_edit.engine.machine import inspect_machine
     from step1x_edit.service.service import start_of
 
@@ -146,19 +146,19 @@ def recommendation(device: str | None, memory: host_memory.HostMemory | None) ->
     has_gpu = device is not None and device.startswith("cuda")
     needed = _HOST_GB_BESIDE_A_GPU if has_gpu else _HOST_GB_WITHOUT_A_GPU
     if memory is None:
-        return _EMBEDDED, "this system does not say how much memory it has"
-    place = "beside a GPU" if has_gpu else "without a GPU"
+        return _EMBEDDED, "this system does not report its memory"
+    place = "with a GPU" if has_gpu else "without a GPU"
     needs = f"needs {needed} GB of memory {place}; this machine has {memory.total / _GIGA:.0f} GB"
     if memory.total < needed * _GIGA:
         return _EMBEDDED, f"{_REAL} {needs}"
-    slowly = "" if has_gpu else "; an edit takes long without a GPU"
+    slowly = "" if has_gpu else "; edits are slow without a GPU"
     return _REAL, f"it {needs}{slowly}"
 
 
 def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:
-    """Each checkpoint, as JSON tells it."""
+    """Each checkpoint, as in the JSON answer."""
     path = settings.model_path
-    with contextlib.suppress(CheckpointError):  # told below, as the worker tells it
+    with contextlib.suppress(CheckpointError):  # reported below in the worker's words
         path = resolve_model_path(path, settings.data_dir)
     problem = seen.torch_error or seen.checkpoint_error
     of_chosen = {
@@ -184,7 +184,7 @@ def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:
 
 
 def _published(model: Model, kept: Kept | None) -> dict[str, Any]:
-    """A model of the hub, and how much of it is here."""
+    """A model of the hub, and how much of it is on this disk."""
     size = model.published_bytes if kept is None else kept.size
     return {
         "name": model.name,
@@ -213,13 +213,13 @@ def _needs(model: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _bar(name: str) -> Iterator[Callable[[PullProgress], None]]:
-    """How many bytes have arrived, on stderr."""
+    """Show on stderr how many bytes have been downloaded."""
     with display(err, DownloadColumn(), TransferSpeedColumn()) as shown:
         shown.begin(name, "asking the hub")
 
         def show(progress: PullProgress) -> None:
             text = progress.text if progress.phase != "checking" else f"checking {progress.text}"
-            if not err.is_terminal:  # where no column says it
+            if not err.is_terminal:  # where there is no column for it
                 done, total = _gigabytes(progress.done), _gigabytes(progress.total)
                 text = f"{text}, {done} of {total}"
             shown.show("arriving", text, progress.done, progress.total)

@@ -1,4 +1,4 @@
-"""Flags and arguments that several commands have, worded as the schema words them."""
+"""Flags and arguments that several commands share, described as in the schema."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Command: TypeAlias = Callable[..., None]
 WHOLE: Final = "<int>"
 _METAVARS: Final = {"integer": WHOLE, "number": "<float>"}
 _FLAGS: Final = {"num_steps": ("--num-steps", "--steps"), "mask_path": ("--mask",)}
-"""Where they are not the name of the parameter with dashes."""
+"""Those that are not the parameter's name with dashes."""
 _OWN_WORDS: Final = ("image_path", "prompt", "output_path")
-"""The parameters that each command takes in its own way."""
+"""The parameters that each command defines itself."""
 
 _Loras = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
         metavar="NAME[:STRENGTH]",
-        help="A LoRA to edit with, of those that LORA_PATH names, with a strength from "
-        f"-{MAX_STRENGTH} to {MAX_STRENGTH}; may be given several times. An empty text: none "
-        "(default: what LORA_PATH says)",
+        help="A LoRA to use, of those in LORA_PATH, with a strength from "
+        f"-{MAX_STRENGTH} to {MAX_STRENGTH}; can be repeated. An empty text: none "
+        "(default: those that LORA_PATH adds)",
         show_default=False,
     ),
 ]
 
 
 def with_options_of(request: type[BaseModel]) -> Callable[[Command], Command]:
-    """Give a command an option for each parameter of a request, in place of its argument `asked`.
+    """Replace a command's argument `asked` by an option for each parameter of a request.
 
-    The command gets the values that were given, by the names of the parameters.
+    The command receives in `asked` the values that were given, by the names of the parameters.
     """
     options = {
         name: inspect.Parameter(
@@ -78,16 +78,16 @@ def _annotation(parameter: Parameter) -> Any:
 
 
 def option(parameter: Parameter, default: int | None = None) -> Any:
-    """An option, described as the schema describes it; `default` is the command's.
+    """An option with the schema's description; `default` is the command's.
 
-    Numbers are texts here: the schema reads them, and says what is wrong with them.
+    Numbers stay texts here: the schema parses them and reports errors.
     """
     name = parameter.name
     notes = [parameter.range] if parameter.range and name != "seed" else []
     if default is not None:
         notes.append(f"default {default}")
     elif name in CHOSEN_BY_THE_OPERATOR:
-        notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} where that is set")
+        notes.append(f"default {parameter.default}, or DEFAULT_{name.upper()} if set")
     elif parameter.default not in (None, "", False):
         notes.append(f"default {parameter.default}")
     return typer.Option(
@@ -99,7 +99,7 @@ def option(parameter: Parameter, default: int | None = None) -> Any:
 
 
 def check_prompt(prompt: str, example: str = "add a red hat") -> None:
-    """Raise InvalidParameterError if a prompt says nothing: a person has forgotten it."""
+    """Raise InvalidParameterError if a prompt is empty, which is surely a mistake here."""
     if not prompt.strip():
         raise InvalidParameterError(f'prompt is empty; say what you want, such as "{example}"')
 
@@ -109,8 +109,8 @@ Url = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Have this server do it, such as http://127.0.0.1:8000 (default: the one that runs "
-        "on this machine, if there is one)",
+        help="Use this server, such as http://127.0.0.1:8000 (default: the server that runs on "
+        "this machine, if any)",
         show_default=False,
     ),
 ]
@@ -118,11 +118,11 @@ ApiKey = Annotated[
     str | None,
     typer.Option(
         metavar="KEY",
-        help="The key that the server at --url asks for (default: API_KEY)",
+        help="The key of the server at --url (default: API_KEY)",
         show_default=False,
     ),
 ]
 Standalone = Annotated[
     bool,
-    typer.Option("--standalone", help="Do it in this process, whether a server runs or not"),
+    typer.Option("--standalone", help="Use this process, even if a server runs"),
 ]

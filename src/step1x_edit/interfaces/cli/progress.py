@@ -1,7 +1,7 @@
-"""How far the work has come, on stderr: a bar on a terminal, plain lines anywhere else.
+"""Progress on stderr: a bar on a terminal, plain lines otherwise.
 
-The time that is left follows from the steps that were seen. Between two steps it counts down; while
-nothing is known it is not shown. This module knows nothing about what the work is.
+The remaining time is computed from the steps so far. It counts down between two steps, and is not
+shown while it is unknown. This module knows nothing about what the work is.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Display(Protocol):
     """Shows one piece of work after the other."""
 
     def begin(self, label: str, text: str = STARTING) -> None:
-        """Show other work from now on."""
+        """Show another piece of work from now on."""
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
-        """Show how far it is: `done` of `total` in this phase, if that is known."""
+        """Show its progress: `done` of `total` in this phase, if known."""
 
 
 class _Work:
@@ -52,14 +52,14 @@ class _Work:
 
     @property
     def state(self) -> str:
-        """What is done, how long it has taken and, if that is known, how long it will take."""
+        """The phase, the time so far and, if known, the remaining time."""
         told = f"{self.text}, {duration(self._now() - self._begun)}"
         seconds = self.left.seconds
         return told if seconds is None else f"{told}, about {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 2:05, 1:02:05."""
+    """A readable duration: 40 s, 2:05, 1:02:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def display(to: Console, *extra: ProgressColumn, now: Now = time.monotonic) -> Iterator[Display]:
-    """Show work on a console; `extra` columns stand behind the bar."""
+    """Show work on a console; `extra` columns follow the bar."""
     if to.is_terminal and not to.is_dumb_terminal:
         with _Bar.drawn(to, extra, now) as bar:
             yield bar
@@ -83,7 +83,7 @@ def display(to: Console, *extra: ProgressColumn, now: Now = time.monotonic) -> I
 
 
 class _State(ProgressColumn):
-    """How far the work is."""
+    """The progress of the work."""
 
     def __init__(self) -> None:
         super().__init__(Column(no_wrap=True))
@@ -95,7 +95,7 @@ class _State(ProgressColumn):
 
 
 class _Bar:
-    """A bar with a label, what is being done, and the times."""
+    """A bar with a label, the phase and the times."""
 
     def __init__(self, bar: RichProgress, now: Now) -> None:
         self._bar = bar
@@ -106,7 +106,7 @@ class _Bar:
     @classmethod
     @contextlib.contextmanager
     def drawn(cls, to: Console, extra: tuple[ProgressColumn, ...], now: Now) -> Iterator[_Bar]:
-        """A bar that goes when the context ends."""
+        """A bar that disappears when the context ends."""
         bar_width = 20 if to.width >= _WIDE else 6
         room = max(8, to.width - bar_width - _BESIDE_THE_LABEL)
         label = Column(no_wrap=True, overflow="ellipsis", max_width=room)
@@ -117,7 +117,7 @@ class _Bar:
             _State(),
             console=to,
             transient=True,
-            redirect_stdout=False,  # what is printed there is a result and not for stderr
+            redirect_stdout=False,  # results must not be redirected to stderr
             get_time=now,
         ) as bar:
             yield cls(bar, now)
@@ -141,7 +141,7 @@ class _Bar:
 
 
 class _Lines:
-    """A line for each phase, and one every 10 s while it lasts, also if nothing is heard."""
+    """A line for each phase, and one every 10 s during it, even without events."""
 
     def __init__(self, to: Console, now: Now) -> None:
         self._to = to

@@ -1,4 +1,4 @@
-"""The command that serves everybody else."""
+"""The command that starts the server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serve(
     host: Annotated[
         str | None,
         typer.Option(
-            help="Address to listen at (default 127.0.0.1); one that other machines reach needs "
+            help="Address to listen at (default 127.0.0.1); if other machines can reach it, set "
             "API_KEY",
             show_default=False,
         ),
@@ -46,9 +46,9 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve the web page, REST and MCP over HTTP until a signal comes.
+    """Serve the web page, REST and MCP over HTTP until a signal ends the server.
 
-    Flags win over the settings of the same names.
+    Flags override the settings of the same names.
     """
     with told_failures(as_json=False):
         from step1x_edit.settings import load_server_settings

@@ -1,4 +1,4 @@
-"""What the commands share towards the person at the terminal: what is shown, and how it ends.
+"""What the commands share for the terminal: progress, output, error messages and exit codes.
 
 Results go to stdout and everything else to stderr.
 """
@@ -51,16 +51,16 @@ USAGE: Final = 2
 INTERRUPTED: Final = 130
 
 STREAM: Final = "-"
-"""As the name of a file: stdin or stdout."""
+"""The file name that means stdin or stdout."""
 
 
 @contextlib.contextmanager
 def _writing_to_stdout() -> Iterator[None]:
-    """Say in one sentence that stdout takes nothing, such as a full disk."""
+    """Report in one sentence that stdout cannot be written, for example on a full disk."""
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody wants to read on, which is no failure
+    except BrokenPipeError:  # the reader has stopped, which is not a failure
         raise
     except OSError as error:
         give_up_stdout(error)
@@ -68,8 +68,8 @@ def _writing_to_stdout() -> Iterator[None]:
 
 
 def give_up_stdout(error: OSError) -> None:
-    """Say that stdout takes nothing, and drop what is left to be written there."""
-    with open(os.devnull, "wb") as nothing:  # noqa: PTH123 - or it fails again at the exit
+    """Report that stdout cannot be written, and drop what is left in its buffer."""
+    with open(os.devnull, "wb") as nothing:  # noqa: PTH123 - else it fails again at the exit
         os.dup2(nothing.fileno(), sys.stdout.fileno())
     print_failure(OutputNotWritableError(f"stdout ({error.strerror})"), as_json=False)
 
@@ -82,18 +82,18 @@ class _Results(Console):
             super().print(*objects, **options)
 
 
-# A path or a prompt may hold what looks like the name of an emoji.
+# A path or a prompt may contain text that looks like the name of an emoji.
 out = _Results(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def cli_settings() -> Settings:
-    """The settings, and the log that a person at a terminal wants."""
+    """The settings, with logging set up for a terminal."""
     from step1x_edit.settings import load_settings
 
     settings = load_settings()
     if logging.getLevelName(settings.log_level) < logging.WARNING:
-        # Whoever looks at a bar needs no diary beside it, neither ours nor the worker's.
+        # The progress bar is enough: log only warnings, here and in the worker.
         settings = settings.model_copy(update={"log_level": "WARNING"})
     logging.basicConfig(
         level=settings.log_level,
@@ -106,7 +106,7 @@ def cli_settings() -> Settings:
 
 @contextlib.contextmanager
 def told_failures(as_json: bool, on_interrupt: str = "interrupted") -> Iterator[None]:
-    """Turn our errors into one sentence and an exit code."""
+    """Turn errors into one sentence and an exit code."""
     try:
         yield
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def told_failures(as_json: bool, on_interrupt: str = "interrupted") -> Iterator[
 
 
 def print_failure(error: Step1XEditError, as_json: bool) -> None:
-    """Say what is wrong: on stderr, or as the answer for a program."""
+    """Report an error: on stderr, or as a JSON answer."""
     if as_json:
         print_json(ErrorAnswer.of(error).to_dict())
     else:
@@ -130,12 +130,12 @@ def print_failure(error: Step1XEditError, as_json: bool) -> None:
 
 
 ShowProgress = Callable[[str], "Report"]
-"""Given what is being edited, the function that hears how far it has come."""
+"""Makes the function that receives progress, given the name of what is edited."""
 
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[ShowProgress]:
-    """Show how far edits have come."""
+    """Show the progress of edits."""
     with display(err, now=now) as shown:
 
         def of(label: str) -> Report:
@@ -144,7 +144,7 @@ def shown_progress() -> Iterator[ShowProgress]:
             async def show(event: Progress) -> None:
                 if event.phase == "denoising":
                     shown.show(event.phase, event.text, event.step, event.total)
-                else:  # of a queue each place is news
+                else:  # in the queue each position is a phase
                     phase = event.text if event.phase == "queued" else event.phase
                     shown.show(phase, event.text)
 
@@ -154,7 +154,7 @@ def shown_progress() -> Iterator[ShowProgress]:
 
 
 def watched(label: str, work: Callable[[Report], Coroutine[Any, Any, T]]) -> T:
-    """Do something, and show how far it has come."""
+    """Run some work and show its progress."""
     with shown_progress() as progress_of:
         return asyncio.run(work(progress_of(label)))
 
@@ -168,7 +168,7 @@ def of_several(progress_of: ShowProgress, names: Sequence[str]) -> ReportOf:
 
 
 def print_line(text: object) -> None:
-    """Print a result on stdout as it is, such as a path."""
+    """Print a result, such as a path, on stdout."""
     with _writing_to_stdout():
         sys.stdout.write(f"{text}\n")
 
@@ -178,13 +178,13 @@ def print_json(answer: dict[str, Any]) -> None:
     text = json.dumps(answer, ensure_ascii=False, indent=2)
     try:
         text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:  # a locale without these characters, or a file name of odd bytes
+    except UnicodeEncodeError:  # the locale lacks characters, or a file name is not valid text
         text = json.dumps(answer, indent=2)
     print_line(text)
 
 
 def print_made(metadata: EditMetadata, processing_time: float | None = None) -> None:
-    """Say on stderr how a picture was made."""
+    """Print on stderr how a picture was made."""
     took = "" if processing_time is None else f"{processing_time:.1f} s, "
     err.print(f"{metadata.model} on {metadata.device}, {took}seed {metadata.seed}", markup=False)
     if metadata.reasoning is not None:
@@ -194,7 +194,7 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
 
 
 def print_reasoning(reasoning: Reasoning, prefix: str = "") -> None:
-    """Say on stderr what the model made of the prompt and of its rounds, one line for each."""
+    """Print on stderr the rewritten prompt and the verdict of each round, one line each."""
     from step1x_edit.interfaces.rounds import read_verdict
 
     if reasoning.prompt is not None:
@@ -213,12 +213,12 @@ def print_reasoning(reasoning: Reasoning, prefix: str = "") -> None:
 
 
 def _one_line(words: str) -> str:
-    """What a model has said, which may have paragraphs."""
+    """A model's text without line breaks."""
     return " ".join(words.split())
 
 
 def print_answer(answer: EditAnswer, as_json: bool) -> None:
-    """Say how one picture was made, and print where it is."""
+    """Print how one picture was made, and its path."""
     if as_json:
         print_json(answer.to_dict())
         return
@@ -227,12 +227,12 @@ def print_answer(answer: EditAnswer, as_json: bool) -> None:
 
 
 def check_stdout(output: str | None, as_json: bool) -> None:
-    """Raise InvalidParameterError if a picture is to go to a stdout that is no place for it."""
+    """Raise InvalidParameterError if a picture cannot be written to this stdout."""
     if output == STREAM and as_json:
-        raise InvalidParameterError("stdout takes the picture or the --json answer, not both")
+        raise InvalidParameterError("stdout can have the picture or the --json answer, not both")
     if output == STREAM and sys.stdout.isatty():
         raise InvalidParameterError(
-            "stdout is a terminal and no place for a picture; use --output, or > file.png"
+            "stdout is a terminal and cannot show a picture; use --output, or > file.png"
         )
 
 
@@ -246,7 +246,7 @@ def write_picture(edited: Edited) -> None:
 
 
 def print_batch(answer: BatchAnswer, as_json: bool) -> None:
-    """Say what became of several pictures, and end with a failure unless all were edited."""
+    """Print the results of several pictures, and exit with a failure unless all succeeded."""
     if as_json:
         print_json(answer.to_dict())
     else:
@@ -266,7 +266,7 @@ def _is_kept(result: EditAnswer | ErrorAnswer) -> bool:
 
 
 def _print_results(items: Sequence[BatchItem]) -> None:
-    """The closing table of several edits, on stderr; failures and warnings follow below it."""
+    """Print the table of several edits on stderr, with failures and warnings below it."""
     rows, failures, thoughts = [], [], []
     warnings: dict[str, None] = {}  # each once, in order
     for item in items:
@@ -291,7 +291,7 @@ def _print_results(items: Sequence[BatchItem]) -> None:
 
 
 def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], to: Console) -> None:
-    """Print rows under headings, cut nowhere; long texts go on in the next line."""
+    """Print rows under headings; long texts are wrapped, not cut."""
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for column in table.columns:
         column.overflow = "fold"
@@ -301,6 +301,6 @@ def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], to: C
 
 
 def as_typed(name: str) -> Path | str:
-    """How to type a command that lies beside our interpreter, maybe not on the PATH."""
+    """How to type a command that is installed next to this interpreter, maybe not on the PATH."""
     path = Path(sys.executable).parent / name
     return path if path.exists() else name

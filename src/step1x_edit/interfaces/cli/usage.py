@@ -1,7 +1,6 @@
-"""What happens to the words of a call before a command gets them.
+"""Parses the arguments of a call before a command gets them.
 
-Whatever is wrong with them is reported in one sentence, and the exit code is 2. This module knows
-nothing about what the commands do.
+Errors are reported in one sentence with exit code 2. This module knows nothing about the commands.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ _AS_IT_CAME: Final = "step1x_edit.as_it_came"
 
 _IS_UTF_8: Final = sys.getfilesystemencoding() == "utf-8"
 _NARROW_LOCALE: Final = (
-    f"the locale has the encoding {sys.getfilesystemencoding()}, which does not hold all "
-    "characters of these names and texts; set LC_ALL to a locale with UTF-8, such as C.UTF-8"
+    f"the locale has the encoding {sys.getfilesystemencoding()}, which cannot represent all "
+    "characters of these names and texts; set LC_ALL to a UTF-8 locale, such as C.UTF-8"
 )
 
 
 class WrongUsageError(typer.TyperException):
-    """Words that are no call of a command."""
+    """Arguments that are not a valid call of a command."""
 
     exit_code = USAGE
 
 
 class Program(TyperGroup):
-    """All commands, and how a run of the program ends."""
+    """All commands, and the exit codes of the program."""
 
     def main(
         self,
@@ -85,7 +84,7 @@ class Command(TyperCommand):
     """A command with a name."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the words apart; raises WrongUsageError."""
+        """Parse the arguments; raises WrongUsageError."""
         words = self._with_the_prompt_apart(args)
         try:
             return super().parse_args(ctx, list(words))
@@ -93,14 +92,14 @@ class Command(TyperCommand):
             raise WrongUsageError(self.explain(ctx, words, error)) from None
 
     def explain(self, ctx: Any, words: list[str], error: typer.TyperException) -> str:
-        """What is wrong with the words, and what to do."""
+        """Say what is wrong with the arguments, and what to do."""
         hint = f"see {ctx.command_path} --help"
         if self._takes_a_prompt and any(_may_be_a_prompt(word) for word in words):
-            hint = f'a prompt that begins with - stands last, after -- : -- "{words[-1]}"; {hint}'
+            hint = f'put a prompt that begins with - last, after --: -- "{words[-1]}"; {hint}'
         return f"{_message(error)}; {hint}"
 
     def _with_the_prompt_apart(self, words: list[str]) -> list[str]:
-        """The words with a prompt such as "-20 % light" behind --, so that it is no option."""
+        """Move a prompt such as "-20 % light" behind --, so that it is not taken for an option."""
         if not self._takes_a_prompt or "--" in words:
             return words
         valued = {
@@ -124,25 +123,25 @@ class Command(TyperCommand):
 
 
 def _check_locale(words: Sequence[str]) -> None:
-    """Raise UnicodeEncodeError if the locale has made something else of a word."""
+    """Raise UnicodeEncodeError if the locale could not represent an argument."""
     if not _IS_UTF_8:
         "".join(words).encode()
 
 
 def _message(error: typer.TyperException) -> str:
-    """What the library says, without the words of the library below it."""
+    """The library's message, without the prefix of pydantic."""
     return error.format_message().replace("Value error, ", "").rstrip(".")
 
 
 def _may_be_a_prompt(word: str) -> bool:
-    """Whether a word looks as much like "-20%" as like an option."""
+    """Whether an argument may be a prompt such as "-20%" instead of an option."""
     return len(word) > 2 and word.startswith("-") and not word.startswith("--")
 
 
 def show_any_text() -> None:
-    """Have stdout and stderr take texts that their encoding does not hold, such as ASCII.
+    """Make stdout and stderr accept characters that their encoding (such as ASCII) lacks.
 
-    The name of a file that is no text goes out as the bytes it has; other characters are escaped.
+    A file name that is not valid text is written as its bytes; other characters are escaped.
     """
     codecs.register_error(_AS_IT_CAME, _as_it_came)
     for stream in (sys.stdout, sys.stderr):
