@@ -22,7 +22,7 @@ BLOCK: Final = 8
 CHART_MEAN, CHART_DEVIATION = 128, 76
 """Mean and standard deviation of the chart's 8-bit values."""
 
-CHART_SIDE: Final = 192
+CHART_SIDE: Final = 256
 """In pixels; enough for latents at an eighth of the size, with 145 unknowns."""
 
 RIDGE: Final = 1e-3
