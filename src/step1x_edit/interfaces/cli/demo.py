@@ -52,7 +52,7 @@ def demo(
     ),
     seed: Annotated[str, option(PARAMETERS["seed"], DEMO_SEED)] = str(DEMO_SEED),
 ) -> None:
-    """Edit a bundled photograph with the built-in demo checkpoint and print the paths of the results."""
+    """Edit a bundled photograph with the built-in demo checkpoint and print the result paths."""
     with told_failures(as_json=False):
         from step1x_edit.interfaces.cli.comparison import draw_comparison
         from step1x_edit.interfaces.cli.editors import opened_edits
