@@ -268,7 +268,7 @@ def _checked(path: Path, text: str, wanted: object) -> str:
     except ValueError:
         is_right = False
     if not is_right:
-        raise _unusable(path, "its content would not be kept")
+        raise _unusable(path, "its other content would change")
     return text
 
 
@@ -337,7 +337,7 @@ def _written(path: Path, content: Mapping[str, Any]) -> str:
 
 def _unusable(path: Path, reason: str) -> InvalidParameterError:
     return InvalidParameterError(
-        f"{path} cannot be added to: {reason}; leave out --write and add what is printed by hand"
+        f"cannot add to {path}: {reason}; run without --write and add the printed entry by hand"
     )
 
 

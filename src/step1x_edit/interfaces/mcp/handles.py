@@ -133,8 +133,8 @@ class Handles(Generic[P]):
             return self._pursuits[job_id]
         except KeyError:
             raise JobNotFoundError(
-                f"{job_id[:60]!r} is none of this server's jobs; finished ones are kept for "
-                f"{self._kept_s / 60:.0f} minutes, and none beyond a restart"
+                f"{job_id[:60]!r} is not a job of this server; finished jobs are kept for "
+                f"{self._kept_s / 60:.0f} minutes, and none survives a restart"
             ) from None
 
     async def close(self) -> None:

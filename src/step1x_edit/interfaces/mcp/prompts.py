@@ -19,9 +19,9 @@ from mcp_types import (
 )
 
 _NEXT_STEPS: Final = """\
-Look at the preview in the answer. If it is not what the user wants, try once more with another \
-seed or a higher guidance_scale (up to 10), and tell the user which seed was used. If \
-metadata.warning is there, tell the user what it says. Give output_path as the result; the input \
+Look at the preview in the answer. If it does not match the request, try once more with another \
+seed or a higher guidance_scale (up to 10), and tell the user which seed was used. If there is a \
+metadata.warning, tell the user what it says. Give output_path as the result; the input \
 is never changed."""
 
 
@@ -45,10 +45,10 @@ def _replace_background(image_path: str, background: str) -> str:
 def _fix_colours(image_path: str, problem: str = "not said") -> str:
     return (
         f"Look at {image_path!r} with view_image; the user's complaint about its colours: "
-        f"{problem}. Choose one concrete instruction that repairs it, for example "
+        f"{problem}. Choose one concrete instruction that fixes it, for example "
         '"make it brighter", "more contrast", "make the colours more vivid" or "remove the yellow '
-        'tint", and call edit_image with it. One repair per call; for a second one continue from '
-        f"output_path of the first.\n\n{_NEXT_STEPS}"
+        'tint", and call edit_image with it. Fix one problem per call; if another remains, edit '
+        f"the output_path of the last call.\n\n{_NEXT_STEPS}"
     )
 
 
@@ -95,19 +95,19 @@ def prompts() -> list[Prompt]:
         _prompt(
             _restyle,
             "Change the style",
-            "Give a picture another style and keep what it shows.",
+            "Give a picture another style and keep its content.",
         ),
         _prompt(
             _replace_background,
             "Replace the background",
             "Put the subject of a picture in front of something else.",
         ),
-        _prompt(_fix_colours, "Fix the colours", "Repair light and colours of a picture."),
+        _prompt(_fix_colours, "Fix the colours", "Fix the light and colours of a picture."),
     ]
 
 
 def _prompt(function: Callable[..., str], title: str, description: str) -> Prompt:
-    """A prompt of a function; to read docstrings fastmcp would import a parser for them."""
+    """A prompt of a function, with its description, so that fastmcp loads no docstring parser."""
     prompt = Prompt.from_function(
         function, name=function.__name__.lstrip("_"), title=title, description=description
     )
@@ -127,7 +127,7 @@ def complete(
     argument: CompletionArgument,
     context: CompletionContext | None,
 ) -> list[str] | None:
-    """The known values that contain the text of an argument."""
+    """The suggestions that contain the typed text."""
     if not isinstance(reference, PromptReference):
         return None
     known = SUGGESTIONS.get((reference.name, argument.name), ())
