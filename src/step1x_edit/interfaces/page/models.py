@@ -1,7 +1,7 @@
 """The part of the page that fetches published models.
 
-It shows what `pulls` knows, whoever has begun it: this tab, another one, or a caller of REST. So it
-keeps nothing but what it has shown.
+It shows the state of `pulls`, which this tab, another one or a client of REST may have started. So
+it keeps nothing but what it has shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from step1x_edit.interfaces.page.texts import text
 from step1x_edit.schemas.requests import PulledModel
 
 _FIRST: Final = "v1.1"  # what the guide begins with
-_LOOK_S: Final = 0.5  # while a pull runs
+_REFRESH_S: Final = 0.5  # while a pull runs
 _MEGA: Final = 10**6
 _GIGA: Final = 10**9
 
@@ -31,8 +31,8 @@ _GIGA: Final = 10**9
 class ModelsPanel:
     """A list of the models, a button that fetches, one that stops, and how far it has come.
 
-    It is put where the page is being built, and shown anew by whoever calls `look`; while a pull
-    runs it does so itself, more often.
+    It is placed where the page is being built, and shown again by `refresh`. While a pull runs, it
+    refreshes itself more often.
     """
 
     def __init__(self, pulls: Pulls) -> None:
@@ -53,7 +53,7 @@ class ModelsPanel:
             )
         self._line = gr.Markdown(elem_classes="line", elem_id="models-line", sanitize_html=False)
         self._shown = gr.State()
-        self._timer = gr.Timer(_LOOK_S, active=False)
+        self._timer = gr.Timer(_REFRESH_S, active=False)
         self.inputs: Final[list[Any]] = [self._choice, self._shown]
         self.outputs: Final[list[Any]] = [
             *self.inputs,
@@ -63,30 +63,30 @@ class ModelsPanel:
             self._timer,
         ]
         for trigger in (self._timer.tick, self._choice.input):
-            trigger(self.look, self.inputs, self.outputs, **PRIVATE)
+            trigger(self.refresh, self.inputs, self.outputs, **PRIVATE)
         self._fetch.click(self._begin, self.inputs, self.outputs, **PRIVATE)
         self._stop.click(self._end, self.inputs, self.outputs, **PRIVATE)
 
-    async def look(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
-        """Show how things stand; the list only if it may have changed since it was shown."""
+    async def refresh(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
+        """Show the state of now; the list only if it may have changed since it was shown."""
         language = visitor_language(request)
         latest, running = self._pulls.latest, self._pulls.running
-        stand = "" if latest is None else f"{latest.name} {latest.state.value}"
+        state = "" if latest is None else f"{latest.name} {latest.state.value}"
         update: dict[Any, Any] = {}
-        if stand != shown:
+        if state != shown:
             name = running.name if running is not None else name
             models = await asyncio.to_thread(self._pulls.models)
             choices = [(_label(model, running, language), model.name) for model in models]
             update = {
                 self._choice: gr.Dropdown(choices, value=name),
                 self._timer: gr.Timer(active=running is not None),
-                self._shown: stand,
+                self._shown: state,
             }
         is_here = self._pulls.folder_of(name) is not None
         return update | {
             self._fetch: gr.Button(interactive=running is None and not is_here),
             self._stop: gr.Button(interactive=running is not None and not running.is_stopping),
-            self._line: self._told(name, language),
+            self._line: self._line_about(name, language),
         }
 
     async def _begin(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
@@ -94,15 +94,15 @@ class ModelsPanel:
             self._pulls.begin(name)
         except Step1XEditError as error:
             return {self._line: alert_of(error, visitor_language(request))}
-        return await self.look(request, name, shown)
+        return await self.refresh(request, name, shown)
 
     async def _end(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
         if self._pulls.running is not None:
             self._pulls.running.stop()
-        return await self.look(request, name, shown)
+        return await self.refresh(request, name, shown)
 
-    def _told(self, name: str, language: str) -> str:
-        """The pull that runs, or what there is to say about the chosen model."""
+    def _line_about(self, name: str, language: str) -> str:
+        """The line about the running pull, or else about the chosen model."""
         latest, running = self._pulls.latest, self._pulls.running
         if running is not None:
             return _progress(running, language)
@@ -119,7 +119,7 @@ class ModelsPanel:
 
 
 def _label(model: PulledModel, running: Pull | None, language: str) -> str:
-    """A model in the list: its name, its size where that is known, and how much of it is here."""
+    """A model in the list: its name, its size if that is known, and its state."""
     size = model.disk_bytes if model.state == "pulled" else model.size_bytes
     state = "runs" if model.runs else str(model.state)
     if running is not None and running.name == model.name:

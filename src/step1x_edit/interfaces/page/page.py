@@ -3,7 +3,7 @@
 Gradio is imported when somebody opens the page for the first time: it takes seconds and 100 MB,
 which a server that only assistants use should not spend. Only the routes that our page asks for are
 there; what else Gradio would offer (its own API, a proxy, sign-in, saved runs) is not reachable.
-What stands on the page is in `ui_blocks`.
+The layout of the page is in `blocks`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,204 @@
+"""The form of a tab that edits: prompt, examples, buttons, and a widget for each parameter."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import gradio as gr
+
+from step1x_edit.interfaces.page.lines import alert
+from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
+from step1x_edit.interfaces.page.texts import has_text, text
+from step1x_edit.schemas.requests import (
+    HowToEdit,
+    Parameter,
+    Suggestion,
+    loras_of,
+    parameters_of,
+)
+from step1x_edit.service.service import EditService
+
+_REASONING: Final = ("thinking", "reflection")
+
+
+class Form:
+    """What a visitor asks for, the buttons that start and stop an edit, and the line below them.
+
+    It is placed where the page is being built.
+    """
+
+    def __init__(
+        self, name: str, service: EditService, examples: Sequence[str], run: str = "run"
+    ) -> None:
+        """`run` is the text of the button that starts an edit."""
+        self._service = service
+        self.prompt = gr.Textbox(
+            label=T("prompt"),
+            placeholder=T("prompt.hint"),
+            lines=2,
+            max_lines=6,
+            submit_btn=False,
+            elem_id=f"{name}-prompt",
+        )
+        with gr.Row(elem_classes="examples"):
+            for example in examples:
+                key = f"edit.{example}"
+                button = gr.Button(T(key), size="sm", elem_id=f"{name}-{example}")
+                button.click(_saying(key), None, self.prompt, **PRIVATE)
+        with gr.Row():
+            self.run = gr.Button(
+                T(run), variant="primary", scale=3, min_width=120, elem_id=f"{name}-run"
+            )
+            self.stop = gr.Button(
+                T("stop"),
+                variant="stop",
+                interactive=False,
+                min_width=80,
+                elem_id=f"{name}-stop",
+            )
+        self.line = gr.Markdown(elem_classes="line", elem_id=f"{name}-line", sanitize_html=False)
+        with gr.Accordion(T("advanced"), open=False, elem_id=f"{name}-advanced"):
+            with gr.Row(visible=False) as self._hint:
+                self._hint_line = gr.Markdown(elem_id=f"{name}-suggested", sanitize_html=False)
+                use = gr.Button(T("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
+            widgets = {
+                parameter.name: _widget(parameter, name, service)
+                for parameter in parameters_of(HowToEdit).values()
+            }
+        reflection, rounds = widgets["reflection"], widgets["reflection_rounds"]
+        reflection.change(_shown_if, reflection, rounds, **PRIVATE)
+        suggested = [widgets["num_steps"], widgets["guidance_scale"]]
+        use.click(self._suggested, None, suggested, **PRIVATE)
+        self._widgets = {"prompt": self.prompt, **widgets}
+        self.inputs: Final[list[Any]] = list(self._widgets.values())
+        self.outputs: Final[list[Any]] = [self.run, self.stop, self.line]
+        self.hint: Final[list[Any]] = [self._hint, self._hint_line]
+        """What the authors of the model recommend, beside a button that takes it over."""
+        self.reasoning: Final[list[Any]] = [widgets[choice] for choice in _REASONING]
+        """The choices that only some models have."""
+
+    def arguments(self, values: Sequence[object]) -> dict[str, object]:
+        """The values of the inputs by the names of the parameters."""
+        given = dict(zip(self._widgets, values, strict=True))
+        return {**given, "prompt": str(given["prompt"] or "").strip()}
+
+    # --- how it changes ---------------------------------------------------------------------------
+
+    def busy(self, line: str = "") -> dict[Any, Any]:
+        """While an edit runs. Each line repeats the state of the buttons, because a browser may
+        lose one of two updates that arrive together."""
+        return {
+            self.run: gr.Button(interactive=False),
+            self.stop: gr.Button(interactive=True),
+            self.line: line,
+        }
+
+    def free(self, line: str) -> dict[Any, Any]:
+        """After an edit."""
+        return {
+            self.run: gr.Button(interactive=True),
+            self.stop: gr.Button(interactive=False),
+            self.line: line,
+        }
+
+    def unchanged(self) -> dict[Any, Any]:
+        """For a press of a button while the tab is busy."""
+        return {self.line: gr.skip()}
+
+    def missing(self, pictures: object, language: str) -> dict[Any, Any]:
+        """For a press that cannot start an edit: ask for a picture, or else for the prompt."""
+        return self.free(alert(text("no_prompt" if pictures else "no_picture", language)))
+
+    def suggest(self, suggestion: Suggestion | None, language: str) -> dict[Any, Any]:
+        """Show the recommendation, or hide its row if there is none."""
+        if suggestion is None:
+            return {self._hint: gr.Row(visible=False), self._hint_line: ""}
+        line = text(
+            "suggested",
+            language,
+            num_steps=suggestion.num_steps,
+            guidance_scale=f"{suggestion.guidance_scale:g}",
+        )
+        return {self._hint: gr.Row(visible=True), self._hint_line: html.escape(line)}
+
+    def offer_reasoning(self, language: str) -> dict[Any, Any]:
+        """Disable the choices that the model does not have, and say why."""
+        can_reason = self._service.can_reason
+        return {
+            widget: gr.Checkbox(
+                info=text(f"{choice}.hint" if can_reason else "reasoning.needs", language),
+                interactive=can_reason,
+            )
+            for choice, widget in zip(_REASONING, self.reasoning, strict=True)
+        }
+
+    def _suggested(self) -> tuple[Any, Any]:
+        suggestion = self._service.suggestion
+        if suggestion is None:  # since the button was shown
+            return gr.skip(), gr.skip()
+        return suggestion.num_steps, suggestion.guidance_scale
+
+
+def _saying(key: str) -> Callable[[gr.Request], str]:
+    def say(request: gr.Request) -> str:
+        return text(key, visitor_language(request))
+
+    return say
+
+
+def _shown_if(is_on: bool) -> gr.Slider:
+    return gr.Slider(visible=is_on)
+
+
+# --- widgets --------------------------------------------------------------------------------------
+
+
+def _widget(parameter: Parameter, tab: str, service: EditService) -> Any:
+    """The widget for a parameter of an edit: by its kind, unless the parameter is special."""
+    name = parameter.name
+    value = service.defaults.get(name, parameter.default)
+    words = {
+        "label": T(name),
+        "info": T(f"{name}.hint") if has_text(f"{name}.hint") else None,
+        "elem_id": f"{tab}-{name.replace('_', '-')}",
+    }
+    match name:
+        case "seed":
+            return gr.Number(-1, precision=0, **words)
+        case "loras":
+            return _loras(service.loras, words)
+        case "reflection_rounds":  # appears with the reflection
+            return gr.Slider(*_range(parameter), value, step=1, visible=False, **words)
+        case "thinking" | "reflection":
+            hint = words["info"] if service.can_reason else T("reasoning.needs")
+            return gr.Checkbox(value, interactive=service.can_reason, **{**words, "info": hint})
+    if parameter.choices:
+        return gr.Radio(list(parameter.choices), value=value, **words)
+    match parameter.kind:
+        case "boolean":
+            return gr.Checkbox(value, **words)
+        case "integer":
+            return gr.Slider(*_range(parameter), value, step=1, **words)
+        case "number":
+            return gr.Slider(*_range(parameter), value, step=0.1, **words)
+    return gr.Textbox(value, lines=1, **words)
+
+
+def _loras(loras: Mapping[str, float], words: Mapping[str, Any]) -> gr.Dropdown:
+    usual = {name: strength for name, strength in loras.items() if strength}
+    return gr.Dropdown(
+        [*loras_of(usual), *(name for name in loras if name not in usual)],
+        value=loras_of(usual),
+        multiselect=True,
+        allow_custom_value=True,
+        visible=bool(loras),
+        **words,
+    )
+
+
+def _range(parameter: Parameter) -> tuple[float, float]:
+    assert parameter.minimum is not None
+    assert parameter.maximum is not None
+    return parameter.minimum, parameter.maximum

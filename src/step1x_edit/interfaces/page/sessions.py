@@ -1,0 +1,149 @@
+"""The visitors of the page: the running work of each tab, its results, and where files go.
+
+Each edit runs in a separate task that belongs to a tab of a visitor's session. *Stop* and closing
+the page cancel the task; the generator that Gradio reads from only passes its events on. The
+results of a tab are kept here too, so that they are complete when an edit ends, and not as they
+were when the button was pressed. The module does not import Gradio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Final, TypeAlias, TypeVar
+
+from step1x_edit.errors import EditCancelledError
+from step1x_edit.interfaces.page.files import PageFiles
+
+E = TypeVar("E")
+Notify: TypeAlias = Callable[[E], Awaitable[None]]
+"""What running work reports its events to."""
+
+_HISTORY: Final = 12
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a visitor asks for; "again" asks for it with another seed."""
+
+    source: str
+    """The path of the picture; empty if none is chosen."""
+    arguments: Mapping[str, object]
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """The reasoning behind an edit, as it is shown."""
+
+    rewritten: str
+    rounds: Sequence[tuple[str, str]]
+    """Each picture's path and caption."""
+    verdicts: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """An edit as the history keeps it; `before`, `after` and `file` are paths."""
+
+    asked: Asked
+    before: str
+    after: str
+    file: str
+    line: str
+    label: str
+    thoughts: Thoughts | None
+
+
+class TabState:
+    """The running work of one tab of the page, and its results, newest first."""
+
+    def __init__(self) -> None:
+        self.result: Result | None = None
+        """The result that is shown."""
+        self.history: Sequence[Result] = ()
+        self.is_busy = False
+        self._is_stopped = False
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, result: Result) -> None:
+        """Keep a result, and forget the oldest."""
+        self.result, self.history = result, [result, *self.history][:_HISTORY]
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Mark the tab as busy, from the press of a button to the end of its work."""
+        self.is_busy, self._is_stopped = True, False
+        try:
+            yield
+        finally:
+            self.is_busy = False
+
+    async def run(self, work: Callable[[Notify[E]], Awaitable[None]]) -> AsyncIterator[E]:
+        """Yield the events of the work; raises the error that ends it."""
+        events: asyncio.Queue[E | None] = asyncio.Queue()
+
+        async def notify(event: E) -> None:
+            events.put_nowait(event)
+
+        if self._is_stopped:
+            raise EditCancelledError
+        self._task = task = asyncio.ensure_future(work(notify))
+        task.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            if task.cancelled():
+                raise EditCancelledError
+            task.result()
+        finally:
+            task.cancel()  # does nothing to one that has ended
+
+    def stop(self) -> None:
+        """Cancel the running work, and work of this press that has not started yet."""
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+class Session:
+    """The tabs and the files of one visitor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.tabs: dict[str, TabState] = defaultdict(TabState)
+
+    def place(self, name: str) -> Path:
+        """Make a path for a file of this name, at an address that nobody can guess."""
+        folder = self._folder / token_hex(16)
+        folder.mkdir(parents=True)
+        return folder / name
+
+    def save(self, name: str, data: bytes) -> str:
+        """Write a file to such a path."""
+        path = self.place(name)
+        path.write_bytes(data)
+        return str(path)
+
+    def close(self) -> None:
+        """Cancel all work and remove the files."""
+        for tab in self.tabs.values():
+            tab.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Sessions(dict[str, Session]):
+    """The sessions by the names that browsers choose; such a name is never part of a path."""
+
+    def __init__(self, files: PageFiles) -> None:
+        self._files = files
+
+    def __missing__(self, name: str) -> Session:
+        self[name] = session = Session(self._files.folder_of(name))
+        return session

@@ -1,0 +1,394 @@
+"""The tabs that edit: what they consist of, and what their buttons do.
+
+Pictures reach the service as the visitor sent them: a handler that gets one is declared with
+`preprocess=False`, because Gradio would encode it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import gradio as gr
+import numpy as np
+from gradio.events import Dependency
+from PIL import Image
+
+from step1x_edit.channel import Progress
+from step1x_edit.errors import Step1XEditError
+from step1x_edit.interfaces.page.form import Form
+from step1x_edit.interfaces.page.lines import alert, alert_of
+from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
+from step1x_edit.interfaces.page.progress import ProgressLine
+from step1x_edit.interfaces.page.results import (
+    BatchResults,
+    line_of_failure,
+    line_of_result,
+    save_preview,
+    save_result,
+    save_shown,
+)
+from step1x_edit.interfaces.page.sessions import Asked, Notify, Session, Sessions, TabState
+from step1x_edit.interfaces.page.texts import DEMO_EXAMPLES, EXAMPLES, text
+from step1x_edit.interfaces.page.views import BatchView, ResultView
+from step1x_edit.pictures.images import Picture, decode
+from step1x_edit.schemas.requests import PictureRequest
+from step1x_edit.service.file_edits import edit_each
+from step1x_edit.service.service import EditedPicture, EditService
+from step1x_edit.settings import Settings
+
+_ASSETS: Final = Path(__file__).parents[1] / "assets"
+_EXAMPLE_PHOTO: Final = _ASSETS / "coffee.jpg"
+_PREVIEWS: Final = 8  # of one edit
+
+
+class EditingTab:
+    """What all tabs that edit have in common; each builds its `form`.
+
+    A tab is placed where the page is being built.
+    """
+
+    form: Form
+
+    def __init__(
+        self, name: str, service: EditService, settings: Settings, sessions: Sessions
+    ) -> None:
+        self.ends: list[Dependency] = []
+        """The events after which an edit has ended."""
+        self._name = name
+        self._service = service
+        self._sessions = sessions
+        self._limits = settings.limits
+        self._examples = DEMO_EXAMPLES if settings.model_path is None else EXAMPLES
+
+    def stop(self, request: gr.Request) -> None:
+        self._state(request).stop()
+
+    def _session(self, request: gr.Request) -> Session:
+        return self._sessions[str(request.session_hash)]
+
+    def _state(self, request: gr.Request) -> TabState:
+        return self._session(request).tabs[self._name]
+
+    def _decode(self, path: str) -> Picture:
+        return decode(Path(path).read_bytes(), self._limits)
+
+
+# --- one picture ----------------------------------------------------------------------------------
+
+
+class _PictureTab(EditingTab):
+    """A tab for one picture: the form on one side, the result on the other."""
+
+    picture: gr.Image
+    view: ResultView
+
+    def _place_picture(self, height: int) -> gr.Image:
+        picture = gr.Image(
+            label=T("picture"),
+            type="filepath",
+            format="png",
+            image_mode=None,
+            height=height,
+            sources=["upload", "clipboard", "webcam"],
+            buttons=["fullscreen"],
+            elem_id=f"{self._name}-picture",
+        )
+        photo = gr.Button(T("photo"), size="sm", elem_id=f"{self._name}-photo")
+        photo.click(self._photo, None, picture, **PRIVATE)
+        return picture
+
+    def _listen_to_results(self) -> None:
+        """Connect the buttons below the result, the history and *Stop*."""
+        form, view = self.form, self.view
+        outputs = [*view.outputs, *form.outputs]
+        self.ends.append(view.again.click(self.again, None, outputs, **PRIVATE))
+        view.reuse.click(self.reuse, None, self.picture, **PRIVATE)
+        view.gallery.select(self.select, None, [*view.outputs, form.line], **PRIVATE)
+        form.stop.click(self.stop, None, None, **PRIVATE)
+
+    def _photo(self, request: gr.Request) -> str:
+        return self._session(request).save("photo.jpg", _EXAMPLE_PHOTO.read_bytes())
+
+    async def again(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        result = self._state(request).result
+        if result is None:
+            return
+        arguments = {**result.asked.arguments, "seed": None}
+        async for update in self._edit(request, replace(result.asked, arguments=arguments)):
+            yield update
+
+    def reuse(self, request: gr.Request) -> Any:
+        result = self._state(request).result
+        return gr.skip() if result is None else result.file
+
+    def select(self, request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+        state = self._state(request)
+        if state.is_busy:
+            return self.form.unchanged()
+        state.result = result = state.history[event.index]
+        return {
+            **self.view.show(result, visitor_language(request)),
+            self.form.line: result.line,
+        }
+
+    async def _edit(self, request: gr.Request, asked: Asked) -> AsyncIterator[dict[Any, Any]]:
+        """Edit one picture, and yield what changes on the page meanwhile."""
+        form, view = self.form, self.view
+        language, session = visitor_language(request), self._session(request)
+        state = session.tabs[self._name]
+        if state.is_busy:
+            yield form.unchanged()
+            return
+        if not asked.source or not asked.arguments["prompt"]:
+            yield form.missing(asked.source, language)
+            return
+        with state.busy():
+            try:
+                settings = self._service.read_picture(asked.arguments)
+                before = await self._save_shown(session, asked.source)
+                yield {**form.busy(), **view.begin(before, language)}
+                data = await asyncio.to_thread(Path(asked.source).read_bytes)
+
+                async def work(notify: Notify[Progress | EditedPicture]) -> None:
+                    edited = await self._service.edit_picture(
+                        data, settings, notify, mask=asked.mask, previews=_PREVIEWS
+                    )
+                    await notify(edited)
+
+                progress = ProgressLine(language)
+                async for event in state.run(work):
+                    if isinstance(event, Progress):
+                        update = form.busy(progress.show(event))
+                        if event.preview is not None:
+                            preview = await asyncio.to_thread(save_preview, session, event.preview)
+                            update |= view.preview(before, preview, language)
+                        yield update
+                        continue
+                    line = line_of_result(event, progress, language)
+                    result = await asyncio.to_thread(
+                        save_result, session, event, asked, before, line, language
+                    )
+                    state.add(result)
+                    end = view.show_history(state.history)
+            except Step1XEditError as error:
+                line, end = line_of_failure(error, language), {}
+        yield {**view.show(state.result, language), **form.free(line), **end}
+
+    async def _save_shown(self, session: Session, path: str) -> str:
+        """Write a picture as browsers can show it; raises the error of a picture that is none."""
+        return await asyncio.to_thread(lambda: save_shown(session, self._decode(path)))
+
+    def _cleared(self, request: gr.Request) -> Any:
+        """An empty line, unless it belongs to a running edit."""
+        return gr.skip() if self._state(request).is_busy else ""
+
+
+class EditTab(_PictureTab):
+    """Edits a whole picture."""
+
+    def __init__(self, service: EditService, settings: Settings, sessions: Sessions) -> None:
+        super().__init__("edit", service, settings, sessions)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                self.picture = picture = self._place_picture(320)
+                self.form = form = Form(self._name, service, self._examples)
+            self.view = ResultView(self._name)
+        picture.change(self.take, picture, [picture, form.line], preprocess=False, **PRIVATE)
+        inputs, outputs = [picture, *form.inputs], [*self.view.outputs, *form.outputs]
+        end = form.run.click(self.edit, inputs, outputs, preprocess=False, **PRIVATE)
+        self.ends.append(end)
+        self._listen_to_results()
+
+    async def take(self, request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Refuse a file that cannot be edited at once, and clear the box."""
+        if given is None:
+            return gr.skip(), gr.skip()
+        try:
+            await self._save_shown(self._session(request), given["path"])
+        except Step1XEditError as error:
+            return None, alert_of(error, visitor_language(request))
+        return gr.skip(), self._cleared(request)
+
+    async def edit(
+        self, request: gr.Request, source: dict[str, Any] | None, *values: object
+    ) -> AsyncIterator[dict[Any, Any]]:
+        path = "" if source is None else source["path"]
+        async for update in self._edit(request, Asked(path, self.form.arguments(values))):
+            yield update
+
+
+class RegionTab(_PictureTab):
+    """Edits the part of a picture that the visitor paints over."""
+
+    def __init__(self, service: EditService, settings: Settings, sessions: Sessions) -> None:
+        super().__init__("region", service, settings, sessions)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                self.picture = picture = self._place_picture(200)
+                editor = gr.ImageEditor(
+                    label=T("mask"),
+                    height=420,
+                    sources=(),
+                    transforms=(),
+                    layers=False,
+                    brush=gr.Brush(default_size=48, colors=[("#e11d48", 0.6)], color_mode="fixed"),
+                    format="png",
+                    buttons=["fullscreen"],
+                    visible=False,
+                    elem_id="region-mask",
+                )
+                self.form = form = Form(self._name, service, self._examples)
+            self.view = ResultView(self._name)
+        source = gr.State()
+        taken = [picture, source, editor, form.line]
+        picture.change(self.take, picture, taken, preprocess=False, **PRIVATE)
+        inputs, outputs = [source, editor, *form.inputs], [*self.view.outputs, *form.outputs]
+        self.ends.append(form.run.click(self.edit, inputs, outputs, **PRIVATE))
+        self._listen_to_results()
+
+    async def take(
+        self, request: gr.Request, given: dict[str, Any] | None
+    ) -> tuple[Any, Any, Any, Any]:
+        """Show a small copy of a picture to paint over; the edit itself gets the file."""
+        away = gr.ImageEditor(value=None, visible=False)
+        if given is None:
+            return gr.skip(), None, away, gr.skip()
+        try:
+            shown = await self._save_shown(self._session(request), given["path"])
+        except Step1XEditError as error:
+            return None, None, away, alert_of(error, visitor_language(request))
+        value: Any = {"background": shown, "layers": [], "composite": None}
+        editor = gr.ImageEditor(value=value, visible=True)
+        return gr.skip(), given["path"], editor, self._cleared(request)
+
+    async def edit(
+        self,
+        request: gr.Request,
+        path: str | None,
+        painted: dict[str, Any] | None,
+        *values: object,
+    ) -> AsyncIterator[dict[Any, Any]]:
+        asked, language = Asked(path or "", self.form.arguments(values)), visitor_language(request)
+        if asked.source and asked.arguments["prompt"]:
+            try:
+                mask = await asyncio.to_thread(self._mask, asked.source, painted)
+            except Step1XEditError as error:
+                yield self.form.free(alert_of(error, language))
+                return
+            if mask is None:
+                yield self.form.free(alert(text("no_mask", language)))
+                return
+            asked = replace(asked, mask=mask)
+        async for update in self._edit(request, asked):
+            yield update
+
+    def _mask(self, path: str, painted: dict[str, Any] | None) -> bytes | None:
+        """The painted area in the size of the picture, white on black; None if there is none."""
+        layers = [] if painted is None else painted["layers"]
+        alphas = [np.asarray(layer)[..., 3] for layer in layers]
+        if not any(alpha.any() for alpha in alphas):
+            return None
+        picture = self._decode(path)
+        covered = np.maximum.reduce(alphas) > 0
+        mask = Image.fromarray(covered.astype(np.uint8) * 255)
+        buffer = io.BytesIO()
+        mask.resize((picture.width, picture.height)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+# --- several pictures -----------------------------------------------------------------------------
+
+
+class BatchTab(EditingTab):
+    """Edits several pictures in the same way."""
+
+    def __init__(self, service: EditService, settings: Settings, sessions: Sessions) -> None:
+        super().__init__("batch", service, settings, sessions)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                files = gr.File(
+                    label=T("pictures"),
+                    file_count="multiple",
+                    file_types=["image"],
+                    height=200,
+                    elem_id="batch-files",
+                )
+                self.form = form = Form(self._name, service, self._examples, run="run.batch")
+            self._view = BatchView()
+        files.change(self._check_batch, files, form.line, preprocess=False, **PRIVATE)
+        inputs, outputs = [files, *form.inputs], [*self._view.outputs, *form.outputs]
+        end = form.run.click(self.edit, inputs, outputs, preprocess=False, **PRIVATE)
+        self.ends.append(end)
+        form.stop.click(self.stop, None, None, **PRIVATE)
+
+    async def _check_batch(self, request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
+        """Name the files that cannot be edited at once."""
+        language = visitor_language(request)
+        problems: list[str] = []
+        for file in given or ():
+            try:
+                await asyncio.to_thread(self._decode, file["path"])
+            except Step1XEditError as error:
+                problems.append(alert_of(error, language, _name_of(file)))
+        return gr.skip() if self._state(request).is_busy else "".join(problems)
+
+    async def edit(
+        self, request: gr.Request, given: list[dict[str, Any]] | None, *values: object
+    ) -> AsyncIterator[dict[Any, Any]]:
+        """Edit several pictures, and yield what changes on the page meanwhile."""
+        form, view, arguments = self.form, self._view, self.form.arguments(values)
+        language, state = visitor_language(request), self._state(request)
+        if state.is_busy:
+            yield form.unchanged()
+            return
+        if not given or not arguments["prompt"]:
+            yield form.missing(given, language)
+            return
+        results = BatchResults(self._session(request), language)
+        with state.busy():
+            yield {**form.busy(), **view.begin()}
+            try:
+                settings = self._service.read_picture(arguments)
+                work = partial(self._edit_each, given, settings, results, language)
+                async for event in state.run(work):
+                    yield form.busy(event) if isinstance(event, str) else view.show(event)
+                line = results.line(len(given))
+            except Step1XEditError as error:
+                line = line_of_failure(error, language)
+            archive = view.show_archive(await results.pack())
+        yield {**form.free(line + "".join(results.problems)), **archive}
+
+    async def _edit_each(
+        self,
+        given: Sequence[dict[str, Any]],
+        settings: PictureRequest,
+        results: BatchResults,
+        language: str,
+        notify: Notify[str | list[tuple[str, str]]],
+    ) -> None:
+        """Edit one picture after the other; notify of lines, and of the gallery's pictures."""
+
+        async def edit(index: int) -> None:
+            place = text("of_batch", language, number=index + 1, total=len(given))
+            progress = ProgressLine(language, f"{place} · ")
+
+            async def show(event: Progress) -> None:
+                await notify(progress.show(event))
+
+            data = await asyncio.to_thread(Path(given[index]["path"]).read_bytes)
+            edited = await self._service.edit_next(data, settings, show)
+            await notify(await results.add(edited, _name_of(given[index])))
+
+        async for index, outcome in edit_each(self._service, len(given), edit):
+            if isinstance(outcome, Step1XEditError):
+                results.add_problem(outcome, _name_of(given[index]))
+
+
+def _name_of(file: dict[str, Any]) -> str:
+    return str(file.get("orig_name") or "picture")
