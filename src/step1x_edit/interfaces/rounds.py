@@ -7,11 +7,11 @@ from typing import NamedTuple
 from step1x_edit.model.reasoning import THINK, VERDICT_TAGS
 
 
-class Verdict(NamedTuple):
-    """What a verdict's text says."""
+class VerdictText(NamedTuple):
+    """The parts of a verdict's text."""
 
     kind: str
-    """success, others, failed or reflection; empty where the text names none."""
+    """success, others, failed or reflection; empty if the text names none."""
     thought: str
     next: str
     """What to change in the picture next."""
@@ -22,10 +22,12 @@ class Verdict(NamedTuple):
         return f"{self.thought} → {self.next}" if self.next else self.thought
 
 
-def read_verdict(text: str) -> Verdict:
-    """Take apart "<#Think> a thought <#Reflection> what to change next"."""
+def split_verdict(text: str) -> VerdictText:
+    """Split "<#Think> a thought <#Reflection> what to change next"."""
     tag = next((tag for tag in VERDICT_TAGS if tag in text), "")
     thought, after = text, ""
     if tag:
         thought, _, after = text.partition(tag)
-    return Verdict(tag[2:-1].lower(), thought.strip().removeprefix(THINK).strip(), after.strip())
+    return VerdictText(
+        tag[2:-1].lower(), thought.strip().removeprefix(THINK).strip(), after.strip()
+    )

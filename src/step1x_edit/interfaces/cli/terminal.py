@@ -195,14 +195,14 @@ def print_made(metadata: EditMetadata, processing_time: float | None = None) -> 
 
 def print_reasoning(reasoning: Reasoning, prefix: str = "") -> None:
     """Print on stderr the rewritten prompt and the verdict of each round, one line each."""
-    from step1x_edit.interfaces.rounds import read_verdict
+    from step1x_edit.interfaces.rounds import split_verdict
 
     if reasoning.prompt is not None:
         err.print(f"{prefix}rewritten prompt: {_one_line(reasoning.prompt)}", markup=False)
     for number, each in enumerate(reasoning.rounds, 1):
         if each.verdict is None:
             continue
-        verdict = read_verdict(each.verdict)
+        verdict = split_verdict(each.verdict)
         best = " (best)" if number == reasoning.best else ""
         score = "none" if each.score is None else f"{each.score:g}"
         err.print(

@@ -21,7 +21,7 @@ from step1x_edit.interfaces.page.lines import alert_of, caution, done_line
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.sessions import Asked, Result, Session, Thoughts
 from step1x_edit.interfaces.page.texts import text
-from step1x_edit.interfaces.rounds import read_verdict
+from step1x_edit.interfaces.rounds import split_verdict
 from step1x_edit.model.request import Pixels
 from step1x_edit.pictures.images import Picture
 from step1x_edit.service.service import EditedPicture
@@ -59,7 +59,7 @@ def _save_thoughts(session: Session, edited: EditedPicture, language: str) -> Th
         caption = " · ".join(words)
         pictures.append((session.save("round.jpg", small), caption))
         if each.verdict is not None:
-            verdicts.append(f"{caption}: {read_verdict(each.verdict).words}")
+            verdicts.append(f"{caption}: {split_verdict(each.verdict).words}")
     return Thoughts(reasoning.prompt or "", pictures, "\n".join(verdicts))
 
 
