@@ -63,7 +63,7 @@ class ModelsPanel:
             self._timer,
         ]
         for trigger in (self._timer.tick, self._choice.input):
-            trigger(self.refresh, self.inputs, self.outputs, **PRIVATE)
+            trigger(self.refresh, self.inputs, self.outputs, api_name="look", **PRIVATE)
         self._fetch.click(self._begin, self.inputs, self.outputs, **PRIVATE)
         self._stop.click(self._end, self.inputs, self.outputs, **PRIVATE)
 

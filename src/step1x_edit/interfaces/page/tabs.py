@@ -109,7 +109,9 @@ class _PictureTab(EditingTab):
         outputs = [*view.outputs, *form.outputs]
         self.ends.append(view.again.click(self.again, None, outputs, **PRIVATE))
         view.reuse.click(self.reuse, None, self.picture, **PRIVATE)
-        view.gallery.select(self.select, None, [*view.outputs, form.line], **PRIVATE)
+        view.gallery.select(
+            self.select, None, [*view.outputs, form.line], api_name="look", **PRIVATE
+        )
         form.stop.click(self.stop, None, None, **PRIVATE)
 
     def _photo(self, request: gr.Request) -> str:
