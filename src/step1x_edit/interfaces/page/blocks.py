@@ -29,8 +29,8 @@ from step1x_edit.settings import Settings
 
 _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
-_EVENTS: Final = 256  # that may be about to start; also those that only look at the status
-_COLOURS: Final = {  # of letters and what is behind them: a contrast of 4.5 at least
+_EVENTS: Final = 256  # that may wait to start, including refreshes of the status
+_COLOURS: Final = {  # of text and background: a contrast of at least 4.5
     "body_text_color_subdued": "*neutral_600",
     "button_primary_background_fill": "*primary_600",
     "button_primary_background_fill_dark": "*primary_600",
@@ -42,16 +42,16 @@ _ENDED: Final = "() => window.step1xEdit.ended()"
 
 
 def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFiles) -> FastAPI:
-    """The page as an application of Gradio's; it has to be entered with `running`.
+    """The page as an application of Gradio; it must be entered with `running`.
 
     Its `state.functions` holds the numbers of the functions that an event may name, and
     `state.sessions` the names of the sessions that have sent an event.
     """
-    # Our page uploads pictures; whoever names an address instead would have us fetch it.
+    # Our page uploads pictures. Gradio would fetch an address that an event names instead.
     processing_utils.async_ssrf_protected_get = _no_fetching
     document.describe(routes.templates.env, Path(gr.__file__).parent / "templates")
     blocks = _Page(service, settings, pulls, files).blocks()
-    # The engine has the only line: here everything starts at once, and is refused there if need be.
+    # The engine has the only queue: events start at once, and the engine refuses if it is full.
     blocks.queue(max_size=_EVENTS, default_concurrency_limit=None)
     outer = FastAPI()
     gr.mount_gradio_app(
@@ -60,7 +60,7 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
         path="/",
         allowed_paths=[],
         max_file_size=settings.max_bytes,
-        show_error=False,  # what nobody expected is in the log; errors of ours are on the page
+        show_error=False,  # unexpected errors are in the log; ours are on the page
         ssr_mode=False,
         run_history=False,
         enable_monitoring=False,
@@ -89,7 +89,7 @@ async def _no_fetching(url: str) -> NoReturn:
 
 @contextlib.asynccontextmanager
 async def running(app: FastAPI) -> AsyncIterator[None]:
-    """What the application does beside answering, for as long as it answers."""
+    """Run the background work of the application while the context lasts."""
     async with app.router.lifespan_context(app):
         yield
 

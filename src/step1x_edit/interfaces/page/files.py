@@ -1,11 +1,11 @@
-"""The files of the page's visitors: where they lie, whose they are, and how much room they take.
+"""The files of the page's visitors: their folders, their owners, and their total size.
 
-All lie in one folder below DATA_DIR. It belongs to one server, and is emptied when a server starts
+All are in one folder below DATA_DIR. It belongs to one server, and is emptied when a server starts
 and when it ends. An event of the page may name a file that was made for its session, or an upload:
-the address of an upload holds 128 random bits, so only its sender knows it, and the first session
-that names it owns it. Everything else is refused by its name or its kind, and nothing is opened for
-that. Visitors see the folder under the name `/page`, so that no path of the server leaves it. The
-module knows nothing about HTTP and Gradio.
+the address of an upload contains 128 random bits, so only its sender knows it, and the first
+session that names it owns it. All other names are refused without opening a file. Visitors see the
+folder under the name `/page`, so that no path of the server leaves it. The module knows nothing
+about HTTP and Gradio.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from step1x_edit.errors import NoSpaceError, PathNotAllowedError, SettingsError
 
 FOLDER_NAME: Final = "page"
 SHOWN_FOLDER: Final = "/page"
-"""What visitors see in the place of the folder."""
+"""What visitors see instead of the folder's path."""
 
-_SERVERS: Final = 16  # that may share a data folder
+_SERVERS: Final = 16  # that can share a data folder
 _MADE: Final = "made"
 _UPLOADS: Final = "uploads"
-_LEAST_BYTES: Final = 16 * 1024  # that a file counts, so that their number has a limit as well
-_AWAY_S: Final = 600.0  # that files are kept for a session whose page is not open
-_UNUSED_S: Final = 3600.0  # that an upload is kept which no session has named
+_LEAST_BYTES: Final = 16 * 1024  # counted for a file, which limits their number as well
+_AWAY_S: Final = 600.0  # to keep the files of a session whose page is not open
+_UNUSED_S: Final = 3600.0  # to keep an upload that no session has named
 _ABSENT: Final = 1000  # sessions without an open page that are remembered
 
 
@@ -48,7 +48,7 @@ def own_folder(data_dir: Path) -> Iterator[Path]:
     """An empty folder for as long as the context lasts; also removes those of killed servers.
 
     Each server has a numbered folder and holds the lock beside it, which a kill releases. Raises
-    SettingsError if there can be none.
+    SettingsError if no folder can be made.
     """
     home = data_dir / FOLDER_NAME
     own: tuple[Path, FileLock] | None = None
@@ -80,32 +80,32 @@ def own_folder(data_dir: Path) -> Iterator[Path]:
 
 @dataclass
 class Upload:
-    """What somebody has sent."""
+    """The files of one upload."""
 
     folder: Path
     sent_at: float
     size: int
     owner: str | None = None
     is_passing: bool = False
-    """Whether it is one of many that replace each other, and so gives way first."""
+    """Whether it is one of many that replace each other, and so is removed first."""
 
 
 @dataclass
 class _Visits:
-    """Which sessions have the page open, and when the others were last heard of."""
+    """Which sessions have the page open, and when the others were last active."""
 
     now: Callable[[], float]
     open: Counter[str] = field(default_factory=Counter)
     absent: dict[str, float] = field(default_factory=dict)  # in the order of time
 
     def note(self, session: str) -> None:
-        """Remember that a session was heard of."""
+        """Remember that a session was active."""
         self.absent.pop(session, None)
         if not self.open[session]:
             self.absent[session] = self.now()
 
     def forget(self, patience_s: float) -> list[str]:
-        """Forget the sessions that have been away for longer; says which."""
+        """Forget the sessions that have been away for longer; returns their names."""
         since = self.now() - patience_s
         enough = len(self.absent) - _ABSENT
         gone = [
@@ -147,7 +147,7 @@ class PageFiles:
     # --- what is made for a session ---------------------------------------------------------------
 
     def folder_of(self, session: str) -> Path:
-        """Where to put what is made for a session; nobody can guess it, and it may not exist."""
+        """The folder for files made for a session; nobody can guess it, and it may not exist."""
         name = session.encode("utf-8", "surrogatepass")
         return self.folder / _MADE / hmac.new(self._secret, name, "sha256").hexdigest()
 
@@ -165,7 +165,7 @@ class PageFiles:
     # --- what an event names ----------------------------------------------------------------------
 
     async def take_event(self, session: str, event: object) -> None:
-        """Put the real paths into an event, in the place of those that visitors see.
+        """Replace the paths that visitors see in an event by the real ones.
 
         Raises PathNotAllowedError if the event names a file that is not the session's.
         """
@@ -178,9 +178,9 @@ class PageFiles:
     def real(self, path: object) -> str:
         """The real path of a plain file in the folder, by the path that visitors see.
 
-        Raises PathNotAllowedError if there is none.
+        Raises PathNotAllowedError if no such file exists.
         """
-        # By its name first, so that nothing outside of the folder is ever looked at.
+        # Check the name first, so that no file outside of the folder is ever examined.
         below = (f"{SHOWN_FOLDER}/", f"{SHOWN_FOLDER}{os.sep}")
         if not isinstance(path, str) or "\0" in path or not path.startswith(below):
             raise PathNotAllowedError("the page has only files that it has received or made")
@@ -193,7 +193,7 @@ class PageFiles:
         return real
 
     def shown(self, text: bytes) -> bytes:
-        """What is sent to visitors, with the name that they see in the place of the folder."""
+        """A text for visitors, in which the name that they see replaces the folder's path."""
         for spelling in self._spellings:
             text = text.replace(spelling, SHOWN_FOLDER.encode())
         return text
@@ -216,7 +216,7 @@ class PageFiles:
 
     @contextlib.asynccontextmanager
     async def upload(self, length: int) -> AsyncIterator[Upload]:
-        """A new folder for an upload of this length in bytes; it is removed if that fails.
+        """A new folder for an upload of this length in bytes; a failed upload is removed.
 
         Raises NoSpaceError if there is no room beside the other uploads.
         """
@@ -275,7 +275,7 @@ class PageFiles:
 
 
 def _with_paths(value: object) -> Iterator[dict[str, object]]:
-    """What has something in the place of a path, at any depth."""
+    """The objects that have a member `path`, at any depth."""
     pending = [value]
     while pending:
         match pending.pop():
@@ -295,7 +295,7 @@ def _is_file(path: str) -> bool:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of all files below; what goes away meanwhile counts nothing."""
+    """Bytes of all files below; a file that is removed meanwhile does not count."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""Pieces of HTML that several parts of the page show. All words are escaped here."""
+"""Snippets of HTML for several parts of the page. All words are escaped here."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def alert(words: str, detail: str = "") -> str:
 
 
 def caution(words: str) -> str:
-    """A line about a result that may not be what was asked for."""
+    """A line about a result that may differ from the request."""
     return f'<div class="notice" role="alert">{html.escape(words)}</div>'
 
 
 def done_line(words: str) -> str:
-    """A line that says how something has ended, also to screen readers."""
+    """A line about how something ended, which screen readers announce."""
     return f'<div role="status">{html.escape(words)}</div>'
 
 

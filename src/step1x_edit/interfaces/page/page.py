@@ -1,9 +1,9 @@
-"""The web page's place in the server: which of Gradio's routes there are, and how they answer.
+"""The routes of the web page: which of Gradio's the server offers, and how they answer.
 
-Gradio is imported when somebody opens the page for the first time: it takes seconds and 100 MB,
-which a server that only assistants use should not spend. Only the routes that our page asks for are
-there; what else Gradio would offer (its own API, a proxy, sign-in, saved runs) is not reachable.
-The layout of the page is in `blocks`.
+Gradio is imported when the page is opened for the first time: that takes seconds and 100 MB, which
+a server that only assistants use should not spend. Only the routes that our page requests exist;
+other features of Gradio (its own API, a proxy, sign-in, saved runs) are not reachable. The layout
+of the page is in `blocks`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _FIXED: Final = ("/assets/", "/static/")
 _LONGEST_NAME: Final = 255  # bytes, of a file or of a session
 _TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # that can name files
 _QUOTA: Final = 8  # uploads of the largest size, for all visitors together
-# Scripts in the page and compiled shaders are Gradio's way; nothing may come from elsewhere.
+# Gradio needs inline scripts and compiled shaders; nothing may come from another origin.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -87,12 +87,12 @@ class Page:
         self._app: FastAPI | None = None
 
     def as_routes(self) -> list[Route]:
-        """Everything that the page consists of, as routes of the server."""
+        """The routes of the page for the server."""
         return [Route(path, endpoint=self, methods=methods) for path, methods in _ROUTES.items()]
 
     @contextlib.asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
-        """Keep the pictures of the page's visitors, no longer than this."""
+        """Keep the files of the page's visitors until the context ends."""
         with own_folder(self._settings.data_dir) as folder:
             self._files = PageFiles(folder, _QUOTA * self._settings.max_bytes)
             async with self._stack:
@@ -104,14 +104,14 @@ class Page:
             raise HTTPException(404)
         path = scope["path"]
         if path.startswith((_HEARTBEAT, *_FIXED)) and not _can_be_a_name(path):
-            raise HTTPException(404)  # Gradio would fail at it
+            raise HTTPException(404)  # Gradio would answer 500
         page, files = await self._built()
         app: ASGIApp = page
         if path == _UPLOAD:
             app = self._upload
         elif path == _EVENTS_OF_SESSION:
             if Request(scope).query_params.get("session_hash") not in page.state.sessions:
-                # Gradio would fail at it in the middle of its answer.
+                # Gradio would fail in the middle of its answer.
                 raise HTTPException(404, "There is no such session, or not any more.")
         elif path in _EVENTS:
             receive = await _checked(scope, receive, files, page.state.functions)
@@ -124,7 +124,7 @@ class Page:
             if message["type"] == "http.response.start":
                 has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
             if has_failed:
-                return  # it is reported in our form instead
+                return  # our own error answer replaces it
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = _POLICY
@@ -181,7 +181,7 @@ class Page:
             from step1x_edit.interfaces.page.blocks import build
 
             built.set_result(build(self._service, self._settings, self._pulls, files))
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+        except BaseException as error:  # noqa: BLE001 - `_built` raises it again
             built.set_exception(error)
 
 
@@ -190,9 +190,9 @@ def _can_be_a_name(path: str) -> bool:
 
 
 def _is_understood(path: str, name: bytes, value: bytes) -> bool:
-    """Whether Gradio sees a header: it fails at all ranges but one, and at malformed hosts.
+    """Whether to pass a header on to Gradio, which fails on several ranges and malformed hosts.
 
-    Nor does it compress what we have to read again.
+    It must not compress answers that we rewrite, either.
     """
     match name:
         case b"accept-encoding":
@@ -209,10 +209,9 @@ def _is_understood(path: str, name: bytes, value: bytes) -> bool:
 async def _checked(
     scope: Scope, receive: Receive, files: PageFiles, functions: Collection[object]
 ) -> Receive:
-    """Read an event of the page, refuse it if it names files of others, and give it out again.
+    """Read an event of the page, refuse it if it names files of others, and provide it again.
 
-    An event that names a function comes from a page of another version if there is none of that
-    number, or was never a page's.
+    An event with an unknown function comes from a page of another version, or from no page.
     """
     body = await json_bodies.read_text(Request(scope, receive))
     event = await json_bodies.parse(body)

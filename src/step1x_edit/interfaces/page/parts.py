@@ -1,4 +1,4 @@
-"""What the parts of the page share: how events are declared, and the visitor's language."""
+"""Shared by all parts of the page: how events are declared, and the visitor's language."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import gradio as gr
 from step1x_edit.interfaces.page.texts import language_of, translations
 
 PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": "hidden"}
-"""How each event of the page is declared."""
+"""The declaration of each event of the page."""
 
 T: Final[Any] = gr.I18n(**translations())
-"""Gives the texts that stand on the page from the start, which the browser translates."""
+"""Looks up the texts that are on the page from the start; the browser translates them."""
 
 
 def visitor_language(request: gr.Request) -> str:

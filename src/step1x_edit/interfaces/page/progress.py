@@ -1,4 +1,4 @@
-"""The line of a running edit: what is being done, and about how long it still takes."""
+"""The line of a running edit: its phase, and an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ProgressLine:
         self._begun: float | None = None
         self._left = TimeLeft(now)
         self.is_known = True
-        """Whether the model has learned such an edit."""
+        """Whether the model was trained for this kind of edit."""
 
     @property
     def seconds(self) -> float:
-        """How long the edit takes so far, without its wait in the queue."""
+        """Seconds since the edit left the queue."""
         return 0.0 if self._begun is None else self._now() - self._begun
 
     def show(self, progress: Progress) -> str:

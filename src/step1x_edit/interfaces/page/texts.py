@@ -1,7 +1,7 @@
-"""Everything that the web page says, in four languages.
+"""All texts of the web page, in four languages.
 
-What stands on the page from the start is translated by the browser, what the server says later by
-the language that the browser asks for: both from this table.
+The browser translates the texts that are on the page from the start. The server translates later
+ones, into the language that the browser asks for. Both use this table.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "変更前の画像を表示する割合",
     ),
     "fullscreen": ("Full screen", "全屏", "全螢幕", "全画面"),
-    # --- what the page's own script says --------------------------------------------------------
+    # --- texts of the page's own script ----------------------------------------------------------
     "page.about": (
         "Edit pictures by saying what to change",
         "说出要怎么修改，就能编辑图片",
@@ -226,7 +226,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "サーバーが応答しません。つながるまで、このページは再試行を続けます。",
     ),
     "page.offline": ("No connection", "未连接", "未連線", "未接続"),
-    # --- what the server says -------------------------------------------------------------------
+    # --- texts of the server --------------------------------------------------------------------
     "no_picture": (
         "Choose a picture first.",
         "请先选择一张图片。",
@@ -595,7 +595,7 @@ def translations() -> dict[str, dict[str, str]]:
 
 
 def language_of(accepted: str) -> str:
-    """The language for the value of an Accept-Language header: the first that we know."""
+    """The first known language in the value of an Accept-Language header, or English."""
     for part in accepted.lower().split(","):
         tag = part.partition(";")[0].strip()
         if tag.startswith("zh"):
@@ -606,10 +606,10 @@ def language_of(accepted: str) -> str:
 
 
 def has_text(key: str) -> bool:
-    """Whether the table has such a text."""
+    """Whether the table has a text for this key."""
     return key in _TABLE
 
 
 def text(key: str, language: str, **values: object) -> str:
-    """One text, with its values filled in."""
+    """One text in this language, with its values filled in."""
     return _TABLE[key][LANGUAGES.index(language)].format(**values)

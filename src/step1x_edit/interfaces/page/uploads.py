@@ -1,7 +1,7 @@
-"""Uploads of the page: as Gradio reads them, into folders that are ours.
+"""Uploads of the page: Gradio reads them, into folders of ours.
 
-Gradio would put them all into one folder, under the hash of their content, and leave there what a
-caller breaks off.
+Gradio would put them all into one folder, under the hash of their content, and keep what arrived
+of an interrupted upload.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from step1x_edit.interfaces.page.files import PageFiles
 from step1x_edit.settings import MEBI
 
 _DRAWN: Final = re.compile(r"(background|composite|layer_\d+)\.png")
-"""What Gradio's editor sends again after every stroke; only the last of each is ever named."""
-_TOO_LONG: Final = "maximum allowed size"  # in what Gradio's reader says
+"""The files that Gradio's editor uploads again after each stroke; events name only the last."""
+_TOO_LONG: Final = "maximum allowed size"  # in the message of Gradio's reader
 
 
 async def receive_upload(request: Request, files: PageFiles, max_bytes: int) -> Response:
     """Take the files of a form and answer with their paths, as the page's script expects."""
     upload_id = request.query_params.get("upload_id")
-    length = int(request.headers.get("content-length", 2 * max_bytes))  # the guard takes no more
+    length = int(request.headers.get("content-length", 2 * max_bytes))  # the guard's limit
     async with files.upload(length) as upload:
         try:
             paths, _, _ = await upload_fn(
@@ -43,7 +43,7 @@ async def receive_upload(request: Request, files: PageFiles, max_bytes: int) -> 
             if _TOO_LONG in error.message:
                 raise ImageTooLargeError(f"at most {max_bytes / MEBI:g} MB are allowed") from None
             raise HTTPException(400, "The form cannot be read.") from None
-        except TypeError:  # a text in the place of a file
+        except TypeError:  # a text instead of a file
             paths = []
         except ClientDisconnect:
             raise EditCancelledError from None
