@@ -67,6 +67,7 @@ class EditingTab:
         self._examples = DEMO_EXAMPLES if settings.model_path is None else EXAMPLES
 
     def stop(self, request: gr.Request) -> None:
+        """Cancel the running edit."""
         self._state(request).stop()
 
     def _session(self, request: gr.Request) -> Session:
@@ -118,6 +119,7 @@ class _PictureTab(EditingTab):
         return self._session(request).save("photo.jpg", _EXAMPLE_PHOTO.read_bytes())
 
     async def again(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        """Repeat the edit that is shown, with another seed."""
         result = self._state(request).result
         if result is None:
             return
@@ -126,10 +128,12 @@ class _PictureTab(EditingTab):
             yield update
 
     def reuse(self, request: gr.Request) -> Any:
+        """Make the result that is shown the picture to edit."""
         result = self._state(request).result
         return gr.skip() if result is None else result.file
 
     def select(self, request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+        """Show an earlier result."""
         state = self._state(request)
         if state.is_busy:
             return self.form.unchanged()
@@ -152,14 +156,14 @@ class _PictureTab(EditingTab):
             return
         with state.busy():
             try:
-                settings = self._service.read_picture(asked.arguments)
+                parameters = self._service.read_picture(asked.arguments)
                 before = await self._save_shown(session, asked.source)
                 yield {**form.busy(), **view.begin(before, language)}
                 data = await asyncio.to_thread(Path(asked.source).read_bytes)
 
                 async def work(notify: Notify[Progress | EditedPicture]) -> None:
                     edited = await self._service.edit_picture(
-                        data, settings, notify, mask=asked.mask, previews=_PREVIEWS
+                        data, parameters, notify, mask=asked.mask, previews=_PREVIEWS
                     )
                     await notify(edited)
 
@@ -220,6 +224,7 @@ class EditTab(_PictureTab):
     async def edit(
         self, request: gr.Request, source: dict[str, Any] | None, *values: object
     ) -> AsyncIterator[dict[Any, Any]]:
+        """Edit the picture as the form says."""
         path = "" if source is None else source["path"]
         async for update in self._edit(request, Asked(path, self.form.arguments(values))):
             yield update
@@ -276,6 +281,7 @@ class RegionTab(_PictureTab):
         painted: dict[str, Any] | None,
         *values: object,
     ) -> AsyncIterator[dict[Any, Any]]:
+        """Edit the painted part of the picture as the form says."""
         asked, language = Asked(path or "", self.form.arguments(values)), visitor_language(request)
         if asked.source and asked.arguments["prompt"]:
             try:
@@ -356,8 +362,8 @@ class BatchTab(EditingTab):
         with state.busy():
             yield {**form.busy(), **view.begin()}
             try:
-                settings = self._service.read_picture(arguments)
-                work = partial(self._edit_each, given, settings, results, language)
+                parameters = self._service.read_picture(arguments)
+                work = partial(self._edit_each, given, parameters, results, language)
                 async for event in state.run(work):
                     yield form.busy(event) if isinstance(event, str) else view.show(event)
                 line = results.line(len(given))
@@ -369,7 +375,7 @@ class BatchTab(EditingTab):
     async def _edit_each(
         self,
         given: Sequence[dict[str, Any]],
-        settings: PictureRequest,
+        parameters: PictureRequest,
         results: BatchResults,
         language: str,
         notify: Notify[str | list[tuple[str, str]]],
@@ -384,7 +390,7 @@ class BatchTab(EditingTab):
                 await notify(progress.show(event))
 
             data = await asyncio.to_thread(Path(given[index]["path"]).read_bytes)
-            edited = await self._service.edit_next(data, settings, show)
+            edited = await self._service.edit_next(data, parameters, show)
             await notify(await results.add(edited, _name_of(given[index])))
 
         async for index, outcome in edit_each(self._service, len(given), edit):
