@@ -177,8 +177,8 @@ async def test_an_unknown_job_and_bad_questions_are_told_in_one_sentence(
         ]
 
     unknown = (
-        "Job not found: 'edit_of_nobody' is none of this server's jobs; finished ones are kept for "
-        "60 minutes, and none beyond a restart"
+        "Job not found: 'edit_of_nobody' is not a job of this server; finished jobs are kept for "
+        "60 minutes, and none survives a restart"
     )
     assert [answer["error"] for answer in answers] == [
         unknown,
