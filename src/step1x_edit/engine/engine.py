@@ -48,6 +48,7 @@ from step1x_edit.errors import (
     rebuild,
 )
 from step1x_edit.model.request import Pixels
+from step1x_edit.waiting import heartbeats
 
 log = logging.getLogger(__name__)
 
@@ -142,18 +143,9 @@ class Edit:
         Each preview is yielded once.
         """
         last = Progress(Phase.QUEUED, step=1)
-        # Not wait_for: before Python 3.12 it can swallow the cancellation of its caller.
-        while True:
-            getting = asyncio.ensure_future(self._events.get())
-            try:
-                while not (await asyncio.wait({getting}, timeout=heartbeat_s))[0]:
-                    yield last
-            finally:
-                getting.cancel()
-            if (event := getting.result()) is None:
-                return
-            last = event
-            yield replace(event, preview=self._preview.pop(event, None))
+        async for event in heartbeats(self._delivered(), heartbeat_s):
+            last = event or last
+            yield replace(last, preview=self._preview.pop(last, None) if event else None)
 
     async def result(self) -> EditResult:
         """Wait for the picture, or raise the error that ended the edit."""
@@ -172,6 +164,10 @@ class Edit:
     def finish(self, result: EditResult | BaseException) -> None:
         """End the edit; does nothing if it has ended."""
         self._call(self._settle, result)
+
+    async def _delivered(self) -> AsyncIterator[Progress]:
+        while (event := await self._events.get()) is not None:
+            yield event
 
     def _deliver(self, event: Progress) -> None:
         if self._result.done():

@@ -48,7 +48,7 @@ from step1x_edit.interfaces.http.jobs import job_operation, job_routes
 from step1x_edit.interfaces.http.metrics import Metrics
 from step1x_edit.interfaces.http.models import model_routes
 from step1x_edit.interfaces.http.openai.images import image_routes
-from step1x_edit.interfaces.mcp.hangups import TellHangUps
+from step1x_edit.interfaces.mcp.hangups import NoteHangUps
 from step1x_edit.interfaces.mcp.refusals import OneSentence
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.page.page import Page
@@ -56,6 +56,7 @@ from step1x_edit.interfaces.process import hear_signals
 from step1x_edit.service.job_store import JobRunner, JobStore
 from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import MEBI, Settings
+from step1x_edit.waiting import first_of
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def build_routes(
     app.router.routes.extend(docs_routes())
     if mcp is not None:
         # As a route, not as a mount: mounts answer /mcp with a redirect.
-        app.router.routes.append(Route(MCP_PATH, endpoint=TellHangUps(OneSentence(mcp))))
+        app.router.routes.append(Route(MCP_PATH, endpoint=NoteHangUps(OneSentence(mcp))))
     if page is not None:
         app.router.routes.extend(page.as_routes())
     for kind in (Step1XEditError, HTTPException, Exception):
@@ -273,12 +274,10 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
     async with routes.router.lifespan_context(routes):
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         ready = asyncio.ensure_future(server.ready.wait())
-        starting: set[asyncio.Future[Any]] = {serving, ready}
-        await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+        await first_of(serving, ready)
         if ready.done():
             with _findable(settings, listener, secret):
-                ends: set[asyncio.Future[Any]] = {serving, told}
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await first_of(serving, told)
         ready.cancel()
         server.should_exit = True
         routes.state.closing.set()

@@ -47,6 +47,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.schemas.requests import JOB_ID_PATTERN, ErrorAnswer, JobState
+from step1x_edit.waiting import first_of
 
 log = logging.getLogger(__name__)
 
@@ -813,7 +814,7 @@ class JobRunner:
         attempt = asyncio.create_task(self._attempt(job))
         end = asyncio.create_task(self._insist(partial(self._store.wait, job.id)))
         try:
-            await asyncio.wait({attempt, end}, return_when=asyncio.FIRST_COMPLETED)
+            await first_of(attempt, end)
         finally:
             await _stop(attempt, end)
         if attempt.cancelled():  # unless the job has been cancelled, the operation has given up

@@ -91,11 +91,11 @@ from step1x_edit.schemas.requests import (
 from step1x_edit.service.editor import Report, unreported
 from step1x_edit.service.files import FileAccess, nearest_existing
 from step1x_edit.settings import MEBI, Settings
+from step1x_edit.waiting import with_heartbeats
 
 if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
     from step1x_edit.pictures.images import Picture, Pixels
 
-T = TypeVar("T")
 _Request = TypeVar("_Request", bound=HowToMake)
 _Asked: TypeAlias = PictureRequest | GeneratePictureRequest
 
@@ -450,7 +450,11 @@ class EditService:
                 data = images.encode(picture, suffix, record)
                 return picture, share, data, _rounds(result.painted, source)
 
-            picture, share, encoded, rounds = await _aside(finished, Progress(Phase.SAVING), report)
+            saving = partial(report, Progress(Phase.SAVING))
+            await saving()
+            picture, share, encoded, rounds = await with_heartbeats(
+                asyncio.to_thread(finished), saving, HEARTBEAT_S
+            )
         return EditedPicture(
             picture,
             encoded,
@@ -541,15 +545,6 @@ async def _run(edit: Edit, report: Report) -> EditResult:
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:
     """Wait for a move of the model; who gives up waiting does not stop it."""
     return await asyncio.shield(asyncio.wrap_future(move))
-
-
-async def _aside(work: Callable[[], T], progress: Progress, report: Report) -> T:
-    """Work in a thread, with a sign of life now and while it takes long."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    await report(progress)
-    while not (await asyncio.wait({task}, timeout=HEARTBEAT_S))[0]:
-        await report(progress)
-    return task.result()
 
 
 def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:

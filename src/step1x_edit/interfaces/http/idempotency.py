@@ -24,6 +24,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from starlette.requests import Request
 
 from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, InvalidParameterError
+from step1x_edit.waiting import unless
 
 E = TypeVar("E")
 T = TypeVar("T")
@@ -266,17 +267,7 @@ class Runs:
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Wait for the work; raises EditCancelledError if the client disconnects first."""
-    working = asyncio.ensure_future(work)
-    going = asyncio.ensure_future(_gone(request))
-    waiting: set[asyncio.Future[Any]] = {working, going}
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise EditCancelledError
-        return working.result()
-    finally:
-        for task in waiting:
-            task.cancel()  # does nothing to one that has ended
+    return await unless(_gone(request), work)
 
 
 async def _gone(request: Request) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-T = TypeVar("T")
+from step1x_edit.waiting import heartbeats, until
 
 EVENT_STREAM: Final = "text/event-stream"
-KEEP_ALIVE_S: Final = (
-    15.0  # many proxies close a connection after a minute of silence, some after half
-)
+KEEP_ALIVE_S: Final = 15.0  # many proxies close a silent connection after 60 s, some after 30 s
+STILL_THERE: Final = ": still there\n\n"
 
 
 def named(name: str, data: Mapping[str, Any]) -> str:
@@ -23,26 +22,6 @@ def named(name: str, data: Mapping[str, Any]) -> str:
 async def kept_alive(
     events: AsyncIterator[str], closing: asyncio.Event, keep_alive_s: float
 ) -> AsyncIterator[str]:
-    """The events until they end or `closing` is set, with a comment after each silence."""
-    coming = asyncio.ensure_future(next_of(events))
-    end = asyncio.ensure_future(closing.wait())
-    try:
-        while not end.done():
-            either: set[asyncio.Future[Any]] = {coming, end}
-            await asyncio.wait(either, timeout=keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                event = coming.result()
-                if event is None:
-                    return
-                yield event
-                coming = asyncio.ensure_future(next_of(events))
-            elif not end.done():
-                yield ": still there\n\n"
-    finally:
-        coming.cancel()
-        end.cancel()
-
-
-async def next_of(events: AsyncIterator[T]) -> T | None:
-    """The next event, or None at the end."""
-    return await anext(events, None)
+    """The events up to their end or until `closing`, and a comment after each silence."""
+    async for event in heartbeats(until(closing.wait(), events), keep_alive_s):
+        yield STILL_THERE if event is None else event

@@ -1,8 +1,8 @@
-"""Callers over HTTP who hang up: what a call of theirs was doing is stopped.
+"""Clients over HTTP that hang up: their call is cancelled.
 
 The newest revision of MCP demands it, and there the framework does it. In the older ones a call
-belongs to a session and would go on, although its answer can reach nobody: we keep no events to
-be fetched later. So the application tells its calls when their connection has ended.
+belongs to a session and would continue, although its answer can reach nobody: we keep no events to
+be fetched later. So the application signals to its calls that their connection has ended.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from step1x_edit.errors import EditCancelledError
+from step1x_edit.waiting import unless
 
 _KEY: Final = "step1x_edit.hung_up"
 
 
-class TellHangUps:
-    """An application whose requests know when nobody waits for their answers any more."""
+class NoteHangUps:
+    """An application that signals to each request when its client has hung up."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,7 +44,7 @@ class TellHangUps:
 
 
 class EndWithConnection(Middleware):
-    """Cancels a call when its caller has hung up; does nothing where there is no HTTP."""
+    """Cancels a call when its client has hung up; does nothing if there is no HTTP."""
 
     async def on_call_tool(
         self,
@@ -54,16 +54,7 @@ class EndWithConnection(Middleware):
         hung_up = _hang_up_of_this_call()
         if hung_up is None:
             return await call_next(context)
-        call = asyncio.ensure_future(call_next(context))
-        hanging_up = asyncio.ensure_future(hung_up.wait())
-        try:
-            await asyncio.wait({call, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
-            if call.done():
-                return call.result()
-            raise EditCancelledError
-        finally:
-            hanging_up.cancel()
-            call.cancel()  # does nothing to one that has ended
+        return await unless(hung_up.wait(), call_next(context))
 
 
 def _hang_up_of_this_call() -> asyncio.Event | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import math
 import time
 from collections.abc import Awaitable
@@ -13,6 +13,7 @@ from fastmcp.server.dependencies import get_context
 
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.schemas.requests import BatchRequest, EditRequest, GenerateRequest
+from step1x_edit.waiting import with_heartbeats
 
 T = TypeVar("T")
 
@@ -102,14 +103,11 @@ class _Way:
         return 0.0
 
 
-async def with_heartbeats(work: Awaitable[T], heartbeat_s: float) -> T:
+async def reporting_heartbeats(work: Awaitable[T], heartbeat_s: float) -> T:
     """Wait for work that may be queued, and report progress to the client every `heartbeat_s`."""
-    context, beats = get_context(), 0
-    task = asyncio.ensure_future(work)
-    try:
-        while not (await asyncio.wait({task}, timeout=heartbeat_s))[0]:
-            beats += 1
-            await context.report_progress(beats, None, "waiting for the running edit")
-        return task.result()
-    finally:
-        task.cancel()  # does nothing to one that has ended
+    context, beats = get_context(), itertools.count(1)
+
+    async def beat() -> None:
+        await context.report_progress(next(beats), None, "waiting for the running edit")
+
+    return await with_heartbeats(work, beat, heartbeat_s)

@@ -102,8 +102,7 @@ class RunningCalls(Middleware):
         tasks = set(self._tasks)
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _PathsOfTheClient(Middleware):

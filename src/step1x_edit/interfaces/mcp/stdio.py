@@ -29,6 +29,7 @@ from step1x_edit.interfaces.mcp.stdin import take_stdin
 from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
 from step1x_edit.service.service import EditService, build_service
 from step1x_edit.settings import Settings, load_settings
+from step1x_edit.waiting import first_of
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +182,7 @@ async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
     _Wire(pipe)
     take_stdin(pipe.send)
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
-    ends: set[asyncio.Future[Any]] = {serving, told}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    await first_of(serving, told)
     stopping: asyncio.Future[None] = asyncio.ensure_future(stop())
     await asyncio.wait({stopping}, timeout=_GRACE_S + _LAST_WORDS_S)
     if told.done():

@@ -25,7 +25,7 @@ from step1x_edit.errors import InvalidParameterError, Step1XEditError
 from step1x_edit.interfaces.mcp.app import SHOWN_IN_APP, for_client
 from step1x_edit.interfaces.mcp.budget import within_budget
 from step1x_edit.interfaces.mcp.handles import Handles, Pursuit
-from step1x_edit.interfaces.mcp.progress import ProgressReport, with_heartbeats
+from step1x_edit.interfaces.mcp.progress import ProgressReport, reporting_heartbeats
 from step1x_edit.interfaces.mcp.results import (
     edited_result,
     error_result,
@@ -166,7 +166,7 @@ class Tools:
         queued edits. Does nothing if the model is not on the GPU.
         """
         read_request(_NoParameters, arguments)
-        answer = await with_heartbeats(self._service.offload(), self._heartbeat_s)
+        answer = await reporting_heartbeats(self._service.offload(), self._heartbeat_s)
         return result_of(answer.to_dict())
 
     async def release_gpu(self, arguments: dict[str, Any]) -> ToolResult:
@@ -176,7 +176,7 @@ class Tools:
         edit and runs ahead of queued edits. Does nothing if no model is loaded.
         """
         read_request(_NoParameters, arguments)
-        answer = await with_heartbeats(self._service.release(), self._heartbeat_s)
+        answer = await reporting_heartbeats(self._service.release(), self._heartbeat_s)
         return result_of(answer.to_dict())
 
     async def submit_edit(self, arguments: dict[str, Any]) -> ToolResult:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -20,6 +19,7 @@ from step1x_edit.interfaces.http.openai.edits import (
 )
 from step1x_edit.interfaces.http.openai.requests import CONTENT_PATH, STEPFUN_MODEL, STEPS_OF
 from step1x_edit.schemas.requests import ImageGenerationRequest
+from step1x_edit.waiting import heartbeats
 
 log = logging.getLogger(__name__)
 
@@ -132,18 +132,12 @@ async def stream(
     run: Run[Event, ImagesAnswer], asked: Asked, keep_alive_s: float
 ) -> AsyncIterator[str]:
     """The events of a run as text, with a comment after each `keep_alive_s` of silence."""
-    events = run.events()
-    coming = asyncio.ensure_future(sse.next_of(events))
     with run.heard():
         try:
-            while True:
-                while not (await asyncio.wait({coming}, timeout=keep_alive_s))[0]:
-                    yield ": still there\n\n"
-                event = coming.result()
+            async for event in heartbeats(run.events(), keep_alive_s):
                 if event is None:
-                    break
-                coming = asyncio.ensure_future(sse.next_of(events))
-                if isinstance(event, PartialImage):
+                    yield sse.STILL_THERE
+                elif isinstance(event, PartialImage):
                     yield _render_partial(event, asked)
             yield _render_completed(await run.result(), asked)
         except Step1XEditError as error:
@@ -152,5 +146,3 @@ async def stream(
             log.exception("a stream failed")
             unknown = InternalError("the request failed unexpectedly; the server's log says more")
             yield _sse(problems.openai_body(problems.of_error(unknown)), "error")
-        finally:
-            coming.cancel()
