@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from http_server import TOKEN, calling, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, OutOfMemoryError
 from step1x_edit.interfaces.http.idempotency import Identity, Run, Runs, Shelf, digest_of
+from step1x_edit.interfaces.pursuits import Notify
 
 EDIT = "/api/edit"
 OPENAI = "/v1/images/edits"
@@ -346,9 +346,9 @@ class Waiting:
         self.begun = self.cancelled = 0
         self.end = asyncio.Event()
 
-    async def __call__(self, tell: Callable[[str], None]) -> str:
+    async def __call__(self, notify: Notify[str]) -> str:
         self.begun += 1
-        tell("begun")
+        await notify("begun")
         try:
             await self.end.wait()
         except asyncio.CancelledError:
@@ -430,12 +430,12 @@ async def test_outcomes_are_kept_for_a_while_only() -> None:
 async def test_events_are_told_to_everybody_from_the_beginning() -> None:
     go = asyncio.Event()
 
-    async def work(tell: Callable[[int], None]) -> None:
-        tell(1)
+    async def work(notify: Notify[int]) -> None:
+        await notify(1)
         await go.wait()
-        tell(2)
+        await notify(2)
         await asyncio.sleep(0)
-        tell(3)
+        await notify(3)
 
     run: Run[int, None] = Run(work, 0.0)
     early = asyncio.ensure_future(_all(run))

@@ -24,8 +24,9 @@ from http_server import TOKEN, announcing, listening
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import EditCancelledError, JobNotFoundError, OutOfMemoryError
 from step1x_edit.interfaces.mcp.client_config import ClientName, config_file, server_entry
-from step1x_edit.interfaces.mcp.handles import Handles, Pursuit
+from step1x_edit.interfaces.mcp.handles import Handles
 from step1x_edit.interfaces.mcp.server import build_mcp
+from step1x_edit.interfaces.pursuits import Notify, Pursuit
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings, inherited_environment
 
@@ -493,8 +494,8 @@ class Clock:
         return self.now
 
 
-async def ended(result: int) -> Pursuit[int]:
-    async def work(report: Callable[[Progress], Awaitable[None]]) -> int:
+async def ended(result: int) -> Pursuit[Progress, int]:
+    async def work(report: Notify[Progress]) -> int:
         return result
 
     pursuit = Pursuit(work)
@@ -502,8 +503,8 @@ async def ended(result: int) -> Pursuit[int]:
     return pursuit
 
 
-def endless() -> Pursuit[int]:
-    async def work(report: Callable[[Progress], Awaitable[None]]) -> int:
+def endless() -> Pursuit[Progress, int]:
+    async def work(report: Notify[Progress]) -> int:
         await report(Progress(Phase.ENCODING))
         await asyncio.Event().wait()
         return 0
@@ -513,12 +514,12 @@ def endless() -> Pursuit[int]:
 
 async def test_finished_jobs_are_forgotten_after_their_time_and_running_ones_never() -> None:
     clock = Clock()
-    handles: Handles[Pursuit[int]] = Handles(kept=10, kept_s=60, now=clock)
+    handles: Handles[Pursuit[Progress, int]] = Handles(kept=10, kept_s=60, now=clock)
     running, done = handles.add(endless()), handles.add(await ended(7))
     await asyncio.sleep(0)  # the end is noted in the loop's next turn
 
     clock.now = 59
-    assert handles.get(done).result() == 7
+    assert await handles.get(done).result() == 7
     clock.now = 60
     with pytest.raises(JobNotFoundError):
         handles.get(done)
@@ -527,7 +528,7 @@ async def test_finished_jobs_are_forgotten_after_their_time_and_running_ones_nev
 
 
 async def test_of_finished_jobs_only_the_last_are_kept() -> None:
-    handles: Handles[Pursuit[int]] = Handles(kept=2, now=Clock())
+    handles: Handles[Pursuit[Progress, int]] = Handles(kept=2, now=Clock())
     ids = [handles.add(endless())]
     for number in range(5):
         ids.append(handles.add(await ended(number)))
@@ -545,7 +546,7 @@ async def test_of_finished_jobs_only_the_last_are_kept() -> None:
 
 
 async def test_closing_stops_what_runs_and_keeps_what_has_ended() -> None:
-    handles: Handles[Pursuit[int]] = Handles()
+    handles: Handles[Pursuit[Progress, int]] = Handles()
     running, done = endless(), await ended(3)
     handles.add(running)
     done_id = handles.add(done)
@@ -553,14 +554,14 @@ async def test_closing_stops_what_runs_and_keeps_what_has_ended() -> None:
     await handles.close()
 
     with pytest.raises(EditCancelledError):
-        running.result()
-    assert handles.get(done_id).result() == 3
+        await running.result()
+    assert await handles.get(done_id).result() == 3
 
 
 async def test_a_listener_hears_the_last_event_the_next_ones_and_the_end() -> None:
     step = asyncio.Event()
 
-    async def work(report: Callable[[Progress], Awaitable[None]]) -> int:
+    async def work(report: Notify[Progress]) -> int:
         await report(Progress(Phase.LOADING))
         await report(Progress(Phase.ENCODING))
         await step.wait()
@@ -570,10 +571,10 @@ async def test_a_listener_hears_the_last_event_the_next_ones_and_the_end() -> No
     pursuit = Pursuit(work)
     await pursuit.begun()
     heard = []
-    async for event in pursuit.events():
+    async for event in pursuit.latest_events():
         heard.append(event.phase)
         step.set()
-    at_the_end = [event.phase async for event in pursuit.events(0)]
+    at_the_end = [event.phase async for event in pursuit.latest_events()]
 
     assert heard == [Phase.ENCODING, Phase.DECODING]
     assert at_the_end == [Phase.DECODING]

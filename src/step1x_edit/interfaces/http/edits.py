@@ -22,12 +22,12 @@ from step1x_edit.interfaces.http.forms import read_form
 from step1x_edit.interfaces.http.idempotency import (
     REPLAYED,
     Runs,
-    Tell,
     digest_of,
     identity_of,
     may_be_known,
     unless_gone,
 )
+from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.requests import PictureAnswer, RoundPicture
 from step1x_edit.service.service import EditedPicture, EditService
@@ -62,7 +62,7 @@ class _Edits:
         form = await read_form(request)
         asked = self.service.read_picture(form.fields)
 
-        async def work(_: Tell[object]) -> EditedPicture:
+        async def work(_: Notify[object]) -> EditedPicture:
             return await self.service.edit_picture(
                 form.picture, asked, suffix=_SUFFIX_OF.get(wanted, ".png"), mask=form.mask
             )

@@ -17,13 +17,14 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from starlette.requests import Request
 
-from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, InvalidParameterError
+from step1x_edit.errors import IdempotencyKeyError, InvalidParameterError
+from step1x_edit.interfaces.pursuits import Pursuit, Work
 from step1x_edit.waiting import unless
 
 E = TypeVar("E")
@@ -131,30 +132,20 @@ def digest_of(parts: Iterable[tuple[str, bytes]]) -> str:
     return whole.hexdigest()
 
 
-Tell: TypeAlias = Callable[[E], None]
-Work: TypeAlias = Callable[[Callable[[E], None]], Awaitable[T]]
-"""The work; it may report events while it runs."""
-
-
-class Run(Generic[E, T]):
-    """Work that has started. It is cancelled once no client has waited for it for `grace_s`."""
+class Run(Pursuit[E, T]):
+    """Work that is cancelled when nobody has waited for it for `grace_s`."""
 
     def __init__(self, work: Work[E, T], grace_s: float) -> None:
+        super().__init__(work)
         self._grace_s = grace_s
-        self._events: list[E] = []
-        self._news = asyncio.Event()
         self._listeners = 0
         self._leaving: asyncio.TimerHandle | None = None
         self.is_ending = False
-        """Whether it has been cancelled because no client waited for it."""
-        self._task: asyncio.Task[T] = asyncio.ensure_future(self._do(work))
-        # Clients that have left never read the result, which would log a warning.
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self._task.add_done_callback(lambda _: self._wake())
+        """Whether it has been cancelled, because nobody waited for it."""
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Count as a client that waits for the work."""
+        """Count as a caller that waits for the work."""
         self._listeners += 1
         if self._leaving is not None:
             self._leaving.cancel()
@@ -162,54 +153,19 @@ class Run(Generic[E, T]):
             yield
         finally:
             self._listeners -= 1
-            if self._listeners == 0 and not self._task.done():
+            if self._listeners == 0 and not self.is_done:
                 self._leave()
-
-    async def result(self) -> T:
-        """Wait for the outcome, or raise the error that ended the work."""
-        await asyncio.wait({self._task})  # cancelling the wait does not cancel the work
-        if self._task.cancelled():
-            raise EditCancelledError
-        return self._task.result()
-
-    async def events(self) -> AsyncIterator[E]:
-        """All events of the work, from its start to its end."""
-        sent = 0
-        while True:
-            news = self._news
-            while sent < len(self._events):
-                sent += 1
-                yield self._events[sent - 1]
-            if self._task.done():
-                return
-            if news is self._news:  # otherwise an event came while the last one was sent
-                await news.wait()
-
-    def when_done(self, then: Callable[[asyncio.Task[T]], None]) -> None:
-        """Call `then` with the task once the work has ended."""
-        self._task.add_done_callback(then)
-
-    async def _do(self, work: Work[E, T]) -> T:
-        return await work(self._tell)
-
-    def _tell(self, event: E) -> None:
-        self._events.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
 
     def _leave(self) -> None:
         if self._grace_s:
             loop = asyncio.get_running_loop()
-            self._leaving = loop.call_later(self._grace_s, self._end)
+            self._leaving = loop.call_later(self._grace_s, self._abandon)
         else:
-            self._end()
+            self._abandon()
 
-    def _end(self) -> None:
+    def _abandon(self) -> None:
         self.is_ending = True
-        self._task.cancel()
+        self.cancel()
 
 
 class Runs:
@@ -247,7 +203,7 @@ class Runs:
                 return found[1], True
         run = Run(work, self._grace_s)
         self._running[name] = digest, run
-        run.when_done(lambda task: self._keep(name, digest, run, task, size_of))
+        run.on_end(lambda task: self._keep(name, digest, run, task, size_of))
         return run, False
 
     def _keep(

@@ -31,14 +31,13 @@ from step1x_edit.interfaces.http.forms import is_json, once, read_form, read_jso
 from step1x_edit.interfaces.http.idempotency import (
     REPLAYED,
     Runs,
-    Tell,
-    Work,
     digest_of,
     identity_of,
     may_be_known,
 )
 from step1x_edit.interfaces.http.openapi import LAST_EVENT_ID
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, KEEP_ALIVE_S, kept_alive
+from step1x_edit.interfaces.pursuits import Notify, Work
 from step1x_edit.schemas.requests import (
     JobAnswer,
     JobEventAnswer,
@@ -166,14 +165,14 @@ class _Jobs:
             values = await read_json(request)
             parts = [(name, json.dumps(value).encode()) for name, value in values.items()]
 
-            async def accept_generation(_: Tell[object]) -> Job:
+            async def accept_generation(_: Notify[object]) -> Job:
                 asked = with_seed(self.service.read_generate_picture(values))
                 return await self.store.create(b"", asked.model_dump(mode="json"))
 
             return digest_of(parts), accept_generation
         form = await read_form(request)
 
-        async def accept_edit(_: Tell[object]) -> Job:
+        async def accept_edit(_: Notify[object]) -> Job:
             asked = with_seed(self.service.read_picture(form.fields))
             await self.service.check_picture(form.picture, form.mask)
             return await self.store.create(form.picture, asked.model_dump(mode="json"), form.mask)

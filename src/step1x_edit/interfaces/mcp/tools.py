@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from step1x_edit.channel import Progress
 from step1x_edit.errors import InvalidParameterError, Step1XEditError
 from step1x_edit.interfaces.mcp.app import SHOWN_IN_APP, for_client
 from step1x_edit.interfaces.mcp.budget import within_budget
-from step1x_edit.interfaces.mcp.handles import Handles, Pursuit
+from step1x_edit.interfaces.mcp.handles import Handles
 from step1x_edit.interfaces.mcp.progress import ProgressReport, reporting_heartbeats
 from step1x_edit.interfaces.mcp.results import (
     edited_result,
@@ -34,6 +35,7 @@ from step1x_edit.interfaces.mcp.results import (
     result_of,
     running_result,
 )
+from step1x_edit.interfaces.pursuits import Notify, Pursuit
 from step1x_edit.schemas.requests import (
     BatchAnswer,
     BatchRequest,
@@ -52,6 +54,7 @@ from step1x_edit.schemas.requests import (
 )
 from step1x_edit.service.file_edits import FileEdits
 from step1x_edit.service.service import EditService
+from step1x_edit.waiting import until
 
 MAX_WAIT_HEADER: Final = "X-Max-Wait"
 """Over HTTP, for how many seconds the client waits for `edit_image`."""
@@ -190,8 +193,8 @@ class Tools:
         with edit.ending_with_its_call():
             await edit.begun()
         if edit.is_done:
-            edit.result()  # raises what is wrong with the picture or the queue
-        return running_result(self._handles.add(edit), edit.progress)
+            await edit.result()  # raises what is wrong with the picture or the queue
+        return running_result(self._handles.add(edit), edit.last_event)
 
     async def get_job(self, arguments: dict[str, Any]) -> ToolResult:
         """Get the result of an edit that continues by itself, as edit_image would answer it.
@@ -205,8 +208,8 @@ class Tools:
         edit = self._handles.get(request.job_id)
         await edit.follow(self._step_pause_s, request.wait_s)
         if edit.is_done:
-            return _answered(edit)
-        return running_result(request.job_id, edit.progress)
+            return await _answered(edit)
+        return running_result(request.job_id, edit.last_event)
 
     async def cancel_job(self, arguments: dict[str, Any]) -> ToolResult:
         """Stop an edit that was started with submit_edit, within one step; nothing is saved.
@@ -236,12 +239,12 @@ class Tools:
         with edit.ending_with_its_call():
             await edit.follow(self._step_pause_s, _patience_of_client() or self._max_wait_s or None)
         if edit.is_done:
-            return _answered(edit)
-        return running_result(self._handles.add(edit), edit.progress)
+            return await _answered(edit)
+        return running_result(self._handles.add(edit), edit.last_event)
 
 
-def _answered(edit: _Editing) -> ToolResult:
-    return for_client(edit.result(), get_context())
+async def _answered(edit: _Editing) -> ToolResult:
+    return for_client(await edit.result(), get_context())
 
 
 class _NoParameters(BaseModel):
@@ -253,14 +256,14 @@ class _NoParameters(BaseModel):
 # --- edits ---------------------------------------------------------------------------------------
 
 
-class _Editing(Pursuit[ToolResult]):
+class _Editing(Pursuit[Progress, ToolResult]):
     """An edit, or a picture from a prompt alone, in a separate task.
 
     It keeps the result that is shown, not the pictures in full size.
     """
 
     def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
-        async def work(report: Callable[[Progress], Awaitable[None]]) -> ToolResult:
+        async def work(report: Notify[Progress]) -> ToolResult:
             from step1x_edit.pictures.images import PREVIEW_SIDE, preview
 
             edits = FileEdits(service, service.files)
@@ -276,7 +279,8 @@ class _Editing(Pursuit[ToolResult]):
             )
             return edited_result(request, saved.answer, before, after, saved.edited.rounds)
 
-        super().__init__(work)
+        # In an empty context: it must not hold on to the request of the call that starts it.
+        contextvars.Context().run(super().__init__, work)
         self._request = request
 
     @contextlib.contextmanager
@@ -291,7 +295,10 @@ class _Editing(Pursuit[ToolResult]):
     async def follow(self, step_pause_s: float, wait_s: float | None) -> None:
         """Report progress to the client of the running call, until the end or for `wait_s` s."""
         report = ProgressReport(get_context(), step_pause_s, 1, self._request)
-        async with contextlib.aclosing(self.events(wait_s)) as events:
+        events = self.latest_events()
+        if wait_s is not None:
+            events = until(asyncio.sleep(wait_s), events)
+        async with contextlib.aclosing(events):
             async for event in events:
                 await report.step(0, event)
 

@@ -8,22 +8,20 @@ were when the button was pressed. The module does not import Gradio.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
-from typing import Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from step1x_edit.errors import EditCancelledError
 from step1x_edit.interfaces.page.files import PageFiles
+from step1x_edit.interfaces.pursuits import Pursuit, Work
 
 E = TypeVar("E")
-Notify: TypeAlias = Callable[[E], Awaitable[None]]
-"""What running work reports its events to."""
 
 _HISTORY: Final = 12
 
@@ -70,7 +68,7 @@ class TabState:
         self.history: Sequence[Result] = ()
         self.is_busy = False
         self._is_stopped = False
-        self._task: asyncio.Task[None] | None = None
+        self._pursuit: Pursuit[Any, None] | None = None
 
     def add(self, result: Result) -> None:
         """Keep a result, and forget the oldest."""
@@ -85,31 +83,25 @@ class TabState:
         finally:
             self.is_busy = False
 
-    async def run(self, work: Callable[[Notify[E]], Awaitable[None]]) -> AsyncIterator[E]:
+    async def run(self, work: Work[E, None]) -> AsyncIterator[E]:
         """Yield the events of the work; raises the error that ends it."""
-        events: asyncio.Queue[E | None] = asyncio.Queue()
-
-        async def notify(event: E) -> None:
-            events.put_nowait(event)
-
         if self._is_stopped:
             raise EditCancelledError
-        self._task = task = asyncio.ensure_future(work(notify))
-        task.add_done_callback(lambda _: events.put_nowait(None))
+        self._pursuit = pursuit = Pursuit(work)
         try:
-            while (event := await events.get()) is not None:
+            async for event in pursuit.events():
                 yield event
-            if task.cancelled():
-                raise EditCancelledError
-            task.result()
+            await pursuit.result()
         finally:
-            task.cancel()  # does nothing to one that has ended
+            pursuit.cancel()  # does nothing if it has ended
+            if self._pursuit is pursuit:
+                self._pursuit = None  # its events hold previews
 
     def stop(self) -> None:
         """Cancel the running work, and work of this press that has not started yet."""
         self._is_stopped = True
-        if self._task is not None:
-            self._task.cancel()
+        if self._pursuit is not None:
+            self._pursuit.cancel()
 
 
 class Session:

@@ -33,9 +33,10 @@ from step1x_edit.interfaces.page.results import (
     save_result,
     save_shown,
 )
-from step1x_edit.interfaces.page.sessions import Asked, Notify, Session, Sessions, TabState
+from step1x_edit.interfaces.page.sessions import Asked, Session, Sessions, TabState
 from step1x_edit.interfaces.page.texts import DEMO_EXAMPLES, EXAMPLES, text
 from step1x_edit.interfaces.page.views import BatchView, ResultView
+from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures.images import Picture, decode
 from step1x_edit.schemas.requests import PictureRequest
 from step1x_edit.service.file_edits import edit_each

@@ -16,13 +16,14 @@ from typing import Final, TypeAlias, TypeVar
 
 from step1x_edit.channel import Progress
 from step1x_edit.errors import InvalidParameterError, ServerBusyError
-from step1x_edit.interfaces.http.idempotency import Shelf, Tell
+from step1x_edit.interfaces.http.idempotency import Shelf
 from step1x_edit.interfaces.http.openai.requests import (
     STEPFUN_MODEL,
     Sent,
     generation_of,
     request_of,
 )
+from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures import images
 from step1x_edit.pictures.images import Picture, Pixels
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
@@ -99,7 +100,9 @@ class ImageEdits:
     limits: Limits
     linked: Linked
 
-    async def edit(self, sent: Sent, asked: ImageEditRequest, tell: Tell[Event]) -> ImagesAnswer:
+    async def edit(
+        self, sent: Sent, asked: ImageEditRequest, notify: Notify[Event]
+    ) -> ImagesAnswer:
         """Make the `n` pictures of an edit; those to be linked can be fetched afterwards."""
         data = sent.picture
         assert data is not None
@@ -110,7 +113,7 @@ class ImageEdits:
             return await self.service.edit_picture(
                 data,
                 request,
-                _Reporter(asked, tell),
+                _Reporter(asked, notify),
                 suffix=_suffix(asked),
                 mask=sent.mask,
                 previews=asked.partial_images,
@@ -118,13 +121,13 @@ class ImageEdits:
 
         return await self._all(asked, first, one, size)
 
-    async def generate(self, asked: ImageGenerationRequest, tell: Tell[Event]) -> ImagesAnswer:
+    async def generate(self, asked: ImageGenerationRequest, notify: Notify[Event]) -> ImagesAnswer:
         """Make the `n` pictures of a prompt alone."""
         first = generation_of(self.service, asked)
 
         async def one(request: GeneratePictureRequest) -> EditedPicture:
             return await self.service.generate_picture(
-                request, _Reporter(asked, tell), _suffix(asked), previews=asked.partial_images
+                request, _Reporter(asked, notify), _suffix(asked), previews=asked.partial_images
             )
 
         return await self._all(asked, first, one, None)
@@ -204,9 +207,9 @@ def _of_area(picture: Picture, pixels: int) -> tuple[int, int]:
 class _Reporter:
     """Turns the progress of an edit into events: that it began, and its previews."""
 
-    def __init__(self, asked: Asked, tell: Tell[Event]) -> None:
+    def __init__(self, asked: Asked, notify: Notify[Event]) -> None:
         self._asked = asked
-        self._tell = tell
+        self._notify = notify
         self._has_begun = False
         self._seen: Pixels | None = None
         self._count = 0
@@ -214,14 +217,14 @@ class _Reporter:
     async def __call__(self, progress: Progress) -> None:
         if not self._has_begun:
             self._has_begun = True
-            self._tell(Begun())
+            await self._notify(Begun())
         preview = progress.preview
         if preview is None or preview is self._seen or self._count == self._asked.partial_images:
             return
         self._seen = preview
         data = await asyncio.to_thread(_encoded, Picture(preview), self._asked)
         height, width = preview.shape[:2]
-        self._tell(PartialImage(self._count, int(time.time()), data, width, height))
+        await self._notify(PartialImage(self._count, int(time.time()), data, width, height))
         self._count += 1
 
 

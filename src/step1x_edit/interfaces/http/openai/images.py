@@ -22,10 +22,8 @@ from step1x_edit.interfaces.http import openapi, sse
 from step1x_edit.interfaces.http.idempotency import (
     KEY,
     REPLAYED,
-    Run,
     Runs,
     Shelf,
-    Work,
     identity_of,
     may_be_known,
     unless_gone,
@@ -46,6 +44,7 @@ from step1x_edit.interfaces.http.openai.requests import (
     read_generation,
     understood,
 )
+from step1x_edit.interfaces.pursuits import Work
 from step1x_edit.schemas.requests import ImageEditRequest, ImageGenerationRequest
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
@@ -125,16 +124,9 @@ class _Images:
             if not asked.stream:
                 answer = await unless_gone(request, run.result())
                 return JSONResponse(render(answer, asked, _base_url(request)), headers=headers)
-            await unless_gone(request, _begun(run))
+            await unless_gone(request, run.begun())
         events = stream(run, asked, self.keep_alive_s)
         return StreamingResponse(events, media_type=sse.EVENT_STREAM, headers=headers)
-
-
-async def _begun(run: Run[Event, ImagesAnswer]) -> None:
-    """Wait until the edit is queued, or raise what is wrong with the request."""
-    async for _ in run.events():
-        return
-    await run.result()
 
 
 def _base_url(request: Request) -> str:
