@@ -20,7 +20,6 @@ from step1x_edit.channel import (
     Offload,
     Painted,
     Phase,
-    Pixels,
     Progress,
     Report,
     Residence,
@@ -33,6 +32,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
+from step1x_edit.model.request import Pixels
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import Location
 
@@ -257,7 +257,7 @@ class FakeWorker:
             yield self._report(Failed(error.code, str(error)))
         else:
             image = self.paint(job)
-            rounds = np.stack([job.image, image][-rounds_of(job) :]) if job.reflection else None
+            rounds = np.stack([canvas(job), image][-rounds_of(job) :]) if job.reflection else None
             yield self._report(Painted(image, self.warning, reasoned(job), rounds))
 
     def _offload(self) -> Generator[Report, None, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import selectors
 from collections.abc import Iterator
 
 _HAPPENS_WITHIN_S = 0.05
@@ -15,13 +16,15 @@ class FastLoop(asyncio.SelectorEventLoop):
     Timers of the loop go off in their order, so of two time-outs the shorter one comes first.
     """
 
+    _selector: selectors.BaseSelector  # typeshed does not declare it
+
     def __init__(self) -> None:
         super().__init__()
         self._ahead_s = 0.0
         self._is_hurried = False
         wait = self._selector.select
 
-        def select(timeout: float | None = None) -> object:
+        def select(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
             if not self._is_hurried or not timeout:
                 return wait(timeout)
             events = wait(min(timeout, _HAPPENS_WITHIN_S))
@@ -29,7 +32,7 @@ class FastLoop(asyncio.SelectorEventLoop):
                 self._ahead_s += timeout
             return events
 
-        self._selector.select = select
+        self._selector.select = select  # type: ignore[method-assign]
 
     def time(self) -> float:
         return super().time() + self._ahead_s

@@ -50,7 +50,7 @@ def running(
     app: ASGIApp, settings: Settings | None = None, host: str = "127.0.0.1"
 ) -> Iterator[str]:
     """Serve an app and yield where."""
-    server = _Server(app, settings or Settings(_env_file=None), host)  # type: ignore[call-arg]
+    server = _Server(app, settings or Settings(_env_file=None), host)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -10,7 +10,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from PIL import Image, ImageCms
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
+ByteOrder = Literal["<", ">"]
 
 D65 = (0.3127, 0.3290)
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
@@ -45,12 +46,14 @@ def seen(source: bytes | Path) -> Pixels:
         image.load()
         profile, rgb = image.info.get("icc_profile"), image.convert("RGB")
     if profile is not None:
-        rgb = ImageCms.profileToProfile(
+        managed = ImageCms.profileToProfile(
             rgb,
             ImageCms.ImageCmsProfile(io.BytesIO(profile)),
             ImageCms.createProfile("sRGB"),
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         )
+        assert managed is not None
+        rgb = managed
     return np.array(rgb)
 
 
@@ -76,7 +79,8 @@ def encoded(light: Floats) -> Floats:
 
 def levels(values: Floats) -> Pixels:
     """8 bits of values from 0 to 1."""
-    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+    rounded: Pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    return rounded
 
 
 def to_xyz(primaries: tuple[tuple[float, float], ...]) -> Floats:
@@ -87,13 +91,15 @@ def to_xyz(primaries: tuple[tuple[float, float], ...]) -> Floats:
         return [x / y, 1.0, (1 - x - y) / y]
 
     columns = np.array([column(point) for point in primaries]).T
-    return columns * np.linalg.solve(columns, column(D65))
+    matrix: Floats = columns * np.linalg.solve(columns, column(D65))
+    return matrix
 
 
 def in_primaries(srgb: Pixels, primaries: tuple[tuple[float, float], ...]) -> Floats:
     """Light of a picture in other primaries."""
     matrix = np.linalg.inv(to_xyz(primaries)) @ to_xyz(SRGB)
-    return (linear(srgb) @ matrix.T).clip(0, None)
+    light: Floats = (linear(srgb) @ matrix.T).clip(0, None)
+    return light
 
 
 def pq(nits: npt.ArrayLike) -> Floats:
@@ -109,7 +115,8 @@ def hlg(display: Floats) -> Floats:
     scene_light = display / 1000 * (luminance ** ((1 - 1.2) / 1.2))[..., None]
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     upper = a * np.log(np.maximum(12 * scene_light - b, 1e-9)) + c
-    return np.where(scene_light <= 1 / 12, np.sqrt(3 * scene_light), upper)
+    signal: Floats = np.where(scene_light <= 1 / 12, np.sqrt(3 * scene_light), upper)
+    return signal
 
 
 # --- PNG ---
@@ -144,7 +151,9 @@ def with_nclx(avif: bytes, primaries: int, transfer: int) -> bytes:
 # --- TIFF ---
 
 
-def tiff(pixels: npt.NDArray[Any], order: str = "<", big: bool = False, **options: Any) -> bytes:
+def tiff(
+    pixels: npt.NDArray[Any], order: ByteOrder = "<", big: bool = False, **options: Any
+) -> bytes:
     """A TIFF of one picture, by tifffile."""
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer, byteorder=order, bigtiff=big) as writer:
@@ -152,13 +161,15 @@ def tiff(pixels: npt.NDArray[Any], order: str = "<", big: bool = False, **option
     return buffer.getvalue()
 
 
-def tiff_of_planes(pixels: npt.NDArray[Any], order: str = "<", **options: Any) -> bytes:
+def tiff_of_planes(pixels: npt.NDArray[Any], order: ByteOrder = "<", **options: Any) -> bytes:
     """A TIFF that stores red, green and blue one after the other."""
     planes = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
     return tiff(planes, order, photometric="rgb", planarconfig="separate", **options)
 
 
-def packed_tiff(values: npt.NDArray[Any], bits: int, photometric: int, order: str = "<") -> bytes:
+def packed_tiff(
+    values: npt.NDArray[Any], bits: int, photometric: int, order: ByteOrder = "<"
+) -> bytes:
     """An uncompressed TIFF of any number of bits a sample, packed as TIFF 6.0 says."""
     height, width = values.shape[:2]
     samples = values.shape[2] if values.ndim == 3 else 1
@@ -201,7 +212,7 @@ def cmyk_profile(padding: int = 0) -> bytes:
     """A profile of a printing press: any coloured inks are a grey, darker with black ink."""
 
     def lab(black_ink: float) -> list[tuple[int, ...]]:
-        grid = []
+        grid: list[tuple[int, ...]] = []
         for index in range(16):  # cyan varies slowest, black fastest
             colours, black = bin(index >> 1).count("1"), index & 1
             lightness = black_ink if black else (100.0, 70.0, 50.0, 35.0)[colours]
@@ -210,7 +221,8 @@ def cmyk_profile(padding: int = 0) -> bytes:
             grid.append((round(lightness * 0xFF00 / 100), 0x8000, 0x8000))
         return grid
 
-    inks = [(0xFFFF if index < 4 else 0,) * 4 for index in range(8)]  # lightness varies slowest
+    # lightness varies slowest
+    inks: list[tuple[int, ...]] = [(0xFFFF if index < 4 else 0,) * 4 for index in range(8)]
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
         b"wtpt": b"XYZ " + bytes(4) + _fixed(0.9642, 1.0, 0.8249),

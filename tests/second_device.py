@@ -41,7 +41,7 @@ class SecondTensor(Tensor):
     def __new__(cls, host: Tensor) -> SecondTensor:
         # Views of what autograd knows have to be known to it as well, and the others must not.
         with torch.inference_mode(host.is_inference()):
-            made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made = Tensor._make_wrapper_subclass(
                 cls,
                 host.size(),
                 strides=host.stride(),
@@ -63,7 +63,7 @@ class SecondTensor(Tensor):
         raise TypeError("can't convert a tensor of the second device to numpy")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch calls it on the class
         cls,
         operator: Any,
         types: Collection[type],

@@ -29,5 +29,5 @@ def build(settings: Settings) -> EditService:
 
 
 if __name__ == "__main__":
-    stdio.build_service = build
+    stdio.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
     stdio.main(wire, [])

@@ -17,5 +17,5 @@ def build(settings: Settings) -> EditService:
     return build_service(settings, start=FakeWorker(before_step=slow))
 
 
-server.build_service = build
+server.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
 app(["serve", *sys.argv[1:]])

@@ -16,5 +16,5 @@ def build(settings: Settings) -> EditService:
     return build_service(settings, start=partial(WorkerProcess, start, module="toy_worker"))
 
 
-server.build_service = build
+server.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
 app(["serve", *sys.argv[1:]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,11 @@ from step1x_edit.model.config import (
     TransformerConfig,
 )
 from step1x_edit.model.language_model import add_lm_head
-from step1x_edit.model.pipeline import EditPipeline, Recogniser
+from step1x_edit.model.pipeline import Edited, EditPipeline, Recogniser
+from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.schemas.requests import Location
+from step1x_edit.worker.residency import Residency
 
 TINY = ModelConfig(
     version="tiny",
@@ -79,9 +83,9 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tiny_config(tokenizer: Tokenizer, **changes: object) -> ModelConfig:
+def tiny_config(tokenizer: Tokenizer, **changes: Any) -> ModelConfig:
     """TINY for this tokenizer; `changes` are fields of its conditioner."""
-    fields = {"text_length": 40, "fixed_image_size": 56, **changes}
+    fields: dict[str, Any] = {"text_length": 40, "fixed_image_size": 56, **changes}
     conditioner = dataclasses.replace(TINY.conditioner, **fields)
     prefix_length = measure_prefix_length(tokenizer, conditioner)
     conditioner = dataclasses.replace(conditioner, prefix_length=prefix_length)
@@ -129,7 +133,7 @@ def tiny_vlm_config(tokenizer: Tokenizer) -> Qwen2_5_VLConfig:
     )
 
 
-def tiny_conditioner(**changes: object) -> Conditioner:
+def tiny_conditioner(**changes: Any) -> Conditioner:
     """A conditioner with random weights."""
     tokenizer = tiny_tokenizer()
     vlm_config = tiny_vlm_config(tokenizer)
@@ -140,10 +144,10 @@ def tiny_conditioner(**changes: object) -> Conditioner:
     return Conditioner(vlm, tokenizer, tiny_config(tokenizer, **changes).conditioner)
 
 
-def tiny_conditioner_v1_2(**changes: object) -> ConditionerV12:
+def tiny_conditioner_v1_2(**changes: Any) -> ConditionerV12:
     """One of v1.2, which looks at pictures of four tokens and more."""
     v1 = tiny_conditioner()
-    fields = {
+    fields: dict[str, Any] = {
         "text_length": 300,
         "is_padded": False,
         "quote_start": 75,
@@ -198,3 +202,15 @@ def assemble(
 def a_picture(width: int = 60, height: int = 40) -> npt.NDArray[np.uint8]:
     """Random pixels, always the same."""
     return np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def final_picture(pipeline: EditPipeline, request: NetworkRequest) -> npt.NDArray[np.uint8]:
+    """What an edit ends with."""
+    *_, last = pipeline.edit(request)
+    assert isinstance(last, Edited)
+    return last.image
+
+
+def location(residency: Residency) -> Location:
+    """Where the model is now. Of the attribute, mypy believes that no method changes it."""
+    return residency.location

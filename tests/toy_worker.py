@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
-from fakes import STREAMED, predicted
+from fakes import STREAMED, inverted, predicted
 from step1x_edit.channel import (
     Channel,
     EditJob,
@@ -73,7 +73,7 @@ class ToyModel:
                 sys.stdout.write("a stray line\n")
                 sys.stdout.flush()
                 os.write(1, b"stray bytes\n")
-        yield Painted(255 - job.image, warning=f"{self._start.model_version} 雪 {sys.stdin.read()}")
+        yield Painted(inverted(job), warning=f"{self._start.model_version} 雪 {sys.stdin.read()}")
 
     def offload(self) -> None:
         self._location = "CPU"

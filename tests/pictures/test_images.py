@@ -8,6 +8,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,7 @@ from step1x_edit.errors import (
     UnsupportedImageError,
 )
 from step1x_edit.pictures.images import (
-    OUTPUT_FORMATS,
     PREVIEW_BASE64_BYTES,
-    OutputFormat,
     Picture,
     blend,
     changed_share,
@@ -38,6 +37,7 @@ from step1x_edit.pictures.images import (
     read_edit_record,
     restore,
 )
+from step1x_edit.pictures.output_formats import OUTPUT_FORMATS, OutputFormat
 from step1x_edit.schemas.requests import EditRecord
 from step1x_edit.settings import Limits
 
@@ -81,9 +81,9 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
-def exif_with(tags: dict[int, object]) -> Image.Exif:
+def exif_with(tags: Mapping[ExifTags.Base, object]) -> Image.Exif:
     exif = Image.Exif()
-    exif.update(tags)
+    exif.update({int(tag): value for tag, value in tags.items()})
     return exif
 
 
@@ -458,7 +458,7 @@ def half(mode: str, left: object, right: object) -> Image.Image:
 )
 def test_what_is_white_or_transparent_in_a_mask_may_change(mask: Image.Image) -> None:
     found = decode_mask(saved(mask, "PNG"), LIMITS, (48, 32))
-    assert (found.shape, found.dtype) == ((32, 48), np.uint8)
+    assert (found.shape, found.dtype) == ((32, 48), np.dtype(np.uint8))
     assert (found[:, :24] == 0).all()
     assert (found[:, 24:] == 255).all()
 

@@ -22,12 +22,13 @@ import tifffile
 from PIL import ExifTags, Image
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker
+from fakes import FakeWorker, canvas
 from picture_files import (
     ADOBE_RGB,
     BT_2020,
     DISPLAY_P3,
     INKS_L,
+    ByteOrder,
     Pixels,
     cicp,
     cmyk_profile,
@@ -80,7 +81,7 @@ class Result:
 @pytest.fixture
 def edited(make_service: MakeService, tmp_path: Path) -> Edited:
     """Edit a file, through the service, with a worker that leaves the pixels as they are."""
-    service = make_service(FakeWorker(paint=lambda job: job.image))
+    service = make_service(FakeWorker(paint=canvas))
 
     async def edit(data: bytes, name: str = "in.png", to: str = "out.png", **more: bytes) -> Result:
         (tmp_path / name).write_bytes(data)
@@ -105,7 +106,7 @@ def saved(image: Image.Image | Pixels, name: str, **options: Any) -> bytes:
 # --- several pictures in one TIFF ---
 
 
-def with_children(order: str = "<", big: bool = False, **tags: Any) -> bytes:
+def with_children(order: ByteOrder = "<", big: bool = False, **tags: Any) -> bytes:
     """A reduced copy first, and the full picture as its second child."""
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer, byteorder=order, bigtiff=big) as writer:
@@ -280,7 +281,7 @@ async def test_a_camera_raw_is_refused_by_name_and_told_to_be_developed(
     ids=["one strip", "strips", "tiles", "deflate", "predictor"],
 )
 async def test_planes_of_16_bits_are_read_as_a_picture(
-    edited: Edited, order: str, options: dict[str, Any]
+    edited: Edited, order: ByteOrder, options: dict[str, Any]
 ) -> None:
     result = await edited(tiff_of_planes(SCENE_16, order, **options), "in.tif")
     assert np.array_equal(result.seen, SCENE)
@@ -302,7 +303,7 @@ async def test_planes_of_16_bits_may_have_alpha(edited: Edited, kind: str) -> No
 @pytest.mark.parametrize("bits", [6, 10, 12, 14, 16])
 @pytest.mark.parametrize("photometric", [0, 1], ids=["white is 0", "black is 0"])
 async def test_grey_of_any_depth_reaches_from_black_to_white(
-    edited: Edited, order: str, bits: int, photometric: int
+    edited: Edited, order: ByteOrder, bits: int, photometric: int
 ) -> None:
     values = np.round(GREY / 255 * (2**bits - 1)).astype(int)
     stored = values if photometric else 2**bits - 1 - values
@@ -327,7 +328,7 @@ async def test_colours_of_12_bits_are_read(edited: Edited) -> None:
 
 @pytest.mark.parametrize("order", "<>")
 async def test_deflated_grey_of_16_bits_with_white_as_0_is_no_negative(
-    edited: Edited, order: str
+    edited: Edited, order: ByteOrder
 ) -> None:
     data = tiff(65535 - GREY_16, order, photometric="miniswhite", compression="zlib")
     assert np.array_equal((await edited(data, "in.tif")).seen, GREY_SEEN)
@@ -587,7 +588,8 @@ FORMATS = [".png", ".jpg", ".webp", ".avif", ".tif"]
 def density_of(result: Result) -> tuple[float, float]:
     """Pixels per inch, from where each format has them."""
     if "dpi" in result.info:
-        return tuple(float(value) for value in result.info["dpi"])
+        across, down = result.info["dpi"]
+        return float(across), float(down)
     assert result.exif[ExifTags.Base.ResolutionUnit] == 2
     return float(result.exif[ExifTags.Base.XResolution]), float(
         result.exif[ExifTags.Base.YResolution]
