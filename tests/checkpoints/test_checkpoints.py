@@ -24,7 +24,7 @@ from step1x_edit.checkpoints.read import (
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
-from tiny import VAE, a_picture, tiny_pipeline
+from tiny import VAE, a_picture, final_picture, tiny_pipeline
 
 REQUEST = NetworkRequest(a_picture(), "make it night", num_steps=2, size_level=64)
 
@@ -57,8 +57,7 @@ def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Chec
 
 
 def picture(pipeline: EditPipeline) -> np.ndarray:
-    *_, edited = pipeline.edit(REQUEST)
-    return edited.image
+    return final_picture(pipeline, REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +86,7 @@ def test_the_recogniser_is_part_of_the_demo(tmp_path: Path) -> None:
 
     assert recogniser is not None
     assert recogniser.labels == ("night", "unknown")
+    assert pipeline.recogniser is not None
     assert torch.equal(recogniser.weight, pipeline.recogniser.weight)
 
 

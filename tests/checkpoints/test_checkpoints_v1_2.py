@@ -27,7 +27,7 @@ from step1x_edit.model.config import V1_2, V1_2_PREVIEW
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker.opening import open_chosen
-from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
+from tiny import a_picture, final_picture, tiny_pipeline, tiny_pipeline_v1_2
 
 HEAD = "lm_head.weight"
 REQUEST = NetworkRequest(a_picture(), 'write "no" here', num_steps=2, size_level=64)
@@ -57,12 +57,11 @@ def read(path: Path, pipeline: EditPipeline, version: str | None = None) -> Chec
 
 
 def picture(pipeline: EditPipeline) -> bytes:
-    *_, edited = pipeline.edit(REQUEST)
-    return edited.image.tobytes()
+    return final_picture(pipeline, REQUEST).tobytes()
 
 
 def head_of(checkpoint: Checkpoint) -> torch.Tensor:
-    return checkpoint.pipeline.conditioner.vlm.get_submodule("lm_head").weight
+    return checkpoint.pipeline.conditioner.vlm.get_parameter("lm_head.weight")
 
 
 def test_it_is_read_as_it_was_written(original: Path, pipeline: EditPipeline) -> None:

@@ -28,7 +28,7 @@ from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.worker.residency import Residency
-from tiny import TINY, a_picture, tiny_pipeline
+from tiny import TINY, a_picture, final_picture, tiny_pipeline
 
 CONFIG = TINY.transformer
 LINKS = transformer_links(CONFIG)
@@ -129,7 +129,7 @@ def test_both_layouts_of_the_weights_change_alike(tmp_path: Path) -> None:
     module = "double_blocks.0.txt_attn.qkv"
     down, up = factors(*SHAPES[f"{module}.weight"])
     fused = written(tmp_path / "fused.safetensors", kohya(module, alpha=float(RANK)))
-    parts = {}
+    parts: dict[str, torch.Tensor] = {}
     ups = up.split(CONFIG.hidden_size)
     for name, part in zip(("add_q_proj", "add_k_proj", "add_v_proj"), ups, strict=True):
         key = f"transformer.transformer_blocks.0.attn.{name}"
@@ -237,8 +237,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def picture(pipeline: EditPipeline) -> np.ndarray:
-    *_, edited = pipeline.edit(NetworkRequest(a_picture(), "night", num_steps=2, size_level=64))
-    return edited.image
+    request = NetworkRequest(a_picture(), "night", num_steps=2, size_level=64)
+    return final_picture(pipeline, request)
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu")])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fakes import FakeWorker, Gate, ManualClock, a_job, predicted, settled
+from fakes import FakeWorker, Gate, ManualClock, a_job, canvas, predicted, settled
 from step1x_edit.channel import EditJob, Memory, Phase, Progress, Report
 from step1x_edit.engine.engine import HEARTBEAT_S, Engine, EngineStatus
 from step1x_edit.errors import (
@@ -65,7 +65,7 @@ async def test_an_edit_yields_every_step_and_then_the_picture(make_engine: MakeE
 
     steps = [f"denoising {k}/10" for k in range(1, 11)]
     assert texts == ["queued, position 1", "loading model", "encoding", *steps, "decoding"]
-    assert np.array_equal(result.painted.image, 255 - job.image)
+    assert np.array_equal(result.painted.image, 255 - canvas(job))
 
 
 async def test_edits_run_in_order_on_one_thread(make_engine: MakeEngine) -> None:
@@ -328,7 +328,10 @@ async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
     assert steps == list(range(1, 11))
     (shown,) = (event for event in events if event.preview is not None)
     assert shown.step == 7
-    assert np.array_equal(shown.preview, predicted(edit.job, 7))
+    expected = predicted(edit.job, 7)
+    assert shown.preview is not None
+    assert expected is not None
+    assert np.array_equal(shown.preview, expected)
 
 
 async def test_closing_ends_every_edit_and_refuses_new_ones(make_engine: MakeEngine) -> None:
@@ -599,8 +602,8 @@ async def test_a_slow_preview_is_not_taken_for_silence(make_engine: MakeEngine) 
 
         def receive(self, timeout_s: float) -> Report | None:
             if self.late is not None:
-                report, self.late = self.late, None
-                return report
+                late, self.late = self.late, None
+                return late
             report = super().receive(timeout_s)
             if report and isinstance(report.event, Progress) and report.event.preview is not None:
                 clock.advance(min(60, timeout_s))

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from extent import by_extent
-from fakes import ManualClock
+from fakes import ManualClock, canvas
 from step1x_edit.channel import Cancel, Done, EditJob, Failed, Offload, Report
 from step1x_edit.checkpoints.arena import Weight
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
@@ -74,7 +74,9 @@ class LayerPipeline:
         yield Progress("decoding", 0, 1)
         # The picture proves that the weights were where they should be.
         is_right = torch.equal(self.layer.weight, TRUTH)
-        yield Edited(255 - run.request.image if is_right else np.zeros_like(run.request.image))
+        image = run.request.image
+        assert image is not None
+        yield Edited(255 - image if is_right else np.zeros_like(image))
 
 
 class Turnstile:
@@ -292,7 +294,7 @@ class EngineMachine(RuleBasedStateMachine):
             # A move under a lease would be an InternalError.
             if not isinstance(result, EXPECTED):
                 assert isinstance(result, EditResult), result
-                assert np.array_equal(result.painted.image, 255 - edit.job.image)
+                assert np.array_equal(result.painted.image, 255 - canvas(edit.job))
         assert all(move.done() for move in self.moves)
         self.engine.close()
         self.loop.close()
@@ -304,7 +306,7 @@ EngineMachine.TestCase.settings = settings(
 
 
 @pytest.mark.timeout(600)
-class TestEngineMachine(EngineMachine.TestCase):  # type: ignore[misc]
+class TestEngineMachine(EngineMachine.TestCase):  # type: ignore[misc,valid-type]  # a property
     @classmethod
     def setUpClass(cls) -> None:
         gc.freeze()  # or every collection would go through all that torch has brought

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fakes import predicted
+from fakes import canvas, predicted
 from step1x_edit.channel import EditJob, Memory, Start
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
@@ -86,7 +86,7 @@ async def test_a_picture_crosses_the_border_and_comes_back(engine: ToyEngine) ->
         *("loading model", "loading model", "encoding"),
         *("denoising 1/3", "denoising 2/3", "denoising 3/3", "decoding"),
     ]
-    assert np.array_equal(result.painted.image, 255 - job.image)
+    assert np.array_equal(result.painted.image, 255 - canvas(job))
     assert result.painted.warning == "v1.1 雪 "  # what it read from stdin: nothing
     assert result.residence.memory == Memory(0.5, 1.5)
     assert engine.status().residence == result.residence
@@ -98,7 +98,10 @@ async def test_previews_cross_the_border_with_their_steps(engine: ToyEngine) -> 
     previews = {event.text: event.preview async for event in edit.events()}
 
     assert [text for text, preview in previews.items() if preview is not None] == ["denoising 1/3"]
-    assert np.array_equal(previews["denoising 1/3"], predicted(job, 1))
+    preview, expected = previews["denoising 1/3"], predicted(job, 1)
+    assert preview is not None
+    assert expected is not None
+    assert np.array_equal(preview, expected)
 
 
 async def test_one_process_serves_all_edits_until_it_is_released(engine: ToyEngine) -> None:

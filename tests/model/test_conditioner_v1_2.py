@@ -226,9 +226,11 @@ def test_as_many_image_tokens_are_expected_as_there_are(
 def test_the_processor_gets_the_picture_as_it_is() -> None:
     """v1 rounds to 28 pixels before; v1.2 resamples once, so what is seen differs."""
     picture = a_picture(1000, 600)
-    limits = {"min_pixels": 28 * 28, "max_pixels": 112 * 112}
     v1, v1_2 = (
-        prepare_image(picture, dataclasses.replace(preset.conditioner, **limits))
+        prepare_image(
+            picture,
+            dataclasses.replace(preset.conditioner, min_pixels=28 * 28, max_pixels=112 * 112),
+        )
         for preset in (V1_1, V1_2)
     )
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(pipeline: Ed
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
 def test_both_prompts_matter_under_guidance(pipeline: EditPipeline, field: str) -> None:
-    other = dataclasses.replace(REQUEST, **{field: "a scene"})
+    change: dict[str, Any] = {field: "a scene"}
+    other = dataclasses.replace(REQUEST, **change)
 
     assert picture(pipeline, other).tobytes() != picture(pipeline, REQUEST).tobytes()
 
@@ -260,7 +262,9 @@ def counted(module: torch.nn.Module) -> Iterator[list[object]]:
 def advance(pipeline: EditPipeline, run: EditRun, plan: Plan) -> tuple[list[Progress], np.ndarray]:
     *progress, edited = pipeline.advance(run, plan)
     assert isinstance(edited, Edited)
-    return progress, edited.image
+    steps = [event for event in progress if isinstance(event, Progress)]
+    assert steps == progress
+    return steps, edited.image
 
 
 @pytest.mark.parametrize("edit", [REQUEST, dataclasses.replace(REQUEST, guidance_scale=1.0)])
@@ -359,7 +363,9 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
 
 def test_pixels_that_are_not_finite_are_an_error() -> None:
     pipeline = tiny_pipeline()
-    pipeline.vae.decoder.conv_out.bias[0] = torch.nan
+    bias = pipeline.vae.decoder.conv_out.bias
+    assert bias is not None
+    bias[0] = torch.nan
 
     with pytest.raises(FloatingPointError):
         picture(pipeline, REQUEST)
@@ -370,7 +376,7 @@ def test_pixels_that_are_not_finite_are_an_error() -> None:
     [({"image": a_picture(900, 2)}, "too narrow"), ({"num_steps": 0}, "num_steps")],
 )
 def test_a_request_that_cannot_be_met_is_refused(
-    pipeline: EditPipeline, changes: dict[str, object], message: str
+    pipeline: EditPipeline, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         picture(pipeline, dataclasses.replace(REQUEST, **changes))

@@ -56,6 +56,8 @@ def test_the_loop_agrees_with_one_written_from_the_training_forward(
 
         ids = image_position_ids(encoded.rows, encoded.columns, (1.0, 0.0, 0.0))
         number = encoded.rows * encoded.columns
+        assert request.image is not None
+        assert request.negative_prompt is not None
         seen = Image.fromarray(request.image).resize((64, 48), Image.Resampling.LANCZOS)
         encodings = conditioner.encode_each(
             [request.prompt, request.negative_prompt], np.asarray(seen)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,11 +149,11 @@ class Work:
         self._count("last_block", transformer.final_layer)
         rope = transformer.rope
 
-        def counted(*arguments: object) -> Tensor:
+        def counted(*arguments: Any, **named: Any) -> Tensor:
             self.done["rope_cache"] += 1
-            return rope(*arguments)
+            return rope(*arguments, **named)
 
-        transformer.rope = counted
+        transformer.rope = counted  # type: ignore[method-assign]  # to count its calls
         self._stack.callback(delattr, transformer, "rope")
         return self.done
 
@@ -266,10 +267,14 @@ def test_blocks_are_given_tables_of_the_same_strides_whatever_was_cut(
 
 
 def test_only_the_latest_tables_are_kept() -> None:
-    tables, made = RecentTables(most=2), []
+    tables, made = RecentTables(most=2), list[str]()
 
     def get(key: str) -> Tensor:
-        return tables.get(key, lambda: made.append(key) or torch.zeros(1))
+        def make() -> Tensor:
+            made.append(key)
+            return torch.zeros(1)
+
+        return tables.get(key, make)
 
     first = get("a")
     assert get("b") is not get("a")

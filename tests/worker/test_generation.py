@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import InvalidParameterError
 from step1x_edit.model.blocks import Layout
+from step1x_edit.model.conditioner import Conditioner
 from step1x_edit.model.config import DEMO, V1_0, V1_1, V1_2
 from step1x_edit.model.flow import guide, schedule
 from step1x_edit.model.latents import position_ids
@@ -60,14 +62,15 @@ def test_every_choice_changes_the_picture(pipeline: EditPipeline) -> None:
     picture = made(pipeline, REQUEST)
 
     assert np.array_equal(made(pipeline, REQUEST), picture)
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"prompt": "a red fox"},
         {"negative_prompt": "night"},
         {"seed": 8},
         {"guidance_scale": 3.0},
         {"num_steps": 4},
-    ):
-        other = made(pipeline, dataclasses.replace(REQUEST, **change))  # type: ignore[arg-type]
+    ]
+    for change in changes:
+        other = made(pipeline, dataclasses.replace(REQUEST, **change))
         assert not np.array_equal(other, picture), change
 
 
@@ -91,6 +94,7 @@ def test_the_network_sees_no_reference_and_the_conditioner_a_black_square(
 
         black = np.zeros((1024, 1024, 3), np.uint8)
         prompts = [REQUEST.prompt, str(pipeline.config.generation_negative_prompt)]
+        assert isinstance(pipeline.conditioner, Conditioner)
         embeds, mask = pipeline.conditioner.encode_many(prompts, black)
         timesteps = schedule(3, 12)
         prologue = pipeline.transformer.prologue(embeds, mask, timesteps[:-1])

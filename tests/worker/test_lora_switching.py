@@ -34,7 +34,7 @@ from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency
-from tiny import TINY, a_picture, tiny_pipeline
+from tiny import TINY, a_picture, final_picture, tiny_pipeline
 
 SHAPES = {n: tuple(t.shape) for n, t in Transformer(TINY.transformer).state_dict().items()}
 DEVICE = torch.device("cpu")  # a second copy in host memory stands in for it
@@ -87,8 +87,8 @@ def opened(folder: Path) -> OpenedCheckpoint:
 
 
 def picture(pipeline: EditPipeline) -> bytes:
-    *_, edited = pipeline.edit(NetworkRequest(a_picture(), "night", num_steps=2, size_level=64))
-    return bytes(edited.image.tobytes())
+    request = NetworkRequest(a_picture(), "night", num_steps=2, size_level=64)
+    return final_picture(pipeline, request).tobytes()
 
 
 def edited(residency: Residency) -> bytes:

@@ -36,7 +36,7 @@ from step1x_edit.worker.page_lock import lock_order
 from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency
 from step1x_edit.worker.streaming import BlockStreamer, HostCopies
-from tiny import a_picture, tiny_pipeline
+from tiny import a_picture, location, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
 STEPS = 3
@@ -109,11 +109,11 @@ def test_the_picture_is_the_same_whatever_stays_on_disk(
     residency = residency_with(folder, components, share)
     for _ in range(2):  # also after it has been away
         residency.onload()
-        assert residency.location == "GPU"
+        assert location(residency) == "GPU"
         assert picture(residency) == expected
         assert picture(residency) == expected
         residency.offload()
-        assert residency.location == "CPU"
+        assert location(residency) == "CPU"
     residency.release()
     residency.onload()
     assert picture(residency) == expected
@@ -195,6 +195,9 @@ def test_each_block_is_read_when_it_is_needed_and_let_go(
         assert sum(each() is not None for each in memories) <= 2
         return memory
 
+    def copy(source: Tensor, target: Tensor) -> None:
+        target.copy_(source)
+
     disk = ReadAhead(read)
     slots = torch.empty(num_slots, max(b.size for b in left_out), dtype=torch.uint8)
     streamer = BlockStreamer(
@@ -203,7 +206,7 @@ def test_each_block_is_read_when_it_is_needed_and_let_go(
         opened.checkpoint.pipeline.modules,
         left_out,
         slots,
-        HostCopies(lambda source, target: target.copy_(source)),
+        HostCopies(copy),
         disk,
     )
 
@@ -261,7 +264,7 @@ def test_a_file_that_has_changed_is_named_and_read_anew_by_the_next_edit(
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         brought_picture(residency)
 
-    assert residency.location == "Unloaded"
+    assert location(residency) == "Unloaded"
     file.write_bytes(whole)
     residency.onload()
     assert picture(residency) == expected
@@ -279,7 +282,7 @@ def test_numbers_that_are_not_finite_are_found_when_they_are_read(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight that are not"):
         picture(residency)
 
-    assert residency.location == "Unloaded"
+    assert location(residency) == "Unloaded"
 
 
 @pytest.mark.parametrize("moment", range(8))

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline = tiny_pipeline()
     write_demo(folder / "v1_1", pipeline)
     write_demo(folder / "v1_2", tiny_pipeline_v1_2())
-    rows, columns = pipeline.transformer.get_submodule(LAYER).weight.shape
+    rows, columns = pipeline.transformer.get_parameter(f"{LAYER}.weight").shape
     name = f"lora_unet_{LAYER.replace('.', '_')}"
     factors = {f"{name}.lora_down.weight": (2, columns), f"{name}.lora_up.weight": (rows, 2)}
     tensors = {key: torch.full(shape, 0.5) for key, shape in factors.items()}

@@ -20,7 +20,7 @@ from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker.residency import Residency
 from step1x_edit.worker.streaming import BlockStreamer
-from tiny import a_picture, tiny_pipeline
+from tiny import a_picture, location, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
 STEPS = 3
@@ -65,13 +65,13 @@ def test_the_picture_is_the_same_whatever_share_is_resident(
     residency = residency_with(folder, share)
     for _ in range(2):  # also after it has been away
         residency.onload()
-        assert residency.location == "GPU"
+        assert location(residency) == "GPU"
         assert residency.plan is not None
         assert residency.plan.is_streaming
         assert picture(residency) == expected
         assert picture(residency) == expected
         residency.offload()
-        assert residency.location == "CPU"
+        assert location(residency) == "CPU"
     residency.release()
     residency.onload()
     assert picture(residency) == expected
@@ -157,7 +157,9 @@ def test_a_model_that_needs_more_than_there_is_gives_up_a_quarter_at_a_time(
     assert all(share <= 1 - 0.25 * (i + 1) + 1e-9 for i, share in enumerate(shares))
     residency.release()
     residency.onload()
-    assert residency.plan.core_share == 1
+    plan = residency.plan
+    assert plan is not None
+    assert plan.core_share == 1
 
 
 class LateCopies:
