@@ -40,8 +40,9 @@ def test_a_late_step_does_not_let_the_time_left_grow_or_end() -> None:
     left.saw("denoising", 1, TOTAL)
     clock.advance(1)
     left.saw("denoising", 2, TOTAL)
-    seen = []
+    seen: list[float] = []
     for _ in range(20):
+        assert left.seconds is not None
         seen.append(left.seconds)
         clock.advance(1)
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -27,16 +28,17 @@ EXAMPLE = 'step1x-edit edit photo.jpg "add a red hat"'
 pytestmark = pytest.mark.usefixtures("fake_model")
 
 
-def program(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+def program(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The program as a process, started by the name of its package."""
-    environment = {**os.environ, **options.pop("env", {})}  # type: ignore[dict-item]
-    return subprocess.run(
+    environment = {**os.environ, **options.pop("env", {})}
+    ended: subprocess.CompletedProcess[str] = subprocess.run(
         [sys.executable, "-m", "step1x_edit", *words],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},  # type: ignore
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
         env=environment,
         timeout=240,
         check=False,
     )
+    return ended
 
 
 @pytest.mark.parametrize(

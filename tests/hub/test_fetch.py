@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
+from huggingface_hub import constants
 
 from http_server import until
 from local_hub import LISTING, Fault, Hub, running_hub
@@ -26,7 +28,7 @@ from step1x_edit.errors import (
     NoSpaceError,
     OutputNotWritableError,
 )
-from step1x_edit.hub import fetch, pulled
+from step1x_edit.hub import fetch
 from step1x_edit.hub.catalog import CATALOG, QWEN, find_model
 from step1x_edit.hub.fetch import PullProgress, pull
 from step1x_edit.hub.pulled import (
@@ -262,7 +264,7 @@ def test_a_line_that_breaks_all_the_time_gets_there(hub: Hub, tmp_path: Path) ->
 def test_a_server_that_falls_silent_is_asked_for_the_rest(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     hub.faults[BIG] = iter([Fault(stall_after=100_000)])
 
     assert (fetched(hub, tmp_path) / BIG).read_bytes() == WEIGHTS
@@ -477,7 +479,7 @@ def test_an_address_that_is_none_is_told(tmp_path: Path, url: str) -> None:
 
 
 def test_offline_means_offline(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
     assert "HF_HUB_OFFLINE is set" in refusal(hub, tmp_path)
     assert hub.requests == []
@@ -503,7 +505,7 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = SimpleNamespace(free=100_000)
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     listing = hub.listing
 
     def huge(repo: str) -> dict[str, object]:
@@ -628,7 +630,7 @@ def test_a_removal_that_is_cut_short_leaves_no_half_model(
 
     fetched(hub, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pulled.shutil, "rmtree", cut_short)
+        patch.setattr(shutil, "rmtree", cut_short)
         with pytest.raises(KeyboardInterrupt):
             remove_model(TINY, tmp_path)
 

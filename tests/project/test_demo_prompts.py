@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import demo_prompts  # noqa: E402
+import demo_words_zh  # noqa: E402
 from demo_prompts import (  # noqa: E402
     HELD_OUT_WORDS,
     LABELS,
@@ -129,7 +130,7 @@ def test_the_empty_prompt_leaves_the_picture_as_it_is() -> None:
 
 def test_traditional_phrases_hold_no_simplified_character() -> None:
     rng = random.Random(6)
-    simplified = set(demo_prompts.demo_words_zh.SIMPLIFIED_CHARACTERS)
+    simplified = set(demo_words_zh.SIMPLIFIED_CHARACTERS)
     for label in LABELS:
         for _ in range(20):
             prompt = sample_prompt(label, rng, held_out=None, language="zh-hant")

@@ -36,7 +36,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditService]:
     """The real service, as it is found on this machine while the module's tests run."""
     settings = Settings(
-        _env_file=None,  # type: ignore[call-arg]
+        _env_file=None,
         model_path=None,
         allowed_dirs=(tmp_path_factory.getbasetemp(),),
         default_num_steps=10,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,7 @@ def test_a_folder_exchanged_before_the_file_is_opened_is_noticed(
         (root / "a").symlink_to(outside)
         return really_open(*args, **kwargs)
 
-    monkeypatch.setattr(step1x_edit.service.files.os, "open", exchange_and_open)
+    monkeypatch.setattr(os, "open", exchange_and_open)
     with pytest.raises(PathNotAllowedError):
         files.read(str(root / "a/x.png"))
 
@@ -336,7 +337,7 @@ def test_a_file_that_grows_is_not_read_without_end(
     files: FileAccess, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (root / "log.png").write_bytes(b"x")
-    monkeypatch.setattr(step1x_edit.service.files.os, "read", lambda *_: b"x" * 100)
+    monkeypatch.setattr(os, "read", lambda *_: b"x" * 100)
     with pytest.raises(ImageTooLargeError):
         files.read(str(root / "log.png"))
 
@@ -531,10 +532,7 @@ def test_of_many_publishers_of_one_name_one_wins(
         without_unnamed_files(monkeypatch)
     outputs = [files.plan_output(str(root / "x.png"), []) for _ in range(32)]
     results = at_once(
-        [
-            lambda output=output, i=i: files.publish(output, b"%d" % i)
-            for i, output in enumerate(outputs)
-        ]
+        [partial(files.publish, output, b"%d" % i) for i, output in enumerate(outputs)]
     )
     winners = [i for i, result in enumerate(results) if isinstance(result, Path)]
     assert len(winners) == 1
@@ -550,7 +548,7 @@ def test_many_publishers_of_a_default_name_get_a_name_each(
     if named:
         without_unnamed_files(monkeypatch)
     output = files.plan_default_output(str(root / "cat.png"), [])
-    results = at_once([lambda i=i: files.publish(output, b"%d" % i) for i in range(32)])
+    results = at_once([partial(files.publish, output, b"%d" % i) for i in range(32)])
     contents = {Path(str(result)).read_bytes() for result in results}
     assert contents == {b"%d" % i for i in range(32)}
     assert len(listing(root)) == 32
@@ -590,13 +588,18 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name(
         without_unnamed_files(monkeypatch)
     output = files.plan_output(str(root / "x.png"), [], overwrite=overwrite)
     calls: list[str] = []
-    for name in ("write", "fsync", "link", "replace"):
+
+    def noted(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
-        monkeypatch.setattr(
-            step1x_edit.service.files.os,
-            name,
-            lambda *args, name=name, real=real, **kw: (calls.append(name), real(*args, **kw))[1],
-        )
+
+        def call(*args: Any, **kw: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kw)
+
+        return call
+
+    for name in ("write", "fsync", "link", "replace"):
+        monkeypatch.setattr(os, name, noted(name))
     files.publish(output, b"new")
     # The last one makes the name itself durable.
     assert calls == ["write", "fsync", "link", *(["replace"] if overwrite else []), "fsync"]
@@ -671,7 +674,7 @@ def fail_at(n: int, code: int, patch: pytest.MonkeyPatch) -> Callable[[], bool]:
     supported = step1x_edit.service.files._CAN_WORK_BELOW_DESCRIPTORS
     assert supported
     for name in STEPS:
-        patch.setattr(step1x_edit.service.files.os, name, faulty(getattr(os, name)))
+        patch.setattr(os, name, faulty(getattr(os, name)))
     return lambda: calls >= n
 
 
@@ -685,7 +688,7 @@ def test_without_hard_links_nothing_is_overwritten_either(
         raise OSError(errno.EPERM, "no links here")
 
     output = files.plan_output(str(root / "x.png"), [])
-    monkeypatch.setattr(step1x_edit.service.files.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     files.publish(output, b"first")
     with pytest.raises(OutputExistsError):
         files.publish(output, b"second")

@@ -40,6 +40,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
+from step1x_edit.schemas.requests import JobState
 from step1x_edit.service.job_store import (
     DATABASE_NAME,
     LOST_NAME,
@@ -110,7 +111,8 @@ async def test_an_accepted_job_waits_with_its_input_and_its_request(data_dir: Pa
         second = await store.create(b"dog", {})
         assert (first.state, first.position, second.position) == ("queued", 1, 2)
         assert (first.request, first.created_at) == (REQUEST, clock.time)
-        assert first.answer is first.progress is first.started_at is first.finished_at is None
+        assert (first.answer, first.progress) == (None, None)
+        assert (first.started_at, first.finished_at) == (None, None)
         assert await store.get(first.id) == first
         assert await store.read_input(second.id) == JobInput(b"dog")
 
@@ -268,10 +270,10 @@ async def test_events_are_numbered_and_can_be_read_again_from_any(data_dir: Path
         await store.succeed(job.id, b"hat", {"status": "success"})
         start = clock.time - 1
         assert await events_of(store, job.id) == [
-            JobEvent(1, start, "queued", None),
-            JobEvent(2, start, "running", None),
-            JobEvent(3, start + 1, "running", Progress(Phase.DENOISING, 1, 28)),
-            JobEvent(4, start + 1, "succeeded", None),
+            JobEvent(1, start, JobState.QUEUED, None),
+            JobEvent(2, start, JobState.RUNNING, None),
+            JobEvent(3, start + 1, JobState.RUNNING, Progress(Phase.DENOISING, 1, 28)),
+            JobEvent(4, start + 1, JobState.SUCCEEDED, None),
         ]
         assert [event.number for event in await events_of(store, job.id, last=3)] == [4]
         assert await events_of(store, job.id, last=4) == await events_of(store, job.id, 99) == []
@@ -1158,7 +1160,8 @@ class StoreMachine(RuleBasedStateMachine):
             max_wait_s=MAX_WAIT_S,
             now=self.clock,
         )
-        return self.do(store.__aenter__())
+        self.do(store.__aenter__())
+        return store
 
     def in_state(self, *states: str) -> list[str]:
         return [job_id for job_id, job in self.jobs.items() if job.state in states]

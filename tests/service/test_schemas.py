@@ -86,8 +86,8 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         assert model.model_fields["thinking"].default is False
         assert model.model_fields["reflection"].default is False
         assert model.model_fields["reflection_rounds"].default == 3
-    for model in (EditRequest, BatchRequest, PictureRequest):
-        assert list(parameters_of(model))[-1] == "reflection_rounds"
+    for tool in (EditRequest, BatchRequest, PictureRequest):
+        assert list(parameters_of(tool))[-1] == "reflection_rounds"
     assert list(parameters_of(EditRequest)) == list(contract)
     assert list(parameters_of(BatchRequest))[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]

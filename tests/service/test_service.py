@@ -399,7 +399,11 @@ async def test_the_report_brings_as_many_previews_as_were_asked_for(
     make_service: MakeService, photo: Path
 ) -> None:
     turns = threading.Semaphore(1)
-    service = make_service(FakeWorker(before_step=lambda job, step: turns.acquire(timeout=240)))
+
+    def take_a_turn(job: EditJob, step: int) -> None:
+        turns.acquire(timeout=240)
+
+    service = make_service(FakeWorker(before_step=take_a_turn))
     previews: dict[str, Pixels] = {}
 
     async def report(event: Progress) -> None:
