@@ -8,6 +8,7 @@ softness is the same for all edits, and not what these tests are about.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class Session:
         return read(Path(self.answers[name]["output_path"]))
 
 
-def read(path: Path) -> Picture:
-    return np.asarray(Image.open(path).convert("RGB"), np.float32) / 255
+def read(file: Path | io.BytesIO) -> Picture:
+    return np.asarray(Image.open(file).convert("RGB"), np.float32) / 255
 
 
 def distance(a: Picture, b: Picture) -> float:

@@ -18,8 +18,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker
+from fakes import FakeWorker, canvas
 from http_server import TOKEN, serving
+from mcp_answers import answer_of
 from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError, Step1XEditError
@@ -53,7 +54,8 @@ def painted(job: EditJob) -> Pixels:
         job.reflection_rounds,
     )
     random = np.random.default_rng(zlib.crc32(repr(asked).encode()))
-    return job.image ^ random.integers(0, 256, job.image.shape, dtype=np.uint8)
+    image = canvas(job)
+    return image ^ random.integers(0, 256, image.shape, dtype=np.uint8)
 
 
 def worked(job: EditJob, step: int) -> None:
@@ -102,7 +104,7 @@ class Doors:
                 headers={"Authorization": f"Bearer {TOKEN}"},
             )
         if answer.status_code == 200:
-            return answer.content
+            return bytes(answer.content)
         sentence: str = answer.json()["detail"]
         return sentence
 
@@ -136,8 +138,9 @@ class Doors:
         arguments = {"image_path": str(picture), **_by_path(asked), **self._out("m")}
         async with client:
             result = await client.call_tool("edit_image", arguments, raise_on_error=False)
-        assert result.is_error == (result.structured_content["status"] == "error")
-        return _result(result.structured_content)
+        answer = answer_of(result)
+        assert result.is_error == (answer["status"] == "error")
+        return _result(answer)
 
     def _out(self, name: str) -> dict[str, Any]:
         return {"output_path": str(self._folder / f"{name}.png"), "overwrite": True}

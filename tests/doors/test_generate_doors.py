@@ -26,7 +26,7 @@ from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError, Step1XEditError
 from step1x_edit.interfaces.cli import app as cli
-from step1x_edit.interfaces.http.openai.images import GENERATIONS_PATH
+from step1x_edit.interfaces.http.openai.requests import GENERATIONS_PATH
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import read_edit_record, read_record
 from step1x_edit.schemas.requests import GenerationRecord
@@ -107,7 +107,7 @@ class Doors:
             job = (await client.get(path)).json()
             if job["status"] != "succeeded":
                 return str(job["error"])
-            return (await client.get(f"{path}/content")).content
+            return bytes((await client.get(f"{path}/content")).content)
 
     async def command_line_through_server(self, asked: dict[str, Any]) -> Result:
         return await self.command_line(asked, "--url", self._url, "--api-key", TOKEN)

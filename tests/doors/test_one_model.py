@@ -128,7 +128,7 @@ async def test_two_stdio_servers_http_and_rest_share_one_worker_and_one_model(
         answer = result.structured_content
         assert answer["output_path"] == str(tmp_path / f"{name}.png")
         assert nearest_edit(read(Path(answer["output_path"])), before) == name
-    assert nearest_edit(read(io.BytesIO(sent.content)), before) == "sepia"  # type: ignore[arg-type]
+    assert nearest_edit(read(io.BytesIO(sent.content)), before) == "sepia"
     by_stdio, by_rest = (read(f) for f in (tmp_path / "bw.png", io.BytesIO(again.content)))
     assert np.array_equal(by_stdio, by_rest)
     assert [status["statistics"]["total_loads"] for status in stati] == [1, 1, 1]

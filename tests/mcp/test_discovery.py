@@ -22,12 +22,13 @@ import httpx2
 import pytest
 from fastmcp import Client, FastMCP
 from fastmcp.client.transports import StdioTransport
-from mcp_types import PromptReference
+from mcp_types import BlobResourceContents, ImageContent, PromptReference
 from PIL import Image
 
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import SECRET, TOKEN, announcing, listening, listening_stranger
+from mcp_answers import answer_of, text_in, text_of
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.discovery import (
     NOTE_NAME,
@@ -370,18 +371,21 @@ async def test_two_stdio_servers_and_rest_share_the_one_model_of_a_running_serve
             viewed = await one.call_tool("view_image", {"path": (first / "mine.png").as_uri()})
             (read,) = await one.read_resource((first / "mine.png").as_uri())
 
-    assert [result.structured_content["output_path"] for result in results] == [
+    assert [answer_of(result)["output_path"] for result in results] == [
         str(first / "mine_edited.png"),
         str(second / "mine_edited.png"),
     ]
-    assert [r.structured_content["metadata"]["changed_share"] for r in results] == [1, 1]
-    assert unmasked.structured_content["error"] == "Image file not found: no.png"
-    answer = batch.structured_content
+    assert [answer_of(r)["metadata"]["changed_share"] for r in results] == [1, 1]
+    assert answer_of(unmasked)["error"] == "Image file not found: no.png"
+    answer = answer_of(batch)
     assert answer["results"][0]["result"]["output_path"] == str(second / "new" / "mine_edited.png")
     assert [item["input"] for item in answer["results"]] == ["mine.png", "no.png"]
     assert answer["results"][1]["result"]["error"] == "Image file not found: no.png"
-    assert json.loads(batch.content[0].text) == answer
-    assert viewed.content[0].mime_type == "image/jpeg"
+    assert json.loads(text_of(batch)) == answer
+    image = viewed.content[0]
+    assert isinstance(image, ImageContent)
+    assert image.mime_type == "image/jpeg"
+    assert isinstance(read, BlobResourceContents)
     assert base64.b64decode(read.blob) == photo.read_bytes()
     assert sent.status_code == 200
     assert sorted(worker.started) == ["a", "b", "c", "d"]
@@ -415,6 +419,7 @@ async def test_everything_comes_through_a_joined_server(
             tools = await direct.list_tools()
             instructions = direct.instructions
         async with joined(tmp_path, data_dir, mode=mode) as client:
+            assert client.server_info is not None
             said = (client.instructions, client.server_info.name)
             joined_tools = await client.list_tools()
             resource = await client.read_resource("step1x://gpu/status")
@@ -441,7 +446,7 @@ async def test_everything_comes_through_a_joined_server(
 
     assert said == (instructions, "step1x-edit")
     assert [tool.model_dump() for tool in joined_tools] == [tool.model_dump() for tool in tools]
-    assert json.loads(resource[0].text)["status"] == "success"
+    assert json.loads(text_in(resource[0]))["status"] == "success"
     assert len(prompts) == 3
     assert completion.values == ["a mosaic"]
     assert [block.type for block in result.content] == ["text", "image", "resource_link"]
@@ -449,7 +454,7 @@ async def test_everything_comes_through_a_joined_server(
     assert all(later > earlier for earlier, later in pairwise(numbers))
     assert "denoising 1/10" in [message for _, _, message in heard]
     assert bad.is_error
-    assert bad.structured_content["error"] == "Image file not found: no.png"
+    assert answer_of(bad)["error"] == "Image file not found: no.png"
     assert worker.stopped_at == {"stop": 3}
 
 
@@ -507,8 +512,8 @@ async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
 
     for result in results:
         assert result.is_error
-        assert result.structured_content["code"] == "model_unavailable"
-        error = result.structured_content["error"]
+        assert answer_of(result)["code"] == "model_unavailable"
+        error = answer_of(result)["error"]
         assert error.startswith("Manager not initialized: the server that this one had joined")
 
 
@@ -521,4 +526,4 @@ async def test_standalone_joins_nobody(
         async with joined(tmp_path, data_dir, "--standalone", command=command) as client:
             status = await client.call_tool("get_gpu_status", {})
 
-    assert status.structured_content["gpu_status"]["idle_timeout"] == 60
+    assert answer_of(status)["gpu_status"]["idle_timeout"] == 60

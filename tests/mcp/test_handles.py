@@ -21,6 +21,7 @@ from conftest import MakeService
 from fakes import FakeWorker, Gate
 from fast_time import FastLoop
 from http_server import TOKEN, announcing, listening
+from mcp_answers import answer_of, text_of
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import EditCancelledError, JobNotFoundError, OutOfMemoryError
 from step1x_edit.interfaces.mcp.client_config import ClientName, config_file, server_entry
@@ -44,10 +45,10 @@ ERAS = pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def told(client: Client[Any], tool: str, **arguments: Any) -> dict[str, Any]:
     """The answer of a tool, whatever it is; both halves must say the same."""
     result = await client.call_tool(tool, arguments, raise_on_error=False)
-    answer = result.structured_content
-    assert json.loads(result.content[0].text) == answer
+    answer = answer_of(result)
+    assert json.loads(text_of(result)) == answer
     assert result.is_error == (answer["status"] == "error")
-    return dict(answer)
+    return answer
 
 
 def direct(url: str) -> StreamableHttpTransport:
@@ -162,20 +163,18 @@ async def test_what_cannot_be_started_is_told_by_submit(
 async def test_an_unknown_job_and_bad_questions_are_told_in_one_sentence(
     make_service: MakeService,
 ) -> None:
+    questions: list[tuple[str, dict[str, Any]]] = [
+        ("get_job", {"job_id": "edit_of_nobody"}),
+        ("cancel_job", {"job_id": "edit_of_nobody"}),
+        ("get_job", {}),
+        ("get_job", {"job_id": "x", "wait_s": 51}),
+        ("get_job", {"job_id": "x", "wait_s": True}),
+        ("get_job", {"job_id": "x", "wait_s": "nan"}),
+        ("cancel_job", {"job_id": "x", "wait_s": 1}),
+        ("cancel_job", {"job_id": ""}),
+    ]
     async with Client(build_mcp(make_service())) as client:
-        answers = [
-            await told(client, tool, **arguments)
-            for tool, arguments in [
-                ("get_job", {"job_id": "edit_of_nobody"}),
-                ("cancel_job", {"job_id": "edit_of_nobody"}),
-                ("get_job", {}),
-                ("get_job", {"job_id": "x", "wait_s": 51}),
-                ("get_job", {"job_id": "x", "wait_s": True}),
-                ("get_job", {"job_id": "x", "wait_s": "nan"}),
-                ("cancel_job", {"job_id": "x", "wait_s": 1}),
-                ("cancel_job", {"job_id": ""}),
-            ]
-        ]
+        answers = [await told(client, tool, **arguments) for tool, arguments in questions]
 
     unknown = (
         "Job not found: 'edit_of_nobody' is not a job of this server; finished jobs are kept for "
@@ -303,7 +302,7 @@ def test_a_client_that_knows_of_no_limit_gets_its_edit_with_what_its_file_says(
 ) -> None:
     file = config_file(name)
     assert file.limit_s is not None
-    entry = server_entry(Settings(_env_file=None), file)  # type: ignore[call-arg]
+    entry = server_entry(Settings(_env_file=None), file)
     max_wait_s = int((entry.get("env") or entry["envs"])["MCP_MAX_WAIT"])
     gate = Gate()
 
@@ -534,7 +533,7 @@ async def test_of_finished_jobs_only_the_last_are_kept() -> None:
         ids.append(handles.add(await ended(number)))
         await asyncio.sleep(0)
 
-    found = []
+    found: list[Pursuit[int] | None] = []
     for job_id in ids:
         try:
             found.append(handles.get(job_id))

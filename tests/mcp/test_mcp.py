@@ -96,7 +96,9 @@ async def test_progress_rises_over_the_rounds_of_a_reflection(
     same = [numbers[at] for at, message in enumerate(messages) if message == steps[4]]
     assert [later - same[0] for later in same] == [k * len(one_round) for k in range(done)]
     assert {total for _, total, _ in heard} == {1.0 + most * len(one_round) + 1}
-    assert numbers[-1] == heard[-1][1] - 1
+    total = heard[-1][1]
+    assert total is not None
+    assert numbers[-1] == total - 1
 
 
 async def test_steps_that_nobody_could_read_are_not_told(
@@ -380,7 +382,7 @@ async def test_the_status_resource_is_never_stale(make_service: MakeService, pho
 async def test_every_answer_conforms_to_the_schema_of_its_tool(
     make_service: MakeService, photo: Path
 ) -> None:
-    calls = [
+    calls: list[tuple[str, dict[str, Any]]] = [
         ("edit_image", {"image_path": str(photo), "prompt": "x"}),
         ("edit_image", {"image_path": "missing.png", "prompt": "x"}),
         ("batch_edit_images", {"image_paths": [str(photo)], "prompts": "x"}),
@@ -402,7 +404,7 @@ async def test_every_answer_conforms_to_the_schema_of_its_tool(
     server = build_mcp(make_service(FakeWorker(device="cuda"), model_version="v1.1"))
     async with Client(server) as client:
         schemas = {tool.name: tool.output_schema for tool in await client.list_tools()}
-        results, given = [], {}
+        results, given = [], dict[str, Any]()
         for name, arguments in calls:
             if name in ("get_job", "cancel_job"):
                 arguments = given | arguments

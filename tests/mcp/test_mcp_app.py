@@ -21,7 +21,8 @@ from PIL import Image
 from playwright.async_api import Frame, Page, async_playwright
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate
+from fakes import FakeWorker, Gate, canvas
+from mcp_answers import text_in
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import Pixels
@@ -206,7 +207,7 @@ class Host:
 
         await self.page.expose_function("callTool", call_tool)
         (page,) = await self._client.read_resource(PAGE_URI)
-        html = page.text.replace("<head>", f"<head>{POLICY}")
+        html = text_in(page).replace("<head>", f"<head>{POLICY}")
         for name, value in {
             "PAGE": json.dumps(html),
             "RESULT": on_the_wire(result),
@@ -240,9 +241,7 @@ async def hosting(client: Client[Any], width: int = 700) -> AsyncIterator[Host]:
 
 def painted(job: EditJob) -> Pixels:
     """The seed as a colour."""
-    return np.broadcast_to(
-        np.frombuffer(job.seed.to_bytes(4, "big")[1:], dtype=np.uint8), job.image.shape
-    ).copy()
+    return np.full_like(canvas(job), np.frombuffer(job.seed.to_bytes(4, "big")[1:], dtype=np.uint8))
 
 
 @pytest.fixture

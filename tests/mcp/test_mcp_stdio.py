@@ -28,6 +28,7 @@ from PIL import Image
 
 from conftest import MakeService
 from http_server import announcing
+from mcp_answers import answer_of, text_of
 from step1x_edit.interfaces.cli import DEMO_PHOTO
 from step1x_edit.interfaces.mcp.stdin import Messages
 from step1x_edit.interfaces.mcp.stdio import _Pipe, _Wire
@@ -130,7 +131,7 @@ async def failure(client: Client[Any], tool: str, arguments: dict[str, Any]) -> 
     """Call a tool that must fail; both halves of its answer must say the same."""
     result = await client.call_tool(tool, arguments, raise_on_error=False)
     assert result.is_error
-    assert json.loads(result.content[0].text) == result.structured_content
+    assert json.loads(text_of(result)) == result.structured_content
     assert result.structured_content is not None
     assert result.structured_content["status"] == "error"
     return result.structured_content
@@ -245,8 +246,8 @@ async def test_the_tools_with_the_real_model_do_what_the_contract_says(tmp_path:
 async def test_status_before_the_first_edit(client: Client[Any]) -> None:
     result = await client.call_tool("get_gpu_status", {})
 
-    assert json.loads(result.content[0].text) == result.structured_content
-    gpu_status = result.structured_content["gpu_status"]
+    assert json.loads(text_of(result)) == result.structured_content
+    gpu_status = answer_of(result)["gpu_status"]
     assert gpu_status["model_location"] == "Unloaded"
     assert gpu_status["idle_timeout"] == 60
     assert gpu_status["gpu_memory_allocated_gb"] == 0
@@ -259,8 +260,8 @@ async def test_status_before_the_first_edit(client: Client[Any]) -> None:
 
 
 async def test_every_failure_has_the_shape_of_the_contract(client: Client[Any]) -> None:
-    picture = {"image_path": "a.png", "prompt": "x"}
-    for arguments, beginning in [
+    picture: dict[str, Any] = {"image_path": "a.png", "prompt": "x"}
+    cases: list[tuple[dict[str, Any], str]] = [
         (picture | {"image_path": "missing.jpg"}, "Image file not found: missing.jpg"),
         (picture | {"num_steps": 5}, "Invalid parameter: num_steps must be"),
         (picture | {"num_steps": True}, "Invalid parameter: num_steps must be"),
@@ -269,7 +270,8 @@ async def test_every_failure_has_the_shape_of_the_contract(client: Client[Any]) 
         (picture | {"hat": "red"}, "Invalid parameter: 'hat' is unknown"),
         ({"prompt": "x"}, "Invalid parameter: image_path is missing"),
         (picture | {"image_path": "/etc/hostname"}, "Path not allowed: "),
-    ]:
+    ]
+    for arguments, beginning in cases:
         answer = await failure(client, "edit_image", arguments)
 
         assert answer["error"].startswith(beginning)
@@ -279,7 +281,7 @@ async def test_every_failure_has_the_shape_of_the_contract(client: Client[Any]) 
 
 async def test_the_other_tools_fail_in_the_same_shape(client: Client[Any]) -> None:
     batch = {"image_paths": ["a.png", "b.png"], "prompts": "x"}
-    for tool, arguments, beginning in [
+    others: list[tuple[str, dict[str, Any], str]] = [
         ("batch_edit_images", batch | {"prompts": ["x"]}, "Invalid parameter: prompts must be one"),
         ("batch_edit_images", batch | {"image_paths": []}, "Invalid parameter: image_paths must"),
         ("batch_edit_images", batch | {"num_steps": 51}, "Invalid parameter: num_steps must be"),
@@ -288,7 +290,8 @@ async def test_the_other_tools_fail_in_the_same_shape(client: Client[Any]) -> No
         ("get_gpu_status", {"verbose": True}, "Invalid parameter: 'verbose' is unknown"),
         ("offload_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),
         ("release_gpu", {"now": True}, "Invalid parameter: 'now' is unknown"),
-    ]:
+    ]
+    for tool, arguments, beginning in others:
         answer = await failure(client, tool, arguments)
 
         assert answer["error"].startswith(beginning)
@@ -406,7 +409,7 @@ def test_nothing_but_protocol_is_on_stdout_whatever_libraries_do(tmp_path: Path)
     paths = os.pathsep.join([str(noise), os.environ.get("PYTHONPATH", "")])
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     log_file = tmp_path / "log"
-    process = start(tmp_path, log_file=log_file, PYTHONPATH=paths, **QUICK)
+    process = start(tmp_path, (str(SERVER),), log_file, PYTHONPATH=paths, **QUICK)
 
     say(process, HELLO, READY, call(2, "edit_image", {"image_path": "a.png", "prompt": "invert"}))
     assert hear(process)["id"] == 1
@@ -537,6 +540,7 @@ def test_blank_lines_and_blanks_between_the_parts_of_a_message_are_no_mistakes()
 def say_raw(process: subprocess.Popen[str], *lines: bytes) -> None:
     assert process.stdin is not None
     process.stdin.flush()
+    assert isinstance(process.stdin, io.TextIOWrapper)
     process.stdin.buffer.write(b"".join(line + b"\n" for line in lines))
     process.stdin.buffer.flush()
 

@@ -71,6 +71,8 @@ def test_a_client_learns_all_about_the_tools_without_what_only_pictures_need(
             text=True,
             cwd=tmp_path,
         )
+    assert process.stdin is not None
+    assert process.stdout is not None
     with contextlib.closing(process.stdin), contextlib.closing(process.stdout):
         for number, question in enumerate(ASKED):
             process.stdin.write(json.dumps({"jsonrpc": "2.0", "id": number} | question) + "\n")
