@@ -30,6 +30,7 @@ POST = (
 def connected(url: str, sent: bytes = b"", host: str | None = None) -> Iterator[socket.socket]:
     """A connection on which something has been sent; reading from it fails after a minute."""
     parts = urlsplit(url)
+    assert parts.port is not None
     with socket.create_connection((host or parts.hostname, parts.port), 60) as connection:
         connection.sendall(sent)
         yield connection

@@ -18,7 +18,7 @@ from http_server import calling, until
 from step1x_edit.channel import EditJob, Start
 from step1x_edit.engine.machine import Survey, inspect_machine
 from step1x_edit.interfaces.http.estimate import ESTIMATE_PATH
-from step1x_edit.interfaces.http.openai.images import EDITS_PATH
+from step1x_edit.interfaces.http.openai.requests import EDITS_PATH
 
 SEEN = Survey(
     torch="2.13",

@@ -120,7 +120,8 @@ class Answer:
 
     @property
     def problem(self) -> dict[str, Any]:
-        return json.loads(self.body)
+        problem: dict[str, Any] = json.loads(self.body)
+        return problem
 
     def all(self, name: str) -> list[str]:
         """Every value of a header that may come more than once."""
@@ -881,9 +882,7 @@ class lifespan:  # noqa: N801 - reads like a function
 
     async def __aenter__(self) -> None:
         scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-        self._task = asyncio.ensure_future(
-            self._app(scope, self._inbox.get, self._outbox.put)  # type: ignore[arg-type]
-        )
+        self._task = asyncio.ensure_future(self._app(scope, self._inbox.get, self._outbox.put))
         await self._inbox.put({"type": "lifespan.startup"})
         assert (await self._outbox.get())["type"] == "lifespan.startup.complete"
 

@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate
+from fakes import FakeWorker, Gate, canvas
 from http_server import calling, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEditError
@@ -323,7 +323,10 @@ def test_an_event_counts_only_where_there_is_something_to_count(
     service = make_service(FakeWorker(before_step=gate))
     with calling(service) as client:
         with ThreadPoolExecutor(1) as pool:  # an edit that is in front of the job
-            form = {"files": {"file": photo.read_bytes()}, "data": {"prompt": "first"}}
+            form: dict[str, Any] = {
+                "files": {"file": photo.read_bytes()},
+                "data": {"prompt": "first"},
+            }
             edit = pool.submit(client.post, "/api/edit", **form)
             assert gate.reached.wait(60)
             job = create(client, photo)["id"]
@@ -565,7 +568,7 @@ def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
     make_service: MakeService, photo: Path, tmp_path: Path
 ) -> None:
     data_dir, gate = tmp_path / "data", Gate()
-    asked = {"thinking": "true", "reflection": "true", "reflection_rounds": "2"}
+    asked: dict[str, Any] = {"thinking": "true", "reflection": "true", "reflection_rounds": "2"}
     holding = FakeWorker(before_step=gate, model="v1.2")
     with calling(make_service(holding), data_dir=data_dir) as client:
         accepted = create(client, photo, **asked)
@@ -598,7 +601,7 @@ def test_a_job_that_is_to_reason_does_so_after_a_restart_too(
 
 @pytest.mark.parametrize("given", [{}, {"seed": "-1"}])
 def test_a_job_that_is_run_again_after_a_restart_makes_the_same_picture(
-    make_service: MakeService, photo: Path, tmp_path: Path, given: dict[str, str]
+    make_service: MakeService, photo: Path, tmp_path: Path, given: dict[str, Any]
 ) -> None:
     seeds: list[int] = []
     gate = Gate()
@@ -608,7 +611,8 @@ def test_a_job_that_is_run_again_after_a_restart_makes_the_same_picture(
         gate(job, step)
 
     def painted(job: EditJob) -> np.ndarray:
-        return np.random.default_rng(job.seed).integers(0, 256, job.image.shape, dtype=np.uint8)
+        shape = canvas(job).shape
+        return np.random.default_rng(job.seed).integers(0, 256, shape, dtype=np.uint8)
 
     data_dir, again = tmp_path / "data", FakeWorker(paint=painted)
     with calling(make_service(FakeWorker(before_step=hold)), data_dir=data_dir) as client:

@@ -65,6 +65,7 @@ def head_of(request: httpx2.Request) -> bytes:
 
 def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
+    assert parts.port is not None
     return socket.create_connection((parts.hostname, parts.port), 60)
 
 
@@ -79,7 +80,8 @@ def break_off(url: str) -> None:
 
 def upload(url: str) -> httpx2.Response:
     with httpx2.Client(timeout=240, trust_env=False) as client:
-        return client.send(request_to(url))
+        answer: httpx2.Response = client.send(request_to(url))
+        return answer
 
 
 def memory_mb(process: Process, name: str) -> float:
@@ -159,6 +161,11 @@ BEGINNINGS = (
 )
 
 
+def _socket_of(key: selectors.SelectorKey) -> socket.socket:
+    assert isinstance(key.fileobj, socket.socket)
+    return key.fileobj
+
+
 class SlowClients:
     """Connections that each send a byte now and then, for as long as the server bears it."""
 
@@ -179,16 +186,16 @@ class SlowClients:
         self._is_over.set()
         self._thread.join(60)
         for key in list(self._selector.get_map().values()):
-            self._end(key.fileobj)
+            self._end(_socket_of(key))
 
     def _drip(self) -> None:
         while self.left and not self._is_over.wait(0.2):
             for key, _ in self._selector.select(0):
-                if self._has_ended(key.fileobj):
-                    self._end(key.fileobj)
+                if self._has_ended(_socket_of(key)):
+                    self._end(_socket_of(key))
             for key in list(self._selector.get_map().values()):
                 with contextlib.suppress(OSError):  # told by the next look
-                    key.fileobj.send(b"x")  # type: ignore[union-attr]
+                    _socket_of(key).send(b"x")
 
     def _has_ended(self, connection: socket.socket) -> bool:
         try:

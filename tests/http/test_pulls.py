@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from huggingface_hub import constants
 from conftest import MakeService
 from http_server import TOKEN, calling, serving, until
 from local_hub import LISTING, Fault, Hub, asked_by_default, running_hub
-from step1x_edit.hub import fetch
 from step1x_edit.hub.catalog import CATALOG, find_model
 from step1x_edit.hub.pulls import TELL_S, Speed
 from step1x_edit.schemas.requests import ModelsAnswer, PullAnswer
@@ -307,7 +307,7 @@ def test_a_failure_is_one_sentence_and_leaves_no_model(
 def test_too_small_a_disk_is_told_before_anything_is_fetched(
     client: httpx2.Client, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
 
     kind, error = pull(client)[-1]
 

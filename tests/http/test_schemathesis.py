@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import httpx2
 import hypothesis
@@ -18,6 +19,7 @@ import schemathesis
 from huggingface_hub import constants
 from hypothesis import strategies as st
 from PIL import Image
+from schemathesis.checks import CheckFunction
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from extent import by_extent
@@ -54,8 +56,8 @@ api = schemathesis.openapi.from_path(FILE)
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("pictures")
     # Without room there would be "Server busy" at times; v1.1 can generate.
-    room = {"max_queue": 1_000_000, "model_version": "v1.1"}
-    settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)  # type: ignore[call-arg]
+    room: dict[str, Any] = {"max_queue": 1_000_000, "model_version": "v1.1"}
+    settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)
     service = build_service(settings, FakeWorker(), look_around=Survey)
     with pytest.MonkeyPatch.context() as patch, serving(service, **room) as url:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)  # models are asked for, and not fetched
@@ -73,13 +75,14 @@ def a_new_job(url: str) -> str:
 
 @api.parametrize()
 @LONG
-def test_every_answer_is_as_described(case: schemathesis.Case, url: str) -> None:
-    excluded = []
+def test_every_answer_is_as_described(case: schemathesis.Case[Any], url: str) -> None:
+    excluded: list[CheckFunction] = []
     if isinstance(case.body, dict):
         # In a form true is the text "true" and an empty list is nothing at all: both may be right.
         excluded.append(negative_data_rejection)
+        body: dict[str, Any] = case.body
         # Any bytes are a file to the description, and any name is a LoRA's.
-        if case.body.get("file") != PICTURE or case.body.get("loras"):
+        if body.get("file") != PICTURE or body.get("loras"):
             excluded.append(positive_data_acceptance)
     case.call_and_validate(url, headers=KEY, timeout=240, excluded_checks=excluded)
 
@@ -87,7 +90,7 @@ def test_every_answer_is_as_described(case: schemathesis.Case, url: str) -> None
 @api.include(path_regex="job_id").parametrize()
 @LONG
 def test_every_answer_about_a_job_that_there_is_is_as_described(
-    case: schemathesis.Case, url: str
+    case: schemathesis.Case[Any], url: str
 ) -> None:
     case.path_parameters["job_id"] = a_new_job(url)
 

@@ -431,7 +431,7 @@ async def test_a_client_that_stays_connected_does_not_keep_the_server(
 ) -> None:
     with started(FAKE, tmp_path) as process:
         url = process.url()
-        client = Client(f"{url}/mcp", mode=mode)  # type: ignore[arg-type]
+        client = Client(f"{url}/mcp", mode=mode)
         with contextlib.suppress(Exception):  # it may tell that its server has gone
             async with client:
                 await client.call_tool("get_gpu_status", {})
@@ -468,6 +468,7 @@ def test_a_kill_during_an_upload_leaves_no_file(tmp_path: Path) -> None:
             "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
             'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         )
+        assert address.port is not None
         with socket.create_connection((address.hostname, address.port)) as connection:
             connection.sendall(head.encode() + b"x" * 4_000_000)
             until(lambda: has_file_in(process.popen.pid, temp))
@@ -544,7 +545,7 @@ async def test_the_tools_are_there_in_both_eras(
         heard.append(message)
 
     with serving(make_service()) as url:
-        async with Client(f"{url}/mcp", auth=TOKEN, mode=mode) as client:  # type: ignore[arg-type]
+        async with Client(f"{url}/mcp", auth=TOKEN, mode=mode) as client:
             tools = await client.list_tools()
             result = await client.call_tool(
                 "edit_image",

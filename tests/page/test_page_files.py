@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[EditService]:
-    service = build_service(Settings(_env_file=None), FakeWorker())  # type: ignore[call-arg]
+    service = build_service(Settings(_env_file=None), FakeWorker())
     yield service
     service.close()
 
@@ -126,7 +126,7 @@ def test_gradio_s_own_check_of_uploads_is_active_behind_ours(
 
     folder = tmp_path / "page"
     folder.mkdir()
-    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None)
     keep_gradio_quiet(folder)
     app = blocks.build(service, settings, Pulls(settings), PageFiles(folder, 2**20))
     with (

@@ -24,7 +24,15 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Request,
+    Response,
+    expect,
+    sync_playwright,
+)
 
 from fakes import FakeWorker, Gate, ManualClock
 from http_server import TOKEN, serving, until
@@ -62,7 +70,7 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[EditService]:
-    settings = Settings(_env_file=None, max_queue=1)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, max_queue=1)
     worker = partial(WorkerProcess, Start(), module="toy_worker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
@@ -103,16 +111,17 @@ def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: note(str(error)))
         page.on("console", lambda said: note(said.text) if said.type == "error" else None)
-        page.on(
-            "request",
-            lambda request: (
-                request.url.startswith((address, "data:", "blob:")) or wrong.append(request.url)
-            ),
-        )
-        page.on(
-            "response",
-            lambda answer: answer.status >= 400 and wrong.append(f"{answer.status} {answer.url}"),
-        )
+
+        def check_request(request: Request) -> None:
+            if not request.url.startswith((address, "data:", "blob:")):
+                wrong.append(request.url)
+
+        def check_response(answer: Response) -> None:
+            if answer.status >= 400:
+                wrong.append(f"{answer.status} {answer.url}")
+
+        page.on("request", check_request)
+        page.on("response", check_response)
         page.goto(address)
         page.wait_for_selector("#edit-run")
         return page
@@ -714,7 +723,7 @@ def test_nothing_on_any_tab_keeps_people_out(open_page: OpenPage, photo: Path) -
         tab.click()
         expect(tab).to_have_attribute("aria-selected", "true")
         for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            page.emulate_media(color_scheme=scheme)
             expect(page.locator("body.dark")).to_have_count(int(scheme == "dark"))
             page.evaluate("Promise.all(document.getAnimations().map(one => one.finished))")
             assert complaints(page) == [], (tab.inner_text(), scheme)
@@ -905,7 +914,7 @@ def test_the_upload_has_the_limit_of_the_other_doors(url: str) -> None:
 
         def upload(size: int) -> int:
             files = {"files": ("a.png", b"\0" * size)}
-            return client.post("/gradio_api/upload", files=files).status_code
+            return int(client.post("/gradio_api/upload", files=files).status_code)
 
         assert upload(1024 * 1024) == 200
         assert upload(1024 * 1024 + 1) == 413
@@ -943,7 +952,7 @@ print(status("/"), "gradio" in sys.modules, "torch" in sys.modules)
 def test_the_picture_to_come_is_shown_while_it_is_made(open_page: OpenPage, photo: Path) -> None:
     """Last: Gradio has one folder for a process, and this server takes it from the one above."""
     gate = Gate(at_step=28)
-    service = build_service(Settings(_env_file=None), FakeWorker(before_step=gate))  # type: ignore
+    service = build_service(Settings(_env_file=None), FakeWorker(before_step=gate))
     with serving(service, api_key=None) as address:
         page = open_page(address=address)
         begin(page, photo, "invert")
@@ -965,7 +974,7 @@ def test_the_results_of_a_batch_wait_on_disk(open_page: OpenPage, photo: Path, o
             gate(job, step)
 
     worker = FakeWorker(before_step=before_step)
-    service = build_service(Settings(_env_file=None), worker)  # type: ignore[call-arg]
+    service = build_service(Settings(_env_file=None), worker)
     with serving(service, api_key=None) as address:
         page = open_page(address=address)
         page.get_by_role("tab", name="Batch").click()
@@ -991,7 +1000,7 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
     open_page: OpenPage, photo: Path, tmp_path: Path
 ) -> None:
     """After the one above, for the same reason."""
-    able = Settings(_env_file=None, model_path=tmp_path)  # type: ignore[call-arg]
+    able = Settings(_env_file=None, model_path=tmp_path)
     service = build_service(able, FakeWorker(model="Step1X-Edit v1.2", version="v1.2"))
     with serving(service, api_key=None, model_path=tmp_path) as address:
         page = open_page(address=address)
@@ -1036,7 +1045,7 @@ def test_what_the_model_thought_is_shown_with_its_rounds(
 @needs_browser
 def test_a_page_whose_model_cannot_reason_does_not_offer_it(open_page: OpenPage) -> None:
     """After the ones above, for the same reason."""
-    service = build_service(Settings(_env_file=None), FakeWorker())  # type: ignore[call-arg]
+    service = build_service(Settings(_env_file=None), FakeWorker())
     with serving(service, api_key=None) as address:
         page = open_page("ja", address)
         page.get_by_role("button", name=text("advanced", "ja")).first.click()
@@ -1052,7 +1061,7 @@ def test_loras_are_chosen_where_there_are_any(
     open_page: OpenPage, photo: Path, tmp_path: Path
 ) -> None:
     loras = {tmp_path / "hand.safetensors": 0.0, tmp_path / "look.safetensors": 0.5}
-    settings = Settings(_env_file=None, lora_path=loras)  # type: ignore[call-arg]
+    settings = Settings(_env_file=None, lora_path=loras)
     service = build_service(settings, FakeWorker())
     with serving(service, api_key=None) as address:
         page = open_page(address=address)
