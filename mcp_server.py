@@ -26,7 +26,7 @@ if __name__ == "__main__" and find_spec("step1x_edit") is None:
 
 from step1x_edit.interfaces.mcp.server import build_mcp  # noqa: E402
 from step1x_edit.interfaces.mcp.stdio import main, start  # noqa: E402
-from step1x_edit.service.service import build_service  # noqa: E402
+from step1x_edit.service.wiring import build_service  # noqa: E402
 
 if __name__ == "__main__":
     main(_wire)

@@ -40,7 +40,8 @@ from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.pictures.images import decode
 from step1x_edit.service.file_edits import FileEdits
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Limits, inherited_environment, load_settings
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from step1x_edit.interfaces.http.metrics import Metrics
 from step1x_edit.interfaces.server import build_routes
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 FILE = Path(__file__).parents[1] / "docs" / "openapi.json"

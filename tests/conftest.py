@@ -15,7 +15,8 @@ from fakes import FakeWorker
 from step1x_edit.engine.engine import Clock
 from step1x_edit.engine.machine import Survey
 from step1x_edit.service.file_edits import FileEdits
-from step1x_edit.service.service import EditedPicture, EditService, build_service
+from step1x_edit.service.service import EditedPicture, EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 MakeService = Callable[..., EditService]
@@ -82,12 +83,12 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
     def make(
         worker: FakeWorker | None = None,
         clock: Clock | None = None,
-        look_around: Callable[[], Survey] | None = None,
+        take_survey: Callable[[], Survey] | None = None,
         **settings: object,
     ) -> EditService:
         chosen = worker or FakeWorker()
         checked = Settings(allowed_dirs=(tmp_path,), _env_file=None, **settings)  # type: ignore
-        services.append(build_service(checked, chosen, clock, look_around))
+        services.append(build_service(checked, chosen, clock, take_survey))
         return services[-1]
 
     yield make
@@ -113,5 +114,5 @@ def fake_model(
     def build_service(settings: Settings) -> EditService:
         return make_service(worker)
 
-    monkeypatch.setattr("step1x_edit.service.service.build_service", build_service)
+    monkeypatch.setattr("step1x_edit.service.wiring.build_service", build_service)
     monkeypatch.chdir(tmp_path)

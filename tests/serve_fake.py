@@ -14,7 +14,8 @@ import threading  # noqa: E402
 from fakes import FakeWorker  # noqa: E402
 from step1x_edit.channel import EditJob  # noqa: E402
 from step1x_edit.interfaces.mcp import stdio  # noqa: E402
-from step1x_edit.service.service import EditService, build_service  # noqa: E402
+from step1x_edit.service.service import EditService  # noqa: E402
+from step1x_edit.service.wiring import build_service  # noqa: E402
 from step1x_edit.settings import Settings  # noqa: E402
 
 

@@ -9,7 +9,8 @@ from fakes import FakeWorker
 from serve_fake import slow
 from step1x_edit.interfaces import server
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 

@@ -7,7 +7,8 @@ from step1x_edit.channel import Start
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.interfaces import server
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 

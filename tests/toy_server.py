@@ -14,7 +14,7 @@ from pathlib import Path
 from step1x_edit.channel import Start
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.service.file_edits import FileEdits
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import load_settings
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         GpuAnswer,
         StatusAnswer,
     )
-    from step1x_edit.service.service import EditService, build_service
+    from step1x_edit.service.service import EditService
+    from step1x_edit.service.wiring import build_service
     from step1x_edit.settings import Settings, load_settings
 
 __version__ = "0.1.0"
@@ -56,7 +57,7 @@ _HOMES: Final = {
     "MCPClient": "interfaces.mcp.client",
     "Settings": "settings",
     "Step1XEditError": "errors",
-    "build_service": "service.service",
+    "build_service": "service.wiring",
     "load_settings": "settings",
     "read_edit_record": "pictures.images",
     "read_record": "pictures.images",

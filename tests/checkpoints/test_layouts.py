@@ -38,7 +38,7 @@ from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, Autoencoder
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 from tiny import VAE, a_picture, final_picture
 

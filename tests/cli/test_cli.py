@@ -29,7 +29,7 @@ def _fake_model(make_service: MakeService, monkeypatch: pytest.MonkeyPatch) -> N
     def build_service(settings: Settings) -> EditService:
         return make_service(FakeWorker(warning="does not know hats"))
 
-    monkeypatch.setattr("step1x_edit.service.service.build_service", build_service)
+    monkeypatch.setattr("step1x_edit.service.wiring.build_service", build_service)
 
 
 @pytest.mark.usefixtures("_fake_model")
@@ -242,12 +242,12 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
     script.write_text(
         "import sys, threading\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "import step1x_edit.service.service as service\n"
+        "import step1x_edit.service.wiring as wiring\n"
         "from fakes import FakeWorker\n"
         "def slow(job, step):\n"
         "    print('step', file=sys.stderr, flush=True)\n"
         "    threading.Event().wait(0.05)\n"
-        "service.WorkerProcess = lambda start, ended: FakeWorker(before_step=slow)(ended)\n"
+        "wiring.WorkerProcess = lambda start, ended: FakeWorker(before_step=slow)(ended)\n"
         "from step1x_edit.interfaces.cli import main\n"
         "main()\n"
     )

@@ -235,7 +235,7 @@ def test_defaults_of_the_operator_hold_where_nothing_was_chosen(
     seen: list[EditJob] = []
     watching = FakeWorker(before_step=lambda job, step: seen.append(job))
     monkeypatch.setattr(
-        "step1x_edit.service.service.build_service",
+        "step1x_edit.service.wiring.build_service",
         lambda settings: make_service(watching, default_num_steps=12, default_size_level=512),
     )
 

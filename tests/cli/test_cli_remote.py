@@ -51,7 +51,7 @@ def _own_model(make_service: MakeService, monkeypatch: pytest.MonkeyPatch, tmp_p
     def build_service(settings: Settings) -> EditService:
         return make_service(FakeWorker(device="cuda:0", model="v1.2", warning="does not know hats"))
 
-    monkeypatch.setattr("step1x_edit.service.service.build_service", build_service)
+    monkeypatch.setattr("step1x_edit.service.wiring.build_service", build_service)
     monkeypatch.chdir(tmp_path)
 
 

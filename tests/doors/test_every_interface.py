@@ -182,7 +182,7 @@ def doors(
         return make_service(worker, **limits)
 
     service = build_service()
-    monkeypatch.setattr("step1x_edit.service.service.build_service", build_service)
+    monkeypatch.setattr("step1x_edit.service.wiring.build_service", build_service)
     with serving(service) as url:
         yield Doors(service, url, tmp_path)
 

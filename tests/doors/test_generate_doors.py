@@ -164,7 +164,7 @@ def doors_of(
                 lora_path={Path("/there/hand.safetensors"): 0.0},
             )
 
-        monkeypatch.setattr("step1x_edit.service.service.build_service", lambda settings: service())
+        monkeypatch.setattr("step1x_edit.service.wiring.build_service", lambda settings: service())
         one = service()
         server = serving(one)
         servers.append(server)

@@ -20,7 +20,7 @@ from http_server import TOKEN, calling
 from layouts import narrow_pipeline, write_published
 from step1x_edit import MCPClient
 from step1x_edit.interfaces.cli import app
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 from tiny import VAE, a_picture, tiny_tokenizer
 

@@ -62,11 +62,11 @@ def test_a_model_that_is_not_loaded_is_looked_at_once_and_not_started(
 ) -> None:
     looks: list[Survey] = []
 
-    def look_around() -> Survey:
+    def take_survey() -> Survey:
         looks.append(SEEN)
         return SEEN
 
-    with calling(make_service(worker, look_around=look_around)) as client:
+    with calling(make_service(worker, take_survey=take_survey)) as client:
         told = estimate(client, width=640, height=480, size_level=512)
         again = estimate(client, size_level=1024)
 
@@ -166,12 +166,12 @@ async def test_whoever_asks_meanwhile_waits_for_the_same_look(make_service: Make
     looks: list[None] = []
     gate = Gate()
 
-    def look_around() -> Survey:
+    def take_survey() -> Survey:
         looks.append(None)
         gate(a_job(), 1)
         return SEEN
 
-    service = make_service(look_around=look_around)
+    service = make_service(take_survey=take_survey)
     request = service.read_picture({"prompt": "x"})
     asked = [asyncio.ensure_future(service.estimate(request)) for _ in range(3)]
     assert await asyncio.to_thread(gate.reached.wait, 60)
@@ -184,7 +184,7 @@ async def test_whoever_asks_meanwhile_waits_for_the_same_look(make_service: Make
 
 def test_what_nobody_could_find_out_is_null_and_says_why(make_service: MakeService) -> None:
     slow = Survey(torch_error="no answer within 60 s")
-    with calling(make_service(look_around=lambda: slow)) as client:
+    with calling(make_service(take_survey=lambda: slow)) as client:
         told = estimate(client)
 
     assert told["predicted_peak_gb"] is told["predicted_seconds"] is told["reason"] is None
@@ -213,7 +213,7 @@ def test_a_process_that_takes_too_long_is_given_up() -> None:
 def test_what_an_edit_would_be_told_is_told_now(
     make_service: MakeService, seen: Survey, sentence: str
 ) -> None:
-    with calling(make_service(look_around=lambda: seen)) as client:
+    with calling(make_service(take_survey=lambda: seen)) as client:
         answer = client.post(ESTIMATE_PATH, json={"prompt": "x"})
 
     assert answer.status_code == 503
@@ -239,7 +239,7 @@ def test_what_an_edit_would_be_told_is_told_now(
 def test_wrong_fields_are_told_as_the_edit_would_tell_them(
     make_service: MakeService, fields: dict[str, object], status: int, sentence: str
 ) -> None:
-    with calling(make_service(look_around=never)) as client:
+    with calling(make_service(take_survey=never)) as client:
         answer = client.post(ESTIMATE_PATH, json={"prompt": "x", **fields})
 
     assert answer.status_code == status
@@ -250,7 +250,7 @@ def test_a_form_will_do_as_well_but_not_with_the_picture(
     make_service: MakeService, photo: Path
 ) -> None:
     fields = {"prompt": (None, "x"), "width": (None, "64"), "height": (None, "48")}
-    with calling(make_service(look_around=lambda: SEEN)) as client:
+    with calling(make_service(take_survey=lambda: SEEN)) as client:
         told = client.post(ESTIMATE_PATH, files=fields).json()
         with_it = client.post(ESTIMATE_PATH, files={**fields, "image": photo.read_bytes()})
         bare = client.post(ESTIMATE_PATH, content=b"x", headers={"Content-Type": "text/plain"})
@@ -262,7 +262,7 @@ def test_a_form_will_do_as_well_but_not_with_the_picture(
 
 
 def test_it_wants_the_key_and_counts_as_no_work(make_service: MakeService) -> None:
-    service = make_service(look_around=lambda: SEEN)
+    service = make_service(take_survey=lambda: SEEN)
     with calling(service, rate_limit=1) as client:
         answers = [client.post(ESTIMATE_PATH, json={"prompt": "x"}) for _ in range(3)]
         stranger = client.post(

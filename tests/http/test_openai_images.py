@@ -32,7 +32,8 @@ from step1x_edit.interfaces.http.idempotency import Runs
 from step1x_edit.interfaces.http.openai.images import image_routes
 from step1x_edit.interfaces.http.openai.requests import EDITS_PATH
 from step1x_edit.pictures.images import read_edit_record
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 

@@ -48,7 +48,7 @@ def test_every_command_of_the_guide_answers_as_it_says(
     with (
         running_hub() as hub,
         serving(
-            make_service(FakeWorker(model="v1.2"), look_around=Survey, model_version="v1.1")
+            make_service(FakeWorker(model="v1.2"), take_survey=Survey, model_version="v1.1")
         ) as url,
     ):
         asked_by_default(hub, monkeypatch)

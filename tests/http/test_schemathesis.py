@@ -26,7 +26,7 @@ from extent import by_extent
 from fakes import FakeWorker
 from http_server import TOKEN, serving
 from step1x_edit.engine.machine import Survey
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 from write_openapi import FILE
 
@@ -58,7 +58,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # Without room there would be "Server busy" at times; v1.1 can generate.
     room: dict[str, Any] = {"max_queue": 1_000_000, "model_version": "v1.1"}
     settings = Settings(allowed_dirs=(folder,), _env_file=None, **room)
-    service = build_service(settings, FakeWorker(), look_around=Survey)
+    service = build_service(settings, FakeWorker(), take_survey=Survey)
     with pytest.MonkeyPatch.context() as patch, serving(service, **room) as url:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)  # models are asked for, and not fetched
         yield url

@@ -16,7 +16,8 @@ from http_server import calling, running, serving
 from step1x_edit.errors import NoSpaceError, PathNotAllowedError
 from step1x_edit.hub.pulls import Pulls
 from step1x_edit.interfaces.page.files import PageFiles, own_folder
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings, keep_gradio_quiet
 
 MARK = b"nobody outside may read this"

@@ -44,7 +44,8 @@ from step1x_edit.hub.catalog import find_model
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.texts import LANGUAGES, language_of, text, translations
 from step1x_edit.pictures import images
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 BROWSER = next(
@@ -926,7 +927,7 @@ def test_the_server_starts_without_gradio_and_the_page_can_be_left_out() -> None
 import sys, tempfile
 from fastapi.testclient import TestClient
 from step1x_edit.interfaces.server import build_app
-from step1x_edit.service.service import build_service
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 def status(path, **chosen):

@@ -18,7 +18,8 @@ from PIL import Image
 
 from http_server import TOKEN, announcing, serving
 from step1x_edit.interfaces.cli import DEMO_PHOTO
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 ROOT = Path(__file__).parents[2]

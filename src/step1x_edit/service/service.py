@@ -13,83 +13,65 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from step1x_edit.channel import (
-    GIB,
     EditJob,
     Painted,
     Phase,
     Progress,
-    Residence,
-    Start,
 )
-from step1x_edit.checkpoints.memory_plan import spared
 from step1x_edit.engine.engine import (
     HEARTBEAT_S,
-    Clock,
     Edit,
     EditResult,
     Engine,
     EngineStatus,
-    StartWorker,
 )
-from step1x_edit.engine.machine import Survey, check_device, inspect_machine
-from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
     InvalidParameterError,
-    ModelUnavailableError,
     NoSpaceError,
     Step1XEditError,
     about_the_mask,
 )
 from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.hub.pulled import resolve_model_path
-from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING, V1_1
-from step1x_edit.model.sizes import fit_size
+from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     CHOSEN_BY_THE_OPERATOR,
-    MAX_PROMPT_LENGTH,
-    MAX_SEED,
     SUGGESTED,
     BatchRequest,
     EditMetadata,
-    EditRecord,
     EditRequest,
     EstimateAnswer,
     GeneratePictureRequest,
     GenerateRequest,
-    GenerationRecord,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
-    HowToGenerate,
     HowToMake,
     PictureRequest,
-    Reasoning,
-    Record,
     StatusAnswer,
     Suggestion,
     check_loras,
-    how_of,
     loras_of,
     read_request,
     strengths_of,
 )
 from step1x_edit.service.editor import Report, unreported
+from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess, nearest_existing
+from step1x_edit.service.records import PictureOrder, job_of, metadata_of, record_of, with_seed
 from step1x_edit.settings import MEBI, Settings
 from step1x_edit.waiting import with_heartbeats
 
@@ -97,12 +79,6 @@ if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillo
     from step1x_edit.pictures.images import Picture, Pixels
 
 _Request = TypeVar("_Request", bound=HowToMake)
-_Asked: TypeAlias = PictureRequest | GeneratePictureRequest
-
-LOOK_S: Final = 60.0
-"""How long an estimate waits for the process that looks at the checkpoint."""
-LOOKED_FOR_S: Final = 600.0
-"""How long its answer is believed: the memory that is free changes."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +103,11 @@ class _Source:
 
 
 class EditService:
-    """The operations. Collaborators come from outside; `build_service` brings the usual ones."""
+    """The operations. `wiring.build_service` brings the usual collaborators."""
 
     def __init__(
-        self,
-        engine: Engine,
-        files: FileAccess,
-        settings: Settings,
-        look_around: Callable[[], Survey] | None = None,
+        self, engine: Engine, files: FileAccess, settings: Settings, estimator: Estimator
     ) -> None:
-        """`look_around` finds out about a model that is not loaded; it may take long."""
         self._engine = engine
         self.files = files
         """The files of callers, for the doors that take paths."""
@@ -144,9 +115,7 @@ class EditService:
         self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
-        self._look_around = look_around or partial(inspect_machine, start_of(settings), LOOK_S)
-        self._looking: asyncio.Future[Survey] | None = None
-        self._seen: tuple[float, Survey] | None = None
+        self._estimator = estimator
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
@@ -279,69 +248,10 @@ class EditService:
     ) -> EstimateAnswer:
         """What `n` such edits of a picture of this size (or of a square one) would take.
 
-        Nothing is run and no worker is started; about a model that has not been loaded a process
-        of its own finds out. Raises what such a picture or the checkpoint would be told.
+        Nothing is run and no worker is started. If the model is not loaded, a separate process
+        inspects the checkpoint. Raises what such a picture or the checkpoint would be refused for.
         """
-        from step1x_edit.pictures import images
-
-        width, height = size or (request.size_level, request.size_level)
-        images.check_size(width, height, self._limits)
-        status, note = self._engine.status(), None
-        residence = status.residence
-        if residence.placement is None:
-            seen = await self._survey()
-            note = seen.torch_error
-            residence = Residence(
-                model=seen.checkpoint,
-                device=seen.device,
-                size_multiple=seen.size_multiple,
-                placement=seen.placement,
-            )
-        placement = residence.placement
-        multiple = residence.size_multiple or self._usual_multiple
-        working = fit_size(width, height, request.size_level, multiple)
-        job = replace(_job(request, None, seed=0), previews=previews)
-        seconds = self._engine.predicted_s(job)
-        return EstimateAnswer(
-            width=working[0],
-            height=working[1],
-            num_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            size_level=request.size_level,
-            n=n,
-            predicted_seconds=None if seconds is None else round(n * seconds, 1),
-            predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,
-            must_load=_must_load(status.residence),
-            queue_length=status.queue_length,
-            model=residence.model,
-            device=residence.device,
-            reason=placement.reason if placement else None,
-            note=note,
-        )
-
-    @property
-    def _usual_multiple(self) -> int:
-        """Of what the sides of a working size are multiples, where nobody has looked."""
-        return (DEMO if self._settings.model_path is None else V1_1).size_multiple
-
-    async def _survey(self) -> Survey:
-        """What is known of a model that is not loaded; whoever asks meanwhile waits along.
-
-        Raises what stands in the way of edits.
-        """
-        if self._seen is None or self._seen[0] < time.monotonic() - LOOKED_FOR_S:
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.ensure_future(asyncio.to_thread(self._look_around))
-            seen = await asyncio.shield(self._looking)
-            if seen.torch_error is None:
-                self._seen = (time.monotonic(), seen)
-        else:
-            seen = self._seen[1]
-        if seen.device_error is not None:
-            raise ModelUnavailableError(f"DEVICE {seen.device}: {seen.device_error}")
-        if seen.checkpoint_error is not None:
-            raise CheckpointError(seen.checkpoint_error)
-        return seen
+        return await self._estimator.estimate(request, size, n, previews)
 
     @property
     def outcomes(self) -> Mapping[str, int]:
@@ -427,7 +337,7 @@ class EditService:
     async def _edit(
         self,
         data: bytes | None,
-        request: _Asked,
+        request: PictureOrder,
         report: Report,
         suffix: str,
         mask: bytes | None,
@@ -435,13 +345,13 @@ class EditService:
     ) -> EditedPicture:
         """Edit a picture, or make one if there is none."""
         started = time.monotonic()
-        request = self._completed(request)
-        seed, source = _seed_of(request), None
+        request, source = with_seed(self._completed(request)), None
         if data is not None:
             source = await asyncio.to_thread(self._decode, data, mask, suffix)
         with self._counted():
-            result = await _run(submit(_job(request, source, seed)), report)
-            record = _record(request, seed, result, source)
+            image = None if source is None else source.picture.pixels
+            result = await _run(submit(job_of(request, image)), report)
+            record = record_of(request, result, None if source is None else source.mask_sha256)
 
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
                 from step1x_edit.pictures import images
@@ -458,7 +368,7 @@ class EditService:
         return EditedPicture(
             picture,
             encoded,
-            _metadata(record, result, picture, share),
+            metadata_of(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
         )
@@ -524,15 +434,6 @@ class EditService:
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
 
-def with_seed(request: _Request) -> _Request:
-    """The same request; where it leaves the seed to chance, one is drawn now."""
-    return request.model_copy(update={"seed": _seed_of(request)})
-
-
-def _seed_of(request: HowToMake) -> int:
-    return secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-
-
 async def _run(edit: Edit, report: Report) -> EditResult:
     try:
         async for event in edit.events():
@@ -574,70 +475,12 @@ def _rounds(painted: Painted, source: _Source | None) -> tuple[bytes, ...]:
     )
 
 
-def _job(request: _Asked, source: _Source | None, seed: int) -> EditJob:
-    loras = None if request.loras is None else strengths_of(request.loras)
-    asked = {**how_of(request), "prompt": request.prompt, "seed": seed, "loras": loras}
-    return EditJob(image=None if source is None else source.picture.pixels, **asked)
-
-
-def _record(request: _Asked, seed: int, result: EditResult, source: _Source | None) -> Record:
-    made = {
-        **how_of(request),
-        "model": result.residence.model_with_loras or "",
-        "prompt": request.prompt,
-        "seed": seed,
-        "loras": loras_of(result.residence.loras) or None,
-    }
-    if isinstance(request, HowToGenerate):
-        return GenerationRecord(**made)
-    if not request.reflection:
-        made["reflection_rounds"] = None
-    rewritten = (result.painted.reasoning or {}).get("prompt") or ""
-    return EditRecord(
-        **made,
-        mask_sha256=None if source is None else source.mask_sha256,
-        rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
-    )
-
-
-def _metadata(
-    record: Record, result: EditResult, picture: Picture, changed_share: float | None
-) -> EditMetadata:
-    residence, reasoning = result.residence, result.painted.reasoning
-    made = record.model_dump(include=set(EditMetadata.model_fields))
-    if isinstance(record, EditRecord):
-        made["negative_prompt"] = record.negative_prompt or None  # empty is usual, and no news
-    made["width"], made["height"] = picture.width, picture.height
-    return EditMetadata(
-        **made,
-        gpu_location=residence.location,
-        gpu_memory_gb=round(residence.memory.allocated_gb, 2),
-        device=residence.device,
-        warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
-        changed_share=None if changed_share is None else round(changed_share, 4),
-        reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
-    )
-
-
 def _rounded(plan: PlanStatus) -> PlanStatus:
     """The plan with two digits, because its figures are estimates or fluctuate."""
     figures: dict[str, Any] = {
         name: round(value, 2) for name, value in vars(plan).items() if isinstance(value, float)
     }
     return replace(plan, **figures)
-
-
-def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
-    """GiB that an edit at this size level is expected to need on the device."""
-    if plan.predicted_peak_gb is None:
-        return None
-    less = spared(size_level, plan.joint_branches)
-    return round(plan.predicted_peak_gb - less / GIB, 2)
-
-
-def _must_load(residence: Residence) -> bool:
-    """Whether the next edit has to bring the model to where it computes."""
-    return residence.location != ("CPU" if residence.device == "cpu" else "GPU")
 
 
 def named_version(settings: Settings) -> str | None:
@@ -663,41 +506,3 @@ def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None
     suggested = SUGGESTED.get(version or "")
     chosen = Suggestion(settings.default_num_steps, settings.default_guidance_scale)
     return None if suggested == chosen else suggested
-
-
-def start_of(settings: Settings) -> Start:
-    """What a worker is told about the model to run."""
-    return Start(
-        model_path=None if settings.model_path is None else str(settings.model_path),
-        data_dir=str(settings.data_dir),
-        model_version=settings.model_version,
-        device=settings.device,
-        log_level=settings.log_level,
-        loras={str(path): strength for path, strength in settings.lora_path.items()},
-        log_format=settings.log_format,
-        precision=settings.precision,
-    )
-
-
-def build_service(
-    settings: Settings,
-    start: StartWorker | None = None,
-    clock: Clock | None = None,
-    look_around: Callable[[], Survey] | None = None,
-) -> EditService:
-    """Wire the service that all interfaces use; `start` brings another worker than the usual.
-
-    Raises SettingsError if the usual one cannot have its DEVICE.
-    """
-    if start is None:
-        check_device(settings.device)
-    engine = Engine(
-        start or partial(WorkerProcess, start_of(settings)),
-        max_queue=settings.max_queue,
-        edit_timeout_s=settings.edit_timeout,
-        idle_timeout_s=settings.gpu_idle_timeout,
-        release_timeout_s=settings.gpu_release_timeout,
-        clock=clock,
-    )
-    files = FileAccess(settings.allowed_dirs, settings.max_bytes)
-    return EditService(engine, files, settings, look_around)

@@ -79,7 +79,7 @@ def _checks() -> Iterator[Check]:
     yield _memory()
     yield from _data_dir(settings.data_dir)
     from step1x_edit.engine.machine import inspect_machine
-    from step1x_edit.service.service import start_of
+    from step1x_edit.service.wiring import start_of
 
     seen = inspect_machine(start_of(settings))
     yield from _torch_and_device(seen)

@@ -30,7 +30,7 @@ def opened_edits(
     if server is not None:
         yield FileEdits(server, FileAccess(settings.allowed_dirs, settings.max_bytes))
         return
-    from step1x_edit.service.service import build_service
+    from step1x_edit.service.wiring import build_service
 
     service = build_service(settings)
     try:

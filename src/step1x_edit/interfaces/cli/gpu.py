@@ -106,7 +106,7 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
 
 def _own_status(settings: Settings) -> StatusAnswer:
     """The status of this process, which edits nothing and so has not loaded a model."""
-    from step1x_edit.service.service import build_service
+    from step1x_edit.service.wiring import build_service
 
     with contextlib.closing(build_service(settings)) as service:
         return service.status()

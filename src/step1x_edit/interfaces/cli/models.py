@@ -136,7 +136,7 @@ def rm(
 def _survey(settings: Settings) -> Survey:
     """What a separate process reports about this machine and the checkpoint that would run."""
     from step1x_edit.engine.machine import inspect_machine
-    from step1x_edit.service.service import start_of
+    from step1x_edit.service.wiring import start_of
 
     return inspect_machine(start_of(settings))
 

@@ -49,7 +49,8 @@ from step1x_edit.schemas.requests import (
     read_request,
 )
 from step1x_edit.service.job_store import Job, JobEvent, JobInput, JobPage, JobStore, Operation
-from step1x_edit.service.service import EditService, with_seed
+from step1x_edit.service.records import with_seed
+from step1x_edit.service.service import EditService
 
 log = logging.getLogger(__name__)
 

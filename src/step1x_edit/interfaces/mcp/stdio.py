@@ -27,7 +27,8 @@ from step1x_edit.interfaces.discovery import find_server
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.mcp.stdin import take_stdin
 from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
-from step1x_edit.service.service import EditService, build_service
+from step1x_edit.service.service import EditService
+from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings, load_settings
 from step1x_edit.waiting import first_of
 

@@ -36,7 +36,8 @@ from step1x_edit.schemas.requests import (
     invalid_parameter,
     parameters_of,
 )
-from step1x_edit.service.service import EditService, with_seed
+from step1x_edit.service.records import with_seed
+from step1x_edit.service.service import EditService
 
 EDITS_PATH: Final = "/v1/images/edits"
 GENERATIONS_PATH: Final = "/v1/images/generations"

@@ -1,0 +1,119 @@
+"""What an edit would take, without running one.
+
+If the model is not loaded, a separate process inspects the checkpoint; this can take some seconds,
+and its answer is used for some minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+from step1x_edit.channel import GIB, Residence
+from step1x_edit.checkpoints.memory_plan import spared
+from step1x_edit.engine.engine import Engine
+from step1x_edit.engine.machine import Survey
+from step1x_edit.errors import CheckpointError, ModelUnavailableError
+from step1x_edit.model.config import DEMO, V1_1
+from step1x_edit.model.sizes import fit_size
+from step1x_edit.schemas.plan import PlanStatus
+from step1x_edit.schemas.requests import EstimateAnswer, PictureRequest
+from step1x_edit.service.records import job_of, with_seed
+from step1x_edit.settings import Settings
+
+SURVEY_MAX_AGE_S: Final = 600.0
+"""How long the answer about a checkpoint is used; free memory changes."""
+
+
+class Estimator:
+    """Estimates edits from what the engine and a survey of the machine report."""
+
+    def __init__(self, engine: Engine, settings: Settings, take_survey: Callable[[], Survey]):
+        """`take_survey` inspects a model that is not loaded; it may take long."""
+        self._engine = engine
+        self._settings = settings
+        self._take_survey = take_survey
+        self._running: asyncio.Future[Survey] | None = None
+        self._last: tuple[float, Survey] | None = None
+
+    async def estimate(
+        self, request: PictureRequest, size: tuple[int, int] | None, n: int, previews: int
+    ) -> EstimateAnswer:
+        """What `n` such edits of a picture of this size (or of a square one) would take.
+
+        Raises what such a picture or the checkpoint would be refused for.
+        """
+        from step1x_edit.pictures import images
+
+        width, height = size or (request.size_level, request.size_level)
+        images.check_size(width, height, self._settings.limits)
+        status, note = self._engine.status(), None
+        residence = status.residence
+        if residence.placement is None:
+            survey = await self._survey()
+            note = survey.torch_error
+            residence = Residence(
+                model=survey.checkpoint,
+                device=survey.device,
+                size_multiple=survey.size_multiple,
+                placement=survey.placement,
+            )
+        placement = residence.placement
+        multiple = residence.size_multiple or self._usual_multiple
+        working = fit_size(width, height, request.size_level, multiple)
+        seconds = self._engine.predicted_s(job_of(with_seed(request), None, previews))
+        return EstimateAnswer(
+            width=working[0],
+            height=working[1],
+            num_steps=request.num_steps,
+            guidance_scale=request.guidance_scale,
+            size_level=request.size_level,
+            n=n,
+            predicted_seconds=None if seconds is None else round(n * seconds, 1),
+            predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,
+            must_load=_must_load(status.residence),
+            queue_length=status.queue_length,
+            model=residence.model,
+            device=residence.device,
+            reason=placement.reason if placement else None,
+            note=note,
+        )
+
+    @property
+    def _usual_multiple(self) -> int:
+        """Of what the sides of a working size are multiples, if no survey has found out."""
+        return (DEMO if self._settings.model_path is None else V1_1).size_multiple
+
+    async def _survey(self) -> Survey:
+        """What is known of a model that is not loaded; concurrent callers wait for one survey.
+
+        Raises what stands in the way of edits.
+        """
+        if self._last is None or self._last[0] < time.monotonic() - SURVEY_MAX_AGE_S:
+            if self._running is None or self._running.done():
+                self._running = asyncio.ensure_future(asyncio.to_thread(self._take_survey))
+            survey = await asyncio.shield(self._running)
+            if survey.torch_error is None:
+                self._last = (time.monotonic(), survey)
+        else:
+            survey = self._last[1]
+        if survey.device_error is not None:
+            raise ModelUnavailableError(f"DEVICE {survey.device}: {survey.device_error}")
+        if survey.checkpoint_error is not None:
+            raise CheckpointError(survey.checkpoint_error)
+        return survey
+
+
+def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
+    """GiB that an edit at this size level is expected to need on the device."""
+    if plan.predicted_peak_gb is None:
+        return None
+    less = spared(size_level, plan.joint_branches)
+    return round(plan.predicted_peak_gb - less / GIB, 2)
+
+
+def _must_load(residence: Residence) -> bool:
+    """Whether the next edit has to bring the model to where it computes."""
+    return residence.location != ("CPU" if residence.device == "cpu" else "GPU")

@@ -1,0 +1,90 @@
+"""What a request becomes: the job of the engine; and what a result becomes: record and metadata.
+
+The record is written into the picture's file, so that the edit can be repeated. The metadata is
+what an answer says.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from step1x_edit.channel import EditJob
+from step1x_edit.engine.engine import EditResult
+from step1x_edit.schemas.requests import (
+    MAX_PROMPT_LENGTH,
+    MAX_SEED,
+    EditMetadata,
+    EditRecord,
+    GeneratePictureRequest,
+    GenerationRecord,
+    HowToGenerate,
+    HowToMake,
+    PictureRequest,
+    Reasoning,
+    Record,
+    how_of,
+    loras_of,
+    strengths_of,
+)
+
+if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
+    from step1x_edit.pictures.images import Picture, Pixels
+
+PictureOrder: TypeAlias = PictureRequest | GeneratePictureRequest
+"""A request for one picture, edited or generated."""
+_Request = TypeVar("_Request", bound=HowToMake)
+
+
+def with_seed(request: _Request) -> _Request:
+    """The same request; if it leaves the seed to chance, with a seed drawn now."""
+    if request.seed is not None:
+        return request
+    return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
+
+
+def job_of(request: PictureOrder, image: Pixels | None, previews: int = 0) -> EditJob:
+    """The engine's job for a request with a seed; without an image, a picture is generated."""
+    loras = None if request.loras is None else strengths_of(request.loras)
+    asked = {**how_of(request), "prompt": request.prompt, "loras": loras}
+    return EditJob(image=image, previews=previews, **asked)
+
+
+def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None) -> Record:
+    """What the picture was made with, from its request, which has a seed, and its result."""
+    made = {
+        **how_of(request),
+        "model": result.residence.model_with_loras or "",
+        "prompt": request.prompt,
+        "loras": loras_of(result.residence.loras) or None,
+    }
+    if isinstance(request, HowToGenerate):
+        return GenerationRecord(**made)
+    if not request.reflection:
+        made["reflection_rounds"] = None
+    rewritten = (result.painted.reasoning or {}).get("prompt") or ""
+    return EditRecord(
+        **made,
+        mask_sha256=mask_sha256,
+        rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
+    )
+
+
+def metadata_of(
+    record: Record, result: EditResult, picture: Picture, changed_share: float | None
+) -> EditMetadata:
+    """What an answer says about the picture."""
+    residence, reasoning = result.residence, result.painted.reasoning
+    made = record.model_dump(include=set(EditMetadata.model_fields))
+    if isinstance(record, EditRecord):
+        made["negative_prompt"] = record.negative_prompt or None  # empty is the default
+    made["width"], made["height"] = picture.width, picture.height
+    return EditMetadata(
+        **made,
+        gpu_location=residence.location,
+        gpu_memory_gb=round(residence.memory.allocated_gb, 2),
+        device=residence.device,
+        warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
+        changed_share=None if changed_share is None else round(changed_share, 4),
+        reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
+    )
