@@ -41,14 +41,13 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.schemas.requests import JobState
+from step1x_edit.service.job_runner import TIDY_INTERVAL_S, JobRunner
 from step1x_edit.service.job_store import (
     DATABASE_NAME,
     LOST_NAME,
-    TIDY_INTERVAL_S,
     Job,
     JobEvent,
     JobInput,
-    JobRunner,
     JobStore,
 )
 

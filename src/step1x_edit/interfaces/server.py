@@ -53,7 +53,8 @@ from step1x_edit.interfaces.mcp.refusals import OneSentence
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.page.page import Page
 from step1x_edit.interfaces.process import hear_signals
-from step1x_edit.service.job_store import JobRunner, JobStore
+from step1x_edit.service.job_runner import JobRunner
+from step1x_edit.service.job_store import JobStore
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import MEBI, Settings

@@ -48,7 +48,8 @@ from step1x_edit.schemas.requests import (
     JobState,
     read_request,
 )
-from step1x_edit.service.job_store import Job, JobEvent, JobInput, JobPage, JobStore, Operation
+from step1x_edit.service.job_runner import Operation
+from step1x_edit.service.job_store import Job, JobEvent, JobInput, JobPage, JobStore
 from step1x_edit.service.records import with_seed
 from step1x_edit.service.service import EditService
 
