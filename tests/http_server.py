@@ -15,7 +15,9 @@ from starlette.types import ASGIApp
 
 from step1x_edit.interfaces.discovery import announced
 from step1x_edit.interfaces.http import connections
-from step1x_edit.interfaces.server import build_app
+from step1x_edit.interfaces.http.guard import Guard
+from step1x_edit.interfaces.http.metrics import Metrics
+from step1x_edit.interfaces.server import build_routes
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 
@@ -62,6 +64,12 @@ def running(
         thread.join(60)
 
 
+def guarded(service: EditService, settings: Settings, secret: str = "") -> Guard:
+    """Everything that the unified server answers, behind its guard."""
+    metrics = Metrics(service)
+    return Guard(build_routes(service, settings, metrics, secret), settings, metrics.observe)
+
+
 @contextlib.contextmanager
 def serving(service: EditService, **settings: object) -> Iterator[str]:
     """Serve everything that the unified server offers and yield where.
@@ -71,7 +79,7 @@ def serving(service: EditService, **settings: object) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         given = {"api_key": TOKEN, "data_dir": folder, "rate_limit": 0, **settings}
         chosen = Settings(_env_file=None, **given)  # type: ignore
-        with running(build_app(service, chosen, SECRET), chosen, chosen.host) as url:
+        with running(guarded(service, chosen, SECRET), chosen, chosen.host) as url:
             yield url
 
 

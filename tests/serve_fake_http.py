@@ -7,7 +7,7 @@ import sys
 
 from fakes import FakeWorker
 from serve_fake import slow
-from step1x_edit.interfaces import server
+from step1x_edit.interfaces import serving
 from step1x_edit.interfaces.cli import app
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
@@ -18,5 +18,5 @@ def build(settings: Settings) -> EditService:
     return build_service(settings, start=FakeWorker(before_step=slow))
 
 
-server.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
+serving.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
 app(["serve", *sys.argv[1:]])

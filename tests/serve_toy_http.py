@@ -5,7 +5,7 @@ from functools import partial
 
 from step1x_edit.channel import Start
 from step1x_edit.engine.worker_process import WorkerProcess
-from step1x_edit.interfaces import server
+from step1x_edit.interfaces import serving
 from step1x_edit.interfaces.cli import app
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
@@ -17,5 +17,5 @@ def build(settings: Settings) -> EditService:
     return build_service(settings, start=partial(WorkerProcess, start, module="toy_worker"))
 
 
-server.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
+serving.build_service = build  # type: ignore[attr-defined,assignment]  # a stand-in
 app(["serve", *sys.argv[1:]])

@@ -19,10 +19,11 @@ from starlette.routing import BaseRoute
 
 from conftest import MakeService
 from fakes import FakeWorker
+from http_server import guarded
 from step1x_edit.interfaces.http.guard import WORK_PATHS, Guard
 from step1x_edit.interfaces.http.metrics import Metrics
 from step1x_edit.interfaces.http.rate_limit import RateLimit
-from step1x_edit.interfaces.server import build_app, build_routes
+from step1x_edit.interfaces.server import build_routes
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 
@@ -198,7 +199,7 @@ def worker() -> FakeWorker:
 
 @pytest.fixture
 def app(make_service: MakeService, worker: FakeWorker) -> Guard:
-    return build_app(make_service(worker), settings())
+    return guarded(make_service(worker), settings())
 
 
 # --- the census -----------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ async def test_only_the_user_of_a_browser_is_asked_for_a_password(
 
 
 async def test_without_a_key_none_is_asked_for(make_service: MakeService) -> None:
-    app = build_app(make_service(), settings(api_key=None))
+    app = guarded(make_service(), settings(api_key=None))
 
     assert (await ask(app, "GET", "/api/gpu/status")).status == 200
 
@@ -447,7 +448,7 @@ async def test_without_a_key_none_is_asked_for(make_service: MakeService) -> Non
 async def test_the_host_has_to_be_a_name_of_ours(
     make_service: MakeService, bound: str, host: str | None, status: int
 ) -> None:
-    app = build_app(make_service(), settings(host=bound))
+    app = guarded(make_service(), settings(host=bound))
     answer = await ask(app, "GET", "/livez", host=host)
 
     assert answer.status == status
@@ -496,7 +497,7 @@ async def test_a_form_of_another_site_starts_nothing_and_is_not_read(
     make_service: MakeService, path: str, content_type: str
 ) -> None:
     worker = FakeWorker()
-    app = build_app(make_service(worker), settings(api_key=None))
+    app = guarded(make_service(worker), settings(api_key=None))
     headers = {"Content-Type": content_type, "Origin": "http://evil.example"}
     answer = await ask(app, "POST", path, headers, iter([b"--b--"]))
 
@@ -511,7 +512,7 @@ async def test_a_browser_that_knows_the_password_starts_nothing_for_other_sites(
 ) -> None:
     """Browsers add the password by themselves, also to what a page of somebody else sends."""
     worker = FakeWorker()
-    app = build_app(make_service(worker), settings(data_dir=tmp_path / "data"))
+    app = guarded(make_service(worker), settings(data_dir=tmp_path / "data"))
     sent = {**basic("user", KEY), "Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate"}
     form = {"Content-Type": "multipart/form-data; boundary=b"}
     async with lifespan(app):
@@ -567,7 +568,7 @@ async def test_a_proxy_may_call_the_server_by_the_names_it_is_given(
     make_service: MakeService, host: str, status: int
 ) -> None:
     chosen = settings(allowed_hosts="pictures.example, other.example")
-    answer = await ask(build_app(make_service(), chosen), "GET", "/livez", host=host)
+    answer = await ask(guarded(make_service(), chosen), "GET", "/livez", host=host)
 
     assert answer.status == status
 
@@ -583,7 +584,7 @@ ASKING = {
 @pytest.fixture
 def shared(make_service: MakeService) -> Guard:
     """A server that pages of another site may use."""
-    return build_app(make_service(), settings(allowed_origins="https://app.example"))
+    return guarded(make_service(), settings(allowed_origins="https://app.example"))
 
 
 async def test_a_page_of_a_named_site_may_ask_first_and_then_call(shared: Guard) -> None:
@@ -753,7 +754,7 @@ async def test_a_body_without_a_length_is_counted_while_it_is_read(
     piece = b"x" * 2**16
     allowed = 3 * 2**20 // len(piece)  # one megabyte each for picture, mask and the form around
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    guard = build_app(make_service(max_upload_mb=1), settings(max_upload_mb=1))
+    guard = guarded(make_service(max_upload_mb=1), settings(max_upload_mb=1))
     headers = {**RIGHT, "Content-Type": "multipart/form-data; boundary=b"}
     if path == "/mcp":
         headers |= {
@@ -783,7 +784,7 @@ async def test_json_that_can_hold_no_picture_has_at_most_a_mebibyte(
     make_service: MakeService, tmp_path: Path
 ) -> None:
     piece = b" " * 2**16
-    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    guard = guarded(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
     headers = {**RIGHT, "Content-Type": "application/json"}
     told_length = {"Content-Length": str(100 * len(piece))}
 
@@ -805,7 +806,7 @@ async def test_json_of_very_many_parts_is_refused_while_it_arrives(
     make_service: MakeService, tmp_path: Path
 ) -> None:
     """Sixty megabytes of empty lists would be twenty million objects."""
-    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    guard = guarded(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
     headers = {**RIGHT, "Content-Type": "application/json"}
 
     async with lifespan(guard):
@@ -823,7 +824,7 @@ async def test_json_has_at_most_a_mebibyte_beside_its_pictures(
     make_service: MakeService, tmp_path: Path, start: bytes
 ) -> None:
     """Parsing stops the server for a third of a second if one text or number has 60 MB."""
-    guard = build_app(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
+    guard = guarded(make_service(), settings(data_dir=tmp_path / "data", enable_mcp=False))
     headers = {**RIGHT, "Content-Type": "application/json"}
     pieces = iter([start, *[b"1" * 2**16] * 1000])
 
@@ -840,7 +841,7 @@ async def test_bodies_find_room_beside_each_other_or_are_refused(
     make_service: MakeService, tells_its_length: bool
 ) -> None:
     """Eight of the longest are read at a time; more would be memory that nobody has counted."""
-    app = build_app(make_service(max_upload_mb=1), settings(max_upload_mb=1))
+    app = guarded(make_service(max_upload_mb=1), settings(max_upload_mb=1))
     size = 3 * 2**20  # a picture, its mask, and what comes around them
     head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     all_wait, enough, waiting = asyncio.Event(), asyncio.Event(), itertools.count(1)
@@ -896,7 +897,7 @@ class lifespan:  # noqa: N801 - reads like a function
 async def test_every_answer_keeps_browsers_from_guessing_and_storing(
     make_service: MakeService, path: str
 ) -> None:
-    app = build_app(make_service(), settings())
+    app = guarded(make_service(), settings())
     method = "POST" if "POST" in ROUTES.get(path, ()) else "GET"
     async with lifespan(app):
         answer = await ask(app, method, path, RIGHT)

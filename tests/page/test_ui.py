@@ -926,7 +926,9 @@ def test_the_server_starts_without_gradio_and_the_page_can_be_left_out() -> None
     script = """
 import sys, tempfile
 from fastapi.testclient import TestClient
-from step1x_edit.interfaces.server import build_app
+from step1x_edit.interfaces.http.guard import Guard
+from step1x_edit.interfaces.http.metrics import Metrics
+from step1x_edit.interfaces.server import build_routes
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
@@ -934,7 +936,8 @@ def status(path, **chosen):
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(_env_file=None, data_dir=folder, enable_mcp=False, **chosen)
         service = build_service(settings)
-        with TestClient(build_app(service, settings), base_url="http://127.0.0.1") as client:
+        app = Guard(build_routes(service, settings, Metrics(service)), settings)
+        with TestClient(app, base_url="http://127.0.0.1") as client:
             answer = client.get(path).status_code
         service.close()
         return answer

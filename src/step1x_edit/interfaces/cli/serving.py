@@ -54,7 +54,7 @@ def serve(
         from step1x_edit.settings import load_server_settings
 
         settings = load_server_settings({"host": host, "port": port})
-        from step1x_edit.interfaces import process, server
+        from step1x_edit.interfaces import process, serving
 
         process.log_to_stderr(settings)
-        server.serve(settings)
+        serving.serve(settings)
