@@ -533,7 +533,7 @@ async def test_of_finished_jobs_only_the_last_are_kept() -> None:
         ids.append(handles.add(await ended(number)))
         await asyncio.sleep(0)
 
-    found: list[Pursuit[int] | None] = []
+    found: list[Pursuit[Progress, int] | None] = []
     for job_id in ids:
         try:
             found.append(handles.get(job_id))

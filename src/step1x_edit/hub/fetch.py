@@ -101,7 +101,7 @@ def pull(
     folder = models / model.folder_name
     if folder.is_dir():
         return folder
-    with _told_disk_errors(models), held(model, models):
+    with _disk_errors_explained(models), held(model, models):
         if folder.is_dir():  # by the process that held it until now
             return folder
         files = _list_files(model, endpoint, wait)
@@ -195,7 +195,7 @@ class _Download:
         self._check_room()
         for file in self._files:
             self._fetch(file)
-        self._tell("downloading", "complete")
+        self._notify("downloading", "complete")
 
     def _clear(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ class _Download:
         path.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(2):
             self._complete(file, path)
-            checking = partial(self._tell, "checking", str(file.path))
+            checking = partial(self._notify, "checking", str(file.path))
             checking()
             if file.is_intact(path, checking):
                 _flush(path)
@@ -258,7 +258,7 @@ class _Download:
         path.touch()
         patience = _Patience(f"{file.path} of {file.repo}", _host(file.url), self._pause)
         while (have := _length(path)) < file.size:
-            self._tell("downloading", str(file.path))
+            self._notify("downloading", str(file.path))
             try:
                 self._append(file, path)
             except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
@@ -290,15 +290,15 @@ class _Download:
             target.write(chunk)
             have += len(chunk)
             self._done += len(chunk)
-            self._tell("downloading", str(file.path))
+            self._notify("downloading", str(file.path))
         if have < file.size:  # without an announced length, the end looks like any other
             raise httpx2.RemoteProtocolError(f"{file.path} ended after {have} bytes")
 
     def _pause(self, seconds: float) -> None:
-        self._tell("waiting", f"trying again in {seconds:g} s")
+        self._notify("waiting", f"trying again in {seconds:g} s")
         self._wait(seconds)
 
-    def _tell(self, phase: Literal["downloading", "checking", "waiting"], text: str) -> None:
+    def _notify(self, phase: Literal["downloading", "checking", "waiting"], text: str) -> None:
         self._report(PullProgress(phase, self._done, self._total, text))
 
 
@@ -429,7 +429,7 @@ def _gigabytes(count: int) -> str:
 
 
 @contextmanager
-def _told_disk_errors(models: Path) -> Iterator[None]:
+def _disk_errors_explained(models: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

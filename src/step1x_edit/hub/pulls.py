@@ -194,7 +194,9 @@ class Pulls:
     def models(self) -> list[PulledModel]:
         """The catalog, and how much of it is here; looks at the disk."""
         kept = {item.name: item for item in kept_models(self._folder)}
-        return [_told(model, kept.get(model.name), self.runs(model.name)) for model in CATALOG]
+        return [
+            _pulled_model(model, kept.get(model.name), self.runs(model.name)) for model in CATALOG
+        ]
 
     def folder_of(self, name: str) -> Path | None:
         """Where a model lies as a whole. Raises ModelNotFoundError."""
@@ -248,7 +250,7 @@ def listed(name: str) -> Model:
     raise ModelNotFoundError(f"{name!r}; these can be pulled here: {names}")
 
 
-def _told(model: Model, kept: Kept | None, runs: bool) -> PulledModel:
+def _pulled_model(model: Model, kept: Kept | None, runs: bool) -> PulledModel:
     return PulledModel(
         name=model.name,
         version=model.version,

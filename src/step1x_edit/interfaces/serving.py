@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
 async def _serve(settings: Settings, service: EditService, listener: socket.socket) -> int:
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
     hear_signals(stopped)
-    asyncio.get_running_loop().set_exception_handler(connections.TellOnce())
+    asyncio.get_running_loop().set_exception_handler(connections.LogOnce())
     metrics = Metrics(service)
     secret = new_secret()
     routes = build_routes(service, settings, metrics, secret)

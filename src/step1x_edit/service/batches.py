@@ -46,8 +46,8 @@ from step1x_edit.schemas.requests import (
     given_in,
     read_request,
 )
-from step1x_edit.service.editor import Edited, Report
-from step1x_edit.service.file_edits import FileEdits, Inputs, ReportOf, batch_answer
+from step1x_edit.service.editor import EditedFile, Notify
+from step1x_edit.service.file_edits import FileEdits, Inputs, NotifyOf, batch_answer
 from step1x_edit.service.files import FileIdentity, Output, expanded
 
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
@@ -323,7 +323,7 @@ class Batch:
 
     def __init__(
         self,
-        edits: FileEdits[Edited],
+        edits: FileEdits[EditedFile],
         journal: Journal,
         output_dir: Path,
         *,
@@ -337,7 +337,7 @@ class Batch:
         self._outputs: set[str] = set()
         self._inputs: frozenset[FileIdentity] = frozenset()
 
-    async def run(self, items: Sequence[Item], report_of: ReportOf) -> BatchAnswer:
+    async def run(self, items: Sequence[Item], report_of: NotifyOf) -> BatchAnswer:
         """Do one after the other, as `file_edits.batch_answer` does.
 
         Cancelling the call stops the work; what is finished stays and is known to the next run.
@@ -351,7 +351,7 @@ class Batch:
         names = [item.name for item in items]
         return await batch_answer(self._edits.editor, names, edit)
 
-    async def _edit(self, item: Item, report: Report) -> EditAnswer:
+    async def _edit(self, item: Item, report: Notify) -> EditAnswer:
         started = time.monotonic()
         output = self._plan(item)
         path = Path(output.shown)

@@ -14,7 +14,7 @@ from step1x_edit.channel import Progress
 if TYPE_CHECKING:
     from step1x_edit.schemas.requests import EditMetadata, GeneratePictureRequest, PictureRequest
 
-Report: TypeAlias = Callable[[Progress], Awaitable[None]]
+Notify: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""
 
 
@@ -22,7 +22,7 @@ async def unreported(progress: Progress) -> None:
     """For callers who do not want to know how far an edit has come."""
 
 
-class Edited(Protocol):
+class EditedFile(Protocol):
     """A picture that was edited, or made from words alone."""
 
     @property
@@ -34,7 +34,7 @@ class Edited(Protocol):
         """How it was made."""
 
 
-E_co = TypeVar("E_co", bound=Edited, covariant=True)
+E_co = TypeVar("E_co", bound=EditedFile, covariant=True)
 
 
 class Editor(Protocol[E_co]):
@@ -50,7 +50,7 @@ class Editor(Protocol[E_co]):
         self,
         data: bytes,
         request: PictureRequest,
-        report: Report,
+        report: Notify,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
@@ -60,13 +60,13 @@ class Editor(Protocol[E_co]):
         self,
         data: bytes,
         request: PictureRequest,
-        report: Report,
+        report: Notify,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
         """Edit a picture of a batch that `check_room` has let in: there is room for each of it."""
 
     async def generate_picture(
-        self, request: GeneratePictureRequest, report: Report, suffix: str = ".png"
+        self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
     ) -> E_co:
         """Make a picture from words alone."""

@@ -24,13 +24,13 @@ from step1x_edit.schemas.requests import (
     ErrorAnswer,
     GenerateRequest,
 )
-from step1x_edit.service.editor import Edited, Editor, Report, unreported
+from step1x_edit.service.editor import EditedFile, Editor, Notify, unreported
 from step1x_edit.service.files import FileAccess, FileIdentity, Output
 
-E = TypeVar("E", bound=Edited)
+E = TypeVar("E", bound=EditedFile)
 T = TypeVar("T")
 
-ReportOf: TypeAlias = Callable[[int], Report]
+NotifyOf: TypeAlias = Callable[[int], Notify]
 """Given the number of a picture in a batch, from 0, what its progress is reported to."""
 
 
@@ -72,7 +72,7 @@ class FileEdits(Generic[E]):
     async def edit(
         self,
         request: EditRequest,
-        report: Report = unreported,
+        report: Notify = unreported,
         image: bytes | None = None,
         output_dir: str | None = None,
     ) -> Saved[E]:
@@ -87,7 +87,7 @@ class FileEdits(Generic[E]):
         )
 
     async def edit_unsaved(
-        self, request: EditRequest, report: Report = unreported, image: bytes | None = None
+        self, request: EditRequest, report: Notify = unreported, image: bytes | None = None
     ) -> E:
         """Edit one picture and give the result back as a PNG; all else is as in `edit`."""
         await self.editor.check_room()
@@ -95,7 +95,7 @@ class FileEdits(Generic[E]):
         return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
 
     async def edit_several(
-        self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReportOf
+        self, requests: Sequence[EditRequest], output_dir: str | None, report_of: NotifyOf
     ) -> BatchAnswer:
         """Edit several pictures as `edit_each` does; the inputs of all of them stay as they are."""
         paths = [request.image_path for request in requests]
@@ -109,7 +109,7 @@ class FileEdits(Generic[E]):
 
         return await batch_answer(self.editor, paths, edit)
 
-    async def generate(self, request: GenerateRequest, report: Report = unreported) -> Saved[E]:
+    async def generate(self, request: GenerateRequest, report: Notify = unreported) -> Saved[E]:
         """Make one picture from words alone and save it; all else is as in `edit`."""
         await self.editor.check_room()
         started = time.monotonic()
@@ -136,7 +136,7 @@ class FileEdits(Generic[E]):
         self,
         edit: Callable[..., Awaitable[E]],
         request: EditRequest,
-        report: Report,
+        report: Notify,
         outputs: _Outputs,
         image: bytes | None = None,
     ) -> Saved[E]:

@@ -542,12 +542,12 @@ def _alike(real: Path) -> Path | None:
         names = os.listdir(real.parent)  # noqa: PTH208 - names are all that is looked at
     except OSError:
         return None
-    look = _look(real.name)
-    found = [name for name in names if _look(name) == look]
+    appearance = _appearance(real.name)
+    found = [name for name in names if _appearance(name) == appearance]
     return real.parent / found[0] if len(found) == 1 else None
 
 
-def _look(name: str) -> str:
+def _appearance(name: str) -> str:
     """A name as the eye sees it: one kind of blank and of hyphen, nothing invisible."""
     seen = unicodedata.normalize("NFC", name)
     return "".join(

@@ -364,7 +364,7 @@ class JobStore:
         for listener in self._listeners.get(job_id, ()):
             listener.set()
 
-    def _tell(self, wake: Callable[..., object], *arguments: object) -> None:
+    def _notify(self, wake: Callable[..., object], *arguments: object) -> None:
         """From the thread: a caller who has given up must not keep the news from the others."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to listen
             self._loop.call_soon_threadsafe(wake, *arguments)
@@ -590,7 +590,7 @@ class JobStore:
             _remove(folder)
             raise
         _mark_accepted(folder)
-        self._tell(self._arrived.set)
+        self._notify(self._arrived.set)
         return self._get(job_id)
 
     def _check_room(self, size: int) -> None:
@@ -647,7 +647,7 @@ class JobStore:
                     "DELETE FROM jobs WHERE id = ? AND state != 'running'", (job_id,)
                 )
             _remove(self._folder / job_id)
-            self._tell(self._wake, job_id)
+            self._notify(self._wake, job_id)
 
     # --- from state to state, on the thread -------------------------------------------------------
 
@@ -662,10 +662,10 @@ class JobStore:
         row = self._connection.execute(
             """SELECT *, coalesce(
                 (SELECT at FROM events WHERE job_id = id ORDER BY number DESC LIMIT 1), 0
-            ) AS told_at FROM jobs WHERE id = ?""",
+            ) AS last_at FROM jobs WHERE id = ?""",
             (job_id,),
         ).fetchone()
-        if row is not None and _is_news(progress, _progress(row), self._now() - row["told_at"]):
+        if row is not None and _is_news(progress, _progress(row), self._now() - row["last_at"]):
             self._move(_NOTE, job_id, JobState.RUNNING, progress)
 
     def _succeed(self, job_id: str, result: bytes, answer: str) -> bool:
@@ -707,7 +707,7 @@ class JobStore:
     def _put_back(self) -> None:
         for job_id in self._ids("SELECT id FROM jobs WHERE state = 'running'"):
             self._move(_PUT_BACK, job_id, JobState.QUEUED)
-        self._tell(self._arrived.set)
+        self._notify(self._arrived.set)
 
     def _move(
         self,
@@ -733,7 +733,7 @@ class JobStore:
             if moved.rowcount == 0:
                 return False
             self._add_event(job_id, now, state, progress)
-        self._tell(self._wake, job_id)
+        self._notify(self._wake, job_id)
         return True
 
     def _add_event(

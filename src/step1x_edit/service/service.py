@@ -69,7 +69,7 @@ from step1x_edit.schemas.requests import (
     read_request,
     strengths_of,
 )
-from step1x_edit.service.editor import Report, unreported
+from step1x_edit.service.editor import Notify, unreported
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess, nearest_existing
 from step1x_edit.service.records import PictureOrder, job_of, metadata_of, record_of, with_seed
@@ -162,7 +162,7 @@ class EditService:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Report = unreported,
+        report: Notify = unreported,
         suffix: str = ".png",
         mask: bytes | None = None,
         previews: int = 0,
@@ -180,7 +180,7 @@ class EditService:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Report = unreported,
+        report: Notify = unreported,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> EditedPicture:
@@ -190,7 +190,7 @@ class EditService:
     async def generate_picture(
         self,
         request: GeneratePictureRequest,
-        report: Report = unreported,
+        report: Notify = unreported,
         suffix: str = ".png",
         previews: int = 0,
     ) -> EditedPicture:
@@ -339,7 +339,7 @@ class EditService:
         self,
         data: bytes | None,
         request: PictureOrder,
-        report: Report,
+        report: Notify,
         suffix: str,
         mask: bytes | None,
         submit: Callable[[EditJob], Edit],
@@ -435,7 +435,7 @@ class EditService:
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
 
-async def _run(edit: Edit, report: Report) -> EditResult:
+async def _run(edit: Edit, report: Notify) -> EditResult:
     try:
         async for event in edit.events():
             await report(event)

@@ -15,7 +15,7 @@ from step1x_edit import __version__
 from step1x_edit.interfaces.cli.batching import batch
 from step1x_edit.interfaces.cli.demo import DEMO_PHOTO, DEMO_PROMPTS, demo
 from step1x_edit.interfaces.cli.doctor import doctor
-from step1x_edit.interfaces.cli.editing import Edit, edit
+from step1x_edit.interfaces.cli.editing import EditCommand, edit
 from step1x_edit.interfaces.cli.generating import generate
 from step1x_edit.interfaces.cli.gpu import offload, release, status
 from step1x_edit.interfaces.cli.mcp_commands import mcp_app
@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=Command)(demo)
-app.command(cls=Edit)(edit)
+app.command(cls=EditCommand)(edit)
 app.command(cls=Command)(batch)
 app.command(cls=Command)(generate)
 app.command(cls=Serve)(serve)

@@ -19,10 +19,10 @@ from step1x_edit.interfaces.cli.options import (
 )
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
+    failures_on_stderr,
     of_several,
     print_batch,
     shown_progress,
-    told_failures,
 )
 from step1x_edit.schemas.requests import EditRequest, given, read_request
 from step1x_edit.service.files import expanded
@@ -73,7 +73,7 @@ def batch(
     parameters have changed. If a picture fails, the others are still edited,
     and the exit code is 1.
     """
-    with told_failures(as_json, _INTERRUPTED):
+    with failures_on_stderr(as_json, _INTERRUPTED):
         from step1x_edit.interfaces.cli.editors import opened_edits
         from step1x_edit.service.batches import Batch, Chosen, Journal
 

@@ -15,14 +15,14 @@ from step1x_edit.interfaces.cli.options import option
 from step1x_edit.interfaces.cli.terminal import (
     as_typed,
     cli_settings,
+    failures_on_stderr,
     out,
     shown_progress,
-    told_failures,
 )
 from step1x_edit.schemas.requests import PARAMETERS, EditRequest, given, read_request
 
 if TYPE_CHECKING:
-    from step1x_edit.service.editor import Edited
+    from step1x_edit.service.editor import EditedFile
     from step1x_edit.service.file_edits import FileEdits
 
 DEMO_PROMPTS = {
@@ -53,7 +53,7 @@ def demo(
     seed: Annotated[str, option(PARAMETERS["seed"], DEMO_SEED)] = str(DEMO_SEED),
 ) -> None:
     """Edit a bundled photograph with the built-in demo checkpoint and print the result paths."""
-    with told_failures(as_json=False):
+    with failures_on_stderr(as_json=False):
         from step1x_edit.interfaces.cli.comparison import draw_comparison
         from step1x_edit.interfaces.cli.editors import opened_edits
 
@@ -76,7 +76,7 @@ def demo(
         _print_demo(before, results, comparison)
 
 
-async def _edited(edits: FileEdits[Edited], requests: Sequence[EditRequest]) -> dict[str, Path]:
+async def _edited(edits: FileEdits[EditedFile], requests: Sequence[EditRequest]) -> dict[str, Path]:
     """The results by prompt."""
     results = {}
     with shown_progress() as progress_of:

@@ -22,9 +22,9 @@ from step1x_edit.interfaces.cli.terminal import (
     FAILED,
     cli_settings,
     err,
+    failures_on_stderr,
     out,
     print_json,
-    told_failures,
 )
 from step1x_edit.service.files import nearest_existing
 
@@ -52,7 +52,7 @@ def doctor(as_json: AsJson = False) -> None:
     The exit code is 1 if a check fails. Nothing is changed, and no model is
     loaded.
     """
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         checks = []
         for check in _checks():
             checks.append(check)

@@ -27,11 +27,11 @@ from step1x_edit.interfaces.cli.terminal import (
     STREAM,
     check_stdout,
     cli_settings,
+    failures_on_stderr,
     of_several,
     print_answer,
     print_batch,
     shown_progress,
-    told_failures,
     watched,
     write_picture,
 )
@@ -40,7 +40,7 @@ from step1x_edit.schemas.requests import PARAMETERS, EditRequest, given, read_re
 from step1x_edit.service.files import expanded
 
 if TYPE_CHECKING:
-    from step1x_edit.service.editor import Edited
+    from step1x_edit.service.editor import EditedFile
     from step1x_edit.service.file_edits import FileEdits
 
 _EXAMPLE: Final = "add a red hat"
@@ -88,7 +88,7 @@ def edit(
     Uses the model of the server that runs on this machine; without a server,
     this process loads the model. The path of each result is printed on stdout.
     """
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
 
         _check_words(image, prompt)
@@ -106,7 +106,7 @@ def edit(
 
 
 def _edit_one(
-    edits: FileEdits[Edited], request: EditRequest, output_dir: str | None, as_json: bool
+    edits: FileEdits[EditedFile], request: EditRequest, output_dir: str | None, as_json: bool
 ) -> None:
     image = edits.files.read_stream(sys.stdin.buffer) if request.image_path == STREAM else None
     if request.output_path == STREAM:
@@ -117,7 +117,7 @@ def _edit_one(
 
 
 def _edit_several(
-    edits: FileEdits[Edited],
+    edits: FileEdits[EditedFile],
     requests: Sequence[EditRequest],
     output_dir: str | None,
     as_json: bool,
@@ -129,7 +129,7 @@ def _edit_several(
     print_batch(answer, as_json)
 
 
-class Edit(Command):
+class EditCommand(Command):
     """The command `edit`, which says which of its arguments is missing."""
 
     def explain(self, ctx: Any, words: list[str], error: typer.TyperException) -> str:

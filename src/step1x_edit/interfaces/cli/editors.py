@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from step1x_edit.errors import InvalidParameterError
 from step1x_edit.interfaces.discovery import find_server
-from step1x_edit.service.editor import Edited
+from step1x_edit.service.editor import EditedFile
 from step1x_edit.service.file_edits import FileEdits
 from step1x_edit.service.files import FileAccess
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def opened_edits(
     settings: Settings, url: str | None, api_key: str | None, standalone: bool
-) -> Iterator[FileEdits[Edited]]:
+) -> Iterator[FileEdits[EditedFile]]:
     """Edits of files, by the server that `found_server` finds, or by a model of this process."""
     server = found_server(settings, url, api_key, standalone)
     if server is not None:

@@ -19,8 +19,8 @@ from step1x_edit.interfaces.cli.terminal import (
     STREAM,
     check_stdout,
     cli_settings,
+    failures_on_stderr,
     print_answer,
-    told_failures,
     watched,
     write_picture,
 )
@@ -55,7 +55,7 @@ def generate(
     Uses the model of the server that runs on this machine; without a server,
     this process loads the model. The path of the picture is printed on stdout.
     """
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
 
         check_prompt(prompt, "a red fox in the snow")

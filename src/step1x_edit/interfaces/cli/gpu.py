@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 from step1x_edit.interfaces.cli.options import ApiKey, AsJson, Standalone, Url
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
+    failures_on_stderr,
     out,
     print_json,
     print_line,
-    told_failures,
 )
 from step1x_edit.schemas.requests import GpuAnswer, StatusAnswer
 
@@ -37,7 +37,7 @@ def status(
     """
     from step1x_edit.interfaces.cli.editors import found_server
 
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         settings = cli_settings()
         server = found_server(settings, url, api_key, standalone)
         answer = _own_status(settings) if server is None else asyncio.run(server.status())
@@ -88,7 +88,7 @@ def release(
 def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_json: bool) -> None:
     from step1x_edit.interfaces.cli.editors import found_server
 
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         settings = cli_settings()
         server = found_server(settings, url, api_key, standalone)
         if server is None:

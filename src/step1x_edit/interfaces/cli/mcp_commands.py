@@ -17,9 +17,9 @@ from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
     err,
+    failures_on_stderr,
     print_json,
     print_line,
-    told_failures,
 )
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 from step1x_edit.interfaces.mcp.client_config import (
@@ -67,7 +67,7 @@ def call(
     ] = "{}",
 ) -> None:
     """Call a tool as an MCP client does, and print its answer."""
-    with told_failures(as_json=False):
+    with failures_on_stderr(as_json=False):
         given = _json_object(arguments)
         from step1x_edit.interfaces.mcp.client import MCPClient
 
@@ -91,7 +91,7 @@ def config(
     ] = False,
 ) -> None:
     """Print or write the configuration with which an MCP client starts this server."""
-    with told_failures(as_json=False):
+    with failures_on_stderr(as_json=False):
         file = config_file(client)
         settings = load_settings()
         entry = server_entry(settings, file)

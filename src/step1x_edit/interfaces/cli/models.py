@@ -31,10 +31,10 @@ from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     cli_settings,
     err,
+    failures_on_stderr,
     out,
     print_json,
     print_line,
-    told_failures,
 )
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command
 
@@ -74,7 +74,7 @@ def list_models(as_json: AsJson = False) -> None:
 
     * marks the one that an edit would use. `pull` fetches the others.
     """
-    with told_failures(as_json):
+    with failures_on_stderr(as_json):
         settings = cli_settings()
         seen = _survey(settings)
         found = _found(settings, seen)
@@ -97,7 +97,7 @@ def pull(name: Name) -> None:
 
     HF_ENDPOINT sets a mirror to fetch from; HF_TOKEN is sent if a model requires it.
     """
-    with told_failures(False, "interrupted; run the same command again to continue"):
+    with failures_on_stderr(False, "interrupted; run the same command again to continue"):
         models = models_folder(cli_settings().data_dir)
         model = find_model(name)
         if model.note:
@@ -112,7 +112,7 @@ def pull(name: Name) -> None:
 @models_app.command(cls=Command)
 def where(name: Name) -> None:
     """Print the folder of a pulled model."""
-    with told_failures(False):
+    with failures_on_stderr(False):
         print_line(find_pulled(name, models_folder(cli_settings().data_dir)))
 
 
@@ -122,7 +122,7 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
 ) -> None:
     """Remove a pulled model, or the files of an unfinished pull."""
-    with told_failures(False):
+    with failures_on_stderr(False):
         models = models_folder(cli_settings().data_dir)
         model = find_model(name)
         sizes = [kept.size for kept in kept_models(models) if kept.name == model.name]

@@ -39,7 +39,7 @@ from step1x_edit.schemas.requests import (
     StatusAnswer,
     given_in,
 )
-from step1x_edit.service.editor import Report
+from step1x_edit.service.editor import Notify
 from step1x_edit.settings import Limits
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
@@ -81,7 +81,7 @@ class RemoteServer:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Report,
+        report: Notify,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> RemotePicture:
@@ -100,12 +100,12 @@ class RemoteServer:
     edit_next = edit_picture  # each is a job, for which the server has a store
 
     async def generate_picture(
-        self, request: GeneratePictureRequest, report: Report, suffix: str = ".png"
+        self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
     ) -> RemotePicture:
         """Have a picture made from words alone; cancelling the call withdraws the job."""
         return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
 
-    async def _done(self, body: Mapping[str, Any], report: Report, suffix: str) -> RemotePicture:
+    async def _done(self, body: Mapping[str, Any], report: Notify, suffix: str) -> RemotePicture:
         """What comes of a job with this body, in the format of a suffix."""
         async with self._client() as client:
             job = await self._sent(client, body)
@@ -156,7 +156,7 @@ class RemoteServer:
             await self._check(answer)
         return self._read(JobAnswer, answer)
 
-    async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Report) -> JobAnswer:
+    async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Notify) -> JobAnswer:
         """Listen to a job until it has ended; a stream that breaks off early is taken up again."""
         path, last = f"{_JOBS}/{job.id}", "0"
         if job.position is not None:
@@ -319,7 +319,7 @@ def _problem(answer: httpx2.Response) -> tuple[str, str]:
     return "", answer.reason_phrase
 
 
-async def _report(data: str, report: Report) -> None:
+async def _report(data: str, report: Notify) -> None:
     with contextlib.suppress(ValidationError, ValueError):  # how far it is, is told again
         progress = JobEventAnswer.model_validate_json(data).progress
         if progress is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from step1x_edit.interfaces.cli.options import WHOLE
-from step1x_edit.interfaces.cli.terminal import out, print_table, told_failures
+from step1x_edit.interfaces.cli.terminal import failures_on_stderr, out, print_table
 from step1x_edit.interfaces.cli.usage import Command
 
 
@@ -50,7 +50,7 @@ def serve(
 
     Flags override the settings of the same names.
     """
-    with told_failures(as_json=False):
+    with failures_on_stderr(as_json=False):
         from step1x_edit.settings import load_server_settings
 
         settings = load_server_settings({"host": host, "port": port})

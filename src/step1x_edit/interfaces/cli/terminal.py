@@ -40,8 +40,8 @@ from step1x_edit.schemas.requests import (
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
-    from step1x_edit.service.editor import Edited, Report
-    from step1x_edit.service.file_edits import ReportOf
+    from step1x_edit.service.editor import EditedFile, Notify
+    from step1x_edit.service.file_edits import NotifyOf
     from step1x_edit.settings import Settings
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def cli_settings() -> Settings:
 
 
 @contextlib.contextmanager
-def told_failures(as_json: bool, on_interrupt: str = "interrupted") -> Iterator[None]:
+def failures_on_stderr(as_json: bool, on_interrupt: str = "interrupted") -> Iterator[None]:
     """Turn errors into one sentence and an exit code."""
     try:
         yield
@@ -129,7 +129,7 @@ def print_failure(error: Step1XEditError, as_json: bool) -> None:
 # --- progress ------------------------------------------------------------------------------------
 
 
-ShowProgress = Callable[[str], "Report"]
+ShowProgress = Callable[[str], "Notify"]
 """Makes the function that receives progress, given the name of what is edited."""
 
 
@@ -138,7 +138,7 @@ def shown_progress() -> Iterator[ShowProgress]:
     """Show the progress of edits."""
     with display(err, now=now) as shown:
 
-        def of(label: str) -> Report:
+        def of(label: str) -> Notify:
             shown.begin(label)
 
             async def show(event: Progress) -> None:
@@ -153,13 +153,13 @@ def shown_progress() -> Iterator[ShowProgress]:
         yield of
 
 
-def watched(label: str, work: Callable[[Report], Coroutine[Any, Any, T]]) -> T:
+def watched(label: str, work: Callable[[Notify], Coroutine[Any, Any, T]]) -> T:
     """Run some work and show its progress."""
     with shown_progress() as progress_of:
         return asyncio.run(work(progress_of(label)))
 
 
-def of_several(progress_of: ShowProgress, names: Sequence[str]) -> ReportOf:
+def of_several(progress_of: ShowProgress, names: Sequence[str]) -> NotifyOf:
     """The same for the pictures of a batch, by their numbers."""
     return lambda index: progress_of(f"{index + 1}/{len(names)} {names[index]}")
 
@@ -236,7 +236,7 @@ def check_stdout(output: str | None, as_json: bool) -> None:
         )
 
 
-def write_picture(edited: Edited) -> None:
+def write_picture(edited: EditedFile) -> None:
     """Write the file of a picture to stdout."""
     stdout: BinaryIO = sys.stdout.buffer
     with _writing_to_stdout():

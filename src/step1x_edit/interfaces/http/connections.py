@@ -90,7 +90,7 @@ def _raised_file_limit() -> int:
     return wanted
 
 
-class TellOnce:
+class LogOnce:
     """Handles errors of the event loop: a lack of file descriptors is logged once a second.
 
     asyncio reports it for each connection that it tries to accept, as often as the backlog is long.

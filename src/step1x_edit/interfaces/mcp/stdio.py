@@ -152,13 +152,13 @@ async def _serve(settings: Settings, wire: int) -> None:
 
     log.info("joined the server at %s, process %d", server.url, server.pid)
     calls = RunningCalls()
-    await _serve_until_told(build_proxy(server, calls, settings.mcp_max_wait), calls.stop, wire)
+    await _serve_until_stopped(build_proxy(server, calls, settings.mcp_max_wait), calls.stop, wire)
 
 
 async def _serve_alone(settings: Settings, wire: int) -> None:
     service = build_service(settings)
     mcp = build_mcp(service, max_wait_s=settings.mcp_max_wait)
-    await _serve_until_told(mcp, lambda: _close(service), wire)
+    await _serve_until_stopped(mcp, lambda: _close(service), wire)
 
 
 async def _close(service: EditService) -> None:
@@ -169,7 +169,7 @@ async def _close(service: EditService) -> None:
 # --- ending ---------------------------------------------------------------------------------------
 
 
-async def _serve_until_told(server: FastMCP, stop: Stop, wire: int) -> None:
+async def _serve_until_stopped(server: FastMCP, stop: Stop, wire: int) -> None:
     """Serve; at the end, stop what runs and leave without waiting for threads.
 
     The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.

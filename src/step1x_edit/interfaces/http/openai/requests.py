@@ -50,7 +50,7 @@ STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd":
 """What `quality` means."""
 
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
-_Asked = TypeVar("_Asked", bound=OpenAIRequest)
+_Request = TypeVar("_Request", bound=OpenAIRequest)
 
 _MAX_FILES: Final = 20  # theirs takes 16 pictures; a sentence says that this one takes one
 _MAX_FIELDS: Final = 40
@@ -245,7 +245,7 @@ def _check_supported(name: str) -> None:
         raise InvalidParameterError(f"{name!r} is not supported: {why}", param=name)
 
 
-def understood(kind: type[_Asked], fields: Mapping[str, object]) -> _Asked:
+def understood(kind: type[_Request], fields: Mapping[str, object]) -> _Request:
     """The request with these fields; errors name a field as the client did."""
     own = parameters_of(kind)
     values: dict[str, object] = {}
