@@ -7,6 +7,7 @@ import base64
 import itertools
 import json
 import re
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -734,14 +735,21 @@ async def test_zero_is_no_limit(make_service: MakeService) -> None:
     assert [await post(app) for _ in range(200)] == [STARTED] * 200
 
 
+class Caller(str):
+    """A text of which a test can see whether somebody still keeps it."""
+
+
 async def test_many_callers_are_not_remembered_for_ever() -> None:
     clock = Clock()
     limit = RateLimit(60, clock.now)
+    seen = []
     for number in range(5000):
-        limit.spend(str(number))
+        caller = Caller(number)
+        seen.append(weakref.ref(caller))
+        limit.spend(caller)
         clock.time += 2
 
-    assert limit.remembered <= 1001
+    assert 0 < sum(caller() is not None for caller in seen) <= 1001
 
 
 # --- bodies and answers ---------------------------------------------------------------------------

@@ -26,11 +26,6 @@ class RateLimit:
         self._now = now
         self._whole_at: dict[str, float] = {}  # when a caller has the full share again
 
-    @property
-    def remembered(self) -> int:
-        """How many callers it keeps in mind."""
-        return len(self._whole_at)
-
     def spend(self, caller: str) -> None:
         """Use up one request of the caller's; raises RateLimitedError if there is none."""
         if self._per_minute == 0:
