@@ -33,8 +33,8 @@ from step1x_edit.errors import (
     WorkerLostError,
 )
 from step1x_edit.model.request import Pixels
+from step1x_edit.schemas.answers import Location
 from step1x_edit.schemas.plan import PlanStatus
-from step1x_edit.schemas.requests import Location
 
 STREAMED: Final = PlanStatus(
     resident_share=0.31,

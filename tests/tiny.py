@@ -36,7 +36,7 @@ from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import Edited, EditPipeline, Recogniser
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
-from step1x_edit.schemas.requests import Location
+from step1x_edit.schemas.answers import Location
 from step1x_edit.worker.residency import Residency
 
 TINY = ModelConfig(

@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from step1x_edit.errors import Step1XEditError
     from step1x_edit.interfaces.mcp.client import MCPClient
     from step1x_edit.pictures.images import read_edit_record, read_record
-    from step1x_edit.schemas.requests import (
+    from step1x_edit.schemas.answers import (
         BatchAnswer,
-        BatchRequest,
         EditAnswer,
-        EditRecord,
-        EditRequest,
         ErrorAnswer,
-        GenerateRequest,
-        GenerationRecord,
         GpuAnswer,
         StatusAnswer,
+    )
+    from step1x_edit.schemas.requests import (
+        BatchRequest,
+        EditRecord,
+        EditRequest,
+        GenerateRequest,
+        GenerationRecord,
     )
     from step1x_edit.service.service import EditService
     from step1x_edit.service.wiring import build_service
@@ -53,6 +55,11 @@ __all__ = [
 ]
 
 _HOMES: Final = {
+    "BatchAnswer": "schemas.answers",
+    "EditAnswer": "schemas.answers",
+    "ErrorAnswer": "schemas.answers",
+    "GpuAnswer": "schemas.answers",
+    "StatusAnswer": "schemas.answers",
     "EditService": "service.service",
     "MCPClient": "interfaces.mcp.client",
     "Settings": "settings",

@@ -22,7 +22,8 @@ from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.schemas.plan import PlanStatus
 
 if TYPE_CHECKING:  # a worker needs no pydantic
-    from step1x_edit.schemas.requests import Location, Precision
+    from step1x_edit.schemas.answers import Location
+    from step1x_edit.schemas.requests import Precision
 
 GIB: Final = 1024**3
 

@@ -41,6 +41,8 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from step1x_edit.errors import SettingsError
+from step1x_edit.schemas.complaints import complaints
+from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
     DEFAULT_GUIDANCE_SCALE,
     DEFAULT_NUM_STEPS,
@@ -48,11 +50,8 @@ from step1x_edit.schemas.requests import (
     MAX_STRENGTH,
     GuidanceScale,
     NumSteps,
-    Parameter,
     Precision,
     SizeLevel,
-    complaints,
-    parameters_of,
 )
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,9 @@ from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.page.texts import translations
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.pictures.images import read_edit_record
-from step1x_edit.schemas.requests import HowToEdit, ImageEditRequest, Parameter, parameters_of
+from step1x_edit.schemas.openai import ImageEditRequest
+from step1x_edit.schemas.parameters import Parameter, parameters_of
+from step1x_edit.schemas.requests import HowToEdit
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings

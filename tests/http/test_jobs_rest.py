@@ -27,7 +27,7 @@ from step1x_edit.errors import DeadlineExceededError, OutOfMemoryError, Step1XEd
 from step1x_edit.interfaces.http.idempotency import Runs
 from step1x_edit.interfaces.http.jobs import job_routes
 from step1x_edit.pictures.images import read_edit_record
-from step1x_edit.schemas.requests import JobAnswer, JobsAnswer
+from step1x_edit.schemas.answers import JobAnswer, JobsAnswer
 from step1x_edit.service.job_store import DATABASE_NAME, JobStore
 
 UNKNOWN = "0" * 44

@@ -10,7 +10,9 @@ import pytest
 
 from conftest import MakeService
 from http_server import calling
-from step1x_edit.schemas.requests import PARAMETERS, ImageEditRequest, PictureRequest, parameters_of
+from step1x_edit.schemas.openai import ImageEditRequest
+from step1x_edit.schemas.parameters import parameters_of
+from step1x_edit.schemas.requests import PARAMETERS, PictureRequest
 from write_openapi import FILE, openapi
 
 DESCRIBED = json.loads(FILE.read_text("utf-8"))

@@ -23,7 +23,7 @@ from http_server import TOKEN, calling, serving, until
 from local_hub import LISTING, Fault, Hub, asked_by_default, running_hub
 from step1x_edit.hub.catalog import CATALOG, find_model
 from step1x_edit.hub.pulls import TELL_S, Speed
-from step1x_edit.schemas.requests import ModelsAnswer, PullAnswer
+from step1x_edit.schemas.answers import ModelsAnswer, PullAnswer
 
 NAME, OTHER = "v1.2", "v1.2-preview"
 BIG = "transformer/model.safetensors"

@@ -14,7 +14,7 @@ from conftest import MakeService
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.mcp.client_config import ClientName, config_file
 from step1x_edit.interfaces.mcp.server import build_mcp
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     BatchAnswer,
     EditAnswer,
     ErrorAnswer,

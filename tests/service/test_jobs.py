@@ -40,7 +40,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.schemas.requests import JobState
+from step1x_edit.schemas.answers import JobState
 from step1x_edit.service.job_runner import TIDY_INTERVAL_S, JobRunner
 from step1x_edit.service.job_store import (
     DATABASE_NAME,

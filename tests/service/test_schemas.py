@@ -16,26 +16,28 @@ import step1x_edit
 from step1x_edit import errors
 from step1x_edit.errors import ImageFileNotFoundError, InvalidParameterError, Step1XEditError
 from step1x_edit.schemas import requests
-from step1x_edit.schemas.requests import (
-    PARAMETERS,
+from step1x_edit.schemas.answers import (
     BatchAnswer,
     BatchItem,
-    BatchRequest,
     EditAnswer,
     EditMetadata,
-    EditRequest,
     ErrorAnswer,
-    GenerateRequest,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
-    ImageEditRequest,
+    StatusAnswer,
+)
+from step1x_edit.schemas.complaints import invalid_parameter
+from step1x_edit.schemas.openai import ImageEditRequest
+from step1x_edit.schemas.parameters import parameters_of
+from step1x_edit.schemas.requests import (
+    PARAMETERS,
+    BatchRequest,
+    EditRequest,
+    GenerateRequest,
     NumSteps,
     PictureRequest,
-    StatusAnswer,
     ViewRequest,
-    invalid_parameter,
-    parameters_of,
     read_request,
 )
 
@@ -240,7 +242,7 @@ def test_the_types_work_as_parameters_of_a_function() -> None:
     assert tool("30") == 30  # type: ignore[arg-type]
     with pytest.raises(ValidationError) as caught:
         tool(num_step=5)  # type: ignore[call-arg]
-    assert "did you mean num_steps" in str(invalid_parameter(caught.value))
+    assert "did you mean num_steps" in str(invalid_parameter(caught.value, PARAMETERS))
     assert TypeAdapter(NumSteps).json_schema()["maximum"] == 50
 
 

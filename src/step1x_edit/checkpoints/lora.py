@@ -156,9 +156,7 @@ class Loras:
         Always in the same order, because sums of rounded numbers depend on it. Raises
         InvalidParameterError for a name that there is not.
         """
-        from step1x_edit.schemas.requests import (
-            check_loras,  # and with it pydantic, where it is needed
-        )
+        from step1x_edit.schemas.requests import check_loras
 
         wanted = self._usual if strengths is None else strengths
         check_loras(wanted, self._files)

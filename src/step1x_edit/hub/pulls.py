@@ -27,7 +27,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.hub.catalog import CATALOG, Model
 from step1x_edit.hub.pulled import Kept, kept_models, models_folder, resolve_model_path
-from step1x_edit.schemas.requests import JobState, PulledModel
+from step1x_edit.schemas.answers import JobState, PulledModel
 from step1x_edit.settings import Settings
 
 if TYPE_CHECKING:

@@ -33,10 +33,8 @@ from step1x_edit.errors import (
     OutputNotWritableError,
 )
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
+from step1x_edit.schemas.answers import KEPT, BatchAnswer, EditAnswer
 from step1x_edit.schemas.requests import (
-    KEPT,
-    BatchAnswer,
-    EditAnswer,
     ImagePath,
     MaskPath,
     OutputPath,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 from step1x_edit.channel import Progress
 
 if TYPE_CHECKING:
-    from step1x_edit.schemas.requests import EditMetadata, GeneratePictureRequest, PictureRequest
+    from step1x_edit.schemas.answers import EditMetadata
+    from step1x_edit.schemas.requests import GeneratePictureRequest, PictureRequest
 
 Notify: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with how far an edit has come."""

@@ -18,8 +18,9 @@ from step1x_edit.engine.machine import Survey
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
 from step1x_edit.model.config import DEMO, V1_1
 from step1x_edit.model.sizes import fit_size
+from step1x_edit.schemas.answers import EstimateAnswer
 from step1x_edit.schemas.plan import PlanStatus
-from step1x_edit.schemas.requests import EstimateAnswer, PictureRequest
+from step1x_edit.schemas.requests import PictureRequest
 from step1x_edit.service.records import job_of, with_seed
 from step1x_edit.settings import Settings
 

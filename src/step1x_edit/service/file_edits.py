@@ -14,16 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from step1x_edit.errors import Step1XEditError, about_the_mask
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     EDITED,
     GENERATED,
     BatchAnswer,
     BatchItem,
     EditAnswer,
-    EditRequest,
     ErrorAnswer,
-    GenerateRequest,
 )
+from step1x_edit.schemas.requests import EditRequest, GenerateRequest
 from step1x_edit.service.editor import EditedFile, Editor, Notify, unreported
 from step1x_edit.service.files import FileAccess, FileIdentity, Output
 

@@ -45,7 +45,8 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.schemas.requests import JOB_ID_PATTERN, ErrorAnswer, JobState
+from step1x_edit.schemas.answers import ErrorAnswer, JobState
+from step1x_edit.schemas.requests import JOB_ID_PATTERN
 
 log = logging.getLogger(__name__)
 

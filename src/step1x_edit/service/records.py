@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from step1x_edit.channel import EditJob
 from step1x_edit.engine.engine import EditResult
+from step1x_edit.schemas.answers import EditMetadata, Reasoning
 from step1x_edit.schemas.requests import (
     MAX_PROMPT_LENGTH,
     MAX_SEED,
-    EditMetadata,
     EditRecord,
     GeneratePictureRequest,
     GenerationRecord,
     HowToGenerate,
     HowToMake,
     PictureRequest,
-    Reasoning,
     Record,
     how_of,
     loras_of,

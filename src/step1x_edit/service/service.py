@@ -47,22 +47,24 @@ from step1x_edit.errors import (
 from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
+from step1x_edit.schemas.answers import (
+    EditMetadata,
+    EstimateAnswer,
+    GpuAnswer,
+    GpuStatistics,
+    GpuStatus,
+    StatusAnswer,
+)
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     CHOSEN_BY_THE_OPERATOR,
     SUGGESTED,
     BatchRequest,
-    EditMetadata,
     EditRequest,
-    EstimateAnswer,
     GeneratePictureRequest,
     GenerateRequest,
-    GpuAnswer,
-    GpuStatistics,
-    GpuStatus,
     HowToMake,
     PictureRequest,
-    StatusAnswer,
     Suggestion,
     check_loras,
     loras_of,

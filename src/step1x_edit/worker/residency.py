@@ -49,8 +49,8 @@ from step1x_edit.worker.peak import PeakMeter
 from step1x_edit.worker.streaming import BlockStreamer, copies_for
 
 if TYPE_CHECKING:
+    from step1x_edit.schemas.answers import Location
     from step1x_edit.schemas.plan import PlanStatus
-    from step1x_edit.schemas.requests import Location
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from step1x_edit.interfaces.cli.terminal import (
     watched,
     write_picture,
 )
-from step1x_edit.schemas.requests import GenerateRequest, given, parameters_of, read_request
+from step1x_edit.schemas.parameters import parameters_of
+from step1x_edit.schemas.requests import GenerateRequest, given, read_request
 
 _PARAMETERS: Final = parameters_of(GenerateRequest)
 

@@ -15,7 +15,7 @@ from step1x_edit.interfaces.cli.terminal import (
     print_json,
     print_line,
 )
-from step1x_edit.schemas.requests import GpuAnswer, StatusAnswer
+from step1x_edit.schemas.answers import GpuAnswer, StatusAnswer
 
 if TYPE_CHECKING:
     from step1x_edit.settings import Settings

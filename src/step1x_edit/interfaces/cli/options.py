@@ -11,12 +11,8 @@ import typer
 from pydantic import BaseModel
 
 from step1x_edit.errors import InvalidParameterError
-from step1x_edit.schemas.requests import (
-    CHOSEN_BY_THE_OPERATOR,
-    MAX_STRENGTH,
-    Parameter,
-    parameters_of,
-)
+from step1x_edit.schemas.parameters import Parameter, parameters_of
+from step1x_edit.schemas.requests import CHOSEN_BY_THE_OPERATOR, MAX_STRENGTH
 
 Command: TypeAlias = Callable[..., None]
 

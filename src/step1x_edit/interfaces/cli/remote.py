@@ -28,15 +28,17 @@ from step1x_edit.errors import (
 )
 from step1x_edit.interfaces import hosts
 from step1x_edit.pictures import images
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     EditMetadata,
-    GeneratePictureRequest,
     GpuAnswer,
     JobAnswer,
     JobEventAnswer,
     JobState,
-    PictureRequest,
     StatusAnswer,
+)
+from step1x_edit.schemas.requests import (
+    GeneratePictureRequest,
+    PictureRequest,
     given_in,
 )
 from step1x_edit.service.editor import Notify

@@ -16,7 +16,7 @@ class Serve(Command):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help, and the settings below it."""
-        from step1x_edit.schemas.requests import parameters_of
+        from step1x_edit.schemas.parameters import parameters_of
         from step1x_edit.settings import Settings
 
         super().format_help(ctx, formatter)

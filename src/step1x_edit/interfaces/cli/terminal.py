@@ -28,7 +28,7 @@ from step1x_edit.errors import (
     Step1XEditError,
 )
 from step1x_edit.interfaces.cli.progress import display
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     KEPT,
     BatchAnswer,
     BatchItem,

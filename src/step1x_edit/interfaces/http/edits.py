@@ -29,7 +29,7 @@ from step1x_edit.interfaces.http.idempotency import (
 )
 from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
-from step1x_edit.schemas.requests import PictureAnswer, RoundPicture
+from step1x_edit.schemas.answers import PictureAnswer, RoundPicture
 from step1x_edit.service.service import EditedPicture, EditService
 
 _JSON: Final = "application/json"

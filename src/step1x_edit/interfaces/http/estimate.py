@@ -19,7 +19,8 @@ from step1x_edit.interfaces.http.openai.requests import (
     request_of,
     understood,
 )
-from step1x_edit.schemas.requests import ImageEditRequest, PictureSize, read_request
+from step1x_edit.schemas.openai import ImageEditRequest
+from step1x_edit.schemas.requests import PictureSize, read_request
 from step1x_edit.service.service import EditService
 
 ESTIMATE_PATH: Final = f"{EDITS_PATH}/estimate"

@@ -38,16 +38,15 @@ from step1x_edit.interfaces.http.idempotency import (
 from step1x_edit.interfaces.http.openapi import LAST_EVENT_ID
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, KEEP_ALIVE_S, kept_alive
 from step1x_edit.interfaces.pursuits import Notify, Work
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     JobAnswer,
     JobEventAnswer,
     JobProgress,
     JobResult,
     JobsAnswer,
-    JobsRequest,
     JobState,
-    read_request,
 )
+from step1x_edit.schemas.requests import JobsRequest, read_request
 from step1x_edit.service.job_runner import Operation
 from step1x_edit.service.job_store import Job, JobEvent, JobInput, JobPage, JobStore
 from step1x_edit.service.records import with_seed

@@ -21,7 +21,7 @@ from step1x_edit.hub.pulls import Pull, Pulls
 from step1x_edit.interfaces.http import openapi
 from step1x_edit.interfaces.http.guard import start_work
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, KEEP_ALIVE_S, kept_alive, named
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     ErrorAnswer,
     ModelsAnswer,
     PullAnswer,

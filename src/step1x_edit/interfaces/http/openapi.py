@@ -26,31 +26,35 @@ from step1x_edit.interfaces.http.guard import OPEN_PATHS
 from step1x_edit.interfaces.http.idempotency import KEY
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
-from step1x_edit.schemas.plan import PlanStatus
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     EditMetadata,
     EstimateAnswer,
-    GeneratePictureRequest,
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
-    ImageEditRequest,
-    ImageGenerationRequest,
     JobAnswer,
     JobEventAnswer,
     JobsAnswer,
-    JobsRequest,
     JobState,
     ModelsAnswer,
-    OpenAIRequest,
     PictureAnswer,
-    PictureRequest,
-    PictureSize,
     PullAnswer,
     PulledModel,
     PullProgressAnswer,
     StatusAnswer,
-    parameters_of,
+)
+from step1x_edit.schemas.openai import (
+    ImageEditRequest,
+    ImageGenerationRequest,
+    OpenAIRequest,
+)
+from step1x_edit.schemas.parameters import parameters_of
+from step1x_edit.schemas.plan import PlanStatus
+from step1x_edit.schemas.requests import (
+    GeneratePictureRequest,
+    JobsRequest,
+    PictureRequest,
+    PictureSize,
 )
 
 DESCRIPTION: Final = """\

@@ -34,7 +34,7 @@ from step1x_edit.errors import (
     ModelUnavailableError,
     Step1XEditError,
 )
-from step1x_edit.schemas.requests import ErrorAnswer
+from step1x_edit.schemas.answers import ErrorAnswer
 from step1x_edit.settings import inherited_environment
 
 OWN_SERVER: Final = ("-m", "step1x_edit.interfaces.cli", "mcp")

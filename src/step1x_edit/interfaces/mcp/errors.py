@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.interfaces.mcp.results import error_result
-from step1x_edit.schemas.requests import invalid_parameter
+from step1x_edit.schemas.complaints import invalid_parameter
+from step1x_edit.schemas.requests import PARAMETERS
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,6 @@ def explain(error: Exception) -> Step1XEditError:
             case Step1XEditError():
                 return candidate
             case ValidationError():
-                return invalid_parameter(candidate)
+                return invalid_parameter(candidate, PARAMETERS)
     log.error("a tool failed", exc_info=error)
     return InternalError("the call failed unexpectedly; the server's log says more")

@@ -19,7 +19,8 @@ from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.mcp.app import app_meta
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
-from step1x_edit.schemas.requests import EditAnswer, EditRequest, ErrorAnswer, RunningAnswer
+from step1x_edit.schemas.answers import EditAnswer, ErrorAnswer, RunningAnswer
+from step1x_edit.schemas.requests import EditRequest
 
 _PREVIEW_FOR_BOTH: Final = Annotations(audience=["user", "assistant"], priority=0.6)
 

@@ -36,18 +36,20 @@ from step1x_edit.interfaces.mcp.results import (
     running_result,
 )
 from step1x_edit.interfaces.pursuits import Notify, Pursuit
-from step1x_edit.schemas.requests import (
+from step1x_edit.schemas.answers import (
     BatchAnswer,
-    BatchRequest,
     CancelAnswer,
     EditAnswer,
-    EditRequest,
     ErrorAnswer,
-    GenerateRequest,
     GpuAnswer,
-    HandleRequest,
     RunningAnswer,
     StatusAnswer,
+)
+from step1x_edit.schemas.requests import (
+    BatchRequest,
+    EditRequest,
+    GenerateRequest,
+    HandleRequest,
     ViewRequest,
     WaitRequest,
     read_request,

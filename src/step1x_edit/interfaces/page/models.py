@@ -20,7 +20,7 @@ from step1x_edit.hub.pulls import Pull, Pulls
 from step1x_edit.interfaces.page.lines import alert_of, bar_line
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import text
-from step1x_edit.schemas.requests import PulledModel
+from step1x_edit.schemas.answers import PulledModel
 
 _FIRST: Final = "v1.1"  # what the guide begins with
 _REFRESH_S: Final = 0.5  # while a pull runs

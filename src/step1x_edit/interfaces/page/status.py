@@ -15,8 +15,8 @@ from step1x_edit.interfaces.page.lines import alert_of, done_line
 from step1x_edit.interfaces.page.models import ModelsPanel
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import text
+from step1x_edit.schemas.answers import GpuAnswer, GpuStatus
 from step1x_edit.schemas.plan import PlanStatus
-from step1x_edit.schemas.requests import GpuAnswer, GpuStatus
 from step1x_edit.service.service import EditService
 
 

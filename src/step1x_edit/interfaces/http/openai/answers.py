@@ -18,7 +18,7 @@ from step1x_edit.interfaces.http.openai.edits import (
     PartialImage,
 )
 from step1x_edit.interfaces.http.openai.requests import CONTENT_PATH, STEPFUN_MODEL, STEPS_OF
-from step1x_edit.schemas.requests import ImageGenerationRequest
+from step1x_edit.schemas.openai import ImageGenerationRequest
 from step1x_edit.waiting import heartbeats
 
 log = logging.getLogger(__name__)

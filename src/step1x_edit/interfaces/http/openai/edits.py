@@ -27,12 +27,11 @@ from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures import images
 from step1x_edit.pictures.images import Picture, Pixels
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
+from step1x_edit.schemas.answers import EditMetadata
+from step1x_edit.schemas.openai import ImageEditRequest, ImageGenerationRequest
 from step1x_edit.schemas.requests import (
     MAX_SEED,
-    EditMetadata,
     GeneratePictureRequest,
-    ImageEditRequest,
-    ImageGenerationRequest,
     PictureRequest,
 )
 from step1x_edit.service.service import EditedPicture, EditService

@@ -45,7 +45,7 @@ from step1x_edit.interfaces.http.openai.requests import (
     understood,
 )
 from step1x_edit.interfaces.pursuits import Work
-from step1x_edit.schemas.requests import ImageEditRequest, ImageGenerationRequest
+from step1x_edit.schemas.openai import ImageEditRequest, ImageGenerationRequest
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 

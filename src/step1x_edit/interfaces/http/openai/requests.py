@@ -23,18 +23,19 @@ from step1x_edit.errors import EditCancelledError, InvalidParameterError, ModelN
 from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.http.forms import content_type, is_json, read_json
 from step1x_edit.interfaces.http.idempotency import digest_of
+from step1x_edit.schemas.complaints import invalid_parameter
+from step1x_edit.schemas.openai import (
+    ImageEditRequest,
+    ImageGenerationRequest,
+    OpenAIRequest,
+)
+from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
     PARAMETERS,
     SIDE_MULTIPLE,
     GeneratePictureRequest,
     HowToEdit,
-    ImageEditRequest,
-    ImageGenerationRequest,
-    OpenAIRequest,
-    Parameter,
     PictureRequest,
-    invalid_parameter,
-    parameters_of,
 )
 from step1x_edit.service.records import with_seed
 from step1x_edit.service.service import EditService
