@@ -573,7 +573,7 @@ def test_the_guide_lists_the_catalog() -> None:
     guide = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
     for model in CATALOG:
         size = model.published_bytes
-        told = "the hub tells" if size is None else f"{size / 1e9:.1f} GB"
+        told = "reported by the hub" if size is None else f"{size / 1e9:.1f} GB"
         repos = " and ".join(f"`{repo}`" for repo in model.repos)
         assert f"| `{model.name}` | {repos} | {told} |" in guide
 
