@@ -252,7 +252,7 @@ def test_a_server_that_is_not_there_or_not_ours_is_told_of_in_one_sentence(
     assert nobody.exit_code == 1
     assert "the server at http://127.0.0.1:9 does not answer" in nobody.stderr
     assert no_key.exit_code == 2
-    assert f"the server at {server} asks for its key; set API_KEY, or give" in no_key.stderr
+    assert f"the server at {server} requires its API key; set API_KEY or use" in no_key.stderr
     assert no_url.exit_code == 2
     assert "--url must be like http://127.0.0.1:8000, got 'localhost:8000'" in no_url.stderr
     for result in (nobody, no_key, no_url):
@@ -267,7 +267,7 @@ def test_a_server_without_our_routes_is_told_of(photo: Path) -> None:
         result = run.invoke(app, ["edit", str(photo), "x", "--url", url])
 
     assert result.exit_code == 1
-    assert "there are no routes of step1x-edit at" in result.stderr
+    assert "there is no REST API of step1x-edit at" in result.stderr
 
 
 def test_a_server_without_its_rest_routes_is_told_of(
@@ -325,7 +325,7 @@ def test_an_answer_without_end_is_given_up(words: list[str], packed: bool) -> No
         server.shutdown()
 
     assert result.exit_code == 1
-    assert f"the server at {url} sends more than an answer of step1x-edit can have" in result.stderr
+    assert f"the server at {url} sends a longer answer than step1x-edit ever does" in result.stderr
 
 
 # --- servers and commands in processes of their own ----------------------------------------------

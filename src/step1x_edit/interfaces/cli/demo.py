@@ -61,7 +61,7 @@ def demo(
         folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
         names = ("before", *(f"after-{name}" for name in DEMO_PROMPTS), "side-by-side")
         with opened_edits(settings, url=None, api_key=None, standalone=True) as edits:
-            # Everything is checked before the first picture is written.
+            # Check everything before writing the first picture.
             outputs = [edits.files.plan_output(str(folder / f"{name}.jpg"), ()) for name in names]
             first, *after, last = outputs
             asked = {"num_steps": num_steps, "size_level": size_level, "seed": seed}

@@ -1,6 +1,6 @@
-"""Who edits pictures for the command line: a server that runs already, or this process.
+"""The editors of the command line: a running server, or this process.
 
-Either way files are read and written here, so that paths mean what they mean to the caller.
+In both cases this process reads and writes the files, so paths are relative to the caller's folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def opened_edits(
 def found_server(
     settings: Settings, url: str | None, api_key: str | None, standalone: bool
 ) -> RemoteServer | None:
-    """The server at `url`, or one that runs on this machine; None if there is none to ask."""
+    """The server at `url`, or one that runs on this machine; None if there is none."""
     if standalone and url is not None:
         raise InvalidParameterError("--standalone and --url exclude each other")
     if standalone:

@@ -1,4 +1,4 @@
-"""The commands about where a running server's model is; this process ends, and so does its own."""
+"""The commands that report and move the model of a running server."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _move(move: str, url: str | None, api_key: str | None, standalone: bool, as_
 
 
 def _own_status(settings: Settings) -> StatusAnswer:
-    """The status of this process, which edits nothing and so has not loaded a model."""
+    """The status of this process, which has not loaded a model."""
     from step1x_edit.service.wiring import build_service
 
     with contextlib.closing(build_service(settings)) as service:

@@ -51,7 +51,7 @@ def mcp(
     """Serve the tools to an MCP client over stdin and stdout, or run a command."""
     if context.invoked_subcommand is not None:
         return
-    wire = os.dup(1)  # nothing that is printed from here on may reach the client
+    wire = os.dup(1)  # from here on, printed text must not reach the client
     os.dup2(2, 1)
     gc.disable()  # imports create no garbage; `serve` enables it again
     from step1x_edit.interfaces.mcp.stdio import serve

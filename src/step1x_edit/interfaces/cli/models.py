@@ -219,7 +219,7 @@ def _bar(name: str) -> Iterator[Callable[[PullProgress], None]]:
 
         def show(progress: PullProgress) -> None:
             text = progress.text if progress.phase != "checking" else f"checking {progress.text}"
-            if not err.is_terminal:  # where there is no column for it
+            if not err.is_terminal:  # no column for it
                 done, total = _gigabytes(progress.done), _gigabytes(progress.total)
                 text = f"{text}, {done} of {total}"
             shown.show("arriving", text, progress.done, progress.total)

@@ -19,7 +19,7 @@ Command: TypeAlias = Callable[..., None]
 WHOLE: Final = "<int>"
 _METAVARS: Final = {"integer": WHOLE, "number": "<float>"}
 _FLAGS: Final = {"num_steps": ("--num-steps", "--steps"), "mask_path": ("--mask",)}
-"""Those that are not the parameter's name with dashes."""
+"""Flags that are not the parameter's name with dashes."""
 _OWN_WORDS: Final = ("image_path", "prompt", "output_path")
 """The parameters that each command defines itself."""
 
@@ -95,7 +95,7 @@ def option(parameter: Parameter, default: int | None = None) -> Any:
 
 
 def check_prompt(prompt: str, example: str = "add a red hat") -> None:
-    """Raise InvalidParameterError if a prompt is empty, which is surely a mistake here."""
+    """Raise InvalidParameterError if a prompt is empty, which is a mistake here."""
     if not prompt.strip():
         raise InvalidParameterError(f'prompt is empty; say what you want, such as "{example}"')
 

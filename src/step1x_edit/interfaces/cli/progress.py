@@ -27,7 +27,7 @@ LINE_EVERY_S: Final = 10.0
 STARTING: Final = "starting"
 _LOOK_EVERY_S: Final = 1.0
 _WIDE: Final = 90  # columns of a terminal with room for a long bar
-_BESIDE_THE_LABEL: Final = 46  # columns for what must not be cut: the text and the times
+_BESIDE_THE_LABEL: Final = 46  # columns for the text and the times, which must not be cut
 
 
 class Display(Protocol):
@@ -37,11 +37,11 @@ class Display(Protocol):
         """Show another piece of work from now on."""
 
     def show(self, phase: object, text: str, done: float = 0, total: float | None = None) -> None:
-        """Show its progress: `done` of `total` in this phase, if known."""
+        """Show progress: `done` of `total` in this phase, if known."""
 
 
 class _Work:
-    """One piece of work, and what to show of it."""
+    """One piece of work and its displayed progress."""
 
     def __init__(self, label: str, text: str, now: Now) -> None:
         self.label = label

@@ -1,7 +1,7 @@
-"""A running server as the command line uses it: by its REST routes, with pictures going both ways.
+"""A running server as the command line uses it: the REST routes, with pictures sent both ways.
 
-An edit is a stored job, because that can be listened to and withdrawn: sent, heard until its end,
-fetched, and forgotten again, also when it fails or the caller gives up.
+An edit is a stored job, because a job reports progress and can be cancelled. The job is created,
+followed until it ends, downloaded and deleted, even if it fails or the caller cancels.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from step1x_edit.settings import Limits
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
 _JOBS: Final = "/v1/jobs"
-_MCP: Final = "/mcp"  # what a server is announced by
+_MCP: Final = "/mcp"  # the path in a server's note
 _CONNECT_S: Final = 10.0
-_SILENCE_S: Final = 120.0  # events come at least every 15 s; an upload may take a while to be read
-_MAX_ANSWER: Final = 4 * 1024 * 1024  # of anything but a picture
+_SILENCE_S: Final = 120.0  # events arrive at least every 15 s; reading an upload may take longer
+_MAX_ANSWER: Final = 4 * 1024 * 1024  # bytes, for all answers without a picture
 
 
 @dataclass(frozen=True)
 class RemotePicture:
-    """The bytes of a picture that a server has edited or made, and how."""
+    """The bytes of a picture that a server has edited or made, and its metadata."""
 
     data: bytes
     metadata: EditMetadata
 
 
 class RemoteServer:
-    """The editor at a URL; `token` is the key that it asks for, if it does."""
+    """The editor at a URL; `token` is its API key, if it requires one."""
 
     def __init__(self, url: str, token: str | None, limits: Limits) -> None:
         self._url = _root(url)
@@ -71,11 +71,11 @@ class RemoteServer:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL of the server."""
         return self._url
 
     async def check_room(self) -> None:
-        """Raise what is wrong with the server, before pictures are sent that it would refuse."""
+        """Raise an error if the server cannot be used, before pictures are sent."""
         async with self._client() as client:
             await self._ask(client, "GET", _JOBS, params={"limit": 1})
 
@@ -87,8 +87,8 @@ class RemoteServer:
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> RemotePicture:
-        """Have a picture edited; cancelling the call withdraws the job."""
-        if suffix != ".png":  # a job's result is a PNG: better to know now whether this can hold it
+        """Edit a picture; cancelling the call cancels the job."""
+        if suffix != ".png":  # a job's result is a PNG: check now that it can be converted
             await asyncio.to_thread(self._check_encodable, data, suffix)
         files = {"file": ("picture", data)}
         if mask is not None:
@@ -99,16 +99,16 @@ class RemoteServer:
         }
         return await self._done({"files": files, "data": fields}, report, suffix)
 
-    edit_next = edit_picture  # each is a job, for which the server has a store
+    edit_next = edit_picture  # each edit is a stored job, which the server keeps until its turn
 
     async def generate_picture(
         self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
     ) -> RemotePicture:
-        """Have a picture made from words alone; cancelling the call withdraws the job."""
+        """Generate a picture from text; cancelling the call cancels the job."""
         return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
 
     async def _done(self, body: Mapping[str, Any], report: Notify, suffix: str) -> RemotePicture:
-        """What comes of a job with this body, in the format of a suffix."""
+        """The result of a job with this body, in the format of the suffix."""
         async with self._client() as client:
             job = await self._sent(client, body)
             try:
@@ -126,15 +126,15 @@ class RemoteServer:
         return RemotePicture(png, ended.metadata)
 
     async def status(self) -> StatusAnswer:
-        """Where its model is."""
+        """The location of its model."""
         return await self._gpu(StatusAnswer, "GET", "status")
 
     async def offload(self) -> GpuAnswer:
-        """Move its model to host memory, after the picture that is being edited."""
+        """Move its model to host memory, after the running edit."""
         return await self._gpu(GpuAnswer, "POST", "offload")
 
     async def release(self) -> GpuAnswer:
-        """Have it forget its model, after the picture that is being edited."""
+        """Unload its model, after the running edit."""
         return await self._gpu(GpuAnswer, "POST", "release")
 
     async def _gpu(self, kind: type[_Answer], method: str, name: str) -> _Answer:
@@ -150,16 +150,16 @@ class RemoteServer:
         async with self._told():
             try:
                 answer = await self._bounded(client, "POST", _JOBS, _MAX_ANSWER, **body)
-            except (httpx2.ReadError, httpx2.WriteError):  # it refuses by the head of the request
+            except (httpx2.ReadError, httpx2.WriteError):  # refused before the body was read
                 raise ModelUnavailableError(
-                    f"the server at {self._url} did not take the picture; it may be larger than "
-                    "MAX_UPLOAD_MB allows there"
+                    f"the server at {self._url} did not accept the picture; it may be larger than "
+                    "the server's MAX_UPLOAD_MB allows"
                 ) from None
             await self._check(answer)
         return self._read(JobAnswer, answer)
 
     async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Notify) -> JobAnswer:
-        """Listen to a job until it has ended; a stream that breaks off early is taken up again."""
+        """Receive the events of a job until it ends; an interrupted stream is resumed."""
         path, last = f"{_JOBS}/{job.id}", "0"
         if job.position is not None:
             await report(Progress(Phase.QUEUED, job.position))
@@ -181,8 +181,8 @@ class RemoteServer:
         return job
 
     async def _forget(self, client: httpx2.AsyncClient, job_id: str) -> None:
-        """Withdraw a job if it has not ended, and leave nothing of it behind."""
-        with contextlib.suppress(Step1XEditError):  # it goes by itself one day
+        """Cancel a job if it has not ended, and delete it."""
+        with contextlib.suppress(Step1XEditError):  # the server deletes old jobs itself
             await self._ask(client, "POST", f"{_JOBS}/{job_id}/cancel")
             await self._ask(client, "DELETE", f"{_JOBS}/{job_id}")
 
@@ -194,17 +194,17 @@ class RemoteServer:
         picture = images.decode(png, self._limits)
         return images.encode(picture, suffix, images.read_record(png))
 
-    # --- asking ---
+    # --- requests ---
 
     def _client(self) -> httpx2.AsyncClient:
-        headers = {"Accept-Encoding": "identity"}  # a packed answer could be of any length
+        headers = {"Accept-Encoding": "identity"}  # a compressed answer could expand to any length
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         return httpx2.AsyncClient(
             base_url=self._url,
             headers=headers,
             timeout=httpx2.Timeout(_SILENCE_S, connect=_CONNECT_S),
-            # The proxy for the world outside is not for servers on this machine.
+            # Servers on this machine are reached without the configured proxy.
             trust_env=urlsplit(self._url).hostname not in hosts.LOOPBACK,
         )
 
@@ -224,13 +224,13 @@ class RemoteServer:
     async def _bounded(
         self, client: httpx2.AsyncClient, method: str, path: str, max_bytes: int, **options: Any
     ) -> httpx2.Response:
-        """Ask, and read the answer with its body, which must be no longer than that."""
+        """Send a request and read the answer, whose body may have at most `max_bytes`."""
         async with client.stream(method, path, **options) as answer:
             return await self._whole(answer, max_bytes)
 
     async def _whole(self, answer: httpx2.Response, max_bytes: int) -> httpx2.Response:
         content = bytearray()
-        async for part in answer.aiter_raw():  # unpacked, a few bytes could be of any length
+        async for part in answer.aiter_raw():  # decompressed, a few bytes could have any length
             content += part
             if len(content) > max_bytes:
                 raise self._without_end()
@@ -239,7 +239,7 @@ class RemoteServer:
         return httpx2.Response(answer.status_code, headers=headers, content=bytes(content))
 
     async def _lines(self, stream: httpx2.Response) -> AsyncIterator[str]:
-        """The lines of a stream of events, none of which is long."""
+        """The lines of a stream of events, each of limited length."""
         rest = b""
         async for part in stream.aiter_raw():
             *lines, rest = (rest + part).split(b"\n")
@@ -250,17 +250,17 @@ class RemoteServer:
 
     def _without_end(self) -> ModelUnavailableError:
         return ModelUnavailableError(
-            f"the server at {self._url} sends more than an answer of step1x-edit can have"
+            f"the server at {self._url} sends a longer answer than step1x-edit ever does"
         )
 
     @property
     def _max_picture(self) -> int:
-        """The longest PNG that a picture of the largest size can make, with what goes with it."""
+        """The largest PNG of a picture of the maximum size, including its metadata."""
         return 4 * self._limits.max_pixels + self._limits.max_bytes + _MAX_ANSWER
 
     @contextlib.asynccontextmanager
     async def _told(self) -> AsyncIterator[None]:
-        """Say in one sentence that nobody is there."""
+        """Report in one sentence that the server does not answer."""
         try:
             yield
         except (httpx2.HTTPError, httpx2.StreamError) as error:
@@ -270,17 +270,17 @@ class RemoteServer:
             ) from None
 
     async def _check(self, answer: httpx2.Response) -> None:
-        """Raise the error that an answer tells."""
+        """Raise the error that an answer reports."""
         if answer.is_success:
             return
         code, detail = _problem(answer)
         if answer.status_code == httpx2.codes.UNAUTHORIZED:
             raise SettingsError(
-                f"the server at {self._url} asks for its key; set API_KEY, or give --api-key"
+                f"the server at {self._url} requires its API key; set API_KEY or use --api-key"
             )
         if answer.status_code == httpx2.codes.NOT_FOUND and not detail.startswith("Job not found"):
             raise ModelUnavailableError(
-                f"there are no routes of step1x-edit at {self._url}; the server there needs "
+                f"there is no REST API of step1x-edit at {self._url}; start the server with "
                 "ENABLE_API=true, or use --standalone"
             )
         error = rebuild(code, detail)
@@ -297,12 +297,12 @@ class RemoteServer:
             return kind.model_validate_json(answer.content)
         except ValidationError:
             raise ModelUnavailableError(
-                f"the server at {self._url} does not answer as this version of step1x-edit does"
+                f"the server at {self._url} does not answer like this version of step1x-edit"
             ) from None
 
 
 def _root(url: str) -> str:
-    """The URL below which the routes are; that of its MCP will do as well."""
+    """The base URL of the routes; the URL of the server's MCP is accepted too."""
     try:
         parts = urlsplit(url)
         is_known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -314,7 +314,7 @@ def _root(url: str) -> str:
 
 
 def _problem(answer: httpx2.Response) -> tuple[str, str]:
-    """The code and the sentence of a failure, as far as it tells them."""
+    """The code and the sentence of a failure; without them, no code and the status in words."""
     with contextlib.suppress(ValueError, AttributeError):
         problem = answer.json()
         return str(problem.get("code", "")), str(problem.get("detail", ""))
@@ -322,7 +322,7 @@ def _problem(answer: httpx2.Response) -> tuple[str, str]:
 
 
 async def _report(data: str, report: Notify) -> None:
-    with contextlib.suppress(ValidationError, ValueError):  # how far it is, is told again
+    with contextlib.suppress(ValidationError, ValueError):  # progress is reported again
         progress = JobEventAnswer.model_validate_json(data).progress
         if progress is not None:
             step = progress.step or progress.position or 0

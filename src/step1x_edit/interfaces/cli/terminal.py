@@ -60,7 +60,7 @@ def _writing_to_stdout() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has stopped, which is not a failure
+    except BrokenPipeError:  # the reader has exited, which is not a failure
         raise
     except OSError as error:
         give_up_stdout(error)
