@@ -115,7 +115,7 @@ def test_a_second_server_with_the_same_data_folder_is_told_so_in_one_sentence(
     assert code == 2
     assert second.lines == [
         f"Invalid settings: DATA_DIR: {first.data_dir / DATABASE_NAME} is in use by another "
-        "process; give this server a DATA_DIR of its own, or set ENABLE_API=false\n"
+        "process; give this server a separate DATA_DIR, or set ENABLE_API=false\n"
     ]
     assert without_jobs == 404
     assert jobs == {"object": "list", "data": [], "has_more": False}
@@ -217,7 +217,7 @@ def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> 
     assert code == 2
     assert "need DATA_DIR" in refused.lines[0]
     assert "cannot be written" in refused.lines[-1]
-    assert "DATA_DIR of its own" in refused.lines[-1]
+    assert "separate DATA_DIR" in refused.lines[-1]
     assert not any("Traceback" in line for line in [*refused.lines, *without_jobs.lines])
 
 
@@ -232,7 +232,7 @@ def test_a_page_without_a_place_for_its_files_stops_the_start_in_one_sentence(
     assert code == 2
     assert refused.lines == [
         f"Invalid settings: DATA_DIR: {refused.data_dir / 'page'} cannot be written (File exists); "
-        "give this server a DATA_DIR of its own, or set ENABLE_UI=false\n"
+        "give this server a separate DATA_DIR, or set ENABLE_UI=false\n"
     ]
 
 

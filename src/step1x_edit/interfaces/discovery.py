@@ -1,11 +1,11 @@
-"""How a server on this machine is found, so that all clients share its one model.
+"""Finds the server on this machine, so that all clients share its one model.
 
-A server that listens announces itself by a note in the data folder: its URL, its process, the
-token that it asks for and a secret. A client that wants to join reads the note and trusts it only
-if it is ours alone, the process is the one that wrote it, the listener proves that it knows the
-secret, and a server of ours answers. The token is sent after the proof, so that a program that
-listens at the port of a dead server learns nothing. Everything else counts as "there is none".
-Discovery knows nothing about tools.
+A listening server announces itself by a note in the data folder: its URL, its process, the token
+that it requires and a secret. A client that wants to join reads the note. It trusts the note only
+if no other user can read or write it, the process that wrote it still runs, the listener proves
+that it knows the secret, and the answer is that of a step1x-edit server. The token is sent after
+the proof, so a program that listens at the port of a dead server learns nothing. In all other cases
+there is no server to join. Discovery knows nothing about tools.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ SERVER_NAME: Final = "step1x-edit"
 NOTE_NAME: Final = "server.json"
 PROOF_PATH: Final = "/livez"
 PROOF_HEADER: Final = "X-Proof"
-"""Where a listener answers a `nonce` with the proof that it knows the secret of its note."""
+"""The path at which a listener answers a `nonce` with the proof that it knows the note's secret."""
 
-_ANSWER_TIMEOUT_S: Final = 1.0  # a server that is slower than this is no help to anybody
+_ANSWER_TIMEOUT_S: Final = 1.0  # a slower server is not useful to join
 _PS_S: Final = 5.0
 _MAX_NOTE_BYTES: Final = 64 * 1024
 
-# Absent on Windows, which has neither owners nor modes in this sense.
+# False on Windows, which has no owners and modes of this kind.
 _O_NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK: Final[int] = getattr(os, "O_NONBLOCK", 0)
 _HAS_OWNERS: Final = hasattr(os, "getuid")
@@ -51,23 +51,23 @@ _HAS_OWNERS: Final = hasattr(os, "getuid")
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Where a server listens, which process it is, and what it wants to see from its callers."""
+    """A server's URL and process, and the token that it requires."""
 
     url: str
     pid: int
     secret: str
     started: str | None = None
-    """What tells its process from a later one of the same number; None if the system cannot."""
+    """Distinguishes its process from a later one with the same id; None if the system cannot."""
     token: str | None = None
 
 
 def new_secret() -> str:
-    """What a server that starts and the programs that read its note know, and nobody else."""
+    """A secret shared by a starting server and the programs that can read its note."""
     return secrets.token_hex(32)
 
 
 def proof(secret: str, nonce: str, port: int) -> str:
-    """The answer to a nonce; it names the port, so that no listener can pass on another's."""
+    """The answer to a nonce; it covers the port, so that no listener can relay another's."""
     return hmac.digest(secret.encode(), f"{port} {nonce}".encode(), "sha256").hex()
 
 
@@ -78,13 +78,13 @@ def proof(secret: str, nonce: str, port: int) -> str:
 def announced(data_dir: Path, url: str, secret: str, token: str | None = None) -> Iterator[None]:
     """Announce this process as the running server for as long as the context lasts.
 
-    Does nothing but log if another server has announced itself and still runs, or if there can be
-    no note. If the system does not say when a process started, the note is replaced: a server that
-    was killed leaves one that looks the same.
+    Only logs if another server has announced itself and still runs, or if the note cannot be
+    written. If the system does not report when a process started, the note is replaced: a killed
+    server leaves a note that looks the same.
     """
     first = _read_note(data_dir)
     if first is not None and first.started is not None and _runs(first):
-        log.warning("other programs join the server at %s, which was here first", first.url)
+        log.warning("other programs join the server at %s, which started first", first.url)
         yield
         return
     server = RunningServer(url, os.getpid(), secret, start_of_process(os.getpid()), token)
@@ -114,29 +114,29 @@ def _publish(data_dir: Path, server: RunningServer) -> None:
         raise
 
 
-# --- for whoever wants to join --------------------------------------------------------------------
+# --- for clients that join a server ---------------------------------------------------------------
 
 
 async def find_server(data_dir: Path, timeout_s: float = _ANSWER_TIMEOUT_S) -> RunningServer | None:
-    """The server that runs on this machine, if there is one that answers."""
+    """The server that runs on this machine, if one answers."""
     server = _read_note(data_dir)
     if server is None or server.pid == os.getpid() or not _runs(server):
         return None
     if not await _answers(server, timeout_s):
-        log.info("the server announced at %s does not answer as one of ours", server.url)
+        log.info("the server announced at %s does not answer as a step1x-edit server", server.url)
         return None
     return server
 
 
 def _read_note(data_dir: Path) -> RunningServer | None:
-    """The note, if it is there, whole, for this machine, and nobody else could have written it."""
+    """The note, if it exists, is complete and for this machine, and only this user can write it."""
     try:
         descriptor = os.open(data_dir / NOTE_NAME, os.O_RDONLY | _O_NOFOLLOW | _O_NONBLOCK)
     except OSError:
         return None
     with os.fdopen(descriptor, "rb") as note:
         if not _is_ours_alone(os.fstat(descriptor)):
-            log.warning("%s is ignored: others may write or read it", data_dir / NOTE_NAME)
+            log.warning("%s is ignored: other users can write or read it", data_dir / NOTE_NAME)
             return None
         try:
             content = json.loads(note.read(_MAX_NOTE_BYTES))
@@ -161,7 +161,7 @@ def _is_ours_alone(found: os.stat_result) -> bool:
 
 
 def _is_on_this_machine(url: str) -> bool:
-    """The token goes to nobody else, whatever the note says."""
+    """The token is sent only to this machine, whatever the note says."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -170,27 +170,27 @@ def _is_on_this_machine(url: str) -> bool:
 
 
 def _runs(server: RunningServer) -> bool:
-    """Whether the process that wrote the note is still there."""
+    """Whether the process that wrote the note still runs."""
     return _lives(server.pid) and server.started == start_of_process(server.pid)
 
 
 def start_of_process(pid: int) -> str | None:
-    """When a process was started, as a text to compare; None if the system does not say."""
+    """The start time of a process, as a text to compare; None if the system does not report it."""
     try:
         stat_line = Path(f"/proc/{pid}/stat").read_bytes()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return _started_by_ps(pid)
-    # The second field is the program's name in parentheses, which may hold anything.
+    # The second field is the program's name in parentheses, which may contain any characters.
     ticks = stat_line.rpartition(b")")[2].split()[19]
     return f"{ticks.decode()} {boot}"
 
 
 def _started_by_ps(pid: int) -> str | None:
-    """The same where there is no /proc, such as on macOS; Windows has neither."""
+    """The same without /proc, such as on macOS; not available on Windows."""
     try:
-        told = subprocess.run(  # noqa: S603 - a number is all that varies
-            ["ps", "-o", "lstart=", "-p", str(pid)],  # noqa: S607 - wherever the system has it
+        told = subprocess.run(  # noqa: S603 - only a number varies
+            ["ps", "-o", "lstart=", "-p", str(pid)],  # noqa: S607 - found on the PATH
             capture_output=True,
             env=inherited_environment(LC_ALL="C", TZ="UTC"),
             timeout=_PS_S,
@@ -203,10 +203,10 @@ def _started_by_ps(pid: int) -> str | None:
 
 def _lives(pid: int) -> bool:
     if not _HAS_OWNERS:
-        return True  # on Windows signal 0 would end the process; the answer has to tell
+        return True  # on Windows signal 0 would end the process; the server's answer decides
     try:
         os.kill(pid, 0)
-    except (OSError, OverflowError):  # gone, or not ours
+    except (OSError, OverflowError):  # ended, or another user's
         return False
     return pid > 0
 
@@ -214,8 +214,8 @@ def _lives(pid: int) -> bool:
 def transport_to(
     server: RunningServer, extra_headers: Mapping[str, str] | None = None
 ) -> StreamableHttpTransport:
-    """The way to a server on this machine, past any proxy that is set for the world outside."""
-    # Imported when there is somebody to ask, so that a start without one stays quick.
+    """The transport to a server on this machine, which bypasses any configured proxy."""
+    # Imported only if there is a server to ask, so that a start without one is fast.
     import httpx2
     from fastmcp.client.transports import StreamableHttpTransport
 
@@ -225,7 +225,7 @@ def transport_to(
         auth: httpx2.Auth | None = None,
         **_: object,
     ) -> httpx2.AsyncClient:
-        # A silent server says that it lives every 15 s.
+        # A silent server sends a heartbeat every 15 s.
         patience = timeout or httpx2.Timeout(30.0, read=300.0)
         return httpx2.AsyncClient(headers=headers, timeout=patience, auth=auth, trust_env=False)
 
@@ -248,20 +248,20 @@ async def _answers(server: RunningServer, timeout_s: float) -> bool:
 
     try:
         return await asyncio.wait_for(name(), timeout_s) == SERVER_NAME
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it cannot be joined
+    except Exception as error:  # noqa: BLE001 - after any error it cannot be joined
         log.debug("%s: %r", server.url, error)
         return False
 
 
 async def _proves_itself(server: RunningServer) -> bool:
-    """Whether the listener knows the secret of the note; it is sent nothing but a random text."""
+    """Whether the listener knows the secret of the note; only a random text is sent."""
     import httpx2
 
     parts, nonce = urlsplit(server.url), secrets.token_hex(16)
     asked = f"{parts.scheme}://{parts.netloc}{PROOF_PATH}"
     async with (
         httpx2.AsyncClient(trust_env=False) as client,
-        client.stream("GET", asked, params={"nonce": nonce}) as answer,  # its body is not read
+        client.stream("GET", asked, params={"nonce": nonce}) as answer,  # the body is not read
     ):
         shown = answer.headers.get(PROOF_HEADER, "")
     expected = proof(server.secret, nonce, parts.port or 0)

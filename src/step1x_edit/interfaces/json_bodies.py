@@ -1,8 +1,8 @@
-"""JSON bodies, read so that none of them keeps the server from answering its other clients.
+"""JSON bodies, read without blocking the answers to other clients.
 
-Parsing takes time and memory for each member and item, and nothing else runs while it reads one
+Parsing costs time and memory for each member and item, and holds the interpreter while it reads one
 long text or number. So commas and brackets are counted while a body arrives, pictures are cut out
-of it and decoded piece by piece, and what is left is short and is parsed in a thread.
+and decoded piece by piece, and the short rest is parsed in a thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ async def read_text(request: Request, max_marks: int = MAX_MARKS) -> bytearray:
 async def read_with_data(request: Request) -> tuple[bytearray, list[bytes | None]]:
     """The body with a number in place of the data of each data URL, and the data by that number.
 
-    The data is None if it is no base64. Raises InvalidParameterError as `read_text` does.
+    The data is None if it is not valid base64. Raises InvalidParameterError as `read_text` does.
     """
     text, data, marks, searched = bytearray(), list[bytes | None](), 0, 0
     inside: _Base64 | None = None
@@ -81,14 +81,14 @@ async def parse(text: bytearray) -> dict[str, object]:
     try:
         values = await asyncio.to_thread(json.loads, text)
     except (ValueError, RecursionError):
-        raise InvalidParameterError("the body is no JSON that can be read") from None
+        raise InvalidParameterError("the body is not valid JSON") from None
     if not isinstance(values, dict):
         raise InvalidParameterError("the body must be a JSON object")
     return values
 
 
 def given_again(body: bytes | bytearray, receive: Receive) -> Receive:
-    """What an application receives whose body has been read before it."""
+    """The `receive` of an application for a body that has already been read."""
     given: list[Message] = [{"type": "http.request", "body": bytes(body)}]
 
     async def again() -> Message:
@@ -119,20 +119,20 @@ class _Base64:
         self._is_padded = False
 
     def add(self, piece: bytes) -> None:
-        """Decode what is complete of the text so far."""
+        """Decode the complete part of the text so far."""
         piece = self._left + piece
         escape = piece.rfind(b"\\", max(0, len(piece) - _LONGEST_ESCAPE + 1))
         cut = len(piece) if escape < 0 else escape
         self._left = self._write(piece[:cut]) + piece[cut:]
 
     def close(self) -> bytes | None:
-        """All that was decoded; None if the text is no base64."""
+        """All decoded bytes; None if the text is not valid base64."""
         if self._write(self._left) or self._decoded is None:
             return None
         return self._decoded.getvalue()
 
     def _write(self, text: bytes) -> bytes:
-        """Decode as many groups of four signs as there are, and return the rest."""
+        """Decode all complete groups of four characters, and return the rest."""
         if self._decoded is None:
             return b""
         try:

@@ -1,7 +1,7 @@
 """Work in a separate task, with its events for any number of listeners.
 
-A listener may come late and may leave at any time; neither stops the work. Nothing here knows what
-the work is, and nothing survives the process: stored jobs do.
+A listener may join late and may leave at any time; neither stops the work. The module knows nothing
+about the work. A pursuit ends with the process; stored jobs survive it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pursuit(Generic[E, T]):
 
     @property
     def is_done(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Whether the work has ended, by success, error or cancellation."""
         return self._task.done()
 
     @property

@@ -1,4 +1,4 @@
-"""The rounds of a reflection for people to read: verdicts without their tags."""
+"""The rounds of a reflection in readable form: verdicts without their tags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class VerdictText(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The thought, and what follows from it."""
+        """The thought, and the change that follows from it."""
         return f"{self.thought} → {self.next}" if self.next else self.thought
 
 

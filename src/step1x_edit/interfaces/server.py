@@ -63,7 +63,7 @@ def build_routes(
 ) -> FastAPI:
     """The routes, unguarded; `secret` is that of the server's note.
 
-    Setting `app.state.closing` ends the answers that have no end.
+    Setting `app.state.closing` ends the open streams of events.
     """
     mcp, store, page = None, None, None
     pulls = Pulls(settings)
@@ -77,7 +77,7 @@ def build_routes(
     if settings.enable_mcp:
         tools = build_mcp(service, max_wait_s=settings.mcp_max_wait)
         tools.add_middleware(_CountedEdits())
-        # Its own guard is the second line behind ours, and knows no names but the usual ones.
+        # The library's guard runs behind ours and knows only the usual names.
         has_names = bool(settings.allowed_hosts or settings.allowed_origins)
         mcp = tools.http_app(
             path=MCP_PATH,
@@ -92,11 +92,11 @@ def build_routes(
         description=openapi.DESCRIPTION,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would be built from what the caller calls us
+        redirect_slashes=False,  # a redirect would be built from the caller's Host header
         lifespan=_lifespan(service, store, pulls, mcp, page),
     )
     app.state.closing = asyncio.Event()
-    # Plain routes in one list, which a test compares with those that somebody has thought about.
+    # Plain routes in one list, which a test compares with the reviewed ones.
     if store is not None:
         runs = Runs()
         app.router.routes.extend(edit_routes(service, runs).routes)
@@ -128,7 +128,8 @@ def _lifespan(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            # What may fail comes before MCP, which would wrap the failure in a group of its own.
+            # What may fail is entered before MCP, which would wrap the failure in an exception
+            # group.
             if store is not None:
                 with _advising("ENABLE_API"):
                     await stack.enter_async_context(store)
@@ -147,17 +148,17 @@ def _lifespan(
 
 @contextlib.contextmanager
 def _advising(setting: str) -> Iterator[None]:
-    """Say what to do if another server uses the folder, or it cannot be created."""
+    """Add the remedy to the error if another server uses the folder, or it cannot be created."""
     try:
         yield
     except SettingsError as error:
         raise SettingsError(
-            f"{error}; give this server a DATA_DIR of its own, or set {setting}=false"
+            f"{error}; give this server a separate DATA_DIR, or set {setting}=false"
         ) from None
 
 
 def _limit_sessions(mcp: StarletteWithLifespan) -> None:
-    """Have a running MCP refuse further sessions with 503; http_app takes no such limit."""
+    """Make a running MCP refuse further sessions with 503; http_app has no option for it."""
     for route in mcp.routes:
         if isinstance(route, Route) and isinstance(route.endpoint, StreamableHTTPASGIApp):
             assert route.endpoint.session_manager is not None, "the MCP is not running"
@@ -165,7 +166,7 @@ def _limit_sessions(mcp: StarletteWithLifespan) -> None:
 
 
 class _CountedEdits(Middleware):
-    """Counts the tools that start work; a POST to the MCP alone may as well ask for the status."""
+    """Counts the calls of tools that start work; other POSTs to MCP do not count."""
 
     async def on_call_tool(
         self,
@@ -194,7 +195,7 @@ async def _explained(request: Request, error: Exception) -> Response:
 
 
 def _allowed(request: Request) -> str:
-    """All methods of a path; if it has several routes, the framework names those of one."""
+    """All methods of a path; if it has several routes, the framework reports those of one."""
     methods: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:

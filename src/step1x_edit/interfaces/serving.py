@@ -34,7 +34,7 @@ from step1x_edit.waiting import first_of
 log = logging.getLogger(__name__)
 
 _GRACE_S: Final = 3.0  # for the running step to end
-_LAST_WORDS_S: Final = 1  # for the answers of the requests that were ended
+_LAST_WORDS_S: Final = 1  # for the answers of the requests that were cancelled
 
 
 def serve(settings: Settings) -> None:
@@ -51,17 +51,17 @@ def serve(settings: Settings) -> None:
         service.close()
         raise
     logging.shutdown()
-    os._exit(exit_code)  # threads that still decode or encode are not waited for
+    os._exit(exit_code)  # do not wait for threads that still decode or encode
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; ends the process with one sentence if there can be none."""
+    """A listening socket; ends the process with one sentence on failure."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        if os.name == "posix":  # elsewhere it would let two servers share a port
+        if os.name == "posix":  # on Windows it would let two servers share a port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(connections.BACKLOG)
@@ -82,7 +82,7 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
     secret = new_secret()
     routes = build_routes(service, settings, metrics, secret)
     server = _Server(Guard(routes, settings, metrics.observe), settings)
-    # Not left to uvicorn, which shows a traceback if the start fails.
+    # Not done by uvicorn, which shows a traceback if the start fails.
     async with routes.router.lifespan_context(routes):
         serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         ready = asyncio.ensure_future(server.ready.wait())
@@ -93,14 +93,14 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
         ready.cancel()
         server.should_exit = True
         routes.state.closing.set()
-        # In a thread, so that the answers to the requests that it ends still leave.
+        # In a thread, so that the answers to the cancelled requests are still sent.
         await asyncio.to_thread(service.close, _GRACE_S)
         await serving
     return stopped.result() if stopped.done() else 1
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it is ready, and leaves the signals to us."""
+    """A uvicorn server that reports when it is ready and does not handle signals."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         config = uvicorn.Config(
@@ -112,7 +112,7 @@ class _Server(uvicorn.Server):
             access_log=False,  # the guard logs requests, with their ids
             lifespan="off",
             ws="none",
-            proxy_headers=False,  # a client that sets them could pretend to be any other
+            proxy_headers=False,  # a client could set them to impersonate another
             server_header=False,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
@@ -132,8 +132,8 @@ class _Server(uvicorn.Server):
 def _findable(settings: Settings, listener: socket.socket, secret: str) -> Iterator[None]:
     """Announce the address: in the log, and to programs of this machine that may join."""
     address, port = listener.getsockname()[:2]
-    # The address and not a name: another program can have the same port at the other address of
-    # `localhost`, and pass our proof on.
+    # The address and not a name: another program can use the same port at the other address of
+    # `localhost`, and relay our proof.
     local = _local_address(address)
     with contextlib.ExitStack() as stack:
         if local is not None and settings.enable_mcp:
@@ -145,7 +145,7 @@ def _findable(settings: Settings, listener: socket.socket, secret: str) -> Itera
 
 
 def _local_address(host: str) -> str | None:
-    """The loopback address under which a server that listens at `host` is reached, if any."""
+    """The loopback address of a server that listens at `host`, if it has one."""
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         return "127.0.0.1" if address.version == 4 else "::1"

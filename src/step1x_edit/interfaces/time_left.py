@@ -1,7 +1,7 @@
-"""How long the rest of a phase takes, by the steps that were seen.
+"""Estimates the remaining time of a phase from the observed steps.
 
-The estimate is made when a step ends. Until the next one it counts down: reports of the same step,
-which are signs of life, do not change it. The module knows nothing about what the work is.
+The estimate is made when a step ends. Until the next one it counts down: repeated reports of the
+same step are heartbeats and do not change it. The module knows nothing about the work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Now = Callable[[], float]
 
 
 class TimeLeft:
-    """How long the rest of a phase takes, by the pace of what was done of it."""
+    """Estimates the remaining time of a phase from its pace so far."""
 
     def __init__(self, now: Now) -> None:
         self._now = now
@@ -22,7 +22,7 @@ class TimeLeft:
         self._end: float | None = None
 
     def saw(self, phase: object, done: float, total: float | None) -> None:
-        """Take note of how far the work is; a report that comes again changes nothing."""
+        """Record the progress of the work; a repeated report changes nothing."""
         now = self._now()
         if total is None or phase != self._phase or self._first is None or done < self._last:
             self._phase, self._end, self._last = phase, None, done
