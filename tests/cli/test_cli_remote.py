@@ -277,7 +277,7 @@ def test_a_server_without_its_rest_routes_is_told_of(
         result = run.invoke(app, ["edit", str(photo), "x", "--url", url, "--api-key", TOKEN])
 
     assert result.exit_code == 1
-    assert "the server there needs ENABLE_API=true, or use --standalone" in result.stderr
+    assert "start the server with ENABLE_API=true, or use --standalone" in result.stderr
 
 
 def test_a_picture_that_is_too_large_for_the_server_is_told_of(

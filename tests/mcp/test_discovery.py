@@ -514,7 +514,7 @@ async def test_a_joined_server_that_has_gone_is_told_in_one_sentence(
         assert result.is_error
         assert answer_of(result)["code"] == "model_unavailable"
         error = answer_of(result)["error"]
-        assert error.startswith("Manager not initialized: the server that this one had joined")
+        assert error.startswith("Manager not initialized: the joined server")
 
 
 @pytest.mark.parametrize("command", [(str(SERVER),), OWN_SERVER], ids=["script", "command"])

@@ -43,7 +43,7 @@ _ANSWER_TIMEOUT_S: Final = 1.0  # a slower server is not useful to join
 _PS_S: Final = 5.0
 _MAX_NOTE_BYTES: Final = 64 * 1024
 
-# False on Windows, which has no owners and modes of this kind.
+# Zero on Windows, which has no owners and modes of this kind.
 _O_NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)
 _O_NONBLOCK: Final[int] = getattr(os, "O_NONBLOCK", 0)
 _HAS_OWNERS: Final = hasattr(os, "getuid")

@@ -26,7 +26,7 @@ SHOWN_IN_APP: Final[dict[str, Any]] = {"ui": {"resourceUri": PAGE_URI}}
 BEFORE_KEY: Final = "step1x-edit/before"
 ARGUMENTS_KEY: Final = "step1x-edit/arguments"
 PASSED_ON_HEADER: Final = "X-Passed-On"
-"""Sent by a proxy of ours, which decides itself what its client gets."""
+"""Sent by our proxy, which decides itself what its client receives."""
 
 
 def app_page() -> Resource:
@@ -44,9 +44,9 @@ def app_page() -> Resource:
 
 
 def app_meta(request: EditRequest, before: bytes) -> dict[str, Any]:
-    """What the page needs of an edit: the JPEG of its input, and the arguments to repeat it.
+    """The data of an edit for the page: the JPEG of its input, and the arguments to repeat it.
 
-    Another attempt is another file, so the output of this one and its seed are left out.
+    Another attempt writes another file, so the output path and the seed are left out.
     """
     of_this_one = {"seed", "output_path", "overwrite"}
     again = request.model_dump(mode="json", exclude=of_this_one, exclude_none=True)

@@ -1,9 +1,9 @@
-"""How large a tool's answer may become, and what a batch leaves out when it would become larger.
+"""The size limit of a tool's answer, and how the answer of a large batch is shortened.
 
-Some clients refuse results of a megabyte, and an answer stands in its result twice. So a batch of
-thousands of images tells less, by rule: first the metadata of what succeeded goes, then what
-succeeded itself (the files are there), then the length of what is said about failures. The summary
-stays, and so does every error until there are too many even for one line each; then they are
+Some clients refuse results of a megabyte, and a result contains its answer twice. So the answer of
+a batch of thousands of images is shortened in a fixed order: first the metadata of successes is
+left out, then the successes themselves (their files exist), then long paths and errors are cut. The
+summary is always kept, and so is every error until one line each is too much; then errors are only
 counted. `shortened` says what was left out.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 MAX_RESULT_BYTES: Final = 700_000
-_ENVELOPE_BYTES: Final = 2_000  # of the protocol around the two copies
+_ENVELOPE_BYTES: Final = 2_000  # bytes of the protocol around the two copies
 
 _INPUT_LENGTH: Final = 60
 _ERROR_LENGTH: Final = 160
@@ -46,10 +46,10 @@ def _ever_shorter(answer: Answer) -> Iterator[Answer]:
     yield _shortened(
         answer,
         [_without_metadata(item) for item in items],
-        f"the metadata of {successes} edited images, which the files carry as well",
+        f"the metadata of {successes} edited images, which the files contain too",
     )
     failures = [item for item in items if not _succeeded(item)]
-    told = f"{successes} edited images, which lie in their output folders"
+    told = f"{successes} edited images, which are in their output folders"
     yield _shortened(answer, failures, told)
 
     failures = [_in_brief(item) for item in failures]
@@ -86,7 +86,7 @@ def _without_metadata(item: Answer) -> Answer:
 
 
 def _in_brief(item: Answer) -> Answer:
-    """A failure in short: the end of a path says most, and the beginning of a sentence."""
+    """A shortened failure: the end of its path and the beginning of its sentence."""
     name, error = item["input"], item["result"]["error"]
     if len(name) > _INPUT_LENGTH:
         name = "…" + name[1 - _INPUT_LENGTH :]

@@ -1,9 +1,8 @@
 """A client whose answers are plain dictionaries: `result["status"]`, `result["output_path"]`.
 
-It starts our own server, or any other MCP server, or goes to one that listens. It never raises for
-what goes wrong with a call: a tool that fails, a server that cannot be started or has gone and a
-tool that does not exist all answer `{"status": "error", "error": "…"}`, so that callers have one
-place to look.
+It starts our server or any other MCP server, or connects to one that listens. A failed call does
+not raise: a tool that fails or does not exist, and a server that cannot be started or has ended,
+all answer `{"status": "error", "error": "…"}`, so that callers check one place.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ from step1x_edit.schemas.answers import ErrorAnswer
 from step1x_edit.settings import inherited_environment
 
 OWN_SERVER: Final = ("-m", "step1x_edit.interfaces.cli", "mcp")
-_LAST_WORDS_S: Final = 5.0  # for the calls that run when the client is closed
-_START_TIMEOUT_S: Final = 60.0  # ours answers within 2 s; this bounds the hang of any other
+_LAST_WORDS_S: Final = 5.0  # for calls that still run when the client is closed
+_START_TIMEOUT_S: Final = 60.0  # our server answers within 2 s; this limits the wait for any other
 
 
 class MCPClient:
-    """A connection to an MCP server, made when it is first needed.
+    """A connection to an MCP server, opened at the first call.
 
-    `target` is the path of a server in Python, to be started, or the URL of a running one, which
-    `token` is for. Without a target our own server is started with this interpreter. A started
-    server inherits the environment, settings such as GPU_IDLE_TIMEOUT included. It may be used from
-    several threads and event loops, which share the one server; a forked child connects again. Use
-    it as a context manager, or close it at the end; if neither is done, the server ends with this
-    process.
+    `target` is the path of a server in Python, which is started, or the URL of a running one, to
+    which `token` is sent. Without a target our own server is started with this interpreter. A
+    started server inherits the environment, settings such as GPU_IDLE_TIMEOUT included. It may be
+    used from several threads and event loops, which share the one server; a forked child connects
+    again. Use it as a context manager, or close it at the end; if neither is done, the server ends
+    with this process.
     """
 
     def __init__(self, target: str | Path | None = None, token: str | None = None) -> None:
@@ -66,9 +65,9 @@ class MCPClient:
         arguments: Mapping[str, Any] | None = None,
         on_progress: ProgressHandler | None = None,
     ) -> dict[str, Any]:
-        """Call a tool and return its answer; cancelling the call stops the work.
+        """Call a tool and return its answer; cancelling the call cancels the work.
 
-        `on_progress(progress, total, message)` hears how far it has come.
+        `on_progress(progress, total, message)` receives the progress.
         """
         heard = None if on_progress is None else _on_this_loop(on_progress)
         self._after_fork()
@@ -99,7 +98,7 @@ class MCPClient:
         await self.close()
 
     def _after_fork(self) -> None:
-        """In a forked child, leave the connection to the parent: its thread is not here."""
+        """In a forked child, leave the connection to the parent, which has its thread."""
         if self._process != os.getpid():
             self._process, self._connection, self._lock = os.getpid(), None, threading.Lock()
 
@@ -113,19 +112,19 @@ class _Connection:
         self._client: Client[Any] | None = None
         self._connecting = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
-        # A daemon: a client that nobody has closed must not keep the process from leaving.
+        # A daemon: a client that was not closed must not prevent the process from ending.
         threading.Thread(target=self._live, name="MCP client", daemon=True).start()
 
     def start_call(
         self, name: str, arguments: dict[str, Any], on_progress: ProgressHandler | None
     ) -> Future[dict[str, Any]]:
-        """Begin a call; cancelling the future cancels it."""
+        """Start a call; cancelling the future cancels it."""
         return asyncio.run_coroutine_threadsafe(
             self._call(name, arguments, on_progress), self._loop
         )
 
     def start_end(self) -> Future[None]:
-        """Begin to end the connection and the thread; nothing may be started after this."""
+        """Start to close the connection and the thread; no call may be started after this."""
         return asyncio.run_coroutine_threadsafe(self._end(), self._loop)
 
     def _live(self) -> None:
@@ -148,7 +147,7 @@ class _Connection:
                 return _error(await self._lost(client, error))
             kind = InvalidParameterError if error.code == INVALID_PARAMS else InternalError
             return _error(kind(str(error)))
-        except Exception as error:  # noqa: BLE001 - the outermost handler of this face
+        except Exception as error:  # noqa: BLE001 - the outermost handler of this interface
             return _error(await self._lost(client, error))
         return _answer(result)
 
@@ -156,7 +155,7 @@ class _Connection:
         try:
             await self._close()
             calls = asyncio.all_tasks() - {asyncio.current_task()}
-            if calls:  # they are told that the connection has ended
+            if calls:  # they fail because the connection has ended
                 await asyncio.wait(calls, timeout=_LAST_WORDS_S)
         finally:
             self._loop.call_soon(self._loop.stop)
@@ -167,7 +166,7 @@ class _Connection:
             await client.close()  # type: ignore[no-untyped-call]
 
     async def _connected(self) -> Client[Any]:
-        async with self._connecting:  # calls at the same time share one server
+        async with self._connecting:  # concurrent calls share one server
             if self._client is None or not self._client.is_connected():
                 client = Client(
                     _transport(self._target, self._token), init_timeout=_START_TIMEOUT_S
@@ -177,8 +176,8 @@ class _Connection:
         return self._client
 
     async def _lost(self, client: Client[Any] | None, error: Exception) -> Step1XEditError:
-        """Give a broken connection up, so that the next call makes a new one."""
-        if client is not None and client is self._client:  # or another call has been here before
+        """Drop a broken connection, so that the next call opens a new one."""
+        if client is not None and client is self._client:  # or another call has dropped it
             with contextlib.suppress(Exception):
                 await self._close()
         where = "the server" if self._target is None else self._target
@@ -186,7 +185,7 @@ class _Connection:
 
 
 def _on_this_loop(on_progress: ProgressHandler) -> ProgressHandler:
-    """The same handler for another thread, run on the loop of the caller that gave it."""
+    """The handler for another thread, run on the loop of its caller."""
     loop = asyncio.get_running_loop()
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
@@ -214,7 +213,7 @@ def _transport(target: str | Path | None, token: str | None) -> ClientTransport:
 
 
 def _stderr() -> TextIO:
-    """A stderr that a child can write to: notebooks have one that is no file."""
+    """A stderr that a child can write to; in notebooks stderr is not a file."""
     try:
         sys.stderr.fileno()
     except (AttributeError, io.UnsupportedOperation):
@@ -240,7 +239,7 @@ def _error(error: Step1XEditError) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The last thing in the chain that says something."""
+    """The message of the last exception in the chain that has one."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error) or type(error).__name__

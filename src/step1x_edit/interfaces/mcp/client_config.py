@@ -1,8 +1,8 @@
-"""The configuration by which an MCP client starts our server: its shape, its place, its change.
+"""The configuration with which an MCP client starts our server: its format, path and update.
 
 Each client has a file with the servers it knows, in JSON, TOML or YAML. We add or replace one entry
-and keep everything else; the file as it was stays beside it. The shapes are those of the clients'
-own documentation, which docs/mcp.md names.
+and keep everything else; a backup of the old file is kept beside it. The formats follow the
+clients' documentation, which docs/mcp.md names.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from step1x_edit.settings import Settings
 
 _SCRIPT: Final = Path(__file__).resolve().parents[4] / "mcp_server.py"  # in a checkout
 _NEEDED_TO_LISTEN: Final = "api_key"  # a secret, which a server that a client starts does not need
-_SPARE_S: Final = 10  # between our answer and the end of a client's patience
+_SPARE_S: Final = 10  # seconds between our answer and the client's timeout
 _GOOSE_LIMIT_S: Final = 300
 
 
 class ClientName(str, Enum):
-    """The MCP clients that we know the configuration of."""
+    """The MCP clients whose configuration we know."""
 
     CLAUDE_DESKTOP = "claude-desktop"
     CLAUDE_CODE = "claude-code"
@@ -57,7 +57,7 @@ class ClientName(str, Enum):
 
 
 Shape: TypeAlias = Callable[[str, list[str], dict[str, str]], dict[str, Any]]
-"""Makes an entry of a command, its arguments and its environment."""
+"""Makes an entry from a command, its arguments and its environment."""
 
 
 def _plain(command: str, arguments: list[str], variables: dict[str, str]) -> dict[str, Any]:
@@ -87,23 +87,23 @@ def _of_goose(command: str, arguments: list[str], variables: dict[str, str]) -> 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Where a client keeps its servers, under which key, and how it treats them."""
+    """The file and key under which a client keeps its servers, and how it treats them."""
 
     path: Path
     key: str = "mcpServers"
     shape: Shape = _plain
     limit_s: int | None = 60
-    """After how many seconds it gives up a call, or may as far as is known; None: never."""
+    """Seconds until it ends a call, as far as is known; None: no limit."""
     is_list: bool = False
-    """Whether servers are items with a name instead of values by name."""
+    """Whether the servers are a list of items with names, and not values by name."""
     preamble: Mapping[str, str] | None = None
-    """What a new file needs besides the servers."""
+    """The content of a new file besides the servers."""
 
 
 def config_file(client: ClientName) -> ConfigFile:
-    """The file of a client that holds for all of this user's projects.
+    """The client's file for all projects of this user.
 
-    Raises SettingsError if nobody knows where this user's files are.
+    Raises SettingsError if the user's home folder is unknown.
     """
     try:
         return _config_file(client)
@@ -160,14 +160,14 @@ def server_entry(settings: Settings, file: ConfigFile) -> dict[str, Any]:
 
 
 def snippet(file: ConfigFile, entry: Mapping[str, Any]) -> str:
-    """The entry in the language of the file, with all that stands around it."""
+    """The entry in the format of the file, with the keys around it."""
     content: dict[str, Any] = {}
     _place(file, content, entry)
     return _written(file.path, content)
 
 
 def _variables(settings: Settings, limit_s: int | None) -> dict[str, str]:
-    """The settings that are set, and for how long a call may last if the client ends it."""
+    """The settings that are set, and the longest duration of a call if the client ends calls."""
     names = settings.model_fields_set - {_NEEDED_TO_LISTEN}
     chosen = {name: getattr(settings, name) for name in Settings.model_fields if name in names}
     if settings.model_path is not None:
@@ -182,7 +182,7 @@ def _variables(settings: Settings, limit_s: int | None) -> dict[str, str]:
 
 
 def _model_path(path: Path, data_dir: Path) -> Path | str | None:
-    """The checkpoint, or the name of a model that has not been pulled yet, which is no path."""
+    """The checkpoint, or the name of a model that has not been pulled yet, which is not a path."""
     try:
         return resolve_model_path(path, data_dir)
     except CheckpointError:
@@ -190,7 +190,7 @@ def _model_path(path: Path, data_dir: Path) -> Path | str | None:
 
 
 def _as_text(value: object) -> str:
-    """A value as the environment has it."""
+    """A value as text for the environment."""
     match value:
         case bool():
             return str(value).lower()
@@ -205,8 +205,8 @@ def _as_text(value: object) -> str:
 
 
 def write_entry(file: ConfigFile, entry: Mapping[str, Any]) -> Path | None:
-    """Add our entry to the file, or replace it; returns where the file as it was lies now."""
-    path = Path(os.path.realpath(file.path))  # a link to where someone keeps all such files
+    """Add our entry to the file, or replace it; returns the path of the backup."""
+    path = Path(os.path.realpath(file.path))  # follow a link, such as into a folder of dotfiles
     try:
         content = _read(path, file.preamble or {})
         wanted = _plain_data(content)
@@ -222,8 +222,8 @@ def write_entry(file: ConfigFile, entry: Mapping[str, Any]) -> Path | None:
 
 
 def _place(file: ConfigFile, content: MutableMapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Put the entry where the client looks for it, in the place of an older one."""
-    if content.get(file.key) is None:  # YAML has nothing after `extensions:`
+    """Put the entry where the client looks for it, replacing an older one."""
+    if content.get(file.key) is None:  # an empty value in YAML, as in `extensions:`
         content[file.key] = [] if file.is_list else {}
     servers = content[file.key]  # what the content has made of it
     if not file.is_list:
@@ -241,7 +241,7 @@ def _place(file: ConfigFile, content: MutableMapping[str, Any], entry: Mapping[s
 
 
 def _read(path: Path, preamble: Mapping[str, str]) -> MutableMapping[str, Any]:
-    """The content of a file, in a form that keeps comments where the language has them."""
+    """The content of a file, in a form that keeps comments if the format has them."""
     try:
         text = path.read_text("utf-8")
         content = _parsed(path, text) if text.strip() else dict(preamble)
@@ -258,10 +258,10 @@ def _read(path: Path, preamble: Mapping[str, str]) -> MutableMapping[str, Any]:
 
 
 def _checked(path: Path, text: str, wanted: object) -> str:
-    """The new text, if it says what is wanted: the old content and our entry.
+    """The new text, if it parses to the old content and our entry.
 
-    tomlkit puts a table between keys with dots (`mcp_servers.a.command = …`), which then belong to
-    that table.
+    tomlkit puts a table between keys with dots (`mcp_servers.a.command = …`), which would then
+    belong to that table.
     """
     try:
         is_right = _plain_data(_parsed(path, text)) == wanted
@@ -273,7 +273,7 @@ def _checked(path: Path, text: str, wanted: object) -> str:
 
 
 def _plain_data(value: Any) -> Any:
-    """The same without what a library remembers about its spelling."""
+    """The same as plain values, without the library's formatting data."""
     match value:
         case Mapping():
             return {key: _plain_data(member) for key, member in value.items()}
@@ -286,7 +286,7 @@ def _plain_data(value: Any) -> Any:
 
 
 def _parsed(path: Path, text: str) -> Any:
-    """Raises ValueError if the text is not in the language of the file."""
+    """Raises ValueError if the text is not in the format of the file."""
     match path.suffix:
         case ".toml":
             import tomlkit
@@ -304,7 +304,7 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; a name that stands in it twice would lose its first value."""
+    """A JSON object; a repeated name would lose its first value, so it is an error."""
     members = dict(pairs)
     if len(members) < len(pairs):
         raise ValueError
@@ -327,11 +327,11 @@ def _written(path: Path, content: Mapping[str, Any]) -> str:
             yaml, text = YAML(), io.StringIO()
             yaml.default_flow_style = False
             yaml.allow_unicode = True
-            yaml.width = 4096  # paths are long, and stay in one line
+            yaml.width = 4096  # keep long paths on one line
             yaml.dump(content, text)
             return text.getvalue()
     plain = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    # Half of a surrogate pair, as of a text that was cut in an emoji: it has no form in UTF-8.
+    # Half of a surrogate pair, as in a text cut within an emoji, cannot be encoded as UTF-8.
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", plain)
 
 
@@ -353,7 +353,7 @@ def _backed_up(path: Path) -> Path | None:
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        temporary.touch(mode=0o600, exist_ok=False)  # there may be other programs' keys in it
+        temporary.touch(mode=0o600, exist_ok=False)  # it may contain keys of other programs
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

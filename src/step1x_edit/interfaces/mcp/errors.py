@@ -1,4 +1,4 @@
-"""Failures of MCP tools: one form for all of them, whatever was raised."""
+"""Failures of MCP tools: one form for all exceptions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 
 class OneErrorShape(Middleware):
-    """Gives every failure of a tool the form of the contract.
+    """Converts every failure of a tool to the form of the contract.
 
-    `explain` makes an error of ours from any other exception.
+    `explain` converts any other exception to one of our errors.
     """
 
     def __init__(self, explain: Callable[[Exception], Step1XEditError]) -> None:
@@ -39,7 +39,7 @@ class OneErrorShape(Middleware):
             return await call_next(context)
         except NotFoundError as error:  # a mistake in the protocol, not of a tool
             raise MCPError(mcp_types.INVALID_PARAMS, str(error)) from None
-        except Exception as error:  # noqa: BLE001 - the outermost handler of this face
+        except Exception as error:  # noqa: BLE001 - the outermost handler of this interface
             return error_result(self._explain(error))
 
 

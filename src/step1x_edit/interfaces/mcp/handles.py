@@ -25,7 +25,7 @@ KEPT_S: Final = 3600.0
 
 
 class Handles(Generic[P]):
-    """Pursuits by id. All that run, and of those that have ended the last few, for a while."""
+    """Pursuits by id. All running ones, and the last few that have ended, for a limited time."""
 
     def __init__(
         self, kept: int = KEPT, kept_s: float = KEPT_S, now: Callable[[], float] = time.monotonic
@@ -37,7 +37,7 @@ class Handles(Generic[P]):
         self._ended_at: dict[str, float] = {}  # in the order of their ends
 
     def add(self, pursuit: P) -> str:
-        """Keep a pursuit; the id is all that is needed to find, follow and stop it."""
+        """Keep a pursuit; the id is sufficient to find, follow and stop it."""
         job_id = f"edit_{secrets.token_urlsafe(16)}"
         self._pursuits[job_id] = pursuit
         pursuit.on_end(partial(self._note_end, job_id))
@@ -55,7 +55,7 @@ class Handles(Generic[P]):
             ) from None
 
     async def close(self) -> None:
-        """Stop all that runs, and wait until it has stopped."""
+        """Stop all running pursuits, and wait until they have stopped."""
         running = [pursuit for pursuit in self._pursuits.values() if not pursuit.is_done]
         for pursuit in running:
             pursuit.cancel()
@@ -66,7 +66,7 @@ class Handles(Generic[P]):
     def _note_end(self, job_id: str, task: asyncio.Task[Any]) -> None:
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, Step1XEditError):
-            log.error("failed unexpectedly", exc_info=error)  # perhaps nobody will ask
+            log.error("failed unexpectedly", exc_info=error)  # its result may never be requested
         self._ended_at[job_id] = self._now()
         self._forget_old()
 

@@ -1,8 +1,8 @@
 """Clients over HTTP that hang up: their call is cancelled.
 
-The newest revision of MCP demands it, and there the framework does it. In the older ones a call
-belongs to a session and would continue, although its answer can reach nobody: we keep no events to
-be fetched later. So the application signals to its calls that their connection has ended.
+The newest revision of MCP requires this, and the framework does it. In older revisions a call
+belongs to a session and would continue, although its answer cannot be delivered: we store no events
+for later. So the application signals to its calls that their connection has ended.
 """
 
 from __future__ import annotations

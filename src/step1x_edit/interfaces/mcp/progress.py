@@ -23,9 +23,9 @@ _OF_MANY_STEPS: Final = (Phase.THINKING, Phase.DENOISING, Phase.REFLECTING)
 class ProgressReport:
     """Reports the progress of a tool's edits to the client, on one scale for all pictures.
 
-    The protocol wants numbers that only increase, so a repeated event adds a tiny amount. Of steps
-    in quick succession not all are reported: a message costs milliseconds of processor time, which
-    a model on the CPU would lack.
+    The protocol wants numbers that only increase, so a repeated event adds a tiny amount. Steps in
+    quick succession are not all reported: a message costs milliseconds of CPU time, which a model
+    on the CPU needs.
     """
 
     _TINY: Final = 0.0001

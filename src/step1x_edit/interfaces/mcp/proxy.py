@@ -1,8 +1,8 @@
 """Joining a server that runs on this machine: its tools over our stdio, its one model for all.
 
-The proxy hands everything on, progress and cancellation included. One thing only it can do, as it
-was started by the client: a relative path starts at *our* folder and `~` is *our* home. So paths go
-out absolute, and come back as the client wrote them.
+The proxy forwards everything, including progress and cancellation. It also resolves paths, because
+the client started it: a relative path starts at *our* folder and `~` is *our* home. So paths are
+sent as absolute ones, and are returned as the client wrote them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PATH_PARAMETERS: Final = (
 
 
 def build_proxy(server: RunningServer, calls: RunningCalls, max_wait_s: int = 0) -> FastMCP:
-    """A server of the same tools that has `server` do the work; `calls` gets to know its calls.
+    """A server with the same tools that forwards to `server`; `calls` keeps track of its calls.
 
-    `max_wait_s` is for how long our client waits, whatever the other server's own clients do.
+    `max_wait_s` is how long our client waits, independently of the other server's clients.
     """
     headers = {PASSED_ON_HEADER: "1"}
     if max_wait_s:
@@ -56,30 +56,30 @@ def build_proxy(server: RunningServer, calls: RunningCalls, max_wait_s: int = 0)
         transport_to(server, headers),
         name=SERVER_NAME,
         identity="upstream",
-        provider_error_strategy="raise",  # one that is gone must not look like one without tools
+        provider_error_strategy="raise",  # a dead server must not look like one without tools
         middleware=[calls, OneErrorShape(_explained), _PathsOfTheClient()],
     )
-    proxy.completion(complete)  # the library hands on everything but this
+    proxy.completion(complete)  # the library forwards everything but this
     return proxy
 
 
 def _explained(error: Exception) -> ModelUnavailableError:
-    """What is wrong when the proxy itself fails: it does nothing but ask the other one."""
+    """The error if the proxy itself fails, which is always a failure to reach the joined server."""
     log.warning("the joined server failed: %r", error)
     cause = error.__cause__
     if isinstance(cause, MCPError) and cause.code == mcp_types.INTERNAL_ERROR:
-        return ModelUnavailableError(  # the library does not say with which status
-            "the server that this one had joined answers with an error of HTTP; the call may be "
+        return ModelUnavailableError(  # the library does not report the status
+            "the joined server answers with an HTTP error; the call may be "
             "too long, or the server too busy"
         )
     return ModelUnavailableError(
-        "the server that this one had joined does not answer; start it again, or restart this one; "
-        "if the call is very long, send less"  # a refused body may end as a broken connection
+        "the joined server does not answer; start it again, or restart this one; "
+        "if the call is very long, send less"  # a refused body may appear as a broken connection
     )
 
 
 class RunningCalls(Middleware):
-    """The calls that are on their way, so that none of them works on when we leave."""
+    """The running calls, so that none of them continues when this process ends."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -98,7 +98,7 @@ class RunningCalls(Middleware):
             self._tasks.discard(task)
 
     async def stop(self) -> None:
-        """Cancel them all, which cancels them at the other server, and wait for it."""
+        """Cancel all calls, here and at the other server, and wait until they have ended."""
         tasks = set(self._tasks)
         for task in tasks:
             task.cancel()
@@ -106,7 +106,7 @@ class RunningCalls(Middleware):
 
 
 class _PathsOfTheClient(Middleware):
-    """Makes the paths of a call absolute, and those of its answer what the client wrote."""
+    """Makes the paths of a call absolute, and restores the client's spelling in its answer."""
 
     async def on_call_tool(
         self,
@@ -125,11 +125,11 @@ class _PathsOfTheClient(Middleware):
 
 
 def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -> dict[str, Any]:
-    """The arguments with absolute paths; `written` gets what each of them was."""
+    """The arguments with absolute paths; `written` receives the original of each."""
 
     def absolute(path: object) -> object:
         if not isinstance(path, str) or not path:
-            return path  # the server will say what is wrong with it
+            return path  # the server will report the error
         full = str(Path.cwd() / expanded(path))
         written.setdefault(full, path)
         return full
@@ -142,7 +142,7 @@ def with_absolute_paths(arguments: Mapping[str, Any], written: dict[str, str]) -
 
 
 def as_written(answer: Mapping[str, Any], written: Mapping[str, str]) -> dict[str, Any]:
-    """The answer with the client's own spelling where it repeats a path that the client gave."""
+    """The answer, with paths from the call in the client's spelling."""
     spelled = dict(answer)
     if isinstance(error := answer.get("error"), str):
         spelled["error"] = _spelled(error, written)

@@ -2,7 +2,7 @@
 
 The library answers with the whole text of its parser or validator, whose classes and lines mean
 nothing to a client. Here such an answer becomes one sentence. The library parses on the event loop,
-so a body with very many parts, which would block it, is refused first.
+so a body with too many parts, which would block it, is refused first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from step1x_edit.interfaces import json_bodies
 
 MAX_MARKS: Final = 100_000
 """Commas and opening brackets in a message: the largest batch with a long prompt for each picture.
-Parsing so many takes less than 100 ms."""
+Parsing that many takes less than 100 ms."""
 
 _BAD_REQUEST: Final = 400
 _SENTENCES: Final[Mapping[str, tuple[int, str]]] = {
@@ -50,7 +50,7 @@ class OneSentence:
                 await _refusal()(scope, receive, send)
                 return
             receive = json_bodies.given_again(body, receive)
-        held: Message | None = None  # the head of a refusal, until its body is known
+        held: Message | None = None  # the start of a refusal, until its body is known
 
         async def answer(message: Message) -> None:
             nonlocal held

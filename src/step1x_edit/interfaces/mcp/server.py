@@ -93,7 +93,7 @@ def _gpu_status(service: EditService) -> Resource:
         gpu_status,
         uri="step1x://gpu/status",
         title="GPU status",
-        description="Where the model is now and what it occupies, as get_gpu_status reports it",
+        description="The location of the model and its memory use, as get_gpu_status reports them",
         mime_type="application/json",
     )
 

@@ -1,8 +1,8 @@
-"""What a client sends over stdin: one message of JSON-RPC in each line.
+"""Reads the client's messages from stdin: one JSON-RPC message per line.
 
-The library that serves MCP drops a line that it cannot read, and the client waits forever. So each
-line is read here first. A line that is not a message gets an error as its answer at once, and one
-line in the log; the library sees only messages. This module knows nothing about tools.
+The MCP library drops a line that it cannot parse, and the client waits forever. So each line is
+checked here first. A line that is not a message is answered with an error at once and logged; the
+library receives only messages. This module knows nothing about tools.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # holds the largest batch that the sch
 _PIECE_BYTES: Final = 64 * 1024
 
 Send = Callable[[bytes], object]
-"""Takes a line that goes to the client."""
+"""Sends a line to the client."""
 
 
 class ProtocolError(Exception):
@@ -93,7 +93,7 @@ def _error_of(text: str) -> ProtocolError:
 
 
 def _request_id(message: Any) -> str | int | None:
-    """The id of a request; a response carries an id of ours, which is no use to the client."""
+    """The id of a request; None for a response, whose id is one of ours."""
     if not isinstance(message, dict) or not isinstance(message.get("method"), str):
         return None
     found = message.get("id")
@@ -140,7 +140,8 @@ class Messages(io.BufferedIOBase):
                     raise self._too_long(line)
                 if not line.isspace():
                     check_message(line)
-                    # Between the parts of a message it is a blank; the library ends lines there.
+                    # Between the parts of a message it is whitespace; the library would end the
+                    # line there.
                     return line.replace(b"\r", b" ")
             except ProtocolError as error:
                 log.warning("a line from the client was refused: %s", error)
@@ -158,7 +159,7 @@ class Messages(io.BufferedIOBase):
 
 
 class _Source(io.TextIOWrapper):
-    """The real stdin, as `sys.stdin` for the moment in which the transport takes its buffer."""
+    """The real stdin, as `sys.stdin` while the transport takes its buffer."""
 
     def __init__(self, messages: Messages) -> None:
         super().__init__(messages, encoding="utf-8")
@@ -171,11 +172,11 @@ class _Source(io.TextIOWrapper):
         return super().buffer
 
     def close(self) -> None:
-        """Do nothing, also at the end of our life: the buffer is the transport's now."""
+        """Do nothing, also when collected: the buffer belongs to the transport."""
 
 
 def take_stdin(send: Send) -> None:
-    """Have the transport that starts next read the messages on stdin, and nobody else anything."""
+    """Make only the transport that starts next read from stdin, and only messages."""
     descriptor = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -1,8 +1,9 @@
-"""MCP over stdin and stdout: the process around the MCP face, from its first byte to its exit code.
+"""MCP over stdin and stdout: the process around the MCP server, from start to exit code.
 
-Every byte on stdout is protocol, whatever libraries do. The process leaves when its client closes
-stdin, when a signal comes, or when nobody reads its answers any more; a running edit gets a short
-time to stop. It has an engine of its own only if there is no server on this machine to join.
+Every byte on stdout belongs to the protocol, even if libraries print. The process ends when its
+client closes stdin, when a signal arrives, or when its answers are no longer read; a running edit
+has a short time to stop. It has a separate engine only if there is no server on this machine to
+join.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ log = logging.getLogger(__name__)
 
 Stop: TypeAlias = Callable[[], Awaitable[None]]
 
-_GRACE_S: Final = 3.0  # for the running step to end; the process must be gone within 5 s
-_LAST_WORDS_S: Final = 0.2  # for the answers of the calls that were ended
+_GRACE_S: Final = 3.0  # for the running step to end; the process must end within 5 s
+_LAST_WORDS_S: Final = 0.2  # for the answers of the cancelled calls
 
 
 # --- stdout ---------------------------------------------------------------------------------------
 
 
 class _Pipe(io.BufferedWriter):
-    """The way to the client; tells when nobody reads at its other end any more."""
+    """Writes to the client; reports when the client no longer reads."""
 
     def __init__(self, descriptor: int, broken: Callable[[], object]) -> None:
         super().__init__(io.FileIO(descriptor, "w"))
@@ -59,7 +60,7 @@ class _Pipe(io.BufferedWriter):
             super().flush()
 
     def send(self, line: bytes) -> None:
-        """Write a whole line from any thread; does nothing if nobody reads any more."""
+        """Write a whole line from any thread; does nothing if the client no longer reads."""
         with contextlib.suppress(BrokenPipeError):
             self.write(line)
             self.flush()
@@ -74,11 +75,11 @@ class _Pipe(io.BufferedWriter):
 
 
 class _Wire(io.TextIOWrapper):
-    """The real stdout, as `sys.stdout` for the moment in which the transport takes its buffer.
+    """The real stdout, as `sys.stdout` while the transport takes its buffer.
 
-    Right after that `sys.stdout` is what it was, whose descriptor 1 leads to stderr; so neither
-    its text, its buffer nor its descriptor are a way to the client, for whoever comes later. Nor
-    are ours for other threads, who may look in that moment.
+    Then `sys.stdout` is restored, and its descriptor 1 leads to stderr: later code cannot reach the
+    client through its text layer, buffer or descriptor. In the meantime other threads cannot do so
+    through ours either.
     """
 
     def __init__(self, pipe: _Pipe) -> None:
@@ -98,7 +99,7 @@ class _Wire(io.TextIOWrapper):
         return self._before.fileno()
 
     def close(self) -> None:
-        """Do nothing, also at the end of our life: the buffer is the transport's now."""
+        """Do nothing, also when collected: the buffer belongs to the transport."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -111,7 +112,7 @@ class _Wire(io.TextIOWrapper):
 
 
 def main(wire: int, arguments: Sequence[str] | None = None) -> None:
-    """Serve as the flags say, on a duplicate of the real stdout; see `serve`."""
+    """Serve according to the flags, on a duplicate of the real stdout; see `serve`."""
     parser = argparse.ArgumentParser(prog="mcp_server.py", description=__doc__)
     parser.add_argument(
         "--standalone", action="store_true", help="do not join a server that runs on this machine"
@@ -122,8 +123,8 @@ def main(wire: int, arguments: Sequence[str] | None = None) -> None:
 def serve(wire: int, *, standalone: bool) -> None:
     """Serve until the client closes our stdin or a signal comes, then end the process.
 
-    `wire` is a duplicate of the real stdout. Descriptor 1 has to lead to stderr before anything
-    else is imported, and stays so for native code and children.
+    `wire` is a duplicate of the real stdout. Descriptor 1 must lead to stderr before anything else
+    is imported, and remains so for native code and children.
     """
     settings = start()
     try:
@@ -143,7 +144,7 @@ def start() -> Settings:
 
 
 async def _serve(settings: Settings, wire: int) -> None:
-    """Join the server that runs on this machine, or be one."""
+    """Join the server that runs on this machine, or start an engine here."""
     server = await find_server(settings.data_dir)
     if server is None:
         await _serve_alone(settings, wire)
@@ -162,7 +163,7 @@ async def _serve_alone(settings: Settings, wire: int) -> None:
 
 
 async def _close(service: EditService) -> None:
-    # In a thread, so that the answers of the calls that it ends still reach the client.
+    # In a thread, so that the answers of the cancelled calls still reach the client.
     await asyncio.to_thread(service.close, _GRACE_S)
 
 
@@ -170,11 +171,11 @@ async def _close(service: EditService) -> None:
 
 
 async def _serve_until_stopped(server: FastMCP, stop: Stop, wire: int) -> None:
-    """Serve; at the end, stop what runs and leave without waiting for threads.
+    """Serve; at the end, stop running calls and exit without waiting for threads.
 
     The reader of stdin waits in a thread that nothing can wake, so the process has to be ended.
     """
-    gc.freeze()  # what has been imported lives to the end, so no collection needs to visit it
+    gc.freeze()  # imported objects live until the end, so exclude them from garbage collection
     gc.enable()
     loop = asyncio.get_running_loop()
     told: asyncio.Future[int] = loop.create_future()  # gets the exit code

@@ -59,7 +59,7 @@ from step1x_edit.service.service import EditService
 from step1x_edit.waiting import until
 
 MAX_WAIT_HEADER: Final = "X-Max-Wait"
-"""Over HTTP, for how many seconds the client waits for `edit_image`."""
+"""Over HTTP, the number of seconds that the client waits for `edit_image`."""
 
 _EDITING: Final = ToolAnnotations(
     read_only_hint=False,
@@ -195,7 +195,7 @@ class Tools:
         with edit.ending_with_its_call():
             await edit.begun()
         if edit.is_done:
-            await edit.result()  # raises what is wrong with the picture or the queue
+            await edit.result()  # raises an error in the picture or the queue
         return running_result(self._handles.add(edit), edit.last_event)
 
     async def get_job(self, arguments: dict[str, Any]) -> ToolResult:
@@ -281,7 +281,7 @@ class _Editing(Pursuit[Progress, ToolResult]):
             )
             return edited_result(request, saved.answer, before, after, saved.edited.rounds)
 
-        # In an empty context: it must not hold on to the request of the call that starts it.
+        # In an empty context, so that it does not keep the request of the starting call alive.
         contextvars.Context().run(super().__init__, work)
         self._request = request
 
@@ -306,7 +306,7 @@ class _Editing(Pursuit[Progress, ToolResult]):
 
 
 def _patience_of_client() -> int:
-    """The seconds for which the client of this call says that it waits; 0 if it does not say."""
+    """The seconds that the client of this call declares to wait; 0 if it declares none."""
     try:
         given = get_http_request().headers.get(MAX_WAIT_HEADER, "0")
     except RuntimeError:  # there is no HTTP
