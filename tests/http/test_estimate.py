@@ -230,7 +230,7 @@ def test_what_an_edit_would_be_told_is_told_now(
         ({"width": 0, "height": 9}, 400, "width must be between 1 and 100000, got 0"),
         ({"width": 64, "height": 6400}, 400, "the longer side may be at most 16 times"),
         ({"width": 90_000, "height": 90_000}, 413, "at most 50 megapixels are allowed"),
-        ({"images": []}, 400, "images is not wanted here: give the picture's width and height"),
+        ({"images": []}, 400, "images is not accepted here: give the picture's width and height"),
         ({"stps": 5}, 400, "'stps' is unknown"),
         ({"prompt": None}, 400, "prompt is missing"),
         ({"model": "v9"}, 404, "v9"),
@@ -257,7 +257,7 @@ def test_a_form_will_do_as_well_but_not_with_the_picture(
 
     assert (told["width"], told["height"]) == (1168, 880)
     assert with_it.status_code == 400
-    assert "image is not wanted here" in with_it.json()["error"]["message"]
+    assert "image is not accepted here" in with_it.json()["error"]["message"]
     assert bare.status_code == 415
 
 

@@ -231,7 +231,7 @@ def test_a_pull_is_stopped_also_while_it_waits_and_the_next_one_goes_on(
     assert stopped.json()["status"] == "cancelled"
     PullAnswer.model_validate(stopped.json())
     assert end[0] == "cancelled"
-    assert "what arrived is kept" in end[1]["message"]
+    assert "the downloaded part is kept" in end[1]["message"]
     assert (again.status_code, again.json()["code"]) == (409, "job_conflict")
     assert "v1.2 is not being pulled" in again.json()["detail"]
     assert begun["state"] == "partial"

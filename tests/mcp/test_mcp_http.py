@@ -136,4 +136,4 @@ def test_a_body_with_very_many_parts_is_refused_before_it_is_parsed(
     assert many.status_code == 400
     assert many.json()["error"]["message"].startswith("Invalid request: more than 100000 commas")
     assert long.status_code == 413
-    assert long.json()["detail"] == "At most 4 MiB are read of a body that holds no picture."
+    assert long.json()["detail"] == "A body without a picture may have at most 4 MiB."

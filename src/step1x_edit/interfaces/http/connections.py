@@ -1,9 +1,10 @@
-"""Connections: how many there may be, and how long each may keep the server waiting.
+"""Connections: their number, and how long each may keep the server waiting.
 
-A server waits for heads, for bodies and for answers to be read, and it costs nothing to make it
-wait. So there are deadlines for heads and for reading (the guard has those for bodies); and where
-there are too many connections, the one that has kept us waiting longest gives way to the new one.
-Whoever is being answered is not touched. It knows nothing about what requests mean.
+A server waits for heads, for bodies and for its answers to be read, and a client can make it wait
+at no cost. So heads and the reading of answers have deadlines (the guard has those for bodies). If
+there are too many connections, a new one replaces the one that has kept us waiting longest.
+Connections whose requests are being processed are never closed. The module knows nothing about the
+content of requests.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ log = logging.getLogger(__name__)
 BACKLOG: Final = 128
 """Connections that the kernel keeps until they are accepted."""
 
-_OWN_FILES: Final = 64  # descriptors for the rest: databases, pipes, uploads
-_ENOUGH_FILES: Final = 65_536  # descriptors; macOS calls its hard limit infinite and takes less
+_OWN_FILES: Final = 64  # descriptors for other uses: databases, pipes, uploads
+_ENOUGH_FILES: Final = 65_536  # descriptors; macOS reports an infinite hard limit but accepts less
 _NO_ROOM: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _HEAD_S: Final = 10.0  # until the head of the next request is complete
 _IDLE_S: Final = 5.0  # until the next request begins
-_READING_S: Final = 15.0  # for an answer to get on by the next figure
+_READING_S: Final = 15.0  # for the client to read the number of bytes below
 _READING_BYTES: Final = 10 * 1024
-_ADDRESSES: Final = 8  # that many can have all connections between them
+_ADDRESSES: Final = 8  # this many addresses together can use all connections
 _FULL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\n"
     b"Retry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -48,7 +49,7 @@ _FULL: Final = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many connections there may be, in all and from one other machine, and for how long."""
+    """The limits: connections in total and from one other machine, and deadlines."""
 
     connections: int
     per_address: int
@@ -57,7 +58,7 @@ class Bounds:
 
 
 def within_file_limit(settings: Settings) -> Settings:
-    """The settings with as many connections as this process can have file descriptors for.
+    """The settings with at most as many connections as this process has file descriptors for.
 
     Raises the soft limit of the process to its hard one first.
     """
@@ -93,14 +94,14 @@ def _raised_file_limit() -> int:
 class LogOnce:
     """Handles errors of the event loop: a lack of file descriptors is logged once a second.
 
-    asyncio reports it for each connection that it tries to accept, as often as the backlog is long.
+    asyncio reports it for each connection in the backlog that it tries to accept.
     """
 
     def __init__(self) -> None:
         self._told_at = -1.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log what the loop reports."""
+        """Log an error of the loop."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in _NO_ROOM:
             loop.default_exception_handler(context)
@@ -110,7 +111,7 @@ class LogOnce:
 
 
 def protocol(settings: Settings) -> type[asyncio.Protocol]:
-    """What uvicorn is to make of each connection."""
+    """The protocol class that uvicorn uses for each connection."""
     bounds = Bounds(
         settings.max_connections,
         max(1, settings.max_connections // _ADDRESSES),
@@ -122,12 +123,12 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
 
 
 def idle_s(settings: Settings) -> int:
-    """The seconds that a connection may be kept for a next request, for uvicorn."""
+    """The keep-alive time-out for uvicorn, in seconds."""
     return int(min(_IDLE_S, settings.receive_timeout))
 
 
 class _Connection(H11Protocol):
-    """A connection that uvicorn serves, and that we close when it takes too long."""
+    """A connection that uvicorn serves and that we close after a deadline."""
 
     def __init__(
         self,
@@ -144,11 +145,11 @@ class _Connection(H11Protocol):
         self._reading = _Alarm(self.loop, bounds.reading_s, self._check_reader)
         self._unread = 0
 
-    # --- what asyncio and uvicorn tell ---
+    # --- called by asyncio and uvicorn ---
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that every unread byte is heard of
+        transport.set_write_buffer_limits(high=0)  # so that every unread byte is reported
         self._look()
         if not self._find_room():
             transport.write(_FULL)
@@ -178,10 +179,10 @@ class _Connection(H11Protocol):
         self._head.stop()
         self._reading.stop()
 
-    # --- what we make of it ---
+    # --- deadlines ---
 
     def _look(self) -> None:
-        """See whose turn it is: ours, or theirs, who have only so much time."""
+        """Find out whether we wait for the client, and start or stop the deadlines."""
         is_answering = self.cycle is not None and not self.cycle.response_complete
         is_unread = self.flow.write_paused
         if is_answering and not self.cycle.more_body and not is_unread:
@@ -202,15 +203,15 @@ class _Connection(H11Protocol):
             self._reading.set()
 
     def _give_up(self) -> None:
-        """End the connection, and have the kernel forget what it still holds for it."""
+        """End the connection, and discard the data that the kernel still holds for it."""
         at_once = struct.pack("ii", 1, 0)
         end = self.transport.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # it may have ended by itself
+        with contextlib.suppress(OSError):  # it may have ended already
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
         self.transport.abort()
 
     def _find_room(self) -> bool:
-        """Whether there is room for this connection, or another one could give way to it."""
+        """Whether there is room for this connection, if necessary by closing another one."""
         everybody = cast("set[_Connection]", self.connections)
         if not _is_this_machine(self._address):
             neighbours = [one for one in everybody if one._address == self._address]
@@ -227,7 +228,7 @@ class _Connection(H11Protocol):
         if not waits:
             return False
         longest = min(waits)[-1]
-        self.connections.discard(longest)  # now, and not when its end is told
+        self.connections.discard(longest)  # now, and not when its end is reported
         longest._give_up()
         return True
 
@@ -237,7 +238,7 @@ class _Connection(H11Protocol):
 
 
 class _Alarm:
-    """Something that happens after a time if it is not stopped before."""
+    """An action that runs after a delay unless it is stopped."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, after_s: float, action: Callable[[], None]
@@ -248,7 +249,7 @@ class _Alarm:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
-        """Begin to wait; does nothing while it waits already."""
+        """Start the delay; does nothing if it is running."""
         if self._timer is None:
             self._timer = self._loop.call_later(self._after_s, self._ring)
 
@@ -265,7 +266,7 @@ class _Alarm:
 def _is_this_machine(address: str) -> bool:
     try:
         found = ipaddress.ip_address(address)
-    except ValueError:  # no address at all, but a socket of this machine
+    except ValueError:  # not an address, but a Unix socket
         return True
     inner = found.ipv4_mapped if found.version == 6 else None
     return (inner or found).is_loopback

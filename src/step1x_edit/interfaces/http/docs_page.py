@@ -1,7 +1,6 @@
-"""The page that shows and tries the REST routes, from files that came with the installation.
+"""The page that documents and tries the REST routes, from installed files.
 
-It loads nothing from elsewhere, so it works without internet, and its policy says so to the
-browser.
+It loads nothing from other sites, so it works offline, and its content policy enforces this.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _ASSETS: Final = {
 
 
 def docs_routes() -> list[Route]:
-    """The page at /docs and the files that it is made of."""
+    """The page at /docs and its files."""
 
     async def page(request: Request) -> Response:
         return Response(_PAGE, media_type="text/html", headers={"Content-Security-Policy": _POLICY})

@@ -1,4 +1,4 @@
-"""The REST face of an edit: a picture in, a picture out.
+"""The REST route of an edit: a picture in, a picture out.
 
 `forms` reads the request; the service checks its fields. Failures are raised and rendered by
 `problems`.
@@ -57,7 +57,7 @@ class _Edits:
 
     async def edit(self, request: Request) -> Response:
         if not may_be_known(request):
-            await self.service.check_room()  # before the upload is read
+            await self.service.check_room()  # before reading the upload
         wanted = _wanted(request.headers.get("accept", ""))
         form = await read_form(request)
         asked = self.service.read_picture(form.fields)
@@ -75,7 +75,7 @@ class _Edits:
 
 
 def _rendered(edited: EditedPicture, wanted: str, headers: Mapping[str, str]) -> Response:
-    """The picture as the wanted kind of answer."""
+    """The picture as the requested kind of answer."""
     headers = {
         "X-Seed": str(edited.metadata.seed),
         "X-Processing-Time": f"{edited.processing_time:.2f}",

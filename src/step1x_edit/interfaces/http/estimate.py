@@ -1,6 +1,6 @@
 """The estimate of an edit before it runs: the fields of OpenAI's Images without the picture.
 
-Nothing is run for it, so it does not count as work. Wrong fields are reported as by the edit.
+It runs nothing, so it does not count as work. Wrong fields are reported as in an edit.
 """
 
 from __future__ import annotations

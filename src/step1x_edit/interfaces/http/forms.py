@@ -1,7 +1,7 @@
 """Requests over HTTP: forms with uploads, and JSON.
 
-Uploads are read into memory that spills into unnamed files, which end with the request. The fields
-reach the service unread: what they may hold is defined by the request's schema.
+Uploads are read into memory that spills into unnamed files, which are removed at the end of the
+request. The fields are passed on unparsed; the request's schema validates them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_FIELD_BYTES: Final = 64 * 1024
 
 @dataclass(frozen=True)
 class Form:
-    """What a client has sent: the uploads, and the other fields as they came."""
+    """The uploads and the other, unparsed fields of a request."""
 
     picture: bytes
     mask: bytes | None

@@ -1,4 +1,4 @@
-"""The routes under /api/gpu: where the model is, and moving it off the GPU."""
+"""The routes under /api/gpu: the location of the model, and moving it off the GPU."""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""The guard: what every request has to pass before anything else of ours sees it.
+"""The guard: the checks of every request before any other part of the application receives it.
 
-It stands outside of all routes and mounted apps, so that none of them can be forgotten, and judges
-by the head of the request alone:
+It wraps all routes and mounted apps, so none of them can be left out, and decides by the head of
+the request:
 
-- the head itself is not longer than 64 kB, and says the length of the body in one way;
-- the Host must be a name of this server (or else a page of somebody could reach us by rebinding
-  its own name to our address);
-- a request that a browser sends for a page must come from a page of ours, or of a site that the
-  operator has named: forms of others start nothing, neither do pages of other ports;
-- where there is an API_KEY, it has to be shown everywhere but at `/livez`: as a bearer token, or as
-  the password that browsers ask their users for;
-- nobody may start more work a minute than RATE_LIMIT;
-- the body may be no longer than a picture and its form, or 1 MiB if it can hold no picture, by its
-  header and by count while it is read; it has to arrive in time, and to find room beside others.
+- the head has at most 64 kB, and declares the length of the body in one way;
+- the Host must be a name of this server (otherwise a foreign page could reach us by rebinding its
+  own name to our address);
+- a request that a browser sends for a page must come from one of our pages, or from a site in
+  ALLOWED_ORIGINS: forms of other sites and pages of other ports are refused;
+- if API_KEY is set, every path but `/livez` requires it: as a bearer token, or as the password that
+  browsers ask their users for;
+- a caller may start at most RATE_LIMIT pieces of work per minute;
+- the body may be as long as a picture and its form, or 1 MiB if it cannot contain a picture; the
+  header is checked and the bytes are counted while they are read. It must arrive in time, and fit
+  into the memory for all bodies.
 
-It also numbers the requests, logs their ends, and gives every answer the headers that keep browsers
-from guessing, storing and framing. Of the routes it knows only which of them start work.
+It also gives each request an id, logs its end, and adds the headers that keep browsers from
+sniffing, caching and framing. Of the routes it knows only which of them start work.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ MCP_PATH: Final = "/mcp"
 WORK_PATHS: Final = frozenset(
     {"/api/edit", "/v1/images/edits", "/v1/images/generations", "/v1/jobs"}
 )
-"""Where a POST starts an edit, or a new picture. Of MCP the tools that do so count, wherever they
-come in."""
-FORM_BYTES: Final = 1024 * 1024  # what may come without and around pictures: fields, boundaries
+"""The paths at which a POST starts an edit or a generation. With MCP the calls of such tools count,
+at any path."""
+FORM_BYTES: Final = 1024 * 1024  # bytes of a form besides its pictures: fields, boundaries
 
 _HEAD_BYTES: Final = 64 * 1024  # uvicorn has the same limit, but only while a head is incomplete
 _JSON_WITH_PICTURES: Final = "/v1/images/edits"
-_MCP_BYTES: Final = 4 * 2**20  # the library reads no more; the largest batch fits
+_MCP_BYTES: Final = 4 * 2**20  # the library's limit; the largest batch fits
 _PAGE_EVENTS: Final = "/gradio_api/"
 _PAGE_UPLOAD: Final = "/gradio_api/upload"
-_BODIES: Final = 8  # of the longest kind that may be held at a time
-_START_S: Final = 10.0  # that a body may take before it has to have come at the next figure
+_BODIES: Final = 8  # bodies of the maximum length held at a time
+_START_S: Final = 10.0  # until a body must have arrived at the rate below
 _BYTES_PER_S: Final = 16 * 1024
 _READING: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _OWN_SITES: Final = frozenset({"same-origin", "none"})  # none: typed by the user
@@ -88,7 +89,7 @@ _TOLD_TO_PAGES: Final = (
 _GONE: Final[Message] = {"type": "http.disconnect"}
 
 Observe = Callable[[Scope, int, float], None]
-"""Told of each request when it has ended: its scope, its status and its seconds."""
+"""Called at the end of each request with its scope, status and duration in seconds."""
 
 
 def request_id(scope: Scope) -> str:
@@ -97,12 +98,12 @@ def request_id(scope: Scope) -> str:
 
 
 def start_work(scope: Scope) -> None:
-    """Count something that a request starts besides itself; raises RateLimitedError."""
+    """Count additional work that a request starts; raises RateLimitedError."""
     scope["state"]["start_work"]()
 
 
 class Guard:
-    """Lets requests through to `app` that may come in, and answers the others itself."""
+    """Passes permitted requests to `app`, and answers the others itself."""
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class Guard:
                 app,
                 allow_origins=settings.allowed_origins,
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["*"],  # answered by name; no cookies and no passwords come with them
+                allow_headers=["*"],  # answered by name; requests carry no cookies or passwords
                 expose_headers=_TOLD_TO_PAGES,
             )
         self._rate_limit = RateLimit(settings.rate_limit, now)
@@ -144,26 +145,26 @@ class Guard:
             current_request.set(state["request_id"])
             state["start_work"] = lambda: self._rate_limit.spend(self._caller(scope))
             await _Passage(self, scope, receive, send).go(self._app)
-        else:  # there are no websockets here
+        else:  # websockets are not supported
             await send({"type": "websocket.close", "code": 1008})
 
     def refusal(self, scope: Scope) -> Failure | None:
-        """Why a request may not come in, judged by its head."""
+        """The reason to refuse a request, by its head; None if it is permitted."""
         headers = Headers(scope=scope)
         if "content-length" in headers and "transfer-encoding" in headers:
-            # A proxy may find the end of the body by the other one (RFC 9112).
+            # A proxy may use the other one to find the end of the body (RFC 9112).
             return problems.of_status(400, "Send Content-Length or Transfer-Encoding, not both.")
         if _size_of_head(scope) > _HEAD_BYTES:
-            return problems.of_status(431, f"At most {_HEAD_BYTES // 1024} kB are read of a head.")
+            return problems.of_status(431, f"The head may have at most {_HEAD_BYTES // 1024} kB.")
         host = headers.get("host", "")
         if not self._is_ours(host):
-            return problems.of_status(421, "This server is not known under the name in Host.")
+            return problems.of_status(421, "The name in Host is not a name of this server.")
         origins = headers.getlist("origin")
         is_named = len(origins) == 1 and origins[0].lower() in self._origins
         if not is_named and not _is_from_our_pages(scope["method"], host, headers):
             return problems.of_status(403, "Requests from pages of other sites are refused.")
         if is_named and scope["method"] == "OPTIONS" and _ASKS_FIRST in headers:
-            return None  # answered without looking at anything, and browsers send no key with it
+            return None  # answered without further checks, because browsers send no key with it
         if not self._may_enter(scope["path"], headers.getlist("authorization")):
             return problems.of_status(
                 401,
@@ -175,7 +176,7 @@ class Guard:
         if not re.fullmatch("[0-9]{1,18}", length) or int(length) > longest:
             return self.too_long(longest)
         if headers.get("content-encoding", "identity").lower() != "identity":
-            return problems.of_status(415, "Compressed request bodies are not read.")
+            return problems.of_status(415, "Compressed request bodies are not supported.")
         if scope["method"] == "POST" and scope["path"] in WORK_PATHS:
             try:
                 start_work(scope)
@@ -184,18 +185,18 @@ class Guard:
         return None
 
     def hold(self, length: int) -> Failure | None:
-        """Make room for so much of a body, until it is let go; the failure if there is none."""
+        """Reserve memory for this many bytes until `let_go`; the failure if there is none."""
         if self._held + length > _BODIES * self._max_body:
             return problems.of_error(ServerBusyError("too many uploads at a time, try again soon"))
         self._held += length
         return None
 
     def let_go(self, length: int) -> None:
-        """Give back room that was held."""
+        """Release reserved memory."""
         self._held -= length
 
     def observe(self, scope: Scope, status: int, seconds: float) -> None:
-        """Tell whoever listens, and the log, that a request has ended."""
+        """Report the end of a request to the log and to the observer."""
         path = scope.get("raw_path", scope["path"].encode())
         log.info(
             "%s %s %d %.3f s id=%s",
@@ -209,7 +210,7 @@ class Guard:
             self._observe(scope, status, seconds)
 
     def longest_body(self, scope: Scope) -> int:
-        """The longest body that is read of a request, in bytes, by its head."""
+        """The maximum length of a request's body in bytes, by its head."""
         kind = Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower()
         is_event = scope["path"].startswith(_PAGE_EVENTS) and scope["path"] != _PAGE_UPLOAD
         if scope["path"] == MCP_PATH:
@@ -218,22 +219,22 @@ class Guard:
         return FORM_BYTES if is_event or is_json else self._max_body
 
     def patience_s(self, length: int) -> float:
-        """The seconds that we wait in all for a body of which that much has come."""
+        """The total seconds to wait for a body of which `length` bytes have arrived."""
         return min(self._receive_s, _START_S + length / _BYTES_PER_S)
 
     def too_late(self) -> Failure:
-        """The failure for a body that does not arrive."""
+        """The failure for a body that arrives too slowly."""
         return problems.of_status(
             408,
-            f"The request has to arrive within {self._receive_s} s (RECEIVE_TIMEOUT), and at no "
+            f"The request must arrive within {self._receive_s} s (RECEIVE_TIMEOUT), and at no "
             f"less than {_BYTES_PER_S // 1024} KiB a second after {_START_S:g} s.",
         )
 
     def too_long(self, longest: int) -> Failure:
-        """The failure for a body that is longer than that."""
+        """The failure for a body that is longer than `longest`."""
         if longest == self._max_body:
             return problems.of_error(self.too_long_error())
-        most = f"At most {longest // 2**20} MiB are read of a body that holds no picture."
+        most = f"A body without a picture may have at most {longest // 2**20} MiB."
         return Failure(413, "content_too_large", "Content too large", most, {})
 
     def too_long_error(self) -> ImageTooLargeError:
@@ -241,7 +242,7 @@ class Guard:
         return ImageTooLargeError(f"at most {self._max_picture / 2**20:g} MB are allowed")
 
     def _caller(self, scope: Scope) -> str:
-        """Who counts as one; addresses only where nobody has a key, and never what a proxy says."""
+        """The caller for the rate limit: the key, or else the address, never a forwarded one."""
         if self._key is not None:
             return "the key"
         client = scope.get("client")
@@ -249,18 +250,18 @@ class Guard:
 
     def _is_ours(self, host: str) -> bool:
         name = hosts.name_of(host)
-        # Nobody can rebind a number, and which numbers a machine has is hard to know.
+        # An IP address cannot be rebound, and the addresses of a machine are hard to know.
         return name in self._names or (self._is_open and hosts.is_address(name))
 
     def _may_enter(self, path: str, shown: list[str]) -> bool:
         if self._key is None or path in OPEN_PATHS:
             return True
-        # Bytes, because the comparison of texts raises for anything but ASCII.
+        # Bytes, because comparing texts raises for anything but ASCII.
         return len(shown) == 1 and hmac.compare_digest(_key_in(shown[0]), self._key)
 
 
 class _Passage:
-    """One request on its way through the guard."""
+    """One request that passes through the guard."""
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self._guard = guard
@@ -298,9 +299,9 @@ class _Passage:
 
     async def _refuse(self, failure: Failure) -> None:
         answer = problems.response(failure, request_id(self._scope), self._scope["path"])
-        answer.headers["Connection"] = "close"  # what is left of the body will not be read
+        answer.headers["Connection"] = "close"  # the rest of the body will not be read
         if failure.status == 401 and _shows_a_page(self._scope):
-            # In a line of its own: browsers look at the first challenge of each.
+            # In a separate header line: browsers read only the first challenge of each line.
             answer.headers.append("WWW-Authenticate", _ASK_THE_USER)
         await answer(self._scope, self._receive, self._hardened)
 
@@ -310,7 +311,7 @@ class _Passage:
         if self._length > self._longest:
             self._cut = self._guard.too_long(self._longest)
             raise self._guard.too_long_error()
-        if self._length > self._held:  # its length was not told
+        if self._length > self._held:  # its length was not declared
             self._cut = self._hold(self._length - self._held)
         return message if self._cut is None else _GONE
 
@@ -321,7 +322,7 @@ class _Passage:
         return failure
 
     async def _next_piece(self) -> Message:
-        """What comes next of the body; after too long a wait the app hears that nobody is there."""
+        """The next part of the body; after the time-out the app receives a disconnect."""
         started = time.monotonic()
         patience_s = self._guard.patience_s(self._length) - self._waited_s
         try:
@@ -334,7 +335,7 @@ class _Passage:
         return message
 
     async def _told(self, message: Message) -> None:
-        """What the app answers; to a body that was cut off that does not matter any more."""
+        """Send the app's answer, unless the body was cut off before it began."""
         if self._cut is None or self._status is not None:
             await self._hardened(message)
 
@@ -349,7 +350,7 @@ class _Passage:
 
 
 def _key_in(authorization: str) -> bytes:
-    """What was shown as the key: a bearer token or a password; nothing if it is neither."""
+    """The key in the header: a bearer token or a password; empty if it is neither."""
     scheme, _, shown = authorization.partition(" ")
     match scheme.lower():
         case "bearer":
@@ -364,24 +365,24 @@ def _key_in(authorization: str) -> bytes:
 
 
 def _size_of_head(scope: Scope) -> int:
-    """The bytes of a request's line and headers, to which each line adds some signs."""
+    """The bytes of a request's line and headers, with four more for each header."""
     line = len(scope.get("raw_path", b"")) + len(scope.get("query_string", b""))
     return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
 
 
 def _shows_a_page(scope: Scope) -> bool:
-    """Whether the answer goes to the window of a browser, whose user can be asked for the key."""
+    """Whether a browser shows the answer as a page and can ask its user for the key."""
     headers = Headers(scope=scope)
     is_page = "text/html" in headers.get("accept", "").lower()
     return scope["method"] == "GET" and (is_page or headers.get("sec-fetch-mode") == "navigate")
 
 
 def _is_from_our_pages(method: str, host: str, headers: Headers) -> bool:
-    """Whether a request is sent by a page of ours, or by no page at all."""
+    """Whether a request was sent by one of our pages, or by no page."""
     origins = headers.getlist("origin")
     if origins:
         return all(_authority(origin) == host.lower() for origin in origins)
-    # Reading is open to links from elsewhere: they show our answer to the user, not to the page.
+    # Links from other sites may read: their answers are shown to the user, not to the page.
     return method in _READING or headers.get("sec-fetch-site", "none") in _OWN_SITES
 
 

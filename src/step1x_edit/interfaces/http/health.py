@@ -18,7 +18,7 @@ from step1x_edit.service.service import EditService
 
 
 def health_routes(service: EditService, metrics: Metrics, secret: str) -> APIRouter:
-    """The routes for monitoring; `secret` is in the note that programs find the server by."""
+    """The routes for monitoring; `secret` is that of the server's note."""
     health = _Health(service, metrics, secret)
     router = APIRouter(tags=["Watching"])
     router.get("/health", **openapi.GET_HEALTH)(health.summary)
@@ -60,7 +60,7 @@ class _Health:
             lines = [f"[-] {name}: {e}\n" if e else f"[+] {name}\n" for name, e in checks.items()]
             lines.append("not ready\n" if first else "ready\n")
             return PlainTextResponse("".join(lines), 503 if first else 200)
-        if first:  # whatever its own status, the server is not ready
+        if first:  # whatever the error's own status, the server is not ready
             failure = replace(problems.of_error(first), status=503)
             return problems.response(failure, request_id(request.scope))
         return PlainTextResponse("ready\n")
@@ -69,7 +69,7 @@ class _Health:
         return PlainTextResponse(self.metrics.text(), media_type=TEXT_FORMAT)
 
     def _checks(self) -> dict[str, Step1XEditError | None]:
-        """What each check of the service found wrong, by the name of the check."""
+        """The error that each check of the service found, by the name of the check."""
         found: dict[str, Step1XEditError | None] = {}
         for name, check in self.service.readiness.items():
             try:

@@ -1,12 +1,13 @@
 """Work that runs once, however often it is requested.
 
-A client that gets no answer for long repeats its request, which must not start a second edit: while
-the first runs, the repeated request waits for the same result, and for a while after its end gets
-that result. Requests belong together by their `Idempotency-Key`; OpenAI's clients send none, so
-theirs are matched by their content and by the number with which they mark a retry.
+A client that receives no answer for a long time repeats its request, which must not start a second
+edit: while the first one runs, the repeated request waits for the same result, and for some time
+afterwards it receives that result. Requests are matched by their `Idempotency-Key`; OpenAI's
+clients send none, so theirs are matched by their content and by the number with which they mark a
+retry.
 
-`Runs` keeps the work, a `Shelf` its results, in memory and within bounds. Nothing here knows the
-work or the protocol.
+`Runs` keeps the work and a `Shelf` its results, in memory and with limits. The module knows nothing
+about the work or the protocol.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ KEY: Final = "Idempotency-Key"
 REPLAYED: Final = {"Idempotent-Replayed": "true"}
 KEPT_S: Final = 600.0  # the read time-out of OpenAI's clients
 KEPT_BYTES: Final = 128 * 1024 * 1024
-GRACE_S: Final = 30.0  # the clients come back within 8 s
+GRACE_S: Final = 30.0  # the clients retry within 8 s
 
-_KEPT_AT_LEAST: Final = 1  # the answer that was just made, however large it is
+_KEPT_AT_LEAST: Final = 1  # the newest answer, whatever its size
 _KEPT_AT_MOST: Final = 256
 _RETRIES: Final = "X-Stainless-Retry-Count"
 
@@ -215,7 +216,7 @@ class Runs:
         size_of: Callable[[T], int],
     ) -> None:
         if self._running.get(name) != (digest, run):
-            return  # a new request for the same has taken the place
+            return  # a new request for the same work has replaced it
         del self._running[name]
         if not task.cancelled() and task.exception() is None:
             self._ended.put(name, (digest, run), size_of(task.result()))

@@ -1,4 +1,4 @@
-"""The REST face of stored jobs: a picture in now, a picture out later.
+"""The REST routes of stored jobs: a picture in now, a picture out later.
 
 A job takes the same form as `/api/edit`. Clients poll it by its id or receive server-sent events.
 `jobs` knows how jobs are stored, the service how pictures are edited; `job_operation` joins them.
@@ -119,7 +119,7 @@ class _Jobs:
 
     async def create(self, request: Request) -> Response:
         if not may_be_known(request):
-            await self.store.check_room()  # before the upload is read
+            await self.store.check_room()  # before reading the upload
         digest, accept = await self._asked(request)
         run, was_there = self.runs.find(identity_of(request, digest), accept, lambda _: _JOB_BYTES)
         with run.heard():
@@ -157,7 +157,7 @@ class _Jobs:
         return Response(status_code=204)
 
     async def _asked(self, request: Request) -> tuple[str, Work[object, Job]]:
-        """The digest of what a request asks for, and the work that stores it as a job.
+        """The digest of a request's content, and the work that stores it as a job.
 
         A missing seed is drawn when the job is stored, so that a job that runs again after a
         restart makes the same picture.
@@ -223,7 +223,7 @@ def _known_answer(job: Job) -> JobAnswer:
         return _answer(job)
     except ValidationError as error:
         log.error(
-            "the stored job %s does not hold what a job holds (%d faults) and is left out",
+            "the stored job %s is damaged (%d faults) and is left out",
             *(job.id, error.error_count()),
         )
         raise JobNotFoundError(job.id) from None

@@ -1,4 +1,4 @@
-"""What `/metrics` tells Prometheus: requests as they end, and the engine as it is when asked."""
+"""The metrics for Prometheus: ended requests, and the current state of the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 60
 
 
 class Metrics:
-    """Counts the requests of one server and asks its service about the rest."""
+    """Counts the requests of one server and reads the rest from its service."""
 
     def __init__(self, service: EditService) -> None:
         self._registry = CollectorRegistry()
@@ -57,14 +57,14 @@ class Metrics:
         self._seconds.labels(path).observe(seconds)
 
     def text(self) -> bytes:
-        """Everything, in the text format of Prometheus."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
 def _pattern(scope: Scope) -> str:
-    """The pattern of the route that has answered; paths themselves are many, and can be secret."""
+    """The pattern of the route that has answered; paths would be too many, and can be secret."""
     route = scope.get("route")
-    if route is None and "endpoint" in scope:  # a plain route, which FastAPI does not name
+    if route is None and "endpoint" in scope:  # a plain route, which FastAPI does not report
         for each in scope["app"].routes:
             is_it = isinstance(each, Route) and each.endpoint is scope["endpoint"]
             if is_it and each.matches(scope)[0] is not Match.NONE:
@@ -74,17 +74,19 @@ def _pattern(scope: Scope) -> str:
 
 
 class _Engine(Collector):
-    """Asks the service when it is asked itself, so that nothing is counted twice."""
+    """Reads the service's counters at each scrape, so that nothing is counted twice."""
 
     def __init__(self, service: EditService) -> None:
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
         status = self._service.status().gpu_status
-        yield GaugeMetricFamily(f"{_PREFIX}queue_length", "Edits that wait", status.queue_length)
+        yield GaugeMetricFamily(f"{_PREFIX}queue_length", "Edits in the queue", status.queue_length)
 
         location = GaugeMetricFamily(
-            f"{_PREFIX}model_location", "1 where the model is now", labels=["location"]
+            f"{_PREFIX}model_location",
+            "1 for the current location of the model",
+            labels=["location"],
         )
         for name in _LOCATIONS:
             location.add_metric([name], float(name == status.model_location))
@@ -100,14 +102,14 @@ class _Engine(Collector):
         yield from _of_plan(status.plan)
 
         moves = CounterMetricFamily(
-            f"{_PREFIX}model_moves", "How often the model changed its place", labels=["move"]
+            f"{_PREFIX}model_moves", "Loads and moves of the model", labels=["move"]
         )
         for move, count in status.statistics.to_dict().items():
             moves.add_metric([move], count)
         yield moves
 
         edits = CounterMetricFamily(
-            f"{_PREFIX}edits", "Edits that have ended, through any door", labels=["outcome"]
+            f"{_PREFIX}edits", "Edits that have ended, in all interfaces", labels=["outcome"]
         )
         for outcome, count in self._service.outcomes.items():
             edits.add_metric([outcome], count)
@@ -124,11 +126,11 @@ def _of_plan(plan: PlanStatus | None) -> Iterator[Metric]:
         f"{_PREFIX}plan_resident_share", "Share of the core that stays on the device, 0 to 1"
     )
     slots = GaugeMetricFamily(
-        f"{_PREFIX}plan_slots", "Slots through which blocks pass the device; 0 if all stay"
+        f"{_PREFIX}plan_slots", "Slots on the device for streamed blocks; 0 if all stay there"
     )
     peak = GaugeMetricFamily(
         f"{_PREFIX}peak_memory_bytes",
-        "Most memory of an edit, as planned and as measured at the last one",
+        "Peak memory of an edit, as planned and as measured at the last one",
         labels=["kind"],
     )
     host = GaugeMetricFamily(f"{_PREFIX}host_memory_bytes", "Host memory that holds the weights")

@@ -1,7 +1,7 @@
-"""The REST face of the published models: which are on this disk, and fetching the others.
+"""The REST routes of the published models: those on this disk, and fetching the others.
 
-A pull sends server-sent events and continues if its client disconnects. `pulls` knows how models
-are pulled.
+A pull sends server-sent events and continues if its client disconnects. `pulls` downloads the
+models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from step1x_edit.hub.fetch import PullProgress
 
 MODELS_PATH: Final = "/api/models"
-_KEPT: Final = "what arrived is kept, and the next pull of this model continues from there"
+_KEPT: Final = "the downloaded part is kept, and the next pull of this model continues from there"
 _ASKING: Final = PullProgressAnswer(phase="asking", done=0, total=0, text="asking the hub")
 
 
@@ -71,7 +71,7 @@ class _Models:
 
 
 def pull_answer(pull: Pull) -> PullAnswer:
-    """A pull as it is now."""
+    """The current state of a pull."""
     outcome = pull.outcome
     failure = outcome if isinstance(outcome, Step1XEditError) else None
     return PullAnswer(

@@ -1,7 +1,7 @@
-"""What OpenAPI says about the HTTP routes, as data; the routes say what is done.
+"""The OpenAPI descriptions of the HTTP routes, as data.
 
 Each route has one entry here, whose keys are the arguments of FastAPI's decorators. The texts are
-for people who write a client. The schemas come from `schemas`, the failures from `problems`.
+for developers of clients. The schemas come from `schemas`, the failures from `problems`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ from step1x_edit.schemas.requests import (
 DESCRIPTION: Final = """\
 Edit pictures by saying what to change, with the open model Step1X-Edit on this machine.
 
-Failures are `application/problem+json`: `code` is the same on every door, and `detail` is one \
-sentence that says what to change. Under `/v1/images` and `/v1/models` failures have the form that \
-OpenAI's clients expect, with the same code and sentence. Every answer has an `X-Request-Id`, \
-which is also in the log."""
+Failures are `application/problem+json`: `code` is the same in every interface, and `detail` is \
+one sentence that says what to change. Under `/v1/images` and `/v1/models` failures have the form \
+that OpenAI's clients expect, with the same code and sentence. Every answer has an \
+`X-Request-Id`, which is also in the log."""
 """The description of the whole API."""
 
 _JSON: Final = "application/json"
@@ -71,7 +71,7 @@ _OPENAI: Final = problems.OPENAI_PATHS[0]
 
 
 def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, Any]:
-    """The routes of `app` in OpenAPI, with the operator's defaults and what the guard answers."""
+    """The routes of `app` in OpenAPI, with the operator's defaults and the guard's answers."""
     if app.openapi_schema is None:
         schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
@@ -95,7 +95,7 @@ def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, An
 
 
 def _add_guard(operation: dict[str, Any], path: str) -> None:
-    """Add what the guard answers at this path."""
+    """Add the guard's answers at this path."""
     statuses = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
     failures = _failures(*statuses, path=path)
     operation["responses"] |= {str(status): answer for status, answer in failures.items()}
@@ -331,7 +331,7 @@ EDIT_PICTURE: Final[dict[str, Any]] = {
                 },
             },
             "description": "The edited picture: a PNG unless `Accept` names another type",
-            # The first is the default, and the one that generated clients expect.
+            # The first is the default, which generated clients expect.
             "content": {
                 **{output.media_type: _FILE for output in OUTPUT_FORMATS.values()},
                 _JSON: {"example": _EDITED.to_dict()},
@@ -529,7 +529,7 @@ EDIT_IMAGE_OPENAI: Final[dict[str, Any]] = {
     "its white pixels if it has no transparency. The body may be JSON instead of a form, with "
     '`images: [{"image_url": "data:…"}]`; a data URL alone and the name `image` are accepted as '
     "well. `num_steps` and `steps` are aliases of `num_inference_steps`, `true_cfg_scale` and "
-    "`cfg_scale` of `guidance_scale`. A field that cannot be honoured is refused by name. An empty "
+    "`cfg_scale` of `guidance_scale`. An unsupported field is refused by name. An empty "
     "text counts as left out. With the model `step-1x-edit` the defaults and the meaning of `size` "
     "are those of StepFun's own interface: links, and an area. With `stream=true` the answer is a "
     "stream of `image_edit.partial_image` and `image_edit.completed`, or `error`. Closing the "
@@ -653,7 +653,7 @@ _ESTIMATE: Final = EstimateAnswer(
     note=None,
 )
 _ESTIMATE_BODY: Final = {
-    _JSON: {  # a form with the same fields has nothing to add
+    _JSON: {  # a form with the same fields adds nothing
         "schema": {
             **ImageEditRequest.model_json_schema(),
             "title": "EstimateRequest",
@@ -671,7 +671,7 @@ ESTIMATE_EDIT: Final[dict[str, Any]] = {
     "description": "Takes the fields of an edit without the picture, as JSON or as a form with the "
     "same fields, and answers without running anything: the working size, the steps, the memory "
     "and, once such an edit has been made, the time. `width` and `height` are those of the "
-    "picture; without them a square is assumed. What is not known is null. If the model is not "
+    "picture; without them a square is assumed. Unknown values are null. If the model is not "
     "loaded, a separate process inspects the checkpoint; this can take a few seconds.",
     "response_model": EstimateAnswer,
     "responses": {
@@ -735,7 +735,7 @@ _JOB_EVENTS: Final = (
     'id: 3\ndata: {"at": 1767225617.0, "status": "succeeded"}\n\n'
 )
 _JOB_EVENT_DATA: Final = JobEventAnswer.model_json_schema(ref_template=_REFERENCE)
-del _JOB_EVENT_DATA["$defs"]  # JobAnswer brings the same ones
+del _JOB_EVENT_DATA["$defs"]  # JobAnswer contains the same ones
 _JOB_EVENT: Final = {
     "type": "object",
     "description": "One event",
@@ -820,8 +820,8 @@ GET_JOB: Final[dict[str, Any]] = {
     "operation_id": "get_job",
     "summary": "Get a stored job",
     "description": "`status` is `queued`, `running`, or one of the final states `succeeded`, "
-    "`failed`, `cancelled` and `expired`. If the job has failed, `error` and `code` say why, as on "
-    "every other door.",
+    "`failed`, `cancelled` and `expired`. If the job has failed, `error` and `code` say why, as in "
+    "every other interface.",
     "response_model": JobAnswer,
     "responses": {
         200: _json("The job in its current state", _SUCCEEDED),
@@ -978,7 +978,7 @@ PULL_MODEL: Final[dict[str, Any]] = {
     "description": "Answers with server-sent events: `progress` up to four times a second, then "
     "`pulled` with the folder for `MODEL_PATH`, `error` or `cancelled`. Closing the connection "
     "does not stop the pull; the same request again receives the events of the running pull. A "
-    "pull continues from what an earlier one has left, and a model that is on the disk is not "
+    "pull continues from the part that is on the disk, and a complete model is not "
     "downloaded again. One model is pulled at a time.",
     "responses": {
         200: {
@@ -995,7 +995,7 @@ STOP_PULL: Final[dict[str, Any]] = {
     "operation_id": "stop_pull",
     "summary": "Stop downloading a model",
     "description": "Answers once the pull has ended, which takes some seconds if the hub does not "
-    "respond. What arrived is kept, and the next pull of this model continues from there.",
+    "respond. The downloaded part is kept, and the next pull of this model continues from it.",
     "response_model": PullAnswer,
     "responses": {
         200: _json("The outcome of the pull", _STOPPED_PULL),

@@ -30,7 +30,7 @@ from step1x_edit.errors import (
 MEDIA_TYPE: Final = "application/problem+json"
 OPENAI_MEDIA_TYPE: Final = "application/json"
 OPENAI_PATHS: Final = ("/v1/images", "/v1/models")
-CLIENT_GONE: Final = 499  # for the log: the client has disconnected
+CLIENT_GONE: Final = 499  # for the log only: the client has disconnected
 _LONGEST_NAME: Final = 60  # of a field; longer ones are not repeated in an answer
 _LATER: Final = {HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS}
 _RETRY_AFTER_S: Final = 5.0  # if the error does not say
@@ -59,7 +59,7 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "deadline_exceeded": 504,
     "not_found": 404,
     "job_conflict": 409,
-    "interrupted": 503,  # never an answer, only in stored jobs that ended so
+    "interrupted": 503,  # never an answer, only in the records of stored jobs
     InternalError.code: 500,
 }
 """The status for each code of `errors`."""
@@ -79,7 +79,7 @@ class Problem(BaseModel):
     title: Annotated[str, Field(description="The kind of failure, in words")]
     status: Annotated[int, Field(description="The status of this answer")]
     detail: Annotated[str, Field(description="What is wrong and what to change")]
-    code: Annotated[str, Field(description="The kind of failure, the same on every door")]
+    code: Annotated[str, Field(description="The kind of failure, the same in every interface")]
     instance: Annotated[
         str, Field(description="The id of the request, as in X-Request-Id and in the log")
     ]
@@ -94,7 +94,7 @@ class OpenAIError(BaseModel):
     message: Annotated[str, Field(description="What is wrong and what to change")]
     type: Annotated[str, Field(description="Whether the request or the server is at fault")]
     param: Annotated[str | None, Field(description="The wrong field, if it is one")]
-    code: Annotated[str, Field(description="The kind of failure, the same on every door")]
+    code: Annotated[str, Field(description="The kind of failure, the same in every interface")]
 
 
 class OpenAIFailure(BaseModel):
@@ -114,7 +114,7 @@ class Failure:
     headers: Mapping[str, str]
     param: str | None = None
     is_worth_another_try: bool = True
-    """False if the same request would take as long again and fail."""
+    """False if a retry would take as long again and fail."""
     wrong_fields: tuple[tuple[str, str], ...] = ()
 
 
@@ -151,7 +151,7 @@ def _param(error: Step1XEditError) -> str | None:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> Failure:
-    """The failure of a request that reached no operation, such as 404 or 405.
+    """The failure of a request for which no operation ran, such as 404 or 405.
 
     A `detail` that only repeats the name of the status, as frameworks do, is ignored.
     """

@@ -29,7 +29,7 @@ _NO_USAGE: Final = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-"""Tokens are not counted, but clients expect the figures."""
+"""Tokens are not counted, but clients expect these fields."""
 
 
 def render(answer: ImagesAnswer, asked: Asked, base_url: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _render_one(made: FinishedImage, asked: Asked, base_url: str) -> dict[str, A
 
 
 def _how(made: FinishedImage) -> dict[str, Any]:
-    """The seed that repeats a picture, and what else there is to say about it."""
+    """The seed that repeats a picture, and its other metadata."""
     metadata = made.metadata.to_dict()
     names = ("seed", "changed_share", "warning", "reasoning")
     return {name: metadata[name] for name in names if name in metadata}

@@ -1,6 +1,6 @@
-"""The work behind OpenAI's Images: the pictures of a request, in the format and size it names.
+"""The work behind OpenAI's Images: the pictures of a request, in its format and size.
 
-`requests` reads what a client sends and `answers` renders the result.
+`requests` parses the request and `answers` renders the result.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ImageEdits:
     async def edit(
         self, sent: Sent, asked: ImageEditRequest, notify: Notify[Event]
     ) -> ImagesAnswer:
-        """Make the `n` pictures of an edit; those to be linked can be fetched afterwards."""
+        """Make the `n` pictures of an edit; linked pictures can be downloaded afterwards."""
         data = sent.picture
         assert data is not None
         size = await asyncio.to_thread(self._size, data, asked)
@@ -121,7 +121,7 @@ class ImageEdits:
         return await self._all(asked, first, one, size)
 
     async def generate(self, asked: ImageGenerationRequest, notify: Notify[Event]) -> ImagesAnswer:
-        """Make the `n` pictures of a prompt alone."""
+        """Make the `n` pictures of a prompt without an input picture."""
         first = generation_of(self.service, asked)
 
         async def one(request: GeneratePictureRequest) -> EditedPicture:
@@ -192,7 +192,7 @@ def _within(picture: Picture, width: int, height: int) -> tuple[int, int]:
     """The largest size with the ratio of the picture that fits into width and height."""
     off = abs(width * picture.height - height * picture.width)
     if off < max(picture.width, picture.height):
-        return width, height  # as near to the ratio as whole pixels allow
+        return width, height  # as close to the ratio as whole pixels allow
     scale = min(width / picture.width, height / picture.height)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
@@ -204,7 +204,7 @@ def _of_area(picture: Picture, pixels: int) -> tuple[int, int]:
 
 
 class _Reporter:
-    """Turns the progress of an edit into events: that it began, and its previews."""
+    """Turns the progress of an edit into events: its start, and its previews."""
 
     def __init__(self, asked: Asked, notify: Notify[Event]) -> None:
         self._asked = asked

@@ -1,8 +1,8 @@
-"""The face of OpenAI's Images: its routes, for its clients.
+"""The routes of OpenAI's Images, for its clients.
 
-`requests` reads what a client sends, `edits` makes the pictures, `answers` renders them. A request
-that a client repeats after a time-out is not run twice (`idempotency`). Failures are raised and get
-OpenAI's form in `problems`.
+`requests` parses the request, `edits` makes the pictures, `answers` renders them. A request that a
+client repeats after a time-out is not run twice (`idempotency`). Failures are raised, and
+`problems` renders them in OpenAI's form.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from step1x_edit.schemas.openai import ImageEditRequest, ImageGenerationRequest
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 
-KEEP_ALIVE_S: Final = 10.0  # proxies and clients that wait for a sign of life want one every 15 s
+KEEP_ALIVE_S: Final = 10.0  # proxies and clients expect a heartbeat every 15 s
 
 _LINKED_S: Final = 3600.0
 _LINKED_BYTES: Final = 256 * 1024 * 1024
-_MOST_PICTURES: Final = 10  # of one answer, all of which can be fetched
+_MOST_PICTURES: Final = 10  # pictures of one answer, all of which can be downloaded
 _MOST_LINKED: Final = 1000
-_UNTIL_HEARD_S: Final = 1.0  # from the head of a stream until its client must listen
+_UNTIL_HEARD_S: Final = 1.0  # from the head of a stream until its client must read
 
 
 def image_routes(
@@ -84,7 +84,7 @@ class _Images:
 
     async def edit(self, request: Request) -> Response:
         if not may_be_known(request):
-            await self.service.check_room()  # before the upload is read
+            await self.service.check_room()  # before reading the upload
         sent = await read_edit(request)
         asked = understood(ImageEditRequest, sent.fields)
         return await self._answer(request, sent, asked, partial(self.edits.edit, sent, asked))
@@ -94,13 +94,13 @@ class _Images:
             await self.service.check_room()
         sent = await read_generation(request)
         asked = understood(ImageGenerationRequest, sent.fields)
-        new_size(asked)  # raises what is wrong before a stream begins
+        new_size(asked)  # raises errors before the stream begins
         return await self._answer(request, sent, asked, partial(self.edits.generate, asked))
 
     async def content(self, request: Request) -> Response:
         found = self.edits.linked.get(str(request.path_params["image_id"]))
         if found is None:
-            raise HTTPException(404, "There is no picture of this id, or not any more.")
+            raise HTTPException(404, "There is no picture with this id, or it has expired.")
         data, media_type = found
         name = f"edited.{media_type.partition('/')[2]}"
         headers = {"Content-Disposition": f'inline; filename="{name}"'}
@@ -111,7 +111,7 @@ class _Images:
     ) -> Response:
         """Do the work once, and answer with all pictures or with a stream of events."""
         check_model(self.service, asked.model)
-        # OpenAI's clients repeat a request before its stream begins, which is soon, never later.
+        # OpenAI's clients repeat a request only before its stream begins, which is soon.
         is_named = KEY in request.headers or not asked.stream
         run, was_there = self.runs.find(
             identity_of(request, sent.digest) if is_named else None,
@@ -130,7 +130,7 @@ class _Images:
 
 
 def _base_url(request: Request) -> str:
-    """How the client reaches the server: by the Host, which the guard has checked."""
+    """The base URL for the client, from the Host, which the guard has checked."""
     return f"{request.url.scheme}://{request.headers['host']}"
 
 

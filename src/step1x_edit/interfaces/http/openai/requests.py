@@ -1,6 +1,6 @@
-"""Requests to OpenAI's Images: forms and JSON in, requests of ours out.
+"""Requests to OpenAI's Images: parses forms and JSON into our requests.
 
-A field has an effect, or a value that changes nothing, or is refused by name. Pictures are uploads
+Each field has an effect, has a value without effect, or is refused by name. Pictures are uploads
 or data URLs; no URL is fetched. StepFun's own interface to this model has the same routes; its
 differences apply to requests that name its model.
 """
@@ -46,20 +46,20 @@ CONTENT_PATH: Final = "/v1/images/{image_id}/content"
 MODELS_PATH: Final = "/v1/models"
 MODEL: Final = "step1x-edit"
 STEPFUN_MODEL: Final = "step-1x-edit"
-"""What StepFun's own interface calls the model."""
+"""The name of the model in StepFun's own interface."""
 STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd": 50}
-"""What `quality` means."""
+"""The steps of each `quality`."""
 
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
 _Request = TypeVar("_Request", bound=OpenAIRequest)
 
-_MAX_FILES: Final = 20  # theirs takes 16 pictures; a sentence says that this one takes one
+_MAX_FILES: Final = 20  # OpenAI's takes 16 pictures; the error says that this one takes one
 _MAX_FIELDS: Final = 40
 _MAX_FIELD_BYTES: Final = 64 * 1024
 
 _PICTURE: Final = re.compile(r"image(\[[0-9]*\])?")  # in a list, some clients number the items
 _CUT_OUT: Final = re.compile(r"data:[^,]*;base64,([0-9]{1,5})")  # see json_bodies
-_LORAS: Final = "loras[]"  # how their client sends a list in a form, once for each item
+_LORAS: Final = "loras[]"  # how OpenAI's client sends a list in a form, once per item
 _SAME: Final[Mapping[str, str]] = {
     "num_steps": "num_inference_steps",
     "steps": "num_inference_steps",
@@ -69,7 +69,7 @@ _SAME: Final[Mapping[str, str]] = {
 _EMPTY_MEANS_EMPTY: Final = frozenset({"prompt", "negative_prompt", "loras"})
 _UNSUPPORTED: Final[Mapping[str, str]] = {
     "markup": "send a mask, or say in the prompt what to change",
-    "complexity": "the model plans nothing",
+    "complexity": "the model has no planning step",
     "frame_count": "the result is one picture",
     "frame_duration_ms": "the result is one picture",
     "svg": "the result is made of pixels",
@@ -77,14 +77,14 @@ _UNSUPPORTED: Final[Mapping[str, str]] = {
     "file_id": "no files are kept; send the picture itself",
 }
 _UNSUPPORTED_VALUES: Final[Mapping[tuple[str, str], str]] = {
-    ("background", "transparent"): "the model paints no transparency; auto keeps that of the input",
+    ("background", "transparent"): "the model adds no transparency; auto keeps that of the input",
     ("style", "natural"): "say in the prompt which style you want",
 }
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a client has sent: the uploads, and the other fields as they came."""
+    """The uploads and the other, unparsed fields of a request."""
 
     picture: bytes | None
     """None if a picture is made from the prompt alone."""
@@ -118,29 +118,29 @@ async def read_estimate(request: Request) -> dict[str, object]:
     else:
         async with _form(request) as (pictures, fields):
             found = [*fields, *(["image"] if pictures else [])]
-    _refuse_pictures(found, "{name} is not wanted here: give the picture's width and height")
+    _refuse_pictures(found, "{name} is not accepted here: give the picture's width and height")
     return fields
 
 
 async def read_generation(request: Request) -> Sent:
-    """Read the request of a picture from a prompt alone."""
+    """Read the request of a picture from a prompt without an input picture."""
     if not is_json(request):
         raise HTTPException(415, "Send JSON.")
     fields = _supported(await read_json(request))
-    wrong = "{name!r} is not for this route: pictures are edited at " + EDITS_PATH
+    wrong = "{name!r} is not accepted here: pictures are edited at " + EDITS_PATH
     _refuse_pictures(fields, wrong)
     return Sent(None, None, fields)
 
 
 def _refuse_pictures(found: Collection[str], sentence: str) -> None:
-    """Raise the sentence, with the name filled in, if a picture is among the fields."""
+    """Raise the sentence, with the field's name, if a picture is among the fields."""
     for name in ("image", "images", "mask"):
         if name in found:
             raise InvalidParameterError(sentence.format(name=name), param=name)
 
 
 def _supported(values: Mapping[str, object]) -> dict[str, object]:
-    """The fields of a JSON body that have a value; raises for one that cannot be honoured."""
+    """The fields of a JSON body that have a value; raises for an unsupported one."""
     fields = {name: value for name, value in values.items() if value is not None}
     for name in fields:
         _check_supported(name)
@@ -198,7 +198,7 @@ async def _uploaded(value: object, name: str) -> bytes:
 
 
 def _pictures_of(fields: dict[str, object], data: list[bytes | None]) -> Sent:
-    """The pictures of a JSON body, and its other fields; `data` holds what was cut out of it."""
+    """The pictures of a JSON body, and its other fields; `data` holds the decoded pictures."""
     given = {name: fields.pop(name) for name in ("images", "image") if name in fields}
     if len(given) > 1:
         raise InvalidParameterError("image and images mean the same; give one", param="image")
@@ -233,7 +233,7 @@ def _in_data_url(value: object, name: str, data: list[bytes | None]) -> bytes:
         )
     decoded = data[int(found[1])]
     if decoded is None:
-        raise InvalidParameterError(f"{name} is no valid base64", param=name)
+        raise InvalidParameterError(f"{name} is not valid base64", param=name)
     return decoded
 
 
@@ -258,7 +258,7 @@ def understood(kind: type[_Request], fields: Mapping[str, object]) -> _Request:
     for name, value in fields.items():
         known = _SAME.get(name, name)
         if value == "" and known in own and known not in _EMPTY_MEANS_EMPTY:
-            continue  # a form whose user has chosen nothing
+            continue  # a form field without a choice
         if known in values:
             raise InvalidParameterError(f"{name} is given twice, by two names", param=name)
         values[known] = value
@@ -305,7 +305,7 @@ def _check_together(asked: OpenAIRequest) -> None:
         )
 
 
-# --- requests of our own --------------------------------------------------------------------------
+# --- our own requests -----------------------------------------------------------------------------
 
 
 def check_model(service: EditService, name: str) -> None:
@@ -321,12 +321,12 @@ def names_of(service: EditService) -> set[str]:
 
 
 def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
-    """The same as a request of our own, with a seed and the operator's defaults."""
+    """The corresponding request of ours, with a seed and the operator's defaults."""
     return with_seed(service.read_picture(_given(asked) | _level_of(asked)))
 
 
 def _given(asked: OpenAIRequest) -> dict[str, object]:
-    """The given parameters that are also ours."""
+    """The given parameters that our requests have too."""
     ours = {"prompt", "negative_prompt", *HowToEdit.model_fields}
     given = asked.model_dump(include=ours, exclude_unset=True)
     return given | ({"num_steps": STEPS_OF[asked.quality]} if asked.quality in STEPS_OF else {})
@@ -341,7 +341,7 @@ def _level_of(asked: ImageEditRequest) -> dict[str, int]:
 
 
 def generation_of(service: EditService, asked: ImageGenerationRequest) -> GeneratePictureRequest:
-    """The same as a request of our own, as `request_of` does."""
+    """The corresponding request of ours, as in `request_of`."""
     width, height = new_size(asked)
     size = {"width": width, "height": height}
     return with_seed(service.read_generate_picture(_given(asked) | size))
