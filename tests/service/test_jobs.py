@@ -418,7 +418,7 @@ async def test_what_cannot_fit_is_refused_and_costs_no_history(data_dir: Path) -
     async with JobStore(data_dir, max_bytes=100) as store:
         ended = await store.create(b"x" * 40, {})
         await store.cancel(ended.id)
-        with pytest.raises(NoSpaceError, match="larger than all that stored jobs may occupy"):
+        with pytest.raises(NoSpaceError, match="larger than the space for stored jobs"):
             await store.create(b"x" * 101, {})
         await store.create(b"x" * 60, {})
         with pytest.raises(ServerBusyError):
@@ -618,7 +618,7 @@ async def test_jobs_run_in_order_to_their_results(data_dir: Path) -> None:
         (DeadlineExceededError("900 s"), "expired", "Deadline exceeded: 900 s"),
         (EditCancelledError(), "cancelled", "Cancelled"),
         (asyncio.CancelledError(), "cancelled", "Cancelled"),
-        (RuntimeError("secret"), "failed", "Internal error: job {id} failed, the log says how"),
+        (RuntimeError("secret"), "failed", "Internal error: job {id} failed, see the log"),
     ],
 )
 async def test_what_goes_wrong_ends_the_job_and_not_the_runner(

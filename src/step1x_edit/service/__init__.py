@@ -1,1 +1,1 @@
-"""What is offered: edits of pictures and files, batches, stored jobs, the GPU."""
+"""What the program offers: edits of pictures and files, batches, stored jobs, the GPU."""

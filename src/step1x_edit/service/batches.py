@@ -1,13 +1,13 @@
-"""Batches that can be killed and run again: only what is missing is done.
+"""Batches that can be killed and run again: only missing results are made.
 
-What a batch consists of stands in a folder or a manifest; where each result belongs follows from
-that alone and is the same in every run. A journal beside the results says what each of them was
-made from and what it is, by digests. A result is done if the file is there, is the one that was
-made, and was made from the same picture and request. A file that is not ours is never replaced
-unless that was asked for.
+The items of a batch come from a folder or a manifest. The path of each result follows from them
+alone and is the same in every run. A journal beside the results records by digest what each result
+was made from and what it contains. A result is done if its file exists, is the one that was made,
+and was made from the same picture and request. Files of other origin are never replaced unless
+overwriting was requested.
 
-The journal gets its line before the result gets its place. Whatever kills us, a result in its place
-is known; a line without a result only means that it is made again.
+The journal line is written before the result is published. So even after a kill every published
+result is recorded; a line without a result only means that the result is made again.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
 PICTURES: Final = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".heic", ".heif"}
 )
-"""The suffixes by which the pictures in a folder are known.
+"""The suffixes of the pictures in a folder.
 
-HEIC is among them even if its decoder is not installed: its sentence is better than silence.
+HEIC is included even if its decoder is not installed: an error message is better than silence.
 """
 
 _TABLES: Final = (".csv",)
@@ -65,37 +65,37 @@ _BAD_ROWS_TOLD: Final = 3
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a batch, how to edit it, and where the result belongs."""
+    """One picture of a batch, how to edit it, and the path of the result."""
 
     name: str
-    """What the person calls it."""
+    """The name that messages use for it."""
     image: str
     mask: str | None
     request: PictureRequest
     output: str | None
-    """None: `<stem>_edited<suffix>` in the folder for the results, numbered within the batch."""
+    """None: `<stem>_edited<suffix>` in the result folder, numbered within the batch."""
 
 
 class Chosen(PictureRequest):
-    """What holds for each picture whose line in a manifest says nothing else."""
+    """The defaults for pictures whose manifest line sets nothing else."""
 
     prompt: Prompt = ""
     mask: MaskPath = None
 
 
 class _Row(PictureRequest):
-    """What a line of a manifest may say."""
+    """The fields of a manifest line."""
 
     image: ImagePath
     output: OutputPath = None
     mask: MaskPath = None
 
 
-# --- what a batch consists of --------------------------------------------------------------------
+# --- the items of a batch ------------------------------------------------------------------------
 
 
 def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = ()) -> list[Item]:
-    """The pictures right in a folder, by name; those `apart_from` are results of ours."""
+    """The pictures directly in a folder, sorted by name; `apart_from` are results to leave out."""
     results = {path.absolute() for path in apart_from}
     try:
         found = sorted(path for path in folder.iterdir() if path.is_file())
@@ -114,10 +114,10 @@ def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = (
 
 
 def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
-    """The lines of a CSV or JSONL file; what a line leaves out is `chosen`.
+    """The lines of a CSV or JSONL file; `chosen` fills in what a line leaves out.
 
-    Paths in it start at its folder; an output starts at the folder for the results. Raises
-    InvalidParameterError that names the lines that are wrong.
+    Input paths are relative to its folder, outputs to the result folder. Raises
+    InvalidParameterError that names the invalid lines.
     """
     usual = chosen.model_dump(exclude_unset=True, exclude_none=True)
     items: list[Item] = []
@@ -155,7 +155,7 @@ def _item(
             f"output must end in {', '.join(OUTPUT_FORMATS)}, got {row.output!r}"
         )
     mask = row.mask
-    if mask is not None and "mask" in given(values):  # else the person at the terminal named it
+    if mask is not None and "mask" in given(values):  # otherwise it came from the command line
         mask = str(_below(folder, mask))
     return Item(
         name=f"line {line}: {row.image}",
@@ -171,7 +171,7 @@ def _below(folder: Path, path: str) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
-    """Each line's number with its values, or with what is wrong with it."""
+    """Each line number with its values, or with the reason why the line is invalid."""
     kind = path.suffix.lower()
     if kind not in _TABLES + _LINES:
         raise InvalidParameterError(
@@ -189,18 +189,18 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
 
 
 def _encoding_of(path: Path) -> str:
-    """UTF-8, or the UTF-16 that spreadsheets write as "Unicode text"; the first bytes say which."""
+    """UTF-8, or the UTF-16 that spreadsheets write as "Unicode text"; the first bytes decide."""
     with path.open("rb") as file:
         first = file.read(2)
     if first in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
-    if b"\0" in first:  # half of a letter of ASCII, with which every list begins
+    if b"\0" in first:  # half of an ASCII letter; every manifest begins with one
         return "utf-16-be" if first.startswith(b"\0") else "utf-16-le"
     return "utf-8-sig"
 
 
 def _separator_of(first_line: str) -> str:
-    """What stands between the names of the columns; where a comma is part of numbers, it is `;`."""
+    """The separator of the column names; it is `;` in locales with a decimal comma."""
     return next((sign for sign in _SEPARATORS if sign in first_line), ",")
 
 
@@ -240,14 +240,14 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] 
         yield line, values if isinstance(values, dict) else "it is not a JSON object"
 
 
-# --- what has been done --------------------------------------------------------------------------
+# --- the journal ---------------------------------------------------------------------------------
 
 
 class Journal:
-    """What has been made in a folder, a line for each result; a later line counts more."""
+    """The results made in a folder, one line for each; later lines take precedence."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; lines that a kill has cut short count as not written."""
+        """Read the existing lines; lines truncated by a kill are ignored."""
         self._path = folder / JOURNAL_NAME
         self._entries: dict[str, list[_Entry]] = {}
         try:
@@ -262,16 +262,16 @@ class Journal:
 
     @property
     def results(self) -> list[Path]:
-        """Where results were put."""
+        """The paths of the results."""
         return [self._path.parent / name for name in self._entries]
 
     def made(self, output: Path, content: str) -> _Entry | None:
-        """How the file with this content was made, if it was made here."""
+        """How the file with this content was made, if a batch made it here."""
         entries = self._entries.get(self._name(output), [])
         return next((entry for entry in reversed(entries) if entry.content == content), None)
 
     def note(self, output: Path, request: str, content: str, answer: EditAnswer) -> None:
-        """Write down, on the disk, what is about to be put into its place."""
+        """Record, synced to disk, the result that is about to be published."""
         values = {
             "output": self._name(output),
             "request": request,
@@ -313,11 +313,11 @@ class _Entry:
     answer: EditAnswer
 
 
-# --- doing it ------------------------------------------------------------------------------------
+# --- running the batch ---------------------------------------------------------------------------
 
 
 class Batch:
-    """Does what has not been done yet of some items."""
+    """Makes the missing results of some items."""
 
     def __init__(
         self,
@@ -336,9 +336,9 @@ class Batch:
         self._inputs: frozenset[FileIdentity] = frozenset()
 
     async def run(self, items: Sequence[Item], report_of: NotifyOf) -> BatchAnswer:
-        """Do one after the other, as `file_edits.batch_answer` does.
+        """Edit one after the other, as `file_edits.batch_answer` does.
 
-        Cancelling the call stops the work; what is finished stays and is known to the next run.
+        Cancelling the call cancels the edit; finished results stay, and the next run finds them.
         """
         paths = [path for item in items for path in (item.image, item.mask) if path is not None]
         self._inputs = await asyncio.to_thread(self._edits.files.identify, paths)
@@ -381,7 +381,7 @@ class Batch:
         return answer
 
     def _plan(self, item: Item) -> Output:
-        """Where the result belongs: the same in every run, whatever lies there."""
+        """The path of the result: the same in every run, whether or not a file exists there."""
         if item.output is not None:
             wanted = str(_below(self._output_dir, item.output))
             output = self._edits.files.plan_output(wanted, self._inputs, overwrite=True)
@@ -409,7 +409,7 @@ def _digest_of_request(inputs: Inputs, request: PictureRequest) -> str:
 
 
 def _digest_of_file(path: Path) -> str | None:
-    """The digest of a file; None if there is none that could be read."""
+    """The digest of a file; None if there is no readable file."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

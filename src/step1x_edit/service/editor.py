@@ -1,7 +1,7 @@
-"""An editor takes one picture and gives one back, in this process or through a server.
+"""An editor takes a picture and returns an edited one, in this process or through a server.
 
-`EditService` is an editor, and so is `RemoteServer`: the answers, the bytes and the sentences of
-errors are the same. An editor knows nothing about the caller's files.
+`EditService` and `RemoteServer` are editors: their answers, bytes and error messages are the same.
+An editor knows nothing about the caller's files.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from step1x_edit.schemas.requests import GeneratePictureRequest, PictureRequest
 
 Notify: TypeAlias = Callable[[Progress], Awaitable[None]]
-"""Called in the caller's own task, at least every few seconds, with how far an edit has come."""
+"""Called in the caller's own task, at least every few seconds, with the progress of an edit."""
 
 
 async def unreported(progress: Progress) -> None:
-    """For callers who do not want to know how far an edit has come."""
+    """For callers that do not need progress."""
 
 
 class EditedFile(Protocol):
-    """A picture that was edited, or made from words alone."""
+    """A picture that was edited, or generated from a prompt alone."""
 
     @property
     def data(self) -> bytes:
@@ -39,13 +39,13 @@ E_co = TypeVar("E_co", bound=EditedFile, covariant=True)
 
 
 class Editor(Protocol[E_co]):
-    """Edits pictures. Cancelling a call stops the work; `suffix` chooses the format of the result.
+    """Edits pictures. Cancelling a call cancels the edit; `suffix` selects the output format.
 
-    Parameters that a request leaves open get the defaults of the editor's operator.
+    Parameters that a request leaves unset get the operator's defaults.
     """
 
     async def check_room(self) -> None:
-        """Raise what an edit would be refused for now, before its picture is read."""
+        """Raise the error that an edit would be refused with now, before its picture is read."""
 
     async def edit_picture(
         self,
@@ -55,7 +55,7 @@ class Editor(Protocol[E_co]):
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
-        """Edit a picture; `mask` is a picture of what may change."""
+        """Edit a picture; `mask` is a picture of the region that may change."""
 
     async def edit_next(
         self,
@@ -65,9 +65,9 @@ class Editor(Protocol[E_co]):
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
-        """Edit a picture of a batch that `check_room` has let in: there is room for each of it."""
+        """Edit a picture of a batch that `check_room` has admitted, which has room for each."""
 
     async def generate_picture(
         self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
     ) -> E_co:
-        """Make a picture from words alone."""
+        """Generate a picture from a prompt alone."""

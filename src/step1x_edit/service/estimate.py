@@ -1,7 +1,7 @@
-"""What an edit would take, without running one.
+"""The time and memory of an edit, without running one.
 
-If the model is not loaded, a separate process inspects the checkpoint; this can take some seconds,
-and its answer is used for some minutes.
+If the model is not loaded, a separate process inspects the checkpoint; this can take a few
+seconds, and its result is cached for some minutes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from step1x_edit.service.records import job_of, with_seed
 from step1x_edit.settings import Settings
 
 SURVEY_MAX_AGE_S: Final = 600.0
-"""How long the answer about a checkpoint is used; free memory changes."""
+"""How long the survey of a checkpoint is cached; free memory changes."""
 
 
 class Estimator:
-    """Estimates edits from what the engine and a survey of the machine report."""
+    """Estimates edits from the state of the engine and a survey of the machine."""
 
     def __init__(self, engine: Engine, settings: Settings, take_survey: Callable[[], Survey]):
-        """`take_survey` inspects a model that is not loaded; it may take long."""
+        """`take_survey` inspects a model that is not loaded; it can take long."""
         self._engine = engine
         self._settings = settings
         self._take_survey = take_survey
@@ -42,9 +42,9 @@ class Estimator:
     async def estimate(
         self, request: PictureRequest, size: tuple[int, int] | None, n: int, previews: int
     ) -> EstimateAnswer:
-        """What `n` such edits of a picture of this size (or of a square one) would take.
+        """The time and memory of `n` such edits of a picture of this size (or of a square one).
 
-        Raises what such a picture or the checkpoint would be refused for.
+        Raises the error that such a picture or the checkpoint would be refused with.
         """
         from step1x_edit.pictures import images
 
@@ -84,13 +84,13 @@ class Estimator:
 
     @property
     def _usual_multiple(self) -> int:
-        """Of what the sides of a working size are multiples, if no survey has found out."""
+        """The sides of a working size are multiples of this, unless a survey has found another."""
         return (DEMO if self._settings.model_path is None else V1_1).size_multiple
 
     async def _survey(self) -> Survey:
-        """What is known of a model that is not loaded; concurrent callers wait for one survey.
+        """The survey of a model that is not loaded; concurrent callers wait for the same one.
 
-        Raises what stands in the way of edits.
+        Raises an error if edits are not possible.
         """
         if self._last is None or self._last[0] < time.monotonic() - SURVEY_MAX_AGE_S:
             if self._running is None or self._running.done():
@@ -116,5 +116,5 @@ def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
 
 
 def _must_load(residence: Residence) -> bool:
-    """Whether the next edit has to bring the model to where it computes."""
+    """Whether the next edit has to load the model or move it to the compute device first."""
     return residence.location != ("CPU" if residence.device == "cpu" else "GPU")

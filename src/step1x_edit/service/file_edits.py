@@ -1,8 +1,8 @@
-"""Edits of files, by any editor: what the command line, MCP and batches do with paths.
+"""Edits of files, by any editor: the path handling of the command line, MCP and batches.
 
-An edit is one straight story: read the inputs, decide where the result will go, have the picture
-edited, put the result into its place. A batch is the same story for one picture after the other.
-This module knows nothing about pixels, and does not care where the editor runs.
+An edit is a linear sequence: read the inputs, decide the path of the result, have the picture
+edited, publish the result. A batch repeats this for one picture after the other. This module knows
+nothing about pixels and does not depend on where the editor runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ E = TypeVar("E", bound=EditedFile)
 T = TypeVar("T")
 
 NotifyOf: TypeAlias = Callable[[int], Notify]
-"""Given the number of a picture in a batch, from 0, what its progress is reported to."""
+"""Maps the number of a picture in a batch, from 0, to the receiver of its progress."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Saved(Generic[E]):
     answer: EditAnswer
     edited: E
     source: bytes = b""
-    """The file that was edited; empty for a picture made from words alone."""
+    """The file that was edited; empty for a picture generated from a prompt alone."""
 
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Where results go that have no output_path: beside the input, or into `folder`."""
+    """Where results without an output_path go: beside the input, or into `folder`."""
 
     folder: str | None = None
     inputs: frozenset[FileIdentity] = frozenset()
@@ -75,12 +75,12 @@ class FileEdits(Generic[E]):
         image: bytes | None = None,
         output_dir: str | None = None,
     ) -> Saved[E]:
-        """Edit one picture and save the result; cancelling the call stops the work, unsaved.
+        """Edit one picture and save the result; cancelling the call cancels the edit, unsaved.
 
-        `image` is the input if it was read already, and `output_dir` the folder for a result
+        `image` is the input if it was already read, and `output_dir` the folder for a result
         without an output_path.
         """
-        await self.editor.check_room()  # a server without room must not spend memory on pictures
+        await self.editor.check_room()  # a full server must not spend memory on pictures
         return await self._edit(
             self.editor.edit_picture, request, report, _Outputs(output_dir), image
         )
@@ -88,7 +88,7 @@ class FileEdits(Generic[E]):
     async def edit_unsaved(
         self, request: EditRequest, report: Notify = unreported, image: bytes | None = None
     ) -> E:
-        """Edit one picture and give the result back as a PNG; all else is as in `edit`."""
+        """Edit one picture and return the result as a PNG; otherwise as `edit`."""
         await self.editor.check_room()
         inputs = await asyncio.to_thread(self.read, request.image_path, request.mask_path, image)
         return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
@@ -96,7 +96,7 @@ class FileEdits(Generic[E]):
     async def edit_several(
         self, requests: Sequence[EditRequest], output_dir: str | None, report_of: NotifyOf
     ) -> BatchAnswer:
-        """Edit several pictures as `edit_each` does; the inputs of all of them stay as they are."""
+        """Edit several pictures as `edit_each` does; none of the inputs is overwritten."""
         paths = [request.image_path for request in requests]
         outputs = _Outputs(output_dir, await asyncio.to_thread(self.files.identify, paths))
 
@@ -109,7 +109,7 @@ class FileEdits(Generic[E]):
         return await batch_answer(self.editor, paths, edit)
 
     async def generate(self, request: GenerateRequest, report: Notify = unreported) -> Saved[E]:
-        """Make one picture from words alone and save it; all else is as in `edit`."""
+        """Generate one picture from a prompt alone and save it; otherwise as `edit`."""
         await self.editor.check_room()
         started = time.monotonic()
         output = await asyncio.to_thread(self._plan_new, request)
@@ -117,7 +117,7 @@ class FileEdits(Generic[E]):
         return Saved(await self._published(output, made, started, GENERATED), made)
 
     def read(self, image_path: str, mask_path: str | None, image: bytes | None = None) -> Inputs:
-        """Read the picture, unless it is there already, and the mask if there is one."""
+        """Read the picture, unless it was already read, and the mask if there is one."""
         identities = set()
         if image is None:
             file = self.files.read(image_path)
@@ -152,7 +152,7 @@ class FileEdits(Generic[E]):
     async def _published(
         self, output: Output, edited: E, started: float, message: str
     ) -> EditAnswer:
-        # Publishing is short and comes last: an edit that is given up before it leaves nothing.
+        # Publishing is short and comes last: an edit cancelled before it leaves nothing behind.
         path = await asyncio.to_thread(self.files.publish, output, edited.data)
         return EditAnswer(
             message=message,
@@ -186,10 +186,10 @@ class FileEdits(Generic[E]):
 async def edit_each(
     editor: Editor[Any], total: int, edit: Callable[[int], Awaitable[T]]
 ) -> AsyncIterator[tuple[int, T | Step1XEditError]]:
-    """Edit one picture after the other by its number, and yield what comes of each.
+    """Edit one picture after the other by its number, and yield each outcome.
 
-    What goes wrong with one does not stop the others. Other callers have their turn between two
-    pictures if `edit` uses `Editor.edit_next`. Cancelling the call stops the work.
+    A failure of one does not stop the others. Other callers get their turn between two
+    pictures if `edit` uses `Editor.edit_next`. Cancelling the call cancels the edit.
     """
     await editor.check_room()
     for index in range(total):
@@ -204,7 +204,7 @@ async def edit_each(
 async def batch_answer(
     editor: Editor[Any], names: Sequence[str], edit: Callable[[int], Awaitable[EditAnswer]]
 ) -> BatchAnswer:
-    """Edit the pictures of these names as `edit_each` does; what is saved when it ends stays."""
+    """Edit the pictures of these names as `edit_each` does; saved results stay after a cancel."""
     items: list[BatchItem] = []
     async for index, outcome in edit_each(editor, len(names), edit):
         result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome

@@ -1,16 +1,16 @@
-"""Files of the callers: what may be read, where results go, and how they get there.
+"""Files of the callers: what may be read, where results go, and how they are published.
 
-The only module that touches paths that callers name. It promises:
+The only module that touches paths that callers name. It guarantees:
 
-- reading and writing stay inside the allowed folders, links resolved, and the verdict is about
-  the very file that is read: one descriptor from the check to the last byte;
-- an input that does not exist is the one file of its folder whose name looks the same, if there is
-  exactly one: assistants write a blank where macOS puts U+202F. Outputs are never guessed;
-- a `file://` link, as our answers have it, is the path that it stands for;
+- reading and writing stay inside the allowed folders, with links resolved, and the file that was
+  checked is the file that is read: one descriptor from the check to the last byte;
+- an input that does not exist is replaced by the one file of its folder whose name looks the same,
+  if there is exactly one: assistants write a space where macOS puts U+202F. Outputs never are;
+- a `file://` link, as our answers contain it, is converted to its path;
 - an input is never changed: an output that is an input, by inode, is refused;
-- an output is complete or absent, and never replaces a file unless that was asked for.
+- an output is complete or absent, and never replaces a file unless overwriting was requested.
 
-It knows nothing about pictures but the suffixes that can be written.
+It knows nothing about pictures except the suffixes that can be written.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from step1x_edit.errors import (
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 
 MAX_NAME_BYTES: Final = 255
-MAX_STEM_BYTES: Final = 60  # of a name that a text gives
+MAX_STEM_BYTES: Final = 60  # of a name derived from a prompt
 _ROOM_FOR_NUMBER: Final = len("_99999")
 _CHUNK: Final = 1 << 20
 _LINK: Final = "file://"
-_HYPHENS: Final = "\u2010\u2011"  # that look like the one of ASCII
-_TEMPORARY_PREFIX: Final = ".step1x-edit-"  # only where files without a name are unknown
+_HYPHENS: Final = "\u2010\u2011"  # they look like the ASCII hyphen
+_TEMPORARY_PREFIX: Final = ".step1x-edit-"  # only if unnamed files are not supported
 
-# Absent on Windows, where they are not needed.
+# Absent on Windows, which does not need them.
 _O_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
 _O_NONBLOCK: Final[int] = getattr(os, "O_NONBLOCK", 0)
 _O_NOFOLLOW: Final[int] = getattr(os, "O_NOFOLLOW", 0)
@@ -67,14 +67,14 @@ _CAN_WORK_BELOW_DESCRIPTORS: Final = {
     os.unlink,
     os.mkdir,
 } <= os.supports_dir_fd
-_OWN_DESCRIPTORS: Final = "/proc/self/fd"  # Linux: where each descriptor is a link to its file
+_OWN_DESCRIPTORS: Final = "/proc/self/fd"  # Linux: each descriptor is a link to its file
 _NO_HARD_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}  # FAT, some network drives
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Which file it is, whatever its names."""
+    """The identity of a file, independent of its names."""
 
     device: int
     inode: int
@@ -91,25 +91,25 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a result is to go; checked, but not yet there."""
+    """The destination of a result; checked, but not yet created."""
 
     folder: Path
-    """The real folder, links resolved; `shown_folder` is the same as the caller knows it."""
+    """The real folder, links resolved; `shown_folder` is the same as the caller wrote it."""
     shown_folder: Path
     stem: str
     suffix: str
     overwrite: bool
     number: int | None
-    """The number to start with where the name may be numbered; None: the name stays as it is."""
+    """The first number to try if the name may be numbered; None: the name is fixed."""
     inputs: frozenset[FileIdentity]
 
     @property
     def shown(self) -> str:
-        """The output as the caller knows it, for messages."""
+        """The output as the caller wrote it, for messages."""
         return str(self.shown_folder / next(self.names()))
 
     def fixed(self, inputs: frozenset[FileIdentity], *, overwrite: bool) -> Output:
-        """The same output under its first name and no other; these inputs must stay, too."""
+        """The same output under its first name only; these inputs must not be overwritten."""
         return replace(
             self,
             stem=next(self.names()).removesuffix(self.suffix),
@@ -144,18 +144,18 @@ class FileAccess:
             found = os.fstat(descriptor)
             _check_regular(found, path)
             if not self._allows(_where(descriptor, real)):
-                raise _not_allowed(path)  # a folder or link was exchanged since the first look
+                raise _not_allowed(path)  # a folder or link was replaced after the first check
             if found.st_size > self._max_bytes:
                 raise self._too_long()
             data = self._read_all(descriptor, path)
         return InputFile(_absolute(path), data, FileIdentity(found.st_dev, found.st_ino))
 
     def read_stream(self, stream: BinaryIO) -> bytes:
-        """The content of a stream; of one that is too long, enough to see that it is."""
+        """The content of a stream; if it is too long, just enough of it to detect that."""
         return stream.read(self._max_bytes + 1)
 
     def identify(self, paths: Iterable[str]) -> frozenset[FileIdentity]:
-        """Which files these are; those that are missing or not allowed are left out."""
+        """The identities of these files; missing or disallowed ones are left out."""
         found = set()
         for path in paths:
             with contextlib.suppress(ImageFileNotFoundError, PathNotAllowedError):
@@ -167,7 +167,7 @@ class FileAccess:
         try:
             while chunk := os.read(descriptor, _CHUNK):
                 content += chunk
-                if len(content) > self._max_bytes:  # it grew while we read
+                if len(content) > self._max_bytes:  # it grew while it was read
                     raise self._too_long()
         except OSError:
             raise ImageFileNotFoundError(f"{path} (it cannot be read)") from None
@@ -181,7 +181,7 @@ class FileAccess:
     def plan_output(
         self, output_path: str, inputs: Iterable[FileIdentity], *, overwrite: bool = False
     ) -> Output:
-        """The output that the caller named, checked as far as it can be before the work is done."""
+        """The output that the caller named, checked as far as possible before the edit."""
         self._real_output(output_path)
         shown = _absolute(output_path)
         if shown.suffix.lower() not in OUTPUT_FORMATS:
@@ -192,7 +192,7 @@ class FileAccess:
         if len(os.fsencode(shown.name)) > MAX_NAME_BYTES:
             raise OutputNotWritableError(f"{output_path} (the name is too long)")
         output = Output(
-            # An output takes the place of a link and is not written through it.
+            # An output replaces a link and is not written through it.
             folder=self._real_output(str(shown.parent), written_as=output_path),
             shown_folder=shown.parent,
             stem=shown.stem,
@@ -218,9 +218,9 @@ class FileAccess:
         overwrite: bool = False,
         taken: set[str] | None = None,
     ) -> Output:
-        """`<stem>_edited<suffix>` beside the input or in `output_dir`, numbered when taken.
+        """`<stem>_edited<suffix>` beside the input or in `output_dir`, numbered if taken.
 
-        The set `taken` of a batch keeps its outputs apart: it receives each path planned with it.
+        The set `taken` keeps the outputs of a batch distinct: each planned path is added to it.
         """
         image = _absolute(image_path)
         shown_folder = image.parent if output_dir is None else _absolute(output_dir)
@@ -242,9 +242,9 @@ class FileAccess:
         return output
 
     def plan_new_output(self, text: str, *, overwrite: bool = False) -> Output:
-        """A PNG named after a text, numbered when taken, for a picture that has no input.
+        """A PNG named after a text, numbered if taken, for a picture that has no input.
 
-        It goes into the start folder, or where that is not allowed into the first allowed folder.
+        It goes into the start folder or, if that is not allowed, into the first allowed folder.
         """
         folders = [*self._roots]
         with contextlib.suppress(OSError):  # the start folder has been removed
@@ -263,7 +263,7 @@ class FileAccess:
         return output
 
     def publish(self, output: Output, data: bytes) -> Path:
-        """Put the result into its place, complete or not at all; returns its absolute path."""
+        """Publish the result, completely or not at all; returns its absolute path."""
         existing = nearest_existing(output.folder)
         try:
             with _Folder(existing) as folder:
@@ -286,13 +286,13 @@ class FileAccess:
     # --- allowed folders ---
 
     def _real_input(self, path: str) -> Path:
-        """The real path of an input, also if its name looks the same but is written otherwise."""
+        """The real path of an input, also if its name only looks the same."""
         try:
             real = self._real_inside(path)
             if os.path.lexists(real) or (alike := _alike(real)) is None:
                 return real
             return self._real_inside(str(alike), written_as=path)
-        except OSError:  # links are being exchanged at this moment
+        except OSError:  # links are being replaced at this moment
             raise ImageFileNotFoundError(path) from None
 
     def _real_output(self, path: str, written_as: str | None = None) -> Path:
@@ -306,8 +306,8 @@ class FileAccess:
     def _real_inside(self, path: str, written_as: str | None = None) -> Path:
         """The real path, links resolved, of a path inside the allowed folders.
 
-        Whether anything exists outside of them cannot be told from the refusal. Raises OSError if
-        the system cannot follow the path.
+        The error does not reveal whether anything exists outside of them. Raises OSError if the
+        system cannot follow the path.
         """
         if "\0" in expanded(path) or not self._allows(real := _real(path)):
             raise _not_allowed(path if written_as is None else written_as)
@@ -318,11 +318,11 @@ class FileAccess:
 
 
 class _Folder:
-    """An open folder: whatever happens to its path, the work stays in this very folder."""
+    """An open folder: even if its path changes, the work stays in this folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor: int | None = None  # stays None on Windows, where paths must do
+        self._descriptor: int | None = None  # stays None on Windows, which uses paths
         if _CAN_WORK_BELOW_DESCRIPTORS:
             self._descriptor = os.open(path, _FOLDER_FLAGS)
 
@@ -338,7 +338,7 @@ class _Folder:
         return _where(self._descriptor, self._path)
 
     def descend(self, name: str) -> None:
-        """Go to the folder of this name inside, and make it if it is missing."""
+        """Open the folder of this name inside this one, and create it if it is missing."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(self._at(name), dir_fd=self._descriptor)
         if self._descriptor is not None:
@@ -348,7 +348,7 @@ class _Folder:
         self._path /= name
 
     def add(self, names: Iterable[str], data: bytes) -> str:
-        """Add a file under the first of the names that is free, and return this name."""
+        """Add a file under the first free name, and return this name."""
         with self._complete(data) as source:
             for name in names:
                 with contextlib.suppress(FileExistsError):
@@ -358,7 +358,7 @@ class _Folder:
         raise FileExistsError
 
     def replace(self, name: str, data: bytes) -> None:
-        """Put a file under this name, in place of the one that may be there."""
+        """Write a file under this name, replacing an existing one."""
         with self._complete(data) as source, self._removed_at_the_end(_temporary()) as temporary:
             self._link(source, temporary)
             os.replace(
@@ -371,9 +371,9 @@ class _Folder:
 
     @contextlib.contextmanager
     def _complete(self, data: bytes) -> Iterator[str]:
-        """The content on the disk, but in no place yet; yields what to link from.
+        """The content on disk, but not yet published; yields what to link from.
 
-        On Linux the file has no name at all and vanishes with the process, even with a killed one.
+        On Linux the file has no name and disappears with the process, even if it is killed.
         """
         unnamed = self._open_unnamed()
         if unnamed is not None:
@@ -399,7 +399,7 @@ class _Folder:
             return os.open(".", _WRITE_FLAGS | _O_TMPFILE, 0o666, dir_fd=self._descriptor)
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                return None  # this file system knows no files without a name
+                return None  # this file system does not support unnamed files
             raise
 
     def _link(self, source: str, name: str) -> None:
@@ -417,7 +417,7 @@ class _Folder:
             self._reserve_and_move(source, name)
 
     def _reserve_and_move(self, source: str, name: str) -> None:
-        """Take the name first, which only one can, then put the content there."""
+        """Reserve the name first, atomically, then write the content there."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         os.close(os.open(self._at(name), flags, 0o666, dir_fd=self._descriptor))
         try:
@@ -440,7 +440,7 @@ class _Folder:
                 os.unlink(self._at(name), dir_fd=self._descriptor)
 
     def _sync(self) -> None:
-        # The file is in its place and complete; a folder that cannot be synced does not undo that.
+        # The file is published and complete; a folder that cannot be synced does not undo that.
         with contextlib.suppress(OSError):
             if self._descriptor is not None:
                 os.fsync(self._descriptor)
@@ -450,7 +450,7 @@ class _Folder:
 
 
 def stem_of(text: str) -> str:
-    """A name that the beginning of a text gives: "A red fox, at night" is `a-red-fox-at-night`."""
+    """A name derived from the start of a text: "A red fox, at night" is `a-red-fox-at-night`."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
     stem = ""
     for word in words:
@@ -463,7 +463,7 @@ def stem_of(text: str) -> str:
 
 def _open_regular(real: Path, path: str) -> int:
     try:
-        # Look before opening: to open a device or a pipe can have effects of its own.
+        # Check before opening: opening a device or a pipe can have side effects.
         _check_regular(real.stat(), path)
         return os.open(real, _READ_FLAGS)
     except PermissionError:
@@ -485,7 +485,7 @@ def _check_not_input(output: Output, name: str) -> None:
 
 
 def _check_folder(output: Output) -> None:
-    """Find out before the work is done that a folder cannot take the result."""
+    """Raise an error before the edit if a folder cannot take the result."""
     existing = nearest_existing(output.folder)
     if not existing.is_dir():
         raise OutputNotWritableError(f"{output.shown} ({existing.name} is not a folder)")
@@ -512,11 +512,11 @@ def _not_writable(output: Output, error: OSError) -> OutputNotWritableError:
 
 
 def _absolute(path: str) -> Path:
-    """The path as its writer knows it, links left alone, without `..`."""
+    """The path as its author wrote it, links not resolved, without `..`."""
     absolute = Path(expanded(path)).absolute()
     if absolute.name == "..":
         return _real(path)
-    if ".." in absolute.parts:  # `link/..` is where the link leads, not where it lies
+    if ".." in absolute.parts:  # `link/..` is relative to the target of the link
         return Path(os.path.realpath(absolute.parent)) / absolute.name
     return absolute
 
@@ -524,12 +524,12 @@ def _absolute(path: str) -> Path:
 def _real(path: str) -> Path:
     try:
         return Path(os.path.realpath(expanded(path)))
-    except UnicodeEncodeError:  # half of a surrogate pair, which no name can hold
+    except UnicodeEncodeError:  # half of a surrogate pair, which no name can contain
         raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ)) from None
 
 
 def expanded(path: str) -> str:
-    """The path that a caller means by `~` or by a link such as `file:///home/ada/cat.png`."""
+    """The path for `~` or for a link such as `file:///home/ada/cat.png`."""
     host, slash, rest = path[len(_LINK) :].partition("/")
     if path[: len(_LINK)].lower() == _LINK and slash and host.lower() in ("", "localhost"):
         return url2pathname(slash + rest)
@@ -548,7 +548,7 @@ def _alike(real: Path) -> Path | None:
 
 
 def _appearance(name: str) -> str:
-    """A name as the eye sees it: one kind of blank and of hyphen, nothing invisible."""
+    """A name as it looks: one kind of space and of hyphen, nothing invisible."""
     seen = unicodedata.normalize("NFC", name)
     return "".join(
         " " if letter.isspace() else "-" if letter in _HYPHENS else letter
@@ -558,7 +558,7 @@ def _appearance(name: str) -> str:
 
 
 def _where(descriptor: int | None, path: Path) -> Path:
-    """Where an open file or folder really is; by its path where the system cannot tell."""
+    """The real path of an open file or folder; by its path if the system cannot report it."""
     if descriptor is not None:
         with contextlib.suppress(OSError):
             return Path(f"{_OWN_DESCRIPTORS}/{descriptor}").readlink()
@@ -574,7 +574,7 @@ def _identity(path: Path) -> FileIdentity | None:
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder itself if it exists, or the nearest one above it."""
+    """The folder itself if it exists, or its nearest existing parent."""
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
@@ -587,7 +587,7 @@ def _numbered(stem: str, number: int) -> str:
 
 
 def _cut(text: str, max_bytes: int) -> str:
-    """The beginning of a name, cut between characters."""
+    """The start of a name, cut between characters."""
     return os.fsencode(text)[:max_bytes].decode("utf-8", errors="ignore")
 
 

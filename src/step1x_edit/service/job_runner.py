@@ -1,6 +1,6 @@
-"""Runs stored jobs: takes them from the store one after the other and gives them to an operation.
+"""Runs stored jobs: takes them from the store one by one and passes them to an operation.
 
-The operation comes from outside, so the runner knows nothing about pictures, models or protocols.
+The operation is passed in, so the runner knows nothing about pictures, models or protocols.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIDY_INTERVAL_S: Final = 3600.0
-_RETRY_S: Final = 5.0  # for a full disk to be emptied
+_RETRY_S: Final = 5.0  # for a full disk to get free space
 
 Operation: TypeAlias = Callable[
     [JobInput, Mapping[str, object], Callable[[Progress], Awaitable[None]]],
@@ -42,8 +42,8 @@ and the answer. It can be cancelled, and raises a Step1XEditError if it fails.""
 class JobRunner:
     """Runs the jobs of a store one after the other, in order, while it is entered.
 
-    When it is left, the running job is stopped and waits again. An operation that raises
-    ShuttingDownError has the same effect: nothing is wrong with its job.
+    On exit the running job is stopped and queued again. An operation that raises
+    ShuttingDownError has the same effect: the job itself has not failed.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class JobRunner:
 
     async def __aexit__(self, *_: object) -> None:
         await _stop(*self._tasks)
-        with contextlib.suppress(NoSpaceError, InternalError):  # then it ends as interrupted
+        with contextlib.suppress(NoSpaceError, InternalError):  # the next start ends the job
             await self._store.put_back()
 
     async def _work(self) -> None:
@@ -80,14 +80,14 @@ class JobRunner:
                 await self._insist(self._store.tidy)
 
     async def _run(self, job: Job) -> None:
-        """Work until it is done or somebody has cancelled the job."""
+        """Run the job until it ends or is cancelled."""
         attempt = asyncio.create_task(self._attempt(job))
         end = asyncio.create_task(self._insist(partial(self._store.wait, job.id)))
         try:
             await first_of(attempt, end)
         finally:
             await _stop(attempt, end)
-        if attempt.cancelled():  # unless the job has been cancelled, the operation has given up
+        if attempt.cancelled():  # no effect if the caller cancelled the job
             await self._insist(partial(self._store.end, job.id, EditCancelledError()))
         else:
             attempt.result()
@@ -101,25 +101,25 @@ class JobRunner:
         except Step1XEditError as error:
             log.info("job %s: %s", job.id, error)
             await self._insist(partial(self._store.end, job.id, error))
-        except Exception:  # a job must not take the others with it
+        except Exception:  # a failing job must not stop the others
             log.exception("job %s", job.id)
-            unknown = InternalError(f"job {job.id} failed, the log says how")
+            unknown = InternalError(f"job {job.id} failed, see the log")
             await self._insist(partial(self._store.end, job.id, unknown))
 
     async def _operate(self, job: Job) -> tuple[bytes, Mapping[str, object]]:
         async def report(progress: Progress) -> None:
-            with contextlib.suppress(NoSpaceError, InternalError):  # no reason to stop the work
+            with contextlib.suppress(NoSpaceError, InternalError):  # not a reason to stop the job
                 await self._store.note(job.id, progress)
 
         given = await self._store.read_input(job.id)
         while True:
             try:
                 return await self._operation(given, job.request, report)
-            except ServerBusyError as error:  # others fill the line; this job has been accepted
+            except ServerBusyError as error:  # others fill the queue; this job was accepted
                 await self._pause(error.retry_after_s or _RETRY_S)
 
     async def _insist(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Take a step that must not be left out, again and again while the disk refuses it."""
+        """Take a step that must not be skipped; retry it while the disk refuses it."""
         while True:
             try:
                 return await step()

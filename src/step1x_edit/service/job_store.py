@@ -1,10 +1,10 @@
-"""Stored jobs: edits that outlive their caller's connection and the server's process.
+"""Stored jobs: edits that survive the caller's connection and the server's process.
 
-A job is accepted once it and its input are on the disk, and from then on it ends in exactly one of
-the states `succeeded`, `failed`, `cancelled` and `expired`. Rows live in an SQLite database; inputs
-and result lie beside it in `jobs/<id>/`, under names of our own. What has happened to a job is kept
-as numbered events that can be read again and waited for. What a start cannot read, or files of
-jobs that the database no longer knows, it moves to `jobs-lost/` and reports in the log.
+A job is accepted once it and its input are on disk. From then on it ends in exactly one of the
+states `succeeded`, `failed`, `cancelled` and `expired`. Rows are kept in an SQLite database; inputs
+and result are kept beside it in `jobs/<id>/`, under names that the store chooses. The history of a
+job is kept as numbered events that can be read again and waited for. Rows that a start cannot read,
+and files of jobs that are missing from the database, are moved to `jobs-lost/` and logged.
 
 The store knows nothing about pictures, models or protocols: inputs are bytes, a request is JSON.
 `job_runner` runs the jobs.
@@ -58,19 +58,19 @@ FOLDER_NAME: Final = "jobs"
 LOST_NAME: Final = "jobs-lost"
 PROGRESS_INTERVAL_S: Final = 1.0
 
-_GUESSED_JOB_S: Final = 10.0  # until the first job has been timed
+_GUESSED_JOB_S: Final = 10.0  # until the first job was timed
 _ID: Final = re.compile(JOB_ID_PATTERN)
 _INPUT: Final = "input"
 _MASK: Final = "mask"
 _RESULT: Final = "result"
 _ACCEPTED: Final = "accepted"
-"""An empty file beside the input from acceptance until the job is forgotten: if the database does
-not know the job, it has lost it."""
+"""An empty file beside the input from acceptance until the job is deleted: if it exists and the
+database does not know the job, the database has lost it."""
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LOCKED: Final = "database is locked"  # Python 3.10 has no names for SQLite's codes
+_LOCKED: Final = "database is locked"  # Python 3.10 has no constants for SQLite's codes
 _FULL: Final = "database or disk is full"
 
-# Absent on Windows, which keeps the entries of a folder without being asked to.
+# Absent on Windows, which syncs folder entries by itself.
 _O_DIRECTORY: Final[int] = getattr(os, "O_DIRECTORY", 0)
 _O_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
 _O_CLOEXEC: Final[int] = getattr(os, "O_CLOEXEC", 0)
@@ -89,17 +89,17 @@ class Job:
     finished_at: float | None
     progress: Progress | None
     position: int | None
-    """The place in the queue, from 1, of a job that waits."""
+    """The position in the queue, from 1, of a queued job."""
     answer: Mapping[str, object] | None
-    """What the operation answered, or an `ErrorAnswer`, once the state is final."""
+    """The answer of the operation, or an `ErrorAnswer`, once the state is final."""
 
 
 @dataclass(frozen=True)
 class JobInput:
-    """What a job was given: the file of a picture, and that of a mask if there is one."""
+    """The input of a job: the file of a picture, and that of a mask if there is one."""
 
     image: bytes
-    """Empty where nothing is edited and the picture is made from words alone."""
+    """Empty if the picture is generated from a prompt alone."""
     mask: bytes | None = None
 
 
@@ -113,7 +113,7 @@ class JobPage:
 
 @dataclass(frozen=True)
 class JobEvent:
-    """Something that happened to a job: a new state, or progress in the old one."""
+    """An event of a job: a new state, or progress within one."""
 
     number: int
     at: float
@@ -122,7 +122,7 @@ class JobEvent:
 
 
 # --- the database ---------------------------------------------------------------------------------
-# An id begins with a number that grows, so that its order is the order of acceptance.
+# An id begins with an increasing number, so that its order is the order of acceptance.
 
 _VERSION_1: Final = (
     """CREATE TABLE jobs (
@@ -154,13 +154,13 @@ _VERSION_1: Final = (
 )
 _VERSION_2: Final = ("ALTER TABLE jobs ADD COLUMN has_mask INTEGER NOT NULL DEFAULT 0",)
 _VERSIONS: Final = (_VERSION_1, _VERSION_2)
-"""What makes each version of the database of the one before; 0 is an empty one."""
+"""The statements that migrate to each version from the previous one; 0 is an empty database."""
 
 _GET: Final = """SELECT *, CASE state WHEN 'queued' THEN (
         SELECT count(*) FROM jobs AS other WHERE other.state = 'queued' AND other.id <= jobs.id
     ) END AS position FROM jobs """
 
-# Transitions say which state they leave: of two that race, the second finds nothing to change.
+# Each transition names the state it leaves: of two that race, the second changes no row.
 _START: Final = """UPDATE jobs SET state = :state, started_at = :now
     WHERE id = :id AND state = 'queued'"""
 _PUT_BACK: Final = """UPDATE jobs
@@ -183,11 +183,11 @@ _ADD_EVENT: Final = """INSERT INTO events VALUES (
 
 
 class JobStore:
-    """Jobs and their history. Open while it is entered; to be used on the event loop it entered on.
+    """Jobs and their history. Open while entered; to be used on the event loop that entered it.
 
-    All work is done by one thread, which holds the one connection: so calls take effect in order.
-    Besides what is said at each call, they raise ShuttingDownError once the store is closed,
-    NoSpaceError when the disk is full and InternalError when it refuses otherwise.
+    One thread with the only connection does all work, so calls take effect in order. Besides the
+    errors documented at each call, they raise ShuttingDownError once the store is closed,
+    NoSpaceError if the disk is full and InternalError if it fails otherwise.
     """
 
     def __init__(
@@ -201,9 +201,9 @@ class JobStore:
         now: Callable[[], float] = time.time,
         random_bytes: Callable[[int], bytes] = secrets.token_bytes,
     ) -> None:
-        """Ended jobs are forgotten after `max_age_s`, and earlier when all need over `max_bytes`.
+        """Ended jobs are deleted after `max_age_s`, or earlier if all need more than `max_bytes`.
 
-        A job that has waited for `max_wait_s` expires instead of being run.
+        A job that has waited for `max_wait_s` expires and is not run.
         """
         self._data_dir = data_dir
         self._folder = data_dir / FOLDER_NAME
@@ -218,10 +218,10 @@ class JobStore:
         self._arrived = asyncio.Event()
 
     async def __aenter__(self) -> JobStore:
-        """Open the store; raises SettingsError if another process has it open or a newer one had.
+        """Open the store; raises SettingsError if it is in use or was written by a newer version.
 
-        Jobs that were running when the last process was killed end as interrupted; those that were
-        waiting still wait.
+        Jobs that were running when the last process was killed end as interrupted; queued ones
+        stay queued.
         """
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, "job store")
@@ -247,14 +247,14 @@ class JobStore:
     async def create(
         self, image: bytes, request: Mapping[str, object], mask: bytes | None = None
     ) -> Job:
-        """Accept a job: when this returns, the job is on the disk.
+        """Accept a job: when this returns, the job is on disk.
 
-        Raises ServerBusyError when the queue is full.
+        Raises ServerBusyError if the queue is full.
         """
         return await self._do(self._create, JobInput(image, mask), json.dumps(dict(request)))
 
     async def check_room(self) -> None:
-        """Raise what `create` would say now about any job, before anybody sends one."""
+        """Raise the error that `create` would raise now for any job, before a body is sent."""
         await self._do(self._check_room, 0)
 
     async def get(self, job_id: str) -> Job:
@@ -269,7 +269,7 @@ class JobStore:
         return await self._do(self._page, limit, after)
 
     async def wait(self, job_id: str) -> Job:
-        """The job once its state is final; raises JobNotFoundError, also when it is deleted."""
+        """The job once its state is final; raises JobNotFoundError, also if it is deleted."""
         with self._listening(job_id) as changed:
             while not (job := await self.get(job_id)).state.is_final:
                 await changed.wait()
@@ -277,9 +277,9 @@ class JobStore:
         return job
 
     async def events_after(self, job_id: str, last_event_id: int = 0) -> AsyncIterator[JobEvent]:
-        """Yield the later events of a job, those to come as well, up to the one that is its end.
+        """Yield the later events of a job, including future ones, up to its final one.
 
-        Raises JobNotFoundError; ends early when the job is deleted meanwhile.
+        Raises JobNotFoundError; ends early if the job is deleted meanwhile.
         """
         await self.get(job_id)
         with self._listening(job_id) as changed:
@@ -294,25 +294,25 @@ class JobStore:
                 changed.clear()
 
     async def read_input(self, job_id: str) -> JobInput:
-        """What the job was given; raises JobNotFoundError."""
+        """The input of the job; raises JobNotFoundError."""
         return await self._do(self._read_input, job_id)
 
     async def read_result(self, job_id: str) -> bytes:
-        """What the job made; raises JobNotFoundError, or JobConflictError if it has no result."""
+        """The result of the job; raises JobNotFoundError, or JobConflictError if it has none."""
         return await self._do(self._read_result, job_id)
 
     async def cancel(self, job_id: str) -> Job:
-        """Withdraw a job that waits or runs, and return it; a job that has ended stays as it is."""
+        """Cancel a queued or running job, and return it; a job that has ended is unchanged."""
         return await self._do(self._cancel, job_id)
 
     async def delete(self, job_id: str) -> None:
-        """Forget a job with all its files; raises JobConflictError while it is running."""
+        """Delete a job with all its files; raises JobConflictError while it is running."""
         await self._do(self._delete, job_id)
 
     async def tidy(self) -> None:
-        """Expire what has waited too long and forget what is too old or too much.
+        """Expire jobs that waited too long; delete those that are too old or need too much space.
 
-        Happens by itself whenever the store is opened and a job comes or ends.
+        Runs by itself when the store is opened and when a job is created or ends.
         """
         await self._do(self._tidy)
 
@@ -326,19 +326,19 @@ class JobStore:
         return job
 
     async def note(self, job_id: str, progress: Progress) -> None:
-        """Record how far a running job has come, about once a second and at each new phase."""
+        """Record the progress of a running job, about once a second and at each new phase."""
         await self._do(self._note, job_id, progress)
 
     async def succeed(self, job_id: str, result: bytes, answer: Mapping[str, object]) -> bool:
-        """End a running job with its result; False, and nothing is kept, if it has ended before."""
+        """End a running job with its result; False, and nothing is kept, if it had ended before."""
         return await self._do(self._succeed, job_id, result, json.dumps(dict(answer)))
 
     async def end(self, job_id: str, error: Step1XEditError) -> bool:
-        """End a running job with an error; False if it has ended before."""
+        """End a running job with an error; False if it had already ended."""
         return await self._do(self._end, job_id, error)
 
     async def put_back(self) -> None:
-        """Have jobs that are said to run wait again, in their old places: nobody runs them now."""
+        """Queue jobs marked as running again, in their old positions: no runner has them now."""
         await self._do(self._put_back)
 
     # --- between the event loop and the thread ---
@@ -350,7 +350,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _listening(self, job_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever something has happened to the job."""
+        """An event that is set at each change of the job."""
         changed = asyncio.Event()
         listeners = self._listeners.setdefault(job_id, set())
         listeners.add(changed)
@@ -366,8 +366,8 @@ class JobStore:
             listener.set()
 
     def _notify(self, wake: Callable[..., object], *arguments: object) -> None:
-        """From the thread: a caller who has given up must not keep the news from the others."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to listen
+        """From the thread: one caller that has gone must not keep events from the others."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no listener is left
             self._loop.call_soon_threadsafe(wake, *arguments)
 
     # --- opening, on the thread -------------------------------------------------------------------
@@ -414,7 +414,7 @@ class JobStore:
         self._tidy()
 
     def _start_over(self, path: Path, error: sqlite3.Error) -> None:
-        """Begin with no jobs, because the database is damaged; everything is kept elsewhere."""
+        """Start with no jobs, because the database is damaged; everything is kept elsewhere."""
         folder = self._set_aside(
             self._folder, *(path.with_name(path.name + end) for end in ("", "-wal", "-shm"))
         )
@@ -429,7 +429,7 @@ class JobStore:
         self._connection.row_factory = sqlite3.Row
         self._connection.text_factory = _text
         for pragma in (
-            # Nobody else may even read: the database itself is the lock, and a kill unlocks it.
+            # Nobody else may even read: the database itself is the lock, and a kill releases it.
             "locking_mode = EXCLUSIVE",
             "journal_mode = WAL",
             "synchronous = FULL",
@@ -450,7 +450,7 @@ class JobStore:
                 self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _interrupt(self) -> None:
-        """End what was running when the last process was killed: it may have been the reason."""
+        """End the job that was running when the last process was killed: it may be the cause."""
         error = JobInterruptedError("the server ended while it was running")
         for job_id in self._ids("SELECT id FROM jobs WHERE state = 'running'"):
             self._move(_END, job_id, JobState.FAILED, answer=_answer(error), size=0)
@@ -467,7 +467,7 @@ class JobStore:
             elif job is None:
                 _remove(folder)
             else:
-                _mark_accepted(folder)  # or a kill has come before that, or an older version
+                _mark_accepted(folder)  # missing after a kill or from an older version
                 if job.state is not JobState.SUCCEEDED:
                     self._drop_result(job.id)
         if lost:
@@ -476,7 +476,7 @@ class JobStore:
             log.error("the database has lost stored jobs; their files are in %s: %s", kept, names)
 
     def _set_rows_aside(self) -> None:
-        """Take rows that cannot be read out of the database, and keep them as files."""
+        """Move rows that cannot be read out of the database, and keep them as files."""
         rows = self._connection.execute("SELECT *, NULL AS position FROM jobs").fetchall()
         for row in rows:
             try:
@@ -495,7 +495,7 @@ class JobStore:
         log.error("the stored job %s cannot be read (%s); it is in %s", job_id, error, folder)
 
     def _set_aside(self, *paths: Path) -> Path:
-        """Move files and folders that are not understood to where nothing is removed."""
+        """Move unknown files and folders to a place where nothing is removed."""
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._now()))
         folder = self._data_dir / LOST_NAME / f"{stamp}-{secrets.token_hex(4)}"
         folder.mkdir(mode=0o700, parents=True)
@@ -509,7 +509,7 @@ class JobStore:
 
     def _find(self, job_id: str) -> Job | None:
         if not _ID.fullmatch(job_id):
-            return None  # and not every text can be asked for
+            return None  # and SQLite does not accept every text
         row = self._connection.execute(_GET + "WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else _readable(row)
 
@@ -542,7 +542,7 @@ class JobStore:
     def _read_input(self, job_id: str) -> JobInput:
         job = self._get(job_id)
         folder = self._folder / job.id
-        # The row says so: a mask whose file has gone must not be taken for none.
+        # The row decides: a mask whose file is missing must not be treated as no mask.
         mask = (folder / _MASK).read_bytes() if job.has_mask else None
         return JobInput((folder / _INPUT).read_bytes(), mask)
 
@@ -562,12 +562,12 @@ class JobStore:
         number: float | None = self._connection.execute(query).fetchone()[0]
         return number
 
-    # --- accepting and forgetting, on the thread --------------------------------------------------
+    # --- accepting and deleting, on the thread ----------------------------------------------------
 
     def _create(self, given: JobInput, request: str) -> Job:
         size = len(given.image) + len(given.mask or b"")
         self._tidy()
-        self._check_room(size)  # before history gives way to a job that is refused
+        self._check_room(size)  # do not delete history for a job that is refused
         self._tidy(needed=size)
         self._last_number += 1
         job_id = f"{self._last_number:012x}{self._random_bytes(16).hex()}"
@@ -596,7 +596,7 @@ class JobStore:
 
     def _check_room(self, size: int) -> None:
         if size > self._max_bytes:
-            raise NoSpaceError("the image is larger than all that stored jobs may occupy")
+            raise NoSpaceError("the image is larger than the space for stored jobs")
         waiting = int(self._number("SELECT count(*) FROM jobs WHERE state = 'queued'") or 0)
         unfinished = self._number("SELECT sum(size) FROM jobs WHERE finished_at IS NULL") or 0
         if waiting < self._max_queued and unfinished + size <= self._max_bytes:
@@ -618,7 +618,7 @@ class JobStore:
         self._forget([job_id])
 
     def _tidy(self, needed: int = 0, keep: str = "") -> None:
-        """Make room for `needed` bytes, the oldest ended jobs first, but not of the job `keep`."""
+        """Free `needed` bytes, deleting the oldest ended jobs first, but not the job `keep`."""
         now = self._now()
         waited = DeadlineExceededError(f"the job has waited for {self._max_wait_s:g} s")
         for job_id in self._ids(
@@ -639,7 +639,7 @@ class JobStore:
         self._forget(too_much)
 
     def _forget(self, job_ids: Iterable[str]) -> None:
-        """Rows first: what is killed in between leaves folders that the next start sweeps."""
+        """Rows first: a kill in between leaves folders that the next start sweeps."""
         for job_id in job_ids:
             with contextlib.suppress(OSError):
                 (self._folder / job_id / _ACCEPTED).unlink()
@@ -702,7 +702,7 @@ class JobStore:
         return self._get(job_id)
 
     def _drop_result(self, job_id: str) -> None:
-        """A result that could not be recorded as such is none."""
+        """Delete a result that could not be recorded as such."""
         (self._folder / job_id / _RESULT).unlink(missing_ok=True)
 
     def _put_back(self) -> None:
@@ -718,7 +718,7 @@ class JobStore:
         progress: Progress | None = None,
         **values: str | int,
     ) -> bool:
-        """Change a job and record it as an event, both or none; False if its state forbids that."""
+        """Change a job and record it as an event, both or none; False if its state forbids it."""
         now = self._now()
         with self._transaction():
             moved = self._connection.execute(
@@ -760,7 +760,7 @@ class JobStore:
 
 
 def _readable(row: sqlite3.Row) -> Job | None:
-    """The job of a row; None, with a line in the log, if the row is damaged."""
+    """The job of a row; None, and a line in the log, if the row is damaged."""
     try:
         return _job(row)
     except ValueError as error:
@@ -769,7 +769,7 @@ def _readable(row: sqlite3.Row) -> Job | None:
 
 
 def _job(row: sqlite3.Row) -> Job:
-    """The job of a row; raises ValueError if the row is not one that we have written."""
+    """The job of a row; raises ValueError if the store cannot have written the row."""
     for name in ("id", "state", "request"):
         _check_kind(row, name, str)
     for name in ("answer", "phase"):
@@ -780,7 +780,7 @@ def _job(row: sqlite3.Row) -> Job:
     for name in ("size", "has_mask"):
         _check_kind(row, name, int)
     if not _ID.fullmatch(row["id"]):
-        raise ValueError("its id is none")
+        raise ValueError("its id is not valid")
     state = JobState(row["state"])
     if state.is_final != (row["finished_at"] is not None):
         raise ValueError("its state and its times contradict each other")
@@ -800,7 +800,7 @@ def _job(row: sqlite3.Row) -> Job:
 
 def _check_kind(row: sqlite3.Row, name: str, *kinds: type) -> None:
     if not isinstance(row[name], kinds):
-        raise ValueError(f"{name} is of the wrong kind")
+        raise ValueError(f"{name} has the wrong type")
 
 
 def _object(text: str) -> dict[str, object]:
@@ -809,7 +809,7 @@ def _object(text: str) -> dict[str, object]:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(found, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 
@@ -831,7 +831,7 @@ def _progress(row: sqlite3.Row) -> Progress | None:
 
 
 def _text(data: bytes) -> str | bytes:
-    """A text as the database holds it; bytes if it is none, for the row to be found damaged."""
+    """A text column; bytes if it is not valid text, so that the row is found damaged."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -839,7 +839,7 @@ def _text(data: bytes) -> str | bytes:
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
-    """Whether the database itself is at fault, not the disk or another process."""
+    """Whether the database itself is damaged, rather than the disk full or the file locked."""
     words = ("no such ", "already exists", "duplicate column", "malformed")
     return type(error) is sqlite3.DatabaseError or any(word in str(error) for word in words)
 
@@ -857,7 +857,7 @@ def _answer(error: Step1XEditError) -> str:
 def _is_news(progress: Progress, last: Progress | None, age_s: float) -> bool:
     if last is None or progress.phase is not last.phase:
         return True
-    is_recent = 0 <= age_s < PROGRESS_INTERVAL_S  # a clock may have been set back
+    is_recent = 0 <= age_s < PROGRESS_INTERVAL_S  # the clock may have been set back
     return progress != last and not is_recent
 
 
@@ -889,7 +889,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _mark_accepted(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # without it only the protection against losses is missing
+    with contextlib.suppress(OSError):  # optional: it only helps to detect losses
         (folder / _ACCEPTED).touch(mode=0o600)
 
 
@@ -903,7 +903,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder; what cannot be removed now is swept at the next start."""
+    """Remove a folder; the next start sweeps what cannot be removed now."""
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What a request becomes: the job of the engine; and what a result becomes: record and metadata.
+"""Conversions: a request to the engine's job, and a result to its record and metadata.
 
 The record is written into the picture's file, so that the edit can be repeated. The metadata is
-what an answer says.
+returned in an answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from step1x_edit.schemas.requests import (
     strengths_of,
 )
 
-if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
+if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
     from step1x_edit.pictures.images import Picture, Pixels
 
 PictureOrder: TypeAlias = PictureRequest | GeneratePictureRequest
@@ -36,7 +36,7 @@ _Request = TypeVar("_Request", bound=HowToMake)
 
 
 def with_seed(request: _Request) -> _Request:
-    """The same request; if it leaves the seed to chance, with a seed drawn now."""
+    """The same request; if its seed is random, with a seed drawn now."""
     if request.seed is not None:
         return request
     return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
@@ -50,7 +50,7 @@ def job_of(request: PictureOrder, image: Pixels | None, previews: int = 0) -> Ed
 
 
 def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None) -> Record:
-    """What the picture was made with, from its request, which has a seed, and its result."""
+    """The parameters that the picture was made with, from its request (with a seed) and result."""
     made = {
         **how_of(request),
         "model": result.residence.model_with_loras or "",
@@ -72,7 +72,7 @@ def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None
 def metadata_of(
     record: Record, result: EditResult, picture: Picture, changed_share: float | None
 ) -> EditMetadata:
-    """What an answer says about the picture."""
+    """The metadata of the picture in an answer."""
     residence, reasoning = result.residence, result.painted.reasoning
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):

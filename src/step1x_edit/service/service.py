@@ -1,9 +1,8 @@
 """The service: pictures, GPU operations and status, for every interface.
 
-An edit is one straight story: decode the picture, have the engine edit, bring the result back to
-its size, keep what a mask says must stay, encode it, say how it was made. `file_edits` does the
-same with files. The service knows nothing about protocols, and of the model only what the engine
-says.
+An edit is a linear sequence: decode the picture, have the engine edit it, restore its size, keep
+what a mask protects, encode it, describe how it was made. `file_edits` does the same with files.
+The service knows nothing about protocols, and knows the model only through the engine.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ from step1x_edit.service.records import PictureOrder, job_of, metadata_of, recor
 from step1x_edit.settings import MEBI, Settings
 from step1x_edit.waiting import with_heartbeats
 
-if TYPE_CHECKING:  # a server answers its first questions before numpy and Pillow are there
+if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
     from step1x_edit.pictures.images import Picture, Pixels
 
 _Request = TypeVar("_Request", bound=HowToMake)
@@ -86,19 +85,19 @@ _Request = TypeVar("_Request", bound=HowToMake)
 
 @dataclass(frozen=True)
 class EditedPicture:
-    """A picture, edited or made from words alone, as the bytes of a file, and how it was made."""
+    """A picture, edited or generated, as the bytes of a file, and how it was made."""
 
     picture: Picture
     data: bytes
     metadata: EditMetadata
     processing_time: float
     rounds: tuple[bytes, ...] = ()
-    """Small JPEGs of what each round of a reflection has painted."""
+    """Small JPEGs of the result of each round of a reflection."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is edited: a picture, and the mask of what may change in it, if there is one."""
+    """The input of an edit: a picture, and the mask of the region that may change, if any."""
 
     picture: Picture
     mask: Pixels | None = None
@@ -106,14 +105,14 @@ class _Source:
 
 
 class EditService:
-    """The operations. `wiring.build_service` brings the usual collaborators."""
+    """The operations. `wiring.build_service` creates one with its usual collaborators."""
 
     def __init__(
         self, engine: Engine, files: FileAccess, settings: Settings, estimator: Estimator
     ) -> None:
         self._engine = engine
         self.files = files
-        """The files of callers, for the doors that take paths."""
+        """The callers' files, for the interfaces that take paths."""
         self._settings = settings
         self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
@@ -122,42 +121,42 @@ class EditService:
 
     @property
     def defaults(self) -> Mapping[str, int | float]:
-        """What the operator has chosen for parameters that a caller leaves out."""
+        """The operator's defaults for parameters that a caller leaves unset."""
         return {name: getattr(self._settings, f"default_{name}") for name in CHOSEN_BY_THE_OPERATOR}
 
     @property
     def loras(self) -> Mapping[str, float]:
-        """The LoRAs that edits can ask for, and how much of each is added if they do not."""
+        """The LoRAs that edits can select, and their default strengths."""
         return MappingProxyType(self._loras)
 
     def read_edit(self, arguments: Mapping[str, object]) -> EditRequest:
-        """Make a request of what a caller gave; raises InvalidParameterError.
+        """Create a request from a caller's parameters; raises InvalidParameterError.
 
-        None counts as not given where a parameter may be left out: language models like to send it.
+        None counts as unset for optional parameters: language models often send it.
         """
         return self._read(EditRequest, arguments)
 
     def read_picture(self, arguments: Mapping[str, object]) -> PictureRequest:
-        """Make a request of what a caller gave, as `read_edit` does."""
+        """Create a request from a caller's parameters, as `read_edit` does."""
         return self._read(PictureRequest, arguments)
 
     def read_generate(self, arguments: Mapping[str, object]) -> GenerateRequest:
-        """Make a request of what a caller gave, as `read_edit` does.
+        """Create a request from a caller's parameters, as `read_edit` does.
 
-        Raises InvalidParameterError too if it is known already that the model only edits.
+        Raises InvalidParameterError too if the model is already known to only edit.
         """
         request = self._read(GenerateRequest, arguments)
         self._check_can_generate()
         return request
 
     def read_generate_picture(self, arguments: Mapping[str, object]) -> GeneratePictureRequest:
-        """Make a request of what a caller gave, as `read_generate` does."""
+        """Create a request from a caller's parameters, as `read_generate` does."""
         request = self._read(GeneratePictureRequest, arguments)
         self._check_can_generate()
         return request
 
     def read_batch(self, arguments: Mapping[str, object]) -> BatchRequest:
-        """Make a request of what a caller gave, as `read_edit` does."""
+        """Create a request from a caller's parameters, as `read_edit` does."""
         return self._read(BatchRequest, arguments)
 
     async def edit_picture(
@@ -169,13 +168,12 @@ class EditService:
         mask: bytes | None = None,
         previews: int = 0,
     ) -> EditedPicture:
-        """Edit a picture that the caller has sent, and give the result back; no file is touched.
+        """Edit a picture that the caller has sent, and return the result; no file is touched.
 
-        `suffix` chooses the format as that of an output does, `mask` is a picture of what may
-        change. Up to `previews` of the reported steps carry a preview. Cancelling the call stops
-        the work.
+        `suffix` selects the output format, `mask` is a picture of the region that may change. Up
+        to `previews` of the reported steps carry a preview. Cancelling the call cancels the edit.
         """
-        await self.check_room()  # a server without room must not spend memory on pictures
+        await self.check_room()  # a full server must not spend memory on pictures
         return await self._edit(data, request, report, suffix, mask, self._submit(previews))
 
     async def edit_next(
@@ -186,7 +184,7 @@ class EditService:
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> EditedPicture:
-        """Edit the next picture of a batch that `check_room` has let in; all else as above."""
+        """Edit the next picture of a batch that `check_room` has admitted; otherwise as above."""
         return await self._edit(data, request, report, suffix, mask, self._engine.submit_next)
 
     async def generate_picture(
@@ -196,16 +194,16 @@ class EditService:
         suffix: str = ".png",
         previews: int = 0,
     ) -> EditedPicture:
-        """Make a picture from words alone and give it back; all else is as in `edit_picture`.
+        """Generate a picture from a prompt alone and return it; otherwise as `edit_picture`.
 
-        Raises InvalidParameterError if it is known already that the model only edits.
+        Raises InvalidParameterError if the model is already known to only edit.
         """
         self._check_can_generate()
         await self.check_room()
         return await self._edit(None, request, report, suffix, None, self._submit(previews))
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
-        """Raise what `edit_picture` would say about these bytes, without editing them."""
+        """Raise the error that `edit_picture` would raise for these bytes, without editing them."""
         await asyncio.to_thread(self._decode, data, mask, ".png")
 
     async def preview(self, data: bytes, side: int) -> bytes:
@@ -219,27 +217,27 @@ class EditService:
         return await asyncio.to_thread(show)
 
     def status(self) -> StatusAnswer:
-        """Where the model is and what it occupies; never waits."""
+        """The location of the model and the memory it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
     @property
     def is_editing(self) -> bool:
-        """Whether the model is at work, or on its way to it."""
+        """Whether the model is computing, or about to."""
         return self._engine.status().is_editing
 
     @property
     def version(self) -> str | None:
-        """That of the model, known once it has been loaded, or if a setting names it."""
+        """The model version, known once it has been loaded, or if a setting names it."""
         return self._engine.status().residence.version or named_version(self._settings)
 
     @property
     def can_reason(self) -> bool:
-        """Whether edits may think and reflect, as far as is known before the model is loaded."""
+        """Whether edits may use thinking and reflection, as far as known without the model."""
         return self.version is None or self.version in REASONING
 
     @property
     def suggestion(self) -> Suggestion | None:
-        """What the authors recommend for the model, if it is known and the defaults differ."""
+        """The authors' recommended parameters, if the model is known and the defaults differ."""
         return suggestion_for(self.version, self._settings)
 
     async def estimate(
@@ -249,16 +247,16 @@ class EditService:
         n: int = 1,
         previews: int = 0,
     ) -> EstimateAnswer:
-        """What `n` such edits of a picture of this size (or of a square one) would take.
+        """The time and memory of `n` such edits of a picture of this size (or of a square one).
 
         Nothing is run and no worker is started. If the model is not loaded, a separate process
-        inspects the checkpoint. Raises what such a picture or the checkpoint would be refused for.
+        inspects the checkpoint. Raises the error that such a picture would be refused with.
         """
         return await self._estimator.estimate(request, size, n, previews)
 
     @property
     def outcomes(self) -> Mapping[str, int]:
-        """How many edits have ended how since the start: "success", or the code of the error."""
+        """The number of edits since the start by outcome: "success", or the code of the error."""
         return MappingProxyType(self._outcomes)
 
     @property
@@ -274,7 +272,7 @@ class EditService:
         return checks
 
     async def check_room(self) -> None:
-        """Raise what an edit would be refused for now, before its picture is read."""
+        """Raise the error that an edit would be refused with now, before its picture is read."""
         self._engine.check_room()
 
     def _check_checkpoint(self) -> None:
@@ -283,7 +281,7 @@ class EditService:
             raise CheckpointError("there is nothing at MODEL_PATH")
 
     def _check_disk(self) -> None:
-        """Raise NoSpaceError if DATA_DIR cannot take the largest picture that a job may bring."""
+        """Raise NoSpaceError if DATA_DIR cannot take the largest picture that a job may contain."""
         folder = self._settings.data_dir
         try:
             free = shutil.disk_usage(nearest_existing(folder)).free
@@ -304,15 +302,15 @@ class EditService:
         return self._moved("GPU offloaded. Model now on", status)
 
     async def release(self) -> GpuAnswer:
-        """Let go of the model and of all memory it holds, before the next edit."""
+        """Unload the model and free all its memory, before the next edit."""
         return self._moved("GPU released. Model location:", await _moving(self._engine.release()))
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Stop the running edit, end the waiting ones and take no more."""
+        """Cancel the running edit, fail the waiting ones and accept no more."""
         self._engine.close(timeout_s)
 
     def _check_can_generate(self) -> None:
-        """Refuse without a worker what a version that is certain cannot do."""
+        """Refuse, without a worker, what the model cannot do if its version is certain."""
         residence = self._engine.status().residence
         version = residence.version or _certain_version(self._settings)
         if version in ONLY_EDITING:
@@ -331,7 +329,7 @@ class EditService:
         return self._completed(read_request(kind, given))
 
     def _completed(self, request: _Request) -> _Request:
-        """The request with the operator's defaults for what it leaves open; checks its LoRAs."""
+        """The request with the operator's defaults for unset parameters; checks its LoRAs."""
         check_loras(strengths_of(request.loras or []), self._loras)
         left_open = type(request).model_fields.keys() - request.model_fields_set
         defaults = {name: value for name, value in self.defaults.items() if name in left_open}
@@ -346,7 +344,7 @@ class EditService:
         mask: bytes | None,
         submit: Callable[[EditJob], Edit],
     ) -> EditedPicture:
-        """Edit a picture, or make one if there is none."""
+        """Edit a picture, or generate one if there is none."""
         started = time.monotonic()
         request, source = with_seed(self._completed(request)), None
         if data is not None:
@@ -447,12 +445,12 @@ async def _run(edit: Edit, report: Notify) -> EditResult:
 
 
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:
-    """Wait for a move of the model; who gives up waiting does not stop it."""
+    """Wait for a move of the model; cancelling the wait does not stop the move."""
     return await asyncio.shield(asyncio.wrap_future(move))
 
 
 def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
-    """The edited picture as its source was, and the share that changed if there was a mask."""
+    """The edited picture in the size of its source, and the changed share if there was a mask."""
     from step1x_edit.pictures import images
 
     if source is None:
@@ -465,7 +463,7 @@ def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | 
 
 
 def _rounds(painted: Painted, source: _Source | None) -> tuple[bytes, ...]:
-    """What each round has painted, as it is shown: without what a mask or alpha would hide."""
+    """The result of each round as shown: without the parts that a mask or alpha hides."""
     from step1x_edit.pictures import images
 
     profile = None if source is None else source.picture.icc_profile
@@ -479,7 +477,7 @@ def _rounds(painted: Painted, source: _Source | None) -> tuple[bytes, ...]:
 
 
 def _rounded(plan: PlanStatus) -> PlanStatus:
-    """The plan with two digits, because its figures are estimates or fluctuate."""
+    """The plan rounded to two digits, because its figures are estimates or fluctuate."""
     figures: dict[str, Any] = {
         name: round(value, 2) for name, value in vars(plan).items() if isinstance(value, float)
     }
@@ -487,7 +485,7 @@ def _rounded(plan: PlanStatus) -> PlanStatus:
 
 
 def named_version(settings: Settings) -> str | None:
-    """The version of the model as the settings name it, if they do; nothing is opened."""
+    """The version of the model if the settings name it; nothing is opened."""
     if settings.model_version != "auto":
         return settings.model_version
     if settings.model_path is None:
@@ -505,7 +503,7 @@ def _certain_version(settings: Settings) -> str | None:
 
 
 def suggestion_for(version: str | None, settings: Settings) -> Suggestion | None:
-    """What is recommended for a version, if the operator's defaults are others."""
+    """The recommended parameters of a version, if the operator's defaults differ."""
     suggested = SUGGESTED.get(version or "")
     chosen = Suggestion(settings.default_num_steps, settings.default_guidance_scale)
     return None if suggested == chosen else suggested

@@ -1,4 +1,4 @@
-"""How the parts are put together: settings, worker process, engine, files and service."""
+"""Wires the parts together: settings, worker process, engine, files and service."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def build_service(
     clock: Clock | None = None,
     take_survey: Callable[[], Survey] | None = None,
 ) -> EditService:
-    """Wire the service that all interfaces use; `start` starts another worker than the usual one.
+    """Wire the service that all interfaces use; `start` replaces the usual way to start a worker.
 
-    Raises SettingsError if the usual one cannot have its DEVICE.
+    Raises SettingsError if the usual worker cannot use its DEVICE.
     """
     if start is None:
         check_device(settings.device)
