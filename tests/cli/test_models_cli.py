@@ -137,7 +137,7 @@ def test_model_path_may_be_the_name_of_a_pulled_model(
     shutil.copytree(DEMO_FOLDER, tmp_path / "models" / "acme--own")
     after = json.loads(run.invoke(models_app, ["list", "--json"]).stdout)["models"]
 
-    assert "MODEL_PATH acme/own is not pulled; step1x-edit models pull acme/own gets it" in before
+    assert "MODEL_PATH acme/own is not pulled; run step1x-edit models pull acme/own" in before
     chosen = next(model for model in after if model["runs"])
     assert chosen["place"] == str(tmp_path / "models" / "acme--own")
 
@@ -147,7 +147,7 @@ def test_where_says_how_to_get_what_is_not_there(hub: Hub) -> None:
 
     assert (result.exit_code, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
-    assert "v1.1 is not pulled; step1x-edit models pull v1.1 gets it" in line
+    assert "v1.1 is not pulled; run step1x-edit models pull v1.1" in line
 
 
 def test_rm_asks_first(hub: Hub, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_one_model_is_pulled_at_a_time(client: httpx2.Client, hub: Hub, tmp_path
         end = list(events)[-1]
 
     assert (refused.status_code, refused.json()["code"]) == (409, "job_conflict")
-    assert "v1.2 is being pulled, and one model is at a time" in refused.json()["detail"]
+    assert "v1.2 is being pulled, and only one model is at a time" in refused.json()["detail"]
     assert not_running.status_code == 409
     assert here == [("pulled", {"path": str(tmp_path / "models" / OTHER)})]
     assert end[0] == "pulled"
@@ -279,8 +279,8 @@ def test_a_server_that_ends_stops_its_pull(
 @pytest.mark.parametrize(
     ("name", "fault", "code", "told"),
     [
-        (BIG, Fault(flip=True), "model_unavailable", "other content than its checksum says"),
-        (LISTING, Fault(401), "model_unavailable", "to nobody without a valid token"),
+        (BIG, Fault(flip=True), "model_unavailable", "does not match its checksum"),
+        (LISTING, Fault(401), "model_unavailable", "requires a valid token"),
         (LISTING, Fault(200, body=b"<html>"), "model_unavailable", "check HF_ENDPOINT"),
     ],
     ids=["flipped", "private", "no hub"],

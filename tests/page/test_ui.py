@@ -1183,7 +1183,7 @@ def test_a_pull_that_fails_says_why_in_one_sentence(
     page.click("#models-fetch")
 
     alert = page.locator("#models-line [role=alert]")
-    expect(alert).to_contain_text("Cannot get model: transformer/model.safetensors arrives with")
+    expect(alert).to_contain_text("Cannot get model: transformer/model.safetensors does not match")
     expect(page.locator("#models-fetch")).to_be_enabled()
     choose_model(page, "v1.1")
     expect(page.locator("#models-line")).to_have_text("")

@@ -1,6 +1,6 @@
-"""The published checkpoints as data: what they are called and which files they consist of.
+"""The published checkpoints as data: their names and the files they consist of.
 
-Whatever else lies on the hub can be named by its id. This module reads no disk and no network.
+Other models on the hub can be named by their id. This module reads no disk and no network.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ from typing import Final
 from step1x_edit.errors import InvalidParameterError
 
 SUFFIXES: Final = frozenset({".safetensors", ".json", ".txt", ".jinja"})
-"""Of files that are fetched: weights, configurations and vocabularies, nothing that runs."""
+"""The types of files that are fetched: weights, configurations and vocabularies, no code."""
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A repository of the hub, which of its files are needed, and the subfolder they go to."""
+    """A repository of the hub, its required files, and the subfolder for them."""
 
     repo: str
     patterns: tuple[str, ...] = ("*",)
     subfolder: str = ""
 
     def wants(self, path: str) -> bool:
-        """Whether a file is one that is needed, and of a kind that is safe to have."""
+        """Whether a file is required, and of a type that is safe to store."""
         is_wanted = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.patterns)
         return is_wanted and PurePosixPath(path).suffix in SUFFIXES
 
 
 @dataclass(frozen=True)
 class Model:
-    """Something that can be fetched, and the name of the folder it is kept in."""
+    """A model that can be fetched, and the name of its folder."""
 
     name: str
     sources: tuple[Source, ...]
     version: str | None = None
     published_bytes: int | None = None
-    """What the published listings add up to, rounded as they are; None where they do not say."""
+    """The sum of the published file sizes, rounded as published; None if they are not stated."""
     note: str = ""
 
     @property
     def folder_name(self) -> str:
-        """Its name as one part of a path."""
+        """The name as a single path component."""
         return self.name.replace("/", "--")
 
     @property
@@ -58,7 +58,7 @@ class Model:
 
 OFFICIAL: Final = "stepfun-ai/Step1X-Edit"
 QWEN: Final = Source("Qwen/Qwen2.5-VL-7B-Instruct", subfolder="Qwen2.5-VL-7B-Instruct")
-"""The conditioner, which the official single files do not bring along."""
+"""The conditioner, which the official single files do not include."""
 
 _TRANSFORMER, _VAE, _CONDITIONER = 24_900_000_000, 335_000_000, 16_600_000_000
 _SINGLE_FILES: Final = _TRANSFORMER + _VAE + _CONDITIONER
@@ -105,12 +105,12 @@ CATALOG: Final = (
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether it is written as the hub writes its ids: owner/name."""
+    """Whether the name has the form of a hub id: owner/name."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 def find_model(name: str) -> Model:
-    """The model of a name in the catalog or of a hub id. Raises InvalidParameterError."""
+    """The model with a name in the catalog or a hub id. Raises InvalidParameterError."""
     named = {model.name: model for model in CATALOG}
     if name.lower() in named:
         return named[name.lower()]
@@ -119,7 +119,7 @@ def find_model(name: str) -> Model:
         return owners[0]
     if owners:
         several = " or ".join(model.name for model in owners)
-        raise InvalidParameterError(f"{name} holds several models, so say {several}")
+        raise InvalidParameterError(f"{name} has several models; choose {several}")
     if is_hub_id(name):
         return Model(name, (Source(name),))
     close = difflib.get_close_matches(name.lower(), named, n=1, cutoff=0.4)

@@ -1,9 +1,9 @@
 """Fetching published models from the hub, or from the mirror that HF_ENDPOINT names.
 
-The hub's own library lists the files and makes the requests. What it lacks is here: a download
-that goes on after the process was killed, the check of what arrived, and a folder that appears
-only when all of it is there. Files lie in the partial folder under their own names. What is
-shorter than promised is gone on with; what is as long as promised is compared with its checksum.
+The hub's own library lists the files and makes the requests. This module adds what it lacks:
+downloads that continue after the process was killed, a check of the received content, and a folder
+that appears only when it is complete. Files are stored in the partial folder under their own names.
+A file shorter than listed is continued; one of the listed length is compared with its checksum.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from step1x_edit.hub.catalog import Model, Source, find_model
 from step1x_edit.hub.pulled import held, kept_models, partial_folder, publish
 
 TRIES: Final = 6
-"""Failures in a row, without a byte between them, until we give up."""
+"""Failures in a row, without a byte received in between, before giving up."""
 LONGEST_PAUSE_S: Final = 60.0
 READ_SIZE: Final = 1024 * 1024
 
-# The hub's library would ask its server who is calling and tell it what is installed here.
+# The hub's library would send its server details about the user and the installed software.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 @dataclass(frozen=True)
 class PullProgress:
-    """How much of a model is on the disk; `text` is for people."""
+    """How much of a model is on disk; `text` is for people."""
 
     phase: Literal["downloading", "checking", "waiting"]
     done: int
@@ -54,7 +54,7 @@ Report = Callable[[PullProgress], None]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of the hub: where to get it, where it goes, and what it has to be."""
+    """A file of the hub: its URL, its destination, and its expected size and checksum."""
 
     repo: str
     url: str
@@ -62,12 +62,12 @@ class RemoteFile:
     size: int
     sha256: str | None
     git_id: str | None
-    """SHA-1 over a header and the content, which the hub tells of small files."""
+    """SHA-1 over a header and the content, which the hub reports for small files."""
 
     def is_intact(self, path: Path, heard: Callable[[], None]) -> bool:
-        """Whether the content is what the hub promises; true where it promises nothing.
+        """Whether the content matches the hub's checksum; true if the hub lists none.
 
-        `heard` is called after each piece: to read 17 GB takes a while, and it may raise.
+        `heard` is called after each piece: reading 17 GB takes a while, and it may raise.
         """
         if self.sha256 is not None:
             digest, expected = hashlib.sha256(), self.sha256
@@ -93,8 +93,8 @@ def pull(
 ) -> Path:
     """Fetch a model of the catalog or the hub into a folder below `models`; return that folder.
 
-    Does nothing if the model is there. What an earlier pull has left is gone on with. Without an
-    `endpoint` HF_ENDPOINT or the public hub is asked. Raises ModelFetchError, NoSpaceError and
+    Does nothing if the model is there. Continues what an earlier pull has left. Without an
+    `endpoint`, uses HF_ENDPOINT or the public hub. Raises ModelFetchError, NoSpaceError and
     OutputNotWritableError.
     """
     model = find_model(name)
@@ -102,7 +102,7 @@ def pull(
     if folder.is_dir():
         return folder
     with _disk_errors_explained(models), held(model, models):
-        if folder.is_dir():  # by the process that held it until now
+        if folder.is_dir():  # another process completed it while this one waited
             return folder
         files = _list_files(model, endpoint, wait)
         download = _Download(model, files, partial_folder(model, models), report, wait)
@@ -115,8 +115,8 @@ def _list_files(
 ) -> list[RemoteFile]:
     files = [file for source in model.sources for file in _list_source(source, endpoint, wait)]
     if not any(file.path.suffix == ".safetensors" for file in files):
-        raise ModelFetchError(f"{model.name} holds no safetensors, and nothing else is fetched")
-    return sorted(files, key=lambda file: file.size)  # what is wrong is found before the long ones
+        raise ModelFetchError(f"{model.name} has no safetensors, the only format fetched")
+    return sorted(files, key=lambda file: file.size)  # small files first: errors appear early
 
 
 def _list_source(
@@ -132,7 +132,7 @@ def _list_source(
             break
         except (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled) as error:
             patience.after(error)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # no such JSON
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # not a listing
             raise ModelFetchError(
                 f"{api.endpoint} does not answer as the hub does; check HF_ENDPOINT"
             ) from error
@@ -152,7 +152,7 @@ def _remote_file(
     if not is_inside or any(sign in sibling.rfilename for sign in '\\:\0<>|?*"'):
         raise ModelFetchError(f"{source.repo} holds a file with the unsafe name {path}")
     if sibling.size is None:
-        raise ModelFetchError(f"the hub does not say how long {path} of {source.repo} is")
+        raise ModelFetchError(f"the hub lists no size for {path} of {source.repo}")
     return RemoteFile(
         source.repo,
         hf_hub_url(source.repo, sibling.rfilename, revision=commit, endpoint=endpoint),
@@ -164,7 +164,7 @@ def _remote_file(
 
 
 class _Download:
-    """One model on its way into its partial folder."""
+    """One model being downloaded into its partial folder."""
 
     def __init__(
         self,
@@ -183,12 +183,12 @@ class _Download:
         self._done = 0
         self._headers = build_hf_headers(
             library_name="step1x-edit",
-            # What is compressed on the way cannot be gone on with.
+            # A response that is compressed in transit cannot be continued.
             headers={"Accept-Encoding": "identity"},
         )
 
     def run(self) -> None:
-        """Fetch and check all files; what else lies in the folder is deleted."""
+        """Fetch and check all files; delete other files in the folder."""
         self._clear()
         self._share()
         self._done = sum(_length(self._folder / file.path) for file in self._files)
@@ -207,9 +207,9 @@ class _Download:
                 path.unlink()
 
     def _share(self) -> None:
-        """Take large files that other models have as well; whether they are right is checked later.
+        """Link large files that other models have too; they are checked later.
 
-        v1.0 and v1.1 have 17 of their 42 GB in common.
+        v1.0 and v1.1 share 17 of their 42 GB.
         """
         wanted = {
             file.size: self._folder / file.path
@@ -222,7 +222,7 @@ class _Download:
             for candidate in kept.folder.rglob("*.safetensors"):
                 path = wanted.get(_length(candidate))
                 if path is not None:
-                    with suppress(OSError):  # there already, or a disk that cannot: it is fetched
+                    with suppress(OSError):  # present, or links are not supported: it is fetched
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.hardlink_to(candidate)
 
@@ -245,16 +245,16 @@ class _Download:
             if file.is_intact(path, checking):
                 _flush(path)
                 return
-            # Whatever was wrong, the beginning from an earlier run or a byte on the way.
+            # Wrong content: the part from an earlier run, or a byte in transit.
             path.unlink()
             self._done -= file.size
         raise ModelFetchError(
-            f"{file.path} arrives with other content than its checksum says; "
+            f"{file.path} does not match its checksum; "
             "try again later, or from another mirror (HF_ENDPOINT)"
         )
 
     def _complete(self, file: RemoteFile, path: Path) -> None:
-        """Append to the file until it is as long as it has to be."""
+        """Append to the file until it has the listed length."""
         path.touch()
         patience = _Patience(f"{file.path} of {file.repo}", _host(file.url), self._pause)
         while (have := _length(path)) < file.size:
@@ -275,7 +275,7 @@ class _Download:
         with path.open("ab") as target, request as response:
             hf_raise_for_status(response)
             if response.status_code != httpx2.codes.PARTIAL_CONTENT and have:
-                target.truncate(0)  # the server does not know ranges
+                target.truncate(0)  # the server does not support ranges
                 self._done -= have
                 have = 0
             _check_length(file, have, response)
@@ -291,7 +291,7 @@ class _Download:
             have += len(chunk)
             self._done += len(chunk)
             self._notify("downloading", str(file.path))
-        if have < file.size:  # without an announced length, the end looks like any other
+        if have < file.size:  # without a Content-Length, a cut looks like an end
             raise httpx2.RemoteProtocolError(f"{file.path} ended after {have} bytes")
 
     def _pause(self, seconds: float) -> None:
@@ -303,7 +303,7 @@ class _Download:
 
 
 class _Patience:
-    """Failures in a row, and longer and longer pauses between them."""
+    """Counts failures in a row, with increasing pauses between them."""
 
     def __init__(self, what: str, host: str, wait: Callable[[float], None]) -> None:
         self._what = what
@@ -312,11 +312,11 @@ class _Patience:
         self._failures = 0
 
     def renew(self) -> None:
-        """Begin to count anew, because something has arrived."""
+        """Reset the count, because data has arrived."""
         self._failures = 0
 
     def after(self, error: Exception) -> None:
-        """Wait until the next try. Raises ModelFetchError where none would help."""
+        """Wait until the next try. Raises ModelFetchError if retrying does not help."""
         self._failures += 1
         if self._failures == TRIES or not _is_passing(error):
             raise ModelFetchError(self._sentence(error)) from error
@@ -337,15 +337,15 @@ class _Patience:
                     "or set HF_ENDPOINT to a mirror"
                 )
             case httpx2.UnsupportedProtocol():
-                return f"{host} is no address to ask; set HF_ENDPOINT to https://…"
+                return f"{host} is not a URL; set HF_ENDPOINT to https://…"
         return (
-            f"the connection to {host} breaks again and again ({self._what}); "
-            "the same command goes on from where it was"
+            f"the connection to {host} fails repeatedly ({self._what}); "
+            "run the same command again to continue"
         )
 
     def _answer(self, error: HfHubHTTPError, host: str) -> str:
         status = error.response.status_code
-        is_hub = host == self._host  # and not where it keeps large files
+        is_hub = host == self._host  # not the host of its large files
         if isinstance(error, GatedRepoError) or (is_hub and status == httpx2.codes.FORBIDDEN):
             return (
                 f"{self._what} is gated: accept its terms on {host}, "
@@ -353,22 +353,22 @@ class _Patience:
             )
         if is_hub and status == httpx2.codes.UNAUTHORIZED:
             return (
-                f"{host} shows {self._what} to nobody without a valid token: it does not "
+                f"{host} requires a valid token for {self._what}: it does not "
                 "exist or is private; check the name, or set HF_TOKEN"
             )
         if is_hub and status == httpx2.codes.NOT_FOUND:
             return f"{host} has no {self._what}; check the name"
         if status == httpx2.codes.TOO_MANY_REQUESTS:
-            return f"{host} is asked too often (429); the same command later goes on"
+            return f"{host} reports too many requests (429); run the same command later"
         return f"{host} answers {status} to {self._what}; try again later"
 
 
 def _asked_host(error: Exception) -> str | None:
-    """Which server failed: the hub leads on to others, which may be blocked where it is not."""
+    """The server that failed: the hub redirects to others, which may be blocked separately."""
     if isinstance(error, HfHubHTTPError):
         return _host(str(error.response.url))
     if isinstance(error, httpx2.HTTPError):
-        with suppress(RuntimeError, ValueError):  # no request was made
+        with suppress(RuntimeError, ValueError):  # no request was sent
             return _host(str(error.request.url))
     return None
 
@@ -383,7 +383,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _asked_pause(error: Exception) -> float | None:
-    """The pause that the server asks for, within reason."""
+    """The pause that the server requests, within limits."""
     if isinstance(error, HfHubHTTPError):
         asked = error.response.headers.get("Retry-After", "")
         if asked.isdecimal():
@@ -392,7 +392,7 @@ def _asked_pause(error: Exception) -> float | None:
 
 
 def _check_length(file: RemoteFile, have: int, response: httpx2.Response) -> None:
-    """Refuse an answer that announces anything else than the rest of the file."""
+    """Refuse a response that announces anything but the rest of the file."""
     announced = response.headers.get("Content-Length", "")
     is_plain = announced.isdecimal() and "Content-Encoding" not in response.headers
     if is_plain and have + int(announced) != file.size:
@@ -401,7 +401,7 @@ def _check_length(file: RemoteFile, have: int, response: httpx2.Response) -> Non
 
 def _other_length(file: RemoteFile, told: str) -> ModelFetchError:
     return ModelFetchError(
-        f"{_host(file.url)} sends {file.path} in another length than it lists "
+        f"{_host(file.url)} sends {file.path} in another size than it lists "
         f"({told} instead of {file.size} bytes); try again later, or from another mirror "
         "(HF_ENDPOINT)"
     )
@@ -435,6 +435,6 @@ def _disk_errors_explained(models: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             raise NoSpaceError(
-                f"the disk of {models} is full; what arrived is kept, the same command goes on"
+                f"the disk of {models} is full; received data is kept; run the same command again"
             ) from error
         raise OutputNotWritableError(f"{error.filename or models}: {error.strerror}") from error

@@ -1,8 +1,8 @@
-"""Models that were pulled: each is a folder below `DATA_DIR/models`, whole or not there.
+"""Pulled models: each is a folder below `DATA_DIR/models`, complete or absent.
 
-What is being fetched lies beside it as `NAME.partial` and gets its name when it is complete; what
-is being removed loses it first. So a folder that has a model's name can be used. This module knows
-nothing about networks.
+A model being fetched is kept beside it as `NAME.partial` and gets its name when it is complete; a
+model being removed loses its name first. So a folder with a model's name can be used. This module
+knows nothing about networks.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Kept:
 
 
 def models_folder(data_dir: Path) -> Path:
-    """Where models are kept."""
+    """The folder of the models."""
     return data_dir / "models"
 
 
 def kept_models(models: Path) -> list[Kept]:
-    """What is there, whole or begun, by name."""
+    """The complete and partial models, by name."""
     if not models.is_dir():
         return []
     known = {model.folder_name: model.name for model in CATALOG}
@@ -58,12 +58,12 @@ def kept_models(models: Path) -> list[Kept]:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in it."""
+    """The total size of its files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def find_pulled(name: str, models: Path) -> Path:
-    """The folder of a pulled model. Raises ModelFetchError if it is not there as a whole."""
+    """The folder of a pulled model. Raises ModelFetchError if it is not completely there."""
     model = find_model(name)
     folder = models / model.folder_name
     if not folder.is_dir():
@@ -72,13 +72,13 @@ def find_pulled(name: str, models: Path) -> Path:
 
 
 def _not_pulled(model: Model) -> str:
-    return f"{model.name} is not pulled; {PULL_COMMAND} {model.name} gets it"
+    return f"{model.name} is not pulled; run {PULL_COMMAND} {model.name}"
 
 
 def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
-    """What MODEL_PATH stands for: a path, or the folder of the pulled model that it names.
+    """The path that MODEL_PATH means: itself, or the folder of the pulled model that it names.
 
-    What exists as a path is meant as one. Raises CheckpointError for a model that is not pulled.
+    A value that exists as a path is one. Raises CheckpointError for a model that is not pulled.
     """
     if value is None:
         return None
@@ -98,7 +98,7 @@ def resolve_model_path(value: str | Path | None, data_dir: Path) -> Path | None:
 
 
 def pulled_version(folder: Path | None, data_dir: Path) -> str | None:
-    """The version that a folder was pulled as, if it is one of the catalog's."""
+    """The version that a folder was pulled as, if it is in the catalog."""
     if folder is None or folder.resolve().parent != models_folder(data_dir).resolve():
         return None
     known = {model.folder_name: model.version for model in CATALOG}
@@ -106,7 +106,7 @@ def pulled_version(folder: Path | None, data_dir: Path) -> str | None:
 
 
 def remove_model(name: str, models: Path) -> int:
-    """Delete a model, or what a pull has left of it, and say how many bytes that frees.
+    """Delete a model, or what a pull has left of it, and return the freed bytes.
 
     Raises InvalidParameterError if there is nothing.
     """
@@ -117,7 +117,7 @@ def remove_model(name: str, models: Path) -> int:
     if not any(path.is_dir() for path in (whole, partial, removed)):
         raise InvalidParameterError(f"{model.name} is not pulled, so there is nothing to remove")
     with held(model, models):
-        shutil.rmtree(removed, ignore_errors=True)  # of a removal that was cut short
+        shutil.rmtree(removed, ignore_errors=True)  # left by an interrupted removal
         freed = 0
         for folder in (whole, partial):
             if folder.is_dir():
@@ -128,12 +128,12 @@ def remove_model(name: str, models: Path) -> int:
 
 
 def partial_folder(model: Model, models: Path) -> Path:
-    """Where a model lies until it is complete."""
+    """The folder of a model until it is complete."""
     return models / (model.folder_name + PARTIAL)
 
 
 def publish(model: Model, models: Path) -> Path:
-    """Give a complete model its name, so that it is found from now on."""
+    """Give a complete model its final name, under which it is found."""
     folder = models / model.folder_name
     partial_folder(model, models).rename(folder)
     if os.name != "nt":
@@ -147,9 +147,9 @@ def publish(model: Model, models: Path) -> Path:
 
 @contextlib.contextmanager
 def held(model: Model, models: Path) -> Iterator[None]:
-    """Keep other processes from changing a model. Raises ModelFetchError if one does.
+    """Lock a model against changes by other processes. Raises ModelFetchError if one holds it.
 
-    The system lets go of the lock when its process ends, however it ends.
+    The system releases the lock when its process ends, however it ends.
     """
     models.mkdir(parents=True, exist_ok=True)
     lock = FileLock(models / (model.folder_name + LOCK), timeout=0)

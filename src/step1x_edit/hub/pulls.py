@@ -1,8 +1,8 @@
-"""The pulls of a server: published models on their way to this disk, one at a time.
+"""The pulls of a server: published models being downloaded to this disk, one at a time.
 
-A pull runs in a thread and goes on until it ends or is stopped, listened to or not. Only what the
-catalog lists can be pulled: callers choose from a list, and never what is fetched. What speaks to
-the hub is imported when something is pulled.
+A pull runs in a thread and continues until it ends or is stopped, with or without listeners. Only
+models of the catalog can be pulled: callers choose from a list and never specify a source. The code
+that talks to the hub is imported by the first pull.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TELL_S: Final = 0.25
-"""How often a listener is told something new, at most."""
-_GRACE_S: Final = 1.0  # for the piece that is being read when the server ends
+"""The shortest interval between two reports to a listener."""
+_GRACE_S: Final = 1.0  # for the piece being read when the server ends
 _MEASURED_S: Final = 5.0
 
 Outcome: TypeAlias = Path | Step1XEditError
@@ -45,14 +45,14 @@ Outcome: TypeAlias = Path | Step1XEditError
 
 
 class Speed:
-    """Bytes a second over the last seconds, by the clock of whoever notes and asks."""
+    """Bytes per second over the last seconds; the caller passes the time."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
 
     def note(self, at_s: float, done: int) -> None:
-        """Take in how many bytes there were at a time."""
-        if self._seen and done < self._seen[-1][1]:  # something was wrong and is fetched anew
+        """Record the number of bytes at a time."""
+        if self._seen and done < self._seen[-1][1]:  # a wrong file is fetched again
             self._seen.clear()
         if not self._seen or at_s - self._seen[-1][0] >= TELL_S:
             self._seen.append((at_s, done))
@@ -60,7 +60,7 @@ class Speed:
             self._seen.popleft()
 
     def bytes_per_s(self, at_s: float) -> float | None:
-        """The speed at a time; None where too little has been noted, or nothing lately."""
+        """The speed at a time; None if there are too few records, or no recent ones."""
         seen = [each for each in self._seen.copy() if at_s - each[0] <= _MEASURED_S]
         if len(seen) < 2:
             return None
@@ -69,15 +69,15 @@ class Speed:
 
 
 class Pull:
-    """A model on its way; made within the event loop in which it is listened to.
+    """A model being pulled; created within the event loop of its listeners.
 
-    That of a model which is here has ended from the beginning.
+    The pull of a model that is already here has ended from the start.
     """
 
     def __init__(self, model: Model, models: Path) -> None:
         self.name: Final = model.name
         self.progress: PullProgress | None = None
-        """None until the hub has told what there is."""
+        """None until the hub has listed the files."""
         self._speed = Speed()
         self._folder = models / model.folder_name
         self._stopping = threading.Event()
@@ -86,7 +86,7 @@ class Pull:
         if self._folder.is_dir():
             self._ended.set_result(self._folder)
             return
-        # Not a thread of the loop's pool: the end of the process must not wait for it.
+        # Not a thread of the loop's pool: the process must not wait for it at exit.
         threading.Thread(target=self._run, name="pull", daemon=True).start()
 
     @property
@@ -103,21 +103,21 @@ class Pull:
 
     @property
     def outcome(self) -> Outcome | None:
-        """What came of it; None while it runs."""
+        """The outcome; None while it runs."""
         return self._ended.result() if self._ended.done() else None
 
     @property
     def is_stopping(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether it was asked to stop."""
         return self._stopping.is_set()
 
     @property
     def bytes_per_s(self) -> float | None:
-        """How fast it is now, where that is known."""
+        """The current speed, if known."""
         return self._speed.bytes_per_s(time.monotonic())
 
     async def events(self) -> AsyncGenerator[PullProgress, None]:
-        """Yield the newest progress, not more often than every `TELL_S`, and at last the last."""
+        """Yield the newest progress, at most once every `TELL_S`, and finally the last one."""
         told = None
         while True:
             has_ended = self._ended.done()
@@ -129,11 +129,11 @@ class Pull:
             await self.wait(TELL_S)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Wait for its end, or for so many seconds."""
+        """Wait for its end, at most this many seconds."""
         await asyncio.wait({self._ended}, timeout=timeout_s)
 
     def stop(self) -> None:
-        """Have it stop with the next piece; what arrived is kept, and the next pull goes on."""
+        """Stop it after the current piece; received data is kept, and the next pull continues."""
         self._stopping.set()
 
     # --- in its thread ----------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Pull:
         except Exception:
             log.exception("the pull of %s failed", self.name)
             outcome = InternalError("the pull failed unexpectedly; the server's log says more")
-        with contextlib.suppress(RuntimeError):  # the loop has ended before us
+        with contextlib.suppress(RuntimeError):  # the loop ended first
             self._loop.call_soon_threadsafe(self._ended.set_result, outcome)
 
     def _hear(self, progress: PullProgress) -> None:
@@ -167,9 +167,9 @@ class Pull:
 
 
 class Pulls:
-    """The catalog as it lies here, and the pull that runs or was the last one.
+    """The catalog with the local state, and the running or last pull.
 
-    To be entered; whoever leaves stops what runs.
+    Entered as a context; leaving it stops the running pull.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -192,26 +192,26 @@ class Pulls:
         return pull if pull is not None and pull.state is JobState.RUNNING else None
 
     def models(self) -> list[PulledModel]:
-        """The catalog, and how much of it is here; looks at the disk."""
+        """The catalog, and how much of it is on this disk; reads the disk."""
         kept = {item.name: item for item in kept_models(self._folder)}
         return [
             _pulled_model(model, kept.get(model.name), self.runs(model.name)) for model in CATALOG
         ]
 
     def folder_of(self, name: str) -> Path | None:
-        """Where a model lies as a whole. Raises ModelNotFoundError."""
+        """The folder of a complete model. Raises ModelNotFoundError."""
         folder = self._folder / listed(name).folder_name
         return folder if folder.is_dir() else None
 
     def runs(self, name: str) -> bool:
-        """Whether a model is what MODEL_PATH stands for. Raises ModelNotFoundError."""
+        """Whether MODEL_PATH means this model. Raises ModelNotFoundError."""
         folder, chosen = self.folder_of(name), None
-        with contextlib.suppress(CheckpointError):  # it stands for something that is not here
+        with contextlib.suppress(CheckpointError):  # it names a model that is not here
             chosen = resolve_model_path(self._settings.model_path, self._settings.data_dir)
         return folder is not None and chosen is not None and chosen.resolve() == folder.resolve()
 
     def begin(self, name: str) -> Pull:
-        """Pull a model, or join the pull that does; one that is here has ended at once.
+        """Pull a model, or join its running pull; if the model is here, the pull has ended at once.
 
         Raises ModelNotFoundError, and JobConflictError while another model is pulled.
         """
@@ -220,7 +220,7 @@ class Pulls:
             return running
         if running is not None and self.folder_of(name) is None:
             raise JobConflictError(
-                f"{running.name} is being pulled, and one model is at a time; wait for it, "
+                f"{running.name} is being pulled, and only one model is at a time; wait for it, "
                 "or stop it"
             )
         pull = Pull(model, self._folder)
