@@ -1,4 +1,4 @@
-"""Every failure that a caller can meet, as one tree.
+"""Every failure that a caller can receive, as one tree.
 
     Step1XEditError
     ├── InvalidParameterError         invalid_parameter     Invalid parameter: …

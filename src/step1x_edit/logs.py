@@ -1,7 +1,7 @@
 """The log of our processes: on stderr, one event per line, for people or for programs.
 
-What others have chosen, such as prompts, paths and file names, can be part of a message. So nothing
-of it reaches a terminal or a collector but printable characters, and no event can look like two.
+Messages can contain text chosen by others, such as prompts, paths and file names. So only printable
+characters reach a terminal or a collector, and one event can never look like two.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import time
 from contextvars import ContextVar
 from typing import Final
 
-# Python opens the module of a codec at its first use; a line of the log may come when no file can
-# be opened any more.
+# Python imports the module of a codec at its first use; a log line may be due when no file can be
+# opened any more.
 _ESCAPED: Final = codecs.lookup("unicode_escape")
 
-LIBRARIES: Final = ("fastmcp", "httpx2", "mcp", "uvicorn")  # they tell of each start and request
+LIBRARIES: Final = ("fastmcp", "httpx2", "mcp", "uvicorn")  # they log each start and request
 
 current_request: ContextVar[str] = ContextVar("current_request", default="")
-"""The id of the request that is being answered, for every line that is written meanwhile."""
+"""The id of the current request, added to every line that is logged during it."""
 
 
 def log_to_stderr(level: str, log_format: str, process: str) -> None:
-    """Have everything that is logged go to stderr, with the name of this process."""
+    """Send all logging to stderr, with the name of this process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(process) if log_format == "json" else _Text(process))
     logging.basicConfig(level=level, handlers=[handler])
@@ -48,7 +48,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    """One object for programs; ASCII only, so that nothing in it can be more than text."""
+    """One JSON object for programs; ASCII only, so that no character has a special effect."""
 
     def __init__(self, process: str) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ async def first_of(*tasks: asyncio.Future[Any], timeout_s: float | None = None) 
 
 
 def drop(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks whose outcome nobody needs, so asyncio must not warn about their errors."""
+    """Cancel tasks whose outcome is not needed, so that asyncio does not warn of their errors."""
     for task in tasks:
         task.cancel()  # does nothing if it is done
         task.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -229,7 +229,7 @@ def test_what_was_unusual_about_a_file_stands_beside_the_warning_of_the_model(
         ).json()
 
     assert answer["metadata"]["warning"] == (
-        "it does not know hats; the JPEG lacks its end marker; its picture is whole"
+        "it does not know hats; the JPEG lacks its end marker; its picture is complete"
     )
 
 

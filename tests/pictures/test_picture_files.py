@@ -366,7 +366,7 @@ async def test_a_mask_of_16_bits_with_white_as_0_selects_what_is_white(
             packed_tiff(GREY_16 >> 6, 10, 1).replace(
                 struct.pack("<HHII", 259, 3, 1, 1), struct.pack("<HHII", 259, 3, 1, 32773)
             ),
-            "TIFF with 10-bit samples, 1 to a pixel, and PackBits compression",
+            "TIFF with 10-bit samples, 1 per pixel, and PackBits compression",
         ),
         (tiff(SCENE, ">", big=True, photometric="rgb"), "BigTIFF with its highest byte first"),
         (
@@ -900,7 +900,7 @@ async def test_a_jpeg_that_lacks_only_its_end_marker_is_read_with_a_warning(
     whole = saved(SCENE, "JPEG", quality=95, progressive=progressive)
     result = await edited(whole[:-missing], "in.jpg")
     assert np.array_equal(result.seen, np.array(Image.open(io.BytesIO(whole))))
-    assert result.warning == "the JPEG lacks its end marker; its picture is whole"
+    assert result.warning == "the JPEG lacks its end marker; its picture is complete"
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8, 0.9, 0.95, 0.99])

@@ -1,1 +1,1 @@
-"""Pictures: bytes to pixels and back, with what must survive an edit."""
+"""Pictures: bytes to pixels and back, with the metadata that must survive an edit."""

@@ -1,9 +1,9 @@
-"""Colour: what the numbers of a picture mean, and how they become sRGB or keep a profile.
+"""Colour: the meaning of a picture's numbers, and their conversion to sRGB or with a profile.
 
-A file says it by an ICC profile, by numbers (ITU-T H.273 in PNG and AVIF, gamma and chromaticities
-in PNG), or by a camera's mark for Adobe RGB. Numbers become the sRGB curve with the file's own
-primaries, and a profile made here says which. HDR (PQ and HLG) becomes SDR by the EETF of
-ITU-R BT.2390. This module knows nothing about files.
+A file states it by an ICC profile, by code points (ITU-T H.273 in PNG and AVIF, gamma and
+chromaticities in PNG), or by a camera's mark for Adobe RGB. Coded colours are converted to the sRGB
+curve with the file's own primaries, which a profile made here states. HDR (PQ and HLG) is converted
+to SDR by the EETF of ITU-R BT.2390. This module knows nothing about files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Matrix = npt.NDArray[np.float64]
 
 
 def usable(profile: bytes | None) -> bytes | None:
-    """The profile if it is one; a damaged one would only harm the programs that open the result."""
+    """The profile if it is valid; a damaged one would harm the programs that open the result."""
     if not profile or len(profile) > MAX_PROFILE_BYTES:
         return None
     try:
@@ -63,7 +63,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
     if converted is not None:
-        converted.info.pop("icc_profile", None)  # sRGB needs none, and its date would change
+        converted.info.pop("icc_profile", None)  # sRGB needs none, and its date would vary
     return converted
 
 
@@ -85,7 +85,7 @@ class Primaries:
 
     @property
     def is_srgb(self) -> bool:
-        """Whether these are those of sRGB, as exactly as files write them."""
+        """Whether these are the sRGB primaries, as exactly as files state them."""
         return bool(np.allclose(self._points(), SRGB._points(), atol=0.003))
 
     def _points(self) -> tuple[_Point, ...]:
@@ -107,7 +107,7 @@ SRGB: Final = Primaries((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
 _ADOBE_RGB: Final = Primaries((0.640, 0.330), (0.210, 0.710), (0.150, 0.060))
 _ADOBE_RGB_GAMMA: Final = 563 / 256
 
-# ITU-T H.273, table 2; what is not listed is unspecified or reserved.
+# ITU-T H.273, table 2; unlisted values are unspecified or reserved.
 _PRIMARIES: Final = {
     1: SRGB,
     4: Primaries((0.67, 0.33), (0.21, 0.71), (0.14, 0.08), _C),
@@ -120,28 +120,28 @@ _PRIMARIES: Final = {
     12: Primaries((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
     22: Primaries((0.630, 0.340), (0.295, 0.605), (0.155, 0.077)),
 }
-# Table 3. The curves of television (1, 6, 14, 15 …) are shown with that of sRGB, as browsers do.
+# Table 3. The television curves (1, 6, 14, 15 …) are shown with the sRGB curve, as browsers do.
 _GAMMAS: Final = {4: 2.2, 5: 2.8, 8: 1.0}
 _PQ, _HLG = 16, 18
 _HDR: Final = {_PQ: "PQ", _HLG: "HLG"}
-_UNUSABLE_TRANSFERS: Final = {9, 10, 17}  # logarithmic ones, and that of cinema projectors
+_UNUSABLE_TRANSFERS: Final = {9, 10, 17}  # logarithmic ones, and the one of cinema projectors
 _UNUSABLE_PRIMARIES: Final = {10}  # CIE XYZ
 
 
 @dataclass(frozen=True)
 class Cicp:
-    """Coding-independent code points: the numbers of ITU-T H.273 in a file."""
+    """Coding-independent code points: the colour codes of ITU-T H.273 in a file."""
 
     primaries: int
     transfer: int
     is_full_range: bool = True
     outrank_profile: bool = False
-    """Whether the file means the numbers also if it has a profile."""
+    """Whether the codes take precedence over a profile in the same file."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """8-bit RGB that a viewer shows right: as sRGB, or by the profile."""
+    """8-bit RGB that a viewer shows correctly: as sRGB, or with the profile."""
 
     pixels: Pixels
     profile: bytes | None = None
@@ -149,10 +149,10 @@ class Shown:
 
 
 def by_cicp(pixels: Pixels, cicp: Cicp) -> Shown:
-    """Pixels (H, W, 3) that a file describes by numbers; HDR is tone-mapped."""
+    """Pixels (H, W, 3) of a file with coded colours; HDR is tone-mapped."""
     if cicp.transfer in _UNUSABLE_TRANSFERS or cicp.primaries in _UNUSABLE_PRIMARIES:
         raise UnsupportedImageError(
-            f"colours by the numbers {cicp.primaries} and {cicp.transfer} of ITU-T H.273; "
+            f"colours with the codes {cicp.primaries} and {cicp.transfer} of ITU-T H.273; "
             "save it as sRGB"
         )
     primaries = _PRIMARIES.get(cicp.primaries, SRGB)
@@ -168,7 +168,7 @@ def by_cicp(pixels: Pixels, cicp: Cicp) -> Shown:
 
 
 def by_gamma(pixels: Pixels, gamma: float, chromaticities: tuple[float, ...] | None) -> Shown:
-    """Pixels (H, W, 3) of a PNG with gAMA, the exponent of its encoder, and cHRM if it has that."""
+    """Pixels (H, W, 3) of a PNG with gAMA, the exponent of its encoder, and cHRM if present."""
     primaries = SRGB
     if chromaticities is not None and len(chromaticities) == 8:
         white, red, green, blue = (
@@ -176,12 +176,12 @@ def by_gamma(pixels: Pixels, gamma: float, chromaticities: tuple[float, ...] | N
         )
         if all(y > 0 and x >= 0 and x + y <= 1 for x, y in (white, red, green, blue)):
             primaries = Primaries(red, green, blue, white)
-    is_usual = abs(gamma * 2.2 - 1) < 0.05  # what libpng takes for sRGB too
+    is_usual = abs(gamma * 2.2 - 1) < 0.05  # libpng treats this as sRGB too
     return _with_srgb_curve(pixels, primaries, None if is_usual else 1 / gamma)
 
 
 def _with_srgb_curve(pixels: Pixels, primaries: Primaries, gamma: float | None) -> Shown:
-    """The pixels by the curve of sRGB, with a profile if the primaries are others."""
+    """The pixels with the sRGB curve, and a profile if the primaries are not those of sRGB."""
     if gamma is not None:
         linear = np.linspace(0, 1, 256, dtype=np.float32) ** np.float32(gamma)
         pixels = _srgb_encoded(linear)[pixels]
@@ -203,7 +203,7 @@ _SDR_WHITE: Final = 203.0  # cd/m², the diffuse white of HDR pictures, ITU-R BT
 _HLG_PEAK: Final = 1000.0  # cd/m², the display for which HLG is specified, ITU-R BT.2100
 _HLG_SYSTEM_GAMMA: Final = 1.2
 _HIGHLIGHTS: Final = 0.001  # the share of pixels that may become plain white
-_ROWS: Final = 256  # as many are computed together
+_ROWS: Final = 256  # computed together
 _BINS: Final = 4096
 
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
@@ -213,9 +213,9 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 def _tone_mapped(pixels: Pixels, primaries: Primaries, transfer: int) -> Pixels:
     """sRGB of an HDR picture.
 
-    The EETF works on the largest of the three channels, so that a hue stays. Its source peak is the
-    brightness that all but the smallest highlights stay below: what is SDR in an HDR file comes
-    out as it went in. Colours beyond sRGB are clipped.
+    The EETF is applied to the largest of the three channels, so that the hue is kept. Its source
+    peak is the brightness that all but the smallest highlights stay below: SDR content in an HDR
+    file is unchanged. Colours outside sRGB are clipped.
     """
     histogram = np.zeros(_BINS, np.int64)
     for _, light in _light(pixels, primaries, transfer):
@@ -269,7 +269,7 @@ def _pq(nits: _Floats | float) -> _Floats:
 
 
 def _eetf(nits: _Floats, peak: float) -> _Floats:
-    """ITU-R BT.2390, 5.4.1: light up to `peak` brought below the white of SDR, dark parts kept."""
+    """ITU-R BT.2390, 5.4.1: compresses light up to `peak` below SDR white; dark parts are kept."""
     if peak <= _SDR_WHITE:
         return nits
     source_peak = float(_pq(peak))
@@ -295,13 +295,13 @@ _CURVE_POINTS: Final = 1024
 
 
 def adobe_rgb_profile() -> bytes:
-    """A profile for what cameras mark as Adobe RGB (1998)."""
+    """A profile for pictures that cameras mark as Adobe RGB (1998)."""
     curve = struct.pack(">I H", 1, round(_ADOBE_RGB_GAMMA * 256))
     return _profile("Compatible with Adobe RGB (1998)", _ADOBE_RGB, curve)
 
 
 def made_profile(name: str, primaries: Primaries) -> bytes:
-    """A display profile with these primaries and the curve of sRGB."""
+    """A display profile with these primaries and the sRGB curve."""
     encoded = np.linspace(0, 1, _CURVE_POINTS)
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     points = (linear * 0xFFFF).round().astype(">u2").tobytes()
@@ -309,7 +309,7 @@ def made_profile(name: str, primaries: Primaries) -> bytes:
 
 
 def _profile(name: str, primaries: Primaries, curve: bytes) -> bytes:
-    """An ICC profile of version 2.4, with the three curves as one."""
+    """An ICC profile of version 2.4, with one curve for all three channels."""
     ascii_name = name.encode("ascii") + b"\0"
     length = struct.pack(">I", len(ascii_name))
     columns = _adapted(primaries, _D50_XYZ).T
@@ -353,7 +353,7 @@ def _fixed(values: npt.ArrayLike) -> bytes:
 
 
 def _adapted(primaries: Primaries, white: tuple[float, ...]) -> _Matrix:
-    """The matrix to XYZ under another white, a chromaticity or XYZ, adapted as Bradford does."""
+    """The matrix to XYZ under another white, a chromaticity or XYZ, adapted with Bradford."""
     target = _xyz((white[0], white[1])) if len(white) == 2 else np.array(white)
     gains = (_BRADFORD @ target) / (_BRADFORD @ _xyz(primaries.white))
     adaptation = np.linalg.inv(_BRADFORD) @ np.diag(gains) @ _BRADFORD

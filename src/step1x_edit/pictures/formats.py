@@ -1,7 +1,7 @@
-"""What a file is and how it describes its colours, read from its container and not by a decoder.
+"""The format of a file and its colour description, read from its container without a decoder.
 
-It names formats that are not read, so that a refusal says what was found, and parses what Pillow
-does not pass on: colour by numbers in PNG and AVIF, and whether a JPEG lacks only its end marker.
+It names unsupported formats, so that an error says what was found, and parses what Pillow does not
+expose: coded colours in PNG and AVIF, and whether a JPEG lacks only its end marker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from step1x_edit.pictures.colour import Cicp
 # --- names ---------------------------------------------------------------------------------------
 
 CAMERA_RAW: Final = "a camera raw; develop it in a raw converter and save it as TIFF or JPEG"
-"""What follows the name of such a format, in a refusal."""
+"""Follows the name of such a format in an error message."""
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _SAVE: Final = "save it as PNG, JPEG or TIFF"
@@ -88,12 +88,12 @@ _NETPBM: Final = re.compile(rb"P[1-7Ff]\s")
 
 
 def is_heic(data: bytes) -> bool:
-    """Whether the file is HEIC: pictures as phones store them."""
+    """Whether the file is HEIC, the picture format of phones."""
     return any(_BRANDS.get(brand, ("",))[0] == "HEIC" for brand in _brands(data))
 
 
 def name_of(data: bytes) -> str | None:
-    """What a file that no decoder takes is, and what to do; None if that is unknown."""
+    """The format of a file that no decoder reads, and what to do; None if that is unknown."""
     found = _recognised(data)
     return None if found is None else "; ".join(found)
 
@@ -127,7 +127,7 @@ _MAX_BOXES: Final = 10_000
 
 
 def _brands(data: bytes) -> tuple[bytes, ...]:
-    """The kinds that a file says it is of, the main one first."""
+    """The brands that a file declares, the major one first."""
     if data[4:8] != b"ftyp":
         return ()
     end = min(int.from_bytes(data[:4], "big"), len(data), 256)
@@ -135,7 +135,7 @@ def _brands(data: bytes) -> tuple[bytes, ...]:
 
 
 def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, _Span]]:
-    """Each box between two positions: its kind and where its content lies."""
+    """Each box between two positions: its kind and the range of its content."""
     for _ in range(_MAX_BOXES):
         if start + 8 > end:
             return
@@ -162,7 +162,7 @@ def _box(data: bytes, within: _Span, *path: bytes) -> _Span | None:
 
 
 def _iso_numbers(data: bytes) -> Cicp | None:
-    """The nclx colour of the main picture, which a colr box carries."""
+    """The nclx colour of the main picture, from its colr box."""
     everything = 0, len(data)
     main = _box(data, everything, b"meta", b"pitm")
     store = _box(data, everything, b"meta", b"iprp", b"ipco")
@@ -182,7 +182,7 @@ def _iso_numbers(data: bytes) -> Cicp | None:
 
 
 def _properties_of(data: bytes, links: _Span, wanted: int) -> list[int]:
-    """The numbers, from 1, of the properties that an ipma box gives to a picture."""
+    """The numbers, from 1, of the properties that an ipma box assigns to a picture."""
     at, end = links
     version, is_wide = data[at], bool(data[at + 3] & 1)
     id_bytes, index_bytes = (4 if version else 2), (2 if is_wide else 1)
@@ -208,7 +208,7 @@ def _properties_of(data: bytes, links: _Span, wanted: int) -> list[int]:
 
 
 def _png_numbers(data: bytes) -> Cicp | None:
-    """The cICP chunk, which lies before the pixels; that of another matrix than RGB is invalid."""
+    """The cICP chunk, which precedes the pixels; one with a matrix other than RGB is invalid."""
     at = len(_PNG_SIGNATURE)
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -224,12 +224,12 @@ def _png_numbers(data: bytes) -> Cicp | None:
 
 
 def is_png(data: bytes) -> bool:
-    """Whether the bytes begin as a PNG does."""
+    """Whether the bytes start like a PNG."""
     return data.startswith(_PNG_SIGNATURE)
 
 
 def colour_numbers(data: bytes) -> Cicp | None:
-    """The numbers by which a PNG, AVIF or HEIC describes its colours; None if it has none."""
+    """The colour codes of a PNG, AVIF or HEIC; None if it has none."""
     return _png_numbers(data) if is_png(data) else _iso_numbers(data) if _brands(data) else None
 
 
@@ -240,14 +240,12 @@ _EOI: Final = b"\xff\xd9"
 _SOF_LOSSLESS_LS: Final = 0xF7
 _FRAMES: Final = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {_SOF_LOSSLESS_LS}
 _SOS: Final = 0xDA
-_MARKER: Final = re.compile(
-    rb"\xff[\x02-\xcf\xd9-\xfe]"
-)  # one that is followed by a length, or EOI
+_MARKER: Final = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # followed by a length, or EOI
 _MAX_SEGMENTS: Final = 10_000
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The marker and the content of each segment; compressed data between them is skipped."""
+    """The marker and the content of each segment; compressed data in between is skipped."""
     at = len(_SOI)
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER.search(data, at)
@@ -269,9 +267,9 @@ def _recognised_jpeg(data: bytes) -> tuple[str, str] | None:
 
 
 def with_end_marker(data: bytes) -> bytes | None:
-    """A JPEG that has all scans of its picture, with the end marker that it lacks; or None.
+    """A JPEG with all scans of its picture, with the missing end marker added; or None.
 
-    Whether its last scan is whole only a decoder can say: see `has_all_scans`.
+    Only a decoder can tell whether its last scan is complete: see `has_all_scans`.
     """
     if not data.startswith(_SOI) or data.rstrip(b"\0").endswith(_EOI):
         return None
@@ -279,7 +277,7 @@ def with_end_marker(data: bytes) -> bytes | None:
 
 
 def has_all_scans(data: bytes) -> bool:
-    """Whether each coefficient of each component is in a scan, to its last bit."""
+    """Whether each coefficient of each component is in a scan, down to its last bit."""
     wanted = {(-1, -1)}
     for marker, content in _segments(data):
         if marker in _FRAMES and len(content) >= 6:

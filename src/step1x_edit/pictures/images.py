@@ -1,13 +1,13 @@
-"""Pictures: bytes to upright RGB and back to bytes, with what must survive an edit.
+"""Pictures: bytes to upright RGB and back to bytes, with the metadata that must survive an edit.
 
-Limits are checked on the header, before a pixel is decoded; the decoders are an explicit list, and
-content decides the format, not the name. The network sees 8-bit RGB as a viewer shows it:
+Limits are checked on the header, before a pixel is decoded. The decoders are an explicit list, and
+the content decides the format, not the name. The network sees 8-bit RGB as a viewer shows it:
 
-- EXIF orientation is applied, of animations and stacks only the first picture is taken;
+- EXIF orientation is applied; of animations and stacks only the first picture is used;
 - 16-bit grey is scaled, palettes are expanded, CMYK and grey with a profile are converted to sRGB;
-- an RGB colour profile stays with the picture and the numbers stay as they are; colour that is
-  given in another way gets a profile or becomes sRGB (see colour);
-- alpha is set aside; colours hidden under full transparency become white.
+- an RGB colour profile is kept and the pixel values are unchanged; colours described in another way
+  get a profile or are converted to sRGB (see colour);
+- alpha is kept separately; colours hidden under full transparency become white.
 
 This module knows nothing about paths, folders and the model.
 """
@@ -78,7 +78,7 @@ from step1x_edit.settings import Limits
 T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 
-# Pillow finds a decoder by name only once its module is imported.
+# Pillow only finds a decoder by name after its module is imported.
 DECODERS: Final = tuple(
     plugin.format
     for plugin in (
@@ -95,34 +95,34 @@ DECODERS: Final = tuple(
 MIN_SIDE: Final = 16  # pixels; one token of the network covers this much
 MAX_ASPECT_RATIO: Final = 16  # at 512 pixels squared the shorter side still has 128
 
-FEATHER: Final = 0.01  # of the longer side: how far inside a mask its edge is soft
+FEATHER: Final = 0.01  # of the longer side: width of the soft edge inside a mask
 MIN_FEATHER: Final = 2  # pixels
-MAX_FEATHER: Final = 64  # pixels; each of them is one more pass over the masked part
+MAX_FEATHER: Final = 64  # pixels; each needs one more pass over the masked part
 
 PREVIEW_SIDE: Final = 512
-PREVIEW_BASE64_BYTES: Final = 96 * 1024  # what a chat host shows without cutting
-ROUND_BASE64_BYTES: Final = 48 * 1024  # several stand beside that in one result
+PREVIEW_BASE64_BYTES: Final = 96 * 1024  # the limit of chat hosts
+ROUND_BASE64_BYTES: Final = 48 * 1024  # one result contains several besides the preview
 
-_MAX_BLUR: Final = 3  # pixels; the stairs of a hard mask are one pixel high
-_NO_END: Final = "the JPEG lacks its end marker; its picture is whole"
+_MAX_BLUR: Final = 3  # pixels; the steps of a hard mask are one pixel high
+_NO_END: Final = "the JPEG lacks its end marker; its picture is complete"
 _OTHER_BYTES: Final = bytes([0x5A]) * 64
 _PNG_DEPTH_AT: Final = 24
 _PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
 
-# Pillow refuses a PNG whose profile is longer than this; by itself it would be 1 MiB.
+# Pillow refuses a PNG with a longer profile; its own limit is 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright picture and what travels with it."""
+    """An upright picture and its metadata."""
 
     pixels: Pixels  # (H, W, 3)
     alpha: Pixels | None = None  # (H, W)
     icc_profile: bytes | None = None
     notes: Notes = Notes()
     warning: str | None = None
-    """What was unusual about reading it, for the answer."""
+    """What was unusual about the file, for the answer."""
 
     @property
     def width(self) -> int:
@@ -152,12 +152,12 @@ def decode(data: bytes, limits: Limits) -> Picture:
 
 
 def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
-    """How far each pixel may change, from 0 (it stays) to 255, as (H, W).
+    """How far each pixel may change, from 0 (unchanged) to 255, as (H, W).
 
-    A picture with transparency says so by it: what is fully transparent may change. Any other says
-    so by its brightness: what is white may change. Raises an ImageError as `decode` does, and
-    InvalidParameterError if the upright mask has not the size (width, height) of the upright
-    picture, or lets nothing change.
+    If the mask has transparency, its transparent parts may change; otherwise its brightness counts:
+    white parts may change. Raises an ImageError as `decode` does, and InvalidParameterError if the
+    upright mask does not have the size (width, height) of the upright picture, or lets nothing
+    change.
     """
 
     def check(width: int, height: int) -> None:
@@ -176,14 +176,14 @@ def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
         )
     if not mask.any():
         raise InvalidParameterError(
-            "mask selects nothing; make white, or transparent, what may change",
+            "mask selects nothing; make the parts that may change white, or transparent",
             param="mask",
         )
     return mask
 
 
 def check_size(width: int, height: int, limits: Limits) -> None:
-    """Raise what `decode` would say of a picture of this size."""
+    """Raise the error that `decode` would raise for a picture of this size."""
     _check_pixels(width, height, limits)
     _check_shape(width, height)
 
@@ -208,10 +208,10 @@ def _check_shape(width: int, height: int) -> None:
 def _read_to_the_end(
     data: bytes, read: Callable[[bytes], T], is_same: Callable[[T, T], bool]
 ) -> tuple[T, bool]:
-    """What `read` makes of a file, and whether the file is a JPEG that lacks only its end marker.
+    """The result of `read`, and whether the file is a JPEG that lacks only its end marker.
 
-    Only then can other bytes in front of the end change nothing: in a scan that is cut short they
-    would count as pixels.
+    Only then can other bytes before the end change nothing: in a truncated scan they would be
+    decoded as pixels.
     """
     try:
         return read(data), False
@@ -231,7 +231,7 @@ def _same_pixels(left: Picture, right: Picture) -> bool:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A decoded picture, upright, with 8 bits a channel, and what describes it."""
+    """A decoded picture, upright, with 8 bits per channel, and its colour description."""
 
     image: Image.Image
     exif: Mapping[int, Any]
@@ -240,7 +240,7 @@ class _Stored:
 
 
 def _stored(data: bytes, limits: Limits, check: Callable[[int, int], None]) -> _Stored:
-    """The first picture of a file; `check` sees its size before a pixel is decoded."""
+    """The first picture of a file; `check` gets its size before a pixel is decoded."""
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(f"at most {limits.max_bytes / 2**20:g} MB are allowed")
     with _failing_in_words(data, limits):
@@ -268,8 +268,8 @@ def _stored_tiff(data: bytes, check: Callable[[int, int], None]) -> _Stored:
     except UnidentifiedImageError:
         raise UnsupportedImageError(tiff.describe(directory)) from None
     with opened as image:
-        image.info.pop("xmp", None)  # Pillow would turn the picture by it
-        image.load()  # the decoder turns the picture by its tag, and takes that away
+        image.info.pop("xmp", None)  # Pillow would rotate the picture by it
+        image.load()  # the decoder applies the orientation tag and removes it
         return _described_tiff(image, found, data)
 
 
@@ -296,7 +296,7 @@ _OF_ONE_DIRECTORY: Final = (
 
 
 def _decoders_for(data: bytes) -> tuple[str, ...]:
-    """The decoders that may read a file; that of HEIC only if the operator has installed it."""
+    """The decoders that may read a file; HEIC only if the operator has installed its decoder."""
     if not is_heic(data):
         return DECODERS
     try:
@@ -309,14 +309,14 @@ def _decoders_for(data: bytes) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _failing_in_words(data: bytes, limits: Limits) -> Iterator[None]:
-    """Make an ImageError of whatever a decoder raises."""
+    """Convert any exception of a decoder to an ImageError."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         if _decoders_for(data) != DECODERS:
-            raise _damaged(error) from None  # a HEIC, and its decoder is here
+            raise _damaged(error) from None  # a HEIC whose decoder is installed
         raise UnsupportedImageError(
             name_of(data)
             or "the file is none of PNG, JPEG, WebP, AVIF, TIFF, BMP and GIF, or it is damaged"
@@ -330,10 +330,10 @@ def _failing_in_words(data: bytes, limits: Limits) -> Iterator[None]:
 
 
 def _damaged(error: Exception) -> CorruptImageError | ImageTooLargeError:
-    """What a failing decoder means.
+    """The error for a failing decoder.
 
-    A decoder that meets hostile bytes raises nearly anything (OSError, SyntaxError, struct.error,
-    KeyError …), and its words may hold memory addresses: neither is for the caller.
+    For hostile bytes a decoder raises nearly anything (OSError, SyntaxError, struct.error,
+    KeyError …), and its message may contain memory addresses: neither may reach the caller.
     """
     if isinstance(error, MemoryError):
         return ImageTooLargeError("it does not fit into memory")
@@ -361,7 +361,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _turned(notes: Notes, orientation: int) -> Notes:
-    """The notes of the upright picture: across is down if it lies on its side."""
+    """The notes of the upright picture: the densities are swapped if it was stored on its side."""
     if notes.density is None or orientation not in _TURNED_SIDEWAYS:
         return notes
     across, down = notes.density
@@ -381,11 +381,11 @@ _TURNED_SIDEWAYS: Final = (5, 6, 7, 8)
 
 
 def _plain(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture without what only its decoder knows: samples of 16 bits, alpha of no use."""
+    """The picture independent of its decoder: no 16-bit samples, no unused alpha."""
     if getattr(image, "is_animated", False):
-        # Animations are decoded with alpha whether or not they have any.
+        # Animations are decoded with alpha whether or not they use it.
         is_opaque = image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255)
-        return image.convert("RGB") if is_opaque else image.copy()  # their file closes
+        return image.convert("RGB") if is_opaque else image.copy()  # the file will be closed
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.uint32)
@@ -406,9 +406,9 @@ def _alpha(image: Image.Image) -> Pixels | None:
 
 
 def _shown(stored: _Stored) -> Shown:
-    """The picture as 8-bit RGB that a viewer shows right.
+    """The picture as 8-bit RGB that a viewer shows correctly.
 
-    In a PNG numbers count more than a profile, in other files less; gamma counts least.
+    In a PNG, colour codes precede a profile, in other files they follow it; gamma comes last.
     """
     image, info = stored.image, stored.image.info
     profile = colour.usable(info.get("icc_profile"))
@@ -428,11 +428,11 @@ def _shown(stored: _Stored) -> Shown:
 
 
 def _pixels(image: Image.Image) -> Pixels:
-    return np.array(_rgb(image))  # a copy that may be written to
+    return np.array(_rgb(image))  # a writable copy
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    # Palettes and transparent colours are expanded first: a plain conversion would warn.
+    # Palettes and transparent colours are expanded first: a direct conversion would warn.
     return (
         image.convert("RGBA").convert("RGB")
         if image.has_transparency_data
@@ -444,16 +444,16 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def blend(edited: Picture, source: Picture, mask: Pixels) -> Picture:
-    """The edited picture inside of the mask (H, W) and the source, to the bit, outside of it.
+    """The edited picture inside the mask (H, W) and the source, bit-exact, outside of it.
 
-    The way from the one to the other lies inside: nothing changes where the mask is 0. It is
-    shorter where the mask is too narrow for it, so that a thin stroke is not lost. Both pictures
-    have the size of the mask; what travels with the pixels is that of the edited one.
+    The transition lies inside: nothing changes where the mask is 0. It is shorter if the mask is
+    too narrow for it, so that a thin stroke is not lost. Both pictures have the size of the mask;
+    the metadata is that of the edited one.
     """
     box = Image.fromarray(mask).getbbox()
     if box is None:
         return replace(edited, pixels=source.pixels)
-    left, top, right, bottom = box  # with a margin, so that the mask's edge is seen
+    left, top, right, bottom = box  # with a margin that includes the mask's edge
     box = max(left - 1, 0), max(top - 1, 0), right + 1, bottom + 1
     part = np.s_[box[1] : box[3], box[0] : box[2]]
     longer_side = max(source.width, source.height)
@@ -468,15 +468,15 @@ def blend(edited: Picture, source: Picture, mask: Pixels) -> Picture:
 
 
 def changed_share(before: Pixels, after: Pixels) -> float:
-    """The share of pixels, from 0 to 1, that are not exactly the same."""
+    """The share of pixels, from 0 to 1, that are not identical."""
     return float((before != after).any(axis=-1).mean())
 
 
 def _feathered(mask: Pixels, width: int) -> Pixels:
     """The mask with an edge that falls to 0 within about `width` pixels on its inner side.
 
-    Each pixel counts by its depth, the sum of the mask eroded by 0, 1, … pixels. A blur takes out
-    the stairs of a hard mask, which depth repeats; what it carries beyond the mask is dropped.
+    A pixel is weighted by its depth, the sum of the mask eroded by 0, 1, … pixels. A blur removes
+    the steps of a hard mask, which the depth repeats; blur beyond the mask is dropped.
     """
     eroded, depth = mask, mask.astype(np.uint16)
     for step in range(1, width):
@@ -489,9 +489,9 @@ def _feathered(mask: Pixels, width: int) -> Pixels:
 
 
 def _weighted(mask: Pixels, depth: npt.NDArray[np.uint16], most: int, distance: int) -> Pixels:
-    """The mask times the part of full depth, `most` times its own value, that each pixel has.
+    """The mask times each pixel's share of full depth, which is `most` times its own value.
 
-    Where nothing within this distance is so deep, the deepest counts as full: a stroke that is
+    If nothing within this distance is that deep, the deepest counts as full: a stroke that is
     narrower than the feather keeps its middle.
     """
     full = np.minimum(mask.astype(np.uint16) * most, _highest_within(depth, distance))
@@ -500,9 +500,9 @@ def _weighted(mask: Pixels, depth: npt.NDArray[np.uint16], most: int, distance: 
 
 
 def _eroded(mask: Pixels, *, with_corners: bool) -> Pixels:
-    """The lowest of each pixel and its neighbours; alternating, corners make edges nearly round.
+    """The lowest of each pixel and its neighbours; alternating shapes make edges nearly round.
 
-    Beyond the picture nothing is lower: its border is no edge of the mask.
+    Nothing is lower outside the picture: its border is not an edge of the mask.
     """
     lowest: Pixels = mask.copy()
     np.minimum(lowest[1:], mask[:-1], out=lowest[1:])
@@ -514,8 +514,8 @@ def _eroded(mask: Pixels, *, with_corners: bool) -> Pixels:
 
 
 def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArray[np.uint16]:
-    """The highest value in a square around each pixel that reaches this far to each side."""
-    for _ in range(2):  # down the columns, then, turned over, along the rows
+    """The highest value in a square around each pixel that extends this far to each side."""
+    for _ in range(2):  # along the columns, then, transposed, along the rows
         window, length = np.pad(values, ((distance, distance), (0, 0))), 1
         while length < 2 * distance + 1:
             step = min(length, 2 * distance + 1 - length)
@@ -529,7 +529,7 @@ def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArra
 
 
 def restore(edited: Pixels, source: Picture) -> Picture:
-    """Bring an edited picture to the exact size of its source, with the source's companions."""
+    """Bring an edited picture to the exact size of its source, with the source's metadata."""
     image = Image.fromarray(np.ascontiguousarray(edited))
     size = (source.width, source.height)
     if image.size != size:
@@ -559,7 +559,7 @@ def resized(picture: Picture, width: int, height: int) -> Picture:
 
 
 def flattened(picture: Picture) -> Picture:
-    """The picture laid on white, where one sees through it."""
+    """The picture composited on white, if it has transparency."""
     return replace(picture, pixels=np.array(_image(picture, with_alpha=False)), alpha=None)
 
 
@@ -568,9 +568,9 @@ def encode(
 ) -> bytes:
     """The bytes of a file with this suffix; the same picture and record give the same bytes.
 
-    `quality`, from 0 to 100, means something to JPEG, WebP and AVIF only.
+    `quality`, from 0 to 100, applies to JPEG, WebP and AVIF only.
 
-    JPEG and BMP cannot carry alpha: the picture is laid on white. BMP carries neither a colour
+    JPEG and BMP cannot store alpha: the picture is composited on white. BMP stores neither a colour
     profile (the colours are converted to sRGB) nor credit nor the record, only the density.
     """
     output = OUTPUT_FORMATS[suffix.lower()]
@@ -590,14 +590,14 @@ def encode(
 def _companions(
     picture: Picture, record: Record | None, output: OutputFormat, profile: bytes | None
 ) -> dict[str, Any]:
-    """The options that put notes, record and profile into a file, each where its format has it."""
+    """The options that store notes, record and profile in a file, in the way of its format."""
     notes, dpi = picture.notes, picture.notes.density
     if output is BMP:
         return {"dpi": dpi}
     xmp = xmp_packet(notes)
     has_profile = profile is not None
     if output is PNG:
-        # Density and record have chunks; EXIF needs the density as well if there is any EXIF.
+        # Density and record have their own chunks; if there is EXIF, it needs the density as well.
         exif = exif_with(notes, None, has_profile=has_profile) if notes.exif else None
         chunks = PngImagePlugin.PngInfo()
         if record is not None:
@@ -620,12 +620,12 @@ def _companions(
 
 
 def _bytes(exif: Image.Exif | None) -> bytes | None:
-    # Given the object, the TIFF encoder would leave the inner tags out.
+    # Given the object, the TIFF encoder would omit the inner tags.
     return None if exif is None else exif.tobytes()
 
 
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The same picture, transparency included, in sRGB."""
+    """The same picture, including transparency, in sRGB."""
     converted = _shown_in_srgb(image.convert("RGB"), profile)
     if image.mode == "RGBA":
         converted.putalpha(image.getchannel("A"))
@@ -635,7 +635,7 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def preview(
     picture: Picture, side: int = PREVIEW_SIDE, max_base64_bytes: int = PREVIEW_BASE64_BYTES
 ) -> bytes:
-    """A JPEG of the picture in sRGB, `side` pixels or less, short enough to be shown in a chat."""
+    """A JPEG of the picture in sRGB, at most `side` pixels, small enough to be shown in a chat."""
     image = _image(picture, with_alpha=False)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     image = _shown_in_srgb(image, picture.icc_profile)
@@ -662,7 +662,7 @@ def _image(picture: Picture, *, with_alpha: bool) -> Image.Image:
 
 
 def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The picture for a file that will carry no profile."""
+    """The picture for a file without a profile."""
     return image if profile is None else colour.to_srgb(image, profile) or image
 
 
@@ -670,13 +670,13 @@ def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def read_edit_record(source: bytes | Path) -> EditRecord | None:
-    """What the picture was edited with, or None if it was not edited here or lost its notes."""
+    """The record of the edit, or None if the picture was not edited here or lost its notes."""
     record = read_record(source)
     return record if isinstance(record, EditRecord) else None
 
 
 def read_record(source: bytes | Path) -> Record | None:
-    """What the picture was edited or made with, or None if it was not here or lost its notes."""
+    """The record of an edit or generation, or None if it was not made here or lost its notes."""
     data = source.read_bytes() if isinstance(source, Path) else source
     try:
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:

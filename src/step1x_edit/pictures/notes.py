@@ -1,8 +1,8 @@
-"""What a picture carries beside its pixels: camera, credit, density, and the record of an edit.
+"""The metadata of a picture: camera, credit, density, and the record of an edit.
 
-Everything is kept by an allow-list, so neither a place nor a serial number nor a thumbnail gets
-into a result. EXIF stays EXIF. Credit from XMP or IPTC becomes XMP, in every format that holds
-XMP: it is written once, so that no two copies can differ.
+An allow-list decides what is kept, so no place, serial number or thumbnail gets into a result. EXIF
+stays EXIF. Credit from XMP or IPTC becomes XMP, in every format that supports it: it is written
+once, so that no two copies can differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from step1x_edit.schemas.requests import Record
 
 @dataclass(frozen=True)
 class Credit:
-    """Who made a picture and what others may do with it."""
+    """The author of a picture and its terms of use."""
 
     creators: tuple[str, ...] = ()
     rights: str = ""
@@ -33,10 +33,10 @@ class Credit:
 
 @dataclass(frozen=True)
 class Notes:
-    """What stays with a picture through an edit."""
+    """The metadata that is kept through an edit."""
 
     exif: Mapping[int, Any] = field(default_factory=dict)
-    """Harmless tags by number: who, when, with which camera; never where."""
+    """Harmless tags by number: author, time, camera; never the place."""
     credit: Credit = Credit()
     density: tuple[float, float] | None = None
     """Pixels per inch, across and down, of the upright picture."""
@@ -69,9 +69,9 @@ _PHOTO_TAGS: Final = (
 _MAX_TAG_LENGTH: Final = 200
 _SRGB, _UNCALIBRATED = 1, 0xFFFF
 _INCH, _CENTIMETRE = 2, 3
-_UNKNOWN_DENSITY: Final = (72.0, 72.0)  # per inch: what EXIF wants if there is nothing to say
+_UNKNOWN_DENSITY: Final = (72.0, 72.0)  # per inch: EXIF's value for unknown
 
-# What EXIF requires beside what there is to say.
+# Required by EXIF besides the notes.
 _REQUIRED: Final[Mapping[int, bytes]] = {
     ExifTags.Base.ExifVersion: b"0232",
     ExifTags.Base.FlashPixVersion: b"0100",
@@ -79,7 +79,7 @@ _REQUIRED: Final[Mapping[int, bytes]] = {
 _COMPONENTS: Final = b"\1\2\3\0"  # Y, Cb, Cr
 _CENTRED: Final = 1
 
-# Pillow writes bytes of a tag that it does not know as BYTE; EXIF wants UNDEFINED.
+# Pillow writes bytes of an unknown tag as BYTE; EXIF requires UNDEFINED.
 for _tag in (ExifTags.Base.UserComment, ExifTags.Base.ComponentsConfiguration):
     TiffTags.TAGS_V2_GROUPS[ExifTags.IFD.Exif][_tag] = TiffTags.TagInfo(
         _tag, _tag.name, TiffTags.UNDEFINED, 1
@@ -89,7 +89,7 @@ for _tag in (ExifTags.Base.UserComment, ExifTags.Base.ComponentsConfiguration):
 def exif_of(image: Image.Image) -> dict[int, Any]:
     """All readable tags of a picture; damaged EXIF counts as none.
 
-    An orientation that only XMP has does not count, as in browsers and other viewers.
+    An orientation that only XMP states is ignored, as in browsers and other viewers.
     """
     if "exif" in image.info:
         return exif_in(image.info["exif"])
@@ -103,7 +103,7 @@ def exif_of(image: Image.Image) -> dict[int, Any]:
 
 
 def exif_in(data: bytes, leave_out: Collection[int] = ()) -> dict[int, Any]:
-    """All readable tags of EXIF, or of the first directory of a TIFF, but those left out."""
+    """All readable tags of EXIF, or of the first directory of a TIFF, except those left out."""
     exif = Image.Exif()
     try:
         exif.load(data)
@@ -120,7 +120,7 @@ def _flat(exif: Image.Exif) -> dict[int, Any]:
 
 
 def is_marked_adobe_rgb(exif: Mapping[int, Any]) -> bool:
-    """Whether a camera says "Adobe RGB": by the option file of DCF, R03."""
+    """Whether a camera states "Adobe RGB": by the option file of DCF, R03."""
     interop = exif.get(ExifTags.IFD.Interop, {})
     return (
         exif.get(ExifTags.Base.ColorSpace) == _UNCALIBRATED
@@ -131,7 +131,7 @@ def is_marked_adobe_rgb(exif: Mapping[int, Any]) -> bool:
 def exif_with(
     notes: Notes, record: Record | None, *, has_profile: bool, byte_order: str = "big"
 ) -> Image.Exif | None:
-    """EXIF with the notes and the record of the edit; None if there is nothing to say.
+    """EXIF with the notes and the record of the edit; None if there is nothing to store.
 
     The byte order, "big" or "little", is that of the file that will hold it.
     """
@@ -154,7 +154,7 @@ def exif_with(
 
 
 def add_jpeg_tags(exif: Image.Exif, width: int, height: int) -> None:
-    """Add what EXIF requires in a JPEG only."""
+    """Add the tags that EXIF requires in a JPEG only."""
     exif[ExifTags.Base.YCbCrPositioning] = _CENTRED
     exif.get_ifd(ExifTags.IFD.Exif).update(
         {
@@ -166,7 +166,7 @@ def add_jpeg_tags(exif: Image.Exif, width: int, height: int) -> None:
 
 
 def _harmless(exif: Mapping[int, Any]) -> dict[int, Any]:
-    """The tags that may go into the result."""
+    """The tags that may be written to the result."""
     return {
         int(tag): exif[tag]
         for tag in (*_IMAGE_TAGS, *_PHOTO_TAGS)
@@ -175,7 +175,7 @@ def _harmless(exif: Mapping[int, Any]) -> dict[int, Any]:
 
 
 def _is_writable(tag: int, value: Any) -> bool:
-    """Whether the tag can be written back: found out now, not when the edited picture is saved."""
+    """Whether the tag can be written back: checked now, not when the edited picture is saved."""
     exif = Image.Exif()
     exif[tag] = value
     try:
@@ -186,13 +186,13 @@ def _is_writable(tag: int, value: Any) -> bool:
 
 # --- density -------------------------------------------------------------------------------------
 
-_MAX_DENSITY: Final = 0xFFFF  # what JPEG can say
+_MAX_DENSITY: Final = 0xFFFF  # the limit of JPEG
 _ROUNDING: Final = 0.02  # PNG counts whole pixels per metre
 
 
 def _density(image: Image.Image, exif: Mapping[int, Any]) -> tuple[float, float] | None:
-    """Pixels per inch as stored, before any turn."""
-    # In other formats `dpi` is what Pillow makes of the tags.
+    """Pixels per inch as stored, before any rotation."""
+    # In other formats Pillow derives `dpi` from the tags.
     is_stated = image.format in ("PNG", "BMP") or image.info.get("jfif_unit")
     found = (image.info.get("dpi") if is_stated else None) or _density_in(exif)
     if found is None:
@@ -231,13 +231,13 @@ _RIGHTS: Final = "http://ns.adobe.com/xap/1.0/rights/"
 _PHOTOSHOP: Final = "http://ns.adobe.com/photoshop/1.0/"
 
 _MAX_XMP_BYTES: Final = 2**20
-_MAX_TEXT: Final = 2000  # characters; all of it must fit into one segment of a JPEG
+_MAX_TEXT: Final = 2000  # characters; all must fit into one JPEG segment
 _MAX_CREATORS: Final = 20
 _MAX_CREATOR: Final = 200
 
 
 def _credit(info: Mapping[Any, Any]) -> Credit:
-    """Credit from XMP, and from IPTC what XMP does not say."""
+    """Credit from XMP, and from IPTC what XMP lacks."""
     xmp, iptc = _xmp_texts(info.get("xmp")), dict(_iptc_texts(_iptc(info)))
 
     def texts(name: str) -> list[str]:
@@ -291,14 +291,14 @@ _IPTC_UTF_8: Final = b"\x1b%G"
 
 
 def _iptc(info: Mapping[Any, Any]) -> bytes:
-    """The IPTC datasets: a resource of Photoshop in a JPEG, a tag in a TIFF."""
+    """The IPTC datasets: a Photoshop resource in a JPEG, a tag in a TIFF."""
     resources = info.get("photoshop")
     found = resources.get(_IPTC_RESOURCE) if isinstance(resources, dict) else info.get("iptc")
     return found if isinstance(found, bytes) else b""
 
 
 def _iptc_texts(data: bytes) -> Mapping[str, list[str]]:
-    """The texts that IPTC and XMP both have, by their names in XMP."""
+    """The texts that both IPTC and XMP define, by their names in XMP."""
     found: dict[str, list[str]] = {}
     is_utf_8 = False
     for record, dataset, value in _datasets(data):
@@ -362,7 +362,7 @@ def _simple(name: str, text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without the characters that XML cannot hold."""
+    """Text without the characters that XML does not allow."""
     return "".join(one for one in text if one.isprintable() or one in "\n\t ")
 
 
@@ -385,7 +385,7 @@ def _comment(record: Record, byte_order: str) -> bytes:
 
 
 def record_of(image: Image.Image) -> Record:
-    """The record in a picture; raises nearly anything if there is none that can be read."""
+    """The record in a picture; may raise almost any exception if there is no readable one."""
     text = image.info.get(RECORD_KEY) or _commented(exif_of(image))
     return _RECORD.validate_json(text)
 

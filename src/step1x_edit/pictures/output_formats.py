@@ -1,7 +1,7 @@
 """The formats that pictures are written in, by suffix.
 
-A server needs them before the first picture is there, so this module imports neither numpy nor
-Pillow. How a picture is encoded stands in `images`.
+A server needs them before the first picture, so this module imports neither numpy nor Pillow. The
+encoding itself is in `images`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-MAX_PROFILE_BYTES: Final = 16 * 2**20  # what a JPEG can carry; those of printing presses have 3 MB
+MAX_PROFILE_BYTES: Final = 16 * 2**20  # the limit of JPEG; press profiles have 3 MB
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class OutputFormat:
     max_side: int = 65_500
     options: Mapping[str, Any] = field(default_factory=dict)
     max_profile_bytes: int = MAX_PROFILE_BYTES
-    """A picture whose profile is longer is converted to sRGB."""
+    """A picture with a longer profile is converted to sRGB."""
 
 
 PNG: Final = OutputFormat(
@@ -31,12 +31,12 @@ PNG: Final = OutputFormat(
     "image/png",
     carries_alpha=True,
     options={"compress_level": 6},
-    max_profile_bytes=2**20,  # what PNG decoders are willing to read
+    max_profile_bytes=2**20,  # the limit of PNG decoders
 )
 JPEG: Final = OutputFormat(
     "JPEG", "image/jpeg", carries_alpha=False, options={"quality": 95, "subsampling": 0}
 )
-# With losses WebP halves colour in both directions: the format has no other way.
+# Lossy WebP halves colour resolution in both directions: the format has no other mode.
 WEBP: Final = OutputFormat(
     "WEBP",
     "image/webp",
@@ -50,7 +50,7 @@ AVIF: Final = OutputFormat(
     carries_alpha=True,
     options={"quality": 90, "speed": 8, "max_threads": 1, "subsampling": "4:4:4"},
 )
-# Uncompressed: LZW hardly shrinks a photograph, and with it Pillow loses the photographic EXIF.
+# Uncompressed: LZW hardly shrinks a photograph, and makes Pillow drop the photographic EXIF.
 TIFF: Final = OutputFormat("TIFF", "image/tiff", carries_alpha=True)
 BMP: Final = OutputFormat("BMP", "image/bmp", carries_alpha=False, max_profile_bytes=0)
 
@@ -64,4 +64,4 @@ OUTPUT_FORMATS: Final[Mapping[str, OutputFormat]] = {
     ".tif": TIFF,
     ".bmp": BMP,
 }
-"""The formats that we write, by suffix in lower case."""
+"""The output formats, by suffix in lower case."""

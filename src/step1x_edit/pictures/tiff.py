@@ -1,10 +1,10 @@
-"""TIFF files: which directory holds the full picture, and samples that Pillow cannot read.
+"""TIFF files: which directory has the full picture, and samples that Pillow cannot read.
 
 A TIFF is a chain of directories, and each may have children (SubIFDs). Many programs put a reduced
-copy first, and most camera raws are TIFFs whose first directory is a preview. Samples of other
-depths than 8 bits, plain or deflated, are read here: Pillow takes 12 bits for 16, ignores
-WhiteIsZero beyond 8 bits, reads plain planes of 16 bits as noise, and does not know other depths.
-This module knows nothing about limits.
+copy first, and most camera raws are TIFFs whose first directory is a preview. Samples with a depth
+other than 8 bits, plain or deflated, are read here: Pillow reads 12 bits as 16, ignores WhiteIsZero
+beyond 8 bits, reads plain planes of 16 bits as noise, and does not read other depths. This module
+knows nothing about limits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from step1x_edit.errors import CorruptImageError, UnsupportedImageError
 from step1x_edit.pictures.formats import CAMERA_RAW
 
 _PREFIXES: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BIG_ENDIAN_BIGTIFF: Final = b"MM\0+"  # Pillow takes it for a TIFF
+_BIG_ENDIAN_BIGTIFF: Final = b"MM\0+"  # Pillow mistakes it for a TIFF
 _MAX_DIRECTORIES: Final = 64
 _MAX_ENTRIES: Final = 1000
 
@@ -49,13 +49,13 @@ _UNCOMPRESSED: Final = 1
 _DEFLATE: Final = {8, 32946}
 _PREDICTOR: Final = 317
 _NONE, _HORIZONTAL = 1, 2  # predictors
-_ROOM_FOR_DEFLATE: Final = 1024  # bytes; what cannot be packed becomes a little longer
+_ROOM_FOR_DEFLATE: Final = 1024  # bytes; incompressible data grows a little
 _MAX_TILE: Final = 2**24  # pixels
 _PART: Final = 2**22  # bytes of samples that are unpacked at a time
-_MAX_SAMPLES: Final = 5  # to a pixel: colours, alpha and one more
+_MAX_SAMPLES: Final = 5  # per pixel: colours, alpha and one more
 _DAMAGED: Final = "the file is damaged or incomplete"
 
-_COMPRESSIONS: Final = {  # those that libtiff, as Pillow ships it, can decode
+_COMPRESSIONS: Final = {  # supported by the libtiff that Pillow ships
     1: "no",
     2: "CCITT",
     3: "fax",
@@ -98,7 +98,7 @@ _RAW_OF_MAKER: Final = {
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether the bytes begin as a TIFF or a BigTIFF does."""
+    """Whether the bytes start like a TIFF or a BigTIFF."""
     return data[:4] in _PREFIXES
 
 
@@ -122,18 +122,18 @@ class Directory:
         return tuple(map(int, value)) if isinstance(value, tuple) else (int(value),)
 
     def bytes_of(self, tag: int) -> bytes | None:
-        """The value of a tag as it lies in the file; some programs call bytes numbers."""
+        """The value of a tag as stored in the file; some programs store bytes as numbers."""
         return self.tags._tagdata.get(tag)
 
     @property
     def is_full(self) -> bool:
-        """Whether this is neither a reduced copy nor a mask; it may be a page of several."""
+        """Whether this is neither a reduced copy nor a mask; it may be one of several pages."""
         kind = self.number(_NEW_SUBFILE_TYPE, 0)
         return not kind & ~2 and self.number(_SUBFILE_TYPE, 1) != 2
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height as stored, before any turn."""
+        """Width and height as stored, before any rotation."""
         return (
             self.number(ExifTags.Base.ImageWidth, 0),
             self.number(ExifTags.Base.ImageLength, 0),
@@ -146,7 +146,7 @@ class Directory:
 
     @property
     def orientation(self) -> int:
-        """How the stored picture is to be turned, as in EXIF."""
+        """The orientation of the stored picture, as in EXIF."""
         return self.number(ExifTags.Base.Orientation, 1)
 
     @property
@@ -156,12 +156,12 @@ class Directory:
 
     @property
     def photometric(self) -> int:
-        """What the samples mean."""
+        """The photometric interpretation of the samples."""
         return self.number(ExifTags.Base.PhotometricInterpretation, _WHITE_IS_ZERO)
 
     @property
     def compression(self) -> int:
-        """How the samples are packed."""
+        """The compression of the samples."""
         return self.number(ExifTags.Base.Compression, _UNCOMPRESSED)
 
     @property
@@ -188,13 +188,13 @@ class Found:
     """The file, with this picture first."""
     directory: Directory
     first: Directory
-    """What was first, which may have the notes of the whole file."""
+    """The original first directory, which may have the notes of the whole file."""
 
 
 def opened(data: bytes) -> Found:
     """Find the full picture of a file.
 
-    Raises UnsupportedImageError for a camera raw and for samples that nothing here reads.
+    Raises UnsupportedImageError for a camera raw and for samples that cannot be read.
     """
     if data.startswith(_BIG_ENDIAN_BIGTIFF):
         raise UnsupportedImageError("BigTIFF with its highest byte first; save it as TIFF")
@@ -213,7 +213,7 @@ def opened(data: bytes) -> Found:
 
 
 class _Walk:
-    """The way through the directories of a file; loops and hostile sizes end it."""
+    """Traverses the directories of a file; stops at loops and hostile sizes."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -221,7 +221,7 @@ class _Walk:
         self._order = _order(data[:2])
         self._header = data[: 16 if self._is_big else 8]
         self._seen: set[int] = set()
-        # Values that overlap again and again would fill the memory; a damaged entry may be large.
+        # Values that overlap many times would fill the memory; a damaged entry may be large.
         self._bytes_left = 4 * len(data)
 
     def chains(self) -> Iterator[list[Directory]]:
@@ -239,7 +239,7 @@ class _Walk:
             offset = directory.tags.next
 
     def _directory(self, offset: int, entries: list[_Entry]) -> Directory | None:
-        """What lies at a place, unless the walk has been there or has come far enough."""
+        """The directory at an offset, unless it was visited or the walk reached its limit."""
         self._bytes_left -= sum(min(entry.size, len(self._data)) for entry in entries)
         is_enough = len(self._seen) == _MAX_DIRECTORIES or self._bytes_left < 0
         if offset in self._seen or not entries or is_enough:
@@ -256,7 +256,7 @@ class _Walk:
         return None
 
     def _entries(self, offset: int) -> list[_Entry]:
-        """What stands in a directory; nothing if there is more than any real one has."""
+        """The entries of a directory; none if there are more than in any real one."""
         count, entry = ("Q", "HHQ8s") if self._is_big else ("H", "HHI4s")
         start = offset + struct.calcsize(f"={count}")
         size = struct.calcsize(f"={entry}")
@@ -267,7 +267,7 @@ class _Walk:
         return [_Entry(*values) for values in struct.iter_unpack(self._order + entry, stored)]
 
     def _children(self, entries: list[_Entry]) -> list[int]:
-        """Where the children lie; Pillow does not know the type that BigTIFF has for this."""
+        """The offsets of the children; Pillow does not support the BigTIFF type for them."""
         entry = next((one for one in entries if one.tag == ExifTags.Base.SubIFDs), None)
         if entry is None or entry.kind not in _OFFSETS or entry.count > _MAX_DIRECTORIES:
             return []
@@ -282,7 +282,7 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tag as it stands in a directory; its values lie in the entry if they fit."""
+    """A tag as stored in a directory; its values are inside the entry if they fit."""
 
     tag: int
     kind: int
@@ -291,7 +291,7 @@ class _Entry:
 
     @property
     def size(self) -> int:
-        """Bytes that the values are said to have."""
+        """The declared size of the values in bytes."""
         return self.count * _BYTES_OF_TYPE.get(self.kind, 1)
 
 
@@ -314,7 +314,7 @@ _OFFSETS: Final = {4: "I", 13: "I", 16: "Q", 18: "Q"}
 
 
 def _raw_format(data: bytes, directories: list[Directory]) -> str | None:
-    """The name of a camera raw; None for any other TIFF."""
+    """The name of a camera raw format; None for any other TIFF."""
     for name, beginnings in _RAW_HEADERS.items():
         if data[8:12] in beginnings:
             return name
@@ -328,7 +328,7 @@ def _raw_format(data: bytes, directories: list[Directory]) -> str | None:
     maker = str(directories[0].tags.get(ExifTags.Base.Make, "")).lower()
     return next(
         (name for start, name in _RAW_OF_MAKER.items() if maker.startswith(start)),
-        "a TIFF with the values of a camera's sensor",
+        "a TIFF with raw sensor data",
     )
 
 
@@ -336,7 +336,7 @@ _RAW_HEADERS: Final = {"Canon CR2": (b"CR\2\0",), "Phase One IIQ": (b"IIII", b"M
 
 
 def _full_picture(first: list[Directory], every: list[Directory]) -> Directory:
-    """The full picture: the first directory, unless that is a copy of another one."""
+    """The full picture: the first directory, unless it is a copy of another one."""
     parent, *children = first
     if not parent.is_full:
         largest = max(every, key=lambda directory: directory.area)
@@ -350,7 +350,7 @@ def _full_picture(first: list[Directory], every: list[Directory]) -> Directory:
 
 
 def _beginning_at(data: bytes, offset: int) -> bytes:
-    """The same file with another first directory."""
+    """The same file with another directory first."""
     order = _order(data[:2])
     if data[2:4] in (b"+\0", b"\0+"):
         return data[:8] + struct.pack(f"{order}Q", offset) + data[16:]
@@ -362,7 +362,7 @@ def _order(prefix: bytes) -> str:
 
 
 def _check_readable(directory: Directory) -> None:
-    """Refuse, by name, what Pillow would misread, or refuse without saying why."""
+    """Refuse, with its name, what Pillow would misread or refuse without a reason."""
     depth = max(directory.bits)
     if directory.photometric == _LAB:
         raise UnsupportedImageError("TIFF with Lab colours; save it as RGB")
@@ -380,9 +380,9 @@ def _check_readable(directory: Directory) -> None:
 
 
 def describe(directory: Directory) -> str:
-    """A TIFF that Pillow does not open, in words."""
+    """Describe a TIFF that Pillow does not open."""
     return (
-        f"TIFF with {max(directory.bits)}-bit samples, {len(directory.bits)} to a pixel, and "
+        f"TIFF with {max(directory.bits)}-bit samples, {len(directory.bits)} per pixel, and "
         f"{_COMPRESSIONS[directory.compression]} compression, or a damaged one; "
         "save it as RGB or grey with 8 bits"
     )
@@ -392,7 +392,7 @@ def describe(directory: Directory) -> str:
 
 
 def is_read_here(directory: Directory) -> bool:
-    """Whether `image_of` reads the samples, and not Pillow."""
+    """Whether `image_of` reads the samples instead of Pillow."""
     depth = directory.bits[0]
     return (
         directory.compression in {_UNCOMPRESSED, *_DEFLATE}
@@ -416,7 +416,7 @@ def _samples_of(directory: Directory) -> int:
 
 
 def image_of(data: bytes, directory: Directory) -> Image.Image:
-    """The picture with 8 bits a sample, as stored (not turned), with its companions in `info`."""
+    """The picture with 8 bits per sample, as stored (not rotated), with its metadata in `info`."""
     width, height = directory.size
     colours = _CHANNELS[directory.photometric]
     if _samples_of(directory) < colours:
@@ -443,12 +443,12 @@ def image_of(data: bytes, directory: Directory) -> Image.Image:
 
 
 def at_full_scale(image: Image.Image, directory: Directory) -> Image.Image:
-    """Grey of 16 bits as Pillow has read it, as 8 bits from black to white."""
+    """16-bit grey as Pillow has read it, as 8 bits from black to white."""
     return Image.fromarray(_to_8_bits(directory)[np.asarray(image).astype(np.uint16)])
 
 
 def _to_8_bits(directory: Directory) -> npt.NDArray[np.uint8]:
-    """What each stored number is in 8 bits, from black to white."""
+    """The 8-bit value of each stored number, from black to white."""
     highest = 2 ** directory.bits[0] - 1
     table = (np.arange(2**16).clip(max=highest) * 510 + highest) // (2 * highest)
     if directory.photometric == _WHITE_IS_ZERO:
@@ -460,7 +460,7 @@ def _to_8_bits(directory: Directory) -> npt.NDArray[np.uint8]:
 def _unmultiplied(
     colours: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
-    """Colours without the alpha that they were multiplied by."""
+    """Colours divided by the alpha that they were multiplied by."""
     divisor = np.maximum(alpha, 1).astype(np.uint16)
     divided = np.minimum((colours.astype(np.uint16) * 255 + divisor // 2) // divisor, 255)
     unmultiplied: npt.NDArray[np.uint8] = divided.astype(np.uint8)
@@ -472,8 +472,8 @@ def _parts(
 ) -> Iterator[tuple[tuple[int, int, int], npt.NDArray[np.uint16]]]:
     """Some rows at a time of each strip or tile with the first of these channels.
 
-    With them come their top, their left and their first channel. A tile may reach beyond the right
-    edge, and all samples of a pixel are there if they are stored together.
+    Each comes with its top, its left and its first channel. A tile may extend beyond the right
+    edge, and all samples of a pixel are included if they are stored together.
     """
     width, height = directory.size
     samples = _samples_of(directory)
@@ -501,7 +501,7 @@ def _parts(
         plane, place = divmod(index, columns * rows)
         top, left = place // columns * down, place % columns * across
         stored = min(down, height - top)
-        # Many blocks that claim the whole file would have it copied as often.
+        # Many blocks that each claim the whole file would copy it that many times.
         length = min(lengths[index], 2 * down * stride + _ROOM_FOR_DEFLATE)
         block = data[offsets[index] : offsets[index] + length]
         counts = [min(at_once, stored - first) for first in range(0, stored, at_once)]
@@ -517,7 +517,7 @@ def _parts(
 def _inflated(
     block: bytes, counts: list[int], stride: int, directory: Directory
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a strip or tile, for so many rows at a time."""
+    """The bytes of a strip or tile, for this many rows at a time."""
     inflater, rest = zlib.decompressobj(), memoryview(block)
     for count in counts:
         part: bytes | memoryview
@@ -534,7 +534,7 @@ def _inflated(
 def _unpacked(
     block: bytes | memoryview, stride: int, directory: Directory
 ) -> npt.NDArray[np.uint16]:
-    """Rows of numbers; those of other than 16 bits lie close together, the highest bit first."""
+    """Rows of numbers; depths other than 16 bits are packed, the highest bit first."""
     depth = directory.bits[0]
     if depth == 16:
         order = _order(directory.tags.prefix)

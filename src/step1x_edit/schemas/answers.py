@@ -1,4 +1,4 @@
-"""Every answer; the only home of their names and descriptions."""
+"""Every answer; names and descriptions are defined only here."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ class JobProgress(_Answer):
 
 
 class JobResult(_Answer):
-    """What is stored of a job that has succeeded, besides the picture."""
+    """The stored answer of a successful job, besides the picture."""
 
     processing_time: float
     metadata: EditMetadata

@@ -1,4 +1,4 @@
-"""How validation errors become sentences of one line that say what to change."""
+"""Turns validation errors into sentences of one line that say what to change."""
 
 from __future__ import annotations
 
@@ -95,13 +95,13 @@ def _worded(kind: str, parameter: Parameter) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: a known one that looks alike, or nothing."""
+    """The end of a sentence about an unknown name: a similar known name, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def _shown_as(parameter: Parameter, value: object) -> str:
-    """A value of the caller; a number in a form, which is text, looks like any other number."""
+    """A value of the caller; a number in a form, which is text, is shown as a number."""
     if parameter.kind in ("integer", "number") and isinstance(value, str):
         with contextlib.suppress(ValueError):
             float(value)

@@ -1,4 +1,4 @@
-"""Every request; the only home of names, ranges, defaults and descriptions.
+"""Every request; names, ranges, defaults and descriptions are defined only here.
 
 The request models, the MCP tools and the settings use the annotated types (`NumSteps`, `Seed`, …)
 directly; `PARAMETERS` has the same as plain values for interfaces such as the command line.
