@@ -681,6 +681,8 @@ def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
     from step1x_edit.interfaces.page import blocks
 
     monkeypatch.setattr(blocks, "_REFRESH_S", 3600.0)
+    # The page of a server sets this for its process: the module's server needs its own value again.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
     expect.set_options(timeout=PATIENCE_MS)
     with serving(service, api_key=None) as url:
         page = browser.new_page(locale="en")
