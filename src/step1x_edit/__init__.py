@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         GenerateRequest,
         GenerationRecord,
     )
+    from step1x_edit.service.file_edits import FileEdits
     from step1x_edit.service.service import EditService
     from step1x_edit.service.wiring import build_service
     from step1x_edit.settings import Settings, load_settings
@@ -40,6 +41,7 @@ __all__ = [
     "EditRequest",
     "EditService",
     "ErrorAnswer",
+    "FileEdits",
     "GenerateRequest",
     "GenerationRecord",
     "GpuAnswer",
@@ -61,6 +63,7 @@ _HOMES: Final = {
     "GpuAnswer": "schemas.answers",
     "StatusAnswer": "schemas.answers",
     "EditService": "service.service",
+    "FileEdits": "service.file_edits",
     "MCPClient": "interfaces.mcp.client",
     "Settings": "settings",
     "Step1XEditError": "errors",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from step1x_edit.errors import EditCancelledError
+from step1x_edit.errors import EditCancelledError, Step1XEditError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -22,7 +25,13 @@ def drop(*tasks: asyncio.Future[Any]) -> None:
     """Cancel tasks whose outcome is not needed, so that asyncio does not warn of their errors."""
     for task in tasks:
         task.cancel()  # does nothing if it is done
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(_note_error)
+
+
+def _note_error(task: asyncio.Future[Any]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, Step1XEditError):
+        log.debug("an error after the end of its call", exc_info=error)
 
 
 async def unless(end: Awaitable[object], work: Awaitable[T]) -> T:

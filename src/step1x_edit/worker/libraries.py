@@ -66,7 +66,7 @@ def _import_network() -> None:
     try:
         with _replaced(stand_ins), _alone(), _bare_packages():
             import step1x_edit.checkpoints.read  # noqa: F401
-    except (AttributeError, ImportError, TypeError):
+    except Exception:  # whatever fails there, the whole package may still work
         log.debug("transformers is imported as a whole", exc_info=True)
         for name in set(sys.modules) - before:
             if name.startswith(("transformers.", "step1x_edit.")):
