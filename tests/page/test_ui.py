@@ -797,7 +797,7 @@ def test_an_open_page_survives_a_restart_of_the_server(
     expect(page.locator(".chip .pill")).to_have_text(text("page.offline", "en"))
     with toy_server(port, tmp_path):
         expect(page.locator("#notice")).to_have_text(
-            "The server was started again. Your pictures went with the old one: choose them again."
+            "The server was restarted. Your pictures were not kept: choose them again."
         )
         expect(page.locator(".chip .pill")).to_have_text("Model not loaded")
         expect(page.locator("#edit-prompt textarea")).to_have_value("wait in denoising")
@@ -908,7 +908,7 @@ def test_no_address_is_fetched_for_a_caller(url: str) -> None:
     assert httpx2.get(url, timeout=240, trust_env=False).status_code == 200  # the page is built
     fetching = gr.processing_utils.async_ssrf_protected_get("http://example.invalid/a.png")
 
-    with pytest.raises(gr.Error, match="not fetched from addresses"):
+    with pytest.raises(gr.Error, match="no URL is fetched"):
         fetching.send(None)  # its first step; a loop of its own is running the browser
 
 
@@ -1161,9 +1161,9 @@ def test_a_pull_of_another_caller_is_shown_and_stopped(
     with httpx2.stream("POST", f"{fetching}/api/models/{MODEL}/pull", timeout=240) as stream:
         page = open_page(address=fetching)
         page.get_by_role("tab", name="System").click()
-        expect(page.locator("#models-line")).to_contain_text("v1.2 · Interrupted, trying again")
+        expect(page.locator("#models-line")).to_contain_text("v1.2 · Interrupted, retrying")
         page.click("#models-stop")
-        expect(page.locator("#models-line")).to_contain_text("Stopped. What arrived is kept")
+        expect(page.locator("#models-line")).to_contain_text("Stopped. The downloaded part is kept")
         end = stream.read().decode().rstrip().splitlines()[-2]
 
     assert end == "event: cancelled"

@@ -29,8 +29,8 @@ from step1x_edit.settings import Settings
 
 _REFRESH_S: Final = 3.0
 _DAY_S: Final = 24 * 3600
-_EVENTS: Final = 256  # that may wait to start, including refreshes of the status
-_COLOURS: Final = {  # of text and background: a contrast of at least 4.5
+_EVENTS: Final = 256  # events that may wait to start, including refreshes of the status
+_COLOURS: Final = {  # text and background: a contrast of at least 4.5
     "body_text_color_subdued": "*neutral_600",
     "button_primary_background_fill": "*primary_600",
     "button_primary_background_fill_dark": "*primary_600",
@@ -47,7 +47,7 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
     Its `state.functions` holds the numbers of the functions that an event may name, and
     `state.sessions` the names of the sessions that have sent an event.
     """
-    # Our page uploads pictures. Gradio would fetch an address that an event names instead.
+    # Our page uploads pictures. Gradio would also download a URL that an event contains.
     processing_utils.async_ssrf_protected_get = _no_fetching
     document.describe(routes.templates.env, Path(gr.__file__).parent / "templates")
     blocks = _Page(service, settings, pulls, files).blocks()
@@ -75,8 +75,8 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
         ).set(**_COLOURS),
         css=Path(__file__).with_name("page.css").read_text("utf-8"),
     )
-    # Gradio checks that files in events were uploaded only if it was launched, and does not count
-    # being mounted as that (`processing_utils._check_allowed`).
+    # Gradio checks that files in events were uploaded only if it was launched, which does not
+    # include being mounted (`processing_utils._check_allowed`).
     blocks.has_launched = True
     outer.state.functions = frozenset(blocks.fns)
     outer.state.sessions = blocks._queue.pending_messages_per_session
@@ -84,7 +84,7 @@ def build(service: EditService, settings: Settings, pulls: Pulls, files: PageFil
 
 
 async def _no_fetching(url: str) -> NoReturn:
-    raise gr.Error("pictures are uploaded and not fetched from addresses", print_exception=False)
+    raise gr.Error("upload the picture; no URL is fetched", print_exception=False)
 
 
 @contextlib.asynccontextmanager
@@ -95,7 +95,7 @@ async def running(app: FastAPI) -> AsyncIterator[None]:
 
 
 class _Page:
-    """The layout of the page, and the events that concern all of it."""
+    """The layout of the page, and the events that concern the whole page."""
 
     def __init__(
         self, service: EditService, settings: Settings, pulls: Pulls, files: PageFiles

@@ -1,7 +1,7 @@
 """The HTML document of the page: Gradio's own, with our description and our script in its head.
 
-The script is part of the document, because it also has to report when nothing else of the page can
-be loaded. This module does not know the layout of the page.
+The script is part of the document, because it must also report that the rest of the page cannot be
+loaded. This module does not know the layout of the page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SAID_BY_SCRIPT: Final = {
 
 
 def describe(environment: Environment, templates: Path) -> None:
-    """Make Gradio's templates, which are in this folder, render our document."""
+    """Make Gradio's templates in this folder render our document."""
     source = (templates / _TEMPLATE).read_text("utf-8")
     source = _GRADIO_S_OWN.sub("", source).replace("<style>", f"{_OURS}\n\t\t<style>", 1)
     environment.loader = ChoiceLoader(

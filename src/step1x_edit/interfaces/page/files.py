@@ -4,7 +4,7 @@ All are in one folder below DATA_DIR. It belongs to one server, and is emptied w
 and when it ends. An event of the page may name a file that was made for its session, or an upload:
 the address of an upload contains 128 random bits, so only its sender knows it, and the first
 session that names it owns it. All other names are refused without opening a file. Visitors see the
-folder under the name `/page`, so that no path of the server leaves it. The module knows nothing
+folder under the name `/page`, so the server's paths are not disclosed. The module knows nothing
 about HTTP and Gradio.
 """
 
@@ -32,14 +32,14 @@ from step1x_edit.errors import NoSpaceError, PathNotAllowedError, SettingsError
 
 FOLDER_NAME: Final = "page"
 SHOWN_FOLDER: Final = "/page"
-"""What visitors see instead of the folder's path."""
+"""The path that visitors see instead of the folder's."""
 
-_SERVERS: Final = 16  # that can share a data folder
+_SERVERS: Final = 16  # servers that can share a data folder
 _MADE: Final = "made"
 _UPLOADS: Final = "uploads"
-_LEAST_BYTES: Final = 16 * 1024  # counted for a file, which limits their number as well
-_AWAY_S: Final = 600.0  # to keep the files of a session whose page is not open
-_UNUSED_S: Final = 3600.0  # to keep an upload that no session has named
+_LEAST_BYTES: Final = 16 * 1024  # minimum counted for a file, which also limits their number
+_AWAY_S: Final = 600.0  # seconds to keep the files of a session without an open page
+_UNUSED_S: Final = 3600.0  # seconds to keep an upload that no session has named
 _ABSENT: Final = 1000  # sessions without an open page that are remembered
 
 
@@ -87,7 +87,7 @@ class Upload:
     size: int
     owner: str | None = None
     is_passing: bool = False
-    """Whether it is one of many that replace each other, and so is removed first."""
+    """Whether later uploads replace it, so that it is removed first."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Visits:
 
     now: Callable[[], float]
     open: Counter[str] = field(default_factory=Counter)
-    absent: dict[str, float] = field(default_factory=dict)  # in the order of time
+    absent: dict[str, float] = field(default_factory=dict)  # ordered by time
 
     def note(self, session: str) -> None:
         """Remember that a session was active."""
@@ -105,7 +105,7 @@ class _Visits:
             self.absent[session] = self.now()
 
     def forget(self, patience_s: float) -> list[str]:
-        """Forget the sessions that have been away for longer; returns their names."""
+        """Remove the sessions that have been inactive for longer; returns their names."""
         since = self.now() - patience_s
         enough = len(self.absent) - _ABSENT
         gone = [
@@ -144,7 +144,7 @@ class PageFiles:
         self._arriving: dict[str, Upload] = {}
         self._one_at_a_time = asyncio.Lock()
 
-    # --- what is made for a session ---------------------------------------------------------------
+    # --- files made for a session -----------------------------------------------------------------
 
     def folder_of(self, session: str) -> Path:
         """The folder for files made for a session; nobody can guess it, and it may not exist."""
@@ -162,7 +162,7 @@ class PageFiles:
             self._visits.open[session] -= 1
             self._visits.note(session)
 
-    # --- what an event names ----------------------------------------------------------------------
+    # --- files named by an event ------------------------------------------------------------------
 
     async def take_event(self, session: str, event: object) -> None:
         """Replace the paths that visitors see in an event by the real ones.
@@ -183,17 +183,17 @@ class PageFiles:
         # Check the name first, so that no file outside of the folder is ever examined.
         below = (f"{SHOWN_FOLDER}/", f"{SHOWN_FOLDER}{os.sep}")
         if not isinstance(path, str) or "\0" in path or not path.startswith(below):
-            raise PathNotAllowedError("the page has only files that it has received or made")
+            raise PathNotAllowedError("the page serves only files that it has received or made")
         try:
             real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
-        except UnicodeEncodeError:  # half of a surrogate pair, which no name can hold
+        except UnicodeEncodeError:  # half of a surrogate pair, which no file name can contain
             real = ""
         if not self._holds(real) or not _is_file(real):
-            raise PathNotAllowedError("the file is not there any more; upload it again")
+            raise PathNotAllowedError("the file no longer exists; upload it again")
         return real
 
     def shown(self, text: bytes) -> bytes:
-        """A text for visitors, in which the name that they see replaces the folder's path."""
+        """A text for visitors, with the folder's path replaced by the one that they see."""
         for spelling in self._spellings:
             text = text.replace(spelling, SHOWN_FOLDER.encode())
         return text
@@ -295,7 +295,7 @@ def _is_file(path: str) -> bool:
 
 
 def _size_of(folder: Path) -> int:
-    """Bytes of all files below; a file that is removed meanwhile does not count."""
+    """Bytes of all files below; a file that is removed during the count is skipped."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:

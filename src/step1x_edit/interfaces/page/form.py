@@ -19,7 +19,7 @@ _REASONING: Final = ("thinking", "reflection")
 
 
 class Form:
-    """What a visitor asks for, the buttons that start and stop an edit, and the line below them.
+    """The inputs of an edit, the buttons that start and stop it, and the line below them.
 
     It is placed where the page is being built.
     """
@@ -70,16 +70,16 @@ class Form:
         self.inputs: Final[list[Any]] = list(self._widgets.values())
         self.outputs: Final[list[Any]] = [self.run, self.stop, self.line]
         self.hint: Final[list[Any]] = [self._hint, self._hint_line]
-        """What the authors of the model recommend, beside a button that takes it over."""
+        """The recommendation of the model's authors, and a button that applies it."""
         self.reasoning: Final[list[Any]] = [widgets[choice] for choice in _REASONING]
-        """The choices that only some models have."""
+        """The options that only some models support."""
 
     def arguments(self, values: Sequence[object]) -> dict[str, object]:
         """The values of the inputs by the names of the parameters."""
         given = dict(zip(self._widgets, values, strict=True))
         return {**given, "prompt": str(given["prompt"] or "").strip()}
 
-    # --- how it changes ---------------------------------------------------------------------------
+    # --- updates ----------------------------------------------------------------------------------
 
     def busy(self, line: str = "") -> dict[Any, Any]:
         """While an edit runs. Each line repeats the state of the buttons, because a browser may
@@ -99,7 +99,7 @@ class Form:
         }
 
     def unchanged(self) -> dict[Any, Any]:
-        """For a press of a button while the tab is busy."""
+        """For a button press while the tab is busy."""
         return {self.line: gr.skip()}
 
     def missing(self, pictures: object, language: str) -> dict[Any, Any]:
@@ -119,7 +119,7 @@ class Form:
         return {self._hint: gr.Row(visible=True), self._hint_line: html.escape(line)}
 
     def offer_reasoning(self, language: str) -> dict[Any, Any]:
-        """Disable the choices that the model does not have, and say why."""
+        """Disable the options that the model does not support, and say why."""
         can_reason = self._service.can_reason
         return {
             widget: gr.Checkbox(
@@ -164,7 +164,7 @@ def _widget(parameter: Parameter, tab: str, service: EditService) -> Any:
             return gr.Number(-1, precision=0, **words)
         case "loras":
             return _loras(service.loras, words)
-        case "reflection_rounds":  # appears with the reflection
+        case "reflection_rounds":  # shown with the reflection
             return gr.Slider(*_range(parameter), value, step=1, visible=False, **words)
         case "thinking" | "reflection":
             hint = words["info"] if service.can_reason else T("reasoning.needs")

@@ -17,7 +17,7 @@ def alert_of(error: Step1XEditError, language: str, subject: str = "") -> str:
 
 
 def alert(words: str, detail: str = "") -> str:
-    """A line that says what went wrong, with details in English."""
+    """A line that reports an error, with details in English."""
     small = f'<small lang="en">{html.escape(detail)}</small>' if detail else ""
     return f'<div class="problem" role="alert">{html.escape(words)}{small}</div>'
 
@@ -28,7 +28,7 @@ def caution(words: str) -> str:
 
 
 def done_line(words: str) -> str:
-    """A line about how something ended, which screen readers announce."""
+    """A line about an outcome, which screen readers announce."""
     return f'<div role="status">{html.escape(words)}</div>'
 
 
@@ -39,7 +39,7 @@ def bar_line(words: str, share: float) -> str:
 
 
 def picture_alone(path: str, language: str) -> str:
-    """The picture that is going to be edited."""
+    """The picture to be edited."""
     return f'<figure class="compare">{_image(path, text("alt.before", language))}</figure>'
 
 

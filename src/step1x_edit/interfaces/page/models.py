@@ -1,7 +1,7 @@
 """The part of the page that fetches published models.
 
-It shows the state of `pulls`, which this tab, another one or a client of REST may have started. So
-it keeps nothing but what it has shown.
+It shows the state of `pulls`, which this tab, another one or a REST client may have started. So it
+keeps only what it has shown.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import text
 from step1x_edit.schemas.answers import PulledModel
 
-_FIRST: Final = "v1.1"  # what the guide begins with
+_FIRST: Final = "v1.1"  # the model that the guide starts with
 _REFRESH_S: Final = 0.5  # while a pull runs
 _MEGA: Final = 10**6
 _GIGA: Final = 10**9
 
 
 class ModelsPanel:
-    """A list of the models, a button that fetches, one that stops, and how far it has come.
+    """A list of the models, buttons to fetch and stop, and the progress.
 
     It is placed where the page is being built, and shown again by `refresh`. While a pull runs, it
     refreshes itself more often.
@@ -68,7 +68,7 @@ class ModelsPanel:
         self._stop.click(self._end, self.inputs, self.outputs, **PRIVATE)
 
     async def refresh(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
-        """Show the state of now; the list only if it may have changed since it was shown."""
+        """Show the current state; the list only if it may have changed since it was shown."""
         language = visitor_language(request)
         latest, running = self._pulls.latest, self._pulls.running
         state = "" if latest is None else f"{latest.name} {latest.state.value}"

@@ -1,16 +1,16 @@
-// The part of the page that runs in the browser: called once, in the head, with the visitor's
-// language and texts in it by name.
+// The script of the page in the browser: called once, in the head, with the visitor's language and
+// texts by name.
 (texts) => {
   "use strict";
   const TABS = ["edit", "region", "batch"];
   const KEPT = "step1x-edit";
   const find = (selector) => document.querySelector(selector);
 
-  // Gradio knows some tags of languages, and takes English for all others: zh-HK, zh-SG, zh-Hant.
+  // Gradio knows some language tags and uses English for all others: zh-HK, zh-SG, zh-Hant.
   Object.defineProperty(navigator, "language", { value: texts.language });
 
-  // A browser asks for module scripts with an Origin. Behind a proxy that replaces Host the server
-  // takes them for another site's and refuses them: the page would stay white without a word.
+  // A browser requests module scripts with an Origin. If a proxy replaces Host, the server takes
+  // them for another site's and refuses them: the page would stay blank without an error.
   addEventListener("error", ({ target }) => {
     if (!(target instanceof HTMLScriptElement) || !target.src.includes("/assets/")) return;
     const box = document.createElement("p");
@@ -21,7 +21,7 @@
     (document.body ?? document.documentElement).prepend(box);
   }, true);
 
-  // --- what survives a reload, and Gradio reloads when its server has been away ---
+  // --- what survives a reload; Gradio reloads after its server was unreachable ---
   let kept = {};
   try { kept = JSON.parse(sessionStorage.getItem(KEPT)) ?? {}; } catch { /* nothing is kept */ }
 
@@ -33,7 +33,7 @@
     } catch { /* a browser without storage */ }
   });
 
-  // The prompts of the tabs, and what there is to say.
+  // The prompts of the tabs, and the notice to show.
   const restored = () => {
     const isNew = kept.server !== undefined && kept.server !== gradio_config.app_id;
     const words = isNew ? [texts.restarted, kept.picture ? texts.lost : ""].join(" ").trim() : "";
@@ -41,7 +41,7 @@
     return [...TABS.map((_, i) => kept.prompts?.[i] ?? ""), notice];
   };
 
-  // Gradio says in English, whatever the language, that the server has gone.
+  // Gradio reports a lost connection in English, whatever the language.
   const GONE = "Connection to the server was lost";
   new MutationObserver(() => {
     for (const message of document.querySelectorAll("[data-testid=toast-text]")) {
@@ -54,8 +54,8 @@
   }).observe(document, { childList: true, subtree: true });
 
   // --- files ---
-  // Gradio refuses what the browser does not take for a picture, HEIC among it, in English. Here
-  // everything is sent: the server looks into files, and says what is wrong with them.
+  // Gradio refuses, in English, files that the browser does not recognise as pictures, such as HEIC.
+  // Here all files are sent: the server examines them and reports errors.
   const boxes = "#edit-picture, #region-picture, #batch-files";
   const arePictures = (files) => [...files].every((file) => file.type.startsWith("image/"));
   const asPictures = (files) => {
@@ -85,7 +85,7 @@
     if (!run) return;
     event.preventDefault();
     event.stopPropagation();
-    if (!event.target.closest("textarea")) run.focus();  // a number is taken when its field is left
+    if (!event.target.closest("textarea")) run.focus();  // a number is applied on blur
     run.click();
   }, true);
 
@@ -98,7 +98,7 @@
   }, true);
 
   // --- before and after ---
-  // The place is kept outside of what Gradio writes again with each preview.
+  // The position is kept outside of the element that Gradio replaces with each preview.
   addEventListener("input", ({ target }) => {
     if (target.matches?.(".compare input")) {
       target.closest(".result").style.setProperty("--at", `${target.value}%`);

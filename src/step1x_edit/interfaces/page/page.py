@@ -1,9 +1,9 @@
 """The routes of the web page: which of Gradio's the server offers, and how they answer.
 
 Gradio is imported when the page is opened for the first time: that takes seconds and 100 MB, which
-a server that only assistants use should not spend. Only the routes that our page requests exist;
-other features of Gradio (its own API, a proxy, sign-in, saved runs) are not reachable. The layout
-of the page is in `blocks`.
+a server that is used only by assistants saves. Only the routes that our page requests exist; other
+features of Gradio (its own API, a proxy, sign-in, saved runs) are not reachable. The layout of the
+page is in `blocks`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _UPLOAD: Final = "/gradio_api/upload"
 _EVENTS: Final = {path for path, methods in _ROUTES.items() if "POST" in methods} - {_UPLOAD}
 _FIXED: Final = ("/assets/", "/static/")
 _LONGEST_NAME: Final = 255  # bytes, of a file or of a session
-_TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # that can name files
+_TEXTS: Final = ("application/json", "text/event-stream", "text/html")  # events that can name files
 _QUOTA: Final = 8  # uploads of the largest size, for all visitors together
 # Gradio needs inline scripts and compiled shaders; nothing may come from another origin.
 _POLICY: Final = (
@@ -100,7 +100,7 @@ class Page:
             self._app = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if "://" in scope["path"]:  # Gradio would fetch the address for the caller
+        if "://" in scope["path"]:  # Gradio would fetch the URL for the caller
             raise HTTPException(404)
         path = scope["path"]
         if path.startswith((_HEARTBEAT, *_FIXED)) and not _can_be_a_name(path):
@@ -112,7 +112,7 @@ class Page:
         elif path == _EVENTS_OF_SESSION:
             if Request(scope).query_params.get("session_hash") not in page.state.sessions:
                 # Gradio would fail in the middle of its answer.
-                raise HTTPException(404, "There is no such session, or not any more.")
+                raise HTTPException(404, "There is no such session, or it has ended.")
         elif path in _EVENTS:
             receive = await _checked(scope, receive, files, page.state.functions)
         elif path.startswith(_FILE):
@@ -192,7 +192,7 @@ def _can_be_a_name(path: str) -> bool:
 def _is_understood(path: str, name: bytes, value: bytes) -> bool:
     """Whether to pass a header on to Gradio, which fails on several ranges and malformed hosts.
 
-    It must not compress answers that we rewrite, either.
+    Gradio must not compress answers that we rewrite, either.
     """
     match name:
         case b"accept-encoding":
@@ -217,14 +217,14 @@ async def _checked(
     event = await json_bodies.parse(body)
     session, function = event.get("session_hash"), event.get("fn_index")
     if scope["path"] == _JOIN and not (isinstance(function, int) and function in functions):
-        raise InvalidParameterError("the page is of another version than the server; reload it")
+        raise InvalidParameterError("the page and the server differ in version; reload the page")
     if scope["path"] == _JOIN and not (isinstance(session, str) and session):
         raise InvalidParameterError("session_hash must be the name of a session")
     await files.take_event(str(session), event)
     try:
         text = json.dumps(event, allow_nan=False)
     except ValueError:
-        raise InvalidParameterError("the JSON holds a number that is none, or too large") from None
+        raise InvalidParameterError("the JSON has a number that is NaN or too large") from None
     except RecursionError:
         raise InvalidParameterError("the JSON is nested too deeply") from None
     return json_bodies.given_again(text.encode(), receive)

@@ -12,7 +12,7 @@ PRIVATE: Final[dict[str, Any]] = {"api_visibility": "private", "show_progress": 
 """The declaration of each event of the page."""
 
 T: Final[Any] = gr.I18n(**translations())
-"""Looks up the texts that are on the page from the start; the browser translates them."""
+"""Looks up the initial texts of the page, which the browser translates."""
 
 
 def visitor_language(request: gr.Request) -> str:

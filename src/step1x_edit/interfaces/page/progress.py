@@ -11,7 +11,7 @@ from step1x_edit.interfaces.time_left import Now, TimeLeft
 
 
 class ProgressLine:
-    """Puts the progress of one edit into words."""
+    """Describes the progress of one edit."""
 
     def __init__(self, language: str, prefix: str = "", now: Now = time.monotonic) -> None:
         self._language = language
@@ -39,7 +39,7 @@ class ProgressLine:
             case Phase.DENOISING:
                 share = progress.step / progress.total
                 left = self._left.seconds
-                if left is not None and left > 1:  # otherwise late, by an unknown time
+                if left is not None and left > 1:  # otherwise overdue by an unknown time
                     words += " · " + text("left", self._language, seconds=round(left))
             case Phase.DECODING | Phase.REFLECTING | Phase.SAVING:
                 share = 1.0

@@ -1,4 +1,4 @@
-"""What an edit leaves behind: files, thumbnails, the archive of a batch, and the lines about it.
+"""The results of an edit: files, thumbnails, the archive of a batch, and the lines about it.
 
 Files are written as the service made them. Gradio's own reading and writing of pictures is not
 used, because it would encode them again; the module does not import Gradio.
@@ -73,7 +73,7 @@ class BatchResults:
         self.problems: list[str] = []
         self._session = session
         self._language = language
-        self._files: dict[str, str] = {}  # on disk: there may be many, and they may be large
+        self._files: dict[str, str] = {}  # on disk, because they may be many and large
         self._shown: list[tuple[str, str]] = []
 
     async def add(self, edited: EditedPicture, name: str) -> list[tuple[str, str]]:

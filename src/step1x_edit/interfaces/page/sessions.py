@@ -2,8 +2,8 @@
 
 Each edit runs in a separate task that belongs to a tab of a visitor's session. *Stop* and closing
 the page cancel the task; the generator that Gradio reads from only passes its events on. The
-results of a tab are kept here too, so that they are complete when an edit ends, and not as they
-were when the button was pressed. The module does not import Gradio.
+results of a tab are kept here too, so that they are complete when an edit ends, and not in the
+state of the button press. The module does not import Gradio.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HISTORY: Final = 12
 
 @dataclass(frozen=True)
 class Asked:
-    """What a visitor asks for; "again" asks for it with another seed."""
+    """The request of a visitor; "again" repeats it with another seed."""
 
     source: str
     """The path of the picture; empty if none is chosen."""
@@ -71,7 +71,7 @@ class TabState:
         self._pursuit: Pursuit[Any, None] | None = None
 
     def add(self, result: Result) -> None:
-        """Keep a result, and forget the oldest."""
+        """Keep a result, and drop the oldest."""
         self.result, self.history = result, [result, *self.history][:_HISTORY]
 
     @contextlib.contextmanager

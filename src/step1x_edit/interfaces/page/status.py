@@ -53,7 +53,7 @@ class SystemTab:
         self.refresh_on(self._release.click(self.let_go, None, line, **PRIVATE).then)
 
     async def refresh(self, request: gr.Request, name: str, shown: str | None) -> dict[Any, Any]:
-        """Show the state of now; `name` and `shown` belong to the models."""
+        """Show the current state; `name` and `shown` belong to the models."""
         status, language = self._service.status().gpu_status, visitor_language(request)
         update: dict[Any, Any] = {
             self._chip: _chip(status, self._service.is_editing, language),

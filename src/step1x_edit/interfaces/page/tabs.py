@@ -1,6 +1,6 @@
-"""The tabs that edit: what they consist of, and what their buttons do.
+"""The tabs that edit: their parts, and the handlers of their buttons.
 
-Pictures reach the service as the visitor sent them: a handler that gets one is declared with
+The service receives pictures as the visitor sent them: a handler that receives one is declared with
 `preprocess=False`, because Gradio would encode it again.
 """
 
@@ -45,11 +45,11 @@ from step1x_edit.settings import Settings
 
 _ASSETS: Final = Path(__file__).parents[1] / "assets"
 _EXAMPLE_PHOTO: Final = _ASSETS / "coffee.jpg"
-_PREVIEWS: Final = 8  # of one edit
+_PREVIEWS: Final = 8  # shown during one edit
 
 
 class EditingTab:
-    """What all tabs that edit have in common; each builds its `form`.
+    """The common part of all tabs that edit; each builds its `form`.
 
     A tab is placed where the page is being built.
     """
@@ -145,7 +145,7 @@ class _PictureTab(EditingTab):
         }
 
     async def _edit(self, request: gr.Request, asked: Asked) -> AsyncIterator[dict[Any, Any]]:
-        """Edit one picture, and yield what changes on the page meanwhile."""
+        """Edit one picture, and yield the updates of the page."""
         form, view = self.form, self.view
         language, session = visitor_language(request), self._session(request)
         state = session.tabs[self._name]
@@ -188,7 +188,7 @@ class _PictureTab(EditingTab):
         yield {**view.show(state.result, language), **form.free(line), **end}
 
     async def _save_shown(self, session: Session, path: str) -> str:
-        """Write a picture as browsers can show it; raises the error of a picture that is none."""
+        """Write a picture in a format that browsers show; raises an error if it cannot be read."""
         return await asyncio.to_thread(lambda: save_shown(session, self._decode(path)))
 
     def _cleared(self, request: gr.Request) -> Any:
@@ -213,7 +213,7 @@ class EditTab(_PictureTab):
         self._listen_to_results()
 
     async def take(self, request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any]:
-        """Refuse a file that cannot be edited at once, and clear the box."""
+        """Refuse at once a file that cannot be edited, and clear the box."""
         if given is None:
             return gr.skip(), gr.skip()
         try:
@@ -337,7 +337,7 @@ class BatchTab(EditingTab):
         form.stop.click(self.stop, None, None, **PRIVATE)
 
     async def _check_batch(self, request: gr.Request, given: list[dict[str, Any]] | None) -> Any:
-        """Name the files that cannot be edited at once."""
+        """Name at once the files that cannot be edited."""
         language = visitor_language(request)
         problems: list[str] = []
         for file in given or ():
@@ -350,7 +350,7 @@ class BatchTab(EditingTab):
     async def edit(
         self, request: gr.Request, given: list[dict[str, Any]] | None, *values: object
     ) -> AsyncIterator[dict[Any, Any]]:
-        """Edit several pictures, and yield what changes on the page meanwhile."""
+        """Edit several pictures, and yield the updates of the page."""
         form, view, arguments = self.form, self._view, self.form.arguments(values)
         language, state = visitor_language(request), self._state(request)
         if state.is_busy:
@@ -381,7 +381,7 @@ class BatchTab(EditingTab):
         language: str,
         notify: Notify[str | list[tuple[str, str]]],
     ) -> None:
-        """Edit one picture after the other; notify of lines, and of the gallery's pictures."""
+        """Edit one picture after the other; report lines and the gallery's pictures."""
 
         async def edit(index: int) -> None:
             place = text("of_batch", language, number=index + 1, total=len(given))

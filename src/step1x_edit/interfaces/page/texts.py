@@ -1,7 +1,7 @@
 """All texts of the web page, in four languages.
 
-The browser translates the texts that are on the page from the start. The server translates later
-ones, into the language that the browser asks for. Both use this table.
+The browser translates the initial texts of the page. The server translates later ones into the
+language that the browser requests. Both use this table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ LANGUAGES: Final = ("en", "zh-CN", "zh-TW", "ja")
 
 _TRADITIONAL: Final = ("zh-tw", "zh-hk", "zh-mo", "zh-hant")
 
-# What the demo checkpoint knows and shows well, in the order of the buttons.
+# Edits that the demo checkpoint does well, in the order of the buttons.
 DEMO_EXAMPLES: Final = ("bw", "sketch", "night", "sepia", "painting", "autumn", "pink", "fog")
 EXAMPLES: Final = ("hat", "sketch", "night", "snow", "background", "remove")
 
@@ -44,7 +44,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "size_level": ("Working size", "处理尺寸", "處理尺寸", "処理サイズ"),
     "seed": ("Seed", "随机种子", "隨機種子", "シード値"),
     "seed.hint": (
-        "−1 draws one; the same seed gives the same picture",
+        "−1 picks a random seed; the same seed gives the same picture",
         "−1 为随机；种子相同，结果相同",
         "−1 為隨機；種子相同，結果相同",
         "−1 で自動。同じ値なら同じ結果",
@@ -64,7 +64,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "先に考える",
     ),
     "thinking.hint": (
-        "The model puts the prompt into clearer words before it edits",
+        "The model rewrites the prompt in clearer words before it edits",
         "模型先把指令改写得更清楚，再开始编辑",
         "模型先把指令改寫得更清楚，再開始編輯",
         "モデルが指示をわかりやすく書き直してから編集",
@@ -76,7 +76,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "見直してやり直す",
     ),
     "reflection.hint": (
-        "Takes the best of several rounds, and several times as long",
+        "Keeps the best of several rounds; takes several times as long",
         "编辑数轮，取最好的一张；用时会成倍增加",
         "編輯數輪，取最好的一張；耗時會成倍增加",
         "数回試して一番よいものを採用。時間は数倍かかります",
@@ -158,7 +158,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "demo.badge": ("Demo model", "演示模型", "示範模型", "デモモデル"),
     "demo.about": (
-        "This small built-in model shows how things work and knows only colours, moods and simple "
+        "This small built-in model is a demonstration and knows only colours, moods and simple "
         "styles like those below. The real Step1X-Edit can be fetched under System.",
         "这是内置的小型演示模型，只会下面这类颜色、氛围和简单风格的修改；"
         "真正的 Step1X-Edit 可在“系统”中下载。",
@@ -199,7 +199,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "page.blocked": (
         "The page cannot be loaded. A proxy in front of the server must pass on the Host header "
-        "(nginx: proxy_set_header Host $host), and ALLOWED_HOSTS must hold that name.",
+        "(nginx: proxy_set_header Host $host), and ALLOWED_HOSTS must contain that name.",
         "无法加载页面。服务器前面的代理必须转发 Host 请求头（nginx：proxy_set_header Host $host），"
         "并且 ALLOWED_HOSTS 要包含该名称。",
         "無法載入頁面。伺服器前面的代理必須轉送 Host 標頭（nginx：proxy_set_header Host $host），"
@@ -208,19 +208,19 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "（nginx：proxy_set_header Host $host）、ALLOWED_HOSTS にその名前を入れてください。",
     ),
     "page.restarted": (
-        "The server was started again.",
+        "The server was restarted.",
         "服务器已重新启动。",
         "伺服器已重新啟動。",
         "サーバーが再起動しました。",
     ),
     "page.lost": (
-        "Your pictures went with the old one: choose them again.",
+        "Your pictures were not kept: choose them again.",
         "之前的图片已不在，请重新选择。",
         "之前的圖片已不在，請重新選擇。",
         "画像は残っていないので、選び直してください。",
     ),
     "page.disconnected": (
-        "The server does not answer. The page tries again until it does.",
+        "The server does not answer. The page keeps trying to reconnect.",
         "服务器没有响应。页面会不断重试，直到恢复连接。",
         "伺服器沒有回應。頁面會不斷重試，直到恢復連線。",
         "サーバーが応答しません。つながるまで、このページは再試行を続けます。",
@@ -246,7 +246,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "先に変更してよい部分を塗ってください。",
     ),
     "unknown_edit": (
-        "The demo model does not know this edit, so the picture stays nearly as it is. Try one of "
+        "The demo model does not know this edit, so the picture hardly changes. Try one of "
         "the examples, or fetch the real model under System.",
         "演示模型不会这种修改，图片会几乎不变。请试试上面的示例，或在“系统”中下载真正的模型。",
         "示範模型不會這種修改，圖片會幾乎不變。請試試上面的範例，或在「系統」中下載真正的模型。",
@@ -305,7 +305,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "model.running": ("being fetched", "正在下载", "正在下載", "ダウンロード中"),
     "model.runs": ("in use", "使用中", "使用中", "使用中"),
     "model.here": (
-        "{name} is here. To use it, start the server again with",
+        "{name} is on this disk. To use it, restart the server with",
         "{name} 已在本机。要使用它，请用以下设置重新启动服务器：",
         "{name} 已在本機。要使用它，請用以下設定重新啟動伺服器：",
         "{name} はこのマシンにあります。使うには次の設定でサーバーを起動し直してください：",
@@ -319,14 +319,14 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "pull.downloading": ("Fetching", "正在下载", "正在下載", "ダウンロード中"),
     "pull.checking": ("Checking", "正在校验", "正在校驗", "検証中"),
     "pull.waiting": (
-        "Interrupted, trying again soon",
+        "Interrupted, retrying soon",
         "连接中断，稍后重试",
         "連線中斷，稍後重試",
         "中断したため、まもなく再試行",
     ),
     "pull.stopping": ("Stopping", "正在停止", "正在停止", "停止中"),
     "pull.stopped": (
-        "Stopped. What arrived is kept, and Fetch goes on from there.",
+        "Stopped. The downloaded part is kept, and Fetch continues from it.",
         "已停止。已下载的部分会保留，再次下载时从那里继续。",
         "已停止。已下載的部分會保留，再次下載時從那裡繼續。",
         "中止しました。受け取った分は残り、次のダウンロードはそこから続きます。",
@@ -378,7 +378,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "status.loras": ("LoRAs in the model", "模型中的 LoRA", "模型中的 LoRA", "モデル内の LoRA"),
     "memory": (
-        "{allocated} GB used, {reserved} GB held",
+        "{allocated} GB used, {reserved} GB reserved",
         "已用 {allocated} GB，占有 {reserved} GB",
         "已用 {allocated} GB，占有 {reserved} GB",
         "使用 {allocated} GB、確保 {reserved} GB",
@@ -399,7 +399,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "中核の {share} % を GPU に置き、残りは {slots} 個のスロットを通す",
     ),
     "plan.host": (
-        "the model computes in host memory",
+        "the model runs in host memory",
         "模型在内存中运算",
         "模型在記憶體中運算",
         "モデルはメモリ上で計算",
@@ -427,13 +427,13 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     # --- errors, by their code; the details follow in English -----------------------------------
     "error.invalid_parameter": (
-        "A setting of this edit is not possible.",
+        "A setting of this edit is not valid.",
         "这次编辑的某个设置不可用。",
         "這次編輯的某個設定不可用。",
         "この編集の設定に使えない値があります。",
     ),
     "error.file_not_found": (
-        "The picture is not there any more. Choose it again.",
+        "The picture no longer exists. Choose it again.",
         "图片已不在，请重新选择。",
         "圖片已不在，請重新選擇。",
         "画像がもうありません。選び直してください。",
@@ -475,7 +475,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "画像が細長すぎます。",
     ),
     "error.output_exists": (
-        "There is already a file of this name.",
+        "A file with this name already exists.",
         "已有同名文件。",
         "已有同名檔案。",
         "同じ名前のファイルがすでにあります。",
@@ -517,7 +517,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "メモリが足りません。詳細設定で小さい処理サイズを選んでください。",
     ),
     "error.model_unavailable": (
-        "There is no model that can be used.",
+        "No usable model is available.",
         "没有可用的模型。",
         "沒有可用的模型。",
         "使えるモデルがありません。",
@@ -529,7 +529,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "モデルをダウンロードできませんでした。",
     ),
     "error.model_not_found": (
-        "There is no model of this name.",
+        "There is no model with this name.",
         "没有此名称的模型。",
         "沒有此名稱的模型。",
         "この名前のモデルはありません。",
@@ -542,7 +542,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "error.cancelled": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
     "error.deadline_exceeded": (
-        "The edit took too long and was ended.",
+        "The edit took too long and was stopped.",
         "编辑时间过长，已终止。",
         "編輯時間過長，已終止。",
         "編集に時間がかかりすぎたため、打ち切りました。",
@@ -554,7 +554,7 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "サーバーの設定では許可されていません。",
     ),
     "error.worker_lost": (
-        "The model’s process ended. Try again.",
+        "The model’s process ended unexpectedly. Try again.",
         "模型进程已中断，请重试。",
         "模型行程已中斷，請重試。",
         "モデルのプロセスが終了しました。もう一度お試しください。",
@@ -566,13 +566,13 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "今はできません。",
     ),
     "error.not_found": (
-        "This is not there any more.",
+        "This no longer exists.",
         "该项已不存在。",
         "該項已不存在。",
         "もう存在しません。",
     ),
     "error.interrupted": (
-        "The server ended on the way. Try again.",
+        "The server stopped during the edit. Try again.",
         "服务器中途停止，请重试。",
         "伺服器中途停止，請重試。",
         "サーバーが途中で終了しました。もう一度お試しください。",

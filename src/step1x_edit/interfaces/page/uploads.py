@@ -1,7 +1,7 @@
-"""Uploads of the page: Gradio reads them, into folders of ours.
+"""Uploads of the page: Gradio reads them into our folders.
 
-Gradio would put them all into one folder, under the hash of their content, and keep what arrived
-of an interrupted upload.
+Gradio would put them all into one folder, under the hash of their content, and keep the partial
+file of an interrupted upload.
 """
 
 from __future__ import annotations

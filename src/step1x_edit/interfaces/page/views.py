@@ -1,4 +1,4 @@
-"""Where results are shown on the page, and how that changes."""
+"""The parts of the page that show results, and their updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from step1x_edit.interfaces.page.sessions import Result, Thoughts
 class ResultView:
     """A result beside its source, the reasoning behind it, and the earlier results of the tab.
 
-    The buttons below refer to the picture that is shown; they are disabled while that is no result.
+    The buttons below refer to the picture that is shown; they are disabled if it is not a result.
     """
 
     def __init__(self, name: str) -> None:
@@ -69,7 +69,7 @@ class ResultView:
         ]
 
     def begin(self, before: str, language: str) -> dict[Any, Any]:
-        """Show the picture that is about to be edited."""
+        """Show the picture to be edited."""
         return {
             self.pictures: picture_alone(before, language),
             self._download: gr.DownloadButton(interactive=False),
@@ -79,7 +79,7 @@ class ResultView:
         }
 
     def preview(self, before: str, preview: str, language: str) -> dict[Any, Any]:
-        """Show how far a running edit has come."""
+        """Show the progress of a running edit."""
         return {self.pictures: pictures_compared(before, preview, "preview", language)}
 
     def show(self, result: Result | None, language: str) -> dict[Any, Any]:
