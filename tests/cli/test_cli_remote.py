@@ -289,7 +289,9 @@ def test_a_picture_that_is_too_large_for_the_server_is_told_of(
         result = run.invoke(app, ["edit", "noise.png", "x", "--url", url, "--api-key", TOKEN])
 
     assert result.exit_code == 1
-    assert re.search("Image too large|may be larger than MAX_UPLOAD_MB allows", result.stderr)
+    assert re.search(
+        "Image too large|may be larger than the server.s MAX_UPLOAD_MB allows", result.stderr
+    )
 
 
 class Endless(socketserver.ThreadingTCPServer):

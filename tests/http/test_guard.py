@@ -807,7 +807,7 @@ async def test_json_that_can_hold_no_picture_has_at_most_a_mebibyte(
             for answer in (told, counted):
                 error = answer.problem.get("error", answer.problem)
                 assert error["code"] == "content_too_large"
-                assert "At most 1 MiB are read" in answer.body.decode()
+                assert "A body without a picture may have at most 1 MiB" in answer.body.decode()
 
 
 async def test_json_of_very_many_parts_is_refused_while_it_arrives(

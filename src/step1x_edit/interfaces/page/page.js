@@ -54,7 +54,7 @@
   }).observe(document, { childList: true, subtree: true });
 
   // --- files ---
-  // Gradio refuses, in English, files that the browser does not recognise as pictures, such as HEIC.
+  // Gradio refuses, in English, files that the browser does not take for pictures, such as HEIC.
   // Here all files are sent: the server examines them and reports errors.
   const boxes = "#edit-picture, #region-picture, #batch-files";
   const arePictures = (files) => [...files].every((file) => file.type.startsWith("image/"));
