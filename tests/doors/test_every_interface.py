@@ -351,7 +351,7 @@ async def test_the_same_wrong_mask_gives_the_same_sentence(
             "Invalid parameter: mask is 48×64 pixels, the picture is 64×48",
             set(),
         ),
-        (pictures["black"], "Invalid parameter: mask selects nothing; make the parts", set()),
+        (pictures["black"], "Invalid parameter: mask selects nothing; make what", set()),
         (pictures["text"], "Unsupported image format: mask: the file is none of PNG, JPEG", set()),
         (pictures["cut"], "Cannot read image: mask: the file is damaged or incomplete", set()),
         (pictures["large"], "Image too large: mask: 1100×1000 pixels", set()),

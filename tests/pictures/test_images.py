@@ -512,8 +512,7 @@ def test_a_mask_is_turned_as_its_picture_is(name: str) -> None:
         (
             saved(half("L", 0, 0), "PNG"),
             InvalidParameterError,
-            "Invalid parameter: mask selects nothing; make the parts that may change white, or "
-            "transparent",
+            "Invalid parameter: mask selects nothing; make what may change white, or transparent",
         ),
     ],
     ids=["text", "cut", "heavy", "large", "float", "other size", "black"],

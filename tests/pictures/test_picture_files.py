@@ -535,7 +535,7 @@ async def test_highlights_of_hdr_are_compressed_by_the_named_operator(edited: Ed
 
 async def test_colours_by_numbers_that_mean_nothing_here_are_refused(edited: Edited) -> None:
     with pytest.raises(
-        UnsupportedImageError, match=r"numbers 1 and 9 of ITU-T H\.273; save it as sR"
+        UnsupportedImageError, match=r"codes 1 and 9 of ITU-T H\.273; save it as sR"
     ):
         await edited(png(SCENE, cicp(1, 9)))
 

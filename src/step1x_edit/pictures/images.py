@@ -176,7 +176,7 @@ def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
         )
     if not mask.any():
         raise InvalidParameterError(
-            "mask selects nothing; make the parts that may change white, or transparent",
+            "mask selects nothing; make what may change white, or transparent",
             param="mask",
         )
     return mask
