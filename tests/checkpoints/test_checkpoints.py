@@ -209,7 +209,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         "official",
         "step1x-edit.safetensors",
         lambda file: change(file, lambda tensors: tensors.pop("img_in.bias")),
-        "the transformer misses tensors img_in.bias",
+        "the transformer lacks tensors img_in.bias",
     ),
     "an unknown tensor": (
         "official",
@@ -284,13 +284,13 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
             file,
             lambda tensors: tensors.update({"decoder.mid.attn_1.q.weight": torch.ones(2, 2, 3, 3)}),
         ),
-        "is no 1x1 convolution",
+        "is not a 1x1 convolution",
     ),
     "an incomplete conditioner": (
         "official",
         "Qwen/model.safetensors",
         lambda file: change(file, lambda tensors: tensors.pop("model.norm.weight")),
-        "the conditioner misses tensors",
+        "the conditioner lacks tensors",
     ),
     "a tokenizer of another model": (
         "official",
@@ -311,7 +311,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
             '{"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors",'
             ' "b": "last.safetensors"}}'
         ),
-        "misses last.safetensors, which its index lists",
+        "lacks last.safetensors, which its index lists",
     ),
     "an index that is none": (
         "diffusers",
@@ -332,7 +332,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
             file,
             lambda tensors: [tensors.pop(name) for name in list(tensors) if "connector" in name],
         ),
-        "step1x-edit.safetensors has no connector: it is another model of its kind, such as FLUX",
+        "step1x-edit.safetensors has no connector: it is another model of this kind, such as FLUX",
     ),
     "a model of quite another kind": (
         "official",
@@ -350,7 +350,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
             },
             file,
         ),
-        "step1x-edit.safetensors is a LoRA: that is for LORA_PATH",
+        "step1x-edit.safetensors is a LoRA: set LORA_PATH to it",
     ),
     "only the autoencoder": (
         "official",
@@ -383,7 +383,7 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
             file,
             lambda tensors: [tensors.pop(name) for name in list(tensors) if name[:3] == "vae"],
         ),
-        "the autoencoder misses tensors",
+        "the autoencoder lacks tensors",
     ),
     "a tensor of no part": (
         "demo",

@@ -112,7 +112,7 @@ def test_without_a_head_it_is_not_whole(copy: Path, pipeline: EditPipeline) -> N
 
     embeddings = pipeline.conditioner.vlm.get_input_embeddings().weight
     assert torch.equal(tied, embeddings)
-    with pytest.raises(CheckpointError, match=r"the conditioner misses tensors lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"the conditioner lacks tensors lm_head\.weight"):
         read(copy, pipeline)
 
 

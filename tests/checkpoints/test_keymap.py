@@ -130,7 +130,7 @@ def test_missing_tensors_are_named() -> None:
     official = random_tensors(TINY.transformer)
     del official["img_in.weight"]
 
-    with pytest.raises(CheckpointError, match=r"misses tensors img_in\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks tensors img_in\.weight"):
         to_diffusers(official, transformer_links(TINY.transformer))
 
 

@@ -291,10 +291,10 @@ def only_a_pickle(folder: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "misses diffusion_pytorch_model-00002-of-00003.safetensors, which its index lists": (
+    "lacks diffusion_pytorch_model-00002-of-00003.safetensors, which its index lists": (
         lambda folder: (folder / SHARD).unlink()
     ),
-    "text_encoder misses model-00002-of-00005.safetensors, which its index lists": (
+    "text_encoder lacks model-00002-of-00005.safetensors, which its index lists": (
         lambda folder: (folder / "text_encoder" / "model-00002-of-00005.safetensors").unlink()
     ),
     "the checkpoint has unknown tensors extra.weight": lambda folder: altered(

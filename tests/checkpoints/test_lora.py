@@ -201,8 +201,8 @@ def of_another_model(tensors: dict[str, Tensor]) -> None:
         (of_another_width, "it was made for another model"),
         (of_another_rank, "by matrices that do not fit"),
         (with_nan, "by numbers that are not finite"),
-        (of_another_method, "x.safetensors is no plain LoRA"),
-        (of_another_model, "x.safetensors is no LoRA for Step1X-Edit"),
+        (of_another_method, "x.safetensors is not a plain LoRA"),
+        (of_another_model, "x.safetensors is not a LoRA for Step1X-Edit"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(

@@ -269,7 +269,7 @@ def test_a_name_or_a_file_that_is_wrong_leaves_what_was_before(
 
     for name, kind, sentence in (
         ("hnd", InvalidParameterError, "loras has 'hnd', which is not here, did you mean hand?"),
-        ("broken", CheckpointError, "broken.safetensors is no LoRA for Step1X-Edit"),
+        ("broken", CheckpointError, "broken.safetensors is not a LoRA for Step1X-Edit"),
         ("gone", CheckpointError, "cannot read .*gone.safetensors"),
     ):
         with pytest.raises(kind, match=sentence):

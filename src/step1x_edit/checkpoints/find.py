@@ -1,7 +1,7 @@
-"""Finding the parts of a checkpoint among files, by the tensors in them and never by their names.
+"""Finding the parts of a checkpoint among files, by their tensors and never by their names.
 
-A set of safetensors is one file, or the shards of one: `name-00001-of-00003.safetensors`, with or
-without an index that lists them.
+A set of safetensors is one file, or its shards: `name-00001-of-00003.safetensors`, with or without
+an index that lists them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAPPING_WEIGHT: Final = "text_token_mapping.weight"
 
 _SHARD: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 _UNFINISHED: Final = frozenset({".incomplete", ".partial", ".part", ".aria2", ".crdownload"})
-# One tensor tells the part, and the layout of its names: official, diffusers.
+# One tensor identifies the part and its layout: official, diffusers.
 _TRANSFORMER: Final = (
     "double_blocks.0.img_attn.qkv.weight",
     "transformer_blocks.0.attn.to_q.weight",
@@ -33,19 +33,19 @@ _LORA: Final = re.compile(r"lora_(down|up|A|B)\b")
 
 @dataclass(frozen=True)
 class FileSet:
-    """Files that belong together, and the names of all tensors in them."""
+    """Files that belong together, and the names of all their tensors."""
 
     files: tuple[Path, ...]
     names: frozenset[str]
 
     @property
     def is_transformer(self) -> bool:
-        """Whether it is the transformer of some version."""
+        """Whether it is the transformer of any version."""
         return not self.names.isdisjoint(_TRANSFORMER) and _CONNECTOR in self.names
 
     @property
     def is_vae(self) -> bool:
-        """Whether it is an autoencoder of our kind."""
+        """Whether it is an autoencoder of the supported kind."""
         return not self.names.isdisjoint(_VAE)
 
     @property
@@ -55,7 +55,7 @@ class FileSet:
 
     @property
     def version(self) -> str:
-        """Which version a transformer is of."""
+        """The version of a transformer."""
         if MAPPING_WEIGHT in self.names:
             return "v1.2"
         return "v1.0" if SCALE_FACTOR in self.names else "v1.1"
@@ -65,7 +65,7 @@ class FileSet:
 
 
 def file_sets(folder: Path) -> list[FileSet]:
-    """The sets of a folder. Raises CheckpointError where a shard is missing or cannot be read."""
+    """The sets of a folder. Raises CheckpointError if a shard is missing or cannot be read."""
     shards: dict[tuple[str, int], list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         match = _SHARD.fullmatch(file.name)
@@ -93,11 +93,11 @@ def _check_index(file: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     if missing := {name for name in listed if not (file.parent / str(name)).is_file()}:
-        raise CheckpointError(f"{file.parent} misses {some_of(missing)}, which its index lists")
+        raise CheckpointError(f"{file.parent} lacks {some_of(missing)}, which its index lists")
 
 
 def choose_transformer(sets: Iterable[FileSet], place: Path, wanted: str | None) -> FileSet:
-    """The transformer of the wanted version, or else the newest. Raises CheckpointError."""
+    """The transformer of the requested version, or else the newest. Raises CheckpointError."""
     sets = list(sets)
     found = {each.version: each for each in sets if each.is_transformer}
     if not found:
@@ -106,7 +106,7 @@ def choose_transformer(sets: Iterable[FileSet], place: Path, wanted: str | None)
 
 
 def _what_there_is(sets: list[FileSet], place: Path) -> str:
-    """A hint at what somebody may have taken for one."""
+    """A hint about a file that may have been mistaken for one."""
     folder = place if place.is_dir() else place.parent
     entries = sorted(folder.iterdir())
     if unfinished := [entry for entry in entries if entry.suffix in _UNFINISHED]:
@@ -117,14 +117,14 @@ def _what_there_is(sets: list[FileSet], place: Path) -> str:
     if not others:
         return f"; {sets[0]} is the autoencoder alone" if sets else ""
     if not others[0].names.isdisjoint(_TRANSFORMER):
-        return f"; {others[0]} has no connector: it is another model of its kind, such as FLUX"
+        return f"; {others[0]} has no connector: it is another model of this kind, such as FLUX"
     if any(_LORA.search(name) for name in others[0].names):
-        return f"; {others[0]} is a LoRA: that is for LORA_PATH"
+        return f"; {others[0]} is a LoRA: set LORA_PATH to it"
     return f"; {others[0]} is of another model"
 
 
 def find_vae(folder: Path) -> FileSet:
-    """The autoencoder in a folder or in its folder `vae`. Raises CheckpointError."""
+    """The autoencoder in a folder or in its subfolder `vae`. Raises CheckpointError."""
     for place in (folder, folder / "vae"):
         for each in file_sets(place):
             if each.is_vae:

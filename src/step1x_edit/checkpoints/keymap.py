@@ -1,9 +1,9 @@
-"""The two layouts of the weights, and the way from each to the other.
+"""The two layouts of the weights, and the conversions between them.
 
-The *official* layout fuses q, k and v into one matrix and, in single blocks, the MLP as well; it
-is the one our network has. The *diffusers* layout splits them and renames everything. A `Link`
-ties one official tensor to the diffusers tensors that hold the same numbers. All links of a model
-follow from its sizes, so nothing here is read from a table of names.
+The *official* layout fuses q, k and v into one matrix and, in single blocks, the MLP as well; our
+network uses it. The *diffusers* layout splits them and renames everything. A `Link` connects one
+official tensor with the diffusers tensors that hold the same numbers. All links of a model follow
+from its sizes, so there is no table of names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from step1x_edit.errors import CheckpointError
 from step1x_edit.model.config import TransformerConfig
 
 T = TypeVar("T", Tensor, Stored)
-"""Layouts are translated alike whether the numbers are in memory or still in their files."""
+"""Layouts are converted in the same way whether the numbers are in memory or still in files."""
 
 SCALE_FACTOR = "connector.scale_factor"
 GLOBAL_PROJECTION = "connector.global_proj_out.weight"
@@ -34,14 +34,14 @@ class Link:
     official: str
     diffusers: tuple[str, ...]
     rows: tuple[int, ...] = ()
-    """Rows of each counterpart, where there are several."""
+    """Rows of each counterpart, if there are several."""
     is_half_swapped: bool = False
     """The final layer: official shift, scale; diffusers scale, shift."""
     is_convolution: bool = False
     """A 1x1 convolution in the official layout, a linear weight in diffusers."""
 
     def split(self, tensor: T) -> list[T]:
-        """Turn the official tensor into its counterparts."""
+        """Convert the official tensor to its counterparts."""
         if self.is_convolution:
             return [_flat(self.official, tensor)]
         if self.is_half_swapped:
@@ -56,7 +56,7 @@ class Link:
         return [_rows(tensor, end - rows, end) for rows, end in zip(self.rows, ends, strict=True)]
 
     def join(self, parts: Sequence[T]) -> T:
-        """Turn the counterparts into the official tensor."""
+        """Convert the counterparts to the official tensor."""
         if self.is_convolution:
             return parts[0].reshape(*parts[0].shape, 1, 1)
         if self.is_half_swapped:
@@ -72,7 +72,7 @@ class Link:
 
 
 def to_diffusers(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]:
-    """Translate a whole official model. Raises CheckpointError on missing or unknown names."""
+    """Convert a whole official model. Raises CheckpointError on missing or unknown names."""
     _check_names(tensors, (link.official for link in links))
     return {
         name: part
@@ -82,7 +82,7 @@ def to_diffusers(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T
 
 
 def to_official(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]:
-    """Translate a whole diffusers model. Raises CheckpointError on missing or unknown names."""
+    """Convert a whole diffusers model. Raises CheckpointError on missing or unknown names."""
     _check_names(tensors, (name for link in links for name in link.diffusers))
     return {link.official: link.join([tensors[name] for name in link.diffusers]) for link in links}
 
@@ -90,9 +90,9 @@ def to_official(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]
 def fold_scale_factor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rewrite official v1.0 weights for the structure without `scale_factor`.
 
-    The factor multiplies the pooled text before the projection, so it may as well multiply the
+    The factor multiplies the pooled text before the projection, so it can instead multiply the
     projection's weight (not its bias). Diffusers checkpoints of v1.0 are stored this way; weights
-    without the factor are returned as they are.
+    without the factor are returned unchanged.
     """
     folded = dict(tensors)
     scale_factor = folded.pop(SCALE_FACTOR, None)
@@ -144,7 +144,7 @@ def vae_links(block_out_channels: Sequence[int], layers_per_block: int) -> list[
         if i < last:
             links += _pair(f"{official}.downsample.conv", f"{diffusers}.downsamplers.0.conv")
     for i, width in enumerate(channels):
-        # The official decoder counts its levels from the picture, diffusers from the latents.
+        # The official decoder numbers its levels from the picture, diffusers from the latents.
         official, diffusers = f"decoder.up.{i}", f"decoder.up_blocks.{last - i}"
         width_before = channels[min(i + 1, last)]
         for j in range(layers_per_block + 1):
@@ -236,7 +236,7 @@ def _fused(official: str, parts: Sequence[str], rows: tuple[int, ...]) -> Iterat
 
 def _flat(name: str, tensor: T) -> T:
     if tuple(tensor.shape[2:]) != (1, 1):
-        raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is no 1x1 convolution")
+        raise CheckpointError(f"{name} of shape {tuple(tensor.shape)} is not a 1x1 convolution")
     return tensor.reshape(*tensor.shape[:2])
 
 
@@ -246,7 +246,7 @@ def _swap_halves(tensor: T) -> T:
 
 
 def _rows(tensor: T, start: int, stop: int) -> T:
-    """Some rows; copied, if there is something to copy, because safetensors writes no views."""
+    """Some rows; those in memory are copied, because safetensors does not write views."""
     return tensor.rows(start, stop) if isinstance(tensor, Stored) else tensor[start:stop].clone()
 
 
@@ -259,7 +259,7 @@ def _concatenate(parts: Sequence[T]) -> T:
 def _check_names(tensors: Mapping[str, object], expected: Iterable[str]) -> None:
     names = set(expected)
     for problem, wrong in (
-        ("misses", names - tensors.keys()),
+        ("lacks", names - tensors.keys()),
         ("has unknown", tensors.keys() - names),
     ):
         if wrong:
@@ -267,7 +267,7 @@ def _check_names(tensors: Mapping[str, object], expected: Iterable[str]) -> None
 
 
 def some_of(names: Iterable[str]) -> str:
-    """Up to three names, and how many more there are."""
+    """Up to three names, and the number of further ones."""
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
     return ", ".join(listed[:3]) + more

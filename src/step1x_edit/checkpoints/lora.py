@@ -1,12 +1,12 @@
-"""LoRA files: small changes of the transformer's weights, to be added to them.
+"""LoRA files: low-rank changes of the transformer's weights.
 
-Two ways of writing them down are read, told apart by their keys:
+Two formats are read, distinguished by their keys:
 
     kohya   lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, …lora_up.weight, ….alpha
     peft    transformer.transformer_blocks.0.attn.to_q.lora_A.weight, …lora_B.weight
 
-In peft's way modules may have the names of either layout of the weights. What a file does not
-mention stays as it is.
+In the peft format modules may have the names of either layout of the weights. Weights that a file
+does not mention are unchanged.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _OTHER_METHODS: Final = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|lok
 _PART: Final = "transformer."
 
 KEPT: Final = 2
-"""Files whose matrices stay in memory though nothing of them is in the model."""
+"""The number of files whose matrices stay in memory while they are not in the model."""
 
 Stamp: TypeAlias = tuple[int, int] | None
-"""When a file was written and its bytes, by which a new one is known; None if there is none."""
+"""Modification time and size of a file, to detect a new one; None if there is no file."""
 
 Mark: TypeAlias = tuple[str, Stamp, float]
-"""A file by its name and stamp, and how much of it is added."""
+"""A file by its name and stamp, and its strength."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The change of one matrix, as the product of two thin ones."""
+    """The change of one matrix, as the product of two low-rank ones."""
 
     down: Tensor  # (rank, in)
     up: Tensor  # (out, rank)
@@ -63,23 +63,23 @@ class LowRank:
         return self.up.shape[0], self.down.shape[1]
 
     def delta(self) -> Tensor:
-        """What is added to the matrix at full strength, (out, in) in float32."""
+        """The delta at full strength, (out, in) in float32."""
         return self.alpha / self.down.shape[0] * (self.up.float() @ self.down.float())
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The changes of one file, by the names of the weights in the layout that the file uses."""
+    """The changes of one file, by weight names in the layout that the file uses."""
 
     name: str
     changes: Mapping[str, LowRank]
 
     def concerns(self, link: Link) -> bool:
-        """Whether something is added to an official weight."""
+        """Whether an official weight has a delta."""
         return any(name in self.changes for name in (link.official, *link.diffusers))
 
     def delta(self, link: Link) -> Tensor | None:
-        """What is added to an official weight, in float32; None where nothing is."""
+        """The delta of an official weight, in float32; None if it has none."""
         if link.official in self.changes:
             return self.changes[link.official].delta()
         found = [self.changes.get(name) for name in link.diffusers]
@@ -97,7 +97,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Changes:
-    """What some files at their strengths add together to the weights of the whole model."""
+    """The combined deltas of some files at their strengths, for the weights of the whole model."""
 
     parts: tuple[tuple[Lora, Mark], ...] = ()
     links: Mapping[str, Link] = field(default_factory=dict)
@@ -105,21 +105,21 @@ class Changes:
 
     @property
     def marks(self) -> tuple[Mark, ...]:
-        """Which files, and how much of each."""
+        """The files and their strengths."""
         return tuple(mark for _, mark in self.parts)
 
     @property
     def strengths(self) -> dict[str, float]:
-        """How much is added of each file, by its name; none of them is 0."""
+        """The strength of each file, by its name; none of them is 0."""
         return {name: strength for name, _, strength in self.marks}
 
     def marks_of(self, weights: Iterable[str]) -> tuple[Mark, ...]:
-        """The files that change any of these weights: where they are the same, the result is."""
+        """The LoRAs that affect these weights. Equal marks mean equal results."""
         links = [link for link in map(self._link, weights) if link is not None]
         return tuple(mark for lora, mark in self.parts if any(map(lora.concerns, links)))
 
     def delta_of(self, weight: str) -> Tensor | None:
-        """What is added to a weight, in float32; None where nothing is."""
+        """The delta of a weight, in float32; None if it has none."""
         return None if self._link(weight) is None else self._deltas(weight.removeprefix(_PART))
 
     @cached_property
@@ -131,7 +131,7 @@ class Changes:
 
 
 class Loras:
-    """The files that may be added to a model, by name; each is read when it is first wanted."""
+    """The files that can be added to a model, by name; each is read at its first use."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Loras:
         shapes: Mapping[str, Sequence[int]] | None = None,
         links: Sequence[Link] = (),
     ) -> None:
-        """`files` with the strengths that hold if nothing else is asked for.
+        """`files` with their default strengths.
 
         `shapes` are those of the transformer's official weights. Nothing is read.
         """
@@ -148,13 +148,13 @@ class Loras:
         self._shapes = shapes or {}
         self._links = links
         self._links_by_name = {link.official: link for link in links}
-        self._read: dict[tuple[str, Stamp], Lora] = {}  # what was wanted last comes last
+        self._read: dict[tuple[str, Stamp], Lora] = {}  # the last used one comes last
 
     def marks(self, strengths: Mapping[str, float] | None = None) -> tuple[Mark, ...]:
-        """Which files these strengths mean as they are now; None is the usual ones.
+        """The current files for these strengths; None selects the defaults.
 
         Always in the same order, because sums of rounded numbers depend on it. Raises
-        InvalidParameterError for a name that there is not.
+        InvalidParameterError for an unknown name.
         """
         from step1x_edit.schemas.requests import check_loras
 
@@ -167,7 +167,7 @@ class Loras:
         )
 
     def changes(self, strengths: Mapping[str, float] | None = None) -> Changes:
-        """What these strengths change, with the files read as far as they are not yet.
+        """The deltas for these strengths; files that are not yet in memory are read.
 
         Raises CheckpointError for a file that cannot be read or does not fit.
         """
@@ -199,8 +199,8 @@ def _stamp(path: Path) -> Stamp:
 def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[Link]) -> Lora:
     """Read a file for a transformer with these official shapes. Raises CheckpointError.
 
-    Keys that mean nothing to the transformer, such as those for a text encoder, are left out, and
-    the log says so; a file without any that do is refused.
+    Keys that do not belong to the transformer, such as those for a text encoder, are left out and
+    logged; a file with no other keys is refused.
     """
     tensors, alpha_of_all = _read(path)
     names = _module_names(links)
@@ -208,7 +208,7 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
     unknown = []
     for key, tensor in tensors.items():
         if _OTHER_METHODS.search(key):
-            raise CheckpointError(f"{path.name} is no plain LoRA: it has tensors like {key}")
+            raise CheckpointError(f"{path.name} is not a plain LoRA: it has tensors like {key}")
         module, role = _parsed(key)
         weight = names.get(module)
         if weight is None:
@@ -216,7 +216,7 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
         else:
             parts.setdefault(weight, {})[role] = tensor
     if not parts:
-        raise CheckpointError(f"{path.name} is no LoRA for Step1X-Edit: {some_of(tensors)}")
+        raise CheckpointError(f"{path.name} is not a LoRA for Step1X-Edit: {some_of(tensors)}")
     if unknown:
         log.warning("%s: not for the transformer and left out: %s", path.name, some_of(unknown))
     changes = {name: _low_rank(path, name, found, alpha_of_all) for name, found in parts.items()}
@@ -228,7 +228,7 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
 def deltas(
     loras: Sequence[tuple[Lora, float]], links: Iterable[Link]
 ) -> Callable[[str], Tensor | None]:
-    """What several files at their strengths add together to an official weight, by its name."""
+    """The combined delta of several files at their strengths for one official weight, by name."""
     links_by_name = {link.official: link for link in links}
 
     def delta_of(name: str) -> Tensor | None:
@@ -242,7 +242,7 @@ def deltas(
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors, and the alpha that peft writes beside them for all modules."""
+    """The tensors, and the alpha that peft stores separately for all modules."""
     refuse_pickle(path)
     try:
         with safe_open(path, framework="pt") as opened:
@@ -264,7 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
 
 
 def _module_names(links: Iterable[Link]) -> dict[str, str]:
-    """The names that files have for modules, and those of their weights."""
+    """The module names that files use, and the names of their weights."""
     names = {}
     for link in links:
         for weight in (link.official, *link.diffusers):
@@ -276,7 +276,7 @@ def _module_names(links: Iterable[Link]) -> dict[str, str]:
 
 
 def _parsed(key: str) -> tuple[str, str]:
-    """The module that a key is about, and which of its tensors it names."""
+    """The module that a key belongs to, and which of its tensors it names."""
     match = _KEY.fullmatch(key)
     if match:
         module, role = match["module"], "down" if match["down"] else "up"

@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 GB: Final = 1_000_000_000
 
-# Estimates: none of them has been measured on a card yet.
+# Estimates: none of them has been measured on a GPU yet.
 FIXED: Final = int(1.15 * GB)
-"""Context, workspaces of the libraries, tables."""
+"""Context, library workspaces, tables."""
 BRANCH: Final = int(1.1 * GB)
 """Activations of one branch at 1024 pixels."""
 BRANCH_AT: Final = {512: int(0.4 * GB), 768: int(0.7 * GB), 1024: BRANCH}
 """The same by size level."""
 RESERVE: Final = (int(0.4 * GB), 0.03)
-"""Device memory left to other programs: bytes, or a share of what is free if that is more."""
+"""Device memory reserved for other programs: bytes, or a share of the free memory if larger."""
 
 HOST_RESERVE: Final = 4 * GB
-"""Host memory left to pictures, libraries, blocks being copied and other programs; if little is
-free, half of it."""
+"""Host memory reserved for pictures, libraries, blocks being copied and other programs; half of the
+free memory if that is less."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
 """The precisions to try, in this order, if none is requested."""
@@ -49,7 +49,7 @@ ALIGNMENT: Final = 256
 MAX_SLOTS: Final = 3
 MIN_SLOTS: Final = 2
 ROOMY: Final = 10 * GB
-"""With less than this, a resident block is worth more than a third slot."""
+"""With less device memory, a resident block is more useful than a third slot."""
 
 STREAMABLE: Final = re.compile(
     r"conditioner\.(visual\.blocks\.\d+|language_model\.(embed_tokens|layers\.\d+)|lm_head)"
@@ -93,7 +93,7 @@ class HostPlan:
     """Whether the precision was lowered for lack of memory."""
 
     def reason(self, is_passing: bool = True) -> str:
-        """The plan in words; empty if there is nothing to say.
+        """The plan in words; empty if nothing is unusual.
 
         `is_passing`: whether the blocks on disk are streamed in each edit.
         """
@@ -191,8 +191,8 @@ def hosted(
 ) -> HostPlan:
     """The plan for a host with `free` bytes; None if unknown: then nothing stays on disk.
 
-    `blocks_of` returns the blocks of the model in a precision. The first precision is chosen whose
-    core fits, or the last if none does. Without a device nothing can stay on disk, so the whole
+    `blocks_of` returns the blocks of the model in a precision. The first precision whose core fits
+    is chosen, or the last one if none fits. Without a device nothing can stay on disk, so the whole
     model has to fit.
     """
     for precision in precisions:
@@ -273,7 +273,7 @@ def _with_more(
 
 
 def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
-    """The blocks for which there is no room, in execution order.
+    """The blocks that do not fit into the room, in execution order.
 
     The core comes first, because each step reads it; then the prologue, which is read twice if the
     branches run one after the other.
@@ -287,7 +287,7 @@ def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
             else:
                 out.add(block.name)
         if out:
-            room = 0  # a few blocks of a less important component are of no use
+            room = 0  # some blocks of a less important component do not help
     return [block for block in blocks if block.name in out]
 
 

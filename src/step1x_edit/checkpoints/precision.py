@@ -1,4 +1,4 @@
-"""Keeping the matrices of a network as codes: which ones, and what that makes of its weights."""
+"""Keeping the matrices of a network as codes: which matrices, and the resulting weights."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CODED: Final = re.compile(
     r"|transformer\.connector\.S\.individual_token_refiner\.blocks\.\d+\."
     r"|conditioner\.(visual\.blocks|language_model\.layers)\.\d+\."
 )
-"""Where linear layers are kept as codes: nearly all the weights, and none of the ends."""
+"""The linear layers that are kept as codes: nearly all weights, except the first and last ones."""
 
 IN_EVERY_STEP: Final = re.compile(r"transformer\.(double|single)_blocks\.\d+\.(?!.*mod)")
-"""Where a GPU multiplies the codes. What runs once for an edit would gain no time by that, and the
-conditioner's inputs have a few very large numbers, which rounding to 8 bits does not stand."""
+"""The layers whose codes a GPU multiplies directly. Layers that run once per edit would gain nothing,
+and the conditioner's inputs have outliers that do not survive 8-bit rounding."""
 
 
 def is_code(precision: Precision) -> TypeIs[Code]:
@@ -36,7 +36,7 @@ def is_code(precision: Precision) -> TypeIs[Code]:
 def with_codes(
     modules: Mapping[str, nn.Module], weights: Iterable[Weight], kind: Code
 ) -> tuple[Weight, ...]:
-    """Exchange layers of these networks, and say where the weights of the new ones come from."""
+    """Replace layers of these networks, and describe the source of the new layers' weights."""
     return tuple(_with_codes(modules, list(weights), kind))
 
 
@@ -63,7 +63,7 @@ def _with_codes(
 
 
 def _codes_of(weight: Weight, layer: QuantLinear) -> Iterator[Weight]:
-    """The tensors that take the place of a matrix."""
+    """The tensors that replace a matrix."""
     codes = replace(
         weight,
         module=layer,
@@ -83,7 +83,7 @@ def _codes_of(weight: Weight, layer: QuantLinear) -> Iterator[Weight]:
 
 
 def _is_coded(weight: Weight) -> bool:
-    """Whether a weight is a matrix of the layers that are exchanged."""
+    """Whether a weight is a matrix of a replaced layer."""
     return (
         weight.attribute == "weight"
         and isinstance(weight.module, nn.Linear)

@@ -83,7 +83,7 @@ RELEASES: Final[Mapping[str, Release]] = {
 }
 
 SAME_TENSORS: Final = {"v1.2-preview": "v1.2"}
-"""Versions whose tensors equal those of another version, so that they have to be named."""
+"""Versions whose tensors equal those of another version, so that they must be named."""
 
 _DTYPE_NAMES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -96,18 +96,18 @@ class Wanted:
     """How to open a checkpoint."""
 
     version: str | None = None
-    """Chooses among several transformers in a folder, and between versions of `SAME_TENSORS`.
+    """Selects one of several transformers in a folder, and one of the versions of `SAME_TENSORS`.
 
-    If there is none of that version, or None is wanted, the newest transformer is opened.
+    If there is none of that version, or the value is None, the newest transformer is opened.
     """
     dtype: torch.dtype | None = None
-    """In which to compute; None: float32 for the demo, bfloat16 for published models.
+    """The type to compute in; None: float32 for the demo, bfloat16 for published models.
 
     The autoencoder always computes in float32.
     """
     releases: Mapping[str, Release] = field(default_factory=lambda: RELEASES)
     loras: Mapping[Path, float] = field(default_factory=dict)
-    """Files that can be added, and their usual strengths."""
+    """Files that can be added, and their default strengths."""
     precision: Precision = "auto"
     """See `with_precision`; bf16 also sets `dtype`."""
 
@@ -130,7 +130,7 @@ class OpenedCheckpoint:
     loras: Loras = field(default_factory=Loras)
     """LoRAs that can be added to its transformer."""
     host: HostPlan = HostPlan()
-    """Which of its blocks stay on disk."""
+    """The blocks that stay on disk."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -166,7 +166,7 @@ def open_checkpoint(path: Path | None = None, wanted: Wanted = Wanted()) -> Open
 def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedCheckpoint:
     """The same, with most matrices kept as codes if the precision is fp8, int8 or nf4.
 
-    The name states a precision that is not the checkpoint's own. The network is changed; call
+    A precision other than the checkpoint's own is added to the name. The network is changed; call
     this before its weights are read.
     """
     checkpoint = opened.checkpoint
@@ -279,18 +279,18 @@ def _open_diffusers(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
 
 @dataclass(frozen=True)
 class _Files:
-    """Where the parts of a published model are."""
+    """The locations of the parts of a published model."""
 
     transformer: FileSet
     described: Mapping[str, Any]
-    """The sizes of the transformer, if a file states them."""
+    """The sizes of the transformer, if a config file states them."""
     vae: FileSet
     vlm: Path
     tokenizer: Path
 
 
 def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
-    """Build a published model from its parts, whichever layouts they have."""
+    """Build a published model from its parts, each in either layout."""
     version = _version(files.transformer, wanted.version)
     if version not in wanted.releases:
         raise CheckpointError(
@@ -320,14 +320,14 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
 
 
 def _version(transformer: FileSet, wanted: str | None) -> str:
-    """The version of a transformer by its tensors, or the wanted one if they are the same."""
+    """The version of a transformer by its tensors, or the requested one if those are the same."""
     if wanted is not None and SAME_TENSORS.get(wanted) == transformer.version:
         return wanted
     return transformer.version
 
 
 def _open_vae(files: FileSet, release: Release) -> tuple[AutoencoderConfig, dict[str, Stored]]:
-    """The autoencoder's sizes, and its tensors by diffusers' names."""
+    """The autoencoder's sizes, and its tensors by their diffusers names."""
     tensors = stored_tensors(files.files)
     described = read_json(files.files[0].parent / "config.json")
     config = vae_sizes(tensors, described, release.vae)
@@ -387,7 +387,7 @@ def _conditioner(
 ) -> Conditioner | ConditionerV12:
     """The conditioner with the tokenizer of a folder.
 
-    The number of tokens that a published model drops from its prompt holds for Qwen2.5-VL's
+    A published model drops a number of tokens from its prompt, which applies to Qwen2.5-VL's
     vocabulary; with another vocabulary the tokens of the same words are counted.
     """
     file = folder / "tokenizer.json"
@@ -401,7 +401,7 @@ def _conditioner(
         if config.is_padded:
             return Conditioner(vlm, tokenizer, config)
         return ConditionerV12(vlm, tokenizer, config)
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise CheckpointError(f"{file} does not fit this model: {error}") from error
 
 
@@ -410,10 +410,10 @@ _RANDOM: Final = {"normal_", "uniform_", "kaiming_uniform_"}
 
 
 class _WithoutWeights(TorchFunctionMode):
-    """Networks are built within it without memory for their weights, but with real buffers.
+    """Within it networks are built without memory for their weights, but with real buffers.
 
-    The layers of all libraries here make their weights with `torch.empty`, and only they use it.
-    Computed buffers, such as rotary frequencies, are not in the files and must exist.
+    The layers of all libraries used here create their weights with `torch.empty`, and nothing else
+    does. Computed buffers, such as rotary frequencies, are not in the files and must exist.
     """
 
     def __torch_function__(
@@ -441,7 +441,7 @@ PART_NAMES: Final = {"vae": "autoencoder"}
 def _weights(
     part: str, module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype
 ) -> list[Weight]:
-    """The weights of a module, and where their numbers come from.
+    """The weights of a module, and the source of their numbers.
 
     Raises CheckpointError unless names and shapes agree exactly.
     """
@@ -449,7 +449,7 @@ def _weights(
     module.eval().requires_grad_(False)
     expected = module.state_dict()
     if missing := expected.keys() - tensors.keys():
-        raise CheckpointError(f"the {what} misses tensors {some_of(missing)}")
+        raise CheckpointError(f"the {what} lacks tensors {some_of(missing)}")
     if unknown := tensors.keys() - expected.keys():
         raise CheckpointError(f"the {what} has unknown tensors {some_of(unknown)}")
     weights = []

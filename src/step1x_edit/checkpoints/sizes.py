@@ -1,8 +1,8 @@
 """The sizes of a checkpoint's networks, from the shapes of its tensors.
 
-What shapes do not tell – the head dimension of the connector, the axes of the rotary encoding, the
-groups of the autoencoder's norms – comes from the checkpoint's own config file, where it has one,
-and else is as published.
+Values that shapes do not determine – the head dimension of the connector, the axes of the rotary
+encoding, the groups of the autoencoder's norms – come from the checkpoint's own config file, if it
+has one, and otherwise are as published.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shaped(Protocol):
 
 
 class _Names(NamedTuple):
-    """What a layout calls the tensors whose shapes are asked."""
+    """The names, in a layout, of the tensors whose shapes are used."""
 
     img_in: str
     final: str
@@ -62,13 +62,13 @@ def transformer_sizes(
 ) -> TransformerConfig:
     """The sizes of a transformer in either layout; `described` is its config file.
 
-    Raises CheckpointError if a tensor that tells them is missing, or they contradict each other.
+    Raises CheckpointError if a required tensor is missing, or the shapes contradict each other.
     """
     names = _OFFICIAL if _OFFICIAL.img_in in tensors else _DIFFUSERS
 
     def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
         if name not in tensors:
-            raise CheckpointError(f"the transformer misses tensors {name}")
+            raise CheckpointError(f"the transformer lacks tensors {name}")
         found = tuple(tensors[name].shape)
         if len(found) != dimensions or 0 in found:
             raise CheckpointError(f"the transformer has {name} of shape {found}")
@@ -120,7 +120,7 @@ def vae_sizes(
     levels = _count(tensors, prefix)
     widths = [f"encoder.{level}.{i}.{block}.0.conv1.weight" for i in range(levels)]
     if not levels or any(name not in tensors for name in (*widths, "encoder.conv_out.weight")):
-        raise CheckpointError("the autoencoder misses tensors of its encoder")
+        raise CheckpointError("the autoencoder lacks tensors of its encoder")
     return replace(
         published,
         block_out_channels=tuple(tensors[name].shape[0] for name in widths),
@@ -131,7 +131,7 @@ def vae_sizes(
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many numbered parts there are behind a prefix, 0 to the highest."""
+    """The number of numbered parts behind a prefix, from 0 to the highest."""
     pattern = re.compile(rf"{prefix}\.(\d+)\.")
     numbers = {int(match[1]) for name in names if (match := pattern.match(name))}
     return max(numbers, default=-1) + 1

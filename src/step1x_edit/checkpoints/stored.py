@@ -1,8 +1,8 @@
-"""Tensors that still lie in safetensors files: their shapes and where their bytes are.
+"""Tensors that are still in safetensors files: their shapes and the locations of their bytes.
 
-Whatever turns one layout of the weights into the other (rows fused or split, halves swapped, a
-1x1 convolution flattened) only puts consecutive numbers into another order. So a stored tensor is
-a shape and a list of spans, and rearranging one reads nothing. The module knows no names.
+Every conversion between the layouts of the weights (rows fused or split, halves swapped, a 1x1
+convolution flattened) only reorders consecutive numbers. So a stored tensor is a shape and a list
+of spans, and rearranging one reads nothing. The module knows no names.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ HEADER_LIMIT: Final = 100_000_000
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file, and how it looked when its header was read."""
+    """A file, and its state when its header was read."""
 
     path: Path
     size: int
     modified_ns: int
 
     def read(self, offset: int, target: memoryview) -> None:
-        """Fill the bytes of `target`. Raises CheckpointError if the file is not what it was."""
+        """Fill the bytes of `target`. Raises CheckpointError if the file has changed."""
         try:
             with self.path.open("rb", buffering=0) as file:
                 found = os.fstat(file.fileno())
@@ -79,7 +79,7 @@ class Span:
         return replace(self, offset=self.offset + start * self.dtype.itemsize, count=stop - start)
 
     def read_into(self, target: Tensor) -> None:
-        """Read the numbers into a flat tensor of as many, converting them to its type."""
+        """Read the numbers into a flat tensor of the same length, converting them to its type."""
         raw = target
         if target.dtype != self.dtype:
             raw = torch.empty(self.count, dtype=self.dtype)
@@ -90,7 +90,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in files: its numbers are those of its spans, one span after the other."""
+    """A tensor in files: its numbers are those of its spans, in order."""
 
     shape: tuple[int, ...]
     spans: tuple[Span, ...]
@@ -141,7 +141,7 @@ def stored_names(path: Path) -> set[str]:
 
 
 def _in_file(path: Path) -> Iterator[tuple[str, Stored]]:
-    names = stored_names(path)  # the library checks the header before we believe it
+    names = stored_names(path)  # the library validates the header first
     try:
         with path.open("rb") as opened:
             found = os.fstat(opened.fileno())
@@ -163,14 +163,14 @@ def _tensor(file: StoredFile, base: int, entry: dict[str, Any]) -> Stored:
     begin, end = (base + int(offset) for offset in entry["data_offsets"])
     count = math.prod(shape)
     if min(shape, default=0) < 0 or not base <= begin <= end <= file.size:
-        raise ValueError("its bytes do not lie in the file")
+        raise ValueError("its bytes are outside the file")
     if end - begin != count * dtype.itemsize:
         raise ValueError(f"{end - begin} bytes do not make a tensor of shape {shape}")
     return Stored(shape, (Span(file, begin, count, dtype),))
 
 
 def _between(spans: Iterable[Span], start: int, stop: int) -> Iterator[Span]:
-    """Number `start` up to `stop` of all that the spans hold."""
+    """The numbers from `start` up to `stop` of those in the spans."""
     passed = 0
     for span in spans:
         first, last = max(start - passed, 0), min(stop - passed, span.count)
