@@ -1,12 +1,11 @@
-"""What bodies that are made to cost much take from the server: its answers, and its memory.
+"""The effect of expensive request bodies on the server: its response time and its memory.
 
     python benchmarks/bench_bodies.py [--doors /v1/jobs,/mcp]
 
-The server in a process of its own with the demo checkpoint, whose page has been opened. Each body
-is sent as fast as it is taken, without its length, to each door that reads JSON; meanwhile a client
-asks for /livez all the time, in a process of its own. Told are the slowest answer, how much the
-memory of the server grew at most while the body was read, and the status. Bound by copying. The
-last line is one JSON object.
+The server runs in a separate process with the demo checkpoint; its page has been opened. Each body
+is sent chunked, as fast as it is accepted, to each route that reads JSON; meanwhile a client in a
+separate process polls /livez. Reported are the slowest response, the largest growth of the server's
+memory while the body was read, and the status. Bound by copying. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ with httpx2.Client(base_url=sys.argv[1], timeout=120, trust_env=False) as client
 
 
 def bodies() -> dict[str, tuple[bytes, int]]:
-    """Each body as what it begins with, and how many bytes it has in all."""
+    """Each body as its beginning and its total size in bytes."""
     picture = base64.b64encode(bytes(range(255)) * 1024)
     return {
         "5.7 MB of lists": (b'{"prompt":[[]' + b",[]" * (PIECE // 3), int(5.7 * MEGA)),
@@ -73,11 +72,11 @@ def pieces(start: bytes, length: int) -> Iterator[bytes]:
     while sent < length:
         yield tail
         sent += len(tail)
-    yield b'"}'  # the end of a picture; the others are refused before
+    yield b'"}'  # the end of a picture; the others are refused earlier
 
 
 class Watch:
-    """How slow /livez is, and how large the server, from now on until it is stopped."""
+    """Measures how slow /livez and how large the server becomes, until it is stopped."""
 
     def __init__(self, url: str, pid: int) -> None:
         self._pid = pid
@@ -92,7 +91,7 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> tuple[float, float]:
-        """The slowest answer in milliseconds, and by how many MB the server grew."""
+        """The slowest response in milliseconds, and the growth of the server in MB."""
         time.sleep(0.3)
         self._is_over.set()
         self._thread.join()
@@ -120,7 +119,7 @@ def send(client: httpx2.Client, door: str, start: bytes, length: int) -> str:
     try:
         return str(client.post(door, content=pieces(start, length), headers=headers).status_code)
     except httpx2.HTTPError:
-        return "closed"  # while the rest was on its way
+        return "closed"  # before the rest was sent
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""How good the demo checkpoint is, on photographs that it was never trained on.
+"""The quality of the demo checkpoint, on photographs that it was never trained on.
 
     python benchmarks/bench_demo.py [--size-level 512] [--edits bw,sepia] [--contact-sheet FOLDER]
 
-Every edit is asked for in words and compared with its classical form: the exact edit of the same
-picture, and that exact edit passed through the autoencoder, which is the best that any output of
-this model can be. The blind check asks which of all classical edits of the picture lies nearest to
-the output. Prints tables, then one line of JSON.
+Every edit is requested in words and compared with its classical form: the exact edit of the same
+picture, and that exact edit passed through the autoencoder, which is the best possible output of
+this model. The blind check finds which of all classical edits of the picture is closest to the
+output. Prints tables, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def ssim(a: Picture, b: Picture) -> float:
 
 
 def fitted(photo: Picture, pipeline: EditPipeline, level: int) -> np.ndarray:
-    """The photograph as 8-bit pixels at the size in which the model edits it."""
+    """The photograph as 8-bit pixels at the working size of the model."""
     size = fit_size(photo.shape[1], photo.shape[0], level, pipeline.config.size_multiple)
     image = Image.fromarray((photo * 255 + 0.5).astype(np.uint8))
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
@@ -209,7 +209,7 @@ def print_table(mean: dict[str, dict[str, float]]) -> None:
 
 @torch.inference_mode()
 def recogniser_accuracy(pipeline: EditPipeline, per_label: int = 20) -> dict[str, float]:
-    """Share of prompts with a word that training never saw whose edit is named right."""
+    """Share of prompts with a word absent from training whose edit is recognised correctly."""
     grey = np.full((64, 64, 3), 128, np.uint8)
     pairs = demo_prompts.evaluation_set(per_label, seed=1)
     found = [pipeline.recognise(prompt, grey) for prompt, _ in pairs]

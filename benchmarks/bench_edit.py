@@ -3,7 +3,7 @@
     python benchmarks/bench_edit.py [--sizes 512,768,1024] [--steps 10,28] [--repeat 3]
 
 A square picture is edited in process after one warm-up edit; the best of the repeats is printed,
-because a shared machine only ever adds time. Bound by matrix products: most of the time goes into
+because load on a shared machine adds time. Bound by matrix products: most of the time goes into
 the transformer's linear layers and attention. The last line is one JSON object.
 """
 

@@ -1,12 +1,12 @@
-"""What an edit costs beyond the network: through the service, and through MCP over stdio.
+"""The overhead of an edit besides the network: through the service, and through MCP over stdio.
 
     python benchmarks/bench_overhead.py [--size 512] [--num-steps 28] [--repeat 7]
 
-Three ways to the same picture take turns, so that other work on the machine hits them alike: the
-pipeline called directly, the service with its worker process, an MCP client of `mcp_server.py`.
-What bounds the two latter: decoding and encoding the file, fsync, and the picture's way through the
-pipe and back. Then the latency of the status while an edit runs, how soon the worker is free after
-a cancel, and the time a picture takes to cross the pipe. The last line is one JSON object.
+Three ways to the same picture alternate, so that other load affects them equally: the pipeline
+called directly, the service with its worker process, an MCP client of `mcp_server.py`. The latter
+two are bound by decoding and encoding the file, fsync, and sending the picture through the pipe and
+back. Then the latency of the status during an edit, the time until the worker is free after a
+cancel, and the time a picture takes through the pipe. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# The pipeline called directly shall have threads as patient as those of the worker.
+# The pipeline called directly must have threads that spin as long as those of the worker.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
@@ -69,7 +69,7 @@ async def through_mcp(client: Client[Any], arguments: dict[str, Any]) -> float:
 
 
 async def status_latency(client: Client[Any], arguments: dict[str, Any]) -> list[float]:
-    """How long `get_gpu_status` takes, asked 20 times a second while an edit runs."""
+    """The latency of `get_gpu_status`, called 20 times a second during an edit."""
     edit = asyncio.ensure_future(client.call_tool("edit_image", arguments))
     found = []
     while not edit.done():
@@ -82,7 +82,7 @@ async def status_latency(client: Client[Any], arguments: dict[str, Any]) -> list
 
 
 async def freed_after_cancel(picture: np.ndarray, repeat: int = 5) -> dict[str, float]:
-    """Seconds from a cancel to a free worker, the worst of some in each phase; and of one step."""
+    """Seconds from a cancel to a free worker, the worst of several per phase; and of one step."""
     engine = Engine(partial(WorkerProcess, Start()))
     job = EditJob(picture, PROMPT, "", 28, 6.0, 1024, seed=0)
     steps: list[float] = []

@@ -1,11 +1,11 @@
-"""How far edits with few bits to a weight are from exact ones: the demo, the same seeds.
+"""The error of edits with quantised weights against exact ones: the demo, the same seeds.
 
     python benchmarks/bench_precision.py [--size 512] [--steps 28] [--save FOLDER]
 
-A photograph that the demo was never trained on is edited by a few prompts with each precision. For
-each the PSNR against the exact edit is printed, what the exact edit itself has changed, and the
-size of the weights. Bound by matrix products; what it takes says little about a GPU, because on a
-CPU the codes are widened in each step. The last line is one JSON object.
+A photograph that the demo was never trained on is edited by a few prompts with each precision.
+Printed are the PSNR against the exact edit, the change that the exact edit itself makes, and the
+size of the weights. Bound by matrix products; times say little about a GPU, because on a CPU the
+codes are widened in each step. The last line is one JSON object.
 """
 
 from __future__ import annotations

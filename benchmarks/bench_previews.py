@@ -1,13 +1,13 @@
-"""What previews cost: whole edits with and without them, in turns.
+"""The cost of previews: whole edits with and without them, alternating.
 
     python benchmarks/bench_previews.py [--sizes 512,1024] [--steps 10] [--repeat 3] [--save FOLDER]
 
-The page asks for 8 previews of an edit; each is encoded here as the page shows it. Bound by the
+The page requests 8 previews per edit; each is encoded here as the page shows it. Bound by the
 network's steps; a preview is a linear layer.
-The first edit with previews also encodes the chart that teaches colours; it is timed separately.
-Ratios are of processor seconds where the model computes on the CPU, because other work on the
-machine does not change them, and of seconds otherwise. The previews may be saved, to see what they
-look like. The last line is one JSON object.
+The first edit with previews also encodes the chart that the colours are fitted to; it is timed
+separately. Ratios are of CPU seconds if the model computes on the CPU, because other load on the
+machine does not change them, and of wall seconds otherwise. The previews can be saved for
+inspection. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from step1x_edit.model.request import NetworkRequest, Pixels
 PREVIEWS = 8
 PAGE_SIDE = 512
 LIMIT = 0.10
-"""The share of an edit that its previews may take."""
+"""The largest share of an edit that its previews may take."""
 
 
 def edit(pipeline: EditPipeline, request: NetworkRequest) -> tuple[float, list[Pixels], Pixels]:
@@ -63,7 +63,7 @@ def psnr(a: Pixels, b: Pixels) -> float:
 def compare(plain: NetworkRequest, repeat: int, folder: Path | None) -> dict[str, object]:
     shown = replace(plain, previews=PREVIEWS)
     pipeline = read_checkpoint().pipeline
-    edit(pipeline, replace(plain, num_steps=2))  # whatever is done once for a size is done
+    edit(pipeline, replace(plain, num_steps=2))  # completes one-time work for the size
     first = edit(pipeline, shown)[0]
     without, with_previews = [], []
     for _ in range(repeat):

@@ -1,12 +1,12 @@
-"""What it costs to move the model: disk → host memory → device and back, and what stays behind.
+"""The cost of moving the model: disk → host memory → device and back, and the remaining memory.
 
     python benchmarks/bench_residency.py [--demo | --gigabytes 1.0 | --full-size] [--device cuda]
 
 The weights are those of the demo checkpoint, or random ones in a temporary file: a transformer of
-about so many gigabytes, or of the full size of v1.1 (25 GB of disk, of host and of GPU memory).
-Without a GPU a second copy in host memory stands in for it. Reading is bound by the disk, or by
-memory bandwidth when the file is in the page cache; copying by the bus. Each is printed beside
-what the plainest code reaches in the same run. The last line is one JSON object.
+about n gigabytes, or of the full size of v1.1 (25 GB of disk, of host and of GPU memory). Without a
+GPU a copy in host memory replaces it. Reading is bound by the disk, or by memory bandwidth if
+the file is in the page cache; copying by the bus. Each is printed beside the result of the simplest
+code in the same run. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GB = 1e9
 
 
 def scaled(gigabytes: float) -> TransformerConfig:
-    """Narrower than v1.1, and with as many single blocks as make the size."""
+    """Narrower than v1.1, with as many single blocks as the size requires."""
     connector = ConnectorConfig(hidden_size=1024, num_heads=8)
     config = TransformerConfig(
         hidden_size=1536, num_heads=12, depth=1, depth_single=0, connector=connector
@@ -91,7 +91,7 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def drop_from_cache(file: Path) -> bool:
-    """Whether the system could be asked to forget the file's pages."""
+    """Whether the system could be asked to drop the file's pages."""
     if not hasattr(os, "posix_fadvise"):
         return False
     descriptor = os.open(file, os.O_RDONLY)
@@ -102,7 +102,7 @@ def drop_from_cache(file: Path) -> bool:
 
 
 def load_and_copy(file: Path) -> list[Tensor]:
-    """What a plain loader does: the library's tensors, copied out of the file's mapping."""
+    """A plain loader: the library's tensors, copied out of the file's mapping."""
     return [tensor.clone() for tensor in load_file(file).values()]
 
 
@@ -111,7 +111,7 @@ def held_gb(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return (total - free) / GB
-    ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps of the plain loader is not ours
+    ctypes.CDLL(None).malloc_trim(0)  # do not count the heap of the plain loader
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmRSS:")[1].split()[0]) * 1024 / GB
 
@@ -122,12 +122,12 @@ def synchronize(device: torch.device) -> None:
 
 
 def copy_gb_per_s(device: torch.device, total: float) -> float:
-    """The best bandwidth of plain copies of up to 1 GB from page-locked memory, if it may be."""
+    """The best bandwidth of plain copies of up to 1 GB, from page-locked memory if possible."""
     count = int(min(total, 1.0) * GB)
     source = torch.ones(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
     best = math.inf
     for _ in range(3):
-        target = torch.empty(count, dtype=torch.uint8, device=device)  # with its page faults
+        target = torch.empty(count, dtype=torch.uint8, device=device)  # including its page faults
         synchronize(device)
         started = time.perf_counter()
         target.copy_(source, non_blocking=True)
@@ -166,7 +166,7 @@ def measure(folder: Path, device: torch.device, repeat: int) -> dict[str, float]
     residency = Residency(lambda: opened, device)
 
     reads: dict[str, list[float]] = {}
-    for _ in range(repeat):  # in turn, because a shared machine has better and worse minutes
+    for _ in range(repeat):  # alternating, because load on a shared machine varies
         for name, load in (("plain", partial(load_and_copy, file)), ("ours", residency.load)):
             if drop_from_cache(file):
                 reads.setdefault(f"{name}_cold_gb_per_s", []).append(file_gb / seconds(load))
@@ -190,7 +190,7 @@ def measure(folder: Path, device: torch.device, repeat: int) -> dict[str, float]
         figures["page_lock_rest_s"] = seconds(wait)
     figures["copy_gb_per_s"] = copy_gb_per_s(device, arena_gb)
     residency.onload()
-    step(residency, device)  # what is slow once only
+    step(residency, device)  # one-time costs
     residency.offload()
     onloads, offloads, first, usual = [], [], [], []
     for _ in range(repeat):
@@ -222,7 +222,7 @@ def main() -> None:
     which.add_argument("--full-size", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the temporary file goes")
+    parser.add_argument("--folder", type=Path, help="folder for the temporary file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
 

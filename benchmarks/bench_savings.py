@@ -1,12 +1,12 @@
-"""What each exact saving is worth: an edit without it against one with all of them.
+"""The value of each exact saving: an edit without it against one with all of them.
 
     python benchmarks/bench_savings.py [--size 512] [--steps 4] [--rounds 3]
 
-The demo on the CPU, with one thread. Every round runs all variants in turn, so that good and bad
-minutes of the machine meet all of them. Times are seconds of the processor and not of the wall, and
-of the rounds the quickest: other programs take little of either. Bound by the products of matrices,
-whose operations are counted as well: that count is the same on every machine. Times on a GPU at
-full size: `gpu_check.py --only savings`. The last line is one JSON object.
+The demo on the CPU, with one thread. Every round runs all variants in turn, so that varying load
+affects all of them. Times are CPU seconds, not wall seconds, of the fastest round: other programs
+hardly affect either. Bound by matrix products, whose operations are counted as well: that count is
+the same on every machine. Times on a GPU at full size: `gpu_check.py --only savings`. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WITHOUT = {
     **{field.name: replace(ALL, **{field.name: False}) for field in fields(Savings)},
     "all": NONE,
 }
-"""What is left out, and what is spared then."""
+"""The savings, and what each avoids."""
 
 
 @torch.inference_mode()

@@ -1,13 +1,13 @@
-"""Edits per second through each door of the server, and how quickly it answers meanwhile.
+"""Edits per second through each interface of the server, and its latency meanwhile.
 
     python benchmarks/bench_server.py [--clients 1,8,64] [--edits 12] [--num-steps 10]
 
-The pipeline alone first, then the server in a process of its own with the demo checkpoint: for each
-door (POST /api/edit, edit_image over MCP, stored jobs) and number of clients, each client has a
-picture of 512 edited again and again until so many edits are done in all; the rest is withdrawn.
-Meanwhile the status, the health and the page are asked for 20 times a second. Bound by the network:
-one edit runs at a time, so more clients cannot be faster, only wait longer. The last line is one
-JSON object.
+First the pipeline alone, then the server in a separate process with the demo checkpoint: for each
+interface (POST /api/edit, edit_image over MCP, stored jobs) and number of clients, each client
+repeatedly edits a picture of 512 until n edits are done in total; the rest is cancelled. Meanwhile
+the status, the health and the page are requested 20 times a second. Bound by the network: one edit
+runs at a time, so more clients do not raise the throughput, they only wait longer. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-# The pipeline called directly shall have threads as patient as those of the worker.
+# The pipeline called directly must have threads that spin as long as those of the worker.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import httpx2
@@ -50,7 +50,7 @@ PROBE_PAUSE_S = 0.05
 PATIENCE_S = 600
 
 Edit = Callable[[], Awaitable[None]]
-"""One edit through a door, from the picture in the client's hands to the result in them."""
+"""One edit through an interface, from the picture in the client's memory to the result there."""
 
 NUMBERS = count()
 
@@ -69,7 +69,7 @@ def alone(num_steps: int, edits: int) -> float:
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[str]:
-    """The unified server, and where it is."""
+    """The unified server, and its address."""
     settings = {
         "PORT": "0",
         "DATA_DIR": str(folder / "data"),
@@ -98,7 +98,7 @@ def server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-# --- the doors ------------------------------------------------------------------------------------
+# --- the interfaces-------------------------------------------------------------------------------
 
 
 def form(num_steps: int) -> dict[str, Any]:
@@ -145,7 +145,7 @@ async def jobs(url: str, num_steps: int, folder: Path) -> AsyncIterator[Edit]:
             answer.raise_for_status()
             job = f"/v1/jobs/{answer.json()['id']}"
             try:
-                await client.get(f"{job}/events")  # ends with the job
+                await client.get(f"{job}/events")  # the stream ends with the job
                 (await client.get(f"{job}/content")).raise_for_status()
             except asyncio.CancelledError:
                 await asyncio.shield(client.post(f"{job}/cancel"))
@@ -165,7 +165,7 @@ def http(url: str) -> httpx2.AsyncClient:
 
 
 async def probe(url: str, found: dict[str, list[float]]) -> None:
-    """Ask for what has to come at once, again and again."""
+    """Request, again and again, what must be answered at once."""
     async with http(url) as client:
         while True:
             for name, path in PROBES.items():
@@ -178,7 +178,7 @@ async def probe(url: str, found: dict[str, list[float]]) -> None:
 async def crowd(
     url: str, door: str, clients: int, edits: int, num_steps: int, folder: Path
 ) -> dict[str, Any]:
-    """So many clients at one door, until so many edits are done."""
+    """Run this many clients on one interface until this many edits are done."""
     seconds: list[float] = []
     probed: dict[str, list[float]] = defaultdict(list)
     is_done = asyncio.Event()
@@ -204,7 +204,7 @@ async def crowd(
         took = time.perf_counter() - started
         for task in (*working, done):
             if task.done() and task is not done:
-                task.result()  # it has failed: clients and probes have no end
+                task.result()  # it has failed: clients and probes never end
             task.cancel()
         await asyncio.gather(*working, done, return_exceptions=True)
     return {
@@ -215,7 +215,7 @@ async def crowd(
 
 
 async def settled(url: str) -> None:
-    """Wait until what has been withdrawn is out of the line."""
+    """Wait until cancelled jobs have left the queue."""
     async with http(url) as client:
         while True:
             listed = (await client.get("/v1/jobs", params={"limit": 100})).json()["data"]

@@ -2,16 +2,16 @@
 
     python benchmarks/bench_startup.py [--repeat 9] [--other OTHER_CHECKOUT/src]
 
-Three servers take turns, so that other work on the machine affects them alike: a bare fastmcp
-server with five trivial tools, `mcp_server.py`, and `step1x-edit mcp`. Three moments on the same
-clock: the handshake is answered, the tools are listed, the first call has returned. What bounds
-them is the time Python needs to import fastmcp; nothing needs torch, because the model is loaded
-when a client asks for an edit. A ratio is the median of the ratios within the turns.
+Three servers alternate, so that other load affects them equally: a bare fastmcp server with five
+trivial tools, `mcp_server.py`, and `step1x-edit mcp`. Three moments on one clock: the handshake
+is answered, the tools are listed, the first call has returned. They are bound by the time Python
+needs to import fastmcp; nothing needs torch, because the model is loaded when a client requests an
+edit. A ratio is the median of the ratios within the turns.
 
 With `--other` it also times `step1x-edit edit` from the start of the program to the first step of
-the embedded model, here and with the sources of another checkout, in turns. What bounds that is
+the embedded model, here and with the sources of another checkout, alternating. This is bound by
 importing torch. CPU seconds are those of the program and its worker process up to that moment; they
-hardly depend on what else the machine does. The last line is one JSON object.
+hardly depend on other load. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def moments(arguments: Sequence[str], tool: str) -> list[float]:
 
 @dataclass(frozen=True)
 class FirstStep:
-    """How long a cold edit took to its first step."""
+    """The time from a cold start to the first step of an edit."""
 
     elapsed_s: float
     cpu_s: float | None  # None on a system without /proc
@@ -80,7 +80,7 @@ class FirstStep:
 
 def first_step(source: Path, folder: Path) -> FirstStep:
     """Edit a picture with the embedded model in a new process, and stop after the first step."""
-    # The smallest size: the start is to be timed and not the network.
+    # The smallest size: this measures the start and not the network.
     flags = ["--standalone", "--size-level", "512", "--output", str(folder / "edited.png")]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -104,7 +104,7 @@ def first_step(source: Path, folder: Path) -> FirstStep:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process and its children that run now."""
+    """User and system time of a process and its current children."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -118,7 +118,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def compare_first_steps(other: Path, repeat: int) -> dict[str, object]:
-    """Time the first step here and there in turns, print both and return the summary."""
+    """Time the first step here and there, alternating, print both and return the summary."""
     sources = {"other": other, "ours": ROOT / "src"}
     runs: dict[str, list[FirstStep]] = {name: [] for name in sources}
     for turn in range(repeat + 1):
@@ -161,7 +161,7 @@ def main() -> None:
     for turn in range(repeat + 1):
         for name, (arguments, tool) in SERVERS.items():
             run = asyncio.run(moments(arguments, tool))
-            if turn > 0:  # the first turn compiles and fills the cache of files
+            if turn > 0:  # the first turn compiles and fills the page cache
                 runs[name].append(run)
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for name in SERVERS:

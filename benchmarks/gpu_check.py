@@ -1,15 +1,15 @@
-"""Everything that a GPU has to show, in one command of at most eight minutes.
+"""Every measurement that needs a GPU, in one command of at most eight minutes.
 
     python benchmarks/gpu_check.py                       # one large GPU, full size, random weights
     python benchmarks/gpu_check.py --tiny --device cpu   # the same code on a stand-in
 
-It holds our path against the same network written plainly (`gpu/networks.py`) and against
-diffusers' FLUX of the same sizes: the numbers first, then the speed. What bounds both is what the
-device reaches in the same run (the section `probe`). Baseline, ours and peer run twice, at the
-beginning and `again`, so that drift shows. Then the memory: edits under caps, and the model's way
-from disk to the device and back. Sections have budgets; what did not run is named, and no figure
-is estimated but the `extrapolated` seconds of 28 steps. Full size takes 60 GB of the GPU, 60 GB of
-host memory and 6 GB of disk. Results go to `benchmarks/results/`; the last line is one JSON object.
+It compares our path with the same network written plainly (`gpu/networks.py`) and with diffusers'
+FLUX of the same sizes: first the numbers, then the speed. Both are bound by what the device reaches
+in the same run (the section `probe`). Baseline, ours and peer run twice, at the beginning and
+`again`, to show drift. Then the memory: edits under caps, and moving the model from disk to the
+device and back. Sections have budgets; sections that did not run are named, and the only estimated
+figure is the `extrapolated` time of 28 steps. Full size takes 60 GB of GPU memory, 60 GB of host memory
+and 6 GB of disk. Results go to `benchmarks/results/`; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 from gpu.networks import HAS_PEER
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 440  # and the libraries have to be read before
+LIMIT_S = 440  # importing the libraries comes on top
 GRACE_S = 15
-"""A section looks at the clock between steps. Whoever is stuck is stopped after so much more."""
+"""A section checks the clock between steps. If it is stuck, it is stopped after this much more."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ SECTIONS = (
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
     Section(coded.coded_blocks, 60),
-    # what explains the figures above, with the time that is left
+    # explains the figures above, with the remaining time
     Section(sections.savings, 30),
     Section(sections.exact_flash, 25),
     Section(sections.exact_cudnn, 25),
@@ -74,7 +74,7 @@ SECTIONS = (
 
 @dataclass
 class Report:
-    """What is known so far; it can be written at any moment."""
+    """The figures so far; it can be written at any moment."""
 
     facts: Figures
     found: dict[str, Figures] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Report:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing failed and nothing was wrong; what did not run is neither."""
+        """Whether nothing failed and nothing was wrong; sections that did not run are neither."""
         return not any(
             section["status"].startswith(("failed", "wrong")) for section in self.found.values()
         )
@@ -150,7 +150,7 @@ def _rounded(value: object) -> object:
 
 
 def stop_if_stuck(report: Report, folder: Path, seconds: float) -> threading.Timer:
-    """After so long, write what there is and end the process, whatever it is doing."""
+    """After this time, write the report so far and end the process, whatever it is doing."""
 
     def stop() -> None:
         say(report, folder)
@@ -349,20 +349,20 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     names = [section.name for section in SECTIONS]
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the code itself")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to test the code itself")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for all sections")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
-    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--commit", help="the commit that is measured, if git cannot report it")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(words)
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no GPU here; to try the code itself: --tiny --device cpu")
+        parser.error("there is no GPU here; to test the code itself: --tiny --device cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # some calls want the number
+        device = torch.device("cuda", torch.cuda.current_device())  # some calls need the index
 
     if arguments.tiny:
-        torch.set_num_threads(1)  # so little work is no faster with more, and waiting takes cores
+        torch.set_num_threads(1)  # toy sizes gain nothing from threads, which spin on cores
 
     report = Report(facts_of(device, arguments.tiny, arguments.commit or commit()))
     bench = Bench(SMALL if arguments.tiny else FULL, device)

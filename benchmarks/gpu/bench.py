@@ -1,4 +1,4 @@
-"""What the sections share: what is run, the networks, the clock and the rows of figures."""
+"""Shared by the sections: the run, the networks, the clock and the rows of figures."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scale:
-    """What is run: sizes of the network, the pictures and the caps."""
+    """The parameters of a run: sizes of the network, the pictures and the caps."""
 
     model: ModelConfig
     pictures: dict[int, int]
-    """Side in pixels, and how many of the 28 steps are run."""
+    """Side in pixels, and the number of the 28 steps that are run."""
     valid: tuple[int, int]
-    """Rows of the two prompts that are no padding."""
+    """Rows of the two prompts that are not padding."""
     matrix: int
     caps_gb: tuple[float, ...]
     file_transformer: TransformerConfig
-    """What is written to disk to be read back."""
+    """The bytes written to disk to be read back."""
     backend: str
     """Who compiles."""
 
@@ -75,27 +75,27 @@ SMALL = Scale(
     pictures={32: 28, 64: 2},
     valid=(9, 5),
     matrix=64,
-    caps_gb=(3.0, 2.0),  # the plan's fixed costs are those of a real card
+    caps_gb=(3.0, 2.0),  # the plan's fixed costs are those of a real GPU
     file_transformer=SMALL_TRANSFORMER,
-    backend="eager",  # as the compiler of graphs is called that compiles nothing
+    backend="eager",  # torch.compile's backend that compiles nothing
 )
 
 
 @dataclass
 class Bench:
-    """The networks, made when they are first needed, and what sections tell each other."""
+    """The networks, created at their first use, and values that sections share."""
 
     scale: Scale
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     is_over: Callable[[], bool] = lambda: False
-    """Whether the section's time is up; asked between steps."""
+    """Whether the section's time is up; checked between steps."""
     exact: list[Tensor] = field(default_factory=list)
     """Velocities of the smallest picture, computed in float32 from the same weights."""
     floor: float | None = None
-    """How far the plain path is from these."""
+    """The error of the plain path against these."""
     finals: dict[str, Tensor] = field(default_factory=dict)
-    """The last latents of the smallest picture, by who computed them."""
+    """The last latents of the smallest picture, by the path that computed them."""
 
     @cached_property
     def ours(self) -> Transformer:
@@ -103,7 +103,7 @@ class Bench:
 
     @cached_property
     def reference(self) -> Transformer:
-        """Whose weights the plain path uses: ours."""
+        """The network whose weights the plain path uses: ours."""
         return self.ours
 
     @cached_property
@@ -111,10 +111,10 @@ class Bench:
         return peer_network(self.scale.model.transformer, self.device, self.dtype)
 
     def drop(self, *names: str) -> None:
-        """Give the memory of these networks back."""
+        """Free the memory of these networks."""
         for name in names:
             self.__dict__.pop(name, None)
-        gc.collect()  # compiled code refers to itself in circles
+        gc.collect()  # compiled code has reference cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -130,7 +130,7 @@ class Bench:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The distance as a share of what is expected; infinite if a number is not finite."""
+    """The distance relative to the expected tensor; infinite if a number is not finite."""
     distance = float((found - expected).norm() / expected.norm())
     return distance if distance == distance else float("inf")
 
@@ -140,7 +140,7 @@ def furthest(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
 
 
 def block_tflop(config: TransformerConfig, text: int, image: int) -> float:
-    """The work of a step as the reference does it: all blocks, all rows, both prompts."""
+    """The work of a step of the reference: all blocks, all rows, both prompts."""
     rows, blocks = text + 2 * image, config.depth + config.depth_single
     products = 2 * 12 * config.hidden_size**2 * rows
     attention = 4 * rows**2 * config.hidden_size
@@ -160,7 +160,7 @@ def best_seconds(device: torch.device, act: Callable[[], object], repeat: int = 
 
 
 def start_peak(device: torch.device) -> int:
-    """Bytes allocated now, from which on the peak is watched; of a stand-in nothing is known."""
+    """Bytes allocated now, the baseline of the peak; None for a stand-in."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)
@@ -183,7 +183,7 @@ T = TypeVar("T")
 
 
 def step_seconds(bench: Bench, steps: Iterator[T], number: int) -> tuple[list[float], T | None]:
-    """How long each of the first steps took, and what the last one gave."""
+    """The time of each of the first steps, and the last result."""
     taken: list[float] = []
     last: T | None = None
     synchronize(bench.device)
@@ -208,7 +208,7 @@ def rows(
 ) -> Figures:
     """One row for each picture: a loop of 28 steps, of which the first few are run.
 
-    The first step has in it what is done once for an edit.
+    The first step includes the one-time work of an edit.
     """
     found, left_out = [], []
     for pixels, wanted in bench.scale.pictures.items():
@@ -216,7 +216,7 @@ def rows(
             left_out.append(pixels)
             continue
         encoded = bench.encoded(pixels)
-        step_seconds(bench, make(encoded), 2)  # what is slow once only
+        step_seconds(bench, make(encoded), 2)  # one-time costs
         before = start_peak(bench.device)
         taken, last = step_seconds(bench, make(encoded), min(wanted, most))
         if last is not None and name and len(taken) == NUM_STEPS and pixels == bench.smallest:
@@ -247,7 +247,7 @@ def _row(bench: Bench, encoded: Encoded, taken: Sequence[float]) -> Figures:
 
 
 def smi(query: str) -> str | None:
-    """What the driver's own tool says."""
+    """The output of the driver's own tool."""
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
@@ -256,7 +256,7 @@ def smi(query: str) -> str | None:
 
 
 def attention_kernels(first: SDPBackend) -> contextlib.AbstractContextManager[None]:
-    """Prefer one kernel; masks and other devices have the rest."""
+    """Prefer one kernel; masks and other devices use the others."""
     rest = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     order = [first, *(each for each in rest if each is not first)]
     return sdpa_kernel(order, set_priority=True)

@@ -1,4 +1,4 @@
-"""One block with few bits to a weight beside the same one in full: how fast, how far off."""
+"""One block with quantised weights beside the same one in full precision: speed and error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from step1x_edit.model.quantised import CODES, Code, QuantLinear
 from step1x_edit.model.rope import rope_table
 
 ALLOWED = {"bf16": 0.02, "fp8": 0.1, "int8": 0.05, "nf4": 0.2}
-"""How far what the block changes may be from float32, as a share of its norm."""
+"""The allowed error of the block's output against float32, relative to the norm."""
 
 
 @torch.inference_mode()
@@ -79,6 +79,6 @@ def _coded(block: nn.Module, kind: Code) -> nn.Module:
     for name, layer in list(coded.named_modules()):
         if isinstance(layer, nn.Linear):
             made = QuantLinear.of(layer, kind)
-            made.may_round_input = True  # as in a model that is read
+            made.may_round_input = True  # as in a loaded model
             coded.set_submodule(name, made)
     return coded

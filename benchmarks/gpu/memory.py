@@ -1,4 +1,4 @@
-"""How little memory an edit needs and what that costs; and how the model gets to the device."""
+"""The least memory of an edit and its cost; and the model's way to the device."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from step1x_edit.worker.residency import Residency
 
 
 class Cap:
-    """Chooses the memory plan as on a card with so many gigabytes; None is all there is."""
+    """Chooses the memory plan as on a GPU with n gigabytes; None is all of them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.gb: float | None = None
         self.most_of_core: float | None = None
         self.tried = 1.0
-        """What share of the core the last plan wanted to keep."""
-        # What the driver has taken for the process itself, and is no block of ours.
+        """The share of the core that the last plan kept resident."""
+        # Memory that the driver uses for the process itself, not for our blocks.
         self.taken = 0
         if device.type == "cuda":
             free, self.total = torch.cuda.mem_get_info(device)
@@ -80,13 +80,13 @@ def opened_from(network: Transformer, model: ModelConfig) -> OpenedCheckpoint:
 
 
 def streaming(bench: Bench) -> Figures:
-    """The same edit under caps: what it costs, and that the numbers stay the same."""
+    """The same edit under caps: its cost, and a check that the numbers stay the same."""
     device = bench.device
     opened = opened_from(bench.ours, bench.scale.model)
     bench.drop("ours", "reference", "peer")
     cap = Cap(device)
     residency = Residency(lambda: opened, device, plan=cap.plan)
-    # What others have left there would be counted against the caps.
+    # Memory left there by others would be counted against the caps.
     figures: Figures = {"left_by_others_gb": start_peak(device) / GB}
     figures["load_s"] = bench_residency.seconds(residency.load)
     for thread in threading.enumerate():
@@ -121,7 +121,7 @@ def capped(
             return row | _onload_and_run(bench, residency, expected)
         except RuntimeError as error:
             failure = None if is_out_of_memory(error) else first_line(error)
-        # Only now, because the error holds what was being computed.
+        # Only now, because the error keeps the tensors of the computation alive.
         residency.offload()
         if failure or cap.tried == 0.0:
             return row | {"failed": failure or "out of memory with no block resident"}
@@ -145,7 +145,7 @@ def _onload_and_run(
     }
     is_right = []
     pictures = (min(bench.scale.pictures), max(bench.scale.pictures))
-    # Without a cap both ways, so that the capped ones can be held against the same way.
+    # Without a cap both ways, so that each capped run can be compared with the same way.
     is_first = not expected
     ways = (False, True) if is_first else (plan.has_joint_branches,)
     with residency.on_device() as checkpoint:

@@ -1,8 +1,8 @@
-"""The networks that are compared: ours, the same one written plainly, and diffusers' FLUX.
+"""The compared networks: ours, the same one written plainly, and diffusers' FLUX.
 
-The plain one does every step what the reference does every step, in its order: connector,
-modulation, tables of rotations, all tokens through all blocks. It computes with the weights of one
-of our transformers and with no line of its code, so that one can be held against the other.
+The plain one does in every step what the reference does in every step, in its order: connector,
+modulation, rotary tables, all tokens through all blocks. It uses the weights of one of our
+transformers and none of its code, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import FluxTransformer2DModel
 
 HAS_PEER = importlib.util.find_spec("diffusers") is not None
-"""Whether the library of the peer is installed; all the rest does without it."""
+"""Whether the peer's library is installed; everything else works without it."""
 NUM_STEPS = 28
 GUIDANCE = 6.0
 PIXELS_OF_TOKEN = 16
@@ -45,7 +45,7 @@ EPS = 1e-6
 
 @torch.no_grad()
 def randomise(network: nn.Module, seed: int) -> None:
-    """Weights that keep numbers at their size; what is modulated, is modulated a little."""
+    """Weights that preserve the scale of activations; modulations are small."""
     first = next(network.parameters())
     generator = torch.Generator(first.device).manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -61,7 +61,7 @@ def randomise(network: nn.Module, seed: int) -> None:
 
 @contextlib.contextmanager
 def born_as(dtype: torch.dtype) -> Iterator[None]:
-    """Let new parameters have this type."""
+    """Create new parameters in this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -82,7 +82,7 @@ def our_network(
 def peer_network(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype
 ) -> FluxTransformer2DModel:
-    """FLUX.1 of the same sizes. It has no connector, so it is given text of that one's width."""
+    """FLUX.1 of the same sizes. It has no connector, so its text has the connector's width."""
     from diffusers import FluxTransformer2DModel
 
     with device, born_as(dtype):
@@ -104,7 +104,7 @@ def peer_network(
 def encoded_prompts(
     model: ModelConfig, pixels: int, valid: tuple[int, int], device: torch.device
 ) -> Encoded:
-    """What the first stage would hand over for a square picture: random, the same every time."""
+    """The result of the first stage for a square picture: random, the same every time."""
     side = pixels // PIXELS_OF_TOKEN
     transformer, length = model.transformer, model.conditioner.text_length
     generator = torch.Generator().manual_seed(pixels)
@@ -130,14 +130,14 @@ def our_states(
 
 
 def our_pipeline(network: Transformer, model: ModelConfig, savings: Savings = ALL) -> EditPipeline:
-    """A pipeline that can denoise and nothing else."""
+    """A pipeline that can only denoise."""
     return EditPipeline(network, None, None, model, savings=savings)  # type: ignore[arg-type]
 
 
 def our_velocities(
     network: Transformer, model: ModelConfig, encoded: Encoded, steps: Iterable[int]
 ) -> list[Tensor]:
-    """What our path predicts for the first latents, if they stood at each of these steps."""
+    """The predictions of our path for the first latents at each of these steps."""
     dtype = network.img_in.weight.dtype
     img, timesteps = _tokens(encoded, model)
     prompts = join(keep_one_pad(encoded.branches))
@@ -150,7 +150,7 @@ def our_velocities(
 
 @contextlib.contextmanager
 def compiled(blocks: Iterable[nn.Module], backend: str) -> Iterator[None]:
-    """The same blocks, compiled one by one; afterwards they are as they were."""
+    """The same blocks, compiled one by one; restored afterwards."""
     blocks = list(blocks)
     torch.compiler.reset()
     for block in blocks:
@@ -167,7 +167,7 @@ def compiled(blocks: Iterable[nn.Module], backend: str) -> Iterator[None]:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channels of x (B, H, N, D) by matrices (N, D/2, 2, 2)."""
+    """Rotate neighbouring channels of x (B, H, N, D) by matrices (N, D/2, 2, 2)."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
     turned = table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]
     return turned.reshape(x.shape).to(x.dtype)
@@ -200,7 +200,7 @@ class CompiledHelpers:
 class PlainNetwork:
     """The network of the reference, step by step, on the weights of one of ours.
 
-    It computes in `dtype`: weights of another type are converted where they are used.
+    It computes in `dtype`: weights of another type are converted at use.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class PlainNetwork:
         return (wide * self.weights[f"{name}.scale"].float()).to(x.dtype)
 
     def modulation(self, name: str, vec: Tensor, number: int) -> tuple[Tensor, ...]:
-        """So many parts (B, 1, D)."""
+        """Split into n parts (B, 1, D)."""
         return self.linear(name, F.silu(vec)).unsqueeze(1).chunk(number, dim=-1)
 
     def mlp_embedder(self, name: str, x: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ def _ids(encoded: Encoded, model: ModelConfig) -> Tensor:
 def peer_steps(
     network: FluxTransformer2DModel, model: ModelConfig, encoded: Encoded
 ) -> Generator[Tensor, None, None]:
-    """As many forward passes at the same lengths and the same batch, and nothing around them."""
+    """The same number of forward passes at the same lengths and batch, without other work."""
     config, device, dtype = model.transformer, network.device, network.dtype
     generator = torch.Generator().manual_seed(0)
     length, ids = model.conditioner.text_length, _ids(encoded, model)

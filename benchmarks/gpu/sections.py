@@ -1,7 +1,7 @@
-"""What the device can do, whether our path is right, and how fast it is beside others.
+"""The limits of the device, the correctness of our path, and its speed beside others.
 
-Each section returns its figures; what there was no time for is named in `left_out`. Figures that
-the device cannot give are left away, never estimated.
+Each section returns its figures; those it had no time for are named in `left_out`. Figures that the
+device cannot provide are omitted, never estimated.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from gpu.networks import (
 from step1x_edit.model.denoising import Encoded
 
 STRICT = 1e-4
-"""How far two float32 paths through a shallow network may be apart, as a share of the norm."""
+"""The allowed distance of two float32 paths through a shallow network, relative to the norm."""
 FLOORS = 2.0
-"""How many times the error of the plain path ours may have, both against float32."""
+"""The allowed ratio of our error to that of the plain path, both against float32."""
 
 
 # --- the device -----------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ FLOORS = 2.0
 
 @torch.inference_mode()
 def probe(bench: Bench) -> Figures:
-    """What the device can do: nothing below can be faster."""
+    """The limits of the device: nothing below can be faster."""
     device, n = bench.device, bench.scale.matrix
     figures: Figures = {"held_before_gb": held_gb(device)}
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def probe(bench: Bench) -> Figures:
         times.append(best_seconds(device, lambda: a @ b, repeat=1))
     figures["product_sustained_tflop_per_s"] = 2 * n**3 / 1e12 / statistics.median(times)
     if device.type == "cuda":
-        for _ in range(500):  # it goes on computing while the driver is asked
+        for _ in range(500):  # it keeps computing while the driver is queried
             torch.mm(a, b)
         figures["clock_and_power_under_load"] = smi("clocks.sm,power.draw,temperature.gpu")
     target = torch.empty_like(a)
@@ -119,7 +119,7 @@ def _attention(bench: Bench, pixels: int, kernel: SDPBackend | None) -> Figures:
 
 @torch.inference_mode()
 def correctness(bench: Bench) -> Figures:
-    """Whether our path computes the function of the plain one; raises nothing, says it."""
+    """Whether our path computes the function of the plain one; reported, not raised."""
     model, steps = bench.scale.model, (0, NUM_STEPS // 2, NUM_STEPS - 1)
     encoded = bench.encoded(bench.smallest)
     shallow = replace(model.transformer, depth=1, depth_single=2)
@@ -146,7 +146,7 @@ def correctness(bench: Bench) -> Figures:
 
 
 def _judged(bench: Bench, found: Sequence[Tensor], and_also: bool = True) -> Figures:
-    """How far velocities are from float32, and whether that is near enough."""
+    """The distance of velocities from float32, and whether it is within the tolerance."""
     if bench.floor is None:
         return {"ours_from_float32": "not compared: the section correctness did not run"}
     error = furthest(found, bench.exact)
@@ -158,7 +158,7 @@ def _judged(bench: Bench, found: Sequence[Tensor], and_also: bool = True) -> Fig
 
 
 def drift(bench: Bench, name: str) -> Figures:
-    """How far the latents are from the plain path's after all 28 steps."""
+    """The distance of the latents from the plain path's after all 28 steps."""
     if name not in bench.finals or "baseline" not in bench.finals:
         return {}
     return {"latents_from_baseline": relative(bench.finals[name], bench.finals["baseline"])}
@@ -189,7 +189,7 @@ def baseline(bench: Bench) -> Figures:
 
 
 def baseline_helpers(bench: Bench) -> Figures:
-    """The same with the three small functions compiled that the reference has compiled."""
+    """The same with the three small functions compiled that the reference compiles."""
     torch.compiler.reset()
     network = PlainNetwork(bench.reference, bench.dtype, CompiledHelpers(bench.scale.backend))
     with attention_kernels(SDPBackend.FLASH_ATTENTION):
@@ -205,8 +205,8 @@ def exact(bench: Bench) -> Figures:
 def savings(bench: Bench) -> Figures:
     """How much longer the loop takes without one of the exact savings, and without all of them.
 
-    In turn, so that drift of the machine meets all alike. What reading the prompts spares is no
-    part of the loop.
+    Alternating, so that drift affects all equally. The savings in reading the prompts
+    are not part of the loop.
     """
     model, encoded = bench.scale.model, bench.encoded(bench.smallest)
     seconds: dict[str, list[float]] = {}
@@ -227,13 +227,13 @@ def savings(bench: Bench) -> Figures:
 
 
 def exact_flash(bench: Bench) -> Figures:
-    """Ours with the kernel of the baseline: what is left is not owed to the kernel."""
+    """Ours with the kernel of the baseline: the remaining gain is not due to the kernel."""
     with attention_kernels(SDPBackend.FLASH_ATTENTION):
         return rows(bench, partial(our_loop, bench), most=8)
 
 
 def exact_cudnn(bench: Bench) -> Figures:
-    """Ours with cuDNN's kernel, where it can be had."""
+    """Ours with cuDNN's kernel, if available."""
     with attention_kernels(SDPBackend.CUDNN_ATTENTION):
         return rows(bench, partial(our_loop, bench), most=8)
 
@@ -256,7 +256,7 @@ def exact_compiled(bench: Bench) -> Figures:
 
 
 def peer(bench: Bench) -> Figures:
-    """diffusers' FLUX at the same lengths and batch, eager, as it comes."""
+    """diffusers' FLUX at the same lengths and batch, eager, unmodified."""
     return rows(bench, partial(peer_loop, bench), most=8)
 
 
@@ -267,7 +267,7 @@ def peer_compiled(bench: Bench) -> Figures:
 
 
 def again(bench: Bench) -> Figures:
-    """Baseline, ours and peer once more, so that drift of the machine shows."""
+    """Baseline, ours and peer again, to show drift of the machine."""
     network = PlainNetwork(bench.reference, bench.dtype)
     with attention_kernels(SDPBackend.FLASH_ATTENTION):
         figures: Figures = {"baseline": rows(bench, partial(plain_loop, bench, network), most=8)}

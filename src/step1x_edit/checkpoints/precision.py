@@ -24,8 +24,8 @@ CODED: Final = re.compile(
 """The linear layers that are kept as codes: nearly all weights, except the first and last ones."""
 
 IN_EVERY_STEP: Final = re.compile(r"transformer\.(double|single)_blocks\.\d+\.(?!.*mod)")
-"""The layers whose codes a GPU multiplies directly. Layers that run once per edit would gain nothing,
-and the conditioner's inputs have outliers that do not survive 8-bit rounding."""
+"""The layers whose codes a GPU multiplies directly. Layers that run once per edit would not get
+faster, and the conditioner's inputs have outliers that do not survive 8-bit rounding."""
 
 
 def is_code(precision: Precision) -> TypeIs[Code]:
