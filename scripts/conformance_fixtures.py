@@ -1,7 +1,7 @@
-"""Our server with the suite's fixtures in it: what `conformance.py` holds to the full requirements.
+"""Our server with the suite's fixtures added: `conformance.py` tests it for full conformance.
 
 Everything around the fixtures is what users get: the application, its guard and its mount, and the
-middleware that gives failures their shape. The names and the texts are the suite's.
+middleware that shapes failures. The names and the texts are the suite's.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ IMAGE: Final = ImageContent(
     type="image", data=base64.b64encode(PNG).decode(), mime_type="image/png"
 )
 SIGNED: Final = secrets.token_hex(8)
-"""The request state that we have given out; anything else has been tampered with."""
+"""The request state that we issued; anything else has been tampered with."""
 
 
 def text(said: str) -> ToolResult:
@@ -76,7 +76,7 @@ def sample(prompt: str, max_tokens: int) -> mcp_types.CreateMessageRequest:
 
 
 def answer(context: Context, key: str) -> Any:
-    """What the client has answered to an input request."""
+    """The client's answer to an input request."""
     return (context.input_responses or {}).get(key)
 
 
@@ -89,7 +89,7 @@ NAME: Final = ask("What is your name?", name=STRING)
 
 
 def add_plain(mcp: FastMCP) -> None:
-    """Tools that give one thing each."""
+    """Tools that return one kind of content each."""
 
     @mcp.tool
     def test_simple_text() -> ToolResult:
@@ -129,7 +129,7 @@ def add_plain(mcp: FastMCP) -> None:
 
     @mcp.tool
     async def test_logging_tool(context: Context) -> ToolResult:
-        """Logs, if the client wants to know."""
+        """Logs, if the client asks for it."""
         await context.info("working")
         return text("logged")
 
@@ -147,7 +147,7 @@ def add_plain(mcp: FastMCP) -> None:
 
     @mcp.tool
     def test_missing_capability(context: Context) -> ToolResult:
-        """Needs a client that samples."""
+        """Needs a client that supports sampling."""
         if capabilities(context).sampling is None:
             raise MCPError(
                 mcp_types.MISSING_REQUIRED_CLIENT_CAPABILITY,
@@ -164,7 +164,7 @@ def capabilities(context: Context) -> mcp_types.ClientCapabilities:
 
 
 def add_asking(mcp: FastMCP) -> None:
-    """Tools that ask the client while they run, as the older revisions have it."""
+    """Tools that ask the client while they run, as in the older revisions."""
 
     async def elicit(context: Context, message: str, properties: dict[str, Any]) -> Any:
         schema = {"type": "object", "properties": properties, "required": []}
@@ -172,7 +172,7 @@ def add_asking(mcp: FastMCP) -> None:
 
     @mcp.tool
     async def test_sampling(prompt: str, context: Context) -> ToolResult:
-        """Has the client's model say something."""
+        """Asks the client's model."""
         message = SamplingMessage(role="user", content=TextContent(type="text", text=prompt))
         said = await context.session.create_message(
             [message], max_tokens=100, related_request_id=context.request_id
@@ -226,7 +226,7 @@ def add_asking(mcp: FastMCP) -> None:
 
 
 def add_asking_again(mcp: FastMCP) -> None:
-    """Tools that ask by their result, as the revision of 2026-07-28 has it."""
+    """Tools that ask through their result, as in the revision of 2026-07-28."""
 
     @mcp.tool
     def test_streaming_elicitation(context: Context) -> ToolResult | InputRequiredResult:
@@ -269,7 +269,7 @@ def add_asking_again(mcp: FastMCP) -> None:
     def test_input_required_result_request_state(
         context: Context,
     ) -> ToolResult | InputRequiredResult:
-        """Asks, and remembers."""
+        """Asks, and keeps state."""
         if answer(context, "confirm") is None:
             asked = ask("Please confirm", ok={"type": "boolean"})
             return InputRequiredResult(input_requests={"confirm": asked}, request_state=SIGNED)
@@ -279,7 +279,7 @@ def add_asking_again(mcp: FastMCP) -> None:
     def test_input_required_result_tampered_state(
         context: Context,
     ) -> ToolResult | InputRequiredResult:
-        """Asks, and wants its state back as it was."""
+        """Asks, and requires its state back unchanged."""
         if context.request_state is None:
             asked = ask("Please confirm", ok={"type": "boolean"})
             return InputRequiredResult(input_requests={"confirm": asked}, request_state=SIGNED)
@@ -318,7 +318,7 @@ def add_asking_again(mcp: FastMCP) -> None:
     def test_input_required_result_capabilities(
         context: Context,
     ) -> ToolResult | InputRequiredResult:
-        """Asks for what the client can give."""
+        """Asks for what the client supports."""
         can, asked = capabilities(context), dict[str, Any]()
         if can.sampling is not None:
             asked["greeting"] = sample("Generate a greeting", 50)
@@ -328,7 +328,7 @@ def add_asking_again(mcp: FastMCP) -> None:
 
     @mcp.prompt
     def test_input_required_result_prompt(context: Context) -> Any:
-        """Asks before it says anything."""
+        """Asks before it answers."""
         said = answer(context, "user_context")
         if said is None:
             asked = ask("What context should the prompt use?", context=STRING)
@@ -337,7 +337,7 @@ def add_asking_again(mcp: FastMCP) -> None:
 
 
 def add_resources_and_prompts(mcp: FastMCP) -> None:
-    """What can be read, and what can be said."""
+    """Resources and prompts."""
 
     @mcp.resource("test://static-text", mime_type="text/plain", description="A text")
     def static_text() -> str:
@@ -362,7 +362,7 @@ def add_resources_and_prompts(mcp: FastMCP) -> None:
 
     @mcp.prompt
     def test_prompt_with_arguments(arg1: str, arg2: str) -> str:
-        """A text with two blanks."""
+        """A text with two placeholders."""
         return f"Prompt with arguments: arg1='{arg1}', arg2='{arg2}'"
 
     @mcp.prompt

@@ -1,8 +1,8 @@
 """The pictures that the demo checkpoint learns from, and the exact edits that it learns.
 
-Two things live here and nothing else: where training pictures come from (a few photographs that
-installed packages carry under a free licence, and pictures drawn by rule), and `EDITS`, the
-classical form of every edit. Language lives in `demo_prompts.py`, training in `train_demo.py`.
+This module has only two parts: the sources of training pictures (a few photographs that installed
+packages contain under a free licence, and generated pictures), and `EDITS`, the classical form of
+every edit. Language is in `demo_prompts.py`, training in `train_demo.py`.
 
 A picture is a float32 array (H, W, 3) in 0..1, sRGB as displayed.
 """
@@ -26,7 +26,7 @@ Edit = Callable[[Picture], Picture]
 # Photographs
 # ------------------------------------------------------------------------------------------------
 
-# Package and file; the licences stand in the card, src/step1x_edit/model/demo/README.md.
+# Package and file; the licences are in the card, src/step1x_edit/model/demo/README.md.
 TRAINING_PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "chelsea": ("skimage", "data/chelsea.png"),
@@ -51,7 +51,7 @@ HELD_OUT_PHOTOS = {
 
 
 def load_photo(package: str, name: str) -> Picture:
-    """Reads a picture that an installed package carries."""
+    """Reads a picture that an installed package contains."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
@@ -68,7 +68,7 @@ def resize(picture: Picture, width: int, height: int) -> Picture:
 
 
 # ------------------------------------------------------------------------------------------------
-# Pictures drawn by rule
+# Generated pictures
 # ------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +439,7 @@ EDITS: dict[str, Edit] = {
     "mosaic": mosaic,
     "painting": painting,
 }
-"""Every edit in its exact form; spatial sizes are in pixels of the picture the model sees."""
+"""Every edit in its exact form; spatial sizes are in pixels of the picture that the model gets."""
 
 CORE_EDITS = tuple(EDITS)[: tuple(EDITS).index("sketch")]
-"""The edits that the checkpoint must do well; the rest are harder for it."""
+"""The edits that the checkpoint must do well; the others are harder for it."""

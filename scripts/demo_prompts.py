@@ -1,4 +1,4 @@
-"""The phrase grammar from which the demo checkpoint's text encoder learns what people ask for.
+"""The phrase grammar that the demo checkpoint's text encoder is trained on.
 
 Every phrase is drawn from tables of words in four languages (`demo_words_en`, `demo_words_zh`,
 `demo_words_ja`): a cue of the edit ("gloomy", "a pencil sketch", "take the colour out of") goes
@@ -9,7 +9,7 @@ The format of the tables: alternatives are separated by ``|``, ``{name}`` is a s
 table of that name. Chinese and Japanese tables have a space between words, which is removed.
 
 A tenth of the words is held out by a hash. `sample_prompt` with ``held_out=False`` never uses one,
-with ``True`` always uses at least one, so that accuracy on wording never trained on can be told.
+with ``True`` always uses at least one, so that accuracy on unseen wording can be measured.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ LABELS: tuple[str, ...] = (
 )
 TINTS = ("red", "green", "blue", "pink", "purple")
 
-# What the demo cannot do is boundless, so the corpus holds more of it.
+# What the demo cannot do is unlimited, so the corpus contains more of it.
 UNKNOWN_WEIGHT = 5
 
 HELD_OUT_SHARE = 0.1
-# What a table may lose of its entries to one held-out word, and to all of them.
+# The share of its entries that a table may lose to one held-out word, and to all of them.
 MAX_LOSS_PER_WORD = 0.05
 MAX_LOSS = 0.25
 
@@ -93,7 +93,7 @@ class Lexicon:
     grammar_words: frozenset[str]
 
     def tables(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Every table with a name that tells the stratum of its words: cues go by label."""
+        """Every table with a name that states the stratum of its words: cues are named by label."""
         yield "polite", self.polite
         for name, entries in self.frames.items():
             if name not in ("phrase.say", "act.do"):
@@ -128,7 +128,7 @@ def sample_prompt(
 def corpus(n_per_label: int, seed: int, held_out: bool | None = False) -> list[tuple[str, str]]:
     """Shuffled (prompt, label) pairs for training; `unknown` comes `UNKNOWN_WEIGHT` times as often.
 
-    ``held_out=None`` uses every word, for a checkpoint to be shipped after the measurement.
+    ``held_out=None`` uses every word, for a checkpoint that is released after the measurement.
     """
     rng = random.Random(seed)
     pairs = [
@@ -178,7 +178,7 @@ def describe() -> dict[str, dict[str, object]]:
 
 
 class Writer:
-    """Writes phrases for one label in one language from the tables it is given."""
+    """Writes phrases for one label in one language from the given tables."""
 
     def __init__(self, language: Language, lexicon: Lexicon, cues: Tables) -> None:
         self._language = language
@@ -195,7 +195,7 @@ class Writer:
         ]
 
     def write(self, rng: random.Random) -> str:
-        """One finished phrase, of at most the language's length wherever one can be had."""
+        """One finished phrase, of at most the language's length if possible."""
         for _ in range(20):
             if rng.random() < TWO_CUES:
                 two = {"a": self._core(rng), "b": self._short(rng)}
@@ -249,9 +249,9 @@ NONSENSE: Mapping[str, Callable[[random.Random], str]] = {
     "kana": _letters("あいうえおかきくけこさしすせそたちつてとなにのはひふまみむもやらり", 2, 6),
 }
 
-# An "a" before a spoken vowel.
+# An "a" before a vowel sound.
 ARTICLE = re.compile(r"\b([aA])(?= (?!uni|ufo|one)[aeiou])")
-# Spaces that separate words in the tables of a language that writes none.
+# Spaces that separate words in the tables of a language without spaces.
 TABLE_SPACE = re.compile(r"(?<![a-zA-Z0-9]) +| +(?![a-zA-Z0-9])")
 
 
@@ -362,7 +362,7 @@ def _lexicon(
         all_cues[label] = {
             name: shared.get(name, ()) + own.get(name, ()) for name in {**shared, **own}
         }
-    # A local edit ("make the sky darker") is out of reach although its words are known.
+    # A local edit ("make the sky darker") is not possible although its words are known.
     borrowed = {
         f"edit_{role}": tuple(
             entry
@@ -465,7 +465,7 @@ def english_words(text: str) -> list[str]:
 
 
 def _bare(entry: str, language: Language) -> str:
-    """An entry as it will be seen in a phrase, a bar in place of each slot."""
+    """An entry as it appears in a phrase, with a bar in place of each slot."""
     text = SLOT_OR_FRAME.sub("|", entry).casefold()
     return text if language == "en" else text.replace(" ", "")
 
@@ -478,7 +478,7 @@ def _entry_words(entry: str, language: Language) -> set[str]:
 
 
 def words(language: Language) -> set[str]:
-    """Every word of a language's tables that might have been held out."""
+    """Every word of a language's tables that can be held out."""
     return {
         word
         for _, entries in LEXICONS[language].tables()
@@ -490,9 +490,9 @@ def words(language: Language) -> set[str]:
 def _choose_held_out(languages: tuple[Language, ...]) -> frozenset[str]:
     """A tenth of the words of each stratum, in the order of their hashes.
 
-    Passed over are the pillars: words that alone carry more than `MAX_LOSS_PER_WORD` of some
-    table (nobody can guess "mosaic" from the rest of English). Languages that share characters
-    are split together, or a word held out in one would be learnt from the other.
+    Words that carry more than `MAX_LOSS_PER_WORD` of some table are skipped (nobody can guess
+    "mosaic" from the rest of English). Languages that share characters are split together;
+    otherwise a word held out in one would be learnt from the other.
     """
     tables = [
         _Table(_bare(entry, language) for entry in entries)
@@ -516,7 +516,7 @@ def _choose_held_out(languages: tuple[Language, ...]) -> frozenset[str]:
 
 
 def _strata(languages: tuple[Language, ...]) -> list[set[str]]:
-    """The words by language and table; those of several tables are a stratum of their own."""
+    """The words by language and table; those of several tables form a separate stratum."""
     homes: dict[str, str] = {}
     for language in languages:
         if language == "zh-hant":
@@ -534,7 +534,7 @@ def _strata(languages: tuple[Language, ...]) -> list[set[str]]:
 
 
 class _Table:
-    """The entries of one table and which of them the held-out words have cost so far."""
+    """The entries of one table and those that the held-out words have removed so far."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         self._entries = sorted(set(entries))
@@ -576,7 +576,7 @@ def _read_held_out() -> dict[Language, frozenset[str]]:
 
 
 HELD_OUT_FILE = Path(__file__).with_name("demo_held_out.json")
-"""The split, frozen: the grammar may grow without it moving under a checkpoint already trained."""
+"""The split, frozen: the grammar can grow without changing it for a checkpoint already trained."""
 
 HELD_OUT_WORDS: Mapping[Language, frozenset[str]] = _read_held_out()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Words a sentence cannot do without. They carry no edit, so they are never held out.
+# Words that a sentence needs. They name no edit, so they are never held out.
 GRAMMAR_WORDS = """
 a an the this that my it its is are be was were to of in on at as if so for from with into by and or
 but not no do don't does i i'd i'm you we me us all one more less out up off down over only just

@@ -411,7 +411,7 @@ TRADITIONAL_EXTRA = {
     "pic": "圖片 | 照片 | 影像 | 相片 | 圖 | 相 | 圖像",
     "very": "超 | 蠻 | 好 | 挺",
 }
-# Conversion of words whose characters alone would mislead, then of single characters.
+# Conversion of words that characters alone would get wrong, then of single characters.
 TRADITIONAL_WORDS = {
     "假发": "假髮",
     "制作": "製作",

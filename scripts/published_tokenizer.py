@@ -1,6 +1,6 @@
-"""The tokenizer of Qwen2.5-VL, made of a vocabulary that a package of the dev extra carries.
+"""The tokenizer of Qwen2.5-VL, made from a vocabulary that a package of the dev extra contains.
 
-The published checkpoints bring theirs as `tokenizer.json`; this one is for checks without them.
+The published checkpoints include theirs as `tokenizer.json`; this one is for checks without them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-# How texts are cut before merging: single digits, and contractions apart from their words.
+# How texts are split before merging: single digits, and contractions separate from their words.
 PATTERN: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,7 +47,7 @@ ADDED: Final = (
     "<|repo_name|>",
     "<|file_sep|>",
 )
-"""One token each as well, but ordinary text to whatever looks for special tokens."""
+"""One token each as well, but ordinary text for code that looks for special tokens."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Take the pictures of the web page in docs/, after a real edit with the demo model.
+"""Take the screenshots of the web page in docs/, after a real edit with the demo model.
 
 python scripts/screenshots.py [FOLDER]
 """
@@ -27,7 +27,7 @@ SHOTS = {
     "page-phone-dark": (412, "dark"),
 }
 PATIENCE_MS = 300_000
-COLOURS = 256  # of the files: enough for a page, and they stay small
+COLOURS = 256  # of the files: enough for a page, and keeps them small
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
         for name, (width, scheme) in SHOTS.items():
             page.set_viewport_size({"width": width, "height": 900})
             page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-            page.wait_for_timeout(1500)  # for what fades in
+            page.wait_for_timeout(1500)  # for elements that fade in
             image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
             small = image.quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
             small.save(folder / f"{name}.png", optimize=True)

@@ -1,7 +1,7 @@
-"""Trains the demo checkpoint from nothing: `python scripts/train_demo.py`.
+"""Trains the demo checkpoint from scratch: `python scripts/train_demo.py`.
 
 Stages. Each is kept in the work folder: a finished one is not repeated (delete its file to do so),
-an interrupted one goes on where it stopped:
+an interrupted one continues where it stopped:
 
     vae          closed-form start, then gradient descent on crops
     text         byte-level BPE and a tiny Qwen2.5-VL, trained to tell the edits apart
@@ -11,7 +11,7 @@ an interrupted one goes on where it stopped:
     export       one safetensors file, config and tokenizer, where `--out` says
 
 `--stages vae,text` runs some of them, `--smoke` runs three steps of each at toy size.
-`--start-from FOLDER` continues a checkpoint instead: autoencoder and transformer go on from its
+`--start-from FOLDER` continues a checkpoint instead: autoencoder and transformer continue from its
 weights, at lower rates; its text encoder and recogniser are kept.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Spinning threads eat the other core's time on small machines; to be set before torch starts.
+# Spinning threads take time from the other core on small machines; must be set before torch starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -84,12 +84,12 @@ VAE_CONFIG = AutoencoderConfig(
 
 WHITENING = 0.65
 """Exponent of the latent whitening: 1 gives every channel unit variance, 0 keeps the picture's own.
-In between, the channels that matter most to the eye (the cell's mean colour) stand out from the
-noise earlier and weigh more."""
+In between, the channels that matter most visually (the cell's mean colour) stand out from the noise
+earlier and weigh more."""
 
 
 def reduced_precision() -> torch.autocast:
-    """Compute in bfloat16 where the processor can; elsewhere it is many times slower."""
+    """Compute in bfloat16 if the processor supports it; otherwise it is many times slower."""
     return torch.autocast(
         "cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
@@ -199,7 +199,7 @@ def start_vae(gallery: Gallery, seed: int, crops: int) -> Autoencoder:
                 :keep
             ]
         else:
-            # silu(z) - silu(-z) = z: each latent rides as a pair; constants steady the group norm.
+            # silu(z) - silu(-z) = z: a latent is a pair of channels; constants steady the norm.
             conv.weight.zero_()
             full = space_to_depth_weight(
                 torch.cat([rows, -rows]), conv.in_channels, conv.out_channels
@@ -279,7 +279,7 @@ def pair_layout(signals: int, channels: int, groups: int) -> Tensor:
 
 @torch.no_grad()
 def capture(module: nn.Module, norm: nn.GroupNorm, inputs: Tensor) -> Tensor:
-    """What arrives at `norm` when `module` sees `inputs`."""
+    """The input of `norm` when `module` processes `inputs`."""
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     module(inputs)
@@ -289,7 +289,7 @@ def capture(module: nn.Module, norm: nn.GroupNorm, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_norm(norm: nn.GroupNorm, arriving: Tensor) -> None:
-    """Sets scale and bias so that the norm gives back, on average, what arrives."""
+    """Sets scale and bias so that the norm returns, on average, its input."""
     grouped = arriving.unflatten(1, (norm.num_groups, -1))
     deviation = grouped.var((2, 3, 4), correction=0).sqrt().mean(0)
     mean = grouped.mean((0, 2, 3, 4))
@@ -327,7 +327,7 @@ def least_squares_conv(
 
 
 def held_out_pictures(level: int) -> dict[str, Tensor]:
-    """The photographs never trained on, at the size the pipeline would show the model."""
+    """The held-out photographs, at the size at which the pipeline would pass them to the model."""
     out = {}
     for name, place in HELD_OUT_PHOTOS.items():
         photo = load_photo(*place)
@@ -369,11 +369,11 @@ class Average:
 
 
 class Run:
-    """The training of one stage: its loop, and what has to survive an interruption.
+    """The training of one stage: its loop, and the state that survives an interruption.
 
-    While it goes on, everything lies in `<stage>.state.pt`. At the end only the averaged weights
-    remain, in `<stage>.pt`, and from then on the stage counts as finished. All randomness is drawn
-    anew from seed and step, so that an interrupted run takes the same course.
+    While it runs, everything is kept in `<stage>.state.pt`. At the end only the averaged weights
+    remain, in `<stage>.pt`, and the stage counts as finished. All randomness is derived from seed
+    and step, so that an interrupted run takes the same course.
     """
 
     SAVED_EVERY = 100
@@ -402,7 +402,7 @@ class Run:
             self.step, self.seconds = saved["step"], saved["seconds"]
 
     def steps(self, steps: int, minutes: float) -> Iterator[float]:
-        """Yields how far the run is (0..1), once for each step; bounded by minutes too, if any."""
+        """Yields the progress of the run (0..1), once per step; limited by minutes too, if set."""
         while True:
             started = time.monotonic()
             done = self.step / steps
@@ -421,7 +421,7 @@ class Run:
         self.state.unlink(missing_ok=True)
 
     def rng(self) -> np.random.Generator:
-        """The randomness of this step."""
+        """The random generator of this step."""
         return np.random.default_rng([self.seed, self.step, *self.stage.encode()])
 
     def descend(self, loss: Tensor, factor: float, clip: float) -> None:
@@ -456,7 +456,7 @@ class Run:
 
 
 def write(data: object, path: Path) -> None:
-    """Saves a file whole or not at all."""
+    """Saves a file completely or not at all."""
     partial = path.with_suffix(".partial")
     torch.save(data, partial)
     partial.replace(path)
@@ -465,7 +465,7 @@ def write(data: object, path: Path) -> None:
 def edited_crop(
     gallery: Gallery, rng: np.random.Generator, size: int, share: float = 0.35
 ) -> np.ndarray:
-    """A crop; by `share` one of its exact edits, so that the decoder knows what edits look like."""
+    """A crop; with probability `share` one of its exact edits, to train the decoder on edits."""
     crop = gallery.crop(rng, size)
     if rng.uniform() < share:
         crop = list(EDITS.values())[int(rng.integers(len(EDITS)))](crop)
@@ -490,7 +490,7 @@ def train_vae(
     run = Run(work, "vae", vae, [optimiser], seed)
     for done in run.steps(steps, minutes):
         rng = run.rng()
-        # Group norms see a whole picture at once; small crops alone would teach them wrong spreads.
+        # Group norms see a whole picture at once; small crops alone teach wrong statistics.
         size, count = (256, 2) if run.step % 2 else (128, 8)
         batch = to_batch([edited_crop(gallery, rng, size) for _ in range(count)]).to(
             memory_format=torch.channels_last
@@ -540,9 +540,9 @@ def train_tokenizer(prompts: list[str]) -> Tokenizer:
 
 
 class WordBreaker:
-    """Tokenises prompts like the conditioner, but breaks some words into smaller tokens.
+    """Tokenises prompts like the conditioner, but splits some words into smaller tokens.
 
-    This BPE dropout shows the encoder the parts that known and unknown words share.
+    This BPE dropout trains the encoder on the parts that known and unknown words share.
     """
 
     def __init__(self, conditioner: Conditioner, num_image_tokens: int, share: float = 0.1) -> None:
@@ -620,7 +620,7 @@ def encode_prompts(
     conditioner: Conditioner, pictures: Pictures, chats: list[list[int]], which: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Embeds (B, L, C), mask (B, L), image features (B, 4, C): chats about pictures `which`."""
-    # What lies behind the kept window cannot change it: attention looks back only.
+    # Tokens after the kept window cannot change it: attention looks back only.
     seen = conditioner.config.prefix_length + conditioner.config.text_length
     ids, lengths = pad_ids([chat[:seen] for chat in chats])
     grid = pictures.grid.repeat(len(chats), 1)
@@ -721,7 +721,7 @@ def new_text(work: Path) -> tuple[Conditioner, Recogniser]:
 
 
 def adopt_text(work: Path, start: EditPipeline) -> None:
-    """Takes over the text encoder of a checkpoint; the stage counts as finished from then on."""
+    """Copies the text encoder of a checkpoint; the stage counts as finished from then on."""
     if (work / "text.pt").exists():
         return
     assert start.recogniser is not None
@@ -733,7 +733,7 @@ def adopt_text(work: Path, start: EditPipeline) -> None:
 def load_text(work: Path) -> tuple[Conditioner, Recogniser]:
     conditioner, recogniser = new_text(work)
     model = nn.ModuleDict({"vlm": conditioner.vlm, "recogniser": recogniser})
-    # The two heads that only training needs are left behind.
+    # The two heads that only training needs are left out.
     model.load_state_dict(torch.load(work / "text.pt"), strict=False)
     return conditioner, recogniser
 
@@ -761,8 +761,8 @@ PRACTICE = {
     "mosaic": 1.5,
     "painting": 2.5,
 }
-"""How much likelier than others (1.0) an edit is drawn for a crop: what is hard is practised more.
-No crop shows an edit twice, so that invert comes about two and a half times as often as sepia."""
+"""How much more often than others (1.0) an edit is drawn for a crop: hard edits are trained more.
+No crop shows an edit twice, so invert occurs about two and a half times as often as sepia."""
 
 
 @torch.inference_mode()
@@ -821,9 +821,9 @@ nearly the same for all tokens, so that the norm is nearly linear."""
 def start_transformer(seed: int, latent_deviation: float) -> Transformer:
     """A transformer that predicts (x_t - reference) / t: the velocity of an unchanged picture.
 
-    Its last block holds copy heads: queries and keys are constants, so that only their rotation
-    differs, and the scores peak where a reference token stands at the same place. The final norm's
-    scale is fitted to 1/t.
+    Its last block has copy heads: queries and keys are constants, so that only their rotation
+    differs, and the scores peak at the reference token in the same place. The final norm's scale is
+    fitted to 1/t.
     """
     torch.manual_seed(seed)
     config = DEMO.transformer
@@ -905,7 +905,7 @@ def set_copy_head(
         rows = slice(offset + number * head, offset + (number + 1) * head)
         projection.weight[rows] = 0
         projection.bias[rows] = vector
-    # The scale is shared by all heads of the block; large only where the copy heads use it.
+    # The scale is shared by all heads of the block; large only in the channels of the copy heads.
     used = (key.abs() + torch.roll(key.abs(), 1)) > 0
     norm.query_norm.scale[used] = 3.6
     norm.key_norm.scale[used] = 3.6
@@ -936,7 +936,7 @@ def fit_final_scale(model: Transformer, deviation: Callable[[Tensor], Tensor]) -
         shift, scale = model.final_layer.adaLN_modulation[1](F.silu(vec)).chunk(2, -1)
         wanted = (deviation(t) / t)[:, None]
         error = ((1 + scale) / wanted - 1).pow(2).mean() + shift.pow(2).mean()
-        loud = (vec.pow(2).mean() - 1).clamp_min(0)  # every other modulation hears this vector too
+        loud = (vec.pow(2).mean() - 1).clamp_min(0)  # every other modulation gets this vector too
         optimiser.zero_grad()
         (error + 0.1 * loud).backward()
         optimiser.step()
@@ -980,7 +980,7 @@ class PromptCache:
         return torch.cat([p[0] for p in parts]).clone(), torch.cat([p[1] for p in parts]).clone()
 
     def sample(self, rng: np.random.Generator, label: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Embeds and mask of a prompt that asks for `label`, then those of the empty prompt."""
+        """Embeds and mask of a prompt that requests `label`, then those of the empty prompt."""
         if label == "empty":
             picture = int(rng.integers(128))
             empty = self.empty_embeds[picture], self.empty_mask[picture]
@@ -996,13 +996,13 @@ class PromptCache:
 
 
 SAMPLES = {4: 19, 6: 13, 8: 8, 12: 4}
-"""How many samples of so many tokens a side make a batch: about the same number of tokens."""
+"""The batch size for samples of n tokens per side: a roughly constant number of tokens."""
 
 
 def draw_samples(
     latents: LatentCache, prompts: PromptCache, rng: np.random.Generator, side: int, count: int
 ) -> dict[str, Tensor]:
-    """References, targets, prompts (asked for and empty) and places; first axis: the sample."""
+    """References, targets, prompts (requested and empty) and places; first axis: the sample."""
     names = list(EDITS)
     reference, target, conditions = [], [], []
     is_unchanged = torch.zeros(count, dtype=torch.bool)
@@ -1067,13 +1067,13 @@ def noised_batch(
 class Trajectories:
     """A pool of batches on their way from noise to picture, moved by the model itself.
 
-    On the straight line from target to noise, x_t holds the answer, and at small t the model may
-    simply copy it. While it samples, x_t holds its own earlier mistakes instead. The edit is a
+    On the straight line from target to noise, x_t contains the answer, and at small t the model can
+    simply copy it. During sampling, x_t contains its own earlier errors instead. The edit is a
     function of reference and prompt, so the right velocity from any x_t is (x_t - target) / t:
-    trained on where it really gets to, the model learns to take its mistakes back. It costs
-    nothing, since the velocity that was computed for the loss also makes the next step.
+    trained on its own states, the model learns to correct its errors. This costs nothing, because
+    the velocity that was computed for the loss also makes the next step.
 
-    The pool is not saved: a run that goes on after an interruption begins new trajectories.
+    The pool is not saved: a run that continues after an interruption starts new trajectories.
     """
 
     LONGEST = 28
@@ -1083,7 +1083,7 @@ class Trajectories:
     ) -> None:
         self.latents, self.prompts = latents, prompts
         self.pool = [self._start(rng, side, SAMPLES[side]) for side in (6, 8, 8, 12) * 3]
-        # From the first step on the pool shows all timesteps, not only the beginning.
+        # From the first step on the pool contains all timesteps, not only the beginning.
         for batch in self.pool:
             batch["at"] = (torch.rand(len(batch["at"])) * (batch["times"] > 0).sum(1)).long()
             self._look_up_times(batch)
@@ -1094,7 +1094,7 @@ class Trajectories:
         return self.pool[int(rng.integers(len(self.pool)))]
 
     def advance(self, batch: dict[str, Tensor], velocity: Tensor, rng: np.random.Generator) -> None:
-        """Moves every sample of a batch one step; those that have arrived make way for new ones."""
+        """Moves every sample of a batch by one step; finished ones are replaced by new ones."""
         t, t_next = batch["t"][:, None, None], batch["t_next"][:, None, None]
         batch["x"] = euler_step(batch["x"], velocity, t, t_next)
         batch["at"] = batch["at"] + 1
@@ -1161,7 +1161,7 @@ def guided_loss(model: Transformer, batch: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 def transformer_optimisers(model: Transformer, pace: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, Adam for the rest, slow where the identity lives."""
+    """Muon for the matrices inside blocks, Adam for the rest, slow for the identity's weights."""
     muon, adam, slow = [], [], []
     for name, parameter in model.named_parameters():
         inside = "blocks" in name and "mod" not in name and not name.startswith("connector")
@@ -1218,7 +1218,7 @@ def train_transformer(
 
 
 # ------------------------------------------------------------------------------------------------
-# Decoder: what it will really be given
+# Decoder: its real inputs
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1309,7 +1309,7 @@ def encode(vae: Autoencoder, pictures: list[np.ndarray]) -> Tensor:
 
 
 def export(work: Path, folder: Path) -> None:
-    """Writes the checkpoint as the package carries it."""
+    """Writes the checkpoint as the package contains it."""
     conditioner, recogniser = load_text(work)
     vae = load_vae(work)
     if (work / "decoder.pt").exists():
@@ -1322,7 +1322,7 @@ def export(work: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything a run does."""
+    """The amounts of a run."""
 
     drawn_pictures: int = 240
     start_crops: int = 600
@@ -1341,7 +1341,7 @@ class Plan:
 CONTINUATION = Plan(
     vae_steps=2700, latent_chunks=5, latent_edits=12, transformer_steps=2300, decoder_steps=600
 )
-"""What `--start-from` adds: as much as the embedded file got."""
+"""The settings that `--start-from` changes: as much as the embedded file got."""
 
 SMOKE = Plan(
     drawn_pictures=4,
@@ -1357,7 +1357,7 @@ SMOKE = Plan(
     transformer_steps=3,
     decoder_steps=3,
 )
-"""Three steps of everything, to see that the recipe still runs."""
+"""Three steps of everything, to check that the recipe still runs."""
 
 STAGES = ("vae", "text", "latents", "transformer", "decoder", "export")
 
@@ -1366,7 +1366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="folder for everything on the way")
+    parser.add_argument("--work", type=Path, help="folder for intermediate results")
     parser.add_argument("--out", type=Path, help="folder for the checkpoint; default: in --work")
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--start-from", type=Path, help="a demo checkpoint's folder, to continue")

@@ -1,4 +1,4 @@
-"""Write docs/openapi.json: what the REST routes are, as a server with default settings tells it.
+"""Write docs/openapi.json: the REST routes as a server with default settings describes them.
 
 python scripts/write_openapi.py
 """
@@ -17,7 +17,7 @@ FILE = Path(__file__).parents[1] / "docs" / "openapi.json"
 
 
 def openapi() -> str:
-    """The description as it stands in the file."""
+    """The description as text of the file."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
     chosen = {name: value for name, value in defaults.items() if name.startswith("default_")}
     settings = Settings(_env_file=None, enable_api=True, **chosen)
