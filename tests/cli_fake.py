@@ -1,6 +1,6 @@
-"""The command line around a fake worker, as a process to be interrupted or killed.
+"""The command line with a fake worker, as a process that tests interrupt or kill.
 
-FAKE_LOG is a file that gets a line for each edit when it is begun; the edit number FAKE_HANG in it,
+FAKE_LOG is a file that gets a line when an edit starts; the edit with the line number FAKE_HANG,
 from 1, never ends.
 """
 
@@ -21,7 +21,7 @@ def before_step(job: EditJob, step: int) -> None:
         with LOG.open("a") as log:
             log.write(f"{job.prompt}\n")
     if len(LOG.read_text().splitlines()) == int(os.environ.get("FAKE_HANG", "0")):
-        threading.Event().wait(0.02 if step > 1 else 0)  # a worker hears of a cancel between steps
+        threading.Event().wait(0.02 if step > 1 else 0)  # a cancel is checked between steps
         while os.environ.get("FAKE_DEAF"):
             threading.Event().wait(0.02)
 

@@ -1,4 +1,4 @@
-"""The command line as a process of its own, with the settings of a test."""
+"""The command line as a separate process, with the settings of a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def edit(folder: Path, output: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """Make it night in `photo.png` of a folder, with the demo if no setting names a model."""
+    """Run `make it night` on `photo.png` of a folder, with the demo if no setting names a model."""
     arguments = ["edit", str(folder / "photo.png"), "night", "--output", str(folder / output)]
     arguments += ["--num-steps", "10", "--size-level", "512", "--seed", "1", "--json"]
     kept_apart = {"ALLOWED_DIRS": str(folder), "DATA_DIR": str(folder / "data"), "MODEL_PATH": ""}

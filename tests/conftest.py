@@ -1,4 +1,4 @@
-"""What several tests share: a photograph, and the service with a fake worker behind it."""
+"""Shared fixtures: a photograph, and the service with a fake worker."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def edits_of(service: EditService) -> FileEdits[EditedPicture]:
 
 
 def pytest_configure() -> None:
-    """Share the processors between the tests that run beside each other, before torch counts them.
+    """Share the processors between tests that run in parallel, before torch counts them.
 
-    Threads that are more than processors wait for each other, and the tests take twice as long.
+    Threads in excess of processors wait for each other, and the tests take twice as long.
     """
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, (os.cpu_count() or 1) // beside)
@@ -39,9 +39,9 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Have the garbage collector ignore the million objects that the libraries bring.
+    """Exclude the million objects of the libraries from garbage collection.
 
-    They live as long as this process. Importing them takes a third less without it.
+    They live as long as this process. Importing them takes a third less time.
     """
     gc.disable()
     try:
@@ -52,14 +52,14 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that none of them is left for one processor."""
+    """Start with the files that take longest, so that none of them runs alone at the end."""
     slowest = ("test_layouts", "test_train_demo", "test_ui", "test_examples", "test_kills")
     items.sort(key=lambda item: item.path.stem not in slowest)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _nobody_to_join(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test, and no process that it starts, joins a server that happens to run here."""
+    """No test, and no process that it starts, joins a server that already runs on this machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(tmp_path_factory.mktemp("data")))
         yield
@@ -67,7 +67,7 @@ def _nobody_to_join(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
-    """A small picture with colours that differ everywhere."""
+    """A small picture whose colours differ everywhere."""
     path = tmp_path / "photo.png"
     y, x = np.mgrid[0:48, 0:64]
     pixels = np.stack([x * 4, y * 5, 255 - x * 2], axis=-1).astype(np.uint8)
@@ -98,7 +98,7 @@ def make_service(tmp_path: Path) -> Iterator[MakeService]:
 
 @pytest.fixture
 def worker() -> FakeWorker:
-    """What edits in a test that wants to know what was asked of it."""
+    """The worker of edits in a test that checks the requests."""
     return FakeWorker()
 
 

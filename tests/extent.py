@@ -1,4 +1,4 @@
-"""How much the slow tests try: a part with `make test`, everything with `make test-all`."""
+"""The extent of the slow tests: a part with `make test`, everything with `make test-all`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IS_WHOLE = os.environ.get("TEST_EXTENT") == "all"
 T = TypeVar("T")
 
 slow = pytest.mark.skipif(not IS_WHOLE, reason="a part of `make test-all`")
-"""Marks what a faster test sees in a coarser way."""
+"""Marks what a faster test checks less thoroughly."""
 
 
 def by_extent(part: T, everything: T) -> T:

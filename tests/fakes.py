@@ -1,4 +1,4 @@
-"""Stand-ins for the slow parts, written by hand: deterministic, steered by events, never asleep."""
+"""Hand-written stand-ins for the slow parts: deterministic, driven by events, never sleeping."""
 
 from __future__ import annotations
 
@@ -47,23 +47,23 @@ STREAMED: Final = PlanStatus(
     measured_peak_gb=7.123,
     host_gb=39.0,
 )
-"""How a large model is placed on a small card."""
+"""The placement of a large model on a small GPU."""
 
 
 class ManualClock(Clock):
-    """A monotonic clock that moves when it is told to, and wakes whoever waits for it."""
+    """A monotonic clock that only a test moves; waiters wake when it moves."""
 
     def __init__(self) -> None:
         self._now = 100.0
         self._condition: threading.Condition | None = None
         self.is_waited_for = False
-        """Whether somebody waits for time to pass, with nothing else to do."""
+        """Whether something waits for time to pass, with nothing else to do."""
 
     def now(self) -> float:
         return self._now
 
     def wait(self, condition: threading.Condition, timeout_s: float | None) -> None:
-        if self._condition is not condition:  # time may have moved before we knew whom to tell
+        if self._condition is not condition:  # time may have moved before it was known
             self._condition = condition
             return
         self.is_waited_for = True
@@ -79,18 +79,18 @@ class ManualClock(Clock):
 
 
 def settled(clock: ManualClock) -> None:
-    """Wait until an engine has done all that there is to do at this time."""
+    """Wait until an engine has done everything that is due at this time."""
     while not clock.is_waited_for:
         threading.Event().wait(0.001)
 
 
 def predicted(job: EditJob, step: int) -> Pixels | None:
-    """The preview of a step, flat grey of the step's number, where the job wants one."""
+    """The preview of a step, flat grey of the step's number, if the job requests one."""
     return np.full_like(canvas(job), step) if step in job.preview_steps else None
 
 
 def canvas(job: EditJob) -> Pixels:
-    """The picture to edit; where there is none, one of the wanted size that depends on the job."""
+    """The picture to edit; if there is none, one of the requested size that depends on the job."""
     if job.image is not None:
         return job.image
     asked = (job.prompt, job.negative_prompt, job.num_steps, job.guidance_scale, job.seed)
@@ -99,7 +99,7 @@ def canvas(job: EditJob) -> Pixels:
 
 
 def inverted(job: EditJob) -> Pixels:
-    """What a fake worker makes of a picture if it is not told otherwise."""
+    """The default result of a fake worker for a picture."""
     return 255 - canvas(job)
 
 
@@ -111,12 +111,12 @@ def check_can_reason(job: EditJob, model: str) -> None:
 
 
 def rounds_of(job: EditJob) -> int:
-    """How often a fake worker edits: with reflection twice, if it may."""
+    """The number of rounds of a fake worker: two with reflection, if allowed."""
     return min(2, job.reflection_rounds) if job.reflection else 1
 
 
 def reasoned(job: EditJob) -> dict[str, Any] | None:
-    """What a fake worker thinks: a clearer prompt, and two rounds of which the second is good."""
+    """The reasoning of a fake worker: a clearer prompt, and two rounds, the second good."""
     if not job.thinking and not job.reflection:
         return None
     rewritten = f"{job.prompt}, and nothing else" if job.thinking else None
@@ -160,7 +160,7 @@ class FakeWorker:
     can_generate: bool = True
     device: str = "cpu"
     model: str = "fake"
-    """Its name; only one that is called v1.2 can think and reflect."""
+    """Its name; only a model named v1.2 can think and reflect."""
     warning: str | None = None
     held: Memory = Memory()
     usual_loras: Mapping[str, float] = field(default_factory=dict)
@@ -171,7 +171,7 @@ class FakeWorker:
     stopped_at: dict[str, int] = field(default_factory=dict)
     threads: set[int] = field(default_factory=set)
     silent_for: Callable[[float], None] | None = None
-    """If set, nothing is reported any more: it is told how long the engine waits."""
+    """If set, nothing is reported any more; it is called with the time the engine waits."""
     is_alive: bool = True
     residence: Residence = Residence()
     ended: Callable[[], None] = lambda: None
@@ -179,7 +179,7 @@ class FakeWorker:
     _cancelled: int = -1
 
     def __call__(self, ended: Callable[[], None]) -> FakeWorker:
-        """Be started: a fake may be given to an engine in place of a function that starts one."""
+        """Start: a fake can be passed to an engine in place of a function that starts one."""
         self.ended, self.is_alive, self.residence = ended, True, Residence()
         return self
 
@@ -208,7 +208,7 @@ class FakeWorker:
         self.is_alive, self.residence = False, Residence()
 
     def crash(self) -> None:
-        """End as a process does that nobody has told to."""
+        """End like a process that nothing has asked to end."""
         self.kill()
         self.ended()
 
@@ -272,7 +272,7 @@ class FakeWorker:
 
 
 class Gate:
-    """Holds a worker at a step until the test lets it through."""
+    """Holds a worker at a step until the test opens it."""
 
     def __init__(self, at_step: int = 1) -> None:
         self._at_step = at_step

@@ -1,4 +1,4 @@
-"""An event loop in which a test does not have to wait for time-outs."""
+"""An event loop in which a test does not have to wait for timeouts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _HAPPENS_WITHIN_S = 0.05
 
 
 class FastLoop(asyncio.SelectorEventLoop):
-    """Jumps to the next timer, within `hurry()`, whenever nothing else is left to do.
+    """Jumps to the next timer, within `hurry()`, when nothing else is left to do.
 
-    Timers of the loop go off in their order, so of two time-outs the shorter one comes first.
+    Timers of the loop fire in their order, so of two timeouts the shorter one comes first.
     """
 
     _selector: selectors.BaseSelector  # typeshed does not declare it
@@ -39,7 +39,7 @@ class FastLoop(asyncio.SelectorEventLoop):
 
     @contextlib.contextmanager
     def hurry(self) -> Iterator[None]:
-        """Let time pass at once."""
+        """Let time pass immediately."""
         self._is_hurried = True
         try:
             yield

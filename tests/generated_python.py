@@ -1,7 +1,7 @@
-"""Edit a picture and store a job with the client that openapi-python-client has generated.
+"""Edit a picture and store a job with the client that openapi-python-client generates.
 
-python generated_python.py URL KEY PHOTO; the folder `generated` is looked for where it is started.
-It writes what came back as JSON. It runs in the environment of the generator, without step1x-edit.
+python generated_python.py URL KEY PHOTO; the folder `generated` is expected in the working folder.
+It writes the results as JSON. It runs in the environment of the generator, without step1x-edit.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The unified server on a free port, with a token, as long as a test needs it."""
+"""The unified server on a free port, with a token, for the duration of a test."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECRET = "a-secret-of-the-tests"
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it is ready; it is told to stop by its `should_exit`."""
+    """A server that reports when it is ready; `should_exit` stops it."""
 
     def __init__(self, app: ASGIApp, settings: Settings, host: str) -> None:
         config = uvicorn.Config(
@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
 def running(
     app: ASGIApp, settings: Settings | None = None, host: str = "127.0.0.1"
 ) -> Iterator[str]:
-    """Serve an app and yield where."""
+    """Serve an app and yield its address."""
     server = _Server(app, settings or Settings(_env_file=None), host)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -65,16 +65,16 @@ def running(
 
 
 def guarded(service: EditService, settings: Settings, secret: str = "") -> Guard:
-    """Everything that the unified server answers, behind its guard."""
+    """Everything that the unified server serves, behind its guard."""
     metrics = Metrics(service)
     return Guard(build_routes(service, settings, metrics, secret), settings, metrics.observe)
 
 
 @contextlib.contextmanager
 def serving(service: EditService, **settings: object) -> Iterator[str]:
-    """Serve everything that the unified server offers and yield where.
+    """Serve everything that the unified server serves and yield its address.
 
-    By default with TOKEN, without a limit for requests, and in a data folder of its own.
+    By default with TOKEN, without a rate limit, and in a separate data folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = {"api_key": TOKEN, "data_dir": folder, "rate_limit": 0, **settings}
@@ -85,28 +85,28 @@ def serving(service: EditService, **settings: object) -> Iterator[str]:
 
 @contextlib.contextmanager
 def listening(service: EditService) -> Iterator[str]:
-    """The same, but yield the URL of its MCP."""
+    """The same, but yield the URL of its MCP endpoint."""
     with serving(service) as url:
         yield f"{url}/mcp"
 
 
 @contextlib.contextmanager
 def listening_stranger(mcp: FastMCP) -> Iterator[str]:
-    """Serve an MCP server that is not ours, without a token, and yield its URL."""
+    """Serve a foreign MCP server, without a token, and yield its URL."""
     with running(mcp.http_app(path="/mcp")) as url:
         yield f"{url}/mcp"
 
 
 @contextlib.contextmanager
 def announcing(service: EditService, data_dir: Path) -> Iterator[str]:
-    """`listening`, to be found by whoever looks into `data_dir`, although in our own process."""
+    """`listening`, announced in `data_dir` for clients to find, although in our own process."""
     with listening(service) as url, announced(data_dir, url, SECRET, TOKEN):
         yield url
 
 
 @contextlib.contextmanager
 def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]:
-    """A client that shows the token to everything that the unified server offers."""
+    """A client that sends the token to all routes of the unified server."""
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with (
         serving(service, **settings) as url,
@@ -116,7 +116,7 @@ def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]
 
 
 def until(is_so: Callable[[], bool]) -> None:
-    """Wait, not for ever, for something that happens in another thread."""
+    """Wait, with a time limit, for something that happens in another thread."""
     for _ in range(2000):
         if is_so():
             return

@@ -31,7 +31,7 @@ from step1x_edit.model.transformer import Transformer
 from tiny import VAE, tiny_pipeline, tiny_pipeline_v1_2
 
 FULL_VAE = AutoencoderConfig(block_out_channels=(32, 64, 96, 96))
-"""All tensors of the published autoencoder, and few numbers in each."""
+"""All tensors of the published autoencoder, with few numbers in each."""
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -39,14 +39,14 @@ WEIGHTS = "diffusion_pytorch_model"
 def write_official(
     folder: Path, pipeline: EditPipeline, stored: torch.dtype = torch.float32
 ) -> None:
-    """One file for the transformer, whose numbers are `stored` so, and the others beside it."""
+    """One file for the transformer, with `stored` as its type, and the others beside it."""
     folder.mkdir()
     vae = to_official(pipeline.vae.state_dict(), links_of(pipeline.vae))
     save(vae, folder / "vae.safetensors")
     save(converted(pipeline.transformer.state_dict(), stored), folder / "step1x-edit.safetensors")
     vlm_folder = folder / "Qwen"
     vlm_folder.mkdir()
-    # The names that Qwen2.5-VL was published with, which the library has renamed since.
+    # The names that Qwen2.5-VL was published with; the library has renamed them since.
     vlm = {
         f"model.{name.removeprefix('language_model.')}" if name.startswith("lang") else name: tensor
         for name, tensor in pipeline.conditioner.vlm.state_dict().items()
@@ -62,7 +62,7 @@ def write_official(
 def write_diffusers(
     folder: Path, pipeline: EditPipeline, stored: torch.dtype = torch.float32, shards: int = 2
 ) -> None:
-    """A folder for each part, and nothing in them but the weights and what cannot be left out."""
+    """A folder for each part, with only the weights and the required files."""
     links = transformer_links(pipeline.config.transformer)
     state = converted(pipeline.transformer.state_dict(), stored)
     transformer = to_diffusers(state, links)
@@ -81,7 +81,7 @@ def write_diffusers(
 def write_published(
     folder: Path, pipeline: EditPipeline, stored: torch.dtype = torch.bfloat16
 ) -> None:
-    """The diffusers layout with all that the repositories hold beside the weights."""
+    """The diffusers layout with everything that the repositories contain beside the weights."""
     write_diffusers(folder, pipeline, stored, shards=3)
     (folder / "text_encoder" / "model.safetensors").unlink()
     pipeline.conditioner.vlm.save_pretrained(folder / "text_encoder", max_shard_size="100KB")
@@ -98,7 +98,7 @@ def write_published(
 
 
 def in_diffusers_words(sizes: TransformerConfig) -> dict[str, object]:
-    """What the published config of a transformer says of its sizes."""
+    """The sizes in the published config of a transformer."""
     return {
         "_class_name": "Step1XEditTransformer2DModel",
         "in_channels": sizes.in_channels,
@@ -113,7 +113,7 @@ def in_diffusers_words(sizes: TransformerConfig) -> dict[str, object]:
 
 
 def names_in(*files: Path) -> set[str]:
-    """The names of all tensors in the files; none is there twice."""
+    """The names of all tensors in the files; none is in two of them."""
     names: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -137,7 +137,7 @@ def save(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def tiny_releases(pipeline: EditPipeline) -> dict[str, Release]:
-    """The tiny sizes in the place of the published ones."""
+    """The tiny sizes in place of the published ones."""
     transformer = pipeline.config.transformer
     connector = dataclasses.replace(transformer.connector, has_scale_factor=True)
     v1_0 = dataclasses.replace(
@@ -161,9 +161,9 @@ def narrow_pipeline(
     preset: ModelConfig = V1_1,
     vae_sizes: AutoencoderConfig = FULL_VAE,
 ) -> EditPipeline:
-    """A published model at a width of one head and with so many blocks; the conditioner is tiny.
+    """A published model with one head and n blocks; the conditioner is tiny.
 
-    What shapes do not tell is as published, so that it can be read without knowing its sizes.
+    Values that shapes do not determine are as published, so that it can be read without its sizes.
     """
     base = tiny_pipeline() if preset.conditioner.is_padded else tiny_pipeline_v1_2()
     in_features = base.config.transformer.connector.in_features
@@ -182,7 +182,7 @@ def narrow_pipeline(
     torch.manual_seed(4)
     transformer = Transformer(sizes).eval().requires_grad_(False)
     vae = Autoencoder(vae_sizes).eval().requires_grad_(False)
-    # So that storing them loses nothing, in whichever type.
+    # So that storing them loses nothing, in any type.
     for module, dtype in ((transformer, torch.float8_e4m3fn), (vae, torch.bfloat16)):
         for parameter in module.parameters():
             parameter.copy_(parameter.to(dtype))

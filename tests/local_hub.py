@@ -1,4 +1,4 @@
-"""A hub of our own on this machine: it lists and serves files, and fails as the real world does."""
+"""A local hub on this machine: it lists and serves files, and fails as the real world does."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ LISTING = "the listing"
 
 @dataclass
 class Fault:
-    """What goes wrong with one request."""
+    """The faults of one request."""
 
     status: int = 0
     """Answer with this status and nothing else."""
     headers: dict[str, str] = field(default_factory=dict)
     cut_after: int | None = None
-    """Break the connection after so many bytes."""
+    """Break the connection after this many bytes."""
     stall_after: int | None = None
-    """Send nothing more after so many bytes, until the hub closes."""
+    """Send nothing more after this many bytes, until the hub closes."""
     go_on: threading.Event | None = None
-    """Set: what stalls gets the rest after all."""
+    """Set: a stalled response gets the rest after all."""
     lengthen: int = 0
-    """Announce so many bytes more than there are (and send them, if there are any)."""
+    """Announce this many bytes more than there are (and send them, if there are any)."""
     announce: bool = True
-    """Whether to tell how long the answer is; if not, it ends with the connection."""
+    """Whether to send the length of the response; if not, it ends with the connection."""
     flip: bool = False
     """Send the last byte wrong."""
     ranges: bool = True
-    """Whether `Range` is understood."""
+    """Whether `Range` is supported."""
     compress: bool = False
-    """Send it compressed, although nobody asked for that."""
+    """Send it compressed, although the client did not request that."""
     body: bytes = b""
 
 
 class Hub:
-    """Repositories and their files; what was asked for, and how many bytes of each file left."""
+    """Repositories and their files; the requests, and the bytes of each file that were sent."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
@@ -75,7 +75,7 @@ class Hub:
 
 
 def asked_by_default(hub: Hub, patch: pytest.MonkeyPatch) -> None:
-    """Have this process ask the hub, as one does that was started with its HF_ENDPOINT."""
+    """Make this process use the hub, like one that was started with its HF_ENDPOINT."""
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -83,7 +83,7 @@ def asked_by_default(hub: Hub, patch: pytest.MonkeyPatch) -> None:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of clients that were killed; what fails otherwise fails their test."""
+        """Ignore clients that were killed; other failures fail their test."""
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 case ["cdn", owner, name, first, rest]:
                     self._send_file(f"{owner}/{name}", f"{first}/{rest}")
                 case [owner, name, "resolve", commit, file] if commit == COMMIT:
-                    if file.endswith(".safetensors"):  # as the real one: large files lie elsewhere
+                    if file.endswith(".safetensors"):  # the real one stores them elsewhere
                         host = hub.url.replace("127.0.0.1", "localhost")
                         location = f"{host}/cdn/{owner}/{name}/{file}"
                         self._answer(Fault(302, {"Location": location}))

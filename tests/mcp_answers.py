@@ -1,4 +1,4 @@
-"""What MCP tools and resources answer, with the types that a test expects."""
+"""The answers of MCP tools and resources, with the types that a test expects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mcp_types import BlobResourceContents, TextContent, TextResourceContents
 
 
 def answer_of(result: CallToolResult) -> dict[str, Any]:
-    """The structured half of an answer."""
+    """The structured part of an answer."""
     assert result.structured_content is not None
     return result.structured_content
 
 
 def text_of(result: CallToolResult) -> str:
-    """The text that an answer begins with."""
+    """The text at the start of an answer."""
     block = result.content[0]
     assert isinstance(block, TextContent)
     return block.text

@@ -1,7 +1,7 @@
-"""Picture files as other programs write them, and colours as a viewer with colour management sees.
+"""Picture files as other programs write them, and colours as a colour-managed viewer shows them.
 
 Everything is made from numbers: published primaries and curves, and the layouts of TIFF, PNG and
-ICC; nothing here asks the code under test.
+ICC; nothing here uses the code under test.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def in_primaries(srgb: Pixels, primaries: tuple[tuple[float, float], ...]) -> Fl
 
 
 def pq(nits: npt.ArrayLike) -> Floats:
-    """SMPTE ST 2084, as it stands there."""
+    """SMPTE ST 2084, as specified there."""
     m1, m2, c1, c2, c3 = 0.1593017578125, 78.84375, 0.8359375, 18.8515625, 18.6875
     power = (np.asarray(nits, float) / 10_000) ** m1
     return ((c1 + c2 * power) / (1 + c3 * power)) ** m2
@@ -123,7 +123,7 @@ def hlg(display: Floats) -> Floats:
 
 
 def png(pixels: npt.NDArray[Any], *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG with further chunks behind its header."""
+    """A PNG with further chunks after its header."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     data = buffer.getvalue()
@@ -135,7 +135,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def cicp(primaries: int, transfer: int, is_full_range: bool = True) -> tuple[bytes, bytes]:
-    """The chunk by which a PNG gives its colours as numbers."""
+    """The chunk in which a PNG states its colours as code points."""
     return b"cICP", bytes([primaries, transfer, 0, is_full_range])
 
 
@@ -143,7 +143,7 @@ def cicp(primaries: int, transfer: int, is_full_range: bool = True) -> tuple[byt
 
 
 def with_nclx(avif: bytes, primaries: int, transfer: int) -> bytes:
-    """An AVIF whose colr box names other numbers."""
+    """An AVIF whose colr box contains other code points."""
     at = avif.index(b"nclx") + 4
     return avif[:at] + struct.pack(">HH", primaries, transfer) + avif[at + 4 :]
 
@@ -154,7 +154,7 @@ def with_nclx(avif: bytes, primaries: int, transfer: int) -> bytes:
 def tiff(
     pixels: npt.NDArray[Any], order: ByteOrder = "<", big: bool = False, **options: Any
 ) -> bytes:
-    """A TIFF of one picture, by tifffile."""
+    """A TIFF of one picture, written by tifffile."""
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer, byteorder=order, bigtiff=big) as writer:
         writer.write(pixels, metadata=None, **options)
@@ -170,7 +170,7 @@ def tiff_of_planes(pixels: npt.NDArray[Any], order: ByteOrder = "<", **options: 
 def packed_tiff(
     values: npt.NDArray[Any], bits: int, photometric: int, order: ByteOrder = "<"
 ) -> bytes:
-    """An uncompressed TIFF of any number of bits a sample, packed as TIFF 6.0 says."""
+    """An uncompressed TIFF with any number of bits per sample, packed as in TIFF 6.0."""
     height, width = values.shape[:2]
     samples = values.shape[2] if values.ndim == 3 else 1
     strip = b""
@@ -209,7 +209,7 @@ _PLEASING_BLACK = 45.0
 
 
 def cmyk_profile(padding: int = 0) -> bytes:
-    """A profile of a printing press: any coloured inks are a grey, darker with black ink."""
+    """A printing profile: any coloured inks are a grey, darker with black ink."""
 
     def lab(black_ink: float) -> list[tuple[int, ...]]:
         grid: list[tuple[int, ...]] = []
@@ -247,7 +247,7 @@ def grey_profile(gamma: float) -> bytes:
 
 
 def swapped_profile(padding: int = 0) -> bytes:
-    """A profile by which red is shown as blue and blue as red."""
+    """A profile that shows red as blue and blue as red."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     tags = {}
     for at in range(132, 132 + 12 * int.from_bytes(srgb[128:132], "big"), 12):

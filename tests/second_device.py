@@ -1,8 +1,8 @@
-"""A second device for a machine that has none: it computes as the host does, and mixes with none.
+"""A second device for a machine that has none: it computes like the host, and mixes with no other.
 
-A tensor that was forgotten on the host fails beside one of this device, as it would beside one on a
-GPU; where the host itself stands in for the device, it is taken along unnoticed. The numbers are
-computed in host memory, so that results can be compared. It hears of a thread's own work only.
+A tensor left on the host fails beside one of this device, as it would beside one on a GPU; if the
+host itself replaces the device, such a tensor goes unnoticed. The numbers are computed in host
+memory, so that results can be compared. It intercepts only a thread's own operations.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ SECOND: Final = torch.device("second:0")
 
 _aten = torch.ops.aten
 _CROSSING: Final = frozenset({_aten._to_copy.default, _aten.copy_.default})
-"""What may take tensors of both devices."""
+"""The operators that take tensors of both devices."""
 _INDEXING: Final = frozenset(
     {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 )
-"""What may take its indices from the host."""
+"""The operators that take indices from the host."""
 
 
 class SecondTensor(Tensor):
@@ -39,7 +39,7 @@ class SecondTensor(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> SecondTensor:
-        # Views of what autograd knows have to be known to it as well, and the others must not.
+        # Views of tensors known to autograd must be known to it too, and others must not.
         with torch.inference_mode(host.is_inference()):
             made = Tensor._make_wrapper_subclass(
                 cls,
@@ -74,7 +74,7 @@ class SecondTensor(Tensor):
 
 
 class _Factories(TorchDispatchMode):
-    """Sees also what is made on the second device, or moved to it."""
+    """Also intercepts tensors that are created on the second device or moved to it."""
 
     def __torch_dispatch__(
         self,
@@ -83,7 +83,7 @@ class _Factories(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if operator._can_decompose():  # `to` among others, which inference does not take apart
+        if operator._can_decompose():  # such as `to`, which inference does not decompose
             with self:
                 made = operator.decompose(*args, **(kwargs or {}))
             if made is not NotImplemented:
@@ -92,7 +92,7 @@ class _Factories(TorchDispatchMode):
 
 
 def _run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Compute it on the host; the result belongs where the inputs are, or where it is sent."""
+    """Compute it on the host; the result is on the device of the inputs, or where it is sent."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     is_second = any(isinstance(each, SecondTensor) for each in tensors)
     if is_second and operator not in _CROSSING:
@@ -101,9 +101,9 @@ def _run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_second = torch.device(kwargs["device"]).type == SECOND.type
         kwargs["device"] = torch.device("cpu")
     result = operator(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
-    if operator is _aten.copy_.default:  # into either device
+    if operator is _aten.copy_.default:  # to either device
         return args[0]
-    known = {id(_on_host(each)): each for each in tensors}  # what was changed in place
+    known = {id(_on_host(each)): each for each in tensors}  # changed in place
 
     def placed(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -130,11 +130,11 @@ def _on_host(value: Any) -> Any:
 
 @contextlib.contextmanager
 def second_device() -> Iterator[torch.device]:
-    """Offer the device to this thread."""
+    """Provide the device to this thread."""
     with pytest.MonkeyPatch.context() as patch, _Factories():
-        for name in ("tensor", "as_tensor"):  # these are built where no hook sees them
+        for name in ("tensor", "as_tensor"):  # no hook intercepts these
             patch.setattr(torch, name, _sent_afterwards(getattr(torch, name)))
-        # A parameter cannot exchange its data for that of another class: it is made anew.
+        # A parameter cannot take data of another class: it is created again.
         patch.setattr(Arena, "bind", _bind)
         patch.setattr(Arena, "empty", _empty)
         yield SECOND

@@ -1,6 +1,6 @@
-"""The process of mcp_server.py around a fake worker, whose edits go on until they are told to stop.
+"""The process of mcp_server.py with a fake worker, whose edits continue until they are stopped.
 
-A step says "step" on stderr. The prompt "hang" makes it the last sign of life.
+A step prints "step" on stderr. The prompt "hang" makes it the last sign of life.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""The process of unified_server.py around a fake worker, whose edits go on until told to stop.
+"""The process of unified_server.py with a fake worker, whose edits continue until stopped.
 
-A step says "step" on stderr. The prompt "hang" makes it the last sign of life.
+A step prints "step" on stderr. The prompt "hang" makes it the last sign of life.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The process of unified_server.py around toy workers: real processes, whose model is a toy."""
+"""The process of unified_server.py with toy workers: real processes, whose model is a toy."""
 
 import sys
 from functools import partial

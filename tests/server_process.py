@@ -1,4 +1,4 @@
-"""A server in a separate process, for as long as a test needs it, and what it logs."""
+"""A server in a separate process, for the duration of a test, and its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAKE = Path(__file__).parent / "serve_fake_http.py"
 
 
 class Process:
-    """A server in a process of its own, in a folder of its own."""
+    """A server in a separate process and folder."""
 
     def __init__(self, script: Path, folder: Path, *flags: str, **settings: str) -> None:
         self.data_dir = folder / "data"

@@ -138,14 +138,14 @@ def tiny_conditioner(**changes: Any) -> Conditioner:
     tokenizer = tiny_tokenizer()
     vlm_config = tiny_vlm_config(tokenizer)
     torch.manual_seed(1)
-    # The usual start is so close to zero that nothing would depend on anything.
+    # The usual initialisation is so close to zero that no output would depend on its input.
     vlm_config.text_config.initializer_range = vlm_config.vision_config.initializer_range = 0.2
     vlm = Qwen2_5_VLModel(vlm_config).eval()
     return Conditioner(vlm, tokenizer, tiny_config(tokenizer, **changes).conditioner)
 
 
 def tiny_conditioner_v1_2(**changes: Any) -> ConditionerV12:
-    """One of v1.2, which looks at pictures of four tokens and more."""
+    """A conditioner of v1.2, which processes pictures of four tokens and more."""
     v1 = tiny_conditioner()
     fields: dict[str, Any] = {
         "text_length": 300,
@@ -205,12 +205,12 @@ def a_picture(width: int = 60, height: int = 40) -> npt.NDArray[np.uint8]:
 
 
 def final_picture(pipeline: EditPipeline, request: NetworkRequest) -> npt.NDArray[np.uint8]:
-    """What an edit ends with."""
+    """The result at the end of an edit."""
     *_, last = pipeline.edit(request)
     assert isinstance(last, Edited)
     return last.image
 
 
 def location(residency: Residency) -> Location:
-    """Where the model is now. Of the attribute, mypy believes that no method changes it."""
+    """The location of the model now. Mypy assumes that no method changes the attribute itself."""
     return residency.location

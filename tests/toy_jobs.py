@@ -11,12 +11,12 @@ from step1x_edit.service.job_store import JobStore
 
 
 def accept_one(data_dir: Path, told: Connection) -> None:
-    """Open the store, accept a job and say which; then live until somebody ends this."""
+    """Open the store, accept a job and print it; then live until it is killed."""
     asyncio.run(_accept(data_dir, told, is_started=False))
 
 
 def accept_and_start_one(data_dir: Path, told: Connection) -> None:
-    """The same, but a job is running when the end comes."""
+    """The same, but a job is running when the process ends."""
     asyncio.run(_accept(data_dir, told, is_started=True))
 
 

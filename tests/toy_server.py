@@ -1,4 +1,4 @@
-"""A server to be killed: edits one picture again and again, and says which files are finished.
+"""A server to be killed: edits one picture repeatedly, and prints which files are finished.
 
 `python toy_server.py PICTURE FOLDER` runs the real service, engine and file layer with toy workers.
 """

@@ -1,7 +1,7 @@
-"""A worker process that needs no torch: `python -m toy_worker HANDLE`. The prompt says what to do.
+"""A worker process that needs no torch: `python -m toy_worker HANDLE`. The prompt is a command.
 
-It inverts pictures through the real loop of `step1x_edit.worker.process`, so that crossing the
-border, dying and hanging can be tested with real processes in milliseconds.
+It inverts pictures through the real loop of `step1x_edit.worker.process`, so that the pipe, crashes
+and hangs can be tested with real processes in milliseconds.
 """
 
 from __future__ import annotations
