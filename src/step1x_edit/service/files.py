@@ -4,8 +4,8 @@ The only module that touches paths that callers name. It guarantees:
 
 - reading and writing stay inside the allowed folders, with links resolved, and the file that was
   checked is the file that is read: one descriptor from the check to the last byte;
-- an input that does not exist is replaced by the one file of its folder whose name looks the same,
-  if there is exactly one: assistants write a space where macOS puts U+202F. Outputs never are;
+- an input that does not exist means the one file of its folder whose name looks the same, if
+  there is exactly one: assistants write a space where macOS puts U+202F. Outputs are never guessed;
 - a `file://` link, as our answers contain it, is converted to its path;
 - an input is never changed: an output that is an input, by inode, is refused;
 - an output is complete or absent, and never replaces a file unless overwriting was requested.
@@ -94,7 +94,7 @@ class Output:
     """The destination of a result; checked, but not yet created."""
 
     folder: Path
-    """The real folder, links resolved; `shown_folder` is the same as the caller wrote it."""
+    """The real folder, links resolved; `shown_folder` is the same with links unresolved."""
     shown_folder: Path
     stem: str
     suffix: str
@@ -105,7 +105,7 @@ class Output:
 
     @property
     def shown(self) -> str:
-        """The output as the caller wrote it, for messages."""
+        """The output with links unresolved, for messages."""
         return str(self.shown_folder / next(self.names()))
 
     def fixed(self, inputs: frozenset[FileIdentity], *, overwrite: bool) -> Output:
@@ -512,7 +512,7 @@ def _not_writable(output: Output, error: OSError) -> OutputNotWritableError:
 
 
 def _absolute(path: str) -> Path:
-    """The path as its author wrote it, links not resolved, without `..`."""
+    """The absolute path without `..`, with links unresolved, so that its author recognises it."""
     absolute = Path(expanded(path)).absolute()
     if absolute.name == "..":
         return _real(path)
