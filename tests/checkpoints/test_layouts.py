@@ -226,7 +226,7 @@ ONE_OF_EACH_KIND = ("v1.0", "v1.1", "v1.1-diffusers", "v1.2")
 def test_every_tensor_of_the_published_models_is_read_in_each_layout(
     family: str, tmp_path: Path
 ) -> None:
-    pictures: set[bytes] = set()
+    pictures = set()
     for name, layout in FAMILIES[family].items():
         if name not in by_extent(ONE_OF_EACH_KIND, tuple(LAYOUTS)):
             continue
@@ -243,8 +243,6 @@ def test_every_tensor_of_the_published_models_is_read_in_each_layout(
             expected, found = (each.modules[part].state_dict() for each in (original, read))
             assert expected.keys() == found.keys()
             assert all(torch.equal(found[name].float(), each) for name, each in expected.items())
-        if not pictures:
-            pictures.add(final_picture(original, REQUEST).tobytes())
         pictures.add(final_picture(read, REQUEST).tobytes())
 
     assert len(pictures) == 1
