@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fakes import FakeWorker
 from http_server import until
 from step1x_edit.interfaces.cli import app
+from step1x_edit.schemas.answers import KEPT
 from step1x_edit.service.batches import JOURNAL_NAME
 
 HERE = Path(__file__).parents[1]
@@ -136,6 +137,57 @@ def test_a_file_that_it_has_not_made_is_left_alone_unless_told_otherwise(folder:
     assert kept == b"somebody has painted this over"
     assert replaced.exit_code == 0, replaced.stderr
     assert foreign.read_bytes() != kept
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+@pytest.mark.parametrize("output", ["x.png", ""])
+def test_an_output_that_cannot_be_read_is_refused_before_the_edit(
+    folder: Path, worker: FakeWorker, output: str
+) -> None:
+    (folder / "list.csv").write_text(f"image,prompt,output\na.png,x,{output}\n")
+    results = folder / "list_edited"
+    results.mkdir()
+    (results / (output or "a_edited.png")).symlink_to("nowhere.png")
+
+    result = run.invoke(app, ["batch", "in/list.csv", *QUICK])
+
+    assert result.exit_code == 1
+    assert "Output already exists" in result.stderr
+    assert worker.started == []
+    assert not (results / JOURNAL_NAME).exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write everywhere")
+def test_finished_results_in_a_read_only_folder_are_kept(folder: Path, worker: FakeWorker) -> None:
+    (folder / "list.csv").write_text("image,prompt,output\na.png,x,x.png\nb.png,x,\n")
+    run.invoke(app, ["batch", "in/list.csv", *QUICK])
+    (folder / "list_edited").chmod(0o500)
+    worker.started.clear()
+
+    result = run.invoke(app, ["batch", "in/list.csv", "--json", *QUICK])
+
+    assert result.exit_code == 0, result.stdout
+    results = [item["result"] for item in json.loads(result.stdout)["results"]]
+    assert [one["message"] for one in results] == [KEPT, KEPT]
+    assert worker.started == []
+
+
+def test_a_finished_result_that_a_later_line_edits_further_is_kept(
+    folder: Path, worker: FakeWorker
+) -> None:
+    (folder / "list.csv").write_text(
+        "image,prompt,output\na.png,x,x.png\nlist_edited/x.png,y,y.png\n"
+    )
+    run.invoke(app, ["batch", "in/list.csv", *QUICK])
+    worker.started.clear()
+
+    result = run.invoke(app, ["batch", "in/list.csv", "--json", *QUICK])
+
+    assert result.exit_code == 0, result.stdout
+    results = [item["result"] for item in json.loads(result.stdout)["results"]]
+    assert [one["message"] for one in results] == [KEPT, KEPT]
+    assert worker.started == []
 
 
 def test_results_among_the_pictures_are_not_edited_again(folder: Path) -> None:

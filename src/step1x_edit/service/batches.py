@@ -46,7 +46,7 @@ from step1x_edit.schemas.requests import (
 )
 from step1x_edit.service.editor import EditedFile, Notify
 from step1x_edit.service.file_edits import FileEdits, Inputs, NotifyOf, batch_answer
-from step1x_edit.service.files import FileIdentity, Output, expanded
+from step1x_edit.service.files import FileIdentity, expanded
 
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
 PICTURES: Final = frozenset(
@@ -351,8 +351,7 @@ class Batch:
 
     async def _edit(self, item: Item, report: Notify) -> EditAnswer:
         started = time.monotonic()
-        output = self._plan(item)
-        path = Path(output.shown)
+        path = self._path(item)
         inputs = await asyncio.to_thread(self._edits.read, item.image, item.mask)
         request = _digest_of_request(inputs, item.request)
         existing = await asyncio.to_thread(_digest_of_file, path)
@@ -362,6 +361,9 @@ class Batch:
                 return made.answer.model_copy(update={"message": KEPT, "output_path": str(path)})
             if made is None and not self._overwrite:
                 raise OutputExistsError(f"{path}, and this batch has not made it")
+        output = self._edits.files.plan_output(
+            str(path), self._inputs | inputs.identities, overwrite=existing is not None
+        )
         edited = await self._edits.editor.edit_next(
             inputs.image, item.request, report, output.suffix, inputs.mask
         )
@@ -371,32 +373,29 @@ class Batch:
             metadata=edited.metadata,
         )
         content = hashlib.sha256(edited.data).hexdigest()
-        place = output.fixed(inputs.identities, overwrite=existing is not None)
 
         def finish() -> None:
             self._journal.note(path, request, content, answer)
-            self._edits.files.publish(place, edited.data)
+            self._edits.files.publish(output, edited.data)
 
         await asyncio.to_thread(finish)
         return answer
 
-    def _plan(self, item: Item) -> Output:
-        """The path of the result: the same in every run, whether or not a file exists there."""
+    def _path(self, item: Item) -> Path:
+        """The path of the result: the same in every run, whether or not a file exists there.
+
+        Whether it can be written is checked later: a finished result is kept either way.
+        """
         if item.output is not None:
-            wanted = str(_below(self._output_dir, item.output))
-            output = self._edits.files.plan_output(wanted, self._inputs, overwrite=True)
+            output = self._edits.files.named_output(str(_below(self._output_dir, item.output)))
         else:
-            output = self._edits.files.plan_default_output(
-                item.image,
-                self._inputs,
-                output_dir=str(self._output_dir),
-                overwrite=True,
-                taken=self._taken,
+            output = self._edits.files.default_output(
+                item.image, self._inputs, output_dir=str(self._output_dir), taken=self._taken
             )
         if (name := output.shown.casefold()) in self._outputs:
             raise OutputExistsError(f"{output.shown} is the result of an earlier line")
         self._outputs.add(name)
-        return output
+        return Path(output.shown)
 
 
 def _digest_of_request(inputs: Inputs, request: PictureRequest) -> str:

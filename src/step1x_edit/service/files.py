@@ -23,7 +23,7 @@ import secrets
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -108,16 +108,6 @@ class Output:
         """The output with links unresolved, for messages."""
         return str(self.shown_folder / next(self.names()))
 
-    def fixed(self, inputs: frozenset[FileIdentity], *, overwrite: bool) -> Output:
-        """The same output under its first name only; these inputs must not be overwritten."""
-        return replace(
-            self,
-            stem=next(self.names()).removesuffix(self.suffix),
-            number=None,
-            overwrite=overwrite,
-            inputs=self.inputs | inputs,
-        )
-
     def names(self) -> Iterator[str]:
         """The names to try, in order."""
         if self.number is None:
@@ -182,6 +172,20 @@ class FileAccess:
         self, output_path: str, inputs: Iterable[FileIdentity], *, overwrite: bool = False
     ) -> Output:
         """The output that the caller named, checked as far as possible before the edit."""
+        output = self.named_output(output_path, inputs, overwrite=overwrite)
+        path = Path(output.shown)
+        _check_not_input(output, path.name)
+        if path.is_dir():
+            raise OutputNotWritableError(f"{output_path} (it is a folder)")
+        if not overwrite and os.path.lexists(path):
+            raise OutputExistsError(output_path)
+        _check_folder(output)
+        return output
+
+    def named_output(
+        self, output_path: str, inputs: Iterable[FileIdentity] = (), *, overwrite: bool = False
+    ) -> Output:
+        """As `plan_output`, but nothing is checked except the path itself."""
         self._real_output(output_path)
         shown = _absolute(output_path)
         if shown.suffix.lower() not in OUTPUT_FORMATS:
@@ -191,7 +195,7 @@ class FileAccess:
             )
         if len(os.fsencode(shown.name)) > MAX_NAME_BYTES:
             raise OutputNotWritableError(f"{output_path} (the name is too long)")
-        output = Output(
+        return Output(
             # An output replaces a link and is not written through it.
             folder=self._real_output(str(shown.parent), written_as=output_path),
             shown_folder=shown.parent,
@@ -201,13 +205,6 @@ class FileAccess:
             number=None,
             inputs=frozenset(inputs),
         )
-        _check_not_input(output, shown.name)
-        if shown.is_dir():
-            raise OutputNotWritableError(f"{output_path} (it is a folder)")
-        if not overwrite and os.path.lexists(shown):
-            raise OutputExistsError(output_path)
-        _check_folder(output)
-        return output
 
     def plan_default_output(
         self,
@@ -222,6 +219,24 @@ class FileAccess:
 
         The set `taken` keeps the outputs of a batch distinct: each planned path is added to it.
         """
+        output = self.default_output(
+            image_path, inputs, output_dir=output_dir, overwrite=overwrite, taken=taken
+        )
+        if overwrite and Path(output.shown).is_dir():
+            raise OutputNotWritableError(f"{output.shown} (it is a folder)")
+        _check_folder(output)
+        return output
+
+    def default_output(
+        self,
+        image_path: str,
+        inputs: Iterable[FileIdentity],
+        *,
+        output_dir: str | None = None,
+        overwrite: bool = False,
+        taken: set[str] | None = None,
+    ) -> Output:
+        """As `plan_default_output`, but nothing is checked except the path itself."""
         image = _absolute(image_path)
         shown_folder = image.parent if output_dir is None else _absolute(output_dir)
         folder = self._real_output(str(shown_folder), written_as=output_dir or image_path)
@@ -235,11 +250,7 @@ class FileAccess:
             if _folded(path) not in taken and _identity(path) not in inputs:
                 taken.add(_folded(path))
                 break
-        output = Output(folder, shown_folder, stem, suffix, overwrite, number, inputs)
-        if overwrite and path.is_dir():
-            raise OutputNotWritableError(f"{output.shown} (it is a folder)")
-        _check_folder(output)
-        return output
+        return Output(folder, shown_folder, stem, suffix, overwrite, number, inputs)
 
     def plan_new_output(self, text: str, *, overwrite: bool = False) -> Output:
         """A PNG named after a text, numbered if taken, for a picture that has no input.
