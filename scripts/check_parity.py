@@ -63,7 +63,7 @@ from step1x_edit.model.config import (
     TransformerConfig,
 )
 from step1x_edit.model.connector import Connector, masked_mean
-from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.model.rope import apply_rope, rope_table
 from step1x_edit.model.transformer import QuotedText, Transformer
 
@@ -506,7 +506,7 @@ def _rule_loop(row: Row) -> tuple[object, object]:
         scenario.get("max_try_cnt", reasoning.ReasoningPlan.max_rounds),
     )
 
-    def edit(*_: object) -> Generator[None, None, reasoning.Pixels]:
+    def edit(*_: object) -> Generator[None, None, Pixels]:
         yield
         return _picture(next(pictures))
 
@@ -540,12 +540,12 @@ class _Scripted(reasoning.Reasoner[None]):
         self.scenario = scenario
         self.calls: list[dict[str, str]] = []
 
-    def think(self, source: reasoning.Pixels, instruction: str) -> Generator[None, None, str]:
+    def think(self, source: Pixels, instruction: str) -> Generator[None, None, str]:
         yield
         return str(self.scenario["think"])
 
     def reflect(
-        self, source: reasoning.Pixels, edited: reasoning.Pixels, instruction: str
+        self, source: Pixels, edited: Pixels, instruction: str
     ) -> Generator[None, None, reasoning.Reflection]:
         yield
         self.calls.append(
@@ -554,7 +554,7 @@ class _Scripted(reasoning.Reasoner[None]):
         return reasoning.Reflection(self.scenario["rounds"][len(self.calls) - 1]["reflection"])
 
     def rank(
-        self, source: reasoning.Pixels, edited: reasoning.Pixels, instruction: str
+        self, source: Pixels, edited: Pixels, instruction: str
     ) -> Generator[None, None, reasoning.Ranking]:
         yield
         scores = self.scenario["rounds"][len(self.calls) - 1]["scores"]
@@ -566,11 +566,11 @@ def _ranking(scores: Row) -> reasoning.Ranking:
     return reasoning.Ranking(*ratings)
 
 
-def _picture(number: int) -> reasoning.Pixels:
+def _picture(number: int) -> Pixels:
     return np.full((1, 1, 3), number, dtype=np.uint8)
 
 
-def _name(picture: reasoning.Pixels) -> str:
+def _name(picture: Pixels) -> str:
     number = int(picture[0, 0, 0])
     return f"output_{number}" if number else "original"
 

@@ -13,7 +13,6 @@ from step1x_edit.model.reasoning import (
     GAVE_UP,
     MAX_TRIES,
     NO_RATING,
-    Pixels,
     Prompt,
     Reasoned,
     Reasoner,
@@ -28,6 +27,7 @@ from step1x_edit.model.reasoning import (
     read_verdict,
     reason,
 )
+from step1x_edit.model.request import Pixels
 
 GOOD_SCORE = '{"meets_instruction": "yes", "raw_score": 9, "reason": "fits"}'
 MARKS = '{"score": [8, 9], "reasoning": "fine"}'

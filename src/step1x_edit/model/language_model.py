@@ -29,7 +29,8 @@ from step1x_edit.model.conditioner import (
     round_to_factor,
     special_id,
 )
-from step1x_edit.model.reasoning import Pixels, Prompt
+from step1x_edit.model.reasoning import Prompt
+from step1x_edit.model.request import Pixels
 
 LONGEST_SIDE = 1024
 """Pictures are first reduced to this side length."""

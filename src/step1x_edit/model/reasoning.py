@@ -16,24 +16,17 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import (
-    TYPE_CHECKING,
     Any,
     Final,
     Generic,
     Literal,
     NamedTuple,
     Protocol,
-    TypeAlias,
     TypeVar,
 )
 
 from step1x_edit.model.config import ReasoningConfig
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
+from step1x_edit.model.request import Pixels
 
 T = TypeVar("T")
 Event = TypeVar("Event")

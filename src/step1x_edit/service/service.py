@@ -174,7 +174,8 @@ class EditService:
         to `previews` of the reported steps carry a preview. Cancelling the call cancels the edit.
         """
         await self.check_room()  # a full server must not spend memory on pictures
-        return await self._edit(data, request, report, suffix, mask, self._submit(previews))
+        submit = self._engine.submit
+        return await self._edit(data, request, report, suffix, mask, submit, previews)
 
     async def edit_next(
         self,
@@ -200,7 +201,8 @@ class EditService:
         """
         self._check_can_generate()
         await self.check_room()
-        return await self._edit(None, request, report, suffix, None, self._submit(previews))
+        submit = self._engine.submit
+        return await self._edit(None, request, report, suffix, None, submit, previews)
 
     async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
         """Raise the error that `edit_picture` would raise for these bytes, without editing them."""
@@ -343,6 +345,7 @@ class EditService:
         suffix: str,
         mask: bytes | None,
         submit: Callable[[EditJob], Edit],
+        previews: int = 0,
     ) -> EditedPicture:
         """Edit a picture, or generate one if there is none."""
         started = time.monotonic()
@@ -351,7 +354,7 @@ class EditService:
             source = await asyncio.to_thread(self._decode, data, mask, suffix)
         with self._counted():
             image = None if source is None else source.picture.pixels
-            result = await _run(submit(job_of(request, image)), report)
+            result = await _run(submit(job_of(request, image, previews)), report)
             record = record_of(request, result, None if source is None else source.mask_sha256)
 
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
@@ -373,9 +376,6 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
         )
-
-    def _submit(self, previews: int) -> Callable[[EditJob], Edit]:
-        return lambda job: self._engine.submit(replace(job, previews=previews))
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,7 +68,7 @@ def job_operation(service: EditService) -> Operation:
     async def work(
         given: JobInput,
         request: Mapping[str, object],
-        report: Callable[[Progress], Awaitable[None]],
+        report: Notify[Progress],
     ) -> tuple[bytes, Mapping[str, object]]:
         if given.image:
             asked = service.read_picture(request)

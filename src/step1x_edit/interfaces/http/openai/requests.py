@@ -34,8 +34,8 @@ from step1x_edit.schemas.requests import (
     PARAMETERS,
     SIDE_MULTIPLE,
     GeneratePictureRequest,
-    HowToEdit,
     PictureRequest,
+    given_in,
 )
 from step1x_edit.service.records import with_seed
 from step1x_edit.service.service import EditService
@@ -327,8 +327,7 @@ def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
 
 def _given(asked: OpenAIRequest) -> dict[str, object]:
     """The given parameters that our requests have too."""
-    ours = {"prompt", "negative_prompt", *HowToEdit.model_fields}
-    given = asked.model_dump(include=ours, exclude_unset=True)
+    given = given_in(asked, PictureRequest)
     return given | ({"num_steps": STEPS_OF[asked.quality]} if asked.quality in STEPS_OF else {})
 
 
