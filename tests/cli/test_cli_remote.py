@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,11 +19,12 @@ import httpx2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typer.testing import CliRunner
 
 from conftest import MakeService
 from fakes import STREAMED, FakeWorker
-from http_server import TOKEN, listening_stranger, serving, until
+from http_server import TOKEN, guarded, listening_stranger, running, serving, until
 from server_process import FAKE, started
 from step1x_edit import __version__
 from step1x_edit.channel import EditJob
@@ -343,6 +345,41 @@ def command(*words: str, folder: Path, **settings: str) -> subprocess.Popen[str]
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+class LateAnswers:
+    """An app whose answers to POST wait until `go`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.go = threading.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_late(message: Message) -> None:
+            if scope["method"] == "POST":
+                await asyncio.to_thread(self.go.wait, 60)
+            await send(message)
+
+        await self.app(scope, receive, send_late if scope["type"] == "http" else send)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.run cancels all tasks at Ctrl-C")
+def test_ctrl_c_before_the_answer_with_its_id_deletes_the_job(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    given = Settings(_env_file=None, data_dir=tmp_path, api_key=TOKEN)
+    app = LateAnswers(guarded(make_service(FakeWorker()), given))
+    with running(app, given) as url:
+        edit = command("edit", str(photo), "x", "--url", url, folder=tmp_path, API_KEY=TOKEN)
+        until(lambda: jobs_left(url) != [])
+        edit.send_signal(signal.SIGINT)
+        app.go.set()
+        _, log = edit.communicate(timeout=240)
+        assert jobs_left(url) == []
+
+    assert edit.returncode == 130, log
+    assert "Traceback" not in log
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

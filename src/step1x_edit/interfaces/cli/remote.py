@@ -43,6 +43,7 @@ from step1x_edit.schemas.requests import (
 )
 from step1x_edit.service.editor import Notify
 from step1x_edit.settings import Limits
+from step1x_edit.waiting import drop, first_of
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
 
@@ -50,6 +51,7 @@ _JOBS: Final = "/v1/jobs"
 _MCP: Final = "/mcp"  # the path in a server's note
 _CONNECT_S: Final = 10.0
 _SILENCE_S: Final = 120.0  # events arrive at least every 15 s; reading an upload may take longer
+_LATE_ANSWER_S: Final = 5.0  # after Ctrl-C, for the id of a job that the server may have created
 _MAX_ANSWER: Final = 4 * 1024 * 1024  # bytes, for all answers without a picture
 
 
@@ -110,7 +112,7 @@ class RemoteServer:
     async def _done(self, body: Mapping[str, Any], report: Notify, suffix: str) -> RemotePicture:
         """The result of a job with this body, in the format of the suffix."""
         async with self._client() as client:
-            job = await self._sent(client, body)
+            job = await self._created(client, body)
             try:
                 ended = await self._heard(client, job, report)
                 if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
@@ -145,6 +147,18 @@ class RemoteServer:
         return self._read(kind, answer)
 
     # --- a job ---
+
+    async def _created(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
+        """Create a job; cancelling the call deletes it, even if its answer is still on the way."""
+        creating = asyncio.ensure_future(self._sent(client, body))
+        try:
+            return await asyncio.shield(creating)
+        except asyncio.CancelledError:
+            await first_of(creating, timeout_s=_LATE_ANSWER_S)
+            drop(creating)
+            if creating.done() and not creating.cancelled() and creating.exception() is None:
+                await self._forget(client, creating.result().id)
+            raise
 
     async def _sent(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
         async with self._told():
