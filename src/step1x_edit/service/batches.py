@@ -12,7 +12,6 @@ result is recorded; a line without a result only means that the result is made a
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import csv
 import hashlib
@@ -21,6 +20,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -35,6 +35,7 @@ from step1x_edit.errors import (
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.answers import KEPT, BatchAnswer, EditAnswer
 from step1x_edit.schemas.requests import (
+    EditRequest,
     ImagePath,
     MaskPath,
     OutputPath,
@@ -44,8 +45,8 @@ from step1x_edit.schemas.requests import (
     given_in,
     read_request,
 )
-from step1x_edit.service.editor import EditedFile, Notify
-from step1x_edit.service.file_edits import FileEdits, Inputs, NotifyOf, batch_answer
+from step1x_edit.service.editor import EditedFile
+from step1x_edit.service.file_edits import FileEdits, Inputs, NotifyOf, Opened
 from step1x_edit.service.files import FileIdentity, expanded
 
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
@@ -65,15 +66,12 @@ _BAD_ROWS_TOLD: Final = 3
 
 @dataclass(frozen=True)
 class Item:
-    """One picture of a batch, how to edit it, and the path of the result."""
+    """One picture of a batch and the name that messages use for it."""
 
     name: str
-    """The name that messages use for it."""
-    image: str
-    mask: str | None
-    request: PictureRequest
-    output: str | None
-    """None: `<stem>_edited<suffix>` in the result folder, numbered within the batch."""
+    request: EditRequest
+    """Its `output_path` is relative to the result folder. None: `<stem>_edited<suffix>`, numbered
+    within the batch."""
 
 
 class Chosen(PictureRequest):
@@ -110,7 +108,7 @@ def items_of_folder(folder: Path, chosen: Chosen, apart_from: Iterable[Path] = (
     ]
     if not pictures:
         raise ImageFileNotFoundError(f"{folder} (there are no pictures in this folder)")
-    return [Item(path.name, str(path), chosen.mask, chosen, None) for path in pictures]
+    return [Item(path.name, _request(chosen, str(path), chosen.mask)) for path in pictures]
 
 
 def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
@@ -129,7 +127,7 @@ def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
         except InvalidParameterError as error:
             wrong.append(f"line {line}: {str(error).removeprefix(f'{error.beginning}: ')}")
             continue
-        if (output := items[-1].output) is not None:
+        if (output := items[-1].request.output_path) is not None:
             if output in taken:
                 wrong.append(f"line {line}: the output is that of line {taken[output]}")
             taken.setdefault(output, line)
@@ -157,13 +155,15 @@ def _item(
     mask = row.mask
     if mask is not None and "mask" in given(values):  # otherwise it came from the command line
         mask = str(_below(folder, mask))
-    return Item(
-        name=f"line {line}: {row.image}",
-        image=str(_below(folder, row.image)),
-        mask=mask,
-        request=row,
-        output=row.output,
-    )
+    request = _request(row, str(_below(folder, row.image)), mask, row.output)
+    return Item(f"line {line}: {row.image}", request)
+
+
+def _request(
+    how: PictureRequest, image: str, mask: str | None, output: str | None = None
+) -> EditRequest:
+    files = {"image_path": image, "mask_path": mask, "output_path": output}
+    return read_request(EditRequest, {**given_in(how, PictureRequest), **files})
 
 
 def _below(folder: Path, path: str) -> Path:
@@ -270,12 +270,12 @@ class Journal:
         entries = self._entries.get(self._name(output), [])
         return next((entry for entry in reversed(entries) if entry.content == content), None)
 
-    def note(self, output: Path, request: str, content: str, answer: EditAnswer) -> None:
+    def note(self, output: Path, request: str, answer: EditAnswer, data: bytes) -> None:
         """Record, synced to disk, the result that is about to be published."""
         values = {
             "output": self._name(output),
             "request": request,
-            "content": content,
+            "content": hashlib.sha256(data).hexdigest(),
             "answer": answer.to_dict(),
         }
         line = json.dumps(values, ensure_ascii=False)
@@ -333,64 +333,43 @@ class Batch:
         self._overwrite = overwrite
         self._taken: set[str] = set()
         self._outputs: set[str] = set()
-        self._inputs: frozenset[FileIdentity] = frozenset()
 
     async def run(self, items: Sequence[Item], report_of: NotifyOf) -> BatchAnswer:
-        """Edit one after the other, as `file_edits.batch_answer` does.
+        """Edit one after the other, as `FileEdits.edit_several` does.
 
         Cancelling the call cancels the edit; finished results stay, and the next run finds them.
         """
-        paths = [path for item in items for path in (item.image, item.mask) if path is not None]
-        self._inputs = await asyncio.to_thread(self._edits.files.identify, paths)
+        names, requests = [item.name for item in items], [item.request for item in items]
+        return await self._edits.edit_opened(names, requests, self._open, report_of)
 
-        async def edit(index: int) -> EditAnswer:
-            return await self._edit(items[index], report_of(index))
-
-        names = [item.name for item in items]
-        return await batch_answer(self._edits.editor, names, edit)
-
-    async def _edit(self, item: Item, report: Notify) -> EditAnswer:
+    def _open(self, request: EditRequest, inputs: frozenset[FileIdentity]) -> Opened | EditAnswer:
         started = time.monotonic()
-        path = self._path(item)
-        inputs = await asyncio.to_thread(self._edits.read, item.image, item.mask)
-        request = _digest_of_request(inputs, item.request)
-        existing = await asyncio.to_thread(_digest_of_file, path)
+        path = self._path(request, inputs)
+        read = self._edits.read(request)
+        asked = _digest_of_request(read, request)
+        existing = _digest_of_file(path)
         if existing is not None:
             made = self._journal.made(path, existing)
-            if made is not None and made.request == request:
+            if made is not None and made.request == asked:
                 return made.answer.model_copy(update={"message": KEPT, "output_path": str(path)})
             if made is None and not self._overwrite:
                 raise OutputExistsError(f"{path}, and this batch has not made it")
         output = self._edits.files.plan_output(
-            str(path), self._inputs | inputs.identities, overwrite=existing is not None
+            str(path), inputs | read.identities, overwrite=existing is not None
         )
-        edited = await self._edits.editor.edit_next(
-            inputs.image, item.request, report, output.suffix, inputs.mask
-        )
-        answer = EditAnswer(
-            output_path=str(path),
-            processing_time=round(time.monotonic() - started, 2),
-            metadata=edited.metadata,
-        )
-        content = hashlib.sha256(edited.data).hexdigest()
+        return Opened(started, read, output, partial(self._journal.note, path, asked))
 
-        def finish() -> None:
-            self._journal.note(path, request, content, answer)
-            self._edits.files.publish(output, edited.data)
-
-        await asyncio.to_thread(finish)
-        return answer
-
-    def _path(self, item: Item) -> Path:
+    def _path(self, request: EditRequest, inputs: frozenset[FileIdentity]) -> Path:
         """The path of the result: the same in every run, whether or not a file exists there.
 
         Whether it can be written is checked later: a finished result is kept either way.
         """
-        if item.output is not None:
-            output = self._edits.files.named_output(str(_below(self._output_dir, item.output)))
+        if request.output_path is not None:
+            named = str(_below(self._output_dir, request.output_path))
+            output = self._edits.files.named_output(named)
         else:
             output = self._edits.files.default_output(
-                item.image, self._inputs, output_dir=str(self._output_dir), taken=self._taken
+                request.image_path, inputs, output_dir=str(self._output_dir), taken=self._taken
             )
         if (name := output.shown.casefold()) in self._outputs:
             raise OutputExistsError(f"{output.shown} is the result of an earlier line")

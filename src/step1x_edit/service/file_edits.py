@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from step1x_edit.errors import Step1XEditError, about_the_mask
@@ -43,6 +44,21 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """An edit about to run: its inputs, and where its result goes."""
+
+    started: float
+    inputs: Inputs
+    output: Output
+    before_publishing: Callable[[EditAnswer, bytes], None] = lambda answer, data: None
+    """Called with the answer and the bytes of the file, in the thread that publishes it."""
+
+
+Open: TypeAlias = Callable[[EditRequest, frozenset[FileIdentity]], Opened | EditAnswer]
+"""Opens an edit of a batch whose inputs have these identities, or answers that it is done."""
+
+
+@dataclass(frozen=True)
 class Saved(Generic[E]):
     """The answer for a file that was written, and the pictures before and after."""
 
@@ -50,15 +66,6 @@ class Saved(Generic[E]):
     edited: E
     source: bytes = b""
     """The file that was edited; empty for a picture generated from a prompt alone."""
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Where results without an output_path go: beside the input, or into `folder`."""
-
-    folder: str | None = None
-    inputs: frozenset[FileIdentity] = frozenset()
-    taken: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -81,103 +88,131 @@ class FileEdits(Generic[E]):
         without an output_path.
         """
         await self.editor.check_room()  # a full server must not spend memory on pictures
-        return await self._edit(
-            self.editor.edit_picture, request, report, _Outputs(output_dir), image
-        )
+        opened = await asyncio.to_thread(self._open, request, output_dir=output_dir, image=image)
+        return await self._edit(self.editor.edit_picture, request, opened, report)
 
     async def edit_unsaved(
         self, request: EditRequest, report: Notify = unreported, image: bytes | None = None
     ) -> E:
         """Edit one picture and return the result as a PNG; otherwise as `edit`."""
         await self.editor.check_room()
-        inputs = await asyncio.to_thread(self.read, request.image_path, request.mask_path, image)
+        inputs = await asyncio.to_thread(self.read, request, image)
         return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
 
     async def edit_several(
         self, requests: Sequence[EditRequest], output_dir: str | None, report_of: NotifyOf
     ) -> BatchAnswer:
-        """Edit several pictures as `edit_each` does; none of the inputs is overwritten."""
-        paths = [request.image_path for request in requests]
-        outputs = _Outputs(output_dir, await asyncio.to_thread(self.files.identify, paths))
+        """Edit one picture after the other as `edit_each` does; no input is overwritten."""
+        names = [request.image_path for request in requests]
+        opened = partial(self._open, output_dir=output_dir, taken=set())
+        return await self.edit_opened(names, requests, opened, report_of)
+
+    async def edit_opened(
+        self,
+        names: Sequence[str],
+        requests: Sequence[EditRequest],
+        opened_of: Open,
+        report_of: NotifyOf,
+    ) -> BatchAnswer:
+        """As `edit_several`, with the names of the pictures in the answer and where each goes."""
+        paths = [path for each in requests for path in (each.image_path, each.mask_path) if path]
+        inputs = await asyncio.to_thread(self.files.identify, paths)
 
         async def edit(index: int) -> EditAnswer:
-            saved = await self._edit(
-                self.editor.edit_next, requests[index], report_of(index), outputs
-            )
+            request = requests[index]
+            opened = await asyncio.to_thread(opened_of, request, inputs)
+            if isinstance(opened, EditAnswer):
+                return opened
+            saved = await self._edit(self.editor.edit_next, request, opened, report_of(index))
             return saved.answer
 
-        return await batch_answer(self.editor, paths, edit)
+        items: list[BatchItem] = []
+        async for index, outcome in edit_each(self.editor, len(requests), edit):
+            result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
+            items.append(BatchItem(input=names[index], result=result))
+        return BatchAnswer.of(items)
 
     async def generate(self, request: GenerateRequest, report: Notify = unreported) -> Saved[E]:
         """Generate one picture from a prompt alone and save it; otherwise as `edit`."""
         await self.editor.check_room()
-        started = time.monotonic()
-        output = await asyncio.to_thread(self._plan_new, request)
-        made = await self.editor.generate_picture(request, report, output.suffix)
-        return Saved(await self._published(output, made, started, GENERATED), made)
+        opened = await asyncio.to_thread(self._open_new, request)
+        made = await self.editor.generate_picture(request, report, opened.output.suffix)
+        return await self._saved(opened, made, GENERATED)
 
-    def read(self, image_path: str, mask_path: str | None, image: bytes | None = None) -> Inputs:
+    def read(self, request: EditRequest, image: bytes | None = None) -> Inputs:
         """Read the picture, unless it was already read, and the mask if there is one."""
         identities = set()
         if image is None:
-            file = self.files.read(image_path)
+            file = self.files.read(request.image_path)
             image = file.data
             identities.add(file.identity)
         mask = None
-        if mask_path is not None:
+        if request.mask_path is not None:
             with about_the_mask():
-                file = self.files.read(mask_path)
+                file = self.files.read(request.mask_path)
             mask = file.data
             identities.add(file.identity)
         return Inputs(image, mask, frozenset(identities))
+
+    def _open(
+        self,
+        request: EditRequest,
+        others: frozenset[FileIdentity] = frozenset(),
+        *,
+        output_dir: str | None,
+        taken: set[str] | None = None,
+        image: bytes | None = None,
+    ) -> Opened:
+        started = time.monotonic()
+        inputs = self.read(request, image)
+        known = inputs.identities | others
+        if request.output_path is not None:
+            output = self.files.plan_output(request.output_path, known, overwrite=request.overwrite)
+        else:
+            output = self.files.plan_default_output(
+                request.image_path,
+                known,
+                output_dir=output_dir,
+                overwrite=request.overwrite,
+                taken=taken,
+            )
+        return Opened(started, inputs, output)
+
+    def _open_new(self, request: GenerateRequest) -> Opened:
+        started = time.monotonic()
+        if request.output_path is None:
+            output = self.files.plan_new_output(request.prompt, overwrite=request.overwrite)
+        else:
+            output = self.files.plan_output(request.output_path, (), overwrite=request.overwrite)
+        return Opened(started, Inputs(b"", None, frozenset()), output)
 
     async def _edit(
         self,
         edit: Callable[..., Awaitable[E]],
         request: EditRequest,
+        opened: Opened,
         report: Notify,
-        outputs: _Outputs,
-        image: bytes | None = None,
     ) -> Saved[E]:
-        started = time.monotonic()
+        inputs, suffix = opened.inputs, opened.output.suffix
+        edited = await edit(inputs.image, request, report, suffix, inputs.mask)
+        return await self._saved(opened, edited, EDITED)
 
-        def opened() -> tuple[Inputs, Output]:
-            inputs = self.read(request.image_path, request.mask_path, image)
-            return inputs, self._plan(request, inputs.identities, outputs)
-
-        inputs, output = await asyncio.to_thread(opened)
-        edited = await edit(inputs.image, request, report, output.suffix, inputs.mask)
-        return Saved(await self._published(output, edited, started, EDITED), edited, inputs.image)
-
-    async def _published(
-        self, output: Output, edited: E, started: float, message: str
-    ) -> EditAnswer:
-        # Publishing is short and comes last: an edit cancelled before it leaves nothing behind.
-        path = await asyncio.to_thread(self.files.publish, output, edited.data)
-        return EditAnswer(
+    async def _saved(self, opened: Opened, edited: E, message: str) -> Saved[E]:
+        answer = EditAnswer(
             message=message,
-            output_path=str(path),
-            processing_time=round(time.monotonic() - started, 2),
+            output_path=opened.output.shown,
+            processing_time=round(time.monotonic() - opened.started, 2),
             metadata=edited.metadata,
         )
 
-    def _plan(
-        self, request: EditRequest, inputs: frozenset[FileIdentity], outputs: _Outputs
-    ) -> Output:
-        if request.output_path is not None:
-            return self.files.plan_output(request.output_path, inputs, overwrite=request.overwrite)
-        return self.files.plan_default_output(
-            request.image_path,
-            inputs | outputs.inputs,
-            output_dir=outputs.folder,
-            overwrite=request.overwrite,
-            taken=outputs.taken,
-        )
+        def publish() -> str:
+            opened.before_publishing(answer, edited.data)
+            return str(self.files.publish(opened.output, edited.data))
 
-    def _plan_new(self, request: GenerateRequest) -> Output:
-        if request.output_path is None:
-            return self.files.plan_new_output(request.prompt, overwrite=request.overwrite)
-        return self.files.plan_output(request.output_path, (), overwrite=request.overwrite)
+        # Publishing is short and comes last: an edit cancelled before it leaves nothing behind.
+        path = await asyncio.to_thread(publish)
+        answer = answer.model_copy(update={"output_path": path})
+        return Saved(answer, edited, opened.inputs.image)
 
 
 # --- several pictures -----------------------------------------------------------------------------
@@ -199,14 +234,3 @@ async def edit_each(
         except Step1XEditError as error:
             outcome = error
         yield index, outcome
-
-
-async def batch_answer(
-    editor: Editor[Any], names: Sequence[str], edit: Callable[[int], Awaitable[EditAnswer]]
-) -> BatchAnswer:
-    """Edit the pictures of these names as `edit_each` does; saved results stay after a cancel."""
-    items: list[BatchItem] = []
-    async for index, outcome in edit_each(editor, len(names), edit):
-        result = ErrorAnswer.of(outcome) if isinstance(outcome, Step1XEditError) else outcome
-        items.append(BatchItem(input=names[index], result=result))
-    return BatchAnswer.of(items)
