@@ -18,7 +18,8 @@ from fakes import FakeWorker, Gate
 from http_server import TOKEN, calling, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, OutOfMemoryError
-from step1x_edit.interfaces.http.idempotency import Identity, Run, Runs, Shelf, digest_of
+from step1x_edit.interfaces.http.idempotency import Identity, Run, Runs, digest_of
+from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Notify
 
 EDIT = "/api/edit"

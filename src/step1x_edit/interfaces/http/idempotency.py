@@ -16,15 +16,14 @@ import asyncio
 import contextlib
 import hashlib
 import re
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 
 from step1x_edit.errors import IdempotencyKeyError, InvalidParameterError
+from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Pursuit, Work
 from step1x_edit.waiting import unless
 
@@ -40,54 +39,6 @@ GRACE_S: Final = 30.0  # the clients retry within 8 s
 _KEPT_AT_LEAST: Final = 1  # the newest answer, whatever its size
 _KEPT_AT_MOST: Final = 256
 _RETRIES: Final = "X-Stainless-Retry-Count"
-
-
-class Shelf(Generic[T]):
-    """Things by name, limited by age, bytes and count; the oldest are dropped first."""
-
-    def __init__(
-        self,
-        kept_s: float,
-        kept_bytes: int,
-        at_least: int,
-        at_most: int,
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._kept_s = kept_s
-        self._kept_bytes = kept_bytes
-        self._at_least = at_least
-        self._at_most = at_most
-        self._now = now
-        self._things: OrderedDict[str, tuple[float, int, T]] = OrderedDict()
-        self._bytes = 0
-
-    def put(self, name: str, thing: T, size: int) -> None:
-        """Keep a thing of `size` bytes; the newest are kept whatever their size."""
-        self.remove(name)
-        self._things[name] = self._now() + self._kept_s, size, thing
-        self._bytes += size
-        self._sweep()
-
-    def get(self, name: str) -> T | None:
-        """The thing of this name, if it is still kept."""
-        self._sweep()
-        found = self._things.get(name)
-        return None if found is None else found[2]
-
-    def remove(self, name: str) -> None:
-        """Forget a thing; does nothing if there is none of this name."""
-        found = self._things.pop(name, None)
-        if found is not None:
-            self._bytes -= found[1]
-
-    def _sweep(self) -> None:
-        while self._things:
-            name, (until, _, _) = next(iter(self._things.items()))
-            count = len(self._things)
-            is_too_much = self._bytes > self._kept_bytes and count > self._at_least
-            if until > self._now() and not is_too_much and count <= self._at_most:
-                return
-            self.remove(name)
 
 
 @dataclass(frozen=True)

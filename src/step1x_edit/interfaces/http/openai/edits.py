@@ -16,13 +16,13 @@ from typing import Final, TypeAlias, TypeVar
 
 from step1x_edit.channel import Progress
 from step1x_edit.errors import InvalidParameterError, ServerBusyError
-from step1x_edit.interfaces.http.idempotency import Shelf
 from step1x_edit.interfaces.http.openai.requests import (
     STEPFUN_MODEL,
     Sent,
     generation_of,
     request_of,
 )
+from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures import images
 from step1x_edit.pictures.images import Picture, Pixels

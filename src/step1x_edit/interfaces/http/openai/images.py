@@ -23,7 +23,6 @@ from step1x_edit.interfaces.http.idempotency import (
     KEY,
     REPLAYED,
     Runs,
-    Shelf,
     identity_of,
     may_be_known,
     unless_gone,
@@ -44,6 +43,7 @@ from step1x_edit.interfaces.http.openai.requests import (
     read_generation,
     understood,
 )
+from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Work
 from step1x_edit.schemas.openai import ImageEditRequest, ImageGenerationRequest
 from step1x_edit.service.service import EditService
