@@ -20,8 +20,8 @@ from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.engine.machine import Survey, inspect_machine
+from step1x_edit.hub.catalog import SUGGESTED
 from step1x_edit.interfaces.cli import app
-from step1x_edit.schemas.requests import SUGGESTED
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.survey import survey
 from tiny import tiny_pipeline

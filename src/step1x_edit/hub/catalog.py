@@ -1,4 +1,4 @@
-"""The published checkpoints as data: their names and the files they consist of.
+"""The published checkpoints as data: names, files, and the parameters that their authors suggest.
 
 Other models on the hub can be named by their id. This module reads no disk and no network.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final
@@ -102,6 +103,23 @@ CATALOG: Final = (
         "v1.2-preview",
     ),
 )
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What the authors of a version recommend."""
+
+    num_steps: int
+    guidance_scale: float
+
+
+SUGGESTED: Final[Mapping[str, Suggestion]] = {
+    "v1.0": Suggestion(28, 6.0),
+    "v1.1": Suggestion(28, 6.0),
+    "v1.2-preview": Suggestion(28, 4.0),
+    "v1.2": Suggestion(50, 6.0),
+}
+"""By version. These are only suggestions: the defaults are the same for all versions."""
 
 
 def is_hub_id(text: str) -> bool:

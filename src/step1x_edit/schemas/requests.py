@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -60,23 +59,6 @@ MAX_STRENGTH: Final = 4
 
 CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level")
 """The parameters whose default is a setting: DEFAULT_ and the name."""
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """What the authors of a version recommend."""
-
-    num_steps: int
-    guidance_scale: float
-
-
-SUGGESTED: Final[Mapping[str, Suggestion]] = {
-    "v1.0": Suggestion(28, 6.0),
-    "v1.1": Suggestion(28, 6.0),
-    "v1.2-preview": Suggestion(28, 4.0),
-    "v1.2": Suggestion(50, 6.0),
-}
-"""By version. These are only suggestions: the defaults are the same for all versions."""
 
 
 # --- reading leniently ---------------------------------------------------------------------------

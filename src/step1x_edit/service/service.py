@@ -43,7 +43,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     about_the_mask,
 )
-from step1x_edit.hub.catalog import CATALOG
+from step1x_edit.hub.catalog import CATALOG, SUGGESTED, Suggestion
 from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
 from step1x_edit.schemas.answers import (
@@ -57,14 +57,12 @@ from step1x_edit.schemas.answers import (
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     CHOSEN_BY_THE_OPERATOR,
-    SUGGESTED,
     BatchRequest,
     EditRequest,
     GeneratePictureRequest,
     GenerateRequest,
     HowToMake,
     PictureRequest,
-    Suggestion,
     check_loras,
     loras_of,
     read_request,
@@ -491,8 +489,7 @@ def named_version(settings: Settings) -> str | None:
     if settings.model_path is None:
         return DEMO.version
     name = settings.model_path.name
-    versions = {each.name: each.version for each in CATALOG}
-    return name if name in SUGGESTED else versions.get(name)
+    return next((each.version for each in CATALOG if each.name == name), None)
 
 
 def _certain_version(settings: Settings) -> str | None:

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import gradio as gr
 
+from step1x_edit.hub.catalog import Suggestion
 from step1x_edit.interfaces.page.lines import alert
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import has_text, text
 from step1x_edit.schemas.parameters import Parameter, parameters_of
-from step1x_edit.schemas.requests import HowToEdit, Suggestion, loras_of
+from step1x_edit.schemas.requests import HowToEdit, loras_of
 from step1x_edit.service.service import EditService
 
 _REASONING: Final = ("thinking", "reflection")
