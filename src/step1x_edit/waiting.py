@@ -7,8 +7,6 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
-from step1x_edit.errors import EditCancelledError, Step1XEditError
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -30,17 +28,17 @@ def drop(*tasks: asyncio.Future[Any]) -> None:
 
 def _note_error(task: asyncio.Future[Any]) -> None:
     error = None if task.cancelled() else task.exception()
-    if error is not None and not isinstance(error, Step1XEditError):
+    if error is not None:
         log.debug("an error after the end of its call", exc_info=error)
 
 
-async def unless(end: Awaitable[object], work: Awaitable[T]) -> T:
-    """Wait for the work. If `end` comes first, cancel the work and raise EditCancelledError."""
+async def unless(end: Awaitable[object], work: Awaitable[T], error: Exception) -> T:
+    """Wait for the work. If `end` comes first, cancel the work and raise the error."""
     working, ending = asyncio.ensure_future(work), asyncio.ensure_future(end)
     try:
         await first_of(working, ending)
         if not working.done():
-            raise EditCancelledError
+            raise error
         return working.result()
     finally:
         drop(working, ending)

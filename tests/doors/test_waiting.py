@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from step1x_edit.errors import EditCancelledError
 from step1x_edit.interfaces.pursuits import Notify, Pursuit
 from step1x_edit.waiting import heartbeats, unless, until, with_heartbeats
 
@@ -59,8 +58,8 @@ async def test_work_is_cancelled_by_its_end_and_none_of_its_tasks_is_left() -> N
         finally:
             is_cancelled.set()
 
-    with pytest.raises(EditCancelledError):
-        await unless(asyncio.sleep(0.001), work())
+    with pytest.raises(TimeoutError):
+        await unless(asyncio.sleep(0.001), work(), TimeoutError())
     await is_cancelled.wait()
     await asyncio.sleep(0)
 
@@ -86,8 +85,8 @@ async def test_errors_that_nobody_asks_for_are_not_reported_by_asyncio() -> None
 
     pursuit = Pursuit(fail)
     assert [event async for event in pursuit.events()] == [1]
-    with pytest.raises(EditCancelledError):
-        await unless(asyncio.sleep(0.001), fail_when_cancelled())
+    with pytest.raises(TimeoutError):
+        await unless(asyncio.sleep(0.001), fail_when_cancelled(), TimeoutError())
     with pytest.raises(KeyError):
         await with_heartbeats(fail_when_cancelled(), beat, 0.001)
     del pursuit

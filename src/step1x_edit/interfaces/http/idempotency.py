@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 
 from starlette.requests import Request
 
-from step1x_edit.errors import IdempotencyKeyError, InvalidParameterError
+from step1x_edit.errors import EditCancelledError, IdempotencyKeyError, InvalidParameterError
 from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Pursuit, Work
 from step1x_edit.waiting import unless
@@ -175,7 +175,7 @@ class Runs:
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Wait for the work; raises EditCancelledError if the client disconnects first."""
-    return await unless(_gone(request), work)
+    return await unless(_gone(request), work, EditCancelledError())
 
 
 async def _gone(request: Request) -> None:

@@ -16,6 +16,7 @@ from fastmcp.tools import ToolResult
 from mcp_types import CallToolRequestParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from step1x_edit.errors import EditCancelledError
 from step1x_edit.waiting import unless
 
 _KEY: Final = "step1x_edit.hung_up"
@@ -54,7 +55,7 @@ class EndWithConnection(Middleware):
         hung_up = _hang_up_of_this_call()
         if hung_up is None:
             return await call_next(context)
-        return await unless(hung_up.wait(), call_next(context))
+        return await unless(hung_up.wait(), call_next(context), EditCancelledError())
 
 
 def _hang_up_of_this_call() -> asyncio.Event | None:
