@@ -68,7 +68,7 @@ from step1x_edit.model.conditioner import (
 )
 from step1x_edit.model.config import DEMO, AutoencoderConfig, TransformerConfig
 from step1x_edit.model.connector import masked_mean
-from step1x_edit.model.flow import add_noise, euler_step, guide, schedule, shift
+from step1x_edit.model.flow import euler_step, guide, schedule, shift
 from step1x_edit.model.latents import image_position_ids, pack, unpack
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
 from step1x_edit.model.rope import apply_rope, rope_table
@@ -1062,6 +1062,11 @@ def noised_batch(
         "scale": torch.where(is_six, 6.0, torch.from_numpy(rng.uniform(1.5, 10, count)).float()),
         "weight": torch.where(is_six, 1.0, 0.5),
     }
+
+
+def add_noise(clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+    """Return x_t on the line from `clean` (t = 0) to `noise` (t = 1)."""
+    return (1 - t) * clean + t * noise
 
 
 class Trajectories:

@@ -88,8 +88,3 @@ def norm_divisor(direction: Tensor) -> Tensor:
 def euler_step(x: Tensor, velocity: Tensor, t: float | Tensor, t_next: float | Tensor) -> Tensor:
     """Follow the velocity from t to t_next."""
     return x + (t_next - t) * velocity
-
-
-def add_noise(clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-    """Return x_t on the line from `clean` (t = 0) to `noise` (t = 1)."""
-    return (1 - t) * clean + t * noise
