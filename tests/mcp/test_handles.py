@@ -494,7 +494,7 @@ class Clock:
 
 
 async def ended(result: int) -> Pursuit[Progress, int]:
-    async def work(report: Notify[Progress]) -> int:
+    async def work(notify: Notify[Progress]) -> int:
         return result
 
     pursuit = Pursuit(work)
@@ -503,8 +503,8 @@ async def ended(result: int) -> Pursuit[Progress, int]:
 
 
 def endless() -> Pursuit[Progress, int]:
-    async def work(report: Notify[Progress]) -> int:
-        await report(Progress(Phase.ENCODING))
+    async def work(notify: Notify[Progress]) -> int:
+        await notify(Progress(Phase.ENCODING))
         await asyncio.Event().wait()
         return 0
 
@@ -560,11 +560,11 @@ async def test_closing_stops_what_runs_and_keeps_what_has_ended() -> None:
 async def test_a_listener_hears_the_last_event_the_next_ones_and_the_end() -> None:
     step = asyncio.Event()
 
-    async def work(report: Notify[Progress]) -> int:
-        await report(Progress(Phase.LOADING))
-        await report(Progress(Phase.ENCODING))
+    async def work(notify: Notify[Progress]) -> int:
+        await notify(Progress(Phase.LOADING))
+        await notify(Progress(Phase.ENCODING))
         await step.wait()
-        await report(Progress(Phase.DECODING))
+        await notify(Progress(Phase.DECODING))
         return 1
 
     pursuit = Pursuit(work)

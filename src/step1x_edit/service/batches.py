@@ -46,7 +46,7 @@ from step1x_edit.schemas.requests import (
     read_request,
 )
 from step1x_edit.service.editor import EditedFile
-from step1x_edit.service.file_edits import FileEdits, Inputs, NotifyOf, Opened
+from step1x_edit.service.file_edits import FileEdits, Inputs, Opened, ReporterOf
 from step1x_edit.service.files import FileIdentity, expanded
 
 JOURNAL_NAME: Final = ".step1x-edit-batch.jsonl"
@@ -334,7 +334,7 @@ class Batch:
         self._taken: set[str] = set()
         self._outputs: set[str] = set()
 
-    async def run(self, items: Sequence[Item], report_of: NotifyOf) -> BatchAnswer:
+    async def run(self, items: Sequence[Item], report_of: ReporterOf) -> BatchAnswer:
         """Edit one after the other, as `FileEdits.edit_several` does.
 
         Cancelling the call cancels the edit; finished results stay, and the next run finds them.

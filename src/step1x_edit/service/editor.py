@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from step1x_edit.schemas.answers import EditMetadata
     from step1x_edit.schemas.requests import GeneratePictureRequest, PictureRequest
 
-Notify: TypeAlias = Callable[[Progress], Awaitable[None]]
+Reporter: TypeAlias = Callable[[Progress], Awaitable[None]]
 """Called in the caller's own task, at least every few seconds, with the progress of an edit."""
 
 
@@ -51,7 +51,7 @@ class Editor(Protocol[E_co]):
         self,
         data: bytes,
         request: PictureRequest,
-        report: Notify,
+        report: Reporter,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
@@ -61,13 +61,13 @@ class Editor(Protocol[E_co]):
         self,
         data: bytes,
         request: PictureRequest,
-        report: Notify,
+        report: Reporter,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> E_co:
         """Edit a picture of a batch that `check_room` has admitted, which has room for each."""
 
     async def generate_picture(
-        self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
+        self, request: GeneratePictureRequest, report: Reporter, suffix: str = ".png"
     ) -> E_co:
         """Generate a picture from a prompt alone."""

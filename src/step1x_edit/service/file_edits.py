@@ -24,13 +24,13 @@ from step1x_edit.schemas.answers import (
     ErrorAnswer,
 )
 from step1x_edit.schemas.requests import EditRequest, GenerateRequest
-from step1x_edit.service.editor import EditedFile, Editor, Notify, unreported
+from step1x_edit.service.editor import EditedFile, Editor, Reporter, unreported
 from step1x_edit.service.files import FileAccess, FileIdentity, Output
 
 E = TypeVar("E", bound=EditedFile)
 T = TypeVar("T")
 
-NotifyOf: TypeAlias = Callable[[int], Notify]
+ReporterOf: TypeAlias = Callable[[int], Reporter]
 """Maps the number of a picture in a batch, from 0, to the receiver of its progress."""
 
 
@@ -78,7 +78,7 @@ class FileEdits(Generic[E]):
     async def edit(
         self,
         request: EditRequest,
-        report: Notify = unreported,
+        report: Reporter = unreported,
         image: bytes | None = None,
         output_dir: str | None = None,
     ) -> Saved[E]:
@@ -92,7 +92,7 @@ class FileEdits(Generic[E]):
         return await self._edit(self.editor.edit_picture, request, opened, report)
 
     async def edit_unsaved(
-        self, request: EditRequest, report: Notify = unreported, image: bytes | None = None
+        self, request: EditRequest, report: Reporter = unreported, image: bytes | None = None
     ) -> E:
         """Edit one picture and return the result as a PNG; otherwise as `edit`."""
         await self.editor.check_room()
@@ -100,7 +100,7 @@ class FileEdits(Generic[E]):
         return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
 
     async def edit_several(
-        self, requests: Sequence[EditRequest], output_dir: str | None, report_of: NotifyOf
+        self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReporterOf
     ) -> BatchAnswer:
         """Edit one picture after the other as `edit_each` does; no input is overwritten."""
         names = [request.image_path for request in requests]
@@ -112,7 +112,7 @@ class FileEdits(Generic[E]):
         names: Sequence[str],
         requests: Sequence[EditRequest],
         opened_of: Open,
-        report_of: NotifyOf,
+        report_of: ReporterOf,
     ) -> BatchAnswer:
         """As `edit_several`, with the names of the pictures in the answer and where each goes."""
         paths = [path for each in requests for path in (each.image_path, each.mask_path) if path]
@@ -132,7 +132,7 @@ class FileEdits(Generic[E]):
             items.append(BatchItem(input=names[index], result=result))
         return BatchAnswer.of(items)
 
-    async def generate(self, request: GenerateRequest, report: Notify = unreported) -> Saved[E]:
+    async def generate(self, request: GenerateRequest, report: Reporter = unreported) -> Saved[E]:
         """Generate one picture from a prompt alone and save it; otherwise as `edit`."""
         await self.editor.check_room()
         opened = await asyncio.to_thread(self._open_new, request)
@@ -191,7 +191,7 @@ class FileEdits(Generic[E]):
         edit: Callable[..., Awaitable[E]],
         request: EditRequest,
         opened: Opened,
-        report: Notify,
+        report: Reporter,
     ) -> Saved[E]:
         inputs, suffix = opened.inputs, opened.output.suffix
         edited = await edit(inputs.image, request, report, suffix, inputs.mask)

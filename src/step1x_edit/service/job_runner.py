@@ -21,7 +21,7 @@ from step1x_edit.errors import (
     ShuttingDownError,
     Step1XEditError,
 )
-from step1x_edit.service.editor import Notify
+from step1x_edit.service.editor import Reporter
 from step1x_edit.service.job_store import Job, JobInput, JobStore
 from step1x_edit.waiting import first_of
 
@@ -33,7 +33,7 @@ TIDY_INTERVAL_S: Final = 3600.0
 _RETRY_S: Final = 5.0  # for a full disk to get free space
 
 Operation: TypeAlias = Callable[
-    [JobInput, Mapping[str, object], Notify],
+    [JobInput, Mapping[str, object], Reporter],
     Awaitable[tuple[bytes, Mapping[str, object]]],
 ]
 """The work: takes the input, the request and a function to report progress to; returns the result

@@ -68,7 +68,7 @@ from step1x_edit.schemas.requests import (
     read_request,
     strengths_of,
 )
-from step1x_edit.service.editor import Notify, unreported
+from step1x_edit.service.editor import Reporter, unreported
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess, nearest_existing
 from step1x_edit.service.records import PictureOrder, job_of, metadata_of, record_of, with_seed
@@ -161,7 +161,7 @@ class EditService:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Notify = unreported,
+        report: Reporter = unreported,
         suffix: str = ".png",
         mask: bytes | None = None,
         previews: int = 0,
@@ -179,7 +179,7 @@ class EditService:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Notify = unreported,
+        report: Reporter = unreported,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> EditedPicture:
@@ -189,7 +189,7 @@ class EditService:
     async def generate_picture(
         self,
         request: GeneratePictureRequest,
-        report: Notify = unreported,
+        report: Reporter = unreported,
         suffix: str = ".png",
         previews: int = 0,
     ) -> EditedPicture:
@@ -339,7 +339,7 @@ class EditService:
         self,
         data: bytes | None,
         request: PictureOrder,
-        report: Notify,
+        report: Reporter,
         suffix: str,
         mask: bytes | None,
         submit: Callable[[EditJob], Edit],
@@ -433,7 +433,7 @@ class EditService:
         return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
 
 
-async def _run(edit: Edit, report: Notify) -> EditResult:
+async def _run(edit: Edit, report: Reporter) -> EditResult:
     try:
         async for event in edit.events():
             await report(event)

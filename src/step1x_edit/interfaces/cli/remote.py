@@ -41,7 +41,7 @@ from step1x_edit.schemas.requests import (
     PictureRequest,
     given_in,
 )
-from step1x_edit.service.editor import Notify
+from step1x_edit.service.editor import Reporter
 from step1x_edit.settings import Limits
 from step1x_edit.waiting import drop, first_of
 
@@ -85,7 +85,7 @@ class RemoteServer:
         self,
         data: bytes,
         request: PictureRequest,
-        report: Notify,
+        report: Reporter,
         suffix: str = ".png",
         mask: bytes | None = None,
     ) -> RemotePicture:
@@ -104,12 +104,12 @@ class RemoteServer:
     edit_next = edit_picture  # each edit is a stored job, which the server keeps until its turn
 
     async def generate_picture(
-        self, request: GeneratePictureRequest, report: Notify, suffix: str = ".png"
+        self, request: GeneratePictureRequest, report: Reporter, suffix: str = ".png"
     ) -> RemotePicture:
         """Generate a picture from text; cancelling the call cancels the job."""
         return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
 
-    async def _done(self, body: Mapping[str, Any], report: Notify, suffix: str) -> RemotePicture:
+    async def _done(self, body: Mapping[str, Any], report: Reporter, suffix: str) -> RemotePicture:
         """The result of a job with this body, in the format of the suffix."""
         async with self._client() as client:
             job = await self._created(client, body)
@@ -172,7 +172,9 @@ class RemoteServer:
             await self._check(answer)
         return self._read(JobAnswer, answer)
 
-    async def _heard(self, client: httpx2.AsyncClient, job: JobAnswer, report: Notify) -> JobAnswer:
+    async def _heard(
+        self, client: httpx2.AsyncClient, job: JobAnswer, report: Reporter
+    ) -> JobAnswer:
         """Receive the events of a job until it ends; an interrupted stream is resumed."""
         path, last = f"{_JOBS}/{job.id}", "0"
         if job.position is not None:
@@ -335,7 +337,7 @@ def _problem(answer: httpx2.Response) -> tuple[str, str]:
     return "", answer.reason_phrase
 
 
-async def _report(data: str, report: Notify) -> None:
+async def _report(data: str, report: Reporter) -> None:
     with contextlib.suppress(ValidationError, ValueError):  # progress is reported again
         progress = JobEventAnswer.model_validate_json(data).progress
         if progress is not None:

@@ -40,8 +40,8 @@ from step1x_edit.schemas.answers import (
 
 if TYPE_CHECKING:
     from step1x_edit.channel import Progress
-    from step1x_edit.service.editor import EditedFile, Notify
-    from step1x_edit.service.file_edits import NotifyOf
+    from step1x_edit.service.editor import EditedFile, Reporter
+    from step1x_edit.service.file_edits import ReporterOf
     from step1x_edit.settings import Settings
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ def print_failure(error: Step1XEditError, as_json: bool) -> None:
 # --- progress ------------------------------------------------------------------------------------
 
 
-ShowProgress = Callable[[str], "Notify"]
+ShowProgress = Callable[[str], "Reporter"]
 """Makes the function that receives progress, given the name of what is edited."""
 
 
@@ -138,7 +138,7 @@ def shown_progress() -> Iterator[ShowProgress]:
     """Show the progress of edits."""
     with display(err, now=now) as shown:
 
-        def of(label: str) -> Notify:
+        def of(label: str) -> Reporter:
             shown.begin(label)
 
             async def show(event: Progress) -> None:
@@ -153,13 +153,13 @@ def shown_progress() -> Iterator[ShowProgress]:
         yield of
 
 
-def watched(label: str, work: Callable[[Notify], Coroutine[Any, Any, T]]) -> T:
+def watched(label: str, work: Callable[[Reporter], Coroutine[Any, Any, T]]) -> T:
     """Run some work and show its progress."""
     with shown_progress() as progress_of:
         return asyncio.run(work(progress_of(label)))
 
 
-def of_several(progress_of: ShowProgress, names: Sequence[str]) -> NotifyOf:
+def of_several(progress_of: ShowProgress, names: Sequence[str]) -> ReporterOf:
     """The same for the pictures of a batch, by their numbers."""
     return lambda index: progress_of(f"{index + 1}/{len(names)} {names[index]}")
 

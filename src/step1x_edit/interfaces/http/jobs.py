@@ -47,6 +47,7 @@ from step1x_edit.schemas.answers import (
     JobState,
 )
 from step1x_edit.schemas.requests import JobsRequest, read_request
+from step1x_edit.service.editor import Reporter
 from step1x_edit.service.job_runner import Operation
 from step1x_edit.service.job_store import Job, JobEvent, JobInput, JobPage, JobStore
 from step1x_edit.service.records import with_seed
@@ -68,7 +69,7 @@ def job_operation(service: EditService) -> Operation:
     async def work(
         given: JobInput,
         request: Mapping[str, object],
-        report: Notify[Progress],
+        report: Reporter,
     ) -> tuple[bytes, Mapping[str, object]]:
         if given.image:
             asked = service.read_picture(request)

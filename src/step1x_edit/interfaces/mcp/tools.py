@@ -265,16 +265,16 @@ class _Editing(Pursuit[Progress, ToolResult]):
     """
 
     def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
-        async def work(report: Notify[Progress]) -> ToolResult:
+        async def work(notify: Notify[Progress]) -> ToolResult:
             from step1x_edit.pictures.images import PREVIEW_SIDE, preview
 
             edits = FileEdits(service, service.files)
             if isinstance(request, GenerateRequest):
-                made = await edits.generate(request, report)
+                made = await edits.generate(request, notify)
                 shown = jpeg_content(await asyncio.to_thread(preview, made.edited.picture))
                 link = link_to(made.answer, "The picture in full size")
                 return result_of(made.answer.to_dict(), shown, link)
-            saved = await edits.edit(request, report)
+            saved = await edits.edit(request, notify)
             before, after = await asyncio.gather(
                 service.preview(saved.source, PREVIEW_SIDE),
                 asyncio.to_thread(preview, saved.edited.picture),
