@@ -75,7 +75,7 @@ class Offload:
     """Move the model from the compute device to host memory."""
 
 
-Request: TypeAlias = Start | EditJob | Cancel | Offload
+ToWorker: TypeAlias = Start | EditJob | Cancel | Offload
 
 
 # --- to the engine -------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ class Channel:
         self._connection = connection
         self._sending = threading.Lock()
 
-    def send(self, message: Request | Report) -> None:
+    def send(self, message: ToWorker | Report) -> None:
         """Send a message; raises OSError when the other end is gone."""
         header: dict[str, Any] = {}
-        body: Request | Event
+        body: ToWorker | Event
         if isinstance(message, Report):
             body, header["residence"] = message.event, dataclasses.asdict(message.residence)
         else:
@@ -249,7 +249,7 @@ class Channel:
             for picture in pictures.values():
                 self._connection.send_bytes(_bytes_of(picture))
 
-    def receive(self) -> Request | Report:
+    def receive(self) -> ToWorker | Report:
         """Wait for a message; raises EOFError or OSError when the other end is gone."""
         frame = self._connection.recv_bytes()
         if not frame:

@@ -14,7 +14,7 @@ from step1x_edit.errors import InvalidParameterError
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import CHOSEN_BY_THE_OPERATOR, MAX_STRENGTH
 
-Command: TypeAlias = Callable[..., None]
+_Function: TypeAlias = Callable[..., None]
 
 WHOLE: Final = "<int>"
 _METAVARS: Final = {"integer": WHOLE, "number": "<float>"}
@@ -36,7 +36,7 @@ _Loras = Annotated[
 ]
 
 
-def with_options_of(request: type[BaseModel]) -> Callable[[Command], Command]:
+def with_options_of(request: type[BaseModel]) -> Callable[[_Function], _Function]:
     """Replace a command's argument `asked` by an option for each parameter of a request.
 
     The command receives in `asked` the values that were given, by the names of the parameters.
@@ -49,7 +49,7 @@ def with_options_of(request: type[BaseModel]) -> Callable[[Command], Command]:
         if name not in _OWN_WORDS
     }
 
-    def extend(command: Command) -> Command:
+    def extend(command: _Function) -> _Function:
         @functools.wraps(command)
         def called(**values: Any) -> None:
             asked = {name: values.pop(name) for name in options}

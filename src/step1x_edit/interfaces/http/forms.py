@@ -27,7 +27,7 @@ _MAX_FIELD_BYTES: Final = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Form:
+class SentForm:
     """The uploads and the other, unparsed fields of a request."""
 
     picture: bytes
@@ -40,7 +40,7 @@ class Form:
         return [(FILE, self.picture), (MASK, self.mask or b""), *texts]
 
 
-async def read_form(request: Request) -> Form:
+async def read_form(request: Request) -> SentForm:
     """Read a form; raises InvalidParameterError if a field is given twice."""
     if content_type(request) != "multipart/form-data":
         raise HTTPException(415, "Send a form, as multipart/form-data.")
@@ -53,7 +53,7 @@ async def read_form(request: Request) -> Form:
             mask = await _uploaded(fields.pop(MASK, None), MASK)
             if picture is None:
                 raise InvalidParameterError(f"{FILE} is missing")
-            return Form(picture, mask, fields)
+            return SentForm(picture, mask, fields)
     except ClientDisconnect:
         raise EditCancelledError from None
     except HTTPException as error:

@@ -11,9 +11,9 @@ from step1x_edit.errors import InternalError, Step1XEditError
 from step1x_edit.interfaces.http import problems, sse
 from step1x_edit.interfaces.http.idempotency import Run
 from step1x_edit.interfaces.http.openai.edits import (
-    Asked,
     Event,
     FinishedImage,
+    ImageRequest,
     ImagesAnswer,
     PartialImage,
 )
@@ -32,7 +32,7 @@ _NO_USAGE: Final = {
 """Tokens are not counted, but clients expect these fields."""
 
 
-def render(answer: ImagesAnswer, asked: Asked, base_url: str) -> dict[str, Any]:
+def render(answer: ImagesAnswer, asked: ImageRequest, base_url: str) -> dict[str, Any]:
     """The whole answer; links start with `base_url`."""
     return {
         "created": answer.created,
@@ -43,7 +43,7 @@ def render(answer: ImagesAnswer, asked: Asked, base_url: str) -> dict[str, Any]:
     }
 
 
-def _render_one(made: FinishedImage, asked: Asked, base_url: str) -> dict[str, Any]:
+def _render_one(made: FinishedImage, asked: ImageRequest, base_url: str) -> dict[str, Any]:
     one: dict[str, Any] = {}
     if asked.response_format == "url":
         one["url"] = base_url + CONTENT_PATH.format(image_id=made.image_id)
@@ -61,7 +61,7 @@ def _how(made: FinishedImage) -> dict[str, Any]:
     return {name: metadata[name] for name in names if name in metadata}
 
 
-def _form_of(made: FinishedImage, asked: Asked) -> dict[str, Any]:
+def _form_of(made: FinishedImage, asked: ImageRequest) -> dict[str, Any]:
     form = {
         "output_format": asked.output_format,
         "size": f"{made.width}x{made.height}",
@@ -85,7 +85,7 @@ def _about(answer: ImagesAnswer) -> dict[str, Any]:
     }
 
 
-def _render_partial(event: PartialImage, asked: Asked) -> str:
+def _render_partial(event: PartialImage, asked: ImageRequest) -> str:
     return _sse(
         {
             "type": f"{_kind_of(asked)}.partial_image",
@@ -100,7 +100,7 @@ def _render_partial(event: PartialImage, asked: Asked) -> str:
     )
 
 
-def _render_completed(answer: ImagesAnswer, asked: Asked) -> str:
+def _render_completed(answer: ImagesAnswer, asked: ImageRequest) -> str:
     made = answer.pictures[0]
     return _sse(
         {
@@ -116,7 +116,7 @@ def _render_completed(answer: ImagesAnswer, asked: Asked) -> str:
     )
 
 
-def _kind_of(asked: Asked) -> str:
+def _kind_of(asked: ImageRequest) -> str:
     return "image_generation" if isinstance(asked, ImageGenerationRequest) else "image_edit"
 
 
@@ -129,7 +129,7 @@ def _base64(data: bytes) -> str:
 
 
 async def stream(
-    run: Run[Event, ImagesAnswer], asked: Asked, keep_alive_s: float
+    run: Run[Event, ImagesAnswer], asked: ImageRequest, keep_alive_s: float
 ) -> AsyncIterator[str]:
     """The events of a run as text, with a comment after each `keep_alive_s` of silence."""
     with run.heard():

@@ -37,7 +37,7 @@ from step1x_edit.schemas.requests import (
 from step1x_edit.service.service import EditedPicture, EditService
 from step1x_edit.settings import Limits
 
-Asked: TypeAlias = ImageEditRequest | ImageGenerationRequest
+ImageRequest: TypeAlias = ImageEditRequest | ImageGenerationRequest
 _Own = TypeVar("_Own", PictureRequest, GeneratePictureRequest)
 
 _RETRY_S: Final = 1.0  # if the queue is full between the pictures of a request
@@ -133,7 +133,7 @@ class ImageEdits:
 
     async def _all(
         self,
-        asked: Asked,
+        asked: ImageRequest,
         first: _Own,
         one: Callable[[_Own], Awaitable[EditedPicture]],
         size: tuple[int, int] | None,
@@ -206,7 +206,7 @@ def _of_area(picture: Picture, pixels: int) -> tuple[int, int]:
 class _Reporter:
     """Turns the progress of an edit into events: its start, and its previews."""
 
-    def __init__(self, asked: Asked, notify: Notify[Event]) -> None:
+    def __init__(self, asked: ImageRequest, notify: Notify[Event]) -> None:
         self._asked = asked
         self._notify = notify
         self._has_begun = False
@@ -227,15 +227,17 @@ class _Reporter:
         self._count += 1
 
 
-def _suffix(asked: Asked) -> str:
+def _suffix(asked: ImageRequest) -> str:
     return f".{asked.output_format}"
 
 
-def _encoded(picture: Picture, asked: Asked) -> bytes:
+def _encoded(picture: Picture, asked: ImageRequest) -> bytes:
     return images.encode(picture, _suffix(asked), quality=asked.output_compression)
 
 
-def _finished(edited: EditedPicture, asked: Asked, size: tuple[int, int] | None) -> FinishedImage:
+def _finished(
+    edited: EditedPicture, asked: ImageRequest, size: tuple[int, int] | None
+) -> FinishedImage:
     """The picture in the requested format, size and background."""
     picture, data, suffix = edited.picture, edited.data, _suffix(asked)
     if asked.background == "opaque" and picture.alpha is not None:

@@ -28,7 +28,13 @@ from step1x_edit.interfaces.http.idempotency import (
     unless_gone,
 )
 from step1x_edit.interfaces.http.openai.answers import render, stream
-from step1x_edit.interfaces.http.openai.edits import Asked, Event, ImageEdits, ImagesAnswer, Linked
+from step1x_edit.interfaces.http.openai.edits import (
+    Event,
+    ImageEdits,
+    ImageRequest,
+    ImagesAnswer,
+    Linked,
+)
 from step1x_edit.interfaces.http.openai.requests import (
     CONTENT_PATH,
     EDITS_PATH,
@@ -107,7 +113,7 @@ class _Images:
         return Response(data, headers=headers, media_type=media_type)
 
     async def _answer(
-        self, request: Request, sent: Sent, asked: Asked, work: Work[Event, ImagesAnswer]
+        self, request: Request, sent: Sent, asked: ImageRequest, work: Work[Event, ImagesAnswer]
     ) -> Response:
         """Do the work once, and answer with all pictures or with a stream of events."""
         check_model(self.service, asked.model)
