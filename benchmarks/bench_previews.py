@@ -25,7 +25,7 @@ from PIL import Image
 from skimage import data
 
 from step1x_edit.checkpoints.read import read_checkpoint
-from step1x_edit.model.pipeline import Edited, EditPipeline, Progress
+from step1x_edit.model.pipeline import Edited, EditPipeline, Step
 from step1x_edit.model.request import NetworkRequest, Pixels
 
 PREVIEWS = 8
@@ -41,7 +41,7 @@ def edit(pipeline: EditPipeline, request: NetworkRequest) -> tuple[float, list[P
     began = clock()
     previews = []
     for event in pipeline.edit(request):
-        if isinstance(event, Progress) and event.preview is not None:
+        if isinstance(event, Step) and event.preview is not None:
             previews.append(event.preview)
             show(event.preview)
     seconds = clock() - began

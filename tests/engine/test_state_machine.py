@@ -37,7 +37,7 @@ from step1x_edit.errors import (
     Step1XEditError,
     WorkerLostError,
 )
-from step1x_edit.model.pipeline import Edited, EditRun, Plan, Progress
+from step1x_edit.model.pipeline import Edited, EditRun, Plan, Step
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.residency import Residency, allocate_slab
@@ -62,16 +62,16 @@ class LayerPipeline:
     def forget_tables(self) -> None:
         """It keeps none."""
 
-    def advance(self, run: EditRun, plan: Plan) -> Generator[Progress | Edited, None, None]:
-        yield Progress("encoding", 0, 1)
+    def advance(self, run: EditRun, plan: Plan) -> Generator[Step | Edited, None, None]:
+        yield Step("encoding", 0, 1)
         done: Any = run.state or 0
         for step in range(done + 1, NUM_STEPS + 1):
             if self.faults[0]:
                 self.faults[0] -= 1
                 raise MemoryError
             run.state = step  # type: ignore[assignment]
-            yield Progress("denoising", step, NUM_STEPS)
-        yield Progress("decoding", 0, 1)
+            yield Step("denoising", step, NUM_STEPS)
+        yield Step("decoding", 0, 1)
         # The picture proves that the weights were where they should be.
         is_right = torch.equal(self.layer.weight, TRUTH)
         image = run.request.image

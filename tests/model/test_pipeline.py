@@ -21,7 +21,7 @@ from step1x_edit.model.pipeline import (
     EditPipeline,
     EditRun,
     Plan,
-    Progress,
+    Step,
 )
 from step1x_edit.model.request import NetworkRequest
 from tiny import a_picture, tiny_pipeline
@@ -47,11 +47,11 @@ def test_an_edit_reports_each_step_and_ends_with_the_picture(pipeline: EditPipel
     *progress, edited = pipeline.edit(REQUEST)
 
     assert progress == [
-        Progress("encoding", 0, 1),
-        Progress("denoising", 1, 3),
-        Progress("denoising", 2, 3),
-        Progress("denoising", 3, 3),
-        Progress("decoding", 0, 1),
+        Step("encoding", 0, 1),
+        Step("denoising", 1, 3),
+        Step("denoising", 2, 3),
+        Step("denoising", 3, 3),
+        Step("decoding", 0, 1),
     ]
     assert isinstance(edited, Edited)
     assert edited.image.dtype == np.uint8
@@ -70,14 +70,14 @@ def test_a_preview_is_the_picture_on_the_straight_line_ahead(pipeline: EditPipel
         t = schedule(SHOWN.num_steps, encoded.rows * encoded.columns)
         for k in (1, 3):
             event = steps[k]
-            assert isinstance(event, Progress)
+            assert isinstance(event, Step)
             assert event.preview is not None
             here, there = states[k].latents, states[k + 1].latents
             ahead = there - t[k + 1] * (there - here) / (t[k + 1] - t[k])
             latents = unpack(ahead, encoded.rows, encoded.columns)
             expected = (encoded.sketch(latents, 48, 64)[0].clamp(-1, 1) + 1) * 127.5
             assert np.abs(event.preview - expected.permute(1, 2, 0).numpy()).max() <= 1
-    assert isinstance(steps[-1], Progress)
+    assert isinstance(steps[-1], Step)
     assert steps[-1].preview is None
 
 
@@ -93,7 +93,7 @@ def test_no_preview_runs_the_decoder(pipeline: EditPipeline) -> None:
             previews = [
                 event.preview is not None
                 for event in pipeline.edit(SHOWN)
-                if isinstance(event, Progress) and event.phase == "denoising"
+                if isinstance(event, Step) and event.phase == "denoising"
             ]
 
     assert previews == [False, True, False, True, False, False]
@@ -111,7 +111,7 @@ def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
 ) -> None:
     shown = dataclasses.replace(REQUEST, num_steps=4, previews=1)
     _, _, expected, *_ = pipeline.edit(shown)
-    assert isinstance(expected, Progress)
+    assert isinstance(expected, Step)
     assert expected.preview is not None
     with torch.inference_mode():
         encoded = pipeline.encode(shown)
@@ -126,10 +126,10 @@ def test_a_preview_that_fails_is_made_again_and_no_step_with_it(
     progress, image = advance(pipeline, run, second)
 
     assert progress == [
-        Progress("denoising", 2, 4),
-        Progress("denoising", 3, 4),
-        Progress("denoising", 4, 4),
-        Progress("decoding", 0, 1),
+        Step("denoising", 2, 4),
+        Step("denoising", 3, 4),
+        Step("denoising", 4, 4),
+        Step("decoding", 0, 1),
     ]
     assert progress[0].preview is not None
     assert np.abs(progress[0].preview - expected.preview.astype(int)).max() <= 1
@@ -146,7 +146,7 @@ def test_closing_the_generator_stops_the_work(pipeline: EditPipeline) -> None:
     hook = pipeline.transformer.img_in.register_forward_hook(count)
     try:
         events = pipeline.edit(REQUEST)
-        while next(events) != Progress("denoising", 1, 3):
+        while next(events) != Step("denoising", 1, 3):
             pass
         events.close()
     finally:
@@ -259,10 +259,10 @@ def counted(module: torch.nn.Module) -> Iterator[list[object]]:
         hook.remove()
 
 
-def advance(pipeline: EditPipeline, run: EditRun, plan: Plan) -> tuple[list[Progress], np.ndarray]:
+def advance(pipeline: EditPipeline, run: EditRun, plan: Plan) -> tuple[list[Step], np.ndarray]:
     *progress, edited = pipeline.advance(run, plan)
     assert isinstance(edited, Edited)
-    steps = [event for event in progress if isinstance(event, Progress)]
+    steps = [event for event in progress if isinstance(event, Step)]
     assert steps == progress
     return steps, edited.image
 
@@ -304,9 +304,9 @@ def test_an_edit_goes_on_after_a_failure_under_any_plan(
 
     progress, image = advance(pipeline, run, second)
 
-    encoding = [Progress("encoding", 0, 1)] if part == "vae.encoder" else []
-    steps = [Progress("denoising", step, 3) for step in range(steps_done + 1, 4)]
-    assert progress == [*encoding, *steps, Progress("decoding", 0, 1)]
+    encoding = [Step("encoding", 0, 1)] if part == "vae.encoder" else []
+    steps = [Step("denoising", step, 3) for step in range(steps_done + 1, 4)]
+    assert progress == [*encoding, *steps, Step("decoding", 0, 1)]
     assert np.abs(image - expected).max() <= (0 if second is PLANS[0] else 1)
 
 

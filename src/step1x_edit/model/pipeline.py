@@ -37,7 +37,7 @@ from step1x_edit.model.transformer import QuotedText, Transformer
 
 
 @dataclass(frozen=True)
-class Progress:
+class Step:
     """Step `step` of `total` of a phase; a step of denoising is reported when it is done."""
 
     phase: Literal["encoding", "denoising", "decoding"]
@@ -145,7 +145,7 @@ class EditPipeline:
         """Free the rotary tables that stay on the device between edits; they can be made again."""
         self._tables.clear()
 
-    def edit(self, request: NetworkRequest) -> Generator[Progress | Edited, None, None]:
+    def edit(self, request: NetworkRequest) -> Generator[Step | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
 
         Raises ValueError for a picture that is too narrow or that this checkpoint cannot make, and
@@ -154,7 +154,7 @@ class EditPipeline:
         return self.advance(EditRun(request), PLANS[0])
 
     @torch.inference_mode()
-    def advance(self, run: EditRun, plan: Plan) -> Generator[Progress | Edited, None, None]:
+    def advance(self, run: EditRun, plan: Plan) -> Generator[Step | Edited, None, None]:
         """Do what remains of a run, as `edit` does; the run keeps each step that is done.
 
         After a failure, such as memory running out, the same run can be advanced under another
@@ -164,7 +164,7 @@ class EditPipeline:
         if request.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {request.num_steps}")
         if run.encoded is None:
-            yield Progress("encoding", 0, 1)
+            yield Step("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
         run.label = self._name(run.encoded.branches[0])
         if run.state is None:
@@ -174,11 +174,11 @@ class EditPipeline:
         for state in self.denoise(run.encoded, run.state, request, plan):
             run.state = state
             yield self._report(run, state, run.encoded)
-        yield Progress("decoding", 0, 1)
+        yield Step("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
         yield Edited(image, run.label, run.encoded.cut)
 
-    def _report(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Progress:
+    def _report(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Step:
         """The progress after a step, with its preview if one is wanted."""
         preview = None
         is_shown = state.step in run.request.preview_steps
@@ -189,7 +189,7 @@ class EditPipeline:
             )
             preview = _as_pixels(encoded.sketch(latents, height, width)[0])
         run.steps_reported = state.step
-        return Progress("denoising", state.step, run.request.num_steps, preview)
+        return Step("denoising", state.step, run.request.num_steps, preview)
 
     # --- encode -----------------------------------------------------------------------------------
 
