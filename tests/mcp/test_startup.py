@@ -114,10 +114,14 @@ import_libraries()
 from step1x_edit.checkpoints.read import open_checkpoint
 open_checkpoint()
 print("libraries are there", file=sys.stderr, flush=True)
-import scipy, sklearn, torch, torch._dynamo, transformers
+from transformers.processing_utils import ProcessorMixin
 from step1x_edit.checkpoints.read import Qwen2_5_VLModel
+assert ProcessorMixin.get_possibly_dynamic_module("Qwen2_5_VLModel") is Qwen2_5_VLModel
+import scipy, sklearn, torch, torch._dynamo, transformers
 assert transformers.Qwen2_5_VLModel is Qwen2_5_VLModel
 assert torch.distributed.is_available()
+compiled = torch.compile(torch.nn.functional.gelu, backend="aot_eager")
+assert compiled(torch.ones(2)).shape == (2,)
 print(gc.isenabled())
 """
 
@@ -134,6 +138,9 @@ def test_a_worker_imports_its_libraries_without_what_no_model_needs() -> None:
 
     assert packages >= {"torch", "transformers"}
     assert not packages & {"pydantic", "scipy", "sklearn", "sympy"}
+    for module in ("torch._decomp", "torch._dynamo"):
+        assert module not in libraries
+        assert module in process.stderr
     assert process.stdout == "True\n"
 
 

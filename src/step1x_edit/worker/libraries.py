@@ -1,20 +1,22 @@
-"""Importing torch, and of transformers only the network that a checkpoint needs.
+"""Importing torch and transformers, of both only what the network of a checkpoint needs.
 
+`import torch` also imports how shapes are computed without numbers, which only its compiler needs.
 `import transformers` reads the 1,600 files of all its models to list their names, and on the way
 to any model it imports torch's compiler, torch's collectives and, if it finds them, scipy and
 scikit-learn. One process on one device that runs its network as it is written needs none of that;
-without it the import takes less than half the time. Nothing here changes what the network computes.
+without it the imports take half the time. Nothing here changes what the network computes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any, Final
@@ -29,6 +31,9 @@ _PACKAGES: Final = ("transformers", "transformers.models")
 
 _COMPILER: Final = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
 
+_SHAPES: Final = "torch._meta_registrations"
+"""Computes the shapes of results without their numbers, for the compiler."""
+
 
 def import_libraries() -> None:
     """Import torch, and transformers as far as it is used.
@@ -39,8 +44,7 @@ def import_libraries() -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
-        import torch  # noqa: F401
-
+        _import_torch()
         if "transformers" not in sys.modules:
             _import_network()
         from transformers.utils import logging as their_logging
@@ -54,6 +58,14 @@ def import_libraries() -> None:
     gc.freeze()
 
 
+def _import_torch() -> None:
+    """Import torch, and leave for later what only its compiler needs."""
+    if "torch" not in sys.modules:
+        sys.modules[_SHAPES] = _Later(_SHAPES)
+        sys.meta_path.insert(0, _ShapesFirst())
+    import torch  # noqa: F401
+
+
 def _import_network() -> None:
     """Import our modules that use transformers, without what they do not need.
 
@@ -64,7 +76,7 @@ def _import_network() -> None:
     stand_ins: dict[str, ModuleType | None] = dict.fromkeys(_LEFT_OUT)
     stand_ins |= {name: _Compiler(name) for name in _COMPILER}
     try:
-        with _replaced(stand_ins), _alone(), _bare_packages():
+        with _replaced(stand_ins), _alone(), _bare_packages(), _unlisted():
             import step1x_edit.checkpoints.read  # noqa: F401
     except Exception:  # whatever fails there, the whole package may still work
         log.debug("transformers is imported as a whole", exc_info=True)
@@ -83,6 +95,33 @@ def _replaced(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+class _Later(ModuleType):
+    """Stands in for a module, and imports it when something in it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real(self.__name__), name)
+
+
+def _real(name: str) -> ModuleType:
+    """Import a module, also if another stands in for it."""
+    if isinstance(sys.modules.get(name), _Later):
+        del sys.modules[name]
+    return importlib.import_module(name)
+
+
+class _ShapesFirst:
+    """A finder that finds nothing, but imports the shapes before torch's compiler."""
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> None:
+        if name in _COMPILER:
+            sys.meta_path.remove(self)
+            _real(_SHAPES)
 
 
 class _Compiler(ModuleType):
@@ -126,3 +165,15 @@ def _bare_packages() -> Iterator[None]:
     vars(packages["transformers"])["__version__"] = importlib.metadata.version("transformers")
     with _replaced(packages):
         yield
+
+
+@contextlib.contextmanager
+def _unlisted() -> Iterator[None]:
+    """Have transformers look up names in itself when it needs them, instead of listing all now."""
+    names = vars(importlib.import_module("transformers.utils"))
+    listed = names["direct_transformers_import"]
+    names["direct_transformers_import"] = lambda _: _Later("transformers")
+    try:
+        yield
+    finally:
+        names["direct_transformers_import"] = listed
