@@ -35,7 +35,7 @@ from step1x_edit.worker.opening import STAND_IN as STAND_IN_NAME
 from step1x_edit.worker.page_lock import lock_order
 from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency
-from step1x_edit.worker.streaming import BlockStreamer, HostCopies
+from step1x_edit.worker.streaming import BlockStreamer, HostCopies, ThroughSlots
 from tiny import a_picture, location, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
@@ -200,15 +200,9 @@ def test_each_block_is_read_when_it_is_needed_and_let_go(
 
     disk = ReadAhead(read)
     slots = torch.empty(num_slots, max(b.size for b in left_out), dtype=torch.uint8)
-    streamer = BlockStreamer(
-        arena,
-        arena.memories,
-        opened.checkpoint.pipeline.modules,
-        left_out,
-        slots,
-        HostCopies(copy),
-        disk,
-    )
+    passage = ThroughSlots(left_out, arena.memories, disk, slots, HostCopies(copy))
+    modules = opened.checkpoint.pipeline.modules
+    streamer = BlockStreamer(arena, modules, left_out, passage, STAND_IN)
 
     assert edited(opened.checkpoint.pipeline) == expected
 

@@ -19,7 +19,7 @@ from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.worker.residency import Residency
-from step1x_edit.worker.streaming import BlockStreamer
+from step1x_edit.worker.streaming import BlockStreamer, ThroughSlots
 from tiny import a_picture, location, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
@@ -208,7 +208,8 @@ def test_copies_beside_the_computing_are_waited_for_and_begun_one_block_ahead(
     assert size < max(block.size for block in passing)  # so one takes all slots
     slots = torch.empty(num_slots, size, dtype=torch.uint8)
     disk = ReadAhead(arena.read)
-    streamer = BlockStreamer(arena, arena.memories, pipeline.modules, passing, slots, copies, disk)
+    passage = ThroughSlots(passing, arena.memories, disk, slots, copies)
+    streamer = BlockStreamer(arena, pipeline.modules, passing, passage, STAND_IN)
 
     assert edited(pipeline) == expected
 

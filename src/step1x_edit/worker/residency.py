@@ -46,7 +46,7 @@ from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.errors import CheckpointError
 from step1x_edit.worker.page_lock import CudaPages, PageLock, lock_order
 from step1x_edit.worker.peak import PeakMeter
-from step1x_edit.worker.streaming import BlockStreamer, copies_for
+from step1x_edit.worker.streaming import BlockStreamer, ThroughSlots, copies_for
 
 if TYPE_CHECKING:
     from step1x_edit.schemas.answers import Location
@@ -401,15 +401,10 @@ class Residency:
         loaded.arena.bind(resident)
         streamer = None
         if slots is not None:
-            streamer = BlockStreamer(
-                loaded.arena,
-                loaded.host.memories,
-                loaded.opened.checkpoint.pipeline.modules,
-                passing,
-                slots,
-                copies_for(device, plan.num_slots, loaded.copy),
-                loaded.disk,
-            )
+            copies = copies_for(device, plan.num_slots, loaded.copy)
+            passage = ThroughSlots(passing, loaded.host.memories, loaded.disk, slots, copies)
+            modules = loaded.opened.checkpoint.pipeline.modules
+            streamer = BlockStreamer(loaded.arena, modules, passing, passage, device)
         loaded.plan = plan
         return Placed(plan, slabs, resident, streamer)
 

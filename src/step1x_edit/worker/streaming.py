@@ -1,12 +1,13 @@
-"""Block streaming: weights that do not fit on the device are copied there when they are needed.
+"""Block streaming: weights that do not fit where the model computes are brought there in time.
 
-A few slots on the device are used in turn. While one block computes, the next is copied into
-another slot. Before a block runs, its parameters become views of its slot; afterwards they are
-empty, so that missing weights can never be used by mistake. The numbers are those of the host's
-arena, so the result is the same bit for bit, whichever blocks are streamed.
+Before a block runs, its parameters become views of the memory that it has come to; afterwards they
+are empty, so that missing weights can never be used by mistake. The numbers are those of the files,
+so the result is the same bit for bit, whichever blocks are streamed.
 
-A block that is not in host memory is read from disk while the one before it computes, and its
-memory is freed as soon as it has been copied.
+On a device a few slots are used in turn: while one block computes, the next is copied into another
+slot. A block that is not in host memory is read from disk while the one before it computes, and its
+memory is freed as soon as it has been copied. Without a device a block computes in the memory that
+it was read into, which is freed as soon as it has run.
 """
 
 from __future__ import annotations
@@ -97,35 +98,41 @@ def copies_for(device: torch.device, num_slots: int, copy: Copy) -> Copies:
     return HostCopies(copy)
 
 
+class Passage(Protocol):
+    """How blocks come to where they compute. Blocks are named by their index in execution order."""
+
+    def bring(self, index: int) -> Tensor:
+        """The bytes of a block where they are used; prepares the block that probably follows."""
+
+    def release(self, index: int) -> None:
+        """Mark the work submitted so far as the last that uses the block."""
+
+    def forget(self, indices: Collection[int]) -> None:
+        """Bring these blocks again when they are needed next."""
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+
+
 class BlockStreamer:
-    """Copies the blocks of a network that do not stay on its device, just in time."""
+    """Brings the blocks of a network that do not stay where it computes, just in time."""
 
     def __init__(
         self,
         arena: Arena,
-        host: Mapping[str, Tensor],
         modules: Mapping[str, nn.Module],
         blocks: Sequence[Block],
-        slots: Tensor,
-        copies: Copies,
-        disk: ReadAhead,
+        passage: Passage,
+        device: torch.device,
     ) -> None:
-        """`modules` are the network's parts; `blocks` are those to stream, in execution order.
-
-        Blocks that are not in `host` come from `disk`. `slots` (N, size) are bytes on the device;
-        a block larger than one slot takes all of them.
-        """
+        """`modules` are the network's parts; `blocks` are those to stream, in execution order."""
         self._arena = arena
-        self._host = host
         self._blocks = blocks
-        self._slots = slots
-        self._copies = copies
-        self._disk = disk
-        self._holds: list[int | None] = [None] * len(slots)  # index of the block in each slot
-        self._turn = 0
+        self._passage = passage
+        self._device = device
         self._handles: list[RemovableHandle] = []
         for index, block in enumerate(blocks):
-            self._arena.empty(block.name, slots.device)
+            self._arena.empty(block.name, device)
             part, _, path = block.name.partition(".")
             module = modules[part].get_submodule(path)
             self._handles += [
@@ -138,36 +145,94 @@ class BlockStreamer:
         """Remove the hooks. The caller must bind the parameters again."""
         for handle in self._handles:
             handle.remove()
-        self._copies.finish()
+        self._passage.finish()
 
     def forget(self, blocks: Collection[str]) -> None:
-        """Copy these blocks again when they are needed next: their host memory will change."""
-        self._copies.finish()
+        """Bring these blocks again when they are needed next: their weights will change."""
         stale = {index for index, block in enumerate(self._blocks) if block.name in blocks}
-        self._holds = [None if held in stale else held for held in self._holds]
+        self._passage.forget(stale)
 
     def _before(self, index: int) -> Callable[..., None]:
         def bring(*_: object) -> None:
             # Tensors made in inference mode are of another kind, and compiled code would notice.
             with torch.inference_mode(False):
-                slots = self._where(index) or self._fetch(index, range(len(self._slots)))
-                self._copies.wait(slots)
-                self._arena.bind({self._blocks[index].name: self._memory(index, slots)})
-                following = self._following(index)
-                # Waiting for the disk here would make the device wait too.
-                if self._is_in_host(following) and not self._where(following):
-                    self._fetch(following, [s for s in range(len(self._slots)) if s not in slots])
-                self._read_ahead(index)
+                self._arena.bind({self._blocks[index].name: self._passage.bring(index)})
 
         return bring
 
     def _after(self, index: int) -> Callable[..., None]:
         def drop(*_: object) -> None:
             with torch.inference_mode(False):
-                self._copies.release(self._where(index))
-                self._arena.empty(self._blocks[index].name, self._slots.device)
+                self._passage.release(index)
+                self._arena.empty(self._blocks[index].name, self._device)
 
         return drop
+
+
+class FromDisk:
+    """Blocks compute in the memory that they are read into: at most two of them are there."""
+
+    def __init__(self, blocks: Sequence[Block], disk: ReadAhead) -> None:
+        self._blocks = blocks
+        self._disk = disk
+
+    def bring(self, index: int) -> Tensor:
+        memory = self._disk.take(self._blocks[index].name)
+        self._disk.begin(self._blocks[following(self._blocks, index)].name)
+        return memory
+
+    def release(self, index: int) -> None:
+        pass
+
+    def forget(self, indices: Collection[int]) -> None:
+        self._disk.drop()
+
+    def finish(self) -> None:
+        pass
+
+
+class ThroughSlots:
+    """Blocks are copied into slots on the device, from host memory or from disk."""
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        host: Mapping[str, Tensor],
+        disk: ReadAhead,
+        slots: Tensor,
+        copies: Copies,
+    ) -> None:
+        """Blocks that are not in `host` come from `disk`.
+
+        `slots` (N, size) are bytes on the device; a block larger than one slot takes all of them.
+        """
+        self._blocks = blocks
+        self._host = host
+        self._disk = disk
+        self._slots = slots
+        self._copies = copies
+        self._holds: list[int | None] = [None] * len(slots)  # index of the block in each slot
+        self._turn = 0
+
+    def bring(self, index: int) -> Tensor:
+        slots = self._where(index) or self._fetch(index, range(len(self._slots)))
+        self._copies.wait(slots)
+        next_one = following(self._blocks, index)
+        # Waiting for the disk here would make the device wait too.
+        if self._is_in_host(next_one) and not self._where(next_one):
+            self._fetch(next_one, [s for s in range(len(self._slots)) if s not in slots])
+        self._read_ahead(index)
+        return self._memory(index, slots)
+
+    def release(self, index: int) -> None:
+        self._copies.release(self._where(index))
+
+    def forget(self, indices: Collection[int]) -> None:
+        self._copies.finish()
+        self._holds = [None if held in indices else held for held in self._holds]
+
+    def finish(self) -> None:
+        self._copies.finish()
 
     def _where(self, index: int) -> list[int]:
         """The slots that hold this block or are being filled with it; empty if there are none."""
@@ -211,19 +276,19 @@ class BlockStreamer:
     def _read_ahead(self, index: int) -> None:
         """Begin to read the next block that comes from disk, if there is one."""
         passed = {index}
-        following = self._following(index)
-        while following not in passed:
-            if not self._is_in_host(following):
-                if not self._where(following):
-                    self._disk.begin(self._blocks[following].name)
+        next_one = following(self._blocks, index)
+        while next_one not in passed:
+            if not self._is_in_host(next_one):
+                if not self._where(next_one):
+                    self._disk.begin(self._blocks[next_one].name)
                 return
-            passed.add(following)
-            following = self._following(following)
+            passed.add(next_one)
+            next_one = following(self._blocks, next_one)
 
-    def _following(self, index: int) -> int:
-        """The block that will probably run next: the core is repeated for each step."""
-        following = (index + 1) % len(self._blocks)
-        component = self._blocks[index].component
-        if component == "core" and self._blocks[following].component != "core":
-            return next(i for i, block in enumerate(self._blocks) if block.component == "core")
-        return following
+
+def following(blocks: Sequence[Block], index: int) -> int:
+    """The block that will probably run next: the core is repeated for each step."""
+    next_one = (index + 1) % len(blocks)
+    if blocks[index].component == "core" and blocks[next_one].component != "core":
+        return next(i for i, block in enumerate(blocks) if block.component == "core")
+    return next_one
