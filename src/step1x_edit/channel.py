@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # a worker needs no pydantic
     from step1x_edit.schemas.requests import Precision
 
 GIB: Final = 1024**3
+GIGA: Final = 10**9
 
 
 # --- to the worker -------------------------------------------------------------------------------
@@ -96,7 +97,10 @@ class Phase(str, Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """Step `step` of `total` in a phase of an edit; in the queue, `step` is its position."""
+    """Step `step` of `total` in a phase of an edit.
+
+    In the queue, `step` is the position. While the model is read, `step` and `total` are bytes.
+    """
 
     phase: Phase
     step: int = 0
@@ -105,6 +109,8 @@ class Progress:
     """The picture as predicted at this step, in its working size, if one was requested."""
     is_known: bool = field(default=True, compare=False)
     """False once a small model has found that it does not know such an edit."""
+    left_s: float | None = field(default=None, compare=False)
+    """Estimated seconds until the end of the phase; None if unknown."""
 
     @property
     def text(self) -> str:
@@ -112,11 +118,19 @@ class Progress:
         match self.phase:
             case Phase.QUEUED:
                 return f"queued, position {self.step}"
+            case Phase.LOADING if self.step < self.total:
+                read = f"reading {self.step / GIGA:.1f} of {self.total / GIGA:.1f} GB"
+                return read if self.left_s is None else f"{read}, about {_rough(self.left_s)}"
             case Phase.LOADING:
                 return "loading model"
             case Phase.DENOISING:
                 return f"denoising {self.step}/{self.total}"
         return str(self.phase.value)
+
+
+def _rough(seconds: float) -> str:
+    """A duration as exact as an estimate can be: 40 s, 12 min."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 @dataclass(frozen=True)

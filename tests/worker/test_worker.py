@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from step1x_edit.channel import GIB, EditJob, Memory, Painted, Progress, Residence, Start
+from step1x_edit.channel import GIB, EditJob, Memory, Painted, Phase, Progress, Residence, Start
+from step1x_edit.checkpoints import arena
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import (
     CheckpointError,
@@ -19,6 +21,7 @@ from step1x_edit.errors import (
     ModelUnavailableError,
     OutOfMemoryError,
 )
+from step1x_edit.schemas.requests import Precision
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.process import load_worker
@@ -92,6 +95,43 @@ def test_the_first_edit_loads_the_model_and_the_next_one_finds_it(folder: Path) 
     assert told.placement.precision == "fp32"
     assert told.placement.predicted_peak_gb is None  # there is no device to run out of memory
     assert told.placement.host_gb > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_loading_tells_how_many_bytes_of_the_files_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    monkeypatch.setattr(arena, "REPORTED", 1000)
+    tensors = load_file(folder / "model.safetensors").values()
+    size = sum(tensor.nbytes for tensor in tensors)
+    worker = load_worker(Start(model_path=str(folder), device=STAND_IN, precision=precision))
+
+    first, *read = [
+        (event.step, event.total)
+        for event in worker.edit(job(), go_on)
+        if isinstance(event, Progress) and event.phase is Phase.LOADING
+    ]
+
+    assert first == (0, 0)  # before anything is known
+    assert len(read) > 5
+    assert read == sorted(set(read))
+    assert {total for _, total in read} == {size}
+    assert read[-1] == (size, size)
+
+
+def test_a_cancel_between_two_reports_of_loading_keeps_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "REPORTED", 1000)
+    worker = a_worker(folder)
+    events = worker.edit(job(), go_on)
+    while not (isinstance(event := next(events), Progress) and event.total):
+        pass
+
+    events.close()  # as the worker's loop does
+
+    assert worker.residence() == Residence()
+    outcome_of(worker, job())
 
 
 def test_the_placement_tells_what_an_edit_has_needed(folder: Path) -> None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ PIECE: Final = 16 * 1024**2
 
 CODED_PIECE: Final = PIECE // 4
 """Bytes of a matrix, in float32, that are coded at once: coding needs memory too."""
+
+REPORTED: Final = 128 * 1024**2
+"""Bytes between two reports of reading: about a second's work of an ordinary disk."""
 
 ORDER: Final = (
     ("conditioner", r"conditioner\.visual\.(patch_embed|rotary_pos_emb)"),
@@ -71,6 +74,13 @@ _RANKS: Final = tuple((component, re.compile(pattern)) for component, pattern in
 
 Check: TypeAlias = Callable[[], None]
 """Called between pieces of work; raises to stop it."""
+
+
+class Read(NamedTuple):
+    """Bytes of files that were read so far, and all that are to be read."""
+
+    done: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -141,35 +151,47 @@ class Arena:
         `check` is called between pieces and may raise to stop. Raises CheckpointError
         if a file cannot be read, has changed, or holds numbers that are not finite.
         """
-        self._read(self.memories, check)
+        _finish(self.filling(check))
+
+    def filling(self, check: Check = never_stop) -> Iterator[Read]:
+        """Read as `fill` does, and yield after each `REPORTED` bytes; then also at the end."""
+        return self._reading(self.memories, check)
 
     def read(self, block: str, check: Check = never_stop) -> Tensor:
         """The bytes of a block as in the files, in new memory; raises as `fill` does."""
         memory = self.room_for(block)
-        self._read({block: memory}, check)
+        _finish(self._reading({block: memory}, check))
         return memory
 
     def room_for(self, block: str) -> Tensor:
         """New memory of the size of a block."""
         return _reserve(self._sizes[block])
 
-    def _read(self, memories: Mapping[str, Tensor], check: Check) -> None:
+    def _reading(self, memories: Mapping[str, Tensor], check: Check) -> Iterator[Read]:
         """Read blocks into memory, by name."""
+        pieces = sorted(self._pieces(memories), key=_place_on_disk)
+        total = sum(piece.size for piece in pieces)
+        done = reported = 0
         threads = min(16, 2 * (os.cpu_count() or 1))
-        under_way: deque[Future[None]] = deque()
+        under_way: deque[Future[int]] = deque()
         with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
             try:
-                for piece in sorted(self._pieces(memories), key=_place_on_disk):
+                for piece in pieces:
                     check()
                     if len(under_way) == 2 * threads:
-                        under_way.popleft().result()
+                        done += under_way.popleft().result()
                     under_way.append(pool.submit(piece.read))
+                    if done - reported >= REPORTED:
+                        reported = done
+                        yield Read(done, total)
                 while under_way:
                     check()
                     under_way.popleft().result()
             finally:
                 for future in under_way:
                     future.cancel()
+        if reported:
+            yield Read(total, total)
 
     def weights_of(self, block: str) -> list[str]:
         """The names of the weights in a block."""
@@ -190,7 +212,7 @@ class Arena:
         if block in self.memories:
             memory.copy_(self.memories[block])
         else:
-            self._read({block: memory}, check)
+            _finish(self._reading({block: memory}, check))
         for place in self._places[block]:
             check()
             delta = delta_of(place.weight.name)
@@ -304,11 +326,18 @@ class _Piece:
     source: Span | Tensor
     target: Tensor  # flat
 
-    def read(self) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes to read from a file."""
+        return 0 if isinstance(self.source, Tensor) else self.source.size
+
+    def read(self) -> int:
+        """Read them, and return how many they are."""
         if isinstance(self.source, Tensor):
             self.target.copy_(self.source)
         else:
             _read(self.weight, self.source, self.target)
+        return self.size
 
 
 @dataclass(frozen=True)
@@ -322,7 +351,13 @@ class _CodedPiece:
     delta: Tensor | None
     """Added before coding."""
 
-    def read(self) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes to read from files."""
+        return 0 if isinstance(self.source, Tensor) else self.source.size
+
+    def read(self) -> int:
+        """Read and code the rows, and return how many bytes were read."""
         assert self.weight.code is not None
         rows = torch.empty(self.source.shape)
         if isinstance(self.source, Tensor):
@@ -337,6 +372,12 @@ class _CodedPiece:
         coded = code(rows, self.weight.code)
         self.codes.copy_(coded.codes)
         self.scale.copy_(coded.scale)
+        return self.size
+
+
+def _finish(reading: Iterator[Read]) -> None:
+    """Read to the end."""
+    deque(reading, maxlen=0)
 
 
 def _read(weight: Weight, span: Span, target: Tensor) -> None:

@@ -74,6 +74,11 @@ class Span:
     count: int
     dtype: torch.dtype
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.count * self.dtype.itemsize
+
     def part(self, start: int, stop: int) -> Span:
         """Its numbers from `start` on and before `stop`."""
         return replace(self, offset=self.offset + start * self.dtype.itemsize, count=stop - start)
@@ -94,6 +99,11 @@ class Stored:
 
     shape: tuple[int, ...]
     spans: tuple[Span, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the files."""
+        return sum(span.size for span in self.spans)
 
     def rows(self, start: int, stop: int) -> Stored:
         """Some rows, like a slice of a tensor."""

@@ -183,7 +183,7 @@ class _RunningEdit:
     ) -> Generator[E | Progress, None, T]:
         if not self.residency.is_ready(self.job.loras):
             yield Progress(Phase.LOADING)
-            self._make_ready()
+            yield from self._make_ready()
         placed = self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
@@ -191,11 +191,12 @@ class _RunningEdit:
             self._accept(checkpoint)
             return (yield from work(checkpoint, plan))
 
-    def _make_ready(self) -> None:
+    def _make_ready(self) -> Iterator[Progress]:
         """Load the model with the LoRAs of the job, and move it to where it computes."""
         try:
             self.residency.use_loras(self.job.loras, self.check)
-            self.residency.load(self.check, self._accept)
+            for done, total in self.residency.loading(self.check, self._accept):
+                yield Progress(Phase.LOADING, done, total)
         except (Step1XEditError, MemoryError):
             raise
         except Exception as error:

@@ -23,7 +23,8 @@ import itertools
 import logging
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from step1x_edit.channel import GIB, Memory
 from step1x_edit.checkpoints.ahead import ReadAhead
-from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Check, never_stop
+from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Check, Read, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes
 from step1x_edit.checkpoints.memory_plan import (
@@ -224,7 +225,6 @@ class Residency:
             host_gb=loaded.size / GIB,
         )
 
-    @torch.inference_mode(False)
     def load(
         self, check: Check = never_stop, accept: Callable[[Checkpoint], None] = accept_any
     ) -> None:
@@ -234,11 +234,18 @@ class Residency:
         `accept` is given the model before its weights are read, and `check` is called between
         pieces; if either raises, nothing is kept. Raises CheckpointError.
         """
+        deque(self.loading(check, accept), maxlen=0)
+
+    @torch.inference_mode(False)
+    def loading(
+        self, check: Check = never_stop, accept: Callable[[Checkpoint], None] = accept_any
+    ) -> Iterator[Read]:
+        """Load as `load` does, and yield what has been read; closing the iterator stops it."""
         self._refuse_if_lent()
         if self._loaded is not None:
             return
         try:
-            self._loaded = self._read(check, accept)
+            self._loaded = yield from self._reading(check, accept)
         except BaseException as error:
             _forget_locals(error)
             raise
@@ -362,14 +369,16 @@ class Residency:
         """Bytes of the slabs."""
         return 0 if self._placed is None else sum(slab.nbytes for slab in self._placed.slabs)
 
-    def _read(self, check: Check, accept: Callable[[Checkpoint], None]) -> Loaded:
+    def _reading(
+        self, check: Check, accept: Callable[[Checkpoint], None]
+    ) -> Generator[Read, None, Loaded]:
         """Open the checkpoint and read its weights into host memory."""
         opened = self._open_checkpoint()
         accept(opened.checkpoint)
         changes = opened.loras.changes(self._wanted)
         arena = Arena(opened.weights, () if self._device is None else opened.host.on_disk)
         host = ChangedBlocks(arena)
-        arena.fill(check)
+        yield from arena.filling(check)
         for name in host.differing(changes):
             host.put(name, changes, check)
         arena.attach(host.memories)
