@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
 from step1x_edit.channel import (
+    GIGA,
     Cancel,
     Done,
     EditJob,
@@ -98,6 +99,22 @@ def canvas(job: EditJob) -> Pixels:
     return np.full((job.height, job.width, 3), random.integers(0, 256, 3), dtype=np.uint8)
 
 
+def reads_nothing() -> Iterator[tuple[int, int]]:
+    """How a fake worker loads by default."""
+    yield from ()
+
+
+def slow_disk(clock: ManualClock, seconds: float) -> Callable[[], Iterator[tuple[int, int]]]:
+    """Loads of a fake worker that read 40 GB in quarters, each of which takes this long."""
+
+    def load() -> Iterator[tuple[int, int]]:
+        for quarter in range(1, 5):
+            clock.advance(seconds)
+            yield quarter * 10 * GIGA, 40 * GIGA
+
+    return load
+
+
 def inverted(job: EditJob) -> Pixels:
     """The default result of a fake worker for a picture."""
     return 255 - canvas(job)
@@ -157,6 +174,8 @@ class FakeWorker:
 
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
     paint: Callable[[EditJob], Pixels] = inverted
+    load: Callable[[], Iterator[tuple[int, int]]] = reads_nothing
+    """Yields the bytes that are read, and all; it may wait, advance a clock, raise or crash."""
     can_generate: bool = True
     device: str = "cpu"
     model: str = "fake"
@@ -212,6 +231,10 @@ class FakeWorker:
         self.kill()
         self.ended()
 
+    def _stop_if_cancelled(self, job: EditJob) -> None:
+        if self._cancelled == job.number:
+            raise EditCancelledError()
+
     def _check_alive(self) -> None:
         if not self.is_alive:
             raise WorkerLostError("it was ended by SIGSEGV")
@@ -222,6 +245,9 @@ class FakeWorker:
         try:
             if self.residence.location == "Unloaded":
                 yield self._report(Progress(Phase.LOADING))
+                for done, total in self.load():
+                    yield self._report(Progress(Phase.LOADING, done, total))
+                    self._stop_if_cancelled(job)
             location: Location = "CPU" if self.device == "cpu" else "GPU"
             loras = self.usual_loras if job.loras is None else job.loras
             self.residence = Residence(
@@ -245,8 +271,7 @@ class FakeWorker:
                 yield self._report(Progress(Phase.ENCODING))
                 for step in range(1, job.num_steps + 1):
                     self.before_step(job, step)
-                    if self._cancelled == job.number:
-                        raise EditCancelledError()
+                    self._stop_if_cancelled(job)
                     preview = predicted(job, step)
                     yield self._report(Progress(Phase.DENOISING, step, job.num_steps, preview))
                 yield self._report(Progress(Phase.DECODING))

@@ -158,6 +158,11 @@ class Residence:
     """The LoRAs in the model by name, and the strength of each."""
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the model is where it computes; otherwise the next edit loads or moves it."""
+        return self.location == ("CPU" if self.device == "cpu" else "GPU")
+
+    @property
     def model_with_loras(self) -> str | None:
         """The model of a picture in words: demo with LoRA hand 0.5."""
         return self.model and name_with_loras(self.model, self.loras)

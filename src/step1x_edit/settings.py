@@ -431,8 +431,15 @@ class Settings(BaseSettings):
         int, Field(ge=1, le=178, description="Largest input picture in millions of pixels")
     ] = 50
     edit_timeout: Annotated[
-        int, Field(ge=1, le=MOST, description="Seconds that one edit may take")
+        int,
+        Field(
+            ge=1, le=MOST, description="Seconds that one edit may take, without loading the model"
+        ),
     ] = 900
+    load_timeout: Annotated[
+        int,
+        Field(ge=1, le=MOST, description="Seconds that loading the model for an edit may take"),
+    ] = 3600
     data_dir: Annotated[
         Path,
         Field(

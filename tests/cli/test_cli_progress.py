@@ -13,7 +13,7 @@ from fakes import ManualClock
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.interfaces.cli import terminal
 from step1x_edit.interfaces.cli.progress import display, duration
-from step1x_edit.interfaces.time_left import TimeLeft
+from step1x_edit.time_left import TimeLeft
 
 TOTAL = 10
 

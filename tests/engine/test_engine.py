@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fakes import FakeWorker, Gate, ManualClock, a_job, canvas, predicted, settled
+from fakes import FakeWorker, Gate, ManualClock, a_job, canvas, predicted, settled, slow_disk
 from step1x_edit.channel import EditJob, Memory, Phase, Progress, Report
 from step1x_edit.engine.engine import HEARTBEAT_S, Engine, EngineStatus
 from step1x_edit.errors import (
@@ -640,17 +640,111 @@ async def test_a_worker_that_ignores_a_cancel_is_ended(make_engine: MakeEngine) 
     assert clock.now() < 200
 
 
-async def test_an_edit_that_loads_for_ever_ends_at_its_deadline(make_engine: MakeEngine) -> None:
+async def test_a_worker_that_hangs_while_it_loads_is_ended_at_the_limit_of_loading(
+    make_engine: MakeEngine,
+) -> None:
     clock = ManualClock()
     worker = FakeWorker()
     worker.silent_for = clock.advance
-    engine = make_engine(worker, clock=clock, edit_timeout_s=900)
+    engine = make_engine(worker, clock=clock, edit_timeout_s=10, load_timeout_s=2000)
 
-    with pytest.raises(DeadlineExceededError):
+    with pytest.raises(DeadlineExceededError, match="loading the model took longer than 2000 s"):
         await engine.submit(a_job()).result()
 
     await moved(engine.offload())  # comes after the edit
     assert not worker.is_alive
+    assert clock.now() > 2000
+
+
+async def test_loading_does_not_count_in_the_time_of_an_edit(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(lambda job, step: clock.advance(9), load=slow_disk(clock, 300))
+    engine = make_engine(worker, clock=clock, edit_timeout_s=100, load_timeout_s=1201)
+
+    await engine.submit(a_job()).result()
+
+    assert clock.now() == 100 + 4 * 300 + 10 * 9
+
+
+async def test_the_time_before_and_after_a_second_loading_counts_together(
+    make_engine: MakeEngine,
+) -> None:
+    """As when memory runs out, and the model is placed again."""
+    clock = ManualClock()
+
+    class PlacesItAgain(FakeWorker):
+        again: Report | None = None
+
+        def receive(self, timeout_s: float) -> Report | None:
+            if self.again is not None:
+                again, self.again = self.again, None
+                clock.advance(40)
+                return again
+            report = super().receive(timeout_s)
+            if report and report.event == Progress(Phase.DENOISING, 5, 10):
+                self.again = report
+                return replace(report, event=Progress(Phase.LOADING))
+            return report
+
+    worker = PlacesItAgain(before_step=lambda job, step: clock.advance(10))
+    engine = make_engine(worker, clock=clock, edit_timeout_s=100.5, load_timeout_s=50)
+
+    await engine.submit(a_job()).result()
+
+    engine = make_engine(worker, clock=clock, edit_timeout_s=95, load_timeout_s=50)
+    with pytest.raises(DeadlineExceededError, match="the edit took longer than 95 s"):
+        await engine.submit(a_job()).result()
+
+
+async def test_loading_beyond_its_limit_ends_the_edit_and_the_next_one_loads_again(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    disks = iter([slow_disk(clock, 300), slow_disk(clock, 100)])
+    worker = FakeWorker(load=lambda: next(disks)())
+    engine = make_engine(worker, clock=clock, load_timeout_s=700)
+    late, waiting = engine.submit(a_job("late")), engine.submit(a_job("next"))
+
+    with pytest.raises(DeadlineExceededError) as refusal:
+        await late.result()
+
+    assert str(refusal.value) == (
+        "Deadline exceeded: loading the model took longer than 700 s; keep it on a faster disk, "
+        "or set a higher LOAD_TIMEOUT"
+    )
+    await waiting.result()
+    assert worker.started == ["late", "next"]
+    assert worker.is_alive  # it was stopped, not lost
+
+
+async def test_a_worker_that_is_ready_has_no_time_for_loading(make_engine: MakeEngine) -> None:
+    clock, worker = ManualClock(), FakeWorker()
+    engine = make_engine(worker, clock=clock, edit_timeout_s=100)
+    await engine.submit(a_job()).result()
+
+    worker.silent_for = clock.advance
+
+    with pytest.raises(DeadlineExceededError, match="the edit took longer than 100 s"):
+        await engine.submit(a_job()).result()
+
+
+async def test_an_edit_reports_what_is_read_and_how_long_the_rest_takes(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    engine = make_engine(FakeWorker(load=slow_disk(clock, 20)), clock=clock)
+
+    edit = engine.submit(a_job())
+    texts = [event.text async for event in edit.events() if event.phase is Phase.LOADING]
+
+    assert texts == [
+        "loading model",
+        "reading 10.0 of 40.0 GB",
+        "reading 20.0 of 40.0 GB, about 40 s",
+        "reading 30.0 of 40.0 GB, about 20 s",
+        "loading model",
+    ]
+    assert engine.status().loading is None
 
 
 async def test_closing_refuses_moves_and_ends_the_worker(make_engine: MakeEngine) -> None:

@@ -186,6 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
             self._started,
             max_queue=MAX_QUEUE,
             edit_timeout_s=1e9,
+            load_timeout_s=1e9,
             idle_timeout_s=IDLE_S,
             release_timeout_s=RELEASE_S,
             clock=self.clock,

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker, Gate, ManualClock, settled
+from fakes import FakeWorker, Gate, ManualClock, settled, slow_disk
 from step1x_edit.channel import EditJob, Memory, Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -320,6 +320,22 @@ async def test_the_time_that_an_edit_may_take_is_a_setting(
     service = make_service(worker, clock=clock, edit_timeout=60)
 
     with pytest.raises(DeadlineExceededError, match="longer than 60 s"):
+        await edit(service, photo)
+
+
+async def test_the_time_that_loading_may_take_is_another_setting(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock = ManualClock()
+    service = make_service(
+        FakeWorker(load=slow_disk(clock, 100)), clock=clock, edit_timeout=60, load_timeout=401
+    )
+    await edit(service, photo)
+
+    service = make_service(
+        FakeWorker(load=slow_disk(clock, 100)), clock=clock, edit_timeout=60, load_timeout=399
+    )
+    with pytest.raises(DeadlineExceededError, match=r"loading the model took longer than 399 s"):
         await edit(service, photo)
 
 

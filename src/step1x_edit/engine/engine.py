@@ -35,7 +35,7 @@ from step1x_edit.channel import (
     Residence,
 )
 from step1x_edit.engine.pace import Paces, Stopwatch
-from step1x_edit.engine.watch import Watch
+from step1x_edit.engine.watch import TimeLimits, Watch
 from step1x_edit.errors import (
     DeadlineExceededError,
     EditCancelledError,
@@ -48,6 +48,7 @@ from step1x_edit.errors import (
     rebuild,
 )
 from step1x_edit.model.request import Pixels
+from step1x_edit.time_left import TimeLeft
 from step1x_edit.waiting import heartbeats
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class EngineStatus:
 
     residence: Residence = Residence()
     is_editing: bool = False
+    loading: Progress | None = None
+    """What has been read of the model, while an edit loads it."""
     is_monitoring: bool = False
     queue_length: int = 0
     idle_time_s: float = 0.0
@@ -221,6 +224,7 @@ class Engine:
         *,
         max_queue: int = 32,
         edit_timeout_s: float = 900.0,
+        load_timeout_s: float = 3600.0,
         idle_timeout_s: float = 60.0,
         release_timeout_s: float = 0.0,
         min_patience_s: float = 10.0,
@@ -232,7 +236,7 @@ class Engine:
         """
         self._start = start
         self._max_queue = max_queue
-        self._edit_timeout_s = edit_timeout_s
+        self._limits = TimeLimits(edit_timeout_s, load_timeout_s)
         self._idle_timeout_s = idle_timeout_s
         self._release_timeout_s = release_timeout_s
         self._min_patience_s = min_patience_s
@@ -473,7 +477,7 @@ class Engine:
         with self._changed:
             self._running = None
         self._last_use = self._clock.now()
-        self._note(is_editing=False)
+        self._note(is_editing=False, loading=None)
         if isinstance(result, EditResult):
             self._last_edit_s = self._last_use - started
         edit.finish(edit.stop_reason or result)
@@ -512,17 +516,19 @@ class Engine:
         worker.send(edit.job)
         watch = Watch(
             self._clock.now(),
-            self._edit_timeout_s,
+            self._limits,
             self._min_patience_s,
             has_previews=bool(edit.job.preview_steps),
+            is_loading=not self._snapshot.residence.is_ready,
         )
-        stopwatch = Stopwatch()
+        stopwatch, left = Stopwatch(), TimeLeft(self._clock.now)
         if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:
             now = self._clock.now()
             if edit.stop_reason is None and now >= watch.deadline:
-                self._stop_late(edit)
+                with self._changed:
+                    self._stop(edit, self._overrun(edit.job, watch))
             if edit.stop_reason is not None:
                 watch.stopped(now)
             report = worker.receive(max(0.0, watch.limit - now))
@@ -535,6 +541,9 @@ class Engine:
                 case Progress() as progress:
                     watch.saw(progress, now := self._clock.now())
                     stopwatch.saw(progress, now)
+                    left.saw(progress.phase, progress.step, progress.total or None)
+                    progress = replace(progress, left_s=left.seconds)
+                    self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
                     pace = stopwatch.pace(edit.job, self._clock.now())
@@ -546,15 +555,16 @@ class Engine:
                 case Done():
                     raise InternalError("the model ended without a picture")
 
-    def _stop_late(self, edit: Edit) -> None:
-        with self._changed:
-            self._stop(
-                edit,
-                DeadlineExceededError(
-                    f"the edit took longer than {self._edit_timeout_s:g} s; use fewer num_steps, "
-                    f"{edit.job.smaller}, or a higher EDIT_TIMEOUT"
-                ),
+    def _overrun(self, job: EditJob, watch: Watch) -> DeadlineExceededError:
+        if watch.is_loading:
+            return DeadlineExceededError(
+                f"loading the model took longer than {self._limits.load_s:g} s; keep it on a "
+                "faster disk, or set a higher LOAD_TIMEOUT"
             )
+        return DeadlineExceededError(
+            f"the edit took longer than {self._limits.edit_s:g} s; use fewer num_steps, "
+            f"{job.smaller}, or a higher EDIT_TIMEOUT"
+        )
 
     def _carry_out(self, order: _Order) -> None:
         if order.done is not None and not order.done.set_running_or_notify_cancel():

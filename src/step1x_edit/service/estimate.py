@@ -74,7 +74,7 @@ class Estimator:
             n=n,
             predicted_seconds=None if seconds is None else round(n * seconds, 1),
             predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,
-            must_load=_must_load(status.residence),
+            must_load=not status.residence.is_ready,
             queue_length=status.queue_length,
             model=residence.model,
             device=residence.device,
@@ -113,8 +113,3 @@ def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
         return None
     less = spared(size_level, plan.joint_branches)
     return round(plan.predicted_peak_gb - less / GIB, 2)
-
-
-def _must_load(residence: Residence) -> bool:
-    """Whether the next edit has to load the model or move it to the compute device first."""
-    return residence.location != ("CPU" if residence.device == "cpu" else "GPU")

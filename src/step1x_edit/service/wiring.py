@@ -49,6 +49,7 @@ def build_service(
         start or partial(WorkerProcess, start_of(settings)),
         max_queue=settings.max_queue,
         edit_timeout_s=settings.edit_timeout,
+        load_timeout_s=settings.load_timeout,
         idle_timeout_s=settings.gpu_idle_timeout,
         release_timeout_s=settings.gpu_release_timeout,
         clock=clock,

@@ -18,7 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from step1x_edit.interfaces.time_left import Now, TimeLeft
+from step1x_edit.time_left import Now, TimeLeft
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

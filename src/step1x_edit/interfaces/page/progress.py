@@ -7,7 +7,7 @@ import time
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.interfaces.page.lines import bar_line, caution
 from step1x_edit.interfaces.page.texts import text
-from step1x_edit.interfaces.time_left import Now, TimeLeft
+from step1x_edit.time_left import Now, TimeLeft
 
 
 class ProgressLine:
