@@ -113,15 +113,17 @@ assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens 
 import_libraries()
 from step1x_edit.checkpoints.read import open_checkpoint
 open_checkpoint()
+import torch
+torch.randn(1, generator=torch.Generator().manual_seed(1))
 print("libraries are there", file=sys.stderr, flush=True)
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import ProcessorMixin, transformers_module
+from transformers.utils.import_utils import _LazyModule
 from step1x_edit.checkpoints.read import Qwen2_5_VLModel
+assert not isinstance(transformers_module, _LazyModule), "all names are listed"
 assert ProcessorMixin.get_possibly_dynamic_module("Qwen2_5_VLModel") is Qwen2_5_VLModel
-import scipy, sklearn, torch, torch._dynamo, transformers
+import scipy, sklearn, torch._dynamo, transformers
 assert transformers.Qwen2_5_VLModel is Qwen2_5_VLModel
 assert torch.distributed.is_available()
-compiled = torch.compile(torch.nn.functional.gelu, backend="aot_eager")
-assert compiled(torch.ones(2)).shape == (2,)
 print(gc.isenabled())
 """
 
@@ -138,9 +140,6 @@ def test_a_worker_imports_its_libraries_without_what_no_model_needs() -> None:
 
     assert packages >= {"torch", "transformers"}
     assert not packages & {"pydantic", "scipy", "sklearn", "sympy"}
-    for module in ("torch._decomp", "torch._dynamo"):
-        assert module not in libraries
-        assert module in process.stderr
     assert process.stdout == "True\n"
 
 

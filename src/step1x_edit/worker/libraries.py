@@ -1,10 +1,9 @@
-"""Importing torch and transformers, of both only what the network of a checkpoint needs.
+"""Importing torch, and of transformers only the network that a checkpoint needs.
 
-`import torch` also imports how shapes are computed without numbers, which only its compiler needs.
 `import transformers` reads the 1,600 files of all its models to list their names, and on the way
 to any model it imports torch's compiler, torch's collectives and, if it finds them, scipy and
 scikit-learn. One process on one device that runs its network as it is written needs none of that;
-without it the imports take half the time. Nothing here changes what the network computes.
+without it the import takes a third of the time. Nothing here changes what the network computes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any, Final
@@ -31,9 +30,6 @@ _PACKAGES: Final = ("transformers", "transformers.models")
 
 _COMPILER: Final = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
 
-_SHAPES: Final = "torch._meta_registrations"
-"""Computes the shapes of results without their numbers, for the compiler."""
-
 
 def import_libraries() -> None:
     """Import torch, and transformers as far as it is used.
@@ -44,7 +40,8 @@ def import_libraries() -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
-        _import_torch()
+        import torch  # noqa: F401
+
         if "transformers" not in sys.modules:
             _import_network()
         from transformers.utils import logging as their_logging
@@ -56,14 +53,6 @@ def import_libraries() -> None:
     # Our own bars report the progress; those of transformers would fill the log of a server.
     their_logging.disable_progress_bar()
     gc.freeze()
-
-
-def _import_torch() -> None:
-    """Import torch, and leave for later what only its compiler needs."""
-    if "torch" not in sys.modules:
-        sys.modules[_SHAPES] = _Later(_SHAPES)
-        sys.meta_path.insert(0, _ShapesFirst())
-    import torch  # noqa: F401
 
 
 def _import_network() -> None:
@@ -101,27 +90,7 @@ class _Later(ModuleType):
     """Stands in for a module, and imports it when something in it is used."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(_real(self.__name__), name)
-
-
-def _real(name: str) -> ModuleType:
-    """Import a module, also if another stands in for it."""
-    if isinstance(sys.modules.get(name), _Later):
-        del sys.modules[name]
-    return importlib.import_module(name)
-
-
-class _ShapesFirst:
-    """A finder that finds nothing, but imports the shapes before torch's compiler."""
-
-    def find_spec(
-        self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
-    ) -> None:
-        if name in _COMPILER:
-            sys.meta_path.remove(self)
-            _real(_SHAPES)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 class _Compiler(ModuleType):
