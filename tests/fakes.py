@@ -313,6 +313,25 @@ class Gate:
         self._open.set()
 
 
+class HeldDisk:
+    """Loads of a fake worker that read 40 GB, 10 every 20 s, and are held when half is read."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self.clock = clock
+        self.is_half_read = threading.Event()
+        self._open = threading.Event()
+
+    def __call__(self) -> Iterator[tuple[int, int]]:
+        for quarter, report in enumerate(slow_disk(self.clock, 20)(), start=1):
+            yield report
+            if quarter == 2:
+                self.is_half_read.set()
+                assert self._open.wait(timeout=240), "the test never opened the disk"
+
+    def open(self) -> None:
+        self._open.set()
+
+
 def a_job(prompt: str = "invert", num_steps: int = 10) -> EditJob:
     """A small picture to edit."""
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

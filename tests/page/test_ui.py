@@ -34,7 +34,8 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from fakes import FakeWorker, Gate, ManualClock
+from conftest import MakeService
+from fakes import FakeWorker, Gate, HeldDisk, ManualClock
 from http_server import TOKEN, serving, until
 from local_hub import Fault, Hub, asked_by_default, running_hub
 from step1x_edit.channel import EditJob, Phase, Progress, Start
@@ -695,6 +696,27 @@ def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
         page.get_by_role("tab", name="Edit", exact=True).click()
         begin(page, photo, "invert")
         expect(page.locator(".chip .pill")).to_have_text("Model on the GPU")
+        page.close()
+
+
+@needs_browser
+def test_while_a_model_is_read_the_page_says_how_much_of_it(
+    make_service: MakeService, browser: Browser, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
+    expect.set_options(timeout=PATIENCE_MS)
+    clock = ManualClock()
+    disk = HeldDisk(clock)
+    with serving(make_service(FakeWorker(load=disk), clock=clock), api_key=None) as url:
+        page = browser.new_page(locale="en")
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(url)
+        page.wait_for_selector("#edit-run")
+        begin(page, photo, "invert")
+        expect(page.locator("#edit-line")).to_contain_text("Reading the model, 20.0 of 40.0 GB")
+        expect(page.locator(".chip .pill")).to_have_text("Reading the model, 20.0 of 40.0 GB")
+        disk.open()
+        page.wait_for_selector("#edit-download")
         page.close()
 
 

@@ -145,8 +145,12 @@ class RunningAnswer(_Answer):
             "saving"
         ),
     ] = None
-    step: Annotated[int | None, Field(description="Completed denoising steps")] = None
-    total: Annotated[int | None, Field(description="All denoising steps")] = None
+    step: Annotated[
+        int | None, Field(description="Completed denoising steps; while loading, bytes read")
+    ] = None
+    total: Annotated[
+        int | None, Field(description="All denoising steps; while loading, all bytes")
+    ] = None
     position: Annotated[int | None, Field(description="Position in the queue, from 1")] = None
 
 
@@ -257,8 +261,12 @@ class JobProgress(_Answer):
     """The progress of a job: `step` of `total` if the phase has steps, or its `position`."""
 
     phase: str
-    step: Annotated[int | None, Field(description="Completed steps of the phase")] = None
-    total: Annotated[int | None, Field(description="All steps of the phase")] = None
+    step: Annotated[
+        int | None, Field(description="Completed steps of the phase; while loading, bytes read")
+    ] = None
+    total: Annotated[
+        int | None, Field(description="All steps of the phase; while loading, all bytes")
+    ] = None
     position: Annotated[
         int | None, Field(description="Position in the queue of edits, from 1, while it waits")
     ] = None
@@ -389,6 +397,10 @@ class GpuStatus(_Answer):
     loras_in_model: Annotated[
         list[str] | None,
         Field(description="Those that the last edit used, as name:strength"),
+    ] = None
+    loading: Annotated[
+        str | None,
+        Field(description="While an edit loads the model: how much of it has been read, in words"),
     ] = None
 
 

@@ -226,6 +226,11 @@ class EditService:
         return self._engine.status().is_editing
 
     @property
+    def loading(self) -> Progress | None:
+        """What has been read of the model, while an edit loads it."""
+        return self._engine.status().loading
+
+    @property
     def version(self) -> str | None:
         """The model version, known once it has been loaded, or if a setting names it."""
         return self._engine.status().residence.version or named_version(self._settings)
@@ -419,6 +424,7 @@ class EditService:
             plan=None if residence.placement is None else _rounded(residence.placement),
             loras=list(self._loras) or None,
             loras_in_model=loras_of(residence.loras) or None,
+            loading=status.loading and status.loading.text,
         )
 
     def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:

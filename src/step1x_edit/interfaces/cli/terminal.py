@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic as now
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar
@@ -142,11 +143,16 @@ def shown_progress() -> Iterator[ShowProgress]:
             shown.begin(label)
 
             async def show(event: Progress) -> None:
-                if event.phase == "denoising":
-                    shown.show(event.phase, event.text, event.step, event.total)
-                else:  # in the queue each position is a phase
-                    phase = event.text if event.phase == "queued" else event.phase
-                    shown.show(phase, event.text)
+                text = replace(event, left_s=None).text  # the display says how long it takes
+                match event.phase:
+                    case "queued":  # each position is a phase
+                        shown.show(text, text)
+                    case "loading" if event.step < event.total:
+                        shown.show("reading", text, event.step, event.total)
+                    case "denoising":
+                        shown.show(event.phase, text, event.step, event.total)
+                    case _:
+                        shown.show(event.phase, text)
 
             return show
 

@@ -43,6 +43,7 @@ class _Health:
                 "model_location": status.model_location,
                 "model": status.model,
                 "queue_length": status.queue_length,
+                "loading": status.loading,
             }
         )
 

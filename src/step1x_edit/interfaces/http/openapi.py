@@ -1013,7 +1013,7 @@ GET_HEALTH: Final[dict[str, Any]] = {
     "operation_id": "get_health",
     "summary": "Get a summary of the server's state",
     "description": "Whether the server would accept an edit now, where the model is, and how many "
-    "edits are queued.",
+    "edits are queued. While an edit loads the model, `loading` says how much of it was read.",
     "responses": {
         200: _json(
             "The server responds",
@@ -1022,6 +1022,7 @@ GET_HEALTH: Final[dict[str, Any]] = {
                 "version": __version__,
                 "model_location": "Unloaded",
                 "queue_length": 0,
+                "loading": "reading 12.4 of 41.8 GB, about 40 s",
             },
         ),
         **_failures("internal"),

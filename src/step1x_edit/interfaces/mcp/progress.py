@@ -17,7 +17,7 @@ from step1x_edit.waiting import with_heartbeats
 
 T = TypeVar("T")
 
-_OF_MANY_STEPS: Final = (Phase.THINKING, Phase.DENOISING, Phase.REFLECTING)
+_OF_MANY_STEPS: Final = (Phase.LOADING, Phase.THINKING, Phase.DENOISING, Phase.REFLECTING)
 
 
 class ProgressReport:

@@ -44,13 +44,14 @@ def error_result(error: Step1XEditError) -> ToolResult:
 def running_result(job_id: str, progress: Progress | None) -> ToolResult:
     """The progress of an edit that continues without its call."""
     event = progress or Progress(Phase.QUEUED, step=1)
-    denoises, waits = event.phase is Phase.DENOISING, event.phase is Phase.QUEUED
+    waits = event.phase is Phase.QUEUED
+    counts = event.phase in (Phase.LOADING, Phase.DENOISING) and event.total > 0
     answer = RunningAnswer(
         job_id=job_id,
         message=f"The edit continues ({event.text}); get_job has its result",
         phase=event.phase.value,
-        step=event.step if denoises else None,
-        total=event.total if denoises else None,
+        step=event.step if counts else None,
+        total=event.total if counts else None,
         position=event.step if waits else None,
     )
     return result_of(answer.to_dict())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from step1x_edit.channel import Phase, Progress
+from step1x_edit.channel import GIGA, Phase, Progress
 from step1x_edit.interfaces.page.lines import bar_line, caution
 from step1x_edit.interfaces.page.texts import text
 from step1x_edit.time_left import Now, TimeLeft
@@ -32,11 +32,11 @@ class ProgressLine:
         if self._begun is None and progress.phase is not Phase.QUEUED:
             self._begun = self._now()
         self.is_known = self.is_known and progress.is_known
-        words, share = self._words(progress), 0.0
-        is_counted = progress.phase is Phase.DENOISING
+        words, share = words_of(progress, self._language), 0.0
+        is_counted = progress.phase in (Phase.LOADING, Phase.DENOISING) and progress.total > 0
         self._left.saw(progress.phase, progress.step, progress.total if is_counted else None)
         match progress.phase:
-            case Phase.DENOISING:
+            case Phase.LOADING | Phase.DENOISING if is_counted:
                 share = progress.step / progress.total
                 left = self._left.seconds
                 if left is not None and left > 1:  # otherwise overdue by an unknown time
@@ -46,6 +46,11 @@ class ProgressLine:
         line = bar_line(self._prefix + words, share)
         return line if self.is_known else line + caution(text("unknown_edit", self._language))
 
-    def _words(self, progress: Progress) -> str:
-        key = f"phase.{progress.phase.value}"
-        return text(key, self._language, step=progress.step, total=progress.total)
+
+def words_of(progress: Progress, language: str) -> str:
+    """The phase of an edit, and what is done of it."""
+    step, total = progress.step, progress.total
+    if progress.phase is Phase.LOADING and step < total:
+        read, size = f"{step / GIGA:.1f}", f"{total / GIGA:.1f}"
+        return text("phase.reading", language, read=read, size=size)
+    return text(f"phase.{progress.phase.value}", language, step=step, total=total)

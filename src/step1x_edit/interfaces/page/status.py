@@ -14,6 +14,7 @@ from step1x_edit.interfaces.page.form import Form
 from step1x_edit.interfaces.page.lines import alert_of, done_line
 from step1x_edit.interfaces.page.models import ModelsPanel
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
+from step1x_edit.interfaces.page.progress import words_of
 from step1x_edit.interfaces.page.texts import text
 from step1x_edit.schemas.answers import GpuAnswer, GpuStatus
 from step1x_edit.schemas.plan import PlanStatus
@@ -56,13 +57,19 @@ class SystemTab:
         """Show the current state; `name` and `shown` belong to the models."""
         status, language = self._service.status().gpu_status, visitor_language(request)
         update: dict[Any, Any] = {
-            self._chip: _chip(status, self._service.is_editing, language),
+            self._chip: _chip(status, self._doing(language), language),
             self._table: _table(status, language),
         }
         suggestion = self._service.suggestion
         for form in self._forms:
             update |= form.suggest(suggestion, language)
         return update | await self._models.refresh(request, name, shown)
+
+    def _doing(self, language: str) -> str | None:
+        """What the model is being used for, in words; None if nothing."""
+        if loading := self._service.loading:
+            return words_of(loading, language)
+        return text("editing", language) if self._service.is_editing else None
 
     async def move_away(self, request: gr.Request) -> str:
         return await _line_after(self._service.offload(), visitor_language(request))
@@ -79,8 +86,8 @@ async def _line_after(move: Awaitable[GpuAnswer], language: str) -> str:
     return done_line(text(f"at.{location}", language))
 
 
-def _chip(status: GpuStatus, is_editing: bool, language: str) -> str:
-    words = [text("editing" if is_editing else f"at.{status.model_location}", language)]
+def _chip(status: GpuStatus, doing: str | None, language: str) -> str:
+    words = [doing or text(f"at.{status.model_location}", language)]
     if status.queue_length:
         words.append(text("waiting", language, length=status.queue_length))
     return (

@@ -273,6 +273,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "待機中（{step} 番目）",
     ),
     "phase.loading": ("Loading the model", "正在加载模型", "正在載入模型", "モデルを読み込み中"),
+    "phase.reading": (
+        "Reading the model, {read} of {size} GB",
+        "正在读取模型，{read} / {size} GB",
+        "正在讀取模型，{read} / {size} GB",
+        "モデルを読み取り中（{read} / {size} GB）",
+    ),
     "phase.thinking": (
         "Thinking about the prompt",
         "正在思考指令",
