@@ -1,10 +1,10 @@
 """The size limit of a tool's answer, and how the answer of a large batch is shortened.
 
 Some clients refuse results of a megabyte, and a result contains its answer twice. So the answer of
-a batch of thousands of images is shortened in a fixed order: first the metadata of successes is
-left out, then the successes themselves (their files exist), then long paths and errors are cut. The
-summary is always kept, and so is every error until one line each is too much; then errors are only
-counted. `shortened` says what was left out.
+a batch of thousands of images is shortened, to one of two forms: without the metadata of successes,
+or without the successes (their files exist) and with long paths and errors cut. The summary is
+always kept, and so is every error until one line each is too much; then the rest is only counted.
+`shortened` says what was left out.
 """
 
 from __future__ import annotations
@@ -41,21 +41,18 @@ def result_size(answer: Answer) -> int:
 
 def _ever_shorter(answer: Answer) -> Iterator[Answer]:
     items: list[Answer] = answer["results"]
-    successes = sum(_succeeded(item) for item in items)
-
+    failures = [_in_brief(item) for item in items if not _succeeded(item)]
+    successes = len(items) - len(failures)
     yield _shortened(
         answer,
         [_without_metadata(item) for item in items],
         f"the metadata of {successes} edited images, which the files contain too",
     )
-    failures = [item for item in items if not _succeeded(item)]
-    told = f"{successes} edited images, which are in their output folders"
-    yield _shortened(answer, failures, told)
-
-    failures = [_in_brief(item) for item in failures]
-    told += "; long paths and errors are cut"
-    yield _shortened(answer, failures, told)
-
+    left_out = (
+        f"{successes} edited images, which are in their output folders; "
+        "long paths and errors are cut"
+    )
+    yield _shortened(answer, failures, left_out)
     kept = failures
     while kept:
         kept = kept[: len(kept) // 2]
@@ -63,7 +60,7 @@ def _ever_shorter(answer: Answer) -> Iterator[Answer]:
         yield _shortened(
             answer,
             kept,
-            f"{told}; {rest.total()} further failures are only counted, in further_failures",
+            f"{left_out}; {rest.total()} further failures are only counted, in further_failures",
         ) | {"further_failures": dict(rest)}
 
 
