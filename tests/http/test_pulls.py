@@ -22,7 +22,7 @@ from conftest import MakeService
 from http_server import TOKEN, calling, serving, until
 from local_hub import LISTING, Fault, Hub, asked_by_default, running_hub
 from step1x_edit.hub.catalog import CATALOG, find_model
-from step1x_edit.hub.pulls import TELL_S, Speed
+from step1x_edit.hub.pulls import REPORT_S, Speed
 from step1x_edit.schemas.answers import ModelsAnswer, PullAnswer
 
 NAME, OTHER = "v1.2", "v1.2-preview"
@@ -173,7 +173,7 @@ def test_the_newest_is_told_and_not_each_piece(client: httpx2.Client, hub: Hub) 
 
     assert 15_000_000 <= heard_of(iter(heard), 15_000_000)[-1][1]["done"] < 15_000_010
     assert heard[-2][1]["done"] == len(large) + 2
-    assert len(heard) <= 4 + seconds / TELL_S
+    assert len(heard) <= 4 + seconds / REPORT_S
 
 
 def test_a_line_that_breaks_is_taken_up_again(

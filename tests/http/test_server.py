@@ -298,11 +298,11 @@ def test_a_signal_ends_the_running_edit_then_the_server(
 
 BLOCKED = """
 import asyncio, logging, sys, time
-from step1x_edit.interfaces.process import hear_signals
+from step1x_edit.interfaces.process import watch_signals
 
 async def main():
     logging.basicConfig()
-    hear_signals(asyncio.get_running_loop().create_future(), float(sys.argv[1]))
+    watch_signals(asyncio.get_running_loop().create_future(), float(sys.argv[1]))
     print("blocked", flush=True)
     time.sleep(600)
 

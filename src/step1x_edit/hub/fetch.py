@@ -64,10 +64,10 @@ class RemoteFile:
     git_id: str | None
     """SHA-1 over a header and the content, which the hub reports for small files."""
 
-    def is_intact(self, path: Path, heard: Callable[[], None]) -> bool:
+    def is_intact(self, path: Path, after_piece: Callable[[], None]) -> bool:
         """Whether the content matches the hub's checksum; true if the hub lists none.
 
-        `heard` is called after each piece: reading 17 GB takes a while, and it may raise.
+        `after_piece` is called after each piece: reading 17 GB takes a while, and it may raise.
         """
         if self.sha256 is not None:
             digest, expected = hashlib.sha256(), self.sha256
@@ -79,7 +79,7 @@ class RemoteFile:
         with path.open("rb") as file:
             while chunk := file.read(READ_SIZE):
                 digest.update(chunk)
-                heard()
+                after_piece()
         return digest.hexdigest() == expected
 
 
@@ -399,10 +399,10 @@ def _check_length(file: RemoteFile, have: int, response: httpx2.Response) -> Non
         raise _other_length(file, str(have + int(announced)))
 
 
-def _other_length(file: RemoteFile, told: str) -> ModelFetchError:
+def _other_length(file: RemoteFile, announced: str) -> ModelFetchError:
     return ModelFetchError(
         f"{_host(file.url)} sends {file.path} in another size than it lists "
-        f"({told} instead of {file.size} bytes); try again later, or from another mirror "
+        f"({announced} instead of {file.size} bytes); try again later, or from another mirror "
         "(HF_ENDPOINT)"
     )
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TELL_S: Final = 0.25
+REPORT_S: Final = 0.25
 """The shortest interval between two reports to a listener."""
 _GRACE_S: Final = 1.0  # for the piece being read when the server ends
 _MEASURED_S: Final = 5.0
@@ -54,7 +54,7 @@ class Speed:
         """Record the number of bytes at a time."""
         if self._seen and done < self._seen[-1][1]:  # a wrong file is fetched again
             self._seen.clear()
-        if not self._seen or at_s - self._seen[-1][0] >= TELL_S:
+        if not self._seen or at_s - self._seen[-1][0] >= REPORT_S:
             self._seen.append((at_s, done))
         while at_s - self._seen[0][0] > _MEASURED_S:
             self._seen.popleft()
@@ -117,16 +117,16 @@ class Pull:
         return self._speed.bytes_per_s(time.monotonic())
 
     async def events(self) -> AsyncGenerator[PullProgress, None]:
-        """Yield the newest progress, at most once every `TELL_S`, and finally the last one."""
-        told = None
+        """Yield the newest progress, at most once every `REPORT_S`, and finally the last one."""
+        last = None
         while True:
             has_ended = self._ended.done()
-            if self.progress is not None and self.progress != told:
-                told = self.progress
-                yield told
+            if self.progress is not None and self.progress != last:
+                last = self.progress
+                yield last
             if has_ended:
                 return
-            await self.wait(TELL_S)
+            await self.wait(REPORT_S)
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Wait for its end, at most this many seconds."""
@@ -144,7 +144,7 @@ class Pull:
         try:
             from step1x_edit.hub.fetch import pull
 
-            outcome = pull(self.name, self._folder.parent, self._hear, wait=self._pause)
+            outcome = pull(self.name, self._folder.parent, self._note, wait=self._pause)
             log.info("pulled %s", self.name)
         except Step1XEditError as error:
             log.info("the pull of %s ended: %s", self.name, error)
@@ -155,7 +155,7 @@ class Pull:
         with contextlib.suppress(RuntimeError):  # the loop ended first
             self._loop.call_soon_threadsafe(self._ended.set_result, outcome)
 
-    def _hear(self, progress: PullProgress) -> None:
+    def _note(self, progress: PullProgress) -> None:
         if self._stopping.is_set():
             raise EditCancelledError
         self.progress = progress

@@ -189,7 +189,7 @@ def start_of_process(pid: int) -> str | None:
 def _started_by_ps(pid: int) -> str | None:
     """The same without /proc, such as on macOS; not available on Windows."""
     try:
-        told = subprocess.run(  # noqa: S603 - only a number varies
+        listed = subprocess.run(  # noqa: S603 - only a number varies
             ["ps", "-o", "lstart=", "-p", str(pid)],  # noqa: S607 - found on the PATH
             capture_output=True,
             env=inherited_environment(LC_ALL="C", TZ="UTC"),
@@ -198,7 +198,7 @@ def _started_by_ps(pid: int) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.decode("ascii", "replace").strip() or None
+    return listed.stdout.decode("ascii", "replace").strip() or None
 
 
 def _lives(pid: int) -> bool:

@@ -21,7 +21,7 @@ _EXIT_CODES: Final = {signal.SIGINT: 130, signal.SIGTERM: 0}
 if os.name == "posix":
     _EXIT_CODES[signal.SIGHUP] = 0  # the terminal was closed: stop as after SIGTERM
 _PATIENCE_S: Final = 10.0  # for the event loop to handle a signal
-_UNHEARD: Final = 128  # plus the signal's number: the exit code if no handler reacts
+_UNHANDLED: Final = 128  # plus the signal's number: the exit code if no handler reacts
 
 
 def log_to_stderr(settings: Settings) -> None:
@@ -30,44 +30,44 @@ def log_to_stderr(settings: Settings) -> None:
     settings.report()
 
 
-def tell(told: asyncio.Future[int], exit_code: int) -> None:
+def settle(exit_code: asyncio.Future[int], code: int) -> None:
     """Request the end of the process; the first request decides the exit code."""
-    if not told.done():
-        told.set_result(exit_code)
+    if not exit_code.done():
+        exit_code.set_result(code)
 
 
-def hear_signals(told: asyncio.Future[int], patience_s: float = _PATIENCE_S) -> None:
-    """Report when a signal arrives; a second one ends the process at once.
+def watch_signals(exit_code: asyncio.Future[int], patience_s: float = _PATIENCE_S) -> None:
+    """Settle the exit code when a signal arrives; a second one ends the process at once.
 
     A thread receives it first: if the event loop is blocked and does not handle it within
     `patience_s`, the thread ends the process. Does nothing on Windows.
     """
     if os.name != "posix":
         return
-    loop, is_heard = asyncio.get_running_loop(), threading.Event()
+    loop, is_handled = asyncio.get_running_loop(), threading.Event()
     numbers, wakes = socket.socketpair()
     wakes.setblocking(False)
     # Signals that are ignored at the start, as under nohup, stay ignored.
     signals = [each for each in _EXIT_CODES if signal.getsignal(each) is not signal.SIG_IGN]
 
-    def hear(number: int) -> None:
-        is_heard.set()
+    def handle(number: int) -> None:
+        is_handled.set()
         signal.set_wakeup_fd(-1)
         wakes.close()
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
-        tell(told, _EXIT_CODES[signal.Signals(number)])
+        settle(exit_code, _EXIT_CODES[signal.Signals(number)])
 
     def watch() -> None:
         number = _next_of(numbers, signals)
         with contextlib.suppress(RuntimeError):  # the loop is closed and cannot handle it
-            loop.call_soon_threadsafe(hear, number)
+            loop.call_soon_threadsafe(handle, number)
         numbers.settimeout(patience_s)
         with contextlib.suppress(TimeoutError):
             _next_of(numbers, signals)  # also returns once the loop has handled the first
-        if not is_heard.is_set():
+        if not is_handled.is_set():
             log.error("the event loop is blocked and handles no signal; the process ends now")
-            os._exit(_UNHEARD + number)
+            os._exit(_UNHANDLED + number)
 
     # Python writes a signal's number there at once, even if the main thread is busy.
     signal.set_wakeup_fd(wakes.fileno())

@@ -24,7 +24,7 @@ from step1x_edit.interfaces.discovery import announced, new_secret
 from step1x_edit.interfaces.http import connections
 from step1x_edit.interfaces.http.guard import MCP_PATH, Guard
 from step1x_edit.interfaces.http.metrics import Metrics
-from step1x_edit.interfaces.process import hear_signals
+from step1x_edit.interfaces.process import watch_signals
 from step1x_edit.interfaces.server import build_routes
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
@@ -75,8 +75,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(settings: Settings, service: EditService, listener: socket.socket) -> int:
-    stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()  # gets the exit code
-    hear_signals(stopped)
+    exit_code: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    watch_signals(exit_code)
     asyncio.get_running_loop().set_exception_handler(connections.LogOnce())
     metrics = Metrics(service)
     secret = new_secret()
@@ -89,14 +89,14 @@ async def _serve(settings: Settings, service: EditService, listener: socket.sock
         await first_of(serving, ready)
         if ready.done():
             with _findable(settings, listener, secret):
-                await first_of(serving, stopped)
+                await first_of(serving, exit_code)
         ready.cancel()
         server.should_exit = True
         routes.state.closing.set()
         # In a thread, so that the answers to the cancelled requests are still sent.
         await asyncio.to_thread(service.close, _GRACE_S)
         await serving
-    return stopped.result() if stopped.done() else 1
+    return exit_code.result() if exit_code.done() else 1
 
 
 class _Server(uvicorn.Server):

@@ -61,7 +61,7 @@ HEIC is included even if its decoder is not installed: an error message is bette
 _TABLES: Final = (".csv",)
 _LINES: Final = (".jsonl", ".ndjson")
 _SEPARATORS: Final = (";", "\t", ",")
-_BAD_ROWS_TOLD: Final = 3
+_BAD_ROWS_NAMED: Final = 3
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
                 wrong.append(f"line {line}: the output is that of line {taken[output]}")
             taken.setdefault(output, line)
     if wrong:
-        more = len(wrong) - _BAD_ROWS_TOLD
-        told = wrong[:_BAD_ROWS_TOLD] + ([f"and {more} more lines"] if more > 0 else [])
-        raise InvalidParameterError(f"{path.name} {'; '.join(told)}")
+        more = len(wrong) - _BAD_ROWS_NAMED
+        named = wrong[:_BAD_ROWS_NAMED] + ([f"and {more} more lines"] if more > 0 else [])
+        raise InvalidParameterError(f"{path.name} {'; '.join(named)}")
     if not items:
         raise InvalidParameterError(f"{path.name} has no lines with pictures")
     return items

@@ -53,9 +53,9 @@ class _Work:
     @property
     def state(self) -> str:
         """The phase, the time so far and, if known, the remaining time."""
-        told = f"{self.text}, {duration(self._now() - self._begun)}"
+        line = f"{self.text}, {duration(self._now() - self._begun)}"
         seconds = self.left.seconds
-        return told if seconds is None else f"{told}, about {duration(seconds)} left"
+        return line if seconds is None else f"{line}, about {duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -114,7 +114,7 @@ class RemoteServer:
         async with self._client() as client:
             job = await self._created(client, body)
             try:
-                ended = await self._heard(client, job, report)
+                ended = await self._followed(client, job, report)
                 if ended.status is not JobState.SUCCEEDED or ended.metadata is None:
                     raise rebuild(ended.code or "", ended.error or "")
                 content = f"{_JOBS}/{job.id}/content"
@@ -161,7 +161,7 @@ class RemoteServer:
             raise
 
     async def _sent(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> JobAnswer:
-        async with self._told():
+        async with self._reporting_silence():
             try:
                 answer = await self._bounded(client, "POST", _JOBS, _MAX_ANSWER, **body)
             except (httpx2.ReadError, httpx2.WriteError):  # refused before the body was read
@@ -172,7 +172,7 @@ class RemoteServer:
             await self._check(answer)
         return self._read(JobAnswer, answer)
 
-    async def _heard(
+    async def _followed(
         self, client: httpx2.AsyncClient, job: JobAnswer, report: Reporter
     ) -> JobAnswer:
         """Receive the events of a job until it ends; an interrupted stream is resumed."""
@@ -182,7 +182,7 @@ class RemoteServer:
         while not job.status.is_final:
             headers = {"Last-Event-ID": last}
             async with (
-                self._told(),
+                self._reporting_silence(),
                 client.stream("GET", f"{path}/events", headers=headers) as stream,
             ):
                 if not stream.is_success:
@@ -232,7 +232,7 @@ class RemoteServer:
         max_bytes: int = _MAX_ANSWER,
         **options: Any,
     ) -> httpx2.Response:
-        async with self._told():
+        async with self._reporting_silence():
             answer = await self._bounded(client, method, path, max_bytes, **options)
             await self._check(answer)
         return answer
@@ -275,7 +275,7 @@ class RemoteServer:
         return 4 * self._limits.max_pixels + self._limits.max_bytes + _MAX_ANSWER
 
     @contextlib.asynccontextmanager
-    async def _told(self) -> AsyncIterator[None]:
+    async def _reporting_silence(self) -> AsyncIterator[None]:
         """Report in one sentence that the server does not answer."""
         try:
             yield

@@ -286,7 +286,7 @@ class _Passage:
                 await self._refuse(refusal)
                 return
             try:
-                await app(self._scope, self._counted, self._told)
+                await app(self._scope, self._counted, self._answered)
             except Exception:
                 if self._cut is None:
                     raise
@@ -334,7 +334,7 @@ class _Passage:
         self._has_arrived = not message.get("more_body", False)
         return message
 
-    async def _told(self, message: Message) -> None:
+    async def _answered(self, message: Message) -> None:
         """Send the app's answer, unless the body was cut off before it began."""
         if self._cut is None or self._status is not None:
             await self._hardened(message)

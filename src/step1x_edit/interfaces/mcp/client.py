@@ -69,12 +69,12 @@ class MCPClient:
 
         `on_progress(progress, total, message)` receives the progress.
         """
-        heard = None if on_progress is None else _on_this_loop(on_progress)
+        handler = None if on_progress is None else _on_this_loop(on_progress)
         self._after_fork()
         with self._lock:
             if self._connection is None:
                 self._connection = _Connection(self._target, self._token)
-            answer = self._connection.start_call(name, dict(arguments or {}), heard)
+            answer = self._connection.start_call(name, dict(arguments or {}), handler)
         return await asyncio.wrap_future(answer)
 
     async def close(self) -> None:
@@ -188,13 +188,13 @@ def _on_this_loop(on_progress: ProgressHandler) -> ProgressHandler:
     """The handler for another thread, run on the loop of its caller."""
     loop = asyncio.get_running_loop()
 
-    async def hear(progress: float, total: float | None, message: str | None) -> None:
-        async def told() -> None:
+    async def handle(progress: float, total: float | None, message: str | None) -> None:
+        async def call() -> None:
             await on_progress(progress, total, message)
 
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(told(), loop))
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(), loop))
 
-    return hear
+    return handle
 
 
 def _transport(target: str | Path | None, token: str | None) -> ClientTransport:

@@ -27,7 +27,7 @@ from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.discovery import find_server
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.interfaces.mcp.stdin import take_stdin
-from step1x_edit.interfaces.process import hear_signals, log_to_stderr, tell
+from step1x_edit.interfaces.process import log_to_stderr, settle, watch_signals
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings, load_settings
@@ -178,19 +178,20 @@ async def _serve_until_stopped(server: FastMCP, stop: Stop, wire: int) -> None:
     gc.freeze()  # imported objects live until the end, so exclude them from garbage collection
     gc.enable()
     loop = asyncio.get_running_loop()
-    told: asyncio.Future[int] = loop.create_future()  # gets the exit code
-    hear_signals(told)  # on Windows clients close stdin instead
-    pipe = _Pipe(wire, lambda: loop.call_soon_threadsafe(tell, told, 0))
+    exit_code: asyncio.Future[int] = loop.create_future()
+    watch_signals(exit_code)  # on Windows clients close stdin instead
+    pipe = _Pipe(wire, lambda: loop.call_soon_threadsafe(settle, exit_code, 0))
     _Wire(pipe)
     take_stdin(pipe.send)
     serving = asyncio.ensure_future(server.run_async("stdio", show_banner=False))
-    await first_of(serving, told)
+    await first_of(serving, exit_code)
     stopping: asyncio.Future[None] = asyncio.ensure_future(stop())
     await asyncio.wait({stopping}, timeout=_GRACE_S + _LAST_WORDS_S)
-    if told.done():
+    if exit_code.done():
         await asyncio.wait({serving}, timeout=_LAST_WORDS_S)
-    elif (error := serving.exception()) is not None:
-        log.error("the connection failed", exc_info=error)
-    exit_code = told.result() if told.done() else int(serving.exception() is not None)
+    else:
+        if (error := serving.exception()) is not None:
+            log.error("the connection failed", exc_info=error)
+        settle(exit_code, int(error is not None))
     logging.shutdown()
-    os._exit(exit_code)
+    os._exit(exit_code.result())
