@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 from step1x_edit.channel import GIB
 from step1x_edit.checkpoints.memory_plan import (
     BRANCH,
+    COMPUTING_RESERVE,
     FIXED,
     GB,
+    HOST_RESERVE,
     HostPlan,
+    Rates,
     everything,
     fitting,
     hosted,
@@ -72,10 +76,10 @@ BYTES: dict[Precision, float] = {"auto": 2, "bf16": 2, "int8": 1, "nf4": 4.5 / 8
 """Of a number in the blocks that may pass; a scale for each 64 of nf4 counts half a bit."""
 
 
-def in_precision(precision: Precision) -> list[Part]:
+def in_precision(precision: Precision, blocks: Sequence[Part] = MODEL) -> list[Part]:
     share = BYTES[precision] / LINEAR
     return [
-        replace(part, size=int(share * part.size)) if is_matrix(part) else part for part in MODEL
+        replace(part, size=int(share * part.size)) if is_matrix(part) else part for part in blocks
     ]
 
 
@@ -83,10 +87,30 @@ def is_matrix(part: Part) -> bool:
     return re.search(r"[a-z]s\.\d", part.name) is not None
 
 
-def on_host(gb: float, **asked: Any) -> HostPlan:
-    return hosted(
-        in_precision, int(gb * GB), **{"has_device": True, "lockable_share": 0.6, **asked}
-    )
+SLOW = Rates(read=0.1 * GB, step_s=1.0)
+
+
+def never_measured() -> Rates:
+    raise AssertionError("there is nothing to measure for")
+
+
+def on_host(
+    gb: float, rates: Rates = SLOW, blocks: Sequence[Part] = MODEL, **asked: Any
+) -> HostPlan:
+    def blocks_of(precision: Precision) -> list[Part]:
+        return in_precision(precision, blocks)
+
+    usual = {
+        "free": int(gb * GB),
+        "reserve": HOST_RESERVE,
+        "lockable_share": 0.6,
+        "measure": lambda: rates,
+    }
+    return hosted(blocks_of, **{**usual, **asked})
+
+
+def without_device(gb: float, **asked: Any) -> HostPlan:
+    return on_host(gb, reserve=COMPUTING_RESERVE, **asked)
 
 
 def names(component: str) -> set[str]:
@@ -201,7 +225,7 @@ def test_the_plan_for_24_gb_says_why_in_words() -> None:
     resident = replace(everything(MODEL), host=host)
     assert streaming.reason.endswith(
         "; 24 GB of memory are free: the conditioner and a part of the prologue are read from disk "
-        "for each edit"
+        "for each edit (20.5 GB, about 205 s)"
     )
     assert resident.reason.endswith("are read from disk whenever the model goes to the device")
 
@@ -255,19 +279,64 @@ def test_a_precision_that_was_asked_for_is_kept(free: int, precision: Precision)
     assert "rounded" not in plan.reason()
 
 
-@pytest.mark.parametrize(
-    ("free", "precision"), [(64, "auto"), (40, "int8"), (20, "nf4"), (8, "nf4")]
-)
-def test_without_a_device_everything_is_in_memory(free: int, precision: Precision) -> None:
-    plan = on_host(free, has_device=False)
+@pytest.mark.parametrize(("free", "precision"), [(64, "auto"), (24, "auto"), (20, "int8")])
+def test_without_a_device_the_plan_is_the_same_with_room_for_activations(
+    free: int, precision: Precision
+) -> None:
+    plan = without_device(free)
 
     assert plan.precision == precision
-    assert not plan.on_disk
-    assert plan.size == sum(part.size for part in in_precision(precision))
+    assert plan.core_share == 1
+    assert plan.size + COMPUTING_RESERVE <= free * GB
+    assert bool(plan.on_disk) == (free < 64)
+
+
+@pytest.mark.parametrize(("read", "precision"), [(0.9, "int8"), (1.1, "auto")])
+@pytest.mark.parametrize("step_s", [1.0, 10.0])
+def test_weights_stay_exact_if_the_disk_reads_the_rest_of_the_core_while_a_step_computes(
+    read: float, precision: Precision, step_s: float
+) -> None:
+    exact = without_device(20, precisions=["bf16"])
+    core = [part for part in CORE if part.name in exact.on_disk]
+    size = sum(part.size for part in core)
+    assert 0 < size < 5 * GB
+
+    plan = without_device(20, rates=Rates(read * size / step_s, step_s))
+
+    assert plan.precision == precision
+    assert plan.is_rounded == (precision == "int8")
+    if precision == "auto":
+        assert plan.on_disk == exact.on_disk
+        assert f"in each step ({size / GB:.1f} GB, about" in plan.reason()
+        assert f"a step computes for at least {step_s:.0f} s)" in plan.reason()
+        assert plan.core_share == pytest.approx(1 - size / sum(part.size for part in CORE))
+
+
+def test_the_part_of_the_core_on_disk_is_spread_evenly_over_the_order_of_execution() -> None:
+    on_disk = without_device(16, precisions=["bf16"]).on_disk
+    stays = [part.name not in on_disk for part in CORE[1:-1]]
+
+    runs = "".join("X" if here else "." for here in stays)
+    assert max(map(len, runs.split("."))) <= 4
+    assert max(map(len, runs.split("X"))) <= 2
+
+
+def test_while_a_reply_is_written_the_conditioner_is_in_memory() -> None:
+    head = Part("conditioner.lm_head", "conditioner", LINEAR * 152_064 * 3584)
+    plain = without_device(24)
+
+    plan = without_device(24, measure=lambda: Rates(GB, 20.0), blocks=[*MODEL, head])
+
+    assert "reply" not in plain.reason()
+    assert names("conditioner") <= plan.out("edit")
+    assert not names("conditioner") & plan.out("reply")
+    assert "before a reply the conditioner takes the place of the core (16.5 GB" in plan.reason()
+    short = without_device(18, measure=lambda: Rates(GB, 20.0), blocks=[*MODEL, head])
+    assert "a part of it is read from disk for each token" in short.reason()
 
 
 def test_where_nobody_knows_what_is_free_everything_is_in_memory() -> None:
-    plan = hosted(in_precision, None, has_device=True, lockable_share=0.6)
+    plan = on_host(0, free=None, measure=never_measured)
 
     assert plan == HostPlan(size=sum(part.size for part in MODEL))
     assert plan.reason() == ""
@@ -303,7 +372,7 @@ def test_a_share_of_what_is_free_may_be_page_locked(share: float) -> None:
 def test_a_small_model_is_not_rounded_on_a_small_host() -> None:
     demo = [replace(part, size=part.size // 800) for part in MODEL]
 
-    plan = hosted(lambda _: demo, GB, has_device=False, lockable_share=0.6)
+    plan = without_device(1, blocks=demo, measure=never_measured)
 
     assert plan.precision == "auto"
     assert not plan.on_disk

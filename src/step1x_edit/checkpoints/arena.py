@@ -206,13 +206,15 @@ class Arena:
     ) -> None:
         """Write a block, with deltas added to some of its weights, into memory of its size.
 
+        If that is the block's own memory, the block is read again.
         `delta_of` returns the delta of a weight by its name, in float32. A matrix that is kept as
         codes is read again, so that it is rounded only once; raises as `fill` does.
         """
-        if block in self.memories:
-            memory.copy_(self.memories[block])
-        else:
+        base = self.memories.get(block)
+        if base is None or base is memory:
             _finish(self._reading({block: memory}, check))
+        else:
+            memory.copy_(base)
         for place in self._places[block]:
             check()
             delta = delta_of(place.weight.name)
@@ -446,6 +448,7 @@ def _rank(name: str) -> tuple[tuple[int, list[int]], str, str]:
 
 def _reserve(size: int) -> Tensor:
     """Anonymous memory, in huge pages if possible; freed with the last view."""
+    size = max(1, size)  # an empty mapping is an error
     if hasattr(mmap, "MAP_PRIVATE"):  # everywhere but on Windows
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     else:

@@ -1,10 +1,14 @@
-"""The blocks of an arena as they are used: its own, or copies with LoRAs added.
+"""The blocks of an arena as they are used: its own, or with LoRAs added.
 
-The arena stays as it was read. A block that LoRAs change has a copy, whose memory is reused when
-other LoRAs change it; a block that no LoRA changes has none.
+If all blocks are in memory, the arena stays as it was read: a block that LoRAs change has a copy,
+whose memory is reused when other LoRAs change it. If some stay on disk, memory is too scarce for
+copies: blocks in memory are changed in place, and read again to undo that; those on disk are
+changed each time they are read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,12 +21,14 @@ class ChangedBlocks:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        names = (block.name for block in arena.blocks)
+        names = [block.name for block in arena.blocks]
         self._marks: dict[str, tuple[Mark, ...] | None] = dict.fromkeys(names, ())
+        self._deltas: dict[str, Callable[[str], Tensor | None]] = {}  # of blocks on disk
+        self._has_room = len(arena.memories) == len(names)
         self.memories: dict[str, Tensor] = dict(arena.memories)
         """Always the same dictionary, so that its users see each change.
 
-        Blocks that stay on disk are not in it, unless LoRAs change them.
+        Blocks that stay on disk are not in it.
         """
 
     def differing(self, changes: Changes) -> list[str]:
@@ -37,15 +43,23 @@ class ChangedBlocks:
         """
         wanted, base = self._wanted(block, changes), self._arena.memories.get(block)
         self._marks[block] = None
-        if wanted:
-            if self.memories.get(block) is base:
+        if base is None:
+            self._deltas[block] = changes.delta_of
+        elif not wanted and self._has_room:
+            self.memories[block] = base
+        else:
+            if self._has_room and self.memories[block] is base:
                 self.memories[block] = self._arena.room_for(block)
             self._arena.write_changed(block, self.memories[block], changes.delta_of, check)
-        elif base is None:
-            self.memories.pop(block, None)
-        else:
-            self.memories[block] = base
         self._marks[block] = wanted
+
+    def read(self, block: str) -> Tensor:
+        """A block that stays on disk, in new memory; raises as `Arena.fill` does."""
+        if not self._marks[block]:
+            return self._arena.read(block)
+        memory = self._arena.room_for(block)
+        self._arena.write_changed(block, memory, self._deltas[block])
+        return memory
 
     def _wanted(self, block: str, changes: Changes) -> tuple[Mark, ...]:
         return changes.marks_of(self._arena.weights_of(block))

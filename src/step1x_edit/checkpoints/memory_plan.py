@@ -7,18 +7,21 @@ activations of a second branch, the conditioner, the prologue. Streamed core blo
 evenly over the order of execution, so that their copies are too.
 
 Host memory is spent by the same rule: the core, which each step reads, comes first; the
-conditioner and the prologue, which an edit reads once, may stay on disk. A plan changes time and
-memory but not one bit of the picture, with one exception: if the host has too little memory even
-for the core, and no precision is requested, the weights are rounded. Sizes are bytes; nothing here
-needs torch.
+conditioner and the prologue, which an edit reads once, may stay on disk. This holds with and
+without a device. For the replies of a model that thinks, the conditioner comes first, because each
+token reads it.
+
+A plan changes time and memory but not one bit of the picture, with one exception: if the host has
+too little memory for the core, the disk is too slow to read the rest of it in each step, and no
+precision is requested, the weights are rounded. Sizes are bytes; nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
 from step1x_edit.channel import GIB
 from step1x_edit.schemas.plan import PlanStatus
@@ -41,6 +44,8 @@ RESERVE: Final = (int(0.4 * GB), 0.03)
 HOST_RESERVE: Final = 4 * GB
 """Host memory reserved for pictures, libraries, blocks being copied and other programs; half of the
 free memory if that is less."""
+COMPUTING_RESERVE: Final = int(5.5 * GB)
+"""The same for a host that also computes: with the activations of an edit at 1024 pixels."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
 """The precisions to try, in this order, if none is requested."""
@@ -60,6 +65,19 @@ STREAMABLE: Final = re.compile(
 """Blocks that exactly one module uses, so that it is known when they are needed."""
 
 
+Use: TypeAlias = Literal["edit", "reply"]
+"""What the model is used for: an edit, or a reply in words, as for thinking."""
+
+_FIRST: Final[Mapping[Use, Sequence[str]]] = {
+    "edit": ("core", "prologue", "conditioner"),
+    "reply": ("conditioner", "core", "prologue"),
+}
+"""The components in the order in which they get host memory."""
+
+LM_HEAD: Final = "conditioner.lm_head"
+"""A block that only models have that write replies."""
+
+
 class Sized(Protocol):
     """A block of the model, in execution order."""
 
@@ -74,23 +92,43 @@ class Sized(Protocol):
 
 
 @dataclass(frozen=True)
+class Rates:
+    """How fast this machine is, as measured."""
+
+    read: float
+    """Bytes of exact weights per second that are read from disk."""
+    step_s: float
+    """The least seconds that a step computes: at 512 pixels, with one prompt."""
+
+
+@dataclass(frozen=True)
 class HostPlan:
     """The part of the model in host memory; all of it by default."""
 
     on_disk: frozenset[str] = frozenset()
-    """Names of the blocks that are read from disk each time they are needed."""
+    """Names of the blocks that an edit reads from disk each time they are needed."""
+    on_disk_in_replies: frozenset[str] = frozenset()
+    """The same while the model writes a reply."""
     precision: Precision = "auto"
     """Of the weights in host memory."""
     lockable: int | None = None
     """Bytes that may be page-locked; None is all of them."""
     size: int = 0
-    """Bytes of the blocks in host memory, as planned."""
+    """Bytes of the blocks in host memory, as planned for an edit."""
+    core_share: float = 1.0
+    """Share of the core's bytes that is in host memory."""
     free: int | None = None
     """Bytes that were free; None if unknown."""
     left_out: tuple[str, ...] = ()
     """The parts that stay on disk, in words."""
+    reads: tuple[str, ...] = ()
+    """What is read from disk when, in words."""
     is_rounded: bool = False
     """Whether the precision was lowered for lack of memory."""
+
+    def out(self, use: Use) -> frozenset[str]:
+        """Names of the blocks that stay on disk for this use."""
+        return self.on_disk if use == "edit" else self.on_disk_in_replies
 
     def reason(self, is_passing: bool = True) -> str:
         """The plan in words; empty if nothing is unusual.
@@ -100,13 +138,13 @@ class HostPlan:
         if self.free is None:
             return ""
         found = [f"the weights are rounded to {self.precision}"] if self.is_rounded else []
-        if self.left_out:
-            verb = "are" if len(self.left_out) > 1 else "is"
-            when = "for each edit" if is_passing else "whenever the model goes to the device"
-            found.append(f"{' and '.join(self.left_out)} {verb} read from disk {when}")
+        if is_passing:
+            found += self.reads
+        elif self.left_out:
+            found.append(f"{_are_read(self.left_out)} whenever the model goes to the device")
         if not found:
             return ""
-        return f"{self.free / GB:.0f} GB of memory are free: {' and '.join(found)}"
+        return f"{self.free / GB:.0f} GB of memory are free: {'; '.join(found)}"
 
 
 @dataclass(frozen=True)
@@ -185,31 +223,40 @@ def hosted(
     blocks_of: Callable[[Precision], Iterable[Sized]],
     free: int | None,
     *,
-    has_device: bool,
+    reserve: int,
     lockable_share: float,
+    measure: Callable[[], Rates],
     precisions: Sequence[Precision] = FALLING,
 ) -> HostPlan:
     """The plan for a host with `free` bytes; None if unknown: then nothing stays on disk.
 
     `blocks_of` returns the blocks of the model in a precision. The first precision whose core fits
-    is chosen, or the last one if none fits. Without a device nothing can stay on disk, so the whole
-    model has to fit.
+    is chosen, or the last one if none fits. Exact weights need not fit if the disk reads the rest
+    of the core while a step computes: `measure` is called if something has to stay on disk.
     """
+    rates = None
     for precision in precisions:
         blocks = list(blocks_of(precision))
-        on_disk = [] if free is None else _left_on_disk(blocks, free - min(HOST_RESERVE, free // 2))
-        needed = [block for block in on_disk if block.component == "core" or not has_device]
-        if not needed:
+        room = None if free is None else free - min(reserve, free // 2)
+        out = {use: _left_on_disk(blocks, room, order) for use, order in _FIRST.items()}
+        if out["edit"] and rates is None:
+            rates = measure()
+        core_out = _total(block for block in out["edit"] if block.component == "core")
+        is_hidden = precision == "auto" and rates and core_out <= rates.read * rates.step_s
+        if core_out == 0 or is_hidden:
             break
-    if not has_device:
-        on_disk = []
+    size = _total(blocks)
+    core = _total(block for block in blocks if block.component == "core")
     return HostPlan(
-        on_disk=frozenset(block.name for block in on_disk),
+        on_disk=_names(out["edit"]),
+        on_disk_in_replies=_names(out["reply"]),
         precision=precision,
         lockable=None if free is None else int(lockable_share * free),
-        size=_total(blocks) - _total(on_disk),
+        size=size - _total(out["edit"]),
+        core_share=1 - core_out / max(1, core),
         free=free,
-        left_out=tuple(_in_words(blocks, on_disk)),
+        left_out=_parts(blocks, out["edit"]),
+        reads=tuple(_in_words(blocks, out, rates if precision == precisions[0] else None)),
         is_rounded=precision != precisions[0],
     )
 
@@ -225,7 +272,7 @@ def plan_status(plan: MemoryPlan | None, precision: str, host: HostPlan) -> Plan
     if plan is None:
         reasons = ("the model computes in host memory", host.reason())
         return PlanStatus(
-            resident_share=1.0,
+            resident_share=host.core_share,
             precision=precision,
             streaming=False,
             slots=0,
@@ -272,32 +319,63 @@ def _with_more(
     )
 
 
-def _left_on_disk(blocks: Sequence[Sized], room: int) -> list[Sized]:
+def _left_on_disk(blocks: Sequence[Sized], room: int | None, order: Sequence[str]) -> list[Sized]:
     """The blocks that do not fit into the room, in execution order.
 
-    The core comes first, because each step reads it; then the prologue, which is read twice if the
-    branches run one after the other.
+    For an edit the core comes first, because each step reads it; then the prologue, which is read
+    twice if the branches run one after the other.
     """
+    if room is None:
+        return []
     room -= _total(block for block in blocks if not _may_pass(block))
-    out = set()
-    for component in ("core", "prologue", "conditioner"):
-        for block in _passing(blocks, component):
-            if block.size <= room:
-                room -= block.size
-            else:
-                out.add(block.name)
+    out: set[str] = set()
+    for component in order:
+        parts = _passing(blocks, component)
+        kept = _names(_spread(parts, room))
+        room -= _total(block for block in parts if block.name in kept)
+        out.update(block.name for block in parts if block.name not in kept)
         if out:
             room = 0  # some blocks of a less important component do not help
     return [block for block in blocks if block.name in out]
 
 
-def _in_words(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> Iterator[str]:
+def _in_words(
+    blocks: Sequence[Sized], out: Mapping[Use, Sequence[Sized]], rates: Rates | None
+) -> Iterator[str]:
+    """What stays on disk and, if the rates apply to this precision, how long it takes to read."""
+    if not out["edit"]:
+        return
+
+    def read(found: Sequence[Sized]) -> str:
+        size = f"{_total(found) / GB:.1f} GB"
+        return size if rates is None else f"{size}, about {_total(found) / rates.read:.0f} s"
+
+    once = [block for block in out["edit"] if block.component != "core"]
+    if once:
+        yield f"{_are_read(_parts(blocks, once))} for each edit ({read(once)})"
+    if core := [block for block in out["edit"] if block.component == "core"]:
+        step = "" if rates is None else f"; a step computes for at least {rates.step_s:.0f} s"
+        yield f"{_are_read(_parts(blocks, core))} in each step ({read(core)}{step})"
+    if any(block.name == LM_HEAD for block in blocks):
+        swapped = [block for block in blocks if block.component == "conditioner"]
+        yield f"before a reply the conditioner takes the place of the core ({read(swapped)})"
+        if rest := [block for block in out["reply"] if block.component == "conditioner"]:
+            yield f"a part of it is read from disk for each token ({read(rest)})"
+
+
+def _parts(blocks: Sequence[Sized], on_disk: Sequence[Sized]) -> tuple[str, ...]:
     """The parts that stay on disk, in words."""
+    parts = []
     for component in ("conditioner", "prologue", "core"):
         out = [block for block in on_disk if block.component == component]
         if out:
             is_whole = len(out) == len(_passing(blocks, component))
-            yield f"the {component}" if is_whole else f"a part of the {component}"
+            parts.append(f"the {component}" if is_whole else f"a part of the {component}")
+    return tuple(parts)
+
+
+def _are_read(parts: Sequence[str]) -> str:
+    return f"{' and '.join(parts)} {'are' if len(parts) > 1 else 'is'} read from disk"
 
 
 def _spread(blocks: Sequence[Sized], room: int) -> list[Sized]:
@@ -327,6 +405,10 @@ def _passing(blocks: Iterable[Sized], component: str) -> list[Sized]:
 
 def _may_pass(block: Sized) -> bool:
     return STREAMABLE.fullmatch(block.name) is not None
+
+
+def _names(blocks: Iterable[Sized]) -> frozenset[str]:
+    return frozenset(block.name for block in blocks)
 
 
 def _total(blocks: Iterable[Sized]) -> int:

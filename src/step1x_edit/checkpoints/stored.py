@@ -64,6 +64,12 @@ class StoredFile:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error}") from error
 
+    def forget(self, offset: int, size: int) -> None:
+        """Drop bytes from the system's page cache, if it allows that: they come from disk again."""
+        if hasattr(os, "posix_fadvise"):  # Linux
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -115,6 +121,11 @@ class Stored:
         """The same numbers in another shape."""
         assert math.prod(shape) == math.prod(self.shape)
         return Stored(shape, self.spans)
+
+    def forget(self) -> None:
+        """As `StoredFile.forget`."""
+        for span in self.spans:
+            span.file.forget(span.offset, span.count * span.dtype.itemsize)
 
     @staticmethod
     def concatenate(parts: Sequence[Stored]) -> Stored:

@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from step1x_edit.channel import EditJob, Painted, Phase, Progress, Residence
 from step1x_edit.checkpoints.arena import Check
+from step1x_edit.checkpoints.memory_plan import Use
 from step1x_edit.checkpoints.read import Checkpoint
 from step1x_edit.errors import (
     InvalidParameterError,
@@ -154,18 +155,18 @@ class _RunningEdit:
                 chat.rng.set_state(before)  # also if memory ran out during an earlier attempt
                 return (yield from chat.reply(images, prompt))
 
-            return (yield from self._with_model(reply))
+            return (yield from self._with_model(reply, "reply"))
 
-        config, chat = yield from self._with_model(chat_model)
+        config, chat = yield from self._with_model(chat_model, "reply")
         yield from reasoned_edit(self.job, config, self._edit, say)
 
     def _with_model(
-        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]]
+        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], use: Use = "edit"
     ) -> Generator[E | Progress, None, T]:
         """Work with the model where it computes; when memory runs out, try a cheaper plan."""
         for plan in itertools.chain(PLANS, self._smaller_plans()):
             try:
-                return (yield from self._attempt(work, plan))
+                return (yield from self._attempt(work, plan, use))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -179,11 +180,11 @@ class _RunningEdit:
             yield PLANS[-1]
 
     def _attempt(
-        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], plan: Plan
+        self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], plan: Plan, use: Use
     ) -> Generator[E | Progress, None, T]:
-        if not self.residency.is_ready(self.job.loras):
+        if not self.residency.is_ready(self.job.loras, use):
             yield Progress(Phase.LOADING)
-            yield from self._make_ready()
+            yield from self._make_ready(use)
         placed = self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
@@ -191,11 +192,11 @@ class _RunningEdit:
             self._accept(checkpoint)
             return (yield from work(checkpoint, plan))
 
-    def _make_ready(self) -> Iterator[Progress]:
+    def _make_ready(self, use: Use) -> Iterator[Progress]:
         """Load the model with the LoRAs of the job, and move it to where it computes."""
         try:
             self.residency.use_loras(self.job.loras, self.check)
-            for done, total in self.residency.loading(self.check, self._accept):
+            for done, total in self.residency.loading(self.check, self._accept, use):
                 yield Progress(Phase.LOADING, done, total)
         except (Step1XEditError, MemoryError):
             raise

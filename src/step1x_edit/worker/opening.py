@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from step1x_edit.checkpoints.arena import Block
-    from step1x_edit.checkpoints.memory_plan import MemoryPlan
+    from step1x_edit.checkpoints.memory_plan import MemoryPlan, Rates
     from step1x_edit.checkpoints.read import OpenedCheckpoint
     from step1x_edit.schemas.requests import Precision
 
@@ -28,6 +28,9 @@ STAND_IN: Final = "stand-in"
 
 MeasureHost: TypeAlias = Callable[[], HostMemory | None]
 """Returns the memory of the host and how much of it is free; None if unknown."""
+
+MeasureRates: TypeAlias = "Callable[[OpenedCheckpoint, torch.device | None], Rates]"
+"""Returns how fast this machine reads a checkpoint and computes with it."""
 
 
 def place_of(device: str) -> torch.device | None:
@@ -60,14 +63,24 @@ def chosen_device(start: Start) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def open_chosen(start: Start, measure: MeasureHost = host_memory.measure) -> OpenedCheckpoint:
+def open_chosen(
+    start: Start,
+    measure: MeasureHost = host_memory.measure,
+    measure_rates: MeasureRates | None = None,
+) -> OpenedCheckpoint:
     """Open the checkpoint to run, in a precision for which the host has memory.
 
     Raises CheckpointError, or ModelUnavailableError if the model is too large for this machine.
     """
-    from step1x_edit.checkpoints.memory_plan import FALLING, hosted
+    from step1x_edit.checkpoints.memory_plan import (
+        COMPUTING_RESERVE,
+        FALLING,
+        HOST_RESERVE,
+        hosted,
+    )
     from step1x_edit.checkpoints.read import Wanted, open_checkpoint
     from step1x_edit.hub.pulled import pulled_version, resolve_model_path
+    from step1x_edit.worker.rates import measured
 
     data_dir = Path(start.data_dir)
     path = resolve_model_path(start.model_path, data_dir)
@@ -76,6 +89,7 @@ def open_chosen(start: Start, measure: MeasureHost = host_memory.measure) -> Ope
         version=named or pulled_version(path, data_dir),
         loras={Path(file): strength for file, strength in start.loras.items()},
     )
+    precisions = FALLING if start.precision == "auto" else (start.precision,)
     tried: dict[Precision, OpenedCheckpoint] = {}
 
     def blocks_with(precision: Precision) -> tuple[Block, ...]:
@@ -85,18 +99,18 @@ def open_chosen(start: Start, measure: MeasureHost = host_memory.measure) -> Ope
             raise CheckpointError(f"MODEL_VERSION is {named}, but the checkpoint is {found}")
         return tried[precision].blocks
 
-    memory, has_device = measure(), place_of(chosen_device(start)) is not None
+    memory, place = measure(), place_of(chosen_device(start))
     plan = hosted(
         blocks_with,
         None if memory is None else memory.available,
-        has_device=has_device,
-        precisions=FALLING if start.precision == "auto" else (start.precision,),
+        reserve=COMPUTING_RESERVE if place is None else HOST_RESERVE,
         lockable_share=host_memory.lockable_share(),
+        measure=lambda: (measure_rates or measured)(tried[precisions[0]], place),
+        precisions=precisions,
     )
-    if memory is not None and not has_device and plan.size > memory.available:
-        smaller = "" if plan.precision == FALLING[-1] else f", or set PRECISION={FALLING[-1]}"
+    if memory is not None and place is None and plan.size > memory.available:
         raise ModelUnavailableError(
-            f"the model needs {plan.size / GIB:.1f} GiB of memory and "
-            f"{memory.available / GIB:.1f} GiB are free: free some{smaller}"
+            f"the model needs at least {plan.size / GIB:.1f} GiB of memory and "
+            f"{memory.available / GIB:.1f} GiB are free: free some"
         )
     return replace(tried[plan.precision], host=plan)

@@ -47,6 +47,7 @@ from step1x_edit.worker.libraries import import_libraries
 from step1x_edit.worker.memory import free_memory, is_out_of_memory
 from step1x_edit.worker.opening import (
     MeasureHost,
+    MeasureRates,
     chosen_device,
     open_chosen,
     place_of,
@@ -60,7 +61,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_worker(start: Start, measure: MeasureHost = host_memory.measure) -> PipelineWorker:
+def load_worker(
+    start: Start,
+    measure: MeasureHost = host_memory.measure,
+    measure_rates: MeasureRates | None = None,
+) -> PipelineWorker:
     """Prepare a worker for the model, which the first edit loads."""
     import_libraries()
     from step1x_edit.worker.edits import PipelineWorker
@@ -69,7 +74,7 @@ def load_worker(start: Start, measure: MeasureHost = host_memory.measure) -> Pip
     device = chosen_device(start)
     place = place_of(device)
     plan = partial(plan_for, place)
-    residency = Residency(partial(open_chosen, start, measure), place, plan=plan)
+    residency = Residency(partial(open_chosen, start, measure, measure_rates), place, plan=plan)
     return PipelineWorker(residency, device)
 
 

@@ -7,8 +7,9 @@ Weights never change, so the arena in host memory stays valid for as long as the
 Onloading copies its blocks into slabs on the device and makes the network's parameters views of
 the slabs; offloading points the parameters at the arena again, drops the slabs and copies nothing.
 Blocks that the memory plan does not keep on the device are streamed while the model computes.
-Blocks for which the host has no memory stay on disk and are read each time they are needed.
-LoRAs are added to copies of the blocks that they change; only these blocks move.
+Blocks for which the host has no memory stay on disk and are read each time they are needed, also if
+the model computes in host memory. A reply keeps other blocks in memory than an edit: they change
+places. LoRAs are added to copies of the blocks that they change; only these blocks move.
 A residency belongs to one thread and has no lock. It knows nothing of jobs, pipes or users' files.
 
 All moves happen outside inference mode, even if the caller is in it: tensors made in it are of
@@ -38,6 +39,7 @@ from step1x_edit.checkpoints.changed import ChangedBlocks
 from step1x_edit.checkpoints.lora import Changes
 from step1x_edit.checkpoints.memory_plan import (
     MemoryPlan,
+    Use,
     everything,
     plan_status,
     slot_size,
@@ -47,7 +49,7 @@ from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.errors import CheckpointError
 from step1x_edit.worker.page_lock import CudaPages, PageLock, lock_order
 from step1x_edit.worker.peak import PeakMeter
-from step1x_edit.worker.streaming import BlockStreamer, ThroughSlots, copies_for
+from step1x_edit.worker.streaming import BlockStreamer, FromDisk, ThroughSlots, copies_for
 
 if TYPE_CHECKING:
     from step1x_edit.schemas.answers import Location
@@ -75,9 +77,13 @@ class Loaded:
     """The blocks in host memory, with the LoRAs added."""
     disk: ReadAhead
     """Reads the blocks that are not in host memory."""
+    on_disk: frozenset[str]
+    """The names of these blocks."""
     changes: Changes
     """The LoRAs in the model."""
     page_lock: PageLock | None
+    streamer: BlockStreamer | None = None
+    """Brings the blocks on disk if the model computes in host memory."""
     plan: MemoryPlan | None = None
     """By which the model was last placed on the device."""
     core_limit: float = 1.0
@@ -110,6 +116,14 @@ class Loaded:
             return
         self.copy(self.disk.take(block), target, check)
         _synchronize(target.device)  # before the memory of the source is freed
+
+    def stream_from_disk(self) -> None:
+        """Bring the blocks on disk to host memory whenever they are needed there."""
+        blocks = [block for block in self.arena.blocks if block.name in self.on_disk]
+        modules = self.opened.checkpoint.pipeline.modules
+        if blocks:
+            passage, host = FromDisk(blocks, self.disk), torch.device("cpu")
+            self.streamer = BlockStreamer(self.arena, modules, blocks, passage, host)
 
     def bind_on_host(self, blocks: Iterable[str]) -> None:
         """Point the parameters of blocks at host memory; those of blocks on disk become empty."""
@@ -188,15 +202,18 @@ class Residency:
         """The LoRAs in the model, and the strength of each."""
         return {} if self._loaded is None else self._loaded.changes.strengths
 
-    def is_ready(self, strengths: Mapping[str, float] | None) -> bool:
+    def is_ready(self, strengths: Mapping[str, float] | None, use: Use = "edit") -> bool:
         """Whether the model is where it computes, with the LoRAs that `use_loras` would add.
+
+        For another use other blocks are in host memory, if not all of them are.
 
         Raises InvalidParameterError for an unknown name.
         """
         loaded = self._loaded
         if loaded is None or self.location != ("CPU" if self._device is None else "GPU"):
             return False
-        return loaded.opened.loras.marks(strengths) == loaded.changes.marks
+        is_for_use = loaded.on_disk == loaded.opened.host.out(use)
+        return is_for_use and loaded.opened.loras.marks(strengths) == loaded.changes.marks
 
     def memory(self) -> Memory:
         """Device memory as its allocator reports it; for a stand-in, the bytes of the slabs."""
@@ -226,30 +243,46 @@ class Residency:
         )
 
     def load(
-        self, check: Check = never_stop, accept: Callable[[Checkpoint], None] = accept_any
+        self,
+        check: Check = never_stop,
+        accept: Callable[[Checkpoint], None] = accept_any,
+        use: Use = "edit",
     ) -> None:
         """Read the weights from disk into host memory; does nothing if they are there.
 
-        If there is a device, blocks that the host's memory plan leaves on disk stay there.
-        `accept` is given the model before its weights are read, and `check` is called between
-        pieces; if either raises, nothing is kept. Raises CheckpointError.
+        Blocks that the host's memory plan leaves on disk for this use stay there. `accept` is
+        given the model before its weights are read, and `check` is called between pieces; if
+        either raises, nothing is kept. Raises CheckpointError.
         """
-        deque(self.loading(check, accept), maxlen=0)
+        deque(self.loading(check, accept, use), maxlen=0)
 
     @torch.inference_mode(False)
     def loading(
-        self, check: Check = never_stop, accept: Callable[[Checkpoint], None] = accept_any
+        self,
+        check: Check = never_stop,
+        accept: Callable[[Checkpoint], None] = accept_any,
+        use: Use = "edit",
     ) -> Iterator[Read]:
         """Load as `load` does, and yield what has been read; closing the iterator stops it."""
         self._refuse_if_lent()
-        if self._loaded is not None:
+        if self._loaded is not None and self._loaded.on_disk == self._loaded.opened.host.out(use):
             return
         try:
-            self._loaded = yield from self._reading(check, accept)
+            if self._loaded is None:
+                opened = self._open_checkpoint()
+                accept(opened.checkpoint)
+                loaded = yield from self._reading(opened, use, check)
+                loaded.arena.attach(loaded.host.memories)
+            else:
+                loaded = yield from self._reading_instead(self._loaded.opened, use, check)
+                loaded.arena.bind(loaded.host.memories)
+            if self._device is None:
+                loaded.stream_from_disk()
         except BaseException as error:
             _forget_locals(error)
             raise
-        name, size = self._loaded.opened.checkpoint.name, self._loaded.arena.size
+        self._loaded = loaded
+        name, size = loaded.opened.checkpoint.name, loaded.arena.size
         logger.info("Unloaded → CPU: %s, %.2f GB", name, size / GIB)
 
     @torch.inference_mode(False)
@@ -280,7 +313,8 @@ class Residency:
         stays in host memory and nothing is kept on the device.
         """
         self._refuse_if_lent()
-        self.load(check)
+        if self._loaded is None:
+            self.load(check)
         if self._loaded is None or self._device is None or self._placed is not None:
             return
         slabs: list[Tensor] = []
@@ -330,6 +364,8 @@ class Residency:
         memories = self._leave_device(loaded)  # first: running copies need their pages locked
         if loaded.page_lock is not None:
             loaded.page_lock.undo()
+        if loaded.streamer is not None:
+            loaded.streamer.close()
         loaded.disk.close()
         # Detach the weights so that stray references do not keep them alive.
         loaded.arena.detach()
@@ -370,23 +406,32 @@ class Residency:
         return 0 if self._placed is None else sum(slab.nbytes for slab in self._placed.slabs)
 
     def _reading(
-        self, check: Check, accept: Callable[[Checkpoint], None]
+        self, opened: OpenedCheckpoint, use: Use, check: Check
     ) -> Generator[Read, None, Loaded]:
-        """Open the checkpoint and read its weights into host memory."""
-        opened = self._open_checkpoint()
-        accept(opened.checkpoint)
+        """Read the weights of a checkpoint into host memory; its network gets them from there."""
         changes = opened.loras.changes(self._wanted)
-        arena = Arena(opened.weights, () if self._device is None else opened.host.on_disk)
+        on_disk = opened.host.out(use)
+        arena = Arena(opened.weights, on_disk)
         host = ChangedBlocks(arena)
         yield from arena.filling(check)
         for name in host.differing(changes):
             host.put(name, changes, check)
-        arena.attach(host.memories)
+        disk = ReadAhead(host.read)
         page_lock = None
         if self._device is not None and self._device.type == "cuda":
             parts = lock_order(arena, opened.host.lockable)
             page_lock = PageLock(parts, CudaPages(self._device))
-        return Loaded(opened, arena, host, ReadAhead(arena.read), changes, page_lock)
+        return Loaded(opened, arena, host, disk, on_disk, changes, page_lock)
+
+    def _reading_instead(
+        self, opened: OpenedCheckpoint, use: Use, check: Check
+    ) -> Generator[Read, None, Loaded]:
+        """Read what this use needs in host memory, which what the last one needed leaves first."""
+        assert self._loaded is not None
+        core_limit, plan = self._loaded.core_limit, self._loaded.plan
+        self.release()
+        loaded = yield from self._reading(opened, use, check)
+        return replace(loaded, core_limit=core_limit, plan=plan)
 
     def _place(
         self, loaded: Loaded, device: torch.device, slabs: list[Tensor], check: Check
