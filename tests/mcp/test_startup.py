@@ -112,7 +112,7 @@ from step1x_edit.worker.libraries import import_libraries
 assert not {"numpy", "pydantic", "torch"} & set(sys.modules), "a worker listens before"
 import_libraries()
 from step1x_edit.checkpoints.read import open_checkpoint
-open_checkpoint()
+open_checkpoint().loras.changes()
 import torch
 torch.randn(1, generator=torch.Generator().manual_seed(1))
 print("libraries are there", file=sys.stderr, flush=True)
