@@ -274,3 +274,43 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
     assert "interrupted" in log
     assert "Traceback" not in log
     assert not photo.with_name("photo_edited.png").exists()
+
+
+HOLDS_A_FIFO = """
+import os, sys
+if "step1x_edit.worker.process" in sys.orig_argv:
+    held = os.open(os.environ["FIFO"], os.O_WRONLY)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of POSIX")
+@pytest.mark.parametrize(
+    ("is_interrupted", "exit_code", "said"),
+    [(False, 1, "Unsupported image format: "), (True, 130, "interrupted")],
+    ids=["no picture", "Ctrl-C"],
+)
+def test_a_worker_starts_before_the_picture_is_read_and_ends_unseen_without_one(
+    is_interrupted: bool, exit_code: int, said: str, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    (tmp_path / "sitecustomize.py").write_text(HOLDS_A_FIFO)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "step1x_edit", "edit", "-", "x", "--standalone"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path, "DATA_DIR": str(tmp_path), "FIFO": str(fifo)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with fifo.open("rb") as held_by_worker:  # opens when the worker starts
+        if is_interrupted:
+            process.send_signal(signal.SIGINT)
+        out, log = process.communicate(b"" if is_interrupted else b"no picture", timeout=240)
+        assert held_by_worker.read() == b""  # returns when the worker has ended
+
+    assert process.returncode == exit_code
+    assert out == b""
+    assert len(log.splitlines()) == 1
+    assert log.decode().startswith(said)

@@ -260,6 +260,11 @@ class Engine:
 
     # --- for callers, from any thread -----------------------------------------------------------
 
+    def prepare(self) -> None:
+        """Start the worker, because the first edit is about to come; that one reports failures."""
+        with contextlib.suppress(ModelUnavailableError):
+            self._ready_worker()
+
     def submit(self, job: EditJob) -> Edit:
         """Put a job at the end of the queue; raises ServerBusyError if the queue is full."""
         self._check_process()
@@ -359,6 +364,8 @@ class Engine:
             self._thread.join(timeout_s)
             if self._thread.is_alive() and self._worker is not None:
                 self._worker.kill()
+        elif self._worker is not None:  # it was prepared, and no edit came
+            self._worker.kill()
 
     def _check_process(self) -> None:
         """Raise in a forked child: the thread and the worker stay with the parent.

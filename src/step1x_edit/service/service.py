@@ -310,6 +310,10 @@ class EditService:
         """Unload the model and free all its memory, before the next edit."""
         return self._moved("GPU released. Model location:", await _moving(self._engine.release()))
 
+    def prepare(self) -> None:
+        """Begin with what the first edit would wait for, because it is about to come."""
+        self._engine.prepare()
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Cancel the running edit, fail the waiting ones and accept no more."""
         self._engine.close(timeout_s)

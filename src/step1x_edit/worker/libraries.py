@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -30,13 +31,20 @@ _PACKAGES: Final = ("transformers", "transformers.models")
 
 _COMPILER: Final = ("torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op")
 
+_one_at_a_time: Final = threading.Lock()
+
 
 def import_libraries() -> None:
-    """Import torch, and transformers as far as it is used.
+    """Import torch, and transformers as far as it is used; other threads wait until that is done.
 
     They make millions of objects that live to the end, so the garbage collector pauses and
     ignores them afterwards.
     """
+    with _one_at_a_time:
+        _import_without_collecting()
+
+
+def _import_without_collecting() -> None:
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,10 @@
 """The worker: the child process that owns torch, the model and the device.
 
 It handles one request at a time on its main thread, while a second thread listens to the engine,
-so that a cancel takes effect at once. Torch is imported for the first edit, not before. When the
-pipe closes, the process exits, whatever it is doing: the model must not outlive its engine. The
-worker knows nothing about users' files, queues or callers.
+so that a cancel takes effect at once. The engine starts this process when an edit is about to come,
+so a third thread imports torch at once. When the pipe closes, the process exits, whatever it is
+doing: the model must not outlive its engine. The worker knows nothing about users' files, queues or
+callers.
 """
 
 from __future__ import annotations
@@ -197,10 +198,17 @@ def _leave_if_device_is_broken() -> None:
             os._exit(1)
 
 
+def _import_early() -> None:
+    """Import the libraries before the first edit comes; if that fails, the edit reports it."""
+    with contextlib.suppress(Exception):
+        import_libraries()
+
+
 def main() -> None:
     """Run the worker on the pipe whose handle is the first argument."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine stops this process
+    threading.Thread(target=_import_early, name="libraries", daemon=True).start()
     WorkerLoop(Channel(connect(int(sys.argv[1])))).run()
 
 

@@ -34,6 +34,7 @@ def opened_edits(
 
     service = build_service(settings)
     try:
+        service.prepare()
         yield FileEdits(service, service.files)
     finally:
         service.close()
