@@ -61,7 +61,7 @@ class EditJob(NetworkRequest):
     @property
     def smaller(self) -> str:
         """What to ask for, in words, if this job needs too much memory."""
-        return "a lower size_level" if self.image is not None else "a smaller width and height"
+        return "a smaller width and height" if self.width else "a lower size_level"
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Progress:
     """False once a small model has found that it does not know such an edit."""
     left_s: float | None = field(default=None, compare=False)
     """Estimated seconds until the end of the phase; None if unknown."""
+    warning: str | None = field(default=None, compare=False)
+    """Set once the edit is expected to take longer than it may."""
 
     @property
     def text(self) -> str:

@@ -717,6 +717,97 @@ async def test_loading_beyond_its_limit_ends_the_edit_and_the_next_one_loads_aga
     assert worker.is_alive  # it was stopped, not lost
 
 
+def usual(clock: ManualClock, step_s: float) -> FakeWorker:
+    """A worker whose steps take this long."""
+    return FakeWorker(before_step=lambda job, step: clock.advance(step_s))
+
+
+TOO_SLOW = (
+    "such an edit takes about {} s here, and EDIT_TIMEOUT is 150 s; use fewer num_steps, a lower "
+    "size_level, or a higher EDIT_TIMEOUT"
+)
+
+
+async def test_an_edit_that_cannot_end_in_time_is_refused_before_it_runs(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    worker = usual(clock, step_s=10)
+    engine = make_engine(worker, clock=clock, edit_timeout_s=150)
+    await engine.submit(a_job("known")).result()
+
+    for submit in (engine.submit, engine.submit_next):
+        with pytest.raises(DeadlineExceededError) as refusal:
+            submit(a_job(num_steps=28))
+
+    assert str(refusal.value) == f"Deadline exceeded: {TOO_SLOW.format(280)}"
+    assert worker.started == ["known"]
+    await engine.submit(a_job(num_steps=14)).result()  # as it says
+
+
+async def test_an_edit_that_may_just_take_too_long_runs_with_a_warning(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    engine = make_engine(usual(clock, step_s=10), clock=clock, edit_timeout_s=150)
+    await engine.submit(a_job()).result()
+
+    edit = engine.submit(a_job(num_steps=20))
+    warnings = {event.warning async for event in edit.events()}
+
+    assert warnings == {TOO_SLOW.format(200)}
+    with pytest.raises(DeadlineExceededError, match="longer than 150 s"):
+        await edit.result()
+
+
+async def test_a_busy_hour_does_not_refuse_what_was_possible_before(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    worker = usual(clock, step_s=5)
+    engine = make_engine(worker, clock=clock, edit_timeout_s=150)
+    await engine.submit(a_job()).result()
+    worker.before_step = lambda job, step: clock.advance(14)
+    await engine.submit(a_job()).result()
+    worker.before_step = lambda job, step: clock.advance(5)
+
+    edit = engine.submit(a_job(num_steps=28))
+    first = await anext(edit.events())
+    await edit.result()
+
+    assert first.warning == TOO_SLOW.format(392)
+
+
+async def test_a_reflection_that_may_end_after_a_round_is_not_refused(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    worker = usual(clock, step_s=7)
+    worker.model = "v1.2"
+    engine = make_engine(worker, clock=clock, edit_timeout_s=150)
+    job = replace(a_job(), reflection=True)  # takes two rounds here, and may take three
+    await engine.submit(job).result()
+
+    edit = engine.submit(job)
+    first = await anext(edit.events())
+    await edit.result()
+
+    assert first.warning == TOO_SLOW.format(210)
+
+
+async def test_the_first_edit_warns_as_soon_as_its_steps_show_that_it_is_too_slow(
+    make_engine: MakeEngine,
+) -> None:
+    clock = ManualClock()
+    engine = make_engine(usual(clock, step_s=10), clock=clock, edit_timeout_s=150)
+
+    edit = engine.submit(a_job(num_steps=28))
+    warnings = {event.text: event.warning async for event in edit.events()}
+
+    assert warnings["denoising 1/28"] is None
+    assert warnings["denoising 2/28"] == warnings["denoising 15/28"] == TOO_SLOW.format(280)
+
+
 async def test_a_worker_that_is_ready_has_no_time_for_loading(make_engine: MakeEngine) -> None:
     clock, worker = ManualClock(), FakeWorker()
     engine = make_engine(worker, clock=clock, edit_timeout_s=100)

@@ -57,6 +57,12 @@ HEARTBEAT_S: Final = 4.0  # an event every 5 s is promised, and timers are late
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_S: Final = 600.0
 
+_HOPELESS: Final = 1.5
+"""An edit is refused if even at the best pace so far it needs this many times what it may take.
+
+A machine can be slower for a while, so a smaller excess is only a reason to warn.
+"""
+
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
 _MOVE_S: Final = 60.0  # the model leaves the device in well under a second
 _STOP_S: Final = 5.0
@@ -139,6 +145,8 @@ class Edit:
         # A caller that cancels may never read the result; asyncio must not warn about that.
         self._result.add_done_callback(lambda result: result.cancelled() or result.exception())
         self.stop_reason: Step1XEditError | None = None
+        self.warning: str | None = None
+        """Reported with all progress from now on."""
 
     async def events(self, heartbeat_s: float = HEARTBEAT_S) -> AsyncIterator[Progress]:
         """Yield progress until the edit has ended; after a silence, the last event again.
@@ -162,7 +170,7 @@ class Edit:
 
     def publish(self, event: Progress) -> None:
         """Send progress to the caller."""
-        self._call(self._deliver, event)
+        self._call(self._deliver, replace(event, warning=self.warning))
 
     def finish(self, result: EditResult | BaseException) -> None:
         """End the edit; does nothing if it has ended."""
@@ -266,8 +274,12 @@ class Engine:
             self._ready_worker()
 
     def submit(self, job: EditJob) -> Edit:
-        """Put a job at the end of the queue; raises ServerBusyError if the queue is full."""
+        """Put a job at the end of the queue.
+
+        Raises ServerBusyError if the queue is full, and what `check_time` raises.
+        """
         self._check_process()
+        self.check_time(job)
         with self._changed:
             self.check_room()
             return self._enqueue(job)
@@ -275,9 +287,11 @@ class Engine:
     def submit_next(self, job: EditJob) -> Edit:
         """Put the next item of a batch at the end of the queue.
 
-        A batch is accepted or refused with its first item; the later ones are always accepted.
+        A batch is accepted or refused with its first item; the later ones always have room.
+        Raises what `check_time` raises.
         """
         self._check_process()
+        self.check_time(job)
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
@@ -291,6 +305,19 @@ class Engine:
                 raise ShuttingDownError()
             if len(self._waiting) >= self._max_queue:
                 raise self._busy()
+
+    def check_time(self, job: EditJob) -> None:
+        """Raise DeadlineExceededError if such edits have always taken far longer than they may."""
+        least_s = self._paces.least_seconds(job, self._last_model)
+        if least_s >= _HOPELESS * self._limits.edit_s:
+            raise DeadlineExceededError(self._too_slow(job, least_s))
+
+    def time_warning(self, job: EditJob) -> str | None:
+        """A warning if such an edit is predicted to take longer than it may."""
+        seconds = self.predicted_s(job)
+        if seconds is None or seconds <= self._limits.edit_s:
+            return None
+        return self._too_slow(job, seconds)
 
     def check_restarts(self) -> None:
         """Raise ModelUnavailableError if the worker has ended too often to be started again."""
@@ -382,6 +409,7 @@ class Engine:
     def _enqueue(self, job: EditJob) -> Edit:
         self._number += 1
         edit = Edit(self, replace(job, number=self._number))
+        edit.warning = self.time_warning(job)
         self._waiting.append(edit)
         edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
         self._wake()
@@ -549,7 +577,10 @@ class Engine:
                     watch.saw(progress, now := self._clock.now())
                     stopwatch.saw(progress, now)
                     left.saw(progress.phase, progress.step, progress.total or None)
-                    progress = replace(progress, left_s=left.seconds)
+                    left_s = left.seconds
+                    progress = replace(progress, left_s=left_s)
+                    if progress.phase is Phase.DENOISING and left_s is not None:
+                        self._warn_if_late(edit, watch.deadline - now - left_s)
                     self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
@@ -561,6 +592,18 @@ class Engine:
                     raise rebuild(code, sentence)
                 case Done():
                     raise InternalError("the model ended without a picture")
+
+    def _warn_if_late(self, edit: Edit, spare_s: float) -> None:
+        """Warn, once, if the rest of an edit will take longer than is left."""
+        if spare_s < 0 and edit.warning is None:
+            edit.warning = self._too_slow(edit.job, self._limits.edit_s - spare_s)
+
+    def _too_slow(self, job: EditJob, seconds: float) -> str:
+        return (
+            f"such an edit takes about {seconds:.0f} s here, and EDIT_TIMEOUT is "
+            f"{self._limits.edit_s:g} s; use fewer num_steps, {job.smaller}, or a higher "
+            "EDIT_TIMEOUT"
+        )
 
     def _overrun(self, job: EditJob, watch: Watch) -> DeadlineExceededError:
         if watch.is_loading:

@@ -94,18 +94,19 @@ class Stopwatch:
 
 
 class Paces:
-    """The pace of the last edit of each kind."""
+    """The pace of the last edit of each kind, and the best."""
 
     def __init__(self) -> None:
-        self._known: dict[Kind, Pace] = {}
+        self._known: dict[Kind, tuple[Pace, Pace]] = {}
 
     def learn(self, job: EditJob, residence: Residence, pace: Pace | None) -> None:
         """Remember how long an edit has taken."""
         if pace is None:
             return
         kind = Kind.of(job, residence)
-        self._known.pop(kind, None)
-        self._known[kind] = pace
+        _, best = self._known.pop(kind, (pace, pace))
+        best = Pace(min(pace.step_s, best.step_s), min(pace.rest_s, best.rest_s))
+        self._known[kind] = pace, best
         if len(self._known) > _MOST_KINDS:
             del self._known[next(iter(self._known))]
 
@@ -114,7 +115,16 @@ class Paces:
 
         The number of rounds of a reflection is not known in advance: this is the time of all.
         """
-        pace = self._known.get(Kind.of(job, residence))
-        if pace is None:
+        known = self._known.get(Kind.of(job, residence))
+        if known is None:
             return None
-        return pace.seconds(job.num_steps) * (job.reflection_rounds if job.reflection else 1)
+        last, _ = known
+        return last.seconds(job.num_steps) * (job.reflection_rounds if job.reflection else 1)
+
+    def least_seconds(self, job: EditJob, residence: Residence) -> float:
+        """The time that such an edit needs at the best pace so far; 0 if there was none.
+
+        That of one round: a reflection may end after it.
+        """
+        known = self._known.get(Kind.of(job, residence))
+        return 0.0 if known is None else known[1].seconds(job.num_steps)

@@ -444,4 +444,7 @@ class EstimateAnswer(_Answer):
     model: str | None
     device: str | None
     reason: Annotated[str | None, Field(description="The memory plan in words")]
-    note: Annotated[str | None, Field(description="Why less is known than usual, if so")]
+    note: Annotated[
+        str | None,
+        Field(description="Why less is known than usual, or that such an edit takes too long"),
+    ]

@@ -64,7 +64,8 @@ class Estimator:
         placement = residence.placement
         multiple = residence.size_multiple or self._usual_multiple
         working = fit_size(width, height, request.size_level, multiple)
-        seconds = self._engine.predicted_s(job_of(with_seed(request), None, previews))
+        job = job_of(with_seed(request), None, previews)
+        seconds = self._engine.predicted_s(job)
         return EstimateAnswer(
             width=working[0],
             height=working[1],
@@ -79,7 +80,7 @@ class Estimator:
             model=residence.model,
             device=residence.device,
             reason=placement.reason if placement else None,
-            note=note,
+            note=note or self._engine.time_warning(job),
         )
 
     @property

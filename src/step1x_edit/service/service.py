@@ -216,6 +216,10 @@ class EditService:
 
         return await asyncio.to_thread(show)
 
+    def check_time(self, request: PictureOrder) -> None:
+        """Raise the error that such an edit would be refused with because it takes too long."""
+        self._engine.check_time(job_of(with_seed(request), None))
+
     def status(self) -> StatusAnswer:
         """The location of the model and the memory it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))

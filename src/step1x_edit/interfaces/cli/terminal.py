@@ -137,12 +137,16 @@ ShowProgress = Callable[[str], "Reporter"]
 @contextlib.contextmanager
 def shown_progress() -> Iterator[ShowProgress]:
     """Show the progress of edits."""
+    warnings: set[str] = set()
     with display(err, now=now) as shown:
 
         def of(label: str) -> Reporter:
             shown.begin(label)
 
             async def show(event: Progress) -> None:
+                if event.warning is not None and event.warning not in warnings:
+                    warnings.add(event.warning)
+                    err.print(f"Warning: {event.warning}", style="yellow", markup=False)
                 text = replace(event, left_s=None).text  # the display says how long it takes
                 match event.phase:
                     case "queued":  # each position is a phase

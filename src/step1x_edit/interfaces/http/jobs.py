@@ -169,6 +169,7 @@ class _Jobs:
 
             async def accept_generation(_: Notify[object]) -> Job:
                 asked = with_seed(self.service.read_generate_picture(values))
+                self.service.check_time(asked)
                 return await self.store.create(b"", asked.model_dump(mode="json"))
 
             return digest_of(parts), accept_generation
@@ -176,6 +177,7 @@ class _Jobs:
 
         async def accept_edit(_: Notify[object]) -> Job:
             asked = with_seed(self.service.read_picture(form.fields))
+            self.service.check_time(asked)
             await self.service.check_picture(form.picture, form.mask)
             return await self.store.create(form.picture, asked.model_dump(mode="json"), form.mask)
 

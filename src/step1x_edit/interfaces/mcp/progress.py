@@ -43,19 +43,25 @@ class ProgressReport:
         self._phase: Phase | None = None
         self._last = 0.0
         self._reported_step_at = -math.inf
+        self._warning: str | None = None  # that was reported
 
     async def step(self, index: int, event: Progress) -> None:
         """Report an event of the picture with this index."""
         images, units = len(self._ways), self._ways[0].units
         position = index * units + self._ways[index].position(event)
+        is_warning = event.warning not in (None, self._warning)
         if event.phase in _OF_MANY_STEPS and event.step < event.total:
             now = time.monotonic()
-            if event.phase is self._phase and now < self._reported_step_at + self._pause_s:
+            is_soon = now < self._reported_step_at + self._pause_s
+            if event.phase is self._phase and is_soon and not is_warning:
                 return
             self._reported_step_at = now
         self._phase = event.phase
         self._last = max(position, self._last + self._TINY)
         text = event.text
+        if is_warning:
+            self._warning = event.warning
+            text += f"; {event.warning}"
         if images > 1:
             text = f"image {index + 1}/{images}, {text}"
         await self._context.report_progress(self._last, float(images * units), text)

@@ -46,9 +46,10 @@ def running_result(job_id: str, progress: Progress | None) -> ToolResult:
     event = progress or Progress(Phase.QUEUED, step=1)
     waits = event.phase is Phase.QUEUED
     counts = event.phase in (Phase.LOADING, Phase.DENOISING) and event.total > 0
+    words = event.text if event.warning is None else f"{event.text}; {event.warning}"
     answer = RunningAnswer(
         job_id=job_id,
-        message=f"The edit continues ({event.text}); get_job has its result",
+        message=f"The edit continues ({words}); get_job has its result",
         phase=event.phase.value,
         step=event.step if counts else None,
         total=event.total if counts else None,

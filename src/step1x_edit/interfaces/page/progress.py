@@ -32,6 +32,8 @@ class ProgressLine:
         if self._begun is None and progress.phase is not Phase.QUEUED:
             self._begun = self._now()
         self.is_known = self.is_known and progress.is_known
+        cautions = [] if self.is_known else ["unknown_edit"]
+        cautions += [] if progress.warning is None else ["slow_edit"]
         words, share = words_of(progress, self._language), 0.0
         is_counted = progress.phase in (Phase.LOADING, Phase.DENOISING) and progress.total > 0
         self._left.saw(progress.phase, progress.step, progress.total if is_counted else None)
@@ -43,8 +45,8 @@ class ProgressLine:
                     words += " · " + text("left", self._language, seconds=round(left))
             case Phase.DECODING | Phase.REFLECTING | Phase.SAVING:
                 share = 1.0
-        line = bar_line(self._prefix + words, share)
-        return line if self.is_known else line + caution(text("unknown_edit", self._language))
+        notices = (caution(text(key, self._language)) for key in cautions)
+        return bar_line(self._prefix + words, share) + "".join(notices)
 
 
 def words_of(progress: Progress, language: str) -> str:

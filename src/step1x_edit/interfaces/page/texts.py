@@ -253,6 +253,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "デモモデルはこの編集を知らないため、画像はほとんど変わりません。例を試すか、"
         "「システム」で本物のモデルをダウンロードしてください。",
     ),
+    "slow_edit": (
+        "This edit may be stopped before it is done: choose fewer steps or a smaller working size.",
+        "此次编辑可能在完成前被终止：请减少步数或选择较小的处理尺寸。",
+        "此次編輯可能在完成前被終止：請減少步數或選擇較小的處理尺寸。",
+        "この編集は完了前に打ち切られる可能性があります。ステップ数か処理サイズを小さくしてください。",
+    ),
     "stopped": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
     "done": (
         "Done in {seconds} s · seed {seed}",
@@ -548,10 +554,10 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "error.cancelled": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
     "error.deadline_exceeded": (
-        "The edit took too long and was stopped.",
-        "编辑时间过长，已终止。",
-        "編輯時間過長，已終止。",
-        "編集に時間がかかりすぎたため、打ち切りました。",
+        "The edit takes longer than it may.",
+        "编辑所需时间超出限制。",
+        "編輯所需時間超出限制。",
+        "編集にかかる時間が上限を超えています。",
     ),
     "error.invalid_settings": (
         "The server’s settings do not allow this.",
