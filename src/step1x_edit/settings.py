@@ -40,7 +40,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from step1x_edit.errors import SettingsError
+from step1x_edit.errors import SettingsError, Step1XEditError
 from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
@@ -56,6 +56,7 @@ from step1x_edit.schemas.requests import (
 
 log = logging.getLogger(__name__)
 
+_PACKAGE: Final = Path(__file__).parent
 MEGA: Final = 1_000_000
 MEBI: Final = 1024 * 1024
 MOST: Final = 10**9
@@ -471,6 +472,28 @@ class Settings(BaseSettings):
         Field(description="Lines of text, or one JSON object per line"),
         BeforeValidator(_lower),
     ] = "text"
+
+    @contextlib.contextmanager
+    def naming_paths(self) -> Iterator[None]:
+        """Make errors name settings instead of paths of this machine, which only the log has."""
+        try:
+            yield
+        except Step1XEditError as error:
+            if (sentence := self.without_paths(str(error))) != str(error):
+                log.warning("%s", error)
+                error.args = (sentence,)
+            raise
+
+    def without_paths(self, sentence: str) -> str:
+        """The sentence with names instead of the paths in these settings and of this program."""
+        names = {path: path.name for path in self.lora_path}
+        names |= {self.data_dir: "DATA_DIR", _PACKAGE: "step1x_edit", Path(sys.prefix): "python"}
+        if self.model_path is not None:
+            names[self.model_path] = "MODEL_PATH"
+        for path in sorted(names, key=lambda path: len(path.parts), reverse=True):
+            if path.is_absolute() and path != path.parent:
+                sentence = sentence.replace(str(path), names[path])
+        return sentence
 
     @property
     def limits(self) -> Limits:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from http_server import TOKEN, serving
 from mcp_answers import answer_of
 from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
-from step1x_edit.errors import OutOfMemoryError, Step1XEditError
+from step1x_edit.errors import CheckpointError, OutOfMemoryError, Step1XEditError
 from step1x_edit.interfaces.cli import app as cli
 from step1x_edit.interfaces.mcp.server import build_mcp
 from step1x_edit.pictures.images import Pixels, read_edit_record
@@ -36,6 +37,7 @@ Result = bytes | str
 TAKES_NO_PATH = {"REST"}
 
 USUAL_LORAS = {"look": 0.5}
+MODEL_PATH = Path(__file__).with_name("weights")
 LORA_PATH = {Path("hand.safetensors"): 0.0, Path("look.safetensors"): 0.5}
 
 
@@ -61,6 +63,8 @@ def painted(job: EditJob) -> Pixels:
 def worked(job: EditJob, step: int) -> None:
     if job.prompt == "too much":
         raise OutOfMemoryError("use a smaller size_level")
+    if job.prompt == "damaged":
+        raise CheckpointError(f"cannot read {MODEL_PATH / 'vae.safetensors'}: it ends too early")
 
 
 class Doors:
@@ -175,7 +179,8 @@ def model() -> str:
 def doors(
     make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> Iterator[Doors]:
-    limits = {"max_megapixels": 1, "default_num_steps": 11, "lora_path": LORA_PATH}
+    paths = {"lora_path": LORA_PATH, "model_path": MODEL_PATH}
+    limits = {"max_megapixels": 1, "default_num_steps": 11, **paths}
 
     def build_service(settings: Settings | None = None) -> EditService:
         worker = FakeWorker(before_step=worked, paint=painted, model=model, usual_loras=USUAL_LORAS)
@@ -225,6 +230,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "Invalid parameter: loras has '../hand.safetensors', which is not here; there are hand, l",
     ),
     ("photo", {"prompt": "too much"}, "CUDA out of memory: use a smaller size_level"),
+    (
+        "photo",
+        {"prompt": "damaged"},
+        f"Manager not initialized: cannot read MODEL_PATH{os.sep}vae.safetensors: it ends too ea",
+    ),
     ("text", {}, "Unsupported image format: the file is none of PNG, JPEG, WebP"),
     ("cut", {}, "Cannot read image: the file is damaged or incomplete"),
     ("small", {}, "Image too small: 8×8 pixels"),

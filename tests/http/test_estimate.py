@@ -20,6 +20,7 @@ from step1x_edit.engine.machine import Survey, inspect_machine
 from step1x_edit.interfaces.http.estimate import ESTIMATE_PATH
 from step1x_edit.interfaces.http.openai.requests import EDITS_PATH
 
+WEIGHTS = Path(__file__).with_name("weights")
 SEEN = Survey(
     torch="2.13",
     device="cuda",
@@ -201,8 +202,8 @@ def test_a_process_that_takes_too_long_is_given_up() -> None:
     ("seen", "sentence"),
     [
         (
-            replace(SEEN, checkpoint_error="Manager not initialized: no checkpoint at /x"),
-            "Manager not initialized: no checkpoint at /x",
+            replace(SEEN, checkpoint_error=f"Manager not initialized: nothing at {WEIGHTS}"),
+            "Manager not initialized: nothing at MODEL_PATH",
         ),
         (
             replace(SEEN, device_error="invalid device ordinal"),
@@ -213,7 +214,7 @@ def test_a_process_that_takes_too_long_is_given_up() -> None:
 def test_what_an_edit_would_be_told_is_told_now(
     make_service: MakeService, seen: Survey, sentence: str
 ) -> None:
-    with calling(make_service(take_survey=lambda: seen)) as client:
+    with calling(make_service(take_survey=lambda: seen, model_path=WEIGHTS)) as client:
         answer = client.post(ESTIMATE_PATH, json={"prompt": "x"})
 
     assert answer.status_code == 503

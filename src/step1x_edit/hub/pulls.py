@@ -74,12 +74,13 @@ class Pull:
     The pull of a model that is already here has ended from the start.
     """
 
-    def __init__(self, model: Model, models: Path) -> None:
+    def __init__(self, model: Model, settings: Settings) -> None:
         self.name: Final = model.name
         self.progress: PullProgress | None = None
         """None until the hub has listed the files."""
         self._speed = Speed()
-        self._folder = models / model.folder_name
+        self._settings = settings
+        self._folder = models_folder(settings.data_dir) / model.folder_name
         self._stopping = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[Outcome] = self._loop.create_future()
@@ -144,7 +145,8 @@ class Pull:
         try:
             from step1x_edit.hub.fetch import pull
 
-            outcome = pull(self.name, self._folder.parent, self._note, wait=self._pause)
+            with self._settings.naming_paths():
+                outcome = pull(self.name, self._folder.parent, self._note, wait=self._pause)
             log.info("pulled %s", self.name)
         except Step1XEditError as error:
             log.info("the pull of %s ended: %s", self.name, error)
@@ -223,7 +225,7 @@ class Pulls:
                 f"{running.name} is being pulled, and only one model is at a time; wait for it, "
                 "or stop it"
             )
-        pull = Pull(model, self._folder)
+        pull = Pull(model, self._settings)
         if pull.outcome is None:
             self.latest = pull
         return pull

@@ -54,7 +54,8 @@ class Estimator:
         residence = status.residence
         if residence.placement is None:
             survey = await self._survey()
-            note = survey.torch_error
+            if survey.torch_error is not None:
+                note = self._settings.without_paths(survey.torch_error)
             residence = Residence(
                 model=survey.checkpoint,
                 device=survey.device,

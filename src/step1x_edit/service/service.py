@@ -261,7 +261,8 @@ class EditService:
         Nothing is run and no worker is started. If the model is not loaded, a separate process
         inspects the checkpoint. Raises the error that such a picture would be refused with.
         """
-        return await self._estimator.estimate(request, size, n, previews)
+        with self._settings.naming_paths():
+            return await self._estimator.estimate(request, size, n, previews)
 
     @property
     def outcomes(self) -> Mapping[str, int]:
@@ -363,7 +364,7 @@ class EditService:
         request, source = with_seed(self._completed(request)), None
         if data is not None:
             source = await asyncio.to_thread(self._decode, data, mask, suffix)
-        with self._counted():
+        with self._counted(), self._settings.naming_paths():
             image = None if source is None else source.picture.pixels
             result = await _run(submit(job_of(request, image, previews)), report)
             record = record_of(request, result, None if source is None else source.mask_sha256)

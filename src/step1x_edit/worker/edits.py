@@ -204,7 +204,7 @@ class _RunningEdit:
             if is_out_of_memory(error):
                 raise
             log.exception("loading the model failed")
-            raise ModelUnavailableError(f"the model cannot be loaded ({error})") from None
+            raise ModelUnavailableError("the model cannot be loaded; the log says why") from None
         self.residency.onload(self.check)
 
     @contextlib.contextmanager
