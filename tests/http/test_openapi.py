@@ -10,6 +10,7 @@ import pytest
 
 from conftest import MakeService
 from http_server import calling
+from step1x_edit.interfaces.http.guard import WORK_PATHS
 from step1x_edit.schemas.openai import ImageEditRequest
 from step1x_edit.schemas.parameters import parameters_of
 from step1x_edit.schemas.requests import PARAMETERS, PictureRequest
@@ -46,6 +47,8 @@ def test_every_operation_is_described_with_examples_and_errors(
         )
     assert ("401" in failures) == (path != "/livez")
     assert {"403", "421", "500"} <= failures.keys()
+    starts_work = path in WORK_PATHS or path.endswith("/pull")
+    assert ("429" in failures) == (starts_work and method == "post")
     for status, answer in failures.items():
         ((kind, content),) = answer["content"].items()
         schema, is_of_openai = content["schema"], path.startswith(("/v1/images", "/v1/models"))

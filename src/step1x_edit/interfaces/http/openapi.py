@@ -22,7 +22,7 @@ from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.interfaces.discovery import PROOF_HEADER
 from step1x_edit.interfaces.http import problems
 from step1x_edit.interfaces.http.forms import FILE, MASK
-from step1x_edit.interfaces.http.guard import OPEN_PATHS
+from step1x_edit.interfaces.http.guard import OPEN_PATHS, WORK_PATHS
 from step1x_edit.interfaces.http.idempotency import KEY
 from step1x_edit.interfaces.http.sse import EVENT_STREAM, named
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
@@ -87,17 +87,18 @@ def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, An
         }
         schema["security"] = [{}, {"API_KEY": []}]
         for path, operations in schema["paths"].items():
-            for operation in operations.values():
-                _add_guard(operation, path)
+            for method, operation in operations.items():
+                _add_guard(operation, method, path)
                 _set_defaults(operation.get("requestBody", {}).get("content", {}), defaults)
         app.openapi_schema = schema
     return app.openapi_schema
 
 
-def _add_guard(operation: dict[str, Any], path: str) -> None:
-    """Add the guard's answers at this path."""
-    statuses = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
-    failures = _failures(*statuses, path=path)
+def _add_guard(operation: dict[str, Any], method: str, path: str) -> None:
+    """Add the guard's answers to this method of a path."""
+    kinds = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
+    limited = ["rate_limited"] if method == "post" and path in WORK_PATHS else []
+    failures = _failures(*kinds, *limited, path=path)
     operation["responses"] |= {str(status): answer for status, answer in failures.items()}
     if path in OPEN_PATHS:
         operation["security"] = []
@@ -124,7 +125,7 @@ _DETAIL_OF: Final = {
     "image_too_large": "at most 32 MB are allowed",
     "rate_limited": "at most 60 a minute (RATE_LIMIT), try again in 1 s",
     "queue_full": "32 edits are waiting, try again in 330 s",
-    "model_unavailable": "there is nothing at MODEL_PATH /models/step1x",
+    "model_unavailable": "there is nothing at MODEL_PATH",
     "deadline_exceeded": "the edit took longer than 900 s",
     "no_space": "no space left for stored jobs",
     "not_found": "0000000000078f14e45fceea167a5a36dedd4bea2543",
