@@ -298,6 +298,7 @@ def test_the_page_has_the_address_that_a_proxy_says(page: httpx2.Client) -> None
         {"fn_index": {}, "data": [], "session_hash": "one"},
         {"data": [], "session_hash": "one"},
         {"fn_index": 0, "data": [], "session_hash": ""},
+        {"fn_index": 0, "data": "no list", "session_hash": "one"},  # refused by Gradio itself
         {"fn_index": 0, "data": [float("nan")], "session_hash": "one"},
     ],
 )

@@ -55,6 +55,7 @@ _ROUTES: Final = {
     "/static/{path:path}": ["GET"],
     "/theme.css": ["GET"],
 }
+_OUTDATED: Final = "the page and the server differ in version; reload the page"
 _FILE: Final = "/gradio_api/file="
 _HEARTBEAT: Final = "/gradio_api/heartbeat/"
 _JOIN: Final = "/gradio_api/queue/join"
@@ -117,13 +118,13 @@ class Page:
             receive = await _checked(scope, receive, files, page.state.functions)
         elif path.startswith(_FILE):
             path = f"{_FILE}{files.real(path.removeprefix(_FILE))}"
-        has_failed = is_text = False
+        failure, is_text = 0, False
 
         async def allowed(message: Message) -> None:
-            nonlocal has_failed, is_text
-            if message["type"] == "http.response.start":
-                has_failed = message["status"] == HTTPStatus.INTERNAL_SERVER_ERROR
-            if has_failed:
+            nonlocal failure, is_text
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                failure = message["status"]
+            if failure:
                 return  # our own error answer replaces it
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
@@ -147,11 +148,16 @@ class Page:
             try:
                 await app(inner, receive, allowed)
             except Exception:
-                if not has_failed:
+                if not failure:
                     raise
                 log.exception("the page failed")
-        if has_failed:
-            raise InternalError("the page failed unexpectedly; the server's log says more")
+        match failure:
+            case HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise InternalError("the page failed unexpectedly; the server's log says more")
+            case HTTPStatus.UNPROCESSABLE_ENTITY:
+                raise InvalidParameterError(_OUTDATED)
+        if failure:
+            raise HTTPException(failure)
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
         from step1x_edit.interfaces.page.uploads import receive_upload
@@ -217,7 +223,7 @@ async def _checked(
     event = await json_bodies.parse(body)
     session, function = event.get("session_hash"), event.get("fn_index")
     if scope["path"] == _JOIN and not (isinstance(function, int) and function in functions):
-        raise InvalidParameterError("the page and the server differ in version; reload the page")
+        raise InvalidParameterError(_OUTDATED)
     if scope["path"] == _JOIN and not (isinstance(session, str) and session):
         raise InvalidParameterError("session_hash must be the name of a session")
     await files.take_event(str(session), event)
