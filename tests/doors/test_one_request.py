@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ class House:
     client: httpx2.Client
     photo: Path
     jobs: list[EditJob]
+    new_service: Callable[[Settings], EditService]
+    """Another service of this kind, for a command that edits in its own process."""
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +91,15 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             jobs.append(job)
 
     settings = Settings(
-        allowed_dirs=(folder,), lora_path={Path("look.safetensors"): 0.5}, _env_file=None
+        allowed_dirs=(tmp_path_factory.getbasetemp(),),
+        lora_path={Path("look.safetensors"): 0.5},
+        _env_file=None,
     )
-    service = build_service(settings, FakeWorker(before_step, model="fake v1.2"))
+
+    def new_service(_: Settings) -> EditService:
+        return build_service(settings, FakeWorker(before_step, model="fake v1.2"))
+
+    service = new_service(settings)
     with (
         serving(service, allowed_dirs=(folder,)) as url,
         httpx2.Client(
@@ -100,7 +109,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             trust_env=False,
         ) as client,
     ):
-        yield House(service, url, client, photo, jobs)
+        yield House(service, url, client, photo, jobs, new_service)
     service.close()
 
 
@@ -163,6 +172,33 @@ async def stored_job(house: House) -> Result:
     return house.client.get(f"{path}/content").content, house.client.get(path).json()["metadata"]
 
 
+async def page(house: House) -> Result:
+    config = house.client.get("/config").json()
+    ids = {one["props"].get("elem_id"): one["id"] for one in config["components"]}
+    (run,) = [
+        one
+        for one in config["dependencies"]
+        if one["targets"] and one["targets"][0] == [ids["edit-run"], "click"]
+    ]
+    files = {"files": ("photo.png", house.photo.read_bytes())}
+    (path,) = house.client.post("/gradio_api/upload", files=files).json()
+    values = {
+        ids["edit-picture"]: {"path": path, "meta": {"_type": "gradio.FileData"}},
+        ids["edit-prompt"]: PROMPT,
+        **{ids[f"edit-{name.replace('_', '-')}"]: value for name, value in ASKED.items()},
+    }
+    event = {
+        "fn_index": run["id"],
+        "data": [values[each] for each in run["inputs"]],
+        "session_hash": "one",
+    }
+    house.client.post("/gradio_api/queue/join", json=event).raise_for_status()
+    with house.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "one"}) as s:
+        said = "".join(line for line in s.iter_lines() if "_edited.png" in line)
+    (file,) = set(re.findall(r'"path":"([^"]*_edited\.png)"', said))
+    return house.client.get(f"/gradio_api/file={file}").content, None
+
+
 async def openai(house: House) -> Result:
     answer = house.client.post(
         "/v1/images/edits",
@@ -184,30 +220,42 @@ def _words() -> list[str]:
     return words
 
 
-def _said(house: House, *words: str) -> dict[str, Any]:
-    way = ["--url", house.url, "--api-key", TOKEN, "--json"]
-    done = CliRunner().invoke(cli, [*words, *_words(), *way])
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+Command = Callable[..., dict[str, Any]]
 
 
-def command_edit(house: House) -> Result:
-    return _of(_said(house, "edit", str(house.photo), PROMPT))
+@pytest.fixture(params=["through a server", "in this process"])
+def command(
+    request: pytest.FixtureRequest, house: House, monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """Run a command and return its answer."""
+    monkeypatch.setattr("step1x_edit.service.wiring.build_service", house.new_service)
+    is_local = request.param == "in this process"
+    way = ["--standalone"] if is_local else ["--url", house.url, "--api-key", TOKEN]
+
+    def run(*words: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(
+            CliRunner().invoke(cli, [*words, *way, "--json"]).stdout
+        )
+        return answer
+
+    return run
 
 
-def command_batch(house: House, tmp_path: Path) -> Result:
-    manifest = tmp_path / "list.jsonl"
-    manifest.write_text(json.dumps({"image": str(house.photo)}))
-    answer = _said(house, "batch", str(manifest), "--prompt", PROMPT)
+def edit(command: Command, photo: Path, _: Path) -> Result:
+    return _of(command("edit", str(photo), PROMPT, *_words()))
+
+
+def batch(command: Command, photo: Path, folder: Path) -> Result:
+    manifest = folder / "list.jsonl"
+    manifest.write_text(json.dumps({"image": str(photo)}))
+    answer = command("batch", str(manifest), "--prompt", PROMPT, *_words())
     return _of(answer["results"][0]["result"])
 
 
-def manifest(house: House, tmp_path: Path) -> Result:
-    file = tmp_path / "list.jsonl"
-    file.write_text(json.dumps({"image": str(house.photo), "prompt": PROMPT, **ASKED}))
-    way = ["--url", house.url, "--api-key", TOKEN, "--json"]
-    answer = json.loads(CliRunner().invoke(cli, ["batch", str(file), *way]).stdout)
-    return _of(answer["results"][0]["result"])
+def manifest(command: Command, photo: Path, folder: Path) -> Result:
+    file = folder / "list.jsonl"
+    file.write_text(json.dumps({"image": str(photo), "prompt": PROMPT, **ASKED}))
+    return _of(command("batch", str(file))["results"][0]["result"])
 
 
 def _check(house: House, result: Result) -> None:
@@ -224,7 +272,7 @@ def _check(house: House, result: Result) -> None:
 
 
 @pytest.mark.parametrize(
-    "door", [edit_image, submit_edit, batch_edit_images, rest, stored_job, openai]
+    "door", [edit_image, submit_edit, batch_edit_images, rest, stored_job, openai, page]
 )
 async def test_every_parameter_reaches_network_file_and_answer(
     house: House, door: Callable[[House], Awaitable[Result]]
@@ -233,17 +281,15 @@ async def test_every_parameter_reaches_network_file_and_answer(
     _check(house, await door(house))
 
 
-@pytest.mark.parametrize("command", [command_batch, manifest])
-def test_every_parameter_of_a_batch_reaches_network_file_and_answer(
-    house: House, tmp_path: Path, command: Callable[[House, Path], Result]
+@pytest.mark.parametrize("call", [edit, batch, manifest])
+def test_every_flag_and_column_reaches_network_file_and_answer(
+    house: House,
+    tmp_path: Path,
+    command: Command,
+    call: Callable[[Command, Path, Path], Result],
 ) -> None:
     house.jobs.clear()
-    _check(house, command(house, tmp_path))
-
-
-def test_every_flag_reaches_network_file_and_answer(house: House) -> None:
-    house.jobs.clear()
-    _check(house, command_edit(house))
+    _check(house, call(command, house.photo, tmp_path))
 
 
 # --- what each door says that it takes ------------------------------------------------------------
