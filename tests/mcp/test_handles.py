@@ -134,6 +134,26 @@ async def test_waiting_for_a_job_reports_progress_that_rises(
     ]
 
 
+async def test_a_caller_that_does_not_wait_gets_the_progress_of_this_moment_once(
+    make_service: MakeService, photo: Path
+) -> None:
+    gate, heard = Gate(at_step=4), []
+
+    async def listen(progress: float, total: float | None, message: str | None) -> None:
+        heard.append(message)
+
+    server = build_mcp(make_service(FakeWorker(before_step=gate)), step_pause_s=0)
+    async with Client(server) as client:
+        job = await told(client, "submit_edit", image_path=str(photo), prompt="x", num_steps=10)
+        assert await asyncio.to_thread(gate.reached.wait, 60)
+        arguments = {"job_id": job["job_id"], "wait_s": 0}
+        answer = await client.call_tool("get_job", arguments, progress_handler=listen)
+        gate.open()
+
+    assert heard == ["denoising 3/10"]
+    assert answer.structured_content["step"] == 3
+
+
 async def test_what_cannot_be_started_is_told_by_submit(
     make_service: MakeService, photo: Path
 ) -> None:
