@@ -328,6 +328,7 @@ def test_while_a_reply_is_written_the_conditioner_is_in_memory() -> None:
     plan = without_device(24, measure=lambda: Rates(GB, 20.0), blocks=[*MODEL, head])
 
     assert "reply" not in plain.reason()
+    assert plain.out("reply") == plain.out("edit")
     assert names("conditioner") <= plan.out("edit")
     assert not names("conditioner") & plan.out("reply")
     assert "before a reply the conditioner takes the place of the core (16.5 GB" in plan.reason()

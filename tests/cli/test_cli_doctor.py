@@ -64,6 +64,7 @@ def test_a_machine_that_can_run_the_demo_is_told_so(tmp_path: Path) -> None:
     assert found["torch"]["text"].startswith("torch 2.")
     assert found["device"]["text"] == "cpu"
     assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GiB of weights")
+    assert found["plan"]["text"] == "the model computes in host memory"
     assert found["port"]["text"].endswith("is free")
     assert not (tmp_path / "data").exists()  # it only looks
 
@@ -237,8 +238,8 @@ def test_models_tells_why_the_chosen_one_does_not_run(
     [
         ("cuda:0, NVIDIA H200", 128, "v1.1 (it needs 10 GB of memory with a GPU"),
         ("cuda:0, a small card", 8, "demo (v1.1 needs 10 GB of memory with a GPU"),
-        ("cpu", 64, "v1.1 (it needs 26 GB of memory without a GPU"),
-        ("cpu", 16, "demo (v1.1 needs 26 GB of memory without a GPU"),
+        ("cpu", 64, "v1.1 (it needs 16 GB of memory without a GPU"),
+        ("cpu", 12, "demo (v1.1 needs 16 GB of memory without a GPU"),
     ],
 )
 def test_the_list_of_models_recommends_what_suits_the_machine(

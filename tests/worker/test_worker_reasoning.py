@@ -15,8 +15,13 @@ import torch
 from fakes import canvas
 from layouts import narrow_pipeline, write_diffusers
 from step1x_edit.channel import EditJob, Painted, Phase, Progress, Start
-from step1x_edit.checkpoints.memory_plan import with_share
-from step1x_edit.checkpoints.read import open_checkpoint, read_checkpoint, write_demo
+from step1x_edit.checkpoints.memory_plan import STREAMABLE, HostPlan, with_share
+from step1x_edit.checkpoints.read import (
+    OpenedCheckpoint,
+    open_checkpoint,
+    read_checkpoint,
+    write_demo,
+)
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
@@ -128,6 +133,38 @@ def test_thoughts_and_picture_are_the_same_whatever_share_is_resident(
     assert worker.residence().location == "GPU"
     assert outcome.reasoning == expected.reasoning
     assert np.array_equal(outcome.image, expected.image)
+
+
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_a_reply_keeps_the_conditioner_in_memory_in_place_of_the_core(
+    folder: Path, device: torch.device | None
+) -> None:
+    _, expected = done(a_worker(folder), thinking=True)
+
+    def on_disk(component: str) -> frozenset[str]:
+        blocks = open_checkpoint(folder).blocks
+        found = (block.name for block in blocks if block.component == component)
+        return frozenset(filter(STREAMABLE.fullmatch, found))
+
+    plan = HostPlan(on_disk=on_disk("conditioner"), on_disk_in_replies=on_disk("core"))
+
+    def opened() -> OpenedCheckpoint:
+        return dataclasses.replace(open_checkpoint(folder), host=plan)
+
+    residency = Residency(opened, device, plan=partial(with_share, core_share=0.0))
+    *events, outcome = PipelineWorker(residency, STAND_IN, FEW).edit(
+        dataclasses.replace(JOB, thinking=True), go_on
+    )
+
+    assert isinstance(outcome, Painted)
+    assert outcome.reasoning == expected.reasoning
+    assert np.array_equal(outcome.image, expected.image)
+    phases = [event.phase for event in events if isinstance(event, Progress)]
+    swap = phases.index(Phase.ENCODING) - 1
+    assert [phases[0], phases[swap]] == [Phase.LOADING, Phase.LOADING]  # each kept other blocks
+    assert Phase.LOADING not in phases[1:swap]
+    assert residency.is_ready(None, "edit")
+    assert not residency.is_ready(None, "reply")
 
 
 def test_the_same_seed_gives_the_same_thoughts(folder: Path) -> None:

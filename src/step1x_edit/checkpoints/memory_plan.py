@@ -247,9 +247,10 @@ def hosted(
             break
     size = _total(blocks)
     core = _total(block for block in blocks if block.component == "core")
+    can_reply = any(block.name == LM_HEAD for block in blocks)
     return HostPlan(
         on_disk=_names(out["edit"]),
-        on_disk_in_replies=_names(out["reply"]),
+        on_disk_in_replies=_names(out["reply" if can_reply else "edit"]),
         precision=precision,
         lockable=None if free is None else int(lockable_share * free),
         size=size - _total(out["edit"]),

@@ -134,9 +134,12 @@ def _checkpoint(seen: Survey, settings: Settings) -> Check:
 
 
 def _plan(seen: Survey) -> Iterator[Check]:
-    """Whether and how the model fits on the device; host memory is not checked."""
+    """How the model is placed and, if there is a device, whether it fits there."""
     plan, free_gb = seen.placement, seen.device_free_gb
-    if plan is None or plan.predicted_peak_gb is None or free_gb is None:
+    if plan is None:
+        return
+    if plan.predicted_peak_gb is None or free_gb is None:
+        yield Check("ok", "plan", plan.reason)
         return
     needs = f"about {plan.predicted_peak_gb:.1f} GiB of the {free_gb:.1f} GiB that are free"
     if plan.predicted_peak_gb <= free_gb:

@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 _GIGA: Final = 10**9
 _EMBEDDED: Final = "demo"
 _REAL: Final = "v1.1"
-# docs/models.md: the core in nf4 with a GPU; everything in int8 without one.
+# docs/models.md: the core in nf4 with a GPU; in int8, or exact from a fast disk, without one.
 _HOST_GB_BESIDE_A_GPU: Final = 10
-_HOST_GB_WITHOUT_A_GPU: Final = 26
+_HOST_GB_WITHOUT_A_GPU: Final = 16
 
 models_app = typer.Typer(
     help="List, fetch, find and remove checkpoints.",
