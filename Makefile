@@ -9,6 +9,11 @@ DEVELOP   := $(VENV)/.step1x-edit-develop
 # saves the CUDA download on a machine without a GPU.
 TORCH_INDEX ?=
 
+# Bytecode is written when a module is first imported: compiling all of the dependencies takes a
+# minute, and the hundreds of processes that the tests start would compile ours again and again.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check fix openapi conformance train clean
 
@@ -19,8 +24,8 @@ setup: $(DEVELOP)  ## Create .venv and install the project with everything neede
 
 define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(1)'
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable '.$(1)'
 endef
 
 $(INSTALLED): pyproject.toml constraints.txt

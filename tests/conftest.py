@@ -19,6 +19,27 @@ from step1x_edit.service.service import EditedPicture, EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
+SLOWEST = (
+    "test_ui",
+    "test_gpu_check",
+    "test_mcp_stdio",
+    "test_server",
+    "test_layouts",
+    "test_train_demo",
+    "test_demo_edits",
+    "test_examples",
+    "test_discovery",
+    "test_kills",
+    "test_cli_doctor",
+    "test_startup",
+    "test_second_device",
+    "test_sketch",
+    "test_every_interface",
+    "test_lora",
+    "test_load",
+)
+"""The files that take longest, the longest first."""
+
 MakeService = Callable[..., EditService]
 
 
@@ -37,6 +58,12 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than processors: tests often wait, for a process that starts or for a browser."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Exclude the million objects of the libraries from garbage collection.
@@ -53,8 +80,8 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that take longest, so that none of them runs alone at the end."""
-    slowest = ("test_layouts", "test_train_demo", "test_ui", "test_examples", "test_kills")
-    items.sort(key=lambda item: item.path.stem not in slowest)
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOWEST)))
 
 
 @pytest.fixture(scope="session", autouse=True)
