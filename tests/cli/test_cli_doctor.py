@@ -56,8 +56,22 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def test_a_machine_that_can_run_the_demo_is_told_so(tmp_path: Path) -> None:
-    exit_code, found = doctor(tmp_path, PORT=free_port(), DEVICE="cpu")
+LISTS_SURVEYS = """
+import os, sys
+if "step1x_edit.worker.survey" in sys.orig_argv:
+    with open(os.environ["SURVEYS"], "a") as surveys:
+        surveys.write("one\\n")
+"""
+
+
+def test_a_machine_that_can_run_the_demo_is_told_so_and_inspected_once(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LISTS_SURVEYS)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    settings = {"PORT": free_port(), "DEVICE": "cpu", "PYTHONPATH": path}
+    settings["SURVEYS"] = str(tmp_path / "surveys")
+
+    exit_code, found = doctor(tmp_path, **settings)
+    _, found_again = doctor(tmp_path, **settings)
 
     assert exit_code == 0
     assert {check["state"] for check in found.values()} <= {"ok", "note"}
@@ -66,7 +80,12 @@ def test_a_machine_that_can_run_the_demo_is_told_so(tmp_path: Path) -> None:
     assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GiB of weights")
     assert found["plan"]["text"] == "the model computes in host memory"
     assert found["port"]["text"].endswith("is free")
-    assert not (tmp_path / "data").exists()  # it only looks
+    assert (tmp_path / "surveys").read_text() == "one\n"
+    inspected = found_again.pop("inspection")["text"]
+    assert "nothing has changed; --again inspects again" in inspected
+    del found["memory"], found_again["memory"], found["data"], found_again["data"]
+    assert found_again == found
+    assert [file.name for file in (tmp_path / "data").rglob("*")] == ["cache", "survey.json"]
 
 
 def test_what_stands_in_the_way_is_marked_and_told(tmp_path: Path) -> None:
@@ -180,6 +199,56 @@ def test_other_defaults_are_suggested_for_versions_that_want_them(
     assert found["defaults"].startswith(suggested)
     assert "DEFAULT_NUM_STEPS" in found["defaults"]
     assert "defaults" not in followed
+
+
+PLAIN = Survey(torch="2.13", device="cpu", checkpoint="mine", version="v1.1", weights_gb=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_inspected_again"),
+    [
+        ({}, False),
+        ({"words": ("--again",)}, True),
+        ({"MODEL_PATH": "another"}, True),
+        ({"OMP_NUM_THREADS": "7"}, True),
+        ({"file": "checkpoint/model.safetensors"}, True),
+        ({"first": replace(PLAIN, checkpoint_error="it is damaged")}, True),
+        ({"first": replace(PLAIN, device="cuda, a card")}, True),
+        ({"free": 21 * 10**9}, False),
+        ({"free": 12 * 10**9}, True),
+    ],
+    ids=str,
+)
+def test_a_machine_is_inspected_again_if_the_result_may_differ(
+    changed: dict[str, Any],
+    is_inspected_again: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("checkpoint", "another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("MODEL_PATH", "checkpoint")
+    results = iter([changed.get("first", PLAIN), replace(PLAIN, checkpoint="new")])
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda start: next(results))
+    free = [20 * 10**9]
+    monkeypatch.setattr(
+        "step1x_edit.engine.host_memory.measure", lambda: HostMemory(free[-1], 64 * 10**9)
+    )
+    run.invoke(app, ["doctor"])
+    free.append(changed.get("free", free[0]))
+    for name in ("MODEL_PATH", "OMP_NUM_THREADS"):
+        if name in changed:
+            monkeypatch.setenv(name, changed[name])
+    if "file" in changed:
+        Path(changed["file"]).write_bytes(b"other weights")
+
+    found = run.invoke(app, ["doctor", *changed.get("words", ())])
+
+    assert ("inspection" not in found.stdout) == is_inspected_again
+    assert ("checkpoint  new" in found.stdout) == is_inspected_again
 
 
 def test_a_survey_foresees_the_plan_without_loading_anything(tmp_path: Path) -> None:

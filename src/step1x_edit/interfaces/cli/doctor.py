@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -46,15 +46,21 @@ class Check:
     text: str
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    again: Annotated[
+        bool, typer.Option("--again", help="Inspect again, even if nothing has changed")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Report what this machine can run, one line for each check.
 
-    The exit code is 1 if a check fails. Nothing is changed, and no model is
-    loaded.
+    The exit code is 1 if a check fails. No model is loaded. Without a GPU, the
+    result of inspecting torch and the model is kept in DATA_DIR, and used
+    again while nothing changes.
     """
     with failures_on_stderr(as_json):
         checks = []
-        for check in _checks():
+        for check in _checks(again):
             checks.append(check)
             if not as_json:
                 out.print(check.state.ljust(5), style=_STYLES[check.state], end="")
@@ -69,7 +75,7 @@ def doctor(as_json: AsJson = False) -> None:
             raise typer.Exit(FAILED)
 
 
-def _checks() -> Iterator[Check]:
+def _checks(again: bool) -> Iterator[Check]:
     yield Check("ok", "version", f"step1x-edit {__version__}, Python {platform.python_version()}")
     try:
         settings = cli_settings()
@@ -79,9 +85,18 @@ def _checks() -> Iterator[Check]:
     yield _memory()
     yield from _data_dir(settings.data_dir)
     from step1x_edit.engine.machine import inspect_machine
+    from step1x_edit.service.kept_survey import keep_survey, kept_survey
     from step1x_edit.service.wiring import start_of
 
-    seen = inspect_machine(start_of(settings))
+    kept = None if again else kept_survey(settings)
+    if kept is None:
+        seen = inspect_machine(start_of(settings))
+        keep_survey(settings, seen)
+    else:
+        seen = kept.survey
+        taken = f"{kept.taken:%Y-%m-%d %H:%M}"
+        text = f"what follows is of {taken}, and nothing has changed; --again inspects again"
+        yield Check("ok", "inspection", text)
     yield from _torch_and_device(seen)
     if seen.torch_error is None:
         yield _checkpoint(seen, settings)

@@ -1,0 +1,121 @@
+"""The last survey of this machine, kept in DATA_DIR and used while nothing has changed.
+
+A survey imports torch and may measure, which takes seconds; reading the file takes neither. With a
+GPU no survey is kept: only torch can report how much of the card's memory is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from step1x_edit.engine import host_memory
+from step1x_edit.engine.machine import Survey, has_gpu_driver, survey_from
+from step1x_edit.errors import CheckpointError
+from step1x_edit.hub.pulled import resolve_model_path
+from step1x_edit.service.wiring import start_of
+from step1x_edit.settings import Settings, inherited_environment
+
+_FILE: Final = Path("cache") / "survey.json"
+_LIBRARIES: Final = ("torch", "transformers")
+_FOR_LIBRARIES: Final = ("ATEN_", "CUDA_", "DNNL_", "MKL_", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
+"""How the variables begin that change what the libraries do."""
+_SAME_MEMORY: Final = 0.1  # of all memory: so much more or less may be free
+_PACKAGE: Final = Path(__file__).parents[1]
+_PROGRAM: Final = _PACKAGE / "__init__.py"
+"""Has the version, so an update changes it."""
+_EMBEDDED: Final = _PACKAGE / "model" / "demo"
+
+
+@dataclass(frozen=True)
+class KeptSurvey:
+    """A survey, and when it was taken."""
+
+    survey: Survey
+    taken: datetime
+
+
+def kept_survey(settings: Settings) -> KeptSurvey | None:
+    """The survey in the file, if one taken now would say the same."""
+    try:
+        kept = json.loads((settings.data_dir / _FILE).read_text("utf-8"))
+        if kept["basis"] != _basis(settings) or not _is_still_free(kept["free"]):
+            return None
+        return KeptSurvey(survey_from(kept["survey"]), datetime.fromisoformat(kept["taken"]))
+    except (OSError, ValueError, LookupError, TypeError, CheckpointError):
+        return None
+
+
+def keep_survey(settings: Settings, survey: Survey) -> None:
+    """Write a survey to the file if it found no error and no GPU, and the file can be written."""
+    memory = host_memory.measure()
+    has_error = survey.torch_error or survey.device_error or survey.checkpoint_error
+    if has_error or survey.device != "cpu" or memory is None:
+        return
+    file = settings.data_dir / _FILE
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    with contextlib.suppress(OSError):
+        kept = {
+            "taken": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "free": memory.available,
+            "basis": _basis(settings),
+            "survey": asdict(survey),
+        }
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(kept, indent=1), "utf-8")
+        unfinished.replace(file)
+
+
+def _is_still_free(available: int) -> bool:
+    """Whether about as much memory is free as before, because a model is placed by that."""
+    memory = host_memory.measure()
+    return memory is not None and abs(memory.available - available) < _SAME_MEMORY * memory.total
+
+
+def _basis(settings: Settings) -> str:
+    """A digest of what a survey depends on; raises CheckpointError or OSError without a model."""
+    memory = host_memory.measure()
+    environment = inherited_environment()
+    basis = {
+        "start": asdict(start_of(settings)),
+        "programs": [platform.python_version(), *map(_library, _LIBRARIES), _stamp(_PROGRAM)],
+        "machine": [platform.node(), platform.machine(), os.cpu_count(), memory and memory.total],
+        "gpu": has_gpu_driver(),
+        "environment": {
+            name: value
+            for name, value in sorted(environment.items())
+            if name.startswith(_FOR_LIBRARIES)
+        },
+        "files": [_stamp(file) for file in _files(settings)],
+    }
+    return hashlib.sha256(json.dumps(basis).encode()).hexdigest()
+
+
+def _library(name: str) -> list[object]:
+    """The version and the place of a library, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    place = None if spec is None or spec.origin is None else _stamp(Path(spec.origin))
+    return [importlib.metadata.version(name), place]
+
+
+def _files(settings: Settings) -> Iterator[Path]:
+    """The files of the checkpoint and its LoRAs."""
+    path = resolve_model_path(settings.model_path, settings.data_dir) or _EMBEDDED
+    inside = path.rglob("*") if path.is_dir() else path.parent.iterdir()
+    yield from sorted(file for file in inside if file.is_file())
+    yield from sorted(settings.lora_path)
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    found = file.stat()
+    return str(file), found.st_size, found.st_mtime_ns
