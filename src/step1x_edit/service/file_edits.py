@@ -60,12 +60,10 @@ Open: TypeAlias = Callable[[EditRequest, frozenset[FileIdentity]], Opened | Edit
 
 @dataclass(frozen=True)
 class Saved(Generic[E]):
-    """The answer for a file that was written, and the pictures before and after."""
+    """The answer for a file that was written, and its picture."""
 
     answer: EditAnswer
     edited: E
-    source: bytes = b""
-    """The file that was edited; empty for a picture generated from a prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ class FileEdits(Generic[E]):
         # Publishing is short and comes last: an edit cancelled before it leaves nothing behind.
         path = await asyncio.to_thread(publish)
         answer = answer.model_copy(update={"output_path": path})
-        return Saved(answer, edited, opened.inputs.image)
+        return Saved(answer, edited)
 
 
 # --- several pictures -----------------------------------------------------------------------------

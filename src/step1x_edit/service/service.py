@@ -91,6 +91,8 @@ class EditedPicture:
     processing_time: float
     rounds: tuple[bytes, ...] = ()
     """Small JPEGs of the result of each round of a reflection."""
+    source: Picture | None = None
+    """The input, unless the picture was generated."""
 
 
 @dataclass(frozen=True)
@@ -387,6 +389,7 @@ class EditService:
             metadata_of(record, result, picture, share),
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
+            source=None if source is None else source.picture,
         )
 
     @contextlib.contextmanager

@@ -266,7 +266,7 @@ class _Editing(Pursuit[Progress, ToolResult]):
 
     def __init__(self, service: EditService, request: EditRequest | GenerateRequest) -> None:
         async def work(notify: Notify[Progress]) -> ToolResult:
-            from step1x_edit.pictures.images import PREVIEW_SIDE, preview
+            from step1x_edit.pictures.images import preview
 
             edits = FileEdits(service, service.files)
             if isinstance(request, GenerateRequest):
@@ -275,8 +275,9 @@ class _Editing(Pursuit[Progress, ToolResult]):
                 link = link_to(made.answer, "The picture in full size")
                 return result_of(made.answer.to_dict(), shown, link)
             saved = await edits.edit(request, notify)
+            assert saved.edited.source is not None
             before, after = await asyncio.gather(
-                service.preview(saved.source, PREVIEW_SIDE),
+                asyncio.to_thread(preview, saved.edited.source),
                 asyncio.to_thread(preview, saved.edited.picture),
             )
             return edited_result(request, saved.answer, before, after, saved.edited.rounds)
