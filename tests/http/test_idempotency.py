@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,23 +53,29 @@ FIRST = {"X-Stainless-Retry-Count": "0"}
 AGAIN = {"X-Stainless-Retry-Count": "1"}
 
 
+@pytest.fixture
+def client(make_service: MakeService, worker: FakeWorker) -> Iterator[httpx2.Client]:
+    """A client of a server that edits with `worker`."""
+    with calling(make_service(worker)) as client:
+        yield client
+
+
 # --- after the end --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first", "second"), [(KEY, KEY), (FIRST, AGAIN), (AGAIN, AGAIN)])
 @at_both_doors
 def test_what_has_been_done_is_answered_again(
-    make_service: MakeService,
+    client: httpx2.Client,
+    worker: FakeWorker,
     photo: Path,
     path: str,
     first: dict[str, str],
     second: dict[str, str],
 ) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        answers = [
-            client.post(path, headers=headers, **form(path, photo)) for headers in (first, second)
-        ]
+    answers = [
+        client.post(path, headers=headers, **form(path, photo)) for headers in (first, second)
+    ]
 
     assert picture(answers[0]) == picture(answers[1])  # although each would draw a seed
     assert [is_replayed(answer) for answer in answers] == [False, True]
@@ -80,17 +87,16 @@ def test_what_has_been_done_is_answered_again(
 )
 @at_both_doors
 def test_what_is_asked_for_anew_is_done_anew(
-    make_service: MakeService,
+    client: httpx2.Client,
+    worker: FakeWorker,
     photo: Path,
     path: str,
     first: dict[str, str],
     second: dict[str, str],
 ) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        answers = [
-            client.post(path, headers=headers, **form(path, photo)) for headers in (first, second)
-        ]
+    answers = [
+        client.post(path, headers=headers, **form(path, photo)) for headers in (first, second)
+    ]
 
     assert picture(answers[0]) != picture(answers[1])
     assert not any(is_replayed(answer) for answer in answers)
@@ -100,12 +106,10 @@ def test_what_is_asked_for_anew_is_done_anew(
 @pytest.mark.parametrize("changes", [{"prompt": "y"}, {"seed": "7"}])
 @at_both_doors
 def test_a_retry_of_another_request_is_a_request_of_its_own(
-    make_service: MakeService, photo: Path, path: str, changes: dict[str, str]
+    client: httpx2.Client, worker: FakeWorker, photo: Path, path: str, changes: dict[str, str]
 ) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        client.post(path, headers=FIRST, **form(path, photo))
-        other = client.post(path, headers=AGAIN, **form(path, photo, **changes))
+    client.post(path, headers=FIRST, **form(path, photo))
+    other = client.post(path, headers=AGAIN, **form(path, photo, **changes))
 
     assert not is_replayed(other)
     assert len(worker.started) == 2
@@ -114,12 +118,10 @@ def test_a_retry_of_another_request_is_a_request_of_its_own(
 @pytest.mark.parametrize("changes", [{"prompt": "y"}, {"seed": "7"}, {"size_level": "512"}])
 @at_both_doors
 def test_a_key_belongs_to_one_request(
-    make_service: MakeService, photo: Path, path: str, changes: dict[str, str]
+    client: httpx2.Client, worker: FakeWorker, photo: Path, path: str, changes: dict[str, str]
 ) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        client.post(path, headers=KEY, **form(path, photo))
-        other = client.post(path, headers=KEY, **form(path, photo, **changes))
+    client.post(path, headers=KEY, **form(path, photo))
+    other = client.post(path, headers=KEY, **form(path, photo, **changes))
 
     assert other.status_code == 409
     assert "Idempotency-Key in use: it came with another request before" in other.text
@@ -127,13 +129,13 @@ def test_a_key_belongs_to_one_request(
 
 
 @at_both_doors
-def test_a_key_belongs_to_one_picture(make_service: MakeService, photo: Path, path: str) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        client.post(path, headers=KEY, **form(path, photo))
-        parts = form(path, photo)
-        parts["files"]["mask"] = ("mask.png", photo.read_bytes())
-        masked = client.post(path, headers=KEY, **parts)
+def test_a_key_belongs_to_one_picture(
+    client: httpx2.Client, worker: FakeWorker, photo: Path, path: str
+) -> None:
+    client.post(path, headers=KEY, **form(path, photo))
+    parts = form(path, photo)
+    parts["files"]["mask"] = ("mask.png", photo.read_bytes())
+    masked = client.post(path, headers=KEY, **parts)
 
     assert masked.status_code == 409
     assert len(worker.started) == 1
@@ -142,12 +144,10 @@ def test_a_key_belongs_to_one_picture(make_service: MakeService, photo: Path, pa
 @pytest.mark.parametrize("keys", [[""], ["x" * 256], ["a b"], ["a", "b"]])
 @at_both_doors
 def test_an_unusable_key_is_refused(
-    make_service: MakeService, photo: Path, path: str, keys: list[str]
+    client: httpx2.Client, worker: FakeWorker, photo: Path, path: str, keys: list[str]
 ) -> None:
-    worker = FakeWorker()
-    with calling(make_service(worker)) as client:
-        headers = [("Idempotency-Key", key) for key in keys]
-        answer = client.post(path, headers=headers, **form(path, photo))
+    headers = [("Idempotency-Key", key) for key in keys]
+    answer = client.post(path, headers=headers, **form(path, photo))
 
     assert answer.status_code == (400 if path == OPENAI else 422)
     assert "Invalid parameter: Idempotency-Key must be 1 to 255" in answer.text

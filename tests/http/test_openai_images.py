@@ -69,6 +69,20 @@ async def theirs_async(service: EditService, **options: Any) -> AsyncIterator[op
             yield client
 
 
+@pytest.fixture
+def client(make_service: MakeService) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, of a server with the usual settings."""
+    with theirs(make_service()) as client:
+        yield client
+
+
+@pytest.fixture
+def plain(make_service: MakeService) -> Iterator[httpx2.Client]:
+    """A client of the same that sends what it is given."""
+    with calling(make_service()) as client:
+        yield client
+
+
 def failure(answer: httpx2.Response) -> dict[str, Any]:
     """The error that an answer tells, after a look at what all of them have in common."""
     assert answer.headers["content-type"] == "application/json"
@@ -85,9 +99,8 @@ def failure(answer: httpx2.Response) -> dict[str, Any]:
 # --- what comes back ------------------------------------------------------------------------------
 
 
-def test_their_client_gets_the_edited_picture(make_service: MakeService, photo: Path) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="invert")
+def test_their_client_gets_the_edited_picture(client: openai.OpenAI, photo: Path) -> None:
+    answer = client.images.edit(image=photo, prompt="invert")
 
     assert answer.data is not None
     (picture,) = answer.data
@@ -228,10 +241,9 @@ def test_quality_is_a_number_of_steps(
     [("png", "image/png"), ("webp", "image/webp"), ("jpeg", "image/jpeg"), ("avif", "image/avif")],
 )
 def test_the_caller_chooses_the_format(
-    make_service: MakeService, photo: Path, asked: Any, kind: str
+    client: openai.OpenAI, photo: Path, asked: Any, kind: str
 ) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="x", output_format=asked)
+    answer = client.images.edit(image=photo, prompt="x", output_format=asked)
 
     assert answer.data is not None
     assert Image.open(io.BytesIO(decoded(answer.data[0]))).get_format_mimetype() == kind
@@ -240,17 +252,16 @@ def test_the_caller_chooses_the_format(
 
 @pytest.mark.parametrize("asked", ["webp", "jpeg", "avif"])
 def test_compression_makes_the_file_smaller_and_keeps_the_record(
-    make_service: MakeService, photo: Path, asked: Any
+    client: openai.OpenAI, photo: Path, asked: Any
 ) -> None:
-    with theirs(make_service()) as client:
-        sizes = []
-        for compression in (100, 40, 0):
-            answer = client.images.edit(
-                image=photo, prompt="x", output_format=asked, output_compression=compression
-            )
-            assert answer.data is not None
-            data = decoded(answer.data[0])
-            sizes.append(len(data))
+    sizes = []
+    for compression in (100, 40, 0):
+        answer = client.images.edit(
+            image=photo, prompt="x", output_format=asked, output_compression=compression
+        )
+        assert answer.data is not None
+        data = decoded(answer.data[0])
+        sizes.append(len(data))
 
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
@@ -261,10 +272,9 @@ def test_compression_makes_the_file_smaller_and_keeps_the_record(
 
 @pytest.mark.parametrize(("asked", "size"), [("auto", (64, 48)), ("64x48", (64, 48))])
 def test_the_size_is_that_of_the_input(
-    make_service: MakeService, photo: Path, asked: Any, size: tuple[int, int]
+    client: openai.OpenAI, photo: Path, asked: Any, size: tuple[int, int]
 ) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="x", size=asked)
+    answer = client.images.edit(image=photo, prompt="x", size=asked)
 
     assert answer.data is not None
     assert Image.open(io.BytesIO(decoded(answer.data[0]))).size == size
@@ -281,10 +291,9 @@ def test_the_size_is_that_of_the_input(
     ],
 )
 def test_a_size_of_another_ratio_is_a_box_to_fit_into(
-    make_service: MakeService, photo: Path, asked: Any, made: str
+    client: openai.OpenAI, photo: Path, asked: Any, made: str
 ) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="invert", size=asked)
+    answer = client.images.edit(image=photo, prompt="invert", size=asked)
 
     assert answer.data is not None
     picture = Image.open(io.BytesIO(decoded(answer.data[0])))
@@ -295,10 +304,9 @@ def test_a_size_of_another_ratio_is_a_box_to_fit_into(
 
 @pytest.mark.parametrize("asked", ["128x96", "32x24", "100x75", "101x75"])
 def test_another_size_of_the_same_ratio_is_made(
-    make_service: MakeService, photo: Path, asked: str
+    client: openai.OpenAI, photo: Path, asked: str
 ) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="x", size=asked)
+    answer = client.images.edit(image=photo, prompt="x", size=asked)
 
     assert answer.data is not None
     data = decoded(answer.data[0])
@@ -307,27 +315,23 @@ def test_another_size_of_the_same_ratio_is_made(
 
 
 def test_transparency_stays_unless_an_opaque_picture_is_asked_for(
-    make_service: MakeService,
+    client: openai.OpenAI,
 ) -> None:
     image = Image.new("RGBA", (64, 48), (10, 20, 30, 128))
-    with theirs(make_service()) as client:
-        answers = [
-            client.images.edit(image=("a.png", png(image)), prompt="x", **given)  # type: ignore
-            for given in ({}, {"background": "opaque"}, {"output_format": "jpeg"})
-        ]
+    answers = [
+        client.images.edit(image=("a.png", png(image)), prompt="x", **given)  # type: ignore
+        for given in ({}, {"background": "opaque"}, {"output_format": "jpeg"})
+    ]
 
     modes = [Image.open(io.BytesIO(decoded((answer.data or [])[0]))).mode for answer in answers]
     assert modes == ["RGBA", "RGB", "RGB"]
     assert [answer.background for answer in answers] == ["transparent", "opaque", "opaque"]
 
 
-def test_only_what_is_transparent_in_the_mask_changes(
-    make_service: MakeService, photo: Path
-) -> None:
+def test_only_what_is_transparent_in_the_mask_changes(client: openai.OpenAI, photo: Path) -> None:
     mask = Image.new("RGBA", (64, 48), (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, 32, 48))
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="x", mask=("mask.png", png(mask)))
+    answer = client.images.edit(image=photo, prompt="x", mask=("mask.png", png(mask)))
 
     assert answer.data is not None
     before, after = pixels_of(photo.read_bytes()), pixels_of(decoded(answer.data[0]))
@@ -337,22 +341,21 @@ def test_only_what_is_transparent_in_the_mask_changes(
 
 
 def test_a_link_leads_to_the_picture_for_who_has_the_token(
-    make_service: MakeService, photo: Path
+    client: openai.OpenAI, photo: Path
 ) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(
-            image=photo, prompt="x", n=2, response_format="url", output_format="webp"
-        )
-        assert answer.data is not None
-        links = [picture.url or "" for picture in answer.data]
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        pictures = [httpx2.get(link, headers=headers, trust_env=False) for link in links]
-        stranger = httpx2.get(links[0], trust_env=False)
-        wrong = httpx2.get(f"{links[0][:-8]}x/content", headers=headers, trust_env=False)
-        under_another_name = httpx2.get(
-            links[0], headers={**headers, "Host": "evil.example"}, trust_env=False
-        )
-        base_url = str(client.base_url)
+    answer = client.images.edit(
+        image=photo, prompt="x", n=2, response_format="url", output_format="webp"
+    )
+    assert answer.data is not None
+    links = [picture.url or "" for picture in answer.data]
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    pictures = [httpx2.get(link, headers=headers, trust_env=False) for link in links]
+    stranger = httpx2.get(links[0], trust_env=False)
+    wrong = httpx2.get(f"{links[0][:-8]}x/content", headers=headers, trust_env=False)
+    under_another_name = httpx2.get(
+        links[0], headers={**headers, "Host": "evil.example"}, trust_env=False
+    )
+    base_url = str(client.base_url)
 
     assert len(set(links)) == 2
     for link, picture in zip(links, pictures, strict=True):
@@ -371,7 +374,7 @@ def test_a_link_leads_to_the_picture_for_who_has_the_token(
 @pytest.mark.parametrize("model", ["gpt-image-1", ""])
 @pytest.mark.parametrize("name", ["image", "image[]", "image[0]"])
 def test_the_request_of_open_webui_is_understood(
-    make_service: MakeService, photo: Path, name: str, model: str
+    plain: httpx2.Client, photo: Path, name: str, model: str
 ) -> None:
     """Its fields, as it sends them: the picture, alone or in a list, and texts around it."""
     parts: list[tuple[str, Any]] = [
@@ -383,8 +386,7 @@ def test_the_request_of_open_webui_is_understood(
         ("response_format", (None, "b64_json")),
         (name, ("image.png", photo.read_bytes(), "image/png")),
     ]
-    with calling(make_service()) as client:
-        answer = client.post(EDITS_PATH, files=parts)
+    answer = plain.post(EDITS_PATH, files=parts)
 
     assert answer.status_code == 200
     data = base64.b64decode(answer.json()["data"][0]["b64_json"])
@@ -395,7 +397,7 @@ def data_url(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def test_json_with_data_urls_is_understood(make_service: MakeService, photo: Path) -> None:
+def test_json_with_data_urls_is_understood(plain: httpx2.Client, photo: Path) -> None:
     mask = Image.new("L", (64, 48))
     mask.paste(255, (0, 0, 32, 48))
     body = {
@@ -407,8 +409,7 @@ def test_json_with_data_urls_is_understood(make_service: MakeService, photo: Pat
         "size": None,
         "stream": False,
     }
-    with calling(make_service()) as client:
-        answer = client.post(EDITS_PATH, json=body)
+    answer = plain.post(EDITS_PATH, json=body)
 
     assert answer.status_code == 200
     (picture,) = answer.json()["data"]
@@ -422,14 +423,13 @@ def test_json_with_data_urls_is_understood(make_service: MakeService, photo: Pat
 @pytest.mark.parametrize("in_list", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_picture_in_json_may_stand_in_any_of_the_ways_that_clients_know(
-    make_service: MakeService, photo: Path, name: str, in_list: bool, wrapped: bool
+    plain: httpx2.Client, photo: Path, name: str, in_list: bool, wrapped: bool
 ) -> None:
     url = data_url(photo.read_bytes())
     picture: Any = {"image_url": url} if wrapped else url
-    with calling(make_service()) as client:
-        answer = client.post(
-            EDITS_PATH, json={name: [picture] if in_list else picture, "prompt": "x", "size": ""}
-        )
+    answer = plain.post(
+        EDITS_PATH, json={name: [picture] if in_list else picture, "prompt": "x", "size": ""}
+    )
 
     assert answer.status_code == 200, answer.text
     data = base64.b64decode(answer.json()["data"][0]["b64_json"])
@@ -443,7 +443,7 @@ def test_a_picture_in_json_may_stand_in_any_of_the_ways_that_clients_know(
 )
 @pytest.mark.parametrize("length", [1, 7, 10_000])
 def test_a_picture_in_json_is_the_same_in_any_pieces_and_with_any_escapes(
-    make_service: MakeService, photo: Path, escapes: dict[str, str], length: int
+    plain: httpx2.Client, photo: Path, escapes: dict[str, str], length: int
 ) -> None:
     padding = b"\xfb\xef\xbe\xff" * 3  # after the picture, which ignores it
     url = data_url(photo.read_bytes() + padding)
@@ -451,10 +451,7 @@ def test_a_picture_in_json_is_the_same_in_any_pieces_and_with_any_escapes(
     for sign, escaped in escapes.items():
         text = text.replace(sign, escaped)
     pieces = (text[at : at + length].encode() for at in range(0, len(text), length))
-    with calling(make_service()) as client:
-        answer = client.post(
-            EDITS_PATH, content=pieces, headers={"Content-Type": "application/json"}
-        )
+    answer = plain.post(EDITS_PATH, content=pieces, headers={"Content-Type": "application/json"})
 
     assert "+" in url
     assert "/" in url.partition(",")[2]
@@ -499,11 +496,8 @@ def test_their_client_gets_stepfuns_interface_by_the_name_of_its_model(
     assert (whole.size, named.id) == ("96x64", "step-1x-edit")
 
 
-def test_a_seed_of_zero_is_a_seed_for_everybody_else(
-    make_service: MakeService, photo: Path
-) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(image=photo, prompt="x", extra_body={"seed": 0})
+def test_a_seed_of_zero_is_a_seed_for_everybody_else(client: openai.OpenAI, photo: Path) -> None:
+    answer = client.images.edit(image=photo, prompt="x", extra_body={"seed": 0})
 
     assert ((answer.data or [])[0].model_extra or {})["seed"] == 0
 
@@ -558,9 +552,8 @@ def test_what_is_wrong_with_json_is_said_by_name(
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 100_000, b"\xff\xfe{}", b"7"])
-def test_what_is_no_json_is_refused(make_service: MakeService, body: bytes) -> None:
-    with calling(make_service()) as client:
-        answer = client.post(EDITS_PATH, content=body, headers={"Content-Type": "application/json"})
+def test_what_is_no_json_is_refused(plain: httpx2.Client, body: bytes) -> None:
+    answer = plain.post(EDITS_PATH, content=body, headers={"Content-Type": "application/json"})
 
     assert answer.status_code == 400
     assert "JSON" in failure(answer)["message"]
@@ -661,22 +654,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert worker.started == []
 
 
-def test_values_that_ask_for_nothing_are_taken(make_service: MakeService, photo: Path) -> None:
-    with theirs(make_service()) as client:
-        answer = client.images.edit(
-            image=photo,
-            prompt="x",
-            background="auto",
-            input_fidelity="high",
-            n=1,
-            output_compression=100,
-            quality="auto",
-            safety_identifier="somebody",
-            size="auto",
-            stream=False,
-            user="somebody",
-            extra_body={"moderation": "low", "style": "vivid", "response_format": ""},
-        )
+def test_values_that_ask_for_nothing_are_taken(client: openai.OpenAI, photo: Path) -> None:
+    answer = client.images.edit(
+        image=photo,
+        prompt="x",
+        background="auto",
+        input_fidelity="high",
+        n=1,
+        output_compression=100,
+        quality="auto",
+        safety_identifier="somebody",
+        size="auto",
+        stream=False,
+        user="somebody",
+        extra_body={"moderation": "low", "style": "vivid", "response_format": ""},
+    )
 
     assert answer.data is not None
     assert len(answer.data) == 1
@@ -686,11 +678,10 @@ def test_values_that_ask_for_nothing_are_taken(make_service: MakeService, photo:
     "name", ["step1x-edit", "fake", "gpt-image-1", "gpt-image-2.5-flare", "dall-e-2"]
 )
 def test_the_models_that_clients_name_are_this_one(
-    make_service: MakeService, photo: Path, name: str
+    client: openai.OpenAI, photo: Path, name: str
 ) -> None:
-    with theirs(make_service()) as client:
-        client.images.edit(image=photo, prompt="x")  # only a loaded model has a version
-        answer = client.images.edit(image=photo, prompt="x", model=name)
+    client.images.edit(image=photo, prompt="x")  # only a loaded model has a version
+    answer = client.images.edit(image=photo, prompt="x", model=name)
 
     assert (answer.model_extra or {})["model"] == "fake"
 
@@ -707,13 +698,12 @@ def test_another_model_is_not_here(make_service: MakeService, photo: Path) -> No
     assert worker.started == []
 
 
-def test_the_list_has_the_model_that_runs(make_service: MakeService, photo: Path) -> None:
-    with theirs(make_service()) as client:
-        (before,) = client.models.list().data
-        client.images.edit(image=photo, prompt="x")
-        (after,) = client.models.list().data
-        retrieved = client.models.retrieve("step1x-edit")
-        version = client.models.retrieve("fake")
+def test_the_list_has_the_model_that_runs(client: openai.OpenAI, photo: Path) -> None:
+    (before,) = client.models.list().data
+    client.images.edit(image=photo, prompt="x")
+    (after,) = client.models.list().data
+    retrieved = client.models.retrieve("step1x-edit")
+    version = client.models.retrieve("fake")
 
     assert before.id == after.id == "step1x-edit"
     assert (before.model_extra or {}) == {"version": None, "location": "Unloaded"}
@@ -725,16 +715,15 @@ def test_the_list_has_the_model_that_runs(make_service: MakeService, photo: Path
 # --- errors as their client raises them -----------------------------------------------------------
 
 
-def test_their_client_raises_its_own_errors(make_service: MakeService, photo: Path) -> None:
-    with theirs(make_service()) as client:
-        with pytest.raises(openai.BadRequestError) as bad:
-            client.images.edit(image=photo, prompt="x", background="transparent")
-        with pytest.raises(openai.BadRequestError, match="image must be one picture, got 2"):
-            client.images.edit(image=[photo, photo], prompt="x")
-        with pytest.raises(openai.AuthenticationError) as stranger:
-            client.with_options(api_key="wrong").images.edit(image=photo, prompt="x")
-        with pytest.raises(openai.NotFoundError):
-            client.images.create_variation(image=photo)
+def test_their_client_raises_its_own_errors(client: openai.OpenAI, photo: Path) -> None:
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.images.edit(image=photo, prompt="x", background="transparent")
+    with pytest.raises(openai.BadRequestError, match="image must be one picture, got 2"):
+        client.images.edit(image=[photo, photo], prompt="x")
+    with pytest.raises(openai.AuthenticationError) as stranger:
+        client.with_options(api_key="wrong").images.edit(image=photo, prompt="x")
+    with pytest.raises(openai.NotFoundError):
+        client.images.create_variation(image=photo)
 
     assert (bad.value.param, bad.value.type) == ("background", "invalid_request_error")
     assert stranger.value.code == "unauthorized"

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def files(photo: Path) -> dict[str, Any]:
     return {"file": (photo.name, photo.read_bytes())}
 
 
+@pytest.fixture
+def client(make_service: MakeService) -> Iterator[httpx2.Client]:
+    """A client of a server with the usual settings."""
+    with calling(make_service()) as client:
+        yield client
+
+
 def problem(answer: httpx2.Response) -> dict[str, Any]:
     """The problem that an answer tells, after a look at what all of them have in common."""
     assert answer.headers["content-type"] == "application/problem+json"
@@ -50,14 +58,13 @@ def problem(answer: httpx2.Response) -> dict[str, Any]:
 
 
 def test_a_picture_comes_back_edited_with_what_repeats_it(
-    make_service: MakeService, photo: Path
+    client: httpx2.Client, photo: Path
 ) -> None:
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit",
-            files=files(photo),
-            data={"prompt": "invert", "num_steps": "10", "guidance_scale": "4.5", "seed": "7"},
-        )
+    answer = client.post(
+        "/api/edit",
+        files=files(photo),
+        data={"prompt": "invert", "num_steps": "10", "guidance_scale": "4.5", "seed": "7"},
+    )
 
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "image/png"
@@ -105,13 +112,12 @@ def test_a_reflection_is_told_in_json_with_a_small_picture_of_each_round(
 
 @pytest.mark.parametrize("given", [{}, {"seed": "-1"}])
 def test_a_missing_seed_is_drawn_and_reported(
-    make_service: MakeService, photo: Path, given: dict[str, str]
+    client: httpx2.Client, photo: Path, given: dict[str, str]
 ) -> None:
-    with calling(make_service()) as client:
-        first, second = (
-            client.post("/api/edit", files=files(photo), data={"prompt": "x", **given})
-            for _ in range(2)
-        )
+    first, second = (
+        client.post("/api/edit", files=files(photo), data={"prompt": "x", **given})
+        for _ in range(2)
+    )
 
     record = read_edit_record(first.content)
     assert record is not None
@@ -135,13 +141,12 @@ def test_what_is_left_out_is_what_the_operator_has_chosen(
 
 @pytest.mark.parametrize("prompt", ["给它一顶红帽子 🎩", "a\r\nX-Evil: 1", "naïve “quotes”"])
 def test_no_text_of_the_caller_lands_in_a_header(
-    make_service: MakeService, photo: Path, prompt: str
+    client: httpx2.Client, photo: Path, prompt: str
 ) -> None:
     name = "evil\r\nX-Evil: 1😀.png"
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit", files={"file": (name, photo.read_bytes())}, data={"prompt": prompt}
-        )
+    answer = client.post(
+        "/api/edit", files={"file": (name, photo.read_bytes())}, data={"prompt": prompt}
+    )
 
     assert answer.status_code == 200
     record = read_edit_record(answer.content)
@@ -166,12 +171,11 @@ def test_no_text_of_the_caller_lands_in_a_header(
     ],
 )
 def test_the_caller_chooses_the_format(
-    make_service: MakeService, photo: Path, accept: str, kind: str
+    client: httpx2.Client, photo: Path, accept: str, kind: str
 ) -> None:
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit", files=files(photo), data={"prompt": "x"}, headers={"Accept": accept}
-        )
+    answer = client.post(
+        "/api/edit", files=files(photo), data={"prompt": "x"}, headers={"Accept": accept}
+    )
 
     assert answer.headers["content-type"] == kind
     assert Image.open(io.BytesIO(answer.content)).get_format_mimetype() == kind
@@ -193,10 +197,9 @@ def test_a_kind_that_cannot_be_made_is_refused(
     assert worker.started == []
 
 
-def test_a_caller_that_takes_any_json_gets_json(make_service: MakeService, photo: Path) -> None:
+def test_a_caller_that_takes_any_json_gets_json(client: httpx2.Client, photo: Path) -> None:
     accept = {"Accept": "text/plain, application/*;q=0.9"}
-    with calling(make_service()) as client:
-        answer = client.post("/api/edit", files=files(photo), data={"prompt": "x"}, headers=accept)
+    answer = client.post("/api/edit", files=files(photo), data={"prompt": "x"}, headers=accept)
 
     assert answer.json()["media_type"] == "image/png"
 
@@ -235,18 +238,15 @@ def test_what_was_unusual_about_a_file_stands_beside_the_warning_of_the_model(
 
 @pytest.mark.parametrize("accept", ["image/png", "application/json"])
 def test_with_a_mask_the_rest_stays_and_the_answer_says_how_much_changed(
-    make_service: MakeService, photo: Path, accept: str
+    client: httpx2.Client, photo: Path, accept: str
 ) -> None:
     mask = io.BytesIO()
     image = Image.new("L", (64, 48), 0)
     image.paste(255, (16, 0, 64, 48))
     image.save(mask, "PNG")
     sent = {**files(photo), "mask": ("mask.png", mask.getvalue())}
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit", files=sent, data={"prompt": "x"}, headers={"Accept": accept}
-        )
-        plain = client.post("/api/edit", files=files(photo), data={"prompt": "x"})
+    answer = client.post("/api/edit", files=sent, data={"prompt": "x"}, headers={"Accept": accept})
+    plain = client.post("/api/edit", files=files(photo), data={"prompt": "x"})
 
     is_json = accept == "application/json"
     data = base64.b64decode(answer.json()["image_base64"]) if is_json else answer.content
@@ -371,15 +371,14 @@ def test_what_is_wrong_with_a_request_is_said_by_name(
     ["a%0D%0AX-Evil: 1.png", "戴红帽子 🎩.png", "x" * 2000, "../../etc/passwd", "\x1b[31m.png"],
 )
 def test_nothing_of_the_callers_file_name_comes_back(
-    make_service: MakeService, photo: Path, name: str
+    client: httpx2.Client, photo: Path, name: str
 ) -> None:
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit",
-            files={"file": (name, photo.read_bytes())},
-            data={"prompt": f"{name[:100]}\r\nX-Evil: 1", "num_steps": "10"},
-            headers={"Accept": "image/webp"},
-        )
+    answer = client.post(
+        "/api/edit",
+        files={"file": (name, photo.read_bytes())},
+        data={"prompt": f"{name[:100]}\r\nX-Evil: 1", "num_steps": "10"},
+        headers={"Accept": "image/webp"},
+    )
 
     assert answer.status_code == 200
     assert answer.headers["content-disposition"] == 'inline; filename="edited.webp"'
@@ -388,14 +387,13 @@ def test_nothing_of_the_callers_file_name_comes_back(
     assert not [value for value in answer.headers.values() if "Evil" in value or name in value]
 
 
-def test_each_wrong_parameter_is_told_by_itself_too(make_service: MakeService, photo: Path) -> None:
+def test_each_wrong_parameter_is_told_by_itself_too(client: httpx2.Client, photo: Path) -> None:
     hostile = "x\u202e" * 1000  # turns the direction of what follows
-    with calling(make_service()) as client:
-        answer = client.post(
-            "/api/edit",
-            files={"file": photo.read_bytes()},
-            data={"prompt": "x", "num_steps": "5", "seed": "many", hostile: "1"},
-        )
+    answer = client.post(
+        "/api/edit",
+        files={"file": photo.read_bytes()},
+        data={"prompt": "x", "num_steps": "5", "seed": "many", hostile: "1"},
+    )
     told = problem(answer)
 
     assert [wrong["field"] for wrong in told["errors"][:2]] == ["num_steps", "seed"]
@@ -427,10 +425,9 @@ def test_each_wrong_parameter_is_told_by_itself_too(make_service: MakeService, p
     ],
 )
 def test_what_is_no_form_with_a_picture_is_refused(
-    make_service: MakeService, request_: dict[str, Any], status: int, code: str
+    client: httpx2.Client, request_: dict[str, Any], status: int, code: str
 ) -> None:
-    with calling(make_service()) as client:
-        answer = client.post("/api/edit", **request_)
+    answer = client.post("/api/edit", **request_)
 
     told = problem(answer)
     assert (answer.status_code, told["code"]) == (status, code)
@@ -438,14 +435,13 @@ def test_what_is_no_form_with_a_picture_is_refused(
 
 
 def test_routes_and_methods_that_do_not_exist_are_problems_as_well(
-    make_service: MakeService,
+    client: httpx2.Client,
 ) -> None:
-    with calling(make_service()) as client:
-        missing = client.get("/nope")
-        slashed = client.get("/health/")
-        wrong = client.get("/api/edit")
-        posted = client.post("/docs")
-        put = [client.put(f"/v1/jobs{rest}") for rest in ("", "/x", "/x/events")]
+    missing = client.get("/nope")
+    slashed = client.get("/health/")
+    wrong = client.get("/api/edit")
+    posted = client.post("/docs")
+    put = [client.put(f"/v1/jobs{rest}") for rest in ("", "/x", "/x/events")]
 
     assert problem(missing)["code"] == "not_found"
     assert problem(slashed)["code"] == "not_found"
@@ -732,12 +728,11 @@ def test_status_and_metrics_tell_how_the_model_is_placed(
 
 
 def test_each_request_is_a_line_in_the_log_with_its_id_and_without_its_text(
-    make_service: MakeService, photo: Path, caplog: pytest.LogCaptureFixture
+    client: httpx2.Client, photo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    with calling(make_service()) as client:
-        answer = client.post("/api/edit", files=files(photo), data={"prompt": "a secret wish"})
-        client.get("/a%0Ab?token=secret", headers={"X-Request-Id": "mine\x1b[1m"})
+    answer = client.post("/api/edit", files=files(photo), data={"prompt": "a secret wish"})
+    client.get("/a%0Ab?token=secret", headers={"X-Request-Id": "mine\x1b[1m"})
 
     lines = [record.message for record in caplog.records if record.name.endswith(".guard")]
     assert any(
