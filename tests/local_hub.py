@@ -176,7 +176,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(sent)
                 hub.served[file] += len(sent)
             if fault.go_on is not None:
-                assert fault.go_on.wait(120), "the test never let it go on"
+                assert fault.go_on.wait(120), "the test never let it continue"
                 with contextlib.suppress(ConnectionError):
                     self.wfile.write(body[len(sent) :])
                     hub.served[file] += len(body) - len(sent)

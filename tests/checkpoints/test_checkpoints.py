@@ -1,4 +1,4 @@
-"""Checkpoints: every layout gives the same network, and damage is told in one line."""
+"""Checkpoints: every layout gives the same network, and damage is reported in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of v1.2: with a conditioner of their own, and a head by which it talks."""
+"""Checkpoints of v1.2: with a separate conditioner, and a head by which it talks."""
 
 from __future__ import annotations
 

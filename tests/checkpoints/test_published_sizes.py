@@ -76,7 +76,7 @@ def test_the_guide_says_how_much_the_published_model_takes() -> None:
 
 
 def planned(card: int, precision: Code | None) -> str:
-    """What stays on a card of so many GB that does nothing else, and the peak, as README says."""
+    """What stays on a card of this size that does nothing else, and the peak, as README says."""
     plan = fitting(full_size(precision), card * GIB)
     if not plan.is_streaming:
         kept = "everything"

@@ -237,7 +237,7 @@ def test_the_console_script_runs(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: Path) -> None:
-    """The edit runs in a process of its own, with a worker that never ends by itself."""
+    """The edit runs in a separate process, with a worker that never ends by itself."""
     script = tmp_path / "endless.py"
     script.write_text(
         "import sys, threading\n"

@@ -397,7 +397,7 @@ def test_a_kill_between_the_journal_and_the_result_loses_nothing(
 
 
 class Killable:
-    """The batch in a process of its own; see cli_fake.py."""
+    """The batch in a separate process; see cli_fake.py."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "edits.log"

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fake_model")
 
 @pytest.fixture
 def pictures(tmp_path: Path, photo: Path) -> list[Path]:
-    """Three pictures, in a folder of their own, that differ."""
+    """Three pictures that differ, in a separate folder."""
     folder = tmp_path / "in"
     folder.mkdir()
     paths = [folder / name for name in ("c.png", "a.png", "b.png")]

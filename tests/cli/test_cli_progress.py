@@ -24,7 +24,7 @@ def test_the_time_left_follows_from_the_steps_and_counts_down_between_them() -> 
     seen = []
     for step in (1, 2, 3):
         left.saw("denoising", step, TOTAL)
-        for _ in range(3):  # the same is told again every few seconds
+        for _ in range(3):  # the same is reported again every few seconds
             seen.append(left.seconds)
             clock.advance(4)
             left.saw("denoising", step, TOTAL)
@@ -72,7 +72,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 
 
 def lines_of(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """Where the commands print what is no result, from now on."""
+    """The stream for everything that is not a result, from now on."""
     file = io.StringIO()
     monkeypatch.setattr(terminal, "err", Console(file=file, soft_wrap=True))
     return file

@@ -332,7 +332,7 @@ def test_an_answer_without_end_is_given_up(words: list[str], packed: bool) -> No
     assert f"the server at {url} sends a longer answer than step1x-edit ever does" in result.stderr
 
 
-# --- servers and commands in processes of their own ----------------------------------------------
+# --- servers and commands in separate processes --------------------------------------------------
 
 
 def command(*words: str, folder: Path, **settings: str) -> subprocess.Popen[str]:

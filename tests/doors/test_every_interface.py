@@ -123,7 +123,7 @@ class Doors:
         for name, value in given.items():
             flag = f"--{name.replace('_', '-')}"
             words.append(flag if value is True else f"{flag}={value}")
-        # In a thread, because the command has an event loop of its own.
+        # In a thread, because the command has its own event loop.
         done = await asyncio.to_thread(CliRunner().invoke, cli, words)
         return _result(json.loads(done.stdout))
 
@@ -151,7 +151,7 @@ class Doors:
 
 
 def _by_path(asked: dict[str, Any]) -> dict[str, Any]:
-    """What is asked for, as the doors take it that read files themselves."""
+    """The parameters in the form of doors that read files themselves."""
     named = dict(asked)
     mask = named.pop("mask", None)
     return named if mask is None else {**named, "mask_path": str(mask)}

@@ -118,7 +118,7 @@ class Doors:
         words += ["--output", self._out("l")["output_path"]]
         words += [f"--lora={lora}" for lora in given.pop("loras", [])]
         words += [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        # In a thread, because the command has an event loop of its own.
+        # In a thread, because the command has its own event loop.
         done = await asyncio.to_thread(CliRunner().invoke, cli, words)
         return _result(json.loads(done.stdout))
 

@@ -114,7 +114,7 @@ async def test_a_killed_worker_costs_its_client_one_edit(tmp_path: Path) -> None
     killed: list[int] = []
 
     async def kill_in_the_middle(progress: float, total: float | None, message: str | None) -> None:
-        # Not each step is told, but the first one is.
+        # Not each step is reported, but the first one is.
         if message == "denoising 1/10" and not killed:
             killed.append(worker_in(tmp_path))
             os.kill(killed[0], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""LoRAs by name at the doors whose requests have a form of their own, and in what they tell."""
+"""LoRAs by name at the doors with a separate form of request, and in their answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model for all who ask on this machine: real processes, the real demo model, several doors."""
+"""One model for all clients on this machine: real processes, the real demo model, several doors."""
 
 from __future__ import annotations
 

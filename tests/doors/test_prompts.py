@@ -38,7 +38,7 @@ CUT = "was cut: this checkpoint reads at most 640 tokens of picture and prompt"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the model lies, and a photograph."""
+    """The path of the model, and a photograph."""
     folder = tmp_path_factory.mktemp("prompts")
     write_published(folder / "model", narrow_pipeline(1, 1, vae_sizes=VAE))
     Image.fromarray(a_picture(48, 48)).save(folder / "photo.png")

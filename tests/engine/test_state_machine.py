@@ -80,7 +80,7 @@ class LayerPipeline:
 
 
 class Turnstile:
-    """Lets the worker go on one report at a time, and knows when it waits to be let on."""
+    """Lets the worker continue one report at a time, and knows when it waits."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

@@ -1,4 +1,4 @@
-"""Who keeps the server waiting is let go, and does not keep others out. All over real sockets."""
+"""Clients that keep the server waiting are dropped and do not block others, on real sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an edit would take, told before it is made: nothing is run for it."""
+"""The estimate of an edit before it is made: nothing is run for it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-# Every route of the server. A new one is added here by whoever has thought about who may call it.
+# Every route of the server. Add a new one once you have decided who may call it.
 ROUTES = {
     "/": {"GET", "HEAD"},
     "/api/edit": {"POST"},
@@ -68,7 +68,7 @@ ROUTES = {
     "/health": {"GET"},
     "/livez": {"GET"},
     "/manifest.json": {"GET", "HEAD"},
-    "/mcp": set(),  # a protocol of its own, any method
+    "/mcp": set(),  # another protocol, any method
     "/metrics": {"GET"},
     "/openapi.json": {"GET", "HEAD"},
     "/readyz": {"GET"},
@@ -643,7 +643,7 @@ def limited(service: EditService, clock: Clock, **chosen: object) -> Guard:
     return Guard(build_routes(service, given, Metrics(service)), given, now=clock.now)
 
 
-STARTED = 415  # what an edit without a form is told: it was let through
+STARTED = 415  # the answer to an edit without a form, which the guard let through
 
 
 async def post(app: Guard, path: str = "/api/edit", **headers: str) -> int:
@@ -716,7 +716,7 @@ async def test_only_what_starts_work_is_counted(make_service: MakeService) -> No
     mine = [await post(app) for _ in range(2)]
 
     assert set(looking) == set(moving) == {200}
-    assert set(strangers) == {401}  # who may not come in cannot use up what others may
+    assert set(strangers) == {401}  # refused callers do not use up the limit of others
     assert mine == [STARTED, 429]
 
 

@@ -341,7 +341,7 @@ def test_a_digest_is_of_the_fields_and_not_of_their_order() -> None:
 
 
 class Waiting:
-    """Work that ends when it is told to; knows how often it was begun and cancelled."""
+    """Work that ends when the test says so; knows how often it was begun and cancelled."""
 
     def __init__(self) -> None:
         self.begun = self.cancelled = 0

@@ -529,7 +529,7 @@ def test_a_damaged_job_is_left_out_of_the_list_and_named_in_the_log(
     assert "Traceback" not in caplog.text
 
 
-# --- starting anew --------------------------------------------------------------------------------
+# --- starting again -------------------------------------------------------------------------------
 
 
 def test_after_a_restart_ended_jobs_are_there_and_the_others_run(
@@ -639,7 +639,7 @@ def test_without_the_api_there_are_no_jobs_and_nothing_is_stored(
     make_service: MakeService, tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "data"
-    doors = {"enable_api": False, "enable_ui": False}  # the page keeps files of its own
+    doors = {"enable_api": False, "enable_ui": False}  # the page keeps separate files
     with calling(make_service(), data_dir=data_dir, **doors) as client:
         answer = client.get("/v1/jobs")
 

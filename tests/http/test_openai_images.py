@@ -818,7 +818,7 @@ def test_answers_that_no_route_gives_have_their_form_too(
 
 
 class StepByStep:
-    """Lets a worker go on after a preview only when the one who listens has got it."""
+    """Lets a worker continue after a preview only when the listener has received it."""
 
     def __init__(self) -> None:
         self._seen = threading.Semaphore(0)

@@ -66,7 +66,7 @@ def events_of(stream: httpx2.Response) -> Iterator[Event]:
 
 
 def pull(client: httpx2.Client, name: str = NAME) -> list[Event]:
-    """Everything that is told of a pull, up to its end."""
+    """Everything that is reported about a pull, up to its end."""
     with client.stream("POST", f"/api/models/{name}/pull") as stream:
         return list(events_of(stream))
 
@@ -84,14 +84,14 @@ def latest(client: httpx2.Client) -> dict[str, Any]:
 
 
 def held_at(hub: Hub, count: int) -> threading.Event:
-    """Have the large file stop after so many bytes until the event is set."""
+    """Stop the large file after this many bytes until the event is set."""
     go_on = threading.Event()
     hub.faults[BIG] = iter([Fault(stall_after=count, go_on=go_on)])
     return go_on
 
 
 def heard_of(events: Iterator[Event], done: int) -> list[Event]:
-    """Listen until so many bytes are told of."""
+    """Listen until this many bytes are reported."""
     heard = []
     for event in events:
         heard.append(event)
@@ -186,7 +186,7 @@ def test_a_line_that_breaks_is_taken_up_again(
     assert hub.served[BIG] == len(WEIGHTS)
 
 
-# --- several listeners, none, and who stops it ----------------------------------------------------
+# --- several listeners, none, and stopping it -----------------------------------------------------
 
 
 def test_leaving_does_not_stop_a_pull_and_coming_back_joins_it(

@@ -1,4 +1,4 @@
-"""REST: a picture in, a picture out, and every failure as a problem with a status of its own."""
+"""REST: a picture in, a picture out, and every failure as a problem with its status."""
 
 from __future__ import annotations
 

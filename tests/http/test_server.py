@@ -43,7 +43,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 class Editing:
-    """A request for an edit, on its way in a thread of its own."""
+    """A request for an edit, sent in a separate thread."""
 
     def __init__(self, url: str, photo: Path, prompt: str = "x") -> None:
         self.answer: httpx2.Response | None = None

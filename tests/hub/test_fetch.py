@@ -61,7 +61,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(autouse=True)
 def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for another machine fails, however it would be reached."""
+    """Connections to other machines fail, however they are made."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     resolve = socket.getaddrinfo
 

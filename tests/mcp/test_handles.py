@@ -1,4 +1,4 @@
-"""Edits that go on by themselves: submitted, asked for, cancelled, and forgotten in the end."""
+"""Edits that continue by themselves: submitted, polled, cancelled, and forgotten in the end."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def call(photo: Path, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def legacy(client: httpx2.Client, photo: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """A call of the older revisions, in a session of its own."""
+    """A call of the older revisions, in a separate session."""
     hello = client.post("/mcp", json=HELLO)
     headers = {
         "Mcp-Session-Id": hello.headers["Mcp-Session-Id"],

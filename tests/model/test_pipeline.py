@@ -234,7 +234,7 @@ class BrokenError(Exception):
 
 @contextmanager
 def broken(module: torch.nn.Module, after: int) -> Iterator[None]:
-    """Let a network fail once, at the call after so many."""
+    """Let a network fail once, after this many calls."""
     calls = itertools.count()
 
     def fail(*_: object) -> None:

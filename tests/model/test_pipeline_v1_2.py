@@ -1,4 +1,4 @@
-"""The pipeline of v1.2: prompts of their own length, letters to draw, a picture never rounded."""
+"""The pipeline of v1.2: prompts that differ in length, letters to draw, a picture never rounded."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_gradients_reach_every_weight_under_bf16(
         velocity = transformer(img, IDS, *prompt, torch.tensor([0.9, 0.3]))
     velocity.float().square().mean().backward()
 
-    # The last double block's text goes on into the single blocks, so nothing is left out.
+    # The last double block's text continues into the single blocks, so nothing is left out.
     for name, parameter in transformer.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

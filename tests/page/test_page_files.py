@@ -147,7 +147,7 @@ def test_gradio_s_own_check_of_uploads_is_active_behind_ours(
 
 
 def completions(client: httpx2.Client, session: str, number: int) -> Iterator[bool]:
-    """Whether each of so many events of a session succeeded."""
+    """Whether each of `number` events of a session succeeded."""
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as told:
         for line in told.iter_lines():
             if line.startswith("data:"):
@@ -349,7 +349,7 @@ class Clock:
 
 
 async def sent(files: PageFiles, size: int, name: str = "a.png") -> str:
-    """An upload of so many bytes, and where it lies."""
+    """An upload of this many bytes, and its path."""
     async with files.upload(size) as upload:
         path = upload.folder / name
         path.write_bytes(b"x" * size)

@@ -373,7 +373,7 @@ def test_an_edit_that_the_model_has_not_learned_is_reported_before_the_wait(
 
 
 def lines(progress: ProgressLine, clock: ManualClock, *events: tuple[float, Progress]) -> list[str]:
-    """What stands behind the step when each event comes, so many seconds after the last one."""
+    """The text after the step at each event, which comes this many seconds after the last one."""
     shown = []
     for seconds, event in events:
         clock.advance(seconds)
@@ -940,7 +940,7 @@ def test_no_address_is_fetched_for_a_caller(url: str) -> None:
     fetching = gr.processing_utils.async_ssrf_protected_get("http://example.invalid/a.png")
 
     with pytest.raises(gr.Error, match="no URL is fetched"):
-        fetching.send(None)  # its first step; a loop of its own is running the browser
+        fetching.send(None)  # its first step; a separate loop runs the browser
 
 
 def test_the_upload_has_the_limit_of_the_other_doors(url: str) -> None:

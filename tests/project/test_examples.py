@@ -1,6 +1,6 @@
 """The examples do what the guide says of them, with the demo checkpoint.
 
-They run as a reader runs them, each in a process of its own. Their servers join one that listens
+They run as a reader runs them, each in a separate process. Their servers join one that listens
 here, so that the model is loaded once for all of them.
 """
 

@@ -58,7 +58,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs modes and SIGK
 
 
 class WallClock:
-    """Seconds since 1970 that pass when they are told to."""
+    """Seconds since 1970 that pass when the test says so."""
 
     def __init__(self) -> None:
         self.time = 1_000_000.0
@@ -68,7 +68,7 @@ class WallClock:
 
 
 def quick_folder() -> Path:
-    """A folder where to be durable costs nothing, if there is one."""
+    """A folder in which syncing costs nothing, if there is one."""
     shared_memory = "/dev/shm"
     is_there = os.access(shared_memory, os.W_OK)
     return Path(tempfile.mkdtemp(dir=shared_memory if is_there else None))
@@ -238,7 +238,7 @@ async def test_jobs_are_listed_newest_first_page_by_page(data_dir: Path) -> None
         first = await store.page(limit=2)
         assert [job.id for job in first.jobs] == [ids[4], ids[3]]
         assert first.has_more
-        await store.delete(ids[3])  # whoever deletes what was listed can still go on
+        await store.delete(ids[3])  # a client that deletes what was listed can still continue
         rest = await store.page(limit=3, after=ids[3])
         assert [job.id for job in rest.jobs] == [ids[2], ids[1], ids[0]]
         assert not rest.has_more
@@ -1055,7 +1055,7 @@ StartLife = Callable[[Callable[..., None]], tuple[multiprocessing.process.BasePr
 @pytest.fixture
 def start_life(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> StartLife:
     """Starts another process with the store open; returns it and the job that it has accepted."""
-    # Or each of them would import everything anew: its server knows no other path, and pytest is
+    # Or each of them would import everything again: its server knows no other path, and pytest is
     # the main module.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))

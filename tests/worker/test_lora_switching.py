@@ -343,7 +343,7 @@ def test_the_worker_edits_with_what_the_job_asks_for(folder: Path) -> None:
 async def test_edits_switch_in_a_worker_process_that_loads_its_model_once(
     folder: Path, expected: list[bytes]
 ) -> None:
-    """With a process of its own, which takes some seconds to import torch."""
+    """With a separate process, which takes some seconds to import torch."""
     engine = Engine(partial(WorkerProcess, a_start(folder)))
     try:
         results = [await engine.submit(job(strengths)).result() for strengths in SETS[2:]]

@@ -1,4 +1,4 @@
-"""Residency: where the numbers really lie, what a move costs, and what it leaves behind."""
+"""Residency: where the numbers really are, what a move costs, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def picture(residency: Residency) -> bytes:
 
 
 def stop_after(calls: int) -> Callable[[], None]:
-    """A check that raises at the call after so many."""
+    """A check that raises after this many calls."""
     counter = itertools.count()
 
     def check() -> None:
@@ -500,7 +500,7 @@ def test_a_file_that_changes_after_it_was_opened_is_named(folder: Path, tmp_path
 
 
 class FakePages:
-    """Locks so many pieces and refuses the next; `go` lets it begin."""
+    """Locks this many pieces and refuses the next; `go` lets it begin."""
 
     def __init__(self, room: int = 99) -> None:
         self.room = room

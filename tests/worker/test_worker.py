@@ -159,7 +159,7 @@ def test_the_placement_tells_in_which_codes_the_weights_are_kept(folder: Path) -
     assert placement.precision == "int8"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there it can be measured anew")
+@pytest.mark.skipif(sys.platform != "linux", reason="only there it can be measured again")
 def test_without_a_device_the_peak_is_that_of_this_process_since_the_edit_began(
     folder: Path,
 ) -> None:
@@ -291,7 +291,7 @@ def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -
 
     def run() -> None:
         for event in worker.edit(job(), check):
-            assert isinstance(event, Progress), "it went on to the end"
+            assert isinstance(event, Progress), "it continued to the end"
             seen.append(event.text)
             if phase.startswith("denoising"):
                 check()  # as the worker's loop does after each event

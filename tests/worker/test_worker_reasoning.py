@@ -391,7 +391,7 @@ def test_a_job_bounds_the_rounds(most: int) -> None:
     assert len(edits) == len(outcome.reasoning["rounds"]) == most
 
 
-# --- in a process of its own ----------------------------------------------------------------------
+# --- in a separate process ------------------------------------------------------------------------
 
 
 async def test_a_published_v1_2_edits_and_thinks_in_the_worker_process(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class EditCommand(Command):
 
 
 def _check_words(images: Sequence[str], prompt: str) -> None:
-    """Say that the prompt is missing, has no quotes or stands in the wrong place."""
+    """Say that the prompt is missing, has no quotes or is in the wrong place."""
     check_prompt(prompt)
     paths = [word for word in images if _is_path(word)]
     words = [word for word in images if not _is_path(word)]

@@ -1,4 +1,4 @@
-"""Edits that may outlive the call that asked for them, by handles.
+"""Edits that may outlive the call that started them, by handles.
 
 `Handles` keeps pursuits under ids that nobody can guess, and forgets those that ended long ago.
 """

@@ -45,7 +45,7 @@ class SystemTab:
 
     def refresh_on(self, event: Callable[..., Any]) -> None:
         """Refresh whenever this event occurs."""
-        event(self.refresh, self._models.inputs, self._outputs, api_name="tell", **PRIVATE)
+        event(self.refresh, self._models.inputs, self._outputs, api_name="refresh", **PRIVATE)
 
     def listen(self) -> None:
         """Connect the buttons."""
