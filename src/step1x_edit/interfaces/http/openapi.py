@@ -88,17 +88,17 @@ def description_of(app: FastAPI, defaults: Mapping[str, object]) -> dict[str, An
         schema["security"] = [{}, {"API_KEY": []}]
         for path, operations in schema["paths"].items():
             for method, operation in operations.items():
-                _add_guard(operation, method, path)
+                _add_failures(operation, method, path)
                 _set_defaults(operation.get("requestBody", {}).get("content", {}), defaults)
         app.openapi_schema = schema
     return app.openapi_schema
 
 
-def _add_guard(operation: dict[str, Any], method: str, path: str) -> None:
-    """Add the guard's answers to this method of a path."""
+def _add_failures(operation: dict[str, Any], method: str, path: str) -> None:
+    """Add what every operation can answer, and the guard's answers to this method of a path."""
     kinds = [403, 421] if path in OPEN_PATHS else [401, 403, 408, 421]
     limited = ["rate_limited"] if method == "post" and path in WORK_PATHS else []
-    failures = _failures(*kinds, *limited, path=path)
+    failures = _failures(*kinds, *limited, "internal", path=path)
     operation["responses"] |= {str(status): answer for status, answer in failures.items()}
     if path in OPEN_PATHS:
         operation["security"] = []
@@ -298,7 +298,6 @@ _EDITED: Final = PictureAnswer(
 _FAILURES_OF_WORK: Final = (
     "idempotency_key",
     "image_too_large",
-    "internal",
     "queue_full",
     "model_unavailable",
     "out_of_memory",
@@ -389,10 +388,7 @@ GET_GPU_STATUS: Final[dict[str, Any]] = {
     "description": "Where the model is, how much memory it occupies as measured, how it is placed "
     "and why, and how many edits are queued. Answers at once, also during an edit.",
     "response_model": StatusAnswer,
-    "responses": {
-        200: _json("The current status", StatusAnswer(gpu_status=_STATUS)),
-        **_failures("internal"),
-    },
+    "responses": {200: _json("The current status", StatusAnswer(gpu_status=_STATUS))},
 }
 
 OFFLOAD_GPU: Final[dict[str, Any]] = {
@@ -403,7 +399,7 @@ OFFLOAD_GPU: Final[dict[str, Any]] = {
     "response_model": GpuAnswer,
     "responses": {
         200: _json("The new location", _OFFLOADED),
-        **_failures("internal", "shutting_down"),
+        **_failures("shutting_down"),
     },
 }
 
@@ -415,7 +411,7 @@ RELEASE_GPU: Final[dict[str, Any]] = {
     "response_model": GpuAnswer,
     "responses": {
         200: _json("The new location", _RELEASED),
-        **_failures("internal", "shutting_down"),
+        **_failures("shutting_down"),
     },
 }
 
@@ -606,7 +602,7 @@ GET_IMAGE_CONTENT: Final[dict[str, Any]] = {
                 for name in parameters_of(OpenAIRequest)["output_format"].choices
             },
         },
-        **_failures("internal", 404, path=_OPENAI),
+        **_failures(404, path=_OPENAI),
     },
     "response_class": Response,
     "openapi_extra": {
@@ -618,10 +614,7 @@ LIST_MODELS: Final[dict[str, Any]] = {
     "operation_id": "list_models",
     "summary": "List the models, as OpenAI does",
     "description": "There is one model. Its version is known once it has been loaded.",
-    "responses": {
-        200: _json("The model", {"object": "list", "data": [_MODEL]}),
-        **_failures("internal", path=_OPENAI),
-    },
+    "responses": {200: _json("The model", {"object": "list", "data": [_MODEL]})},
     "response_class": JSONResponse,
 }
 
@@ -631,7 +624,7 @@ GET_MODEL: Final[dict[str, Any]] = {
     "description": "By its name in the list, or by the name of the loaded version.",
     "responses": {
         200: _json("The model", _MODEL),
-        **_failures("model_not_found", "internal", path=_OPENAI),
+        **_failures("model_not_found", path=_OPENAI),
     },
     "response_class": JSONResponse,
     "openapi_extra": {"parameters": [_in_path("model", "The id of the model", "step1x-edit")]},
@@ -689,7 +682,6 @@ ESTIMATE_EDIT: Final[dict[str, Any]] = {
             "image_aspect",
             "model_not_found",
             "model_unavailable",
-            "internal",
             415,
             path=_OPENAI,
         ),
@@ -792,7 +784,6 @@ CREATE_JOB: Final[dict[str, Any]] = {
             "invalid_parameter",
             "corrupt_image",
             "idempotency_key",
-            "internal",
             "queue_full",
             "shutting_down",
             "no_space",
@@ -812,7 +803,7 @@ LIST_JOBS: Final[dict[str, Any]] = {
     "response_model": JobsAnswer,
     "responses": {
         200: _json("One page of jobs", _JOBS),
-        **_failures("invalid_parameter", "internal", "shutting_down"),
+        **_failures("invalid_parameter", "shutting_down"),
     },
     "openapi_extra": {"parameters": _LIST_QUERY},
 }
@@ -826,7 +817,7 @@ GET_JOB: Final[dict[str, Any]] = {
     "response_model": JobAnswer,
     "responses": {
         200: _json("The job in its current state", _SUCCEEDED),
-        **_failures("not_found", "internal", "shutting_down"),
+        **_failures("not_found", "shutting_down"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -844,7 +835,7 @@ GET_JOB_EVENTS: Final[dict[str, Any]] = {
             "content": {EVENT_STREAM: {"schema": _JOB_EVENT, "example": _JOB_EVENTS}},
         },
         204: {"description": "The job has ended and no event is left"},
-        **_failures("not_found", "invalid_parameter", "internal", "shutting_down"),
+        **_failures("not_found", "invalid_parameter", "shutting_down"),
     },
     "response_class": StreamingResponse,
     "openapi_extra": {
@@ -869,7 +860,7 @@ GET_JOB_CONTENT: Final[dict[str, Any]] = {
             "description": "The edited picture",
             "content": {"image/png": {**_FILE, "example": "(bytes)"}},
         },
-        **_failures("not_found", "job_conflict", "internal", "shutting_down"),
+        **_failures("not_found", "job_conflict", "shutting_down"),
     },
     "response_class": Response,
     "openapi_extra": _OF_JOB,
@@ -883,7 +874,7 @@ CANCEL_JOB: Final[dict[str, Any]] = {
     "response_model": JobAnswer,
     "responses": {
         200: _json("The job in its current state", _CANCELLED),
-        **_failures("not_found", "internal", "shutting_down", "no_space"),
+        **_failures("not_found", "shutting_down", "no_space"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -895,7 +886,7 @@ DELETE_JOB: Final[dict[str, Any]] = {
     "status_code": 204,
     "responses": {
         204: {"description": "The job is deleted"},
-        **_failures("not_found", "job_conflict", "internal", "shutting_down", "no_space"),
+        **_failures("not_found", "job_conflict", "shutting_down", "no_space"),
     },
     "openapi_extra": _OF_JOB,
 }
@@ -967,10 +958,7 @@ LIST_PUBLISHED_MODELS: Final[dict[str, Any]] = {
     "description": "For each model how much of it is on this disk and where. Also the running "
     "pull, or the last one since the server started.",
     "response_model": ModelsAnswer,
-    "responses": {
-        200: _json("The models", _MODELS),
-        **_failures("internal"),
-    },
+    "responses": {200: _json("The models", _MODELS)},
 }
 
 PULL_MODEL: Final[dict[str, Any]] = {
@@ -986,7 +974,7 @@ PULL_MODEL: Final[dict[str, Any]] = {
             "description": "The events",
             "content": {EVENT_STREAM: {"schema": _PULL_EVENT, "example": _PULL_EVENTS}},
         },
-        **_failures("model_not_found", "job_conflict", "rate_limited", "internal"),
+        **_failures("model_not_found", "job_conflict", "rate_limited"),
     },
     "response_class": StreamingResponse,
     "openapi_extra": _OF_MODEL,
@@ -1000,7 +988,7 @@ STOP_PULL: Final[dict[str, Any]] = {
     "response_model": PullAnswer,
     "responses": {
         200: _json("The outcome of the pull", _STOPPED_PULL),
-        **_failures("model_not_found", "job_conflict", "internal"),
+        **_failures("model_not_found", "job_conflict"),
     },
     "openapi_extra": _OF_MODEL,
 }
@@ -1026,7 +1014,6 @@ GET_HEALTH: Final[dict[str, Any]] = {
                 "loading": "reading 12.4 of 41.8 GB, about 40 s",
             },
         ),
-        **_failures("internal"),
     },
     "response_class": JSONResponse,
 }
@@ -1037,7 +1024,7 @@ GET_LIVENESS: Final[dict[str, Any]] = {
     "description": "Needs no token. Does not check whether edits are possible. If a `nonce` is "
     f"given, the header `{PROOF_HEADER}` holds the HMAC-SHA256 of the server's port and the nonce. "
     "Programs on this machine use it to recognise the server that wrote the note in DATA_DIR.",
-    "responses": {200: _text("The process is alive", "ok\n"), **_failures("internal")},
+    "responses": {200: _text("The process is alive", "ok\n")},
     "response_class": PlainTextResponse,
     "openapi_extra": {
         "parameters": [
@@ -1057,7 +1044,7 @@ GET_READINESS: Final[dict[str, Any]] = {
     "description": "With `?verbose` the answer has one line for each check.",
     "responses": {
         200: _text("The server would accept an edit", "ready\n"),
-        **_failures("internal", "queue_full", "model_unavailable", "shutting_down"),
+        **_failures("queue_full", "model_unavailable", "shutting_down"),
     },
     "response_class": PlainTextResponse,
     "openapi_extra": {
@@ -1078,9 +1065,6 @@ GET_METRICS: Final[dict[str, Any]] = {
     "summary": "Get metrics for Prometheus",
     "description": "Requests, edits, the queue and the location of the model, in the text format "
     "of Prometheus.",
-    "responses": {
-        200: _text("The metrics", "step1x_queue_length 0.0\n"),
-        **_failures("internal"),
-    },
+    "responses": {200: _text("The metrics", "step1x_queue_length 0.0\n")},
     "response_class": PlainTextResponse,
 }
