@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from command_line import edit
+from extent import slow
 from step1x_edit.channel import GIB, EditJob, Painted, Start
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, blocks_of
@@ -505,6 +509,37 @@ def test_without_a_device_a_model_that_is_far_too_large_is_refused_in_one_line(
         outcome_of(worker)
 
     assert "\n" not in str(refused.value)
+
+
+SHORT = """
+import sys
+from step1x_edit.engine import host_memory
+
+def measure():
+    print("there is little memory", file=sys.stderr)
+    return host_memory.HostMemory({free}, {free})
+
+host_memory.measure = measure
+"""
+
+
+@slow
+def test_the_command_line_makes_the_same_file_with_little_memory(
+    tmp_path: Path, folder: Path
+) -> None:
+    Image.fromarray(a_picture()).save(tmp_path / "photo.png")
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    settings = {"MODEL_PATH": str(folder), "DEVICE": "cpu"}
+
+    whole = edit(tmp_path, "whole.png", **settings)
+    (hooks / "sitecustomize.py").write_text(SHORT.format(free=2 * bytes_of(folder, "core")))
+    path = os.pathsep.join([str(hooks), os.environ.get("PYTHONPATH", "")])
+    short = edit(tmp_path, "short.png", **settings, PYTHONPATH=path)
+
+    assert (whole.returncode, short.returncode) == (0, 0), whole.stderr + short.stderr
+    assert "there is little memory" in short.stderr
+    assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "short.png").read_bytes()
 
 
 # --- page-locking ---------------------------------------------------------------------------------

@@ -284,6 +284,8 @@ class Residency:
         self._loaded = loaded
         name, size = loaded.opened.checkpoint.name, loaded.arena.size
         logger.info("Unloaded → CPU: %s, %.2f GB", name, size / GIB)
+        if reason := loaded.opened.host.reason():
+            logger.info("%s", reason)
 
     @torch.inference_mode(False)
     def use_loras(self, strengths: Mapping[str, float] | None, check: Check = never_stop) -> None:
