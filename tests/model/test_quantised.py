@@ -154,3 +154,78 @@ def test_a_product_of_codes_is_near_the_product_of_numbers(
         assert relative(found[row], exact(x)[row]) < allowed
     nothing = exact.bias if with_bias else torch.zeros(ROWS)
     torch.testing.assert_close(found[3], nothing.bfloat16())
+
+
+# What a CPU does with the codes.
+needs_products = pytest.mark.skipif(
+    not quantised._has_exact_products(), reason="this processor has neither VNNI nor AMX"
+)
+
+
+def rounding(weight: Tensor, kind: Code, with_bias: bool = True) -> QuantLinear:
+    """A layer that may round its input."""
+    layer = QuantLinear.of(linear(weight, with_bias), kind)
+    layer.may_round_input = True
+    return layer
+
+
+@needs_products
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_cpu_multiplies_codes_and_rounds_only_what_rows_do_not_share(
+    kind: Code, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "CPU_OUTPUTS_AT_ONCE", 32)  # two pieces
+    generator = torch.Generator().manual_seed(3)
+    layer = rounding(matrix(), kind, with_bias)
+    x = torch.randn(2, 20, COLUMNS, generator=generator)
+    x[..., 5] += 300  # large in all rows
+    x[0, 3] += 40  # one row is moved
+    codes, scale = layer.as_int8()
+
+    found = layer(x)
+
+    expected = F.linear(x, codes * scale, layer.bias)
+    changes = expected - expected.mean(1, keepdim=True)
+    assert found.shape == (2, 20, ROWS)
+    assert 0 < (found - expected).norm() / changes.norm() < 0.02
+    assert torch.equal(layer(x), found)
+    x = x.bfloat16()
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+
+
+@needs_products
+def test_a_picture_does_not_change_with_the_others_in_its_batch() -> None:
+    layer = rounding(matrix(), "int8")
+    x = torch.randn(3, 20, COLUMNS)
+
+    assert torch.equal(layer(x), torch.cat([layer(each) for each in x.split(1)]))
+
+
+@needs_products
+def test_the_largest_numbers_do_not_overflow() -> None:
+    signs = torch.tensor([1.0, -1.0]).repeat(6144)
+    layer = rounding(signs.expand(16, -1), "int8", with_bias=False)
+    x = torch.stack([signs, -signs])
+
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight(torch.float32)))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_cpu_without_such_products_widens(kind: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "_has_exact_products", lambda: False)
+    layer = rounding(matrix(), kind)
+    x = torch.randn(20, COLUMNS)
+
+    assert torch.equal(layer(x), F.linear(x, layer.weight(torch.float32), layer.bias))
+
+
+def test_4_bit_codes_as_8_bit_ones_are_hardly_further_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "CPU_ROWS_AT_ONCE", 20)  # three pieces
+    layer = QuantLinear.of(linear(matrix()), "nf4")
+    weight = layer.weight(torch.float32)
+
+    codes, scale = layer.as_int8()
+
+    assert ((codes * scale - weight).abs() <= scale / 2 * 1.001).all()
+    assert (codes[7] == 0).all()

@@ -253,41 +253,53 @@ def multiply_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) 
 def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., M, K) times the codes (N, K): (..., M, N), both as 8-bit integers.
 
-    The mean of a picture's M rows is multiplied with 15 bits, as two more rows, and only the rest
-    of each row is rounded to 8: what is large in all rows would cost the other columns digits.
+    A row is its picture's mean over all M rows, plus its own centre c, plus a rest. The mean is
+    multiplied with 15 bits, as two more rows, and c with the sum of the codes, as one more; only
+    the rest is rounded to 8 bits, which leaves it finer steps.
     """
     rows = x.reshape(-1, *x.shape[-2:]).float()  # (B, M, K)
     pictures, length, _ = rows.shape
     mean = rows.mean(1, keepdim=True)  # (B, 1, K)
-    rest, rest_scale = _rounded(rows - mean)
-    high, high_scale = _rounded(mean)
-    low, low_scale = _rounded(mean - high * high_scale)
-    left = torch.cat([part.flatten(0, 1) for part in (rest, high, low)])  # (B·(M+2), K)
+    rest = rows - mean
+    least, most = rest.amin(-1, keepdim=True), rest.amax(-1, keepdim=True)
+    centre = (least + most) / 2  # (B, M, 1)
+    rest, rest_scale = _rounded(rest.sub_(centre), most - centre)
+    high, high_scale = _rounded(mean, _largest(mean))
+    low, low_scale = _rounded(mean - high * high_scale, high_scale / 2)
+    ones = torch.ones_like(low[:1])
+    left = torch.cat([part.flatten(0, 1) for part in (rest, high, low, ones)])
+    counts = (pictures * length, pictures, pictures, 1)
     out = x.new_empty(pictures, length, codes.shape[0])
     for first in range(0, codes.shape[0], CPU_OUTPUTS_AT_ONCE):
         part = slice(first, first + CPU_OUTPUTS_AT_ONCE)
-        sums = torch._int_mm(left, codes[part].t()).float()  # (B·(M+2), N)
-        of_rest = sums[: -2 * pictures].view(pictures, length, -1).mul_(rest_scale)
-        of_high, of_low = sums[-2 * pictures :].view(2, pictures, 1, -1)
-        of_mean = (of_high * high_scale + of_low * low_scale) * scale[part].t()  # (B, 1, N)
-        offset = of_mean if bias is None else of_mean + bias[part]
+        sums = torch._int_mm(left, codes[part].t()).float().split(counts)
+        of_rest = sums[0].view(pictures, length, -1).mul_(rest_scale).addcmul_(centre, sums[3])
+        of_mean = sums[1].unsqueeze(1) * high_scale + sums[2].unsqueeze(1) * low_scale
+        offset = of_mean * scale[part].t()  # (B, 1, N)
+        if bias is not None:
+            offset += bias[part]
         out[..., part] = torch.addcmul(offset, of_rest, scale[part].t())
     return out.view(*x.shape[:-1], -1)
 
 
-def _rounded(x: Tensor) -> Coded:
-    """Rows of x as 8-bit integers, one scale each."""
-    scale = _largest(x) / INT8_MAX
+def _rounded(x: Tensor, largest: Tensor) -> Coded:
+    """Rows of x as 8-bit integers, one scale each, given their largest magnitudes."""
+    scale = largest.clamp(min=SMALLEST) / INT8_MAX
     return Coded((x / scale).round_().to(torch.int8), scale)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _cpu_multiplies_int8() -> bool:
-    """Whether this processor has a product of 8-bit integers that is faster than widening.
+    """Whether this processor multiplies 8-bit integers faster than it widens them."""
+    return _has_exact_products()
 
-    Without VNNI or AMX sums of two products are cut off at 16 bits, which is tried here. Only
-    processors of this kind have been measured.
+
+@functools.cache
+def _has_exact_products() -> bool:
+    """Whether sums of products are exact: then the processor has VNNI or AMX.
+
+    Others add two products in 16 bits, which is too narrow for the largest ones. Only x86 has been
+    measured.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
