@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.interfaces.cli.mcp_stdio import serve
 from step1x_edit.interfaces.cli.progress import display
 from step1x_edit.interfaces.cli.terminal import (
     FAILED,
@@ -51,12 +50,7 @@ def mcp(
     """Serve the tools to an MCP client over stdin and stdout, or run a command."""
     if context.invoked_subcommand is not None:
         return
-    wire = os.dup(1)  # from here on, printed text must not reach the client
-    os.dup2(2, 1)
-    gc.disable()  # imports create no garbage; `serve` enables it again
-    from step1x_edit.interfaces.mcp.stdio import serve
-
-    serve(wire, standalone=standalone)
+    serve(standalone=standalone)
 
 
 @mcp_app.command(cls=Command)
