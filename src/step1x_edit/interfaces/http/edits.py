@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Final
 
@@ -63,9 +63,11 @@ class _Edits:
         asked = self.service.read_picture(form.fields)
 
         async def work(_: Notify[object]) -> EditedPicture:
-            return await self.service.edit_picture(
-                form.picture, asked, suffix=_SUFFIX_OF.get(wanted, ".png"), mask=form.mask
+            suffix = _SUFFIX_OF.get(wanted, ".png")
+            edited = await self.service.edit_picture(
+                form.picture, asked, suffix=suffix, mask=form.mask
             )
+            return replace(edited, source=None)  # not kept for a repeated request
 
         digest = digest_of([*form.parts(), ("accept", wanted.encode())])
         run, was_there = self.runs.find(identity_of(request, digest), work, _size)
