@@ -7,7 +7,7 @@ for developers of clients. The schemas come from `schemas`, the failures from `p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -182,6 +182,7 @@ def _schemas_of_failures() -> dict[str, Any]:
 
 # --- parts ----------------------------------------------------------------------------------------
 
+_STRING: Final = {"type": "string"}
 _FILE: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -200,14 +201,28 @@ def _text(description: str, example: str) -> dict[str, Any]:
     }
 
 
-def _in_path(name: str, description: str, example: str) -> dict[str, Any]:
+def _parameter(
+    name: str, place: str, description: str, schema: Mapping[str, Any] = _STRING, **more: object
+) -> dict[str, Any]:
+    return {"name": name, "in": place, "description": description, "schema": schema, **more}
+
+
+def _in_path(
+    name: str, description: str, example: str, schema: Mapping[str, Any] = _STRING
+) -> dict[str, Any]:
+    return _parameter(name, "path", description, schema, required=True, example=example)
+
+
+def _sse(names: Sequence[str], description: str) -> dict[str, Any]:
+    """The schema of a stream of named events, one of which is described."""
     return {
-        "name": name,
-        "in": "path",
-        "required": True,
+        "type": "object",
         "description": description,
-        "schema": {"type": "string"},
-        "example": example,
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string", "enum": names},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
     }
 
 
@@ -239,13 +254,13 @@ def _in_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_IDEMPOTENCY_KEY: Final = {
-    "name": KEY,
-    "in": "header",
-    "description": "A name for this request, chosen by the client. The same request with the same "
-    "name is not run again within ten minutes, but gets the same answer",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-}
+_IDEMPOTENCY_KEY: Final = _parameter(
+    KEY,
+    "header",
+    "A name for this request, chosen by the client. The same request with the same name is not run "
+    "again within ten minutes, but gets the same answer",
+    {"type": "string", "minLength": 1, "maxLength": 255},
+)
 
 
 # --- editing --------------------------------------------------------------------------------------
@@ -499,19 +514,10 @@ def _images(description: str, event: str, about: Mapping[str, Any]) -> dict[str,
         **about,
     }
     names = [f"{event}.partial_image", f"{event}.completed", "error"]
-    stream = {
-        "type": "object",
-        "description": "One event, whose data is the picture or the error as JSON",
-        "required": ["event", "data"],
-        "properties": {
-            "event": {"type": "string", "enum": names},
-            "data": {"type": "string", "contentMediaType": "application/json"},
-        },
-    }
     pictures = [{"b64_json": "iVBORw0KGgo…", "seed": 42}]
     response = _json(description, {"created": 1767225617, "data": pictures, **about})
     response["content"][EVENT_STREAM] = {
-        "schema": stream,
+        "schema": _sse(names, "One event, whose data is the picture or the error as JSON"),
         "example": named(completed["type"], completed),
     }
     return response
@@ -745,12 +751,9 @@ _JOB_EVENT: Final = {
 _JOB_ID: Final = _in_path("job_id", "The id of the job", _ID)
 _OF_JOB: Final = {"parameters": [_JOB_ID]}
 _LIST_QUERY: Final = [
-    {
-        "name": name,
-        "in": "query",
-        "description": field["description"],
-        "schema": {key: value for key, value in field.items() if key != "description"},
-    }
+    _parameter(
+        name, "query", field["description"], {k: v for k, v in field.items() if k != "description"}
+    )
     for name, field in _fields(JobsRequest).items()
 ]
 _GENERATION: Final = {
@@ -841,12 +844,12 @@ GET_JOB_EVENTS: Final[dict[str, Any]] = {
     "openapi_extra": {
         "parameters": [
             _JOB_ID,
-            {
-                "name": LAST_EVENT_ID,
-                "in": "header",
-                "description": "The id of the last event that the client received",
-                "schema": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
-            },
+            _parameter(
+                LAST_EVENT_ID,
+                "header",
+                "The id of the last event that the client received",
+                {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+            ),
         ]
     },
 }
@@ -929,27 +932,14 @@ _PULL_EVENTS: Final = (
     + named("progress", _PULL_PROGRESS.to_dict())
     + named("pulled", {"path": _MODEL_FOLDER})
 )
-_PULL_EVENT: Final = {
-    "type": "object",
-    "description": "One event: `progress` with a `PullProgressAnswer`, `pulled` with the path of "
-    "the folder, `error` with the sentence and its code, or `cancelled` with a message",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {"type": "string", "enum": ["progress", "pulled", "error", "cancelled"]},
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    },
-}
+_PULL_EVENT: Final = _sse(
+    ["progress", "pulled", "error", "cancelled"],
+    "One event: `progress` with a `PullProgressAnswer`, `pulled` with the path of the folder, "
+    "`error` with the sentence and its code, or `cancelled` with a message",
+)
+_MODEL_NAME: Final = {"type": "string", "enum": [model.name for model in CATALOG]}
 _OF_MODEL: Final = {
-    "parameters": [
-        {
-            "name": "name",
-            "in": "path",
-            "required": True,
-            "description": "The name of the model, as listed",
-            "schema": {"type": "string", "enum": [model.name for model in CATALOG]},
-            "example": "v1.1",
-        }
-    ]
+    "parameters": [_in_path("name", "The name of the model, as listed", "v1.1", _MODEL_NAME)]
 }
 
 LIST_PUBLISHED_MODELS: Final[dict[str, Any]] = {
@@ -1028,12 +1018,7 @@ GET_LIVENESS: Final[dict[str, Any]] = {
     "response_class": PlainTextResponse,
     "openapi_extra": {
         "parameters": [
-            {
-                "name": "nonce",
-                "in": "query",
-                "description": f"A random text of at most {MAX_NONCE} characters",
-                "schema": {"type": "string"},
-            }
+            _parameter("nonce", "query", f"A random text of at most {MAX_NONCE} characters")
         ]
     },
 }
@@ -1049,13 +1034,7 @@ GET_READINESS: Final[dict[str, Any]] = {
     "response_class": PlainTextResponse,
     "openapi_extra": {
         "parameters": [
-            {
-                "name": "verbose",
-                "in": "query",
-                "description": "Report the result of each check",
-                "allowEmptyValue": True,
-                "schema": {"type": "string"},
-            }
+            _parameter("verbose", "query", "Report the result of each check", allowEmptyValue=True)
         ]
     },
 }
