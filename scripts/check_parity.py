@@ -636,9 +636,25 @@ def transformer_tensors(case: Case) -> Iterator[tuple[str, dict[str, Tensor]]]:
     official = case.load("weights_official")
     yield "official", official
     links = keymap.transformer_links(transformer_config(case.sidecar["config"]))
-    translated = keymap.to_diffusers(keymap.fold_scale_factor(official), links)
+    translated = keymap.to_diffusers(fold_scale_factor(official), links)
     diffusers = _check_layout(case, translated)
     yield "diffusers", keymap.to_official(diffusers, links)
+
+
+def fold_scale_factor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite official v1.0 weights for the structure without `scale_factor`.
+
+    The factor multiplies the pooled text before the projection, so it can instead multiply the
+    projection's weight (not its bias). Diffusers checkpoints of v1.0 are stored this way; weights
+    without the factor are returned unchanged.
+    """
+    folded = dict(tensors)
+    scale_factor = folded.pop(keymap.SCALE_FACTOR, None)
+    if scale_factor is not None:
+        projection = "connector.global_proj_out.weight"
+        weight = folded[projection]
+        folded[projection] = (weight.float() * (1 + scale_factor.float())).to(weight.dtype)
+    return folded
 
 
 def _check_layout(case: Case, translated: dict[str, Tensor]) -> dict[str, Tensor]:

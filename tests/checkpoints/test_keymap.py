@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from check_parity import fold_scale_factor
 from step1x_edit.checkpoints.keymap import (
     Link,
-    fold_scale_factor,
     to_diffusers,
     to_official,
     transformer_links,

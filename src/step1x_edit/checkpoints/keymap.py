@@ -24,7 +24,6 @@ T = TypeVar("T", Tensor, Stored)
 """Layouts are converted in the same way whether the numbers are in memory or still in files."""
 
 SCALE_FACTOR = "connector.scale_factor"
-GLOBAL_PROJECTION = "connector.global_proj_out.weight"
 
 
 @dataclass(frozen=True)
@@ -87,23 +86,8 @@ def to_official(tensors: Mapping[str, T], links: Sequence[Link]) -> dict[str, T]
     return {link.official: link.join([tensors[name] for name in link.diffusers]) for link in links}
 
 
-def fold_scale_factor(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rewrite official v1.0 weights for the structure without `scale_factor`.
-
-    The factor multiplies the pooled text before the projection, so it can instead multiply the
-    projection's weight (not its bias). Diffusers checkpoints of v1.0 are stored this way; weights
-    without the factor are returned unchanged.
-    """
-    folded = dict(tensors)
-    scale_factor = folded.pop(SCALE_FACTOR, None)
-    if scale_factor is not None:
-        weight = folded[GLOBAL_PROJECTION]
-        folded[GLOBAL_PROJECTION] = (weight.float() * (1 + scale_factor.float())).to(weight.dtype)
-    return folded
-
-
 def transformer_links(config: TransformerConfig) -> list[Link]:
-    """List the links of a transformer; v1.0's `scale_factor` has none, see `fold_scale_factor`."""
+    """List the links of a transformer; only v1.0's `scale_factor` has none."""
     links = [
         *_pair("img_in", "x_embedder"),
         *_pair("txt_in", "context_embedder"),
