@@ -60,7 +60,7 @@ HEIC is included even if its decoder is not installed: an error message is bette
 
 _TABLES: Final = (".csv",)
 _LINES: Final = (".jsonl", ".ndjson")
-_SEPARATORS: Final = (";", "\t", ",")
+_SEPARATORS: Final = (";", "\t", ",")  # `;` in locales with a decimal comma
 _BAD_ROWS_NAMED: Final = 3
 
 
@@ -199,13 +199,9 @@ def _encoding_of(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _separator_of(first_line: str) -> str:
-    """The separator of the column names; it is `;` in locales with a decimal comma."""
-    return next((sign for sign in _SEPARATORS if sign in first_line), ",")
-
-
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object] | str]]:
-    separator = _separator_of(file.readline())
+    columns = file.readline()
+    separator = next((sign for sign in _SEPARATORS if sign in columns), ",")
     file.seek(0)
     reader = csv.DictReader(file, restval="", strict=True, delimiter=separator)
     try:

@@ -200,7 +200,9 @@ async def _events_of(events: AsyncIterator[JobEvent]) -> AsyncIterator[str]:
     """The events as text; the stream ends if the job is deleted or the server shuts down."""
     with contextlib.suppress(JobNotFoundError, ShuttingDownError):
         async for event in events:
-            yield f"id: {event.number}\ndata: {json.dumps(_event(event).to_dict())}\n\n"
+            progress = _progress(event.progress)
+            answer = JobEventAnswer(at=event.at, status=event.state, progress=progress)
+            yield f"id: {event.number}\ndata: {json.dumps(answer.to_dict())}\n\n"
 
 
 def _answer(job: Job) -> JobAnswer:
@@ -243,10 +245,6 @@ def _listed(page: JobPage) -> JobsAnswer:
         first_id=jobs[0].id if jobs else None,
         last_id=page.jobs[-1].id if page.jobs else None,
     )
-
-
-def _event(event: JobEvent) -> JobEventAnswer:
-    return JobEventAnswer(at=event.at, status=event.state, progress=_progress(event.progress))
 
 
 def _progress(progress: Progress | None) -> JobProgress | None:

@@ -188,7 +188,7 @@ class PageFiles:
             real = os.path.realpath(f"{self.folder}{path.removeprefix(SHOWN_FOLDER)}")
         except UnicodeEncodeError:  # half of a surrogate pair, which no file name can contain
             real = ""
-        if not self._holds(real) or not _is_file(real):
+        if not real.startswith(f"{self.folder}{os.sep}") or not _is_file(real):
             raise PathNotAllowedError("the file no longer exists; upload it again")
         return real
 
@@ -208,9 +208,6 @@ class PageFiles:
             raise PathNotAllowedError("the file belongs to another visitor; upload it again")
         upload.owner = session
         return str(real)
-
-    def _holds(self, path: str) -> bool:
-        return path.startswith(f"{self.folder}{os.sep}")
 
     # --- uploads ----------------------------------------------------------------------------------
 

@@ -104,7 +104,8 @@ class Page:
         if "://" in scope["path"]:  # Gradio would fetch the URL for the caller
             raise HTTPException(404)
         path = scope["path"]
-        if path.startswith((_HEARTBEAT, *_FIXED)) and not _can_be_a_name(path):
+        can_be_a_name = path.isprintable() and len(path.encode()) <= _LONGEST_NAME
+        if path.startswith((_HEARTBEAT, *_FIXED)) and not can_be_a_name:
             raise HTTPException(404)  # Gradio would answer 500
         page, files = await self._built()
         app: ASGIApp = page
@@ -189,10 +190,6 @@ class Page:
             built.set_result(build(self._service, self._settings, self._pulls, files))
         except BaseException as error:  # noqa: BLE001 - `_built` raises it again
             built.set_exception(error)
-
-
-def _can_be_a_name(path: str) -> bool:
-    return path.isprintable() and len(path.encode()) <= _LONGEST_NAME
 
 
 def _is_understood(path: str, name: bytes, value: bytes) -> bool:

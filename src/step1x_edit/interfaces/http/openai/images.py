@@ -129,15 +129,12 @@ class _Images:
         with run.heard():
             if not asked.stream:
                 answer = await unless_gone(request, run.result())
-                return JSONResponse(render(answer, asked, _base_url(request)), headers=headers)
+                # The guard has checked the Host.
+                base_url = f"{request.url.scheme}://{request.headers['host']}"
+                return JSONResponse(render(answer, asked, base_url), headers=headers)
             await unless_gone(request, run.begun())
         events = stream(run, asked, self.keep_alive_s)
         return StreamingResponse(events, media_type=sse.EVENT_STREAM, headers=headers)
-
-
-def _base_url(request: Request) -> str:
-    """The base URL for the client, from the Host, which the guard has checked."""
-    return f"{request.url.scheme}://{request.headers['host']}"
 
 
 @dataclass(frozen=True)
