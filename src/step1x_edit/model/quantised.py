@@ -268,11 +268,11 @@ def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor |
     low, low_scale = _rounded(mean - high * high_scale, high_scale / 2)
     ones = torch.ones_like(low[:1])
     left = torch.cat([part.flatten(0, 1) for part in (rest, high, low, ones)])
-    counts = (pictures * length, pictures, pictures, 1)
+    counts = [pictures * length, pictures, pictures, 1]
     out = x.new_empty(pictures, length, codes.shape[0])
     for first in range(0, codes.shape[0], CPU_OUTPUTS_AT_ONCE):
         part = slice(first, first + CPU_OUTPUTS_AT_ONCE)
-        sums = torch._int_mm(left, codes[part].t()).float().split(counts)
+        sums = torch.split(torch._int_mm(left, codes[part].t()).float(), counts)
         of_rest = sums[0].view(pictures, length, -1).mul_(rest_scale).addcmul_(centre, sums[3])
         of_mean = sums[1].unsqueeze(1) * high_scale + sums[2].unsqueeze(1) * low_scale
         offset = of_mean * scale[part].t()  # (B, 1, N)
