@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step1x_edit.model.autoencoder import Autoencoder
+from step1x_edit.model.autoencoder import Autoencoder, NormSiLU
 from step1x_edit.model.config import AutoencoderConfig
 
 NARROW = AutoencoderConfig((8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -63,3 +64,28 @@ def test_tiles_fade_into_each_other_without_a_seam(size: tuple[int, int]) -> Non
     )
     assert all(max(sides) <= 64 for sides in seen[1:])
     assert (len(seen) > 2) == (max(size) > 64)
+
+
+def test_the_norm_of_a_large_picture_is_exact_in_the_layout_of_a_cpu() -> None:
+    norm = NormSiLU(4, 8, eps=1e-6)
+    x = 1.5 * random(1, 8, 512, 512) + 0.7
+    exact = F.silu(F.group_norm(x.double(), 4, eps=1e-6))
+
+    with torch.inference_mode():
+        normed = norm(x.contiguous(memory_format=torch.channels_last))
+
+    assert normed.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normed.double(), exact, atol=2e-6, rtol=0)
+
+
+def test_training_and_editing_agree() -> None:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(NARROW)
+    pixels = 2 * random(2, 3, 64, 48) - 1
+
+    trained = autoencoder.decode(autoencoder.encode(pixels))
+    with torch.inference_mode():
+        edited = autoencoder.decode(autoencoder.encode(pixels))
+
+    trained.sum().backward()
+    torch.testing.assert_close(edited, trained.detach(), atol=1e-5, rtol=1e-5)

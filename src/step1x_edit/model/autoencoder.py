@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step1x_edit.model.blocks import widen
 from step1x_edit.model.config import AutoencoderConfig
 
 EPSILON = 1e-6
+STRIP = 2**18
+"""Numbers in a strip of a norm: 1 MiB of them."""
 OVERLAP = 4
 """Neighbouring tiles share 1/4 of their side, and blend into each other over it."""
 
@@ -71,15 +74,15 @@ class Encoder(nn.Module):
             for before, after, sampler in _levels(widths, "downsamplers")
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map pixels (B, 3, H, W) to (B, 2 · C, H / scale, W / scale): mean and log variance."""
-        x = self.conv_in(x)
+        x = laid_out(self.conv_in(x))
         for level in self.down_blocks:
             x = level(x)
-        moments: Tensor = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        moments: Tensor = self.conv_out(self.conv_norm_out(self.mid_block(x)))
         return moments
 
 
@@ -95,15 +98,15 @@ class Decoder(nn.Module):
             Level(before, after, config.layers_per_block + 1, groups, sampler)
             for before, after, sampler in _levels(widths, "upsamplers")
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPSILON)
+        self.conv_norm_out = NormSiLU(groups, widths[-1], EPSILON)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (B, C, h, w) to pixels (B, 3, scale · h, scale · w)."""
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(laid_out(self.conv_in(z)))
         for level in self.up_blocks:
             x = level(x)
-        pixels: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        pixels: Tensor = self.conv_out(self.conv_norm_out(x))
         return pixels
 
 
@@ -153,19 +156,55 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, EPSILON)
+        self.norm1 = NormSiLU(groups, in_channels, EPSILON)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, EPSILON)
+        self.norm2 = NormSiLU(groups, out_channels, EPSILON)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         is_wider = in_channels != out_channels
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if is_wider else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C_in, H, W) to (B, C_out, H, W)."""
-        hidden: Tensor = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        shortcut: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return shortcut + hidden
+        hidden: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        hidden += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return hidden
+
+
+class NormSiLU(nn.GroupNorm):
+    """Group norm, then SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, H, W) to the same shape."""
+        if torch.is_grad_enabled() or x.is_contiguous():
+            return F.silu(super().forward(x))
+        return self._in_strips(x)
+
+    def _in_strips(self, x: Tensor) -> Tensor:
+        """The same for x in channels-last layout, in strips that stay in the processor's cache.
+
+        Torch's own norm adds up all numbers of a group one by one in this layout: at 1024 x 1024 it
+        is off by 0.003, which costs bfloat16 4 dB.
+        """
+        rows = x.permute(0, 2, 3, 1)  # (B, H, W, C), as in memory
+        height, width = rows.shape[1:3]
+        strip_height = max(1, STRIP // (width * self.num_channels))
+        strips = torch.split(rows, strip_height, dim=1)
+        sums = torch.zeros(2, len(x), self.num_channels, dtype=torch.float64)
+        for strip in strips:
+            wide = widen(strip)
+            sums += torch.stack([wide.sum((1, 2)), wide.square().sum((1, 2))])
+        wide_group = self.num_channels // self.num_groups
+        sums = sums.view(2, len(x), self.num_groups, wide_group)
+        mean, mean_square = sums.mean(3) / (height * width)  # (B, groups)
+        factor = torch.rsqrt(mean_square - mean.square() + self.eps)
+        factor, mean = (each.repeat_interleave(wide_group, 1) for each in (factor, mean))
+        scale = factor * self.weight  # (B, C)
+        shift = self.bias - mean * scale
+        scale, shift = (each.to(wide.dtype)[:, None, None] for each in (scale, shift))
+        normed = torch.empty_like(rows)
+        for strip, target in zip(strips, torch.split(normed, strip_height, dim=1), strict=True):
+            target.copy_(F.silu(torch.addcmul(shift, widen(strip), scale), inplace=True))
+        return normed.permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -211,6 +250,15 @@ class Upsampler(nn.Module):
         """Map x (B, C, H, W) to (B, C, 2 · H, 2 · W)."""
         doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return doubled
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """Lay out x (B, C, H, W) channels-last on a CPU: convolutions take half the time, and the
+    layers that follow keep the layout. Training keeps its own: the norm in strips has no gradient.
+    """
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def _levels(widths: tuple[int, ...], sampler: str) -> Iterator[tuple[int, int, str]]:
