@@ -28,6 +28,10 @@ _PATIENT_THREADS: Final = {"GOMP_SPINCOUNT": "20000"}
 """OpenMP threads that wait for each other spin briefly and then sleep, unless the user sets this.
 By default they spin longer, which is ruinous if other programs need the cores too."""
 
+_HUGE_PAGES: Final = {"THP_MEM_ALLOC_ENABLE": "1"}
+"""Torch takes memory for large tensors in huge pages. In pages of 4 KiB the system needs longer to
+provide the memory of a tensor than the processor to fill it, and each layer takes new memory."""
+
 _SEND_S: Final = 30.0
 _POLL_S: Final = 1.0  # between two checks whether the process is stopped
 _CAN_SEE_STOPS: Final = hasattr(os, "waitid")
@@ -195,6 +199,6 @@ def _spawn(module: str, connection: Connection) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=2,
         # A file torch.py in the current folder must not be imported instead of the library.
-        env={**_PATIENT_THREADS, **inherited_environment(PYTHONSAFEPATH="1")},
+        env={**_PATIENT_THREADS, **_HUGE_PAGES, **inherited_environment(PYTHONSAFEPATH="1")},
         **options,
     )
