@@ -83,10 +83,12 @@ class DoubleStreamBlock(nn.Module):
         attended = attention(q, k, v, layout)  # (B, L+N, D)
         txt_attended, img_attended = attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_attended)
-        img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attended)
-        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attended))
+        img_hidden = self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
+        img = torch.addcmul(img, img_mod2.gate, img_hidden)
+        txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_attended))
+        txt_hidden = self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt = torch.addcmul(txt, txt_mod2.gate, txt_hidden)
         return img, txt
 
     def modulations(self, activated_vec: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +120,17 @@ class SingleStreamBlock(nn.Module):
         q, k, v = split_heads(qkv, self.num_heads)  # 3 × (B, H, L+N, D/H)
         q, k = self.norm(q, k)
         attended = attention(q, k, v, layout, rows)  # (B, rows, D)
-        activated = F.gelu(hidden[:, rows], approximate="tanh")  # (B, rows, mlp_size)
-        out: Tensor = self.linear2(torch.cat([attended, activated], dim=-1))
-        return x[:, rows] + modulation.gate * out
+        if torch.is_grad_enabled():
+            activated = F.gelu(hidden[:, rows], approximate="tanh")  # (B, rows, mlp_size)
+            joined = torch.cat([attended, activated], dim=-1)
+        else:  # v is used and lies beside the hidden part: it gives its place to what is attended
+            joined = projected[:, rows, self.qkv_size - attended.shape[-1] :]
+            joined[..., : attended.shape[-1]] = attended
+            gelu_(joined[..., attended.shape[-1] :])
+        x = x[:, rows]
+        # In two dimensions, because with three torch copies what is not contiguous.
+        out: Tensor = self.linear2(joined.flatten(0, 1)).view_as(x)
+        return torch.addcmul(x, modulation.gate, out)
 
 
 class FinalLayer(nn.Module):
@@ -223,8 +233,7 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = widen(x)
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * widen(self.scale)
+        return F.rms_norm(widen(x), x.shape[-1:], widen(self.scale), EPS)
 
 
 class Modulator(nn.Module):
@@ -281,9 +290,22 @@ def mlp(hidden_size: int, mlp_size: int) -> nn.Sequential:
     """Build the feed-forward part of a stream."""
     return nn.Sequential(
         nn.Linear(hidden_size, mlp_size),
-        nn.GELU(approximate="tanh"),
+        GELU(),
         nn.Linear(mlp_size, hidden_size),
     )
+
+
+class GELU(nn.Module):
+    """GELU by tanh."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh") if torch.is_grad_enabled() else gelu_(x)
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU by tanh, in place."""
+    activated: Tensor = torch.ops.aten.gelu_(x, approximate="tanh")
+    return activated
 
 
 def timestep_embedding(t: Tensor) -> Tensor:
