@@ -554,10 +554,10 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     ),
     "error.cancelled": ("Stopped.", "已停止。", "已停止。", "中止しました。"),
     "error.deadline_exceeded": (
-        "The edit takes longer than it may.",
-        "编辑所需时间超出限制。",
-        "編輯所需時間超出限制。",
-        "編集にかかる時間が上限を超えています。",
+        "This takes longer than allowed.",
+        "所需时间超出限制。",
+        "所需時間超出限制。",
+        "所要時間が上限を超えています。",
     ),
     "error.invalid_settings": (
         "The server’s settings do not allow this.",
