@@ -88,14 +88,17 @@ def test_rest_refuses_at_once_and_its_estimate_says_so(
     with calling(service) as client:
         first = client.post("/api/edit", **form(photo, num_steps=10))
         refused = [client.post(path, **form(photo)) for path in ("/api/edit", "/v1/jobs")]
+        late = client.post("/v1/jobs", **form(photo, num_steps=20)).json()
         notes = [estimated(client, steps) for steps in (10, 20)]
         jobs = client.get("/v1/jobs").json()["data"]
+        client.get(f"/v1/jobs/{late['id']}/events")
 
     assert first.status_code == 200
     assert [each.status_code for each in refused] == [504, 504]
     assert [each.json()["detail"] for each in refused] == [REFUSAL, REFUSAL]
-    assert jobs == []
-    assert len(worker.started) == 1
+    assert late["warning"] == WARNING
+    assert [job["id"] for job in jobs] == [late["id"]]
+    assert len(worker.started) == 2
     assert notes == [
         {"predicted_seconds": 100, "note": None},
         {"predicted_seconds": 200, "note": WARNING},
@@ -113,7 +116,7 @@ def test_the_command_line_warns_once_as_soon_as_steps_are_slow(
     assert " ".join(late.stderr.split()).count(f"Warning: {ADVICE.format(280)}") == 1
 
 
-def test_the_command_line_is_refused_by_a_server_before_the_work(
+def test_the_command_line_is_refused_or_warned_by_a_server_before_the_work(
     service: EditService, worker: FakeWorker, photo: Path
 ) -> None:
     with serving(service) as url:
@@ -121,11 +124,14 @@ def test_the_command_line_is_refused_by_a_server_before_the_work(
         words = ["edit", str(photo), "x", "--json", *at]
         first = CliRunner().invoke(app, [*words, "--num-steps=10"])
         refused = CliRunner().invoke(app, [*words, "--num-steps=28"])
+        started = list(worker.started)
+        late = CliRunner().invoke(app, [*words, "--num-steps=20", "--overwrite"])
 
     assert first.exit_code == 0, first.stderr
     assert refused.exit_code == 1
     assert json.loads(refused.stdout)["error"] == REFUSAL
-    assert len(worker.started) == 1
+    assert len(started) == 1
+    assert f"Warning: {WARNING}" in " ".join(late.stderr.split())
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

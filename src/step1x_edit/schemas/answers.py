@@ -292,6 +292,10 @@ class JobAnswer(_Answer):
     request: PictureRequest | GeneratePictureRequest
     processing_time: float | None = None
     metadata: EditMetadata | None = None
+    warning: Annotated[
+        str | None,
+        Field(description="When the job is created: that such an edit takes too long, if it does"),
+    ] = None
     error: str | None = None
     code: str | None = None
     retry_after_s: float | None = None

@@ -222,6 +222,10 @@ class EditService:
         """Raise the error that such an edit would be refused with because it takes too long."""
         self._engine.check_time(job_of(with_seed(request), None))
 
+    def time_warning(self, request: PictureOrder) -> str | None:
+        """A warning if such an edit is predicted to take longer than it may."""
+        return self._engine.time_warning(job_of(with_seed(request), None))
+
     def status(self) -> StatusAnswer:
         """The location of the model and the memory it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))

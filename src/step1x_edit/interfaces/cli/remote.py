@@ -178,7 +178,7 @@ class RemoteServer:
         """Receive the events of a job until it ends; an interrupted stream is resumed."""
         path, last = f"{_JOBS}/{job.id}", "0"
         if job.position is not None:
-            await report(Progress(Phase.QUEUED, job.position))
+            await report(Progress(Phase.QUEUED, job.position, warning=job.warning))
         while not job.status.is_final:
             headers = {"Last-Event-ID": last}
             async with (

@@ -126,7 +126,9 @@ class _Jobs:
         with run.heard():
             job = await run.result()
         headers = {"Location": f"{JOBS_PATH}/{job.id}", **(REPLAYED if was_there else {})}
-        return JSONResponse(_answer(job).to_dict(), 202, headers)
+        answer = _answer(job)
+        warning = self.service.time_warning(answer.request)
+        return JSONResponse(answer.model_copy(update={"warning": warning}).to_dict(), 202, headers)
 
     async def list_jobs(self, request: Request) -> Response:
         wanted = read_request(JobsRequest, once(request.query_params.multi_items()))

@@ -787,6 +787,7 @@ CREATE_JOB: Final[dict[str, Any]] = {
             "invalid_parameter",
             "corrupt_image",
             "idempotency_key",
+            "deadline_exceeded",
             "queue_full",
             "shutting_down",
             "no_space",
