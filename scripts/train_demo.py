@@ -818,7 +818,7 @@ nearly the same for all tokens, so that the norm is nearly linear."""
 
 
 @torch.no_grad()
-def start_transformer(seed: int, latent_deviation: float) -> Transformer:
+def start_transformer(seed: int, latent_deviation: float, scale_steps: int) -> Transformer:
     """A transformer that predicts (x_t - reference) / t: the velocity of an unchanged picture.
 
     Its last block has copy heads: queries and keys are constants, so that only their rotation
@@ -872,7 +872,8 @@ def start_transformer(seed: int, latent_deviation: float) -> Transformer:
             block.linear2.weight[:channels, :channels] = -deviation * torch.eye(channels)
     model.final_layer.linear.weight.zero_()
     model.final_layer.linear.weight[:, :channels] = torch.eye(channels)
-    fit_final_scale(model, deviation_of_difference(latent_deviation, width, channels))
+    deviation = deviation_of_difference(latent_deviation, width, channels)
+    fit_final_scale(model, deviation, scale_steps)
     return model
 
 
@@ -924,11 +925,10 @@ def deviation_of_difference(
 
 
 @torch.enable_grad()
-def fit_final_scale(model: Transformer, deviation: Callable[[Tensor], Tensor]) -> None:
+def fit_final_scale(model: Transformer, deviation: Callable[[Tensor], Tensor], steps: int) -> None:
     """Fits time embedder and final modulation so that the final norm divides by t."""
     modules = [model.time_in, model.final_layer.adaLN_modulation]
     optimiser = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=3e-3)
-    steps = 1200
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / steps) + 1e-6
         t = torch.rand(256) ** 1.5 * 0.98 + 0.02
@@ -1192,6 +1192,7 @@ def train_transformer(
     work: Path,
     gallery: Gallery,
     seed: int,
+    scale_steps: int,
     steps: int,
     minutes: float,
     per_label: int,
@@ -1202,7 +1203,8 @@ def train_transformer(
     if start:
         model, pace = start.requires_grad_(True), 0.7
     else:
-        model, pace = start_transformer(seed, float(latents.chunks[0]["latents"].float().std())), 1
+        latent_deviation = float(latents.chunks[0]["latents"].float().std())
+        model, pace = start_transformer(seed, latent_deviation, scale_steps), 1
     run = Run(work, "transformer", model, transformer_optimisers(model, pace), seed, decay=0.997)
     trajectories = Trajectories(latents, prompts, run.rng())
     errors: dict[str, float] = {}
@@ -1339,6 +1341,7 @@ class Plan:
     latent_crops: int = 100
     latent_edits: int = 12
     prompts_per_label: int = 300
+    scale_steps: int = 1200
     transformer_steps: int = 9000
     decoder_steps: int = 2000
 
@@ -1359,6 +1362,7 @@ SMOKE = Plan(
     latent_crops=2,
     latent_edits=2,
     prompts_per_label=2,
+    scale_steps=200,
     transformer_steps=3,
     decoder_steps=3,
 )
@@ -1413,6 +1417,7 @@ def main() -> None:
             work,
             gallery,
             seed,
+            plan.scale_steps,
             plan.transformer_steps,
             minutes,
             plan.prompts_per_label,
