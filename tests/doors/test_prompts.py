@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from extent import by_extent
 from http_server import TOKEN, calling
 from layouts import narrow_pipeline, write_published
 from step1x_edit import MCPClient
@@ -87,27 +88,30 @@ def pixels_of(data: bytes) -> bytes:
 DIFFERENT = [
     "make it night",
     "make it\nnight",
-    "make it\tnight",
     "make it\N{ZERO WIDTH SPACE}night",
     "把天空变成夜晚",
-    "夜の空にしてください",
-    "اجعل السماء ليلا",
     "🌙👩‍🚀✨",
     "write 「NO」",
-    "write 『NO』",
     'write "NO"',
     'write "NO',
+    "",
+]
+MORE = [
+    "make it\tnight",
+    "夜の空にしてください",
+    "اجعل السماء ليلا",
+    "write 『NO』",
     'write NO"',
     'write ""',
     "the “girl's” hat",
-    "",
 ]
 
 
 def test_each_language_and_sign_is_read(ask: Ask) -> None:
-    told = {prompt: ask(prompt) for prompt in DIFFERENT}
+    prompts = DIFFERENT + by_extent([], MORE)
+    told = {prompt: ask(prompt) for prompt in prompts}
 
-    assert len({pixels for pixels, _ in told.values()}) == len(DIFFERENT)
+    assert len({pixels for pixels, _ in told.values()}) == len(prompts)
     assert {warning for _, warning in told.values()} == {None}
 
 

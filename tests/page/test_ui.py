@@ -73,7 +73,7 @@ OpenPage = Callable[..., Page]
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[EditService]:
-    settings = Settings(_env_file=None, max_queue=1)
+    settings = Settings(_env_file=None, max_queue=1, default_num_steps=10)
     worker = partial(WorkerProcess, Start(), module="toy_worker")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
@@ -266,13 +266,13 @@ def test_what_is_shown_and_what_the_buttons_mean_is_one_result(
 
     page.fill("#edit-prompt textarea", "wait in denoising")
     page.click("#edit-run")
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     expect(result).to_have_count(0)
     for button in buttons:
         expect(button).to_be_disabled()
     page.locator("#edit-history img").click()  # waits until nothing else is shown
     page.press("#edit-prompt textarea", "Control+Enter")
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     expect(result).to_have_count(0)
     page.click("#edit-stop")
     expect(page.locator("#edit-line")).to_have_text("Stopped.")
@@ -298,7 +298,7 @@ def test_one_tab_of_the_page_is_stopped_and_the_other_one_goes_on(
 ) -> None:
     page = open_page()
     begin(page, photo, "wait in denoising")
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     page.get_by_role("tab", name="Batch").click()
     page.locator("#batch-files input[type=file]").set_input_files([photo])
     page.fill("#batch-prompt textarea", "invert")
@@ -309,7 +309,7 @@ def test_one_tab_of_the_page_is_stopped_and_the_other_one_goes_on(
     expect(page.locator("#batch-line")).to_have_text("Stopped.")
 
     page.get_by_role("tab", name="Edit", exact=True).click()
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     page.click("#edit-stop")
     expect(page.locator("#edit-line")).to_have_text("Stopped.")
 
@@ -433,7 +433,7 @@ def test_stop_cancels_the_edit(open_page: OpenPage, service: EditService, photo:
     choose(page, "edit", photo)
     page.fill("#edit-prompt textarea", "wait in denoising")
     page.click("#edit-run")
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     page.click("#edit-stop")
     expect(page.locator("#edit-line")).to_contain_text("Stopped.")
 
@@ -450,7 +450,7 @@ def test_closing_the_tab_cancels_the_edit(
     choose(page, "edit", photo)
     page.fill("#edit-prompt textarea", "wait in denoising")
     page.click("#edit-run")
-    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 28")
+    expect(page.locator("#edit-line")).to_contain_text("Step 1 of 10")
     page.close()
 
     until(lambda: cancelled(service) == before + 1)
@@ -525,7 +525,7 @@ def test_what_the_model_s_authors_suggest_is_taken_over_by_a_button(
     page.locator("#edit-advanced button").first.click()
     steps = page.locator("#edit-advanced input[type=number]").first
     expect(page.locator("#edit-suggested")).to_contain_text("50 ステップ")
-    expect(steps).to_have_value("28")
+    expect(steps).to_have_value("10")
 
     page.click("#edit-use-suggested")
 
