@@ -214,8 +214,9 @@ PLAIN = Survey(torch="2.13", device="cpu", checkpoint="mine", version="v1.1", we
         ({"file": "checkpoint/model.safetensors"}, True),
         ({"first": replace(PLAIN, checkpoint_error="it is damaged")}, True),
         ({"first": replace(PLAIN, device="cuda, a card")}, True),
-        ({"free": 21 * 10**9}, False),
-        ({"free": 12 * 10**9}, True),
+        ({"free": (20, 21)}, False),
+        ({"free": (20, 12)}, True),
+        ({"free": (200, 120)}, False),
     ],
     ids=str,
 )
@@ -233,12 +234,13 @@ def test_a_machine_is_inspected_again_if_the_result_may_differ(
     monkeypatch.setenv("MODEL_PATH", "checkpoint")
     results = iter([changed.get("first", PLAIN), replace(PLAIN, checkpoint="new")])
     monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda start: next(results))
-    free = [20 * 10**9]
+    before, after = changed.get("free", (20, 20))  # the weights have 7 bytes
+    free = [before]
     monkeypatch.setattr(
-        "step1x_edit.engine.host_memory.measure", lambda: HostMemory(free[-1], 64 * 10**9)
+        "step1x_edit.engine.host_memory.measure", lambda: HostMemory(free[-1], total=64)
     )
     run.invoke(app, ["doctor"])
-    free.append(changed.get("free", free[0]))
+    free.append(after)
     for name in ("MODEL_PATH", "OMP_NUM_THREADS"):
         if name in changed:
             monkeypatch.setenv(name, changed[name])

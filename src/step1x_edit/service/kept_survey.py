@@ -30,7 +30,8 @@ _FILE: Final = Path("cache") / "survey.json"
 _LIBRARIES: Final = ("torch", "transformers")
 _FOR_LIBRARIES: Final = ("ATEN_", "CUDA_", "DNNL_", "MKL_", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
 """How the variables begin that change what the libraries do."""
-_SAME_MEMORY: Final = 0.1  # of all memory: so much more or less may be free
+_PLENTY: Final = 3  # times the size of its files: a model is placed the same in more free memory
+_SAME_MEMORY: Final = 0.1  # of all memory: what may be more or less free, if it is not plenty
 _PACKAGE: Final = Path(__file__).parents[1]
 _PROGRAM: Final = _PACKAGE / "__init__.py"
 """Has the version, so an update changes it."""
@@ -49,7 +50,7 @@ def kept_survey(settings: Settings) -> KeptSurvey | None:
     """The survey in the file, if one taken now would say the same."""
     try:
         kept = json.loads((settings.data_dir / _FILE).read_text("utf-8"))
-        if kept["basis"] != _basis(settings) or not _is_still_free(kept["free"]):
+        if kept["basis"] != _basis(settings) or not _is_placed_alike(settings, kept["free"]):
             return None
         return KeptSurvey(survey_from(kept["survey"]), datetime.fromisoformat(kept["taken"]))
     except (OSError, ValueError, LookupError, TypeError, CheckpointError):
@@ -76,10 +77,14 @@ def keep_survey(settings: Settings, survey: Survey) -> None:
         unfinished.replace(file)
 
 
-def _is_still_free(available: int) -> bool:
-    """Whether about as much memory is free as before, because a model is placed by that."""
+def _is_placed_alike(settings: Settings, free: int) -> bool:
+    """Whether a model is placed now as when this many bytes of memory were free."""
     memory = host_memory.measure()
-    return memory is not None and abs(memory.available - available) < _SAME_MEMORY * memory.total
+    if memory is None:
+        return False
+    plenty = _PLENTY * sum(file.stat().st_size for file in _files(settings))
+    difference = abs(memory.available - free)
+    return min(memory.available, free) >= plenty or difference < _SAME_MEMORY * memory.total
 
 
 def _basis(settings: Settings) -> str:
