@@ -8,10 +8,11 @@ is answered, the tools are listed, the first call has returned. They are bound b
 needs to import fastmcp; nothing needs torch, because the model is loaded when a client requests an
 edit. A ratio is the median of the ratios within the turns.
 
-With `--other` it also times `step1x-edit edit` from the start of the program to the first step of
-the embedded model, here and with the sources of another checkout, alternating. This is bound by
-importing torch. CPU seconds are those of the program and its worker process up to that moment; they
-hardly depend on other load. The last line is one JSON object.
+With `--other` it also times two commands here and with the sources of another checkout,
+alternating: `step1x-edit edit` with the embedded model, from the start of the program to its first
+step and to its end with the fewest steps of the smallest size, and `step1x-edit doctor`. They are
+bound by importing torch. CPU seconds are those of the program and its child processes; they hardly
+depend on other load. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -71,80 +71,106 @@ async def moments(arguments: Sequence[str], tool: str) -> list[float]:
 
 
 @dataclass(frozen=True)
-class FirstStep:
-    """The time from a cold start to the first step of an edit."""
+class Moment:
+    """The time since a program was started, and the CPU time of it and its children."""
 
     elapsed_s: float
-    cpu_s: float | None  # None on a system without /proc
+    cpu_s: float
 
 
-def first_step(source: Path, folder: Path) -> FirstStep:
-    """Edit a picture with the embedded model in a new process, and stop after the first step."""
-    # The smallest size: this measures the start and not the network.
-    flags = ["--standalone", "--size-level", "512", "--output", str(folder / "edited.png")]
+def first_edit(source: Path, folder: Path) -> dict[str, Moment]:
+    """Edit a picture with the embedded model in a new process."""
+    # The fewest steps of the smallest size: this measures the start and not the network.
+    flags = ["--standalone", "--size-level", "512", "--num-steps", "10"]
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "step1x_edit", "edit", str(PHOTO), EDIT_PROMPT, *flags],
+    process = program(
+        ["edit", str(PHOTO), EDIT_PROMPT, *flags, "--output", str(folder / "edited.png")],
+        source,
+        folder,
+    )
+    assert process.stderr is not None
+    said = []
+    found = {}
+    for line in process.stderr:
+        said.append(line)
+        if "denoising 1/" in line:
+            elapsed_s = time.perf_counter() - started
+            found["first step"] = Moment(elapsed_s, cpu_seconds(process.pid))
+    found["first edit"] = ended(process, started)
+    if process.returncode != 0 or len(found) < 2:
+        raise SystemExit(f"no edit with {source}:\n{''.join(said)}")
+    return found
+
+
+def doctor(source: Path, folder: Path) -> dict[str, Moment]:
+    """Run `doctor`, which may find what it kept in the folder."""
+    started = time.perf_counter()
+    process = program(["doctor"], source, folder)
+    assert process.stderr is not None
+    process.stderr.read()
+    return {"doctor": ended(process, started)}
+
+
+def program(arguments: Sequence[str], source: Path, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "step1x_edit.interfaces.cli", *arguments],
         env={**os.environ, "PYTHONPATH": str(source), "DATA_DIR": str(folder), "MODEL_PATH": ""},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stderr is not None
-    with process:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if "denoising 1/" in line:
-                found = FirstStep(time.perf_counter() - started, cpu_seconds(process.pid))
-                process.send_signal(signal.SIGINT)
-                process.stderr.read()
-                return found
-    raise SystemExit(f"no step with {source}:\n{''.join(said)}")
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process and its current children."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            if task.name != str(pid):
-                children += (task / "children").read_text().split()
-    except OSError:
-        return None
+def ended(process: subprocess.Popen[str], started: float) -> Moment:
+    """Wait for the end of a process, and take the time of it and the children it waited for."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return Moment(time.perf_counter() - started, usage.ru_utime + usage.ru_stime)
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a running process and its current children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(cpu_seconds(int(child)) or 0 for child in children)
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    return own + sum(cpu_seconds(int(child)) for child in children)
 
 
-def compare_first_steps(other: Path, repeat: int) -> dict[str, object]:
-    """Time the first step here and there, alternating, print both and return the summary."""
+def compare(other: Path, repeat: int) -> dict[str, object]:
+    """Run the commands here and there, alternating, print the times and return the summary."""
     sources = {"other": other, "ours": ROOT / "src"}
-    runs: dict[str, list[FirstStep]] = {name: [] for name in sources}
-    for turn in range(repeat + 1):
-        for name, source in sources.items():
-            with tempfile.TemporaryDirectory() as folder:
-                run = first_step(source, Path(folder))
-            if turn > 0:
-                runs[name].append(run)
+    runs: dict[str, list[dict[str, Moment]]] = {name: [] for name in sources}
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: Path(folder) / name for name in sources}
+        for turn in range(repeat + 1):
+            for name, source in sources.items():
+                places[name].mkdir(exist_ok=True)
+                run = first_edit(source, places[name]) | doctor(source, places[name])
+                (places[name] / "edited.png").unlink()
+                if turn > 0:
+                    runs[name].append(run)
     summary: dict[str, object] = {}
-    for name, found in runs.items():
-        elapsed = [run.elapsed_s for run in found]
-        cpu = [run.cpu_s for run in found if run.cpu_s is not None]
-        summary[name] = row = {
-            "median_s": round(statistics.median(elapsed), 3),
-            "worst_s": round(max(elapsed), 3),
-            "cpu_s": round(statistics.median(cpu), 3) if cpu else None,
+    for what in runs["ours"][0]:
+        for name, found in runs.items():
+            elapsed = [run[what].elapsed_s for run in found]
+            row = {
+                "median_s": round(statistics.median(elapsed), 3),
+                "worst_s": round(max(elapsed), 3),
+                "cpu_s": round(statistics.median(run[what].cpu_s for run in found), 3),
+            }
+            summary[f"{what}, {name}"] = row
+            print(f"{what}, {name:5} {row}")
+        pairs = [
+            (our[what], their[what]) for our, their in zip(runs["ours"], runs["other"], strict=True)
+        ]
+        elapsed_ratio = statistics.median(our.elapsed_s / their.elapsed_s for our, their in pairs)
+        cpu_ratio = statistics.median(our.cpu_s / their.cpu_s for our, their in pairs)
+        summary[f"{what}, of other"] = {
+            "elapsed": round(elapsed_ratio, 3),
+            "cpu": round(cpu_ratio, 3),
         }
-        print(f"first step, {name:5} {row}")
-    pairs = list(zip(runs["ours"], runs["other"], strict=True))
-    of_other = statistics.median(our.elapsed_s / their.elapsed_s for our, their in pairs)
-    cpu_ratios = [
-        our.cpu_s / their.cpu_s for our, their in pairs if our.cpu_s and their.cpu_s is not None
-    ]
-    summary["of_other"] = round(of_other, 3)
-    summary["cpu_of_other"] = round(statistics.median(cpu_ratios), 3) if cpu_ratios else None
-    print(f"first step: {of_other:.2f} × other, CPU time {summary['cpu_of_other']} × other")
+        print(f"{what}: {elapsed_ratio:.2f} × other, CPU time {cpu_ratio:.2f} × other")
     return summary
 
 
@@ -181,9 +207,9 @@ def main() -> None:
                 f"{name:16} {moment:13} median {found['median_s']:.2f} s, worst "
                 f"{found['worst_s']:.2f} s, {found['of_bare']:.2f} × bare"
             )
-    steps = compare_first_steps(other.resolve(), repeat) if other else None
+    commands = compare(other.resolve(), repeat) if other else None
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    print(json.dumps({"turns": repeat, "load": load, **summary, "first_step": steps}))
+    print(json.dumps({"turns": repeat, "load": load, **summary, "commands": commands}))
 
 
 if __name__ == "__main__":
