@@ -22,7 +22,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Final, TypeAlias, TypeVar
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--other", type=Path)
     parser.add_argument("--turns", type=int, default=3, help="at full width")
+    parser.add_argument("--precisions", nargs="+", choices=CODES, default=CODES)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     other = layers_of(arguments.other) if arguments.other else None
@@ -75,7 +76,7 @@ def main() -> None:
         if part == "demo":
             found[part] = demo(arguments, other)
         else:
-            found[part] = full_width(getattr(torch, part), arguments.turns, other)
+            found[part] = full_width(getattr(torch, part), arguments, other)
     print(json.dumps(found | {"prompts": PROMPTS, "steps": arguments.steps}))
 
 
@@ -85,7 +86,7 @@ def main() -> None:
 def demo(arguments: argparse.Namespace, other: ModuleType | None) -> list[dict[str, object]]:
     """Edit with each precision and build in turns; a prompt is a turn."""
     image = data.coffee()
-    pipelines = dict(with_other(read_pipelines(), other))
+    pipelines = dict(with_other(read_pipelines(arguments.precisions), other))
     times: dict[Row, list[float]] = {row: [] for row in pipelines}
     quality: dict[Row, list[float]] = {row: [] for row in pipelines}
     for prompt in PROMPTS:
@@ -116,9 +117,9 @@ def demo(arguments: argparse.Namespace, other: ModuleType | None) -> list[dict[s
     return rows
 
 
-def read_pipelines() -> dict[str, EditPipeline]:
-    exact = {EXACT: read_checkpoint().pipeline}
-    return exact | {kind: read_checkpoint(wanted=Wanted(precision=kind)).pipeline for kind in CODES}
+def read_pipelines(precisions: Sequence[Code]) -> dict[str, EditPipeline]:
+    wanted = {EXACT: Wanted()} | {kind: Wanted(precision=kind) for kind in precisions}
+    return {name: read_checkpoint(wanted=each).pipeline for name, each in wanted.items()}
 
 
 def with_other(
@@ -151,13 +152,15 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 # --- full width -----------------------------------------------------------------------------------
 
 
-def full_width(dtype: torch.dtype, turns: int, other: ModuleType | None) -> list[dict[str, object]]:
+def full_width(
+    dtype: torch.dtype, arguments: argparse.Namespace, other: ModuleType | None
+) -> list[dict[str, object]]:
     """Run a double and a single block with each precision and build in turns."""
     runs: dict[Row, Callable[[], Tensor]] = {}
     exact = blocks(dtype)
     runs[EXACT, ""] = run_of(exact, dtype)
     sizes = {EXACT: bytes_of(exact)}
-    for kind in CODES:
+    for kind in arguments.precisions:
         coded = with_codes(exact, kind)
         sizes[kind] = bytes_of(coded)
         runs[kind, ""] = run_of(coded, dtype)
@@ -166,7 +169,7 @@ def full_width(dtype: torch.dtype, turns: int, other: ModuleType | None) -> list
     times: dict[Row, list[float]] = {row: [] for row in runs}
     error: dict[Row, float] = {}
     expected = runs[EXACT, ""]()
-    for _ in range(turns):
+    for _ in range(arguments.turns):
         for row, run in runs.items():
             started = time.process_time()
             result = run()

@@ -257,18 +257,23 @@ def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor |
     multiplied with 15 bits, as two more rows, and c with the sum of the codes, as one more; only
     the rest is rounded to 8 bits, which leaves it finer steps.
     """
-    rows = x.reshape(-1, *x.shape[-2:]).float()  # (B, M, K)
-    pictures, length, _ = rows.shape
-    mean = rows.mean(1, keepdim=True)  # (B, 1, K)
-    rest = rows - mean
-    least, most = rest.amin(-1, keepdim=True), rest.amax(-1, keepdim=True)
-    centre = (least + most) / 2  # (B, M, 1)
-    rest, rest_scale = _rounded(rest.sub_(centre), most - centre)
-    high, high_scale = _rounded(mean, _largest(mean))
-    low, low_scale = _rounded(mean - high * high_scale, high_scale / 2)
-    ones = torch.ones_like(low[:1])
-    left = torch.cat([part.flatten(0, 1) for part in (rest, high, low, ones)])
+    rows = x.reshape(-1, *x.shape[-2:])  # (B, M, K)
+    pictures, length, columns = rows.shape
+    mean = rows.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, K)
+    centre, rest_scale = mean.new_empty(2, pictures, length, 1)
     counts = [pictures * length, pictures, pictures, 1]
+    left = torch.empty(sum(counts), columns, dtype=torch.int8)
+    rest, high, low, ones = torch.split(left, counts)
+    for first in range(0, length, CPU_ROWS_AT_ONCE):
+        piece = slice(first, first + CPU_ROWS_AT_ONCE)
+        own = rows[:, piece] - mean
+        least, most = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
+        centre[:, piece] = (least + most) / 2
+        own -= centre[:, piece]
+        rest_scale[:, piece] = _round(own, rest.view(rows.shape)[:, piece])
+    high_scale = _round(mean, high.unsqueeze(1))
+    low_scale = _round(mean - high.unsqueeze(1) * high_scale, low.unsqueeze(1))
+    ones.fill_(1)
     out = x.new_empty(pictures, length, codes.shape[0])
     for first in range(0, codes.shape[0], CPU_OUTPUTS_AT_ONCE):
         part = slice(first, first + CPU_OUTPUTS_AT_ONCE)
@@ -278,14 +283,15 @@ def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor |
         offset = of_mean * scale[part].t()  # (B, 1, N)
         if bias is not None:
             offset += bias[part]
-        out[..., part] = torch.addcmul(offset, of_rest, scale[part].t())
+        torch.addcmul(offset, of_rest, scale[part].t(), out=out[..., part])
     return out.view(*x.shape[:-1], -1)
 
 
-def _rounded(x: Tensor, largest: Tensor) -> Coded:
-    """Rows of x as 8-bit integers, one scale each, given their largest magnitudes."""
-    scale = largest.clamp(min=SMALLEST) / INT8_MAX
-    return Coded((x / scale).round_().to(torch.int8), scale)
+def _round(x: Tensor, codes: Tensor) -> Tensor:
+    """Write x as 8-bit integers into the codes, and return the scale of each row."""
+    scale = _largest(x) / INT8_MAX
+    codes.copy_((x / scale).round_())
+    return scale
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
