@@ -255,6 +255,7 @@ class FakeWorker:
                 self.model,
                 self.device,
                 self.held,
+                arithmetic="fp32 avx2" if self.device == "cpu" else None,
                 version=self.version,
                 size_multiple=self.size_multiple,
                 placement=self.placement,

@@ -23,7 +23,7 @@ from step1x_edit.schemas.plan import PlanStatus
 
 if TYPE_CHECKING:  # a worker needs no pydantic
     from step1x_edit.schemas.answers import Location
-    from step1x_edit.schemas.requests import Precision
+    from step1x_edit.schemas.requests import Arithmetic, Precision
 
 GIB: Final = 1024**3
 GIGA: Final = 10**9
@@ -49,6 +49,8 @@ class Start:
     """
     log_format: str = "text"
     precision: Precision = "auto"
+    arithmetic: Arithmetic = "fp32"
+    """Of the demo and the autoencoder on a CPU; auto: see `worker.arithmetic`."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class Residence:
     """How it was last placed where it computes; kept while it waits in host memory."""
     loras: Mapping[str, float] = field(default_factory=dict)
     """The LoRAs in the model by name, and the strength of each."""
+    arithmetic: str | None = None
+    """The numbers that a CPU computes with, such as `bf16 amx`; None on another device."""
 
     @property
     def is_ready(self) -> bool:

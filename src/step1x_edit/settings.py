@@ -48,6 +48,7 @@ from step1x_edit.schemas.requests import (
     DEFAULT_NUM_STEPS,
     DEFAULT_SIZE_LEVEL,
     MAX_STRENGTH,
+    Arithmetic,
     GuidanceScale,
     NumSteps,
     Precision,
@@ -343,6 +344,14 @@ class Settings(BaseSettings):
             description="How weights are kept: bf16, or most of them as fp8, int8 or nf4, which "
             "needs a half or a third of the memory and changes pictures slightly; "
             "auto: exact if the host has enough memory"
+        ),
+        BeforeValidator(_lower),
+    ] = "auto"
+    arithmetic: Annotated[
+        Arithmetic,
+        Field(
+            description="Numbers that the demo checkpoint and the autoencoder compute with on a "
+            "CPU: fp32 or bf16; auto: bf16 if this processor is faster with it, measured once"
         ),
         BeforeValidator(_lower),
     ] = "auto"

@@ -59,6 +59,7 @@ async def test_an_edit_answers_exactly_as_the_contract_says(
             "gpu_memory_gb": 0.0,
             "model": "fake",
             "device": "cpu",
+            "arithmetic": "fp32 avx2",
             "width": 64,
             "height": 48,
         },
@@ -280,6 +281,7 @@ async def test_status_has_every_field_of_the_contract(
         "statistics": {"total_loads": 1, "gpu_to_cpu": 0, "cpu_to_gpu": 0, "full_releases": 0},
         "model": "fake",
         "device": "cpu",
+        "arithmetic": "fp32 avx2",
         "queue_length": 0,
     }
 

@@ -44,6 +44,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "gpu_release_timeout": 0,
         "device": "auto",
         "precision": "auto",
+        "arithmetic": "auto",
         "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
         "host": "127.0.0.1",
         "port": 8000,

@@ -101,10 +101,9 @@ class Wanted:
     If there is none of that version, or the value is None, the newest transformer is opened.
     """
     dtype: torch.dtype | None = None
-    """The type to compute in; None: float32 for the demo, bfloat16 for published models.
-
-    The autoencoder always computes in float32.
-    """
+    """The type to compute in; None: float32 for the demo, bfloat16 for published models."""
+    vae_dtype: torch.dtype = torch.float32
+    """The type that the autoencoder computes in."""
     releases: Mapping[str, Release] = field(default_factory=lambda: RELEASES)
     loras: Mapping[Path, float] = field(default_factory=dict)
     """Files that can be added, and their default strengths."""
@@ -187,7 +186,7 @@ def _open(path: Path | None, wanted: Wanted) -> OpenedCheckpoint:
     if path.is_file():
         return _open_official([file_set([path])], path, wanted)
     if read_json(path / "config.json").get("format") is not None:
-        return _open_demo(path, wanted.dtype or torch.float32)
+        return _open_demo(path, wanted)
     if (path / "transformer").is_dir():
         return _open_diffusers(path, wanted)
     return _open_official(file_sets(path), path, wanted)
@@ -227,7 +226,8 @@ def write_demo(folder: Path, pipeline: EditPipeline) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _open_demo(folder: Path, dtype: torch.dtype) -> OpenedCheckpoint:
+def _open_demo(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
+    dtype = wanted.dtype or torch.float32
     config = read_json(folder / "config.json")
     if config["format"] != DEMO_FORMAT:
         raise CheckpointError(f"{folder} has format {config['format']}, known is {DEMO_FORMAT}")
@@ -245,7 +245,7 @@ def _open_demo(folder: Path, dtype: torch.dtype) -> OpenedCheckpoint:
     parts = _by_prefix(stored_tensors([folder / "model.safetensors"]))
     weights = [
         *_weights("transformer", transformer, parts.pop("transformer", {}), dtype),
-        *_weights("vae", vae, parts.pop("vae", {}), torch.float32),
+        *_weights("vae", vae, parts.pop("vae", {}), wanted.vae_dtype),
         *_weights("conditioner", vlm, parts.pop("conditioner", {}), dtype),
     ]
     if recogniser:
@@ -309,7 +309,7 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
     vlm, vlm_tensors = _open_vlm(files.vlm, release.model)
     weights = [
         *_weights("transformer", transformer, tensors, dtype),
-        *_weights("vae", vae, vae_tensors, torch.float32),
+        *_weights("vae", vae, vae_tensors, wanted.vae_dtype),
         *_weights("conditioner", vlm, vlm_tensors, dtype),
     ]
     model = replace(release.model, transformer=sizes)

@@ -30,6 +30,8 @@ class Survey:
     torch_error: str | None = None
     device: str | None = None
     device_error: str | None = None
+    arithmetic: str | None = None
+    """The numbers that a CPU computes with, such as `bf16 amx`."""
     device_free_gb: float | None = None
     device_total_gb: float | None = None
     checkpoint: str | None = None

@@ -242,8 +242,9 @@ class EditPipeline:
 
         z is the posterior's mean: the reference samples it, which would make runs differ.
         """
-        scaled = pixels.to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        z = self.vae.encode(scaled).float()
+        wide = torch.promote_types(self.vae.dtype, torch.float32)
+        scaled = pixels.to(self.vae.device, wide) / 127.5 - 1
+        z = self.vae.encode(scaled.to(self.vae.dtype)).float()
         return (z - self.config.latent_shift) * self.config.latent_scale
 
     def _prompts(self, request: NetworkRequest) -> list[str]:

@@ -100,6 +100,10 @@ class EditMetadata(_HowItWasMade):
     gpu_memory_gb: float
     model: str | None = None
     device: str | None = None
+    arithmetic: Annotated[
+        str | None,
+        Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
+    ] = None
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
@@ -386,6 +390,10 @@ class GpuStatus(_Answer):
     statistics: GpuStatistics
     model: str | None = None
     device: str | None = None
+    arithmetic: Annotated[
+        str | None,
+        Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
+    ] = None
     queue_length: int | None = None
     plan: Annotated[
         PlanStatus | None,

@@ -37,6 +37,7 @@ Size = Literal[512, 768, 1024]
 
 
 Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
+Arithmetic = Literal["auto", "fp32", "bf16"]
 """How the model's weights are kept; auto: as the checkpoint has them, if memory allows."""
 
 DEFAULT_NUM_STEPS: Final = 28

@@ -83,6 +83,7 @@ def metadata_of(
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),
         device=residence.device,
+        arithmetic=residence.arithmetic,
         warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),

@@ -436,6 +436,7 @@ class EditService:
             ),
             model=residence.model,
             device=residence.device,
+            arithmetic=residence.arithmetic,
             queue_length=status.queue_length,
             plan=None if residence.placement is None else _rounded(residence.placement),
             loras=list(self._loras) or None,

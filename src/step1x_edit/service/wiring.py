@@ -30,6 +30,7 @@ def start_of(settings: Settings) -> Start:
         loras={str(path): strength for path, strength in settings.lora_path.items()},
         log_format=settings.log_format,
         precision=settings.precision,
+        arithmetic=settings.arithmetic,
     )
 
 

@@ -28,6 +28,7 @@ from step1x_edit.model.language_model import ChatModel, Said, Sampling
 from step1x_edit.model.pipeline import PLANS, Edited, EditRun, Plan
 from step1x_edit.model.reasoning import Prompt
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.worker.arithmetic import arithmetic_of
 from step1x_edit.worker.memory import free_memory, is_out_of_memory
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
@@ -81,12 +82,18 @@ class PipelineWorker:
             location=self._residency.location,
             model=checkpoint.name,
             device=self._device,
+            arithmetic=self._arithmetic(checkpoint),
             memory=self._residency.memory(),
             version=checkpoint.version,
             size_multiple=checkpoint.pipeline.config.size_multiple,
             placement=self._residency.placement(),
             loras=self._residency.loras,
         )
+
+    def _arithmetic(self, checkpoint: Checkpoint) -> str | None:
+        if self._device != "cpu":
+            return None
+        return arithmetic_of(checkpoint.pipeline.transformer.img_in.weight.dtype)
 
 
 @dataclass(frozen=True)

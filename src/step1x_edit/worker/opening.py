@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from step1x_edit.checkpoints.arena import Block
     from step1x_edit.checkpoints.memory_plan import MemoryPlan, Rates
-    from step1x_edit.checkpoints.read import OpenedCheckpoint
-    from step1x_edit.schemas.requests import Precision
+    from step1x_edit.checkpoints.read import OpenedCheckpoint, Wanted
+    from step1x_edit.schemas.requests import Arithmetic, Precision
 
 STAND_IN: Final = "stand-in"
 """A device for tests: a second copy in host memory takes the GPU's place."""
@@ -89,6 +89,8 @@ def open_chosen(
         version=named or pulled_version(path, data_dir),
         loras={Path(file): strength for file, strength in start.loras.items()},
     )
+    if chosen_device(start) == "cpu":
+        wanted = _with_arithmetic(wanted, start.arithmetic, data_dir)
     precisions = FALLING if start.precision == "auto" else (start.precision,)
     tried: dict[Precision, OpenedCheckpoint] = {}
 
@@ -114,3 +116,17 @@ def open_chosen(
             f"{memory.available / GIB:.1f} GiB are free: free some"
         )
     return replace(tried[plan.precision], host=plan)
+
+
+def _with_arithmetic(wanted: Wanted, arithmetic: Arithmetic, data_dir: Path) -> Wanted:
+    """The same, computing in bfloat16 wherever the processor is faster with it, if auto."""
+    import torch
+
+    from step1x_edit.worker.arithmetic import fastest
+
+    match arithmetic:
+        case "fp32":
+            return wanted
+        case "auto" if fastest(data_dir) is torch.float32:
+            return wanted
+    return replace(wanted, dtype=torch.bfloat16, vae_dtype=torch.bfloat16)

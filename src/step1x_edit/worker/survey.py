@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from step1x_edit.channel import GIB, Start, name_with_loras
 from step1x_edit.checkpoints.memory_plan import plan_status
@@ -23,6 +24,9 @@ from step1x_edit.worker.opening import (
     place_of,
     plan_for,
 )
+
+if TYPE_CHECKING:
+    from step1x_edit.checkpoints.read import OpenedCheckpoint
 
 
 def survey(start: Start) -> Survey:
@@ -74,8 +78,19 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         placement=placement,
         checkpoint=name_with_loras(opened.checkpoint.name, loras.strengths),
         version=opened.checkpoint.version,
+        arithmetic=_arithmetic(found, opened),
         weights_gb=round(sum(weight.size for weight in opened.weights) / GIB, 2),
     )
+
+
+def _arithmetic(found: Survey, opened: OpenedCheckpoint) -> str | None:
+    """The numbers that a CPU would compute with."""
+    from step1x_edit.worker.arithmetic import arithmetic_of
+
+    if found.device != "cpu":
+        return None
+    names = {weight.name: weight.dtype for weight in opened.weights}
+    return arithmetic_of(names["transformer.img_in.weight"])
 
 
 def main() -> None:

@@ -132,7 +132,8 @@ def _torch_and_device(seen: Survey) -> Iterator[Check]:
     if seen.device_error is not None:
         yield Check("fail", "device", f"DEVICE {seen.device}: {seen.device_error}")
     elif seen.device_total_gb is None:
-        yield Check("ok", "device", f"{seen.device}")
+        computes = f", computes in {seen.arithmetic}" if seen.arithmetic else ""
+        yield Check("ok", "device", f"{seen.device}{computes}")
     else:
         memory = f"{seen.device_free_gb:.1f} GiB of {seen.device_total_gb:.1f} GiB free"
         yield Check("ok", "device", f"{seen.device}, {memory}")

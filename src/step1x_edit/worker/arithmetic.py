@@ -1,0 +1,141 @@
+"""Which numbers a CPU computes with: float32, or bfloat16 if that is faster.
+
+A processor may have instructions for bfloat16 and still be slower with them, so they are measured.
+The two give slightly different pictures. The choice is therefore made once and kept in DATA_DIR,
+and a seed means the same picture after every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from step1x_edit.settings import inherited_environment
+
+log = logging.getLogger(__name__)
+
+FILE: Final = Path("cache") / "arithmetic.json"
+FASTER: Final = 1.25
+"""How much faster bfloat16 must be in each kind of work: it costs exactness."""
+REPEATS: Final = 5
+
+_NAMES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_CPUINFO: Final = Path("/proc/cpuinfo")
+
+
+def arithmetic_of(dtype: torch.dtype) -> str:
+    """The numbers that a CPU computes with and the instructions that do it: `bf16 amx`."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    instructions = (dtype is torch.bfloat16 and _bfloat16_instructions()) or capability
+    return f"{_NAMES.get(dtype, str(dtype))} {instructions}"
+
+
+def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = None) -> torch.dtype:
+    """The type of numbers with which this processor is fastest, as found on the first call.
+
+    `measure` returns how much faster bfloat16 is, for each kind of work.
+    """
+    instructions = _bfloat16_instructions()
+    if instructions is None:
+        return torch.float32
+    file, key = data_dir / FILE, _key(instructions)
+    kept = _read(file)
+    if key not in kept:
+        gains = (measure or measure_gains)()
+        name = "bf16" if min(gains.values()) >= FASTER else "fp32"
+        log.info("the CPU computes in %s; bfloat16 is faster by %s", name, gains)
+        # Read again: if another process has finished first, its choice stays.
+        kept = {key: {"arithmetic": name, "gains": gains}} | _read(file)
+        _write(file, kept)
+    return torch.bfloat16 if kept[key].get("arithmetic") == "bf16" else torch.float32
+
+
+def measure_gains() -> dict[str, float]:
+    """How many times as fast bfloat16 is in the work that edits consist of; half a second."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows, matrix = numbers(1024, 1024), numbers(1024, 1024)
+    picture = numbers(1, 64, 128, 128).contiguous(memory_format=torch.channels_last)
+    kernel = numbers(64, 64, 3, 3)
+    with torch.inference_mode():
+        return {
+            "products": _gain(F.linear, rows, matrix),
+            "convolutions": _gain(lambda x, w: F.conv2d(x, w, padding=1), picture, kernel),
+        }
+
+
+def _gain(work: Callable[[Tensor, Tensor], Tensor], *numbers: Tensor) -> float:
+    narrow = [each.bfloat16() for each in numbers]
+    try:
+        return round(_seconds(work, *numbers) / _seconds(work, *narrow), 2)
+    except RuntimeError:  # the library has no such kernel for this processor
+        return 0.0
+
+
+def _seconds(work: Callable[..., Tensor], *numbers: Tensor) -> float:
+    """The time of the fastest of a few attempts: other programs can only add time."""
+    best = math.inf
+    for _ in range(REPEATS + 1):  # the first one prepares
+        start = time.perf_counter()
+        work(*numbers)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _bfloat16_instructions() -> str | None:
+    """The instructions for products of bfloat16 that torch may use here, if there are any."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
+
+
+def _key(instructions: str) -> str:
+    """The processor and the library, and what limits its instructions."""
+    limit = inherited_environment().get("ONEDNN_MAX_CPU_ISA")
+    parts = (_processor(), instructions, f"torch {torch.__version__}", limit)
+    return ", ".join(filter(None, parts))
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in _CPUINFO.read_text("utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What was found before; nothing if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(file.read_text("utf-8"))
+        if isinstance(kept, dict):
+            return {key: value for key, value in kept.items() if isinstance(value, dict)}
+    return {}
+
+
+def _write(file: Path, kept: dict[str, Any]) -> None:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(kept, indent=1), "utf-8")
+        unfinished.replace(file)
+    except OSError as error:
+        log.warning("the arithmetic is measured again at the next start: %s", error)
