@@ -37,8 +37,10 @@ Size = Literal[512, 768, 1024]
 
 
 Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
-Arithmetic = Literal["auto", "fp32", "bf16"]
 """How the model's weights are kept; auto: as the checkpoint has them, if memory allows."""
+
+Arithmetic = Literal["auto", "fp32", "bf16"]
+"""The numbers that a CPU computes with; auto: those with which it is faster, by a measurement."""
 
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
