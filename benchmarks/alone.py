@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x_edit.model.blocks import Layout
+from step1x_edit.model.conditioner import MERGE_SIZE
 from step1x_edit.model.transformer import QuotedText
 from stopwatch import Cost, Lap, Stopwatch, now, total
 
@@ -94,11 +95,15 @@ def work_of(stage: str, watch: Stopwatch) -> Counter[Shape]:
 
 
 def tower_work(lap: Lap) -> Counter[Shape]:
-    """All layers of the conditioner's towers have one row per token or patch."""
+    """A tower of the conditioner has one row per token or patch; its merger joins patches."""
     rows = math.prod(lap.shapes[0][:-1])
     with torch.device("meta"):
-        layers = [each for each in of_same_sizes(lap).modules() if isinstance(each, nn.Linear)]
-    return Counter((rows, layer.in_features, layer.out_features) for layer in layers)
+        tower = of_same_sizes(lap)
+    return Counter(
+        (rows // MERGE_SIZE**2 if "merger" in name else rows, layer.in_features, layer.out_features)
+        for name, layer in tower.named_modules()
+        if isinstance(layer, nn.Linear)
+    )
 
 
 def transformer_work(stage: str, lap: Lap, prologue: Lap) -> Counter[Shape]:
