@@ -56,7 +56,7 @@ def running(
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        assert server.ready.wait(60)
+        assert server.ready.wait(240)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
     finally:
@@ -117,7 +117,7 @@ def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]
 
 def until(is_so: Callable[[], bool]) -> None:
     """Wait, with a time limit, for something that happens in another thread."""
-    for _ in range(2000):
+    for _ in range(20_000):
         if is_so():
             return
         threading.Event().wait(0.01)

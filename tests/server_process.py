@@ -34,7 +34,7 @@ class Process:
         self._reader = threading.Thread(target=self._read, args=(self.popen.stderr,), daemon=True)
         self._reader.start()
 
-    def heard(self, text: str, timeout_s: float = 60) -> str:
+    def heard(self, text: str, timeout_s: float = 240) -> str:
         """Wait for a line on stderr with this text."""
         with self._changed:
             assert self._changed.wait_for(
@@ -46,8 +46,8 @@ class Process:
         return self.heard("serving at ").rpartition(" ")[2].strip()
 
     def ended(self) -> int:
-        code = self.popen.wait(30)
-        self._reader.join(30)
+        code = self.popen.wait(240)
+        self._reader.join(240)
         return code
 
     def _read(self, stderr: IO[str]) -> None:

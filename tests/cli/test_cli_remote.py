@@ -78,7 +78,7 @@ def rich_photo(photo: Path) -> Path:
 
 def jobs_left(url: str) -> list[object]:
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    answer = httpx2.get(f"{url}/v1/jobs", headers=headers, trust_env=False)
+    answer = httpx2.get(f"{url}/v1/jobs", headers=headers, trust_env=False, timeout=240)
     jobs: list[object] = answer.json()["data"]
     return jobs
 
@@ -394,7 +394,7 @@ def test_a_server_on_this_machine_is_found_and_ctrl_c_frees_it(photo: Path, tmp_
         headers = {"Authorization": f"Bearer {TOKEN}"}
 
         def is_idle() -> bool:
-            answer = httpx2.get(f"{url}/health", headers=headers, trust_env=False)
+            answer = httpx2.get(f"{url}/health", headers=headers, trust_env=False, timeout=240)
             assert answer.json()["version"] == __version__
             return bool(answer.json()["queue_length"] == 0)
 

@@ -408,7 +408,7 @@ def test_their_client_gets_pictures(theirs: openai.OpenAI) -> None:
 def test_a_link_leads_to_the_picture(theirs: openai.OpenAI) -> None:
     answer = theirs.images.generate(prompt="a fox", size="256x256", response_format="url")
     assert answer.data is not None
-    found = httpx2.get(str(answer.data[0].url), headers=AUTH, trust_env=False)
+    found = httpx2.get(str(answer.data[0].url), headers=AUTH, trust_env=False, timeout=240)
 
     assert Image.open(io.BytesIO(found.content)).size == (256, 256)
 
@@ -536,7 +536,9 @@ def test_through_a_server_progress_is_heard_the_format_is_chosen_and_no_job_stay
     words = ["generate", "a fox", "--output", "o.jpg", "--width", "256", "--seed", "3"]
     with serving(make_service()) as url:
         done = CliRunner().invoke(cli, [*words, "--url", url, "--api-key", TOKEN])
-        left = httpx2.get(f"{url}/v1/jobs", headers=AUTH, trust_env=False).json()["data"]
+        left = httpx2.get(f"{url}/v1/jobs", headers=AUTH, trust_env=False, timeout=240).json()[
+            "data"
+        ]
 
     assert done.exit_code == 0, done.stderr
     assert "generate: denoising" in done.stderr

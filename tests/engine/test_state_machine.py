@@ -288,7 +288,7 @@ class EngineMachine(RuleBasedStateMachine):
 
         async def results_of_all() -> list[object]:
             ended = (edit.result() for edit in self.edits)
-            return await asyncio.wait_for(asyncio.gather(*ended, return_exceptions=True), 30)
+            return await asyncio.wait_for(asyncio.gather(*ended, return_exceptions=True), 240)
 
         results = self.loop.run_until_complete(results_of_all())
         for edit, result in zip(self.edits, results, strict=True):

@@ -240,7 +240,7 @@ def test_who_keeps_the_server_waiting_gives_way(make_service: MakeService, sent:
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(serving(make_service(), max_connections=4))
         slow = [stack.enter_context(connected(url, sent)) for _ in range(12)]
-        statuses = [httpx2.get(f"{url}/livez").status_code for _ in range(20)]
+        statuses = [httpx2.get(f"{url}/livez", timeout=240).status_code for _ in range(20)]
         first = rest_of(slow[0])
 
     assert statuses == [200] * 20
@@ -266,7 +266,7 @@ def test_who_is_being_answered_does_not_give_way(make_service: MakeService) -> N
         gate.open()
         for one in editing:
             one.join(60)
-        later = httpx2.get(f"{url}/livez").status_code
+        later = httpx2.get(f"{url}/livez", timeout=240).status_code
 
     assert [answer.status_code for answer in answers] == [200, 200]
     assert later == 200

@@ -266,7 +266,7 @@ def test_their_client_that_gives_up_waiting_and_tries_again_costs_one_edit(
     with serving(service) as url:
         http = httpx2.Client(trust_env=False, event_hooks={"request": [note]})
         with openai.OpenAI(
-            base_url=f"{url}/v1", api_key=TOKEN, timeout=2.0, max_retries=2, http_client=http
+            base_url=f"{url}/v1", api_key=TOKEN, timeout=2.0, max_retries=9, http_client=http
         ) as client:
             answer = client.images.edit(image=photo, prompt="x")
 

@@ -264,7 +264,7 @@ def test_few_file_descriptors_lower_the_number_of_connections(tmp_path: Path) ->
         url = process.url()
         for _ in range(150):
             stack.enter_context(connect(url))
-        assert httpx2.get(f"{url}/livez").status_code == 200
+        assert httpx2.get(f"{url}/livez", timeout=240).status_code == 200
 
     told = process.heard("MAX_CONNECTIONS is 32 here")
     assert told.endswith("this process may open 96 files (ulimit -n), raise that for 256\n")

@@ -107,8 +107,12 @@ def test_every_line_of_a_server_and_its_worker_is_an_event(
             )
             for prompt in (wish, f"stumble {wish}", f"fail {wish}")
         ]
-        httpx2.get(f"{url}/a%0d%0aforged%1b%5b31m?{'x' * 1000}", headers={"User-Agent": "x\x1b[1m"})
-        httpx2.post(f"{url}/v1/jobs", files={"file": b"x"}, data={"prompt": wish})
+        httpx2.get(
+            f"{url}/a%0d%0aforged%1b%5b31m?{'x' * 1000}",
+            headers={"User-Agent": "x\x1b[1m"},
+            timeout=240,
+        )
+        httpx2.post(f"{url}/v1/jobs", files={"file": b"x"}, data={"prompt": wish}, timeout=240)
         process.popen.send_signal(signal.SIGTERM)
         code = process.ended()
 

@@ -349,11 +349,11 @@ def test_a_link_leads_to_the_picture_for_who_has_the_token(
     assert answer.data is not None
     links = [picture.url or "" for picture in answer.data]
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    pictures = [httpx2.get(link, headers=headers, trust_env=False) for link in links]
-    stranger = httpx2.get(links[0], trust_env=False)
-    wrong = httpx2.get(f"{links[0][:-8]}x/content", headers=headers, trust_env=False)
+    pictures = [httpx2.get(link, headers=headers, trust_env=False, timeout=240) for link in links]
+    stranger = httpx2.get(links[0], trust_env=False, timeout=240)
+    wrong = httpx2.get(f"{links[0][:-8]}x/content", headers=headers, trust_env=False, timeout=240)
     under_another_name = httpx2.get(
-        links[0], headers={**headers, "Host": "evil.example"}, trust_env=False
+        links[0], headers={**headers, "Host": "evil.example"}, trust_env=False, timeout=240
     )
     base_url = str(client.base_url)
 
@@ -483,7 +483,7 @@ def test_their_client_gets_stepfuns_interface_by_the_name_of_its_model(
         named = client.models.retrieve("step-1x-edit")
         link = (answers[0].data or [])[0].url or ""
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        fetched = httpx2.get(link, headers=headers, trust_env=False)
+        fetched = httpx2.get(link, headers=headers, trust_env=False, timeout=240)
 
     assert (jobs[0].num_steps, jobs[0].guidance_scale, jobs[0].size_level) == (20, 10.0, 512)
     assert jobs[0].negative_prompt == "blurry"
@@ -967,7 +967,9 @@ async def test_who_goes_away_ends_the_edit_within_a_step(
     service = make_service(worker)
     with serving(service) as url:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+        async with httpx2.AsyncClient(
+            base_url=url, headers=headers, trust_env=False, timeout=240
+        ) as client:
             call = asyncio.ensure_future(
                 client.post(
                     EDITS_PATH,

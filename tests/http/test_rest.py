@@ -554,7 +554,9 @@ async def test_who_goes_away_ends_the_edit_within_a_step(
     service = make_service(worker)
     with serving(service) as url:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False) as client:
+        async with httpx2.AsyncClient(
+            base_url=url, headers=headers, trust_env=False, timeout=240
+        ) as client:
             call = asyncio.ensure_future(
                 client.post("/api/edit", files=files(photo), data={"prompt": "stop"}, timeout=240)
             )

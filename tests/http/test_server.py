@@ -73,8 +73,8 @@ def test_the_real_server_starts_is_found_and_leaves(tmp_path: Path) -> None:
     with started(REAL, tmp_path, "--port", "0", API_KEY="secret-of-the-test") as process:
         url = process.url()
         found = asyncio.run(find_server(process.data_dir, timeout_s=30))
-        live = httpx2.get(f"{url}/livez")
-        refused = httpx2.get(f"{url}/health")
+        live = httpx2.get(f"{url}/livez", timeout=240)
+        refused = httpx2.get(f"{url}/health", timeout=240)
         process.popen.send_signal(signal.SIGTERM)
         code = process.ended()
 
@@ -109,8 +109,8 @@ def test_a_second_server_with_the_same_data_folder_is_told_so_in_one_sentence(
         with started(REAL, tmp_path) as second:
             code = second.ended()
         with started(FAKE, tmp_path, ENABLE_API="false", ENABLE_MCP="false") as third:
-            without_jobs = httpx2.get(f"{third.url()}/v1/jobs").status_code
-        jobs = httpx2.get(f"{url}/v1/jobs").json()
+            without_jobs = httpx2.get(f"{third.url()}/v1/jobs", timeout=240).status_code
+        jobs = httpx2.get(f"{url}/v1/jobs", timeout=240).json()
 
     assert code == 2
     assert second.lines == [
@@ -146,9 +146,9 @@ def test_it_listens_where_it_was_told_to(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     with started(FAKE, tmp_path, "--port", str(port), HOST="127.0.0.2") as process:
         url = process.url()
-        alive = httpx2.get(f"{url}/livez").status_code
+        alive = httpx2.get(f"{url}/livez", timeout=240).status_code
         with pytest.raises(httpx2.ConnectError):
-            httpx2.get(f"http://127.0.0.1:{port}/livez")
+            httpx2.get(f"http://127.0.0.1:{port}/livez", timeout=240)
 
     assert url == f"http://127.0.0.2:{port}"
     assert alive == 200
@@ -166,7 +166,7 @@ def test_it_is_announced_by_its_address_and_not_by_a_name(tmp_path: Path) -> Non
 def test_a_server_without_mcp_is_not_announced(tmp_path: Path) -> None:
     with started(FAKE, tmp_path, ENABLE_MCP="false") as process:
         url = process.url()
-        alive = httpx2.get(f"{url}/livez").status_code
+        alive = httpx2.get(f"{url}/livez", timeout=240).status_code
 
     assert alive == 200
     assert not (process.data_dir / NOTE_NAME).exists()
@@ -181,11 +181,11 @@ def test_only_a_file_of_settings_that_others_cannot_write_opens_the_server(tmp_p
     file.chmod(0o600)
     with started(FAKE, tmp_path) as process:
         process.heard(f"settings read from {file}")
-        asks_for_the_key = httpx2.get(f"{process.url()}/health").status_code == 401
+        asks_for_the_key = httpx2.get(f"{process.url()}/health", timeout=240).status_code == 401
     file.chmod(0o666)
     with started(FAKE, tmp_path) as process:
         process.heard(f"{file} is not read: other users can write to {file} (chmod go-w)")
-        status = httpx2.get(f"{process.url()}/health").status_code
+        status = httpx2.get(f"{process.url()}/health", timeout=240).status_code
 
     assert asks_for_the_key
     assert status == 200
@@ -209,7 +209,7 @@ def test_without_a_home_only_what_has_to_be_stored_is_missed(tmp_path: Path) -> 
         code = refused.ended()
     stores_nothing = {"ENABLE_API": "false", "ENABLE_UI": "false"}
     with started(FAKE, tmp_path, **nowhere, **stores_nothing) as without_jobs:
-        health = httpx2.get(f"{without_jobs.url()}/health").status_code
+        health = httpx2.get(f"{without_jobs.url()}/health", timeout=240).status_code
         without_jobs.heard("other programs cannot find this server: DATA_DIR /dev/null/")
         without_jobs.heard("there is no usable home folder (HOME: ")
 
@@ -351,7 +351,10 @@ def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
 ) -> None:
     with started(FAKE, tmp_path) as process:
         accepted = httpx2.post(
-            f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
+            f"{process.url()}/v1/jobs",
+            files={"file": photo.read_bytes()},
+            data={"prompt": "x"},
+            timeout=240,
         )
         path = accepted.headers["location"]
         with httpx2.stream("GET", f"{process.url()}{path}/events", timeout=240) as stream:
@@ -364,7 +367,7 @@ def test_a_stored_job_that_a_signal_stops_runs_when_the_server_is_back(
     with started(FAKE, tmp_path) as again:
         url = again.url()
         again.heard("step\n")
-        job = httpx2.get(f"{url}{path}").json()
+        job = httpx2.get(f"{url}{path}", timeout=240).json()
 
     assert code == 0
     assert not any("Traceback" in line or "ERROR" in line for line in process.lines)
@@ -377,7 +380,10 @@ def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> N
     with started(FAKE, tmp_path) as process:
         jobs = [
             httpx2.post(
-                f"{process.url()}/v1/jobs", files={"file": photo.read_bytes()}, data={"prompt": "x"}
+                f"{process.url()}/v1/jobs",
+                files={"file": photo.read_bytes()},
+                data={"prompt": "x"},
+                timeout=240,
             )
             for _ in range(2)
         ]
@@ -387,7 +393,7 @@ def test_an_accepted_job_is_known_after_a_kill(tmp_path: Path, photo: Path) -> N
     with started(FAKE, tmp_path) as again:
         url = again.url()
         again.heard("step\n")
-        found = [httpx2.get(f"{url}{job.headers['location']}").json() for job in jobs]
+        found = [httpx2.get(f"{url}{job.headers['location']}", timeout=240).json() for job in jobs]
 
     assert [job["status"] for job in found] == ["failed", "running"]
     assert found[0]["code"] == "interrupted"
@@ -570,7 +576,7 @@ async def test_tools_that_start_work_are_counted_and_others_are_not(
             first = await client.call_tool("edit_image", call)
             second = await client.call_tool("edit_image", call, raise_on_error=False)
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        posted = httpx2.post(f"{url}/api/edit", headers=headers).status_code
+        posted = httpx2.post(f"{url}/api/edit", headers=headers, timeout=240).status_code
 
     assert not any(status.is_error for status in statuses)
     assert first.structured_content["status"] == "success"
@@ -596,6 +602,7 @@ async def test_the_mcp_answers_to_the_names_that_the_server_is_given(
                     "Accept": "application/json, text/event-stream",
                 },
                 json={"jsonrpc": "2.0", "id": 1, "method": "ping"},
+                timeout=240,
             )
             statuses.append(answer.status_code)
 

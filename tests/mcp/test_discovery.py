@@ -194,7 +194,7 @@ async def test_a_stale_or_foreign_announcement_is_ignored(
         ]:
             note.write_text(json.dumps(content))
             note.chmod(mode)
-            found = await asyncio.wait_for(find_server(data_dir, timeout_s=0.5), 10)
+            found = await asyncio.wait_for(find_server(data_dir, timeout_s=0.5), 60)
             assert found is None, content
         note.write_text("{")
         assert await find_server(data_dir) is None
@@ -251,7 +251,9 @@ def passed_on(url: str) -> Callable[[bytes], bytes]:
 
     def ask(sent: bytes) -> bytes:
         path = sent.split(b" ")[1].decode()
-        return livez(httpx2.get(f"{url.removesuffix('/mcp')}{path}").headers["x-proof"])
+        return livez(
+            httpx2.get(f"{url.removesuffix('/mcp')}{path}", timeout=240).headers["x-proof"]
+        )
 
     return ask
 

@@ -110,7 +110,8 @@ def test_a_body_that_is_no_message_is_refused_in_one_sentence(
     }
     with listening(make_service()) as url:
         answers = [
-            httpx2.post(url, content=body, headers=headers, trust_env=False) for body in NO_MESSAGES
+            httpx2.post(url, content=body, headers=headers, trust_env=False, timeout=240)
+            for body in NO_MESSAGES
         ]
 
     for body, answer in zip(NO_MESSAGES, answers, strict=True):
@@ -130,8 +131,10 @@ def test_a_body_with_very_many_parts_is_refused_before_it_is_parsed(
         b"[]," * 60_000
     )
     with listening(make_service()) as url:
-        many = httpx2.post(url, content=body, headers=headers, trust_env=False)
-        long = httpx2.post(url, content=b" " * 2**22 + b"1", headers=headers, trust_env=False)
+        many = httpx2.post(url, content=body, headers=headers, trust_env=False, timeout=240)
+        long = httpx2.post(
+            url, content=b" " * 2**22 + b"1", headers=headers, trust_env=False, timeout=240
+        )
 
     assert many.status_code == 400
     assert many.json()["error"]["message"].startswith("Invalid request: more than 100000 commas")
