@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +11,20 @@ import pytest
 import torch
 
 from step1x_edit.channel import Start
+from step1x_edit.model.processor import bfloat16_instructions
 from step1x_edit.worker.arithmetic import FILE, arithmetic_of, fastest, measure_gains
 from step1x_edit.worker.opening import open_chosen
 
 FAST = {"products": 2.5, "convolutions": 2.0}
 SLOW = {"products": 2.5, "convolutions": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _asked_again() -> Iterator[None]:
+    """The processor is asked again in each test, and after it."""
+    bfloat16_instructions.cache_clear()
+    yield
+    bfloat16_instructions.cache_clear()
 
 
 @pytest.fixture
@@ -75,6 +85,7 @@ def test_a_processor_without_bfloat16_is_not_measured(
 def test_the_instructions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arithmetic_of(torch.bfloat16) == "bf16 avx512_bf16"
     assert arithmetic_of(torch.float32) == "fp32 avx512"
+    bfloat16_instructions.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert arithmetic_of(torch.bfloat16) == "bf16 amx"
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step1x_edit.model.processor import softmax_attention
 from step1x_edit.model.rope import apply_rope
 
 EPS: Final = 1e-6
@@ -183,7 +184,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rows: slice = ALL
     q = apply_rope(q, layout.rope)[:, :, rows].to(v.dtype)
     k = apply_rope(k, layout.rope).to(v.dtype)
     k, v = with_pads(k, layout), with_pads(v, layout)
-    return merge_heads(F.scaled_dot_product_attention(q, k, v))
+    return merge_heads(softmax_attention(q, k, v))
 
 
 def with_pads(x: Tensor, layout: Layout) -> Tensor:

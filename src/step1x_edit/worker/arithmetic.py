@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step1x_edit.model.processor import bfloat16_instructions
 from step1x_edit.settings import inherited_environment
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _CPUINFO: Final = Path("/proc/cpuinfo")
 def arithmetic_of(dtype: torch.dtype) -> str:
     """The numbers that a CPU computes with and the instructions that do it: `bf16 amx`."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    instructions = (dtype is torch.bfloat16 and _bfloat16_instructions()) or capability
+    instructions = (dtype is torch.bfloat16 and bfloat16_instructions()) or capability
     return f"{_NAMES.get(dtype, str(dtype))} {instructions}"
 
 
@@ -47,7 +48,7 @@ def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = Non
 
     `measure` returns how much faster bfloat16 is, for each kind of work.
     """
-    instructions = _bfloat16_instructions()
+    instructions = bfloat16_instructions()
     if instructions is None:
         return torch.float32
     file, key = data_dir / FILE, _key(instructions)
@@ -95,15 +96,6 @@ def _seconds(work: Callable[..., Tensor], *numbers: Tensor) -> float:
         work(*numbers)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _bfloat16_instructions() -> str | None:
-    """The instructions for products of bfloat16 that torch may use here, if there are any."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return None
-    if torch.cpu._is_amx_tile_supported():
-        return "amx"
-    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else None
 
 
 def _key(instructions: str) -> str:
