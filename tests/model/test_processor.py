@@ -1,11 +1,13 @@
-"""Attention by products against torch's own, in more numbers than one part of the queries."""
+"""What a step computes on processors with and without instructions for bfloat16."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from step1x_edit.model.processor import QUERIES, by_products
+from step1x_edit.model import processor
+from step1x_edit.model.processor import OUTPUTS, QUERIES, Linear, by_products
 
 
 def test_attention_by_products_computes_what_torch_does() -> None:
@@ -17,3 +19,18 @@ def test_attention_by_products_computes_what_torch_does() -> None:
     attended = by_products(q, k, v)
 
     torch.testing.assert_close(attended.double(), exact, atol=0.01, rtol=0.02)
+
+
+def test_without_instructions_for_bfloat16_products_are_of_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processor, "bfloat16_instructions", lambda: None)
+    torch.manual_seed(0)
+    linear = Linear(64, OUTPUTS + 8).bfloat16()
+    x = torch.randn(2, 3, 64).bfloat16()
+    wide = F.linear(x.float(), linear.weight.float(), linear.bias.float())
+
+    with torch.inference_mode():
+        out = linear(x)
+
+    assert torch.equal(out, wide.bfloat16())

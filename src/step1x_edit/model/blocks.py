@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step1x_edit.model.processor import softmax_attention
+from step1x_edit.model.processor import Linear, softmax_attention
 from step1x_edit.model.rope import apply_rope
 
 EPS: Final = 1e-6
@@ -108,8 +108,8 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv_size = 3 * hidden_size
-        self.linear1 = nn.Linear(hidden_size, 3 * hidden_size + mlp_size)
-        self.linear2 = nn.Linear(hidden_size + mlp_size, hidden_size)
+        self.linear1 = Linear(hidden_size, 3 * hidden_size + mlp_size)
+        self.linear2 = Linear(hidden_size + mlp_size, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulator(hidden_size, 3)
 
@@ -164,9 +164,9 @@ class StreamAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised q, k and plain v, each (B, H, N, D/H)."""
@@ -290,9 +290,9 @@ class MLPEmbedder(nn.Module):
 def mlp(hidden_size: int, mlp_size: int) -> nn.Sequential:
     """Build the feed-forward part of a stream."""
     return nn.Sequential(
-        nn.Linear(hidden_size, mlp_size),
+        Linear(hidden_size, mlp_size),
         GELU(),
-        nn.Linear(mlp_size, hidden_size),
+        Linear(mlp_size, hidden_size),
     )
 
 

@@ -32,15 +32,15 @@ FASTER: Final = 1.25
 """How much faster bfloat16 must be in each kind of work: it costs exactness."""
 REPEATS: Final = 5
 
-_NAMES: Final = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
 def arithmetic_of(dtype: torch.dtype) -> str:
-    """The numbers that a CPU computes with and the instructions that do it: `bf16 amx`."""
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    instructions = (dtype is torch.bfloat16 and bfloat16_instructions()) or capability
-    return f"{_NAMES.get(dtype, str(dtype))} {instructions}"
+    """The numbers whose products a CPU computes, and the instructions that do it: `bf16 amx`."""
+    instructions = bfloat16_instructions()
+    if dtype is torch.bfloat16 and instructions:
+        return f"bf16 {instructions}"
+    return f"fp32 {torch.backends.cpu.get_cpu_capability().lower()}"
 
 
 def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = None) -> torch.dtype:
