@@ -333,20 +333,6 @@ class HeldDisk:
         self._open.set()
 
 
-class StepByStep:
-    """Holds a worker after a preview until the client has received it."""
-
-    def __init__(self) -> None:
-        self._seen = threading.Semaphore(0)
-
-    def __call__(self, job: EditJob, step: int) -> None:
-        if step - 1 in job.preview_steps:
-            assert self._seen.acquire(timeout=240)
-
-    def next(self) -> None:
-        self._seen.release()
-
-
 def a_job(prompt: str = "invert", num_steps: int = 10) -> EditJob:
     """A small picture to edit."""
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)

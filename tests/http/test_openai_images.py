@@ -23,7 +23,7 @@ from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 
 from conftest import MakeService
-from fakes import FakeWorker, Gate, StepByStep
+from fakes import FakeWorker, Gate
 from http_server import TOKEN, calling, running, serving, until
 from step1x_edit.channel import EditJob, Start
 from step1x_edit.engine.worker_process import WorkerProcess
@@ -815,6 +815,20 @@ def test_answers_that_no_route_gives_have_their_form_too(
 
 
 # --- streams --------------------------------------------------------------------------------------
+
+
+class StepByStep:
+    """Lets a worker continue after a preview only when the listener has received it."""
+
+    def __init__(self) -> None:
+        self._seen = threading.Semaphore(0)
+
+    def __call__(self, job: EditJob, step: int) -> None:
+        if step - 1 in job.preview_steps:
+            assert self._seen.acquire(timeout=240)
+
+    def next(self) -> None:
+        self._seen.release()
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg"])

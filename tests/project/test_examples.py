@@ -1,7 +1,7 @@
-"""The examples do what the guide says of them.
+"""The examples do what the guide says of them, with the demo checkpoint.
 
 They run as a reader runs them, each in a separate process. Their servers join one that listens
-here, whose worker is a fake.
+here, so that the model is loaded once for all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fakes import FakeWorker, StepByStep
 from http_server import TOKEN, announcing, serving
 from step1x_edit.interfaces.cli import DEMO_PHOTO
 from step1x_edit.service.service import EditService
@@ -26,6 +25,8 @@ from step1x_edit.settings import Settings
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
+pytestmark = pytest.mark.timeout(300)  # imports torch
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,14 +34,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def steps() -> StepByStep:
-    return StepByStep()
-
-
-@pytest.fixture(scope="module")
-def service(
-    data_dir: Path, steps: StepByStep, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[EditService]:
+def service(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditService]:
     """The real service, as it is found on this machine while the module's tests run."""
     settings = Settings(
         _env_file=None,
@@ -49,7 +43,7 @@ def service(
         default_num_steps=10,
         default_size_level=512,
     )
-    service = build_service(settings, FakeWorker(before_step=steps))
+    service = build_service(settings)
     with announcing(service, data_dir):
         yield service
     service.close()
@@ -64,25 +58,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def started(
-    folder: Path, data_dir: Path, name: str, *arguments: str, **environment: str
-) -> subprocess.Popen[str]:
-    settings = {"DATA_DIR": str(data_dir), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
+def run(folder: Path, data_dir: Path, name: str, *arguments: str, **environment: str) -> str:
+    result = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=folder,
-        env={**os.environ, **settings, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        env={**os.environ, "DATA_DIR": str(data_dir), "PYTHONUTF8": "1", **environment},
+        capture_output=True,
         encoding="utf-8",
+        timeout=240,
+        check=False,
     )
-
-
-def run(folder: Path, data_dir: Path, name: str, *arguments: str) -> str:
-    with started(folder, data_dir, name, *arguments) as example:
-        output, errors = example.communicate(timeout=240)
-    assert example.returncode == 0, errors
-    return output
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def edited(folder: Path) -> set[str]:
@@ -148,20 +135,16 @@ def test_monitor(folder: Path, data_dir: Path) -> None:
     assert output.splitlines() == ["GPU: CPU", "Memory: 0.0GB"] * 2
 
 
-def test_openai_client(
-    folder: Path, data_dir: Path, service: EditService, steps: StepByStep
-) -> None:
-    photo = str(folder / "portrait.jpg")
+def test_openai_client(folder: Path, data_dir: Path, service: EditService) -> None:
     with serving(service) as url:
-        arguments = ("openai_client.py", photo, "change to night scene", f"{url}/v1")
-        with started(folder, data_dir, *arguments, API_KEY=TOKEN) as example:
-            assert example.stdout is not None
-            lines = []
-            for line in example.stdout:
-                lines.append(line.strip())
-                steps.next()
+        arguments = (str(folder / "portrait.jpg"), "change to night scene", f"{url}/v1")
+        output = run(folder, data_dir, "openai_client.py", *arguments, API_KEY=TOKEN)
 
-    assert lines == ["Preview 1", "Preview 2", f"Result: {folder / 'portrait_edited.jpg'}"]
+    assert output.splitlines() == [
+        "Preview 1",
+        "Preview 2",
+        f"Result: {folder / 'portrait_edited.jpg'}",
+    ]
     assert edited(folder) == {"portrait_edited.jpg"}
 
 
