@@ -253,9 +253,9 @@ def multiply_int8(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) 
 def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., M, K) times the codes (N, K): (..., M, N), both as 8-bit integers.
 
-    A row is its picture's mean over all M rows, plus its own centre c, plus a rest. The mean is
-    multiplied with 15 bits, as two more rows, and c with the sum of the codes, as one more; only
-    the rest is rounded to 8 bits, which leaves it finer steps.
+    A row is the mean of the M rows, plus its own centre c, plus a rest. The mean is multiplied with
+    15 bits, as two more rows, and c with the sum of the codes, as one more; only the rest is
+    rounded to 8 bits, which leaves it finer steps.
     """
     rows = x.reshape(-1, *x.shape[-2:])  # (B, M, K)
     pictures, length, columns = rows.shape
