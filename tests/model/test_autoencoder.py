@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from step1x_edit.model.autoencoder import Autoencoder, NormSiLU
+from step1x_edit.model.autoencoder import Attention, Autoencoder, NormSiLU
 from step1x_edit.model.config import AutoencoderConfig
 
 NARROW = AutoencoderConfig((8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
@@ -66,16 +66,34 @@ def test_tiles_fade_into_each_other_without_a_seam(size: tuple[int, int]) -> Non
     assert (len(seen) > 2) == (max(size) > 64)
 
 
-def test_the_norm_of_a_large_picture_is_exact_in_the_layout_of_a_cpu() -> None:
+@pytest.mark.parametrize(("mean", "error"), [(0.7, 2e-6), (1000.0, 2e-3)])
+def test_the_norm_of_a_large_picture_is_exact_in_the_layout_of_a_cpu(
+    mean: float, error: float
+) -> None:
     norm = NormSiLU(4, 8, eps=1e-6)
-    x = 1.5 * random(1, 8, 512, 512) + 0.7
+    x = 1.5 * random(1, 8, 512, 512) + mean
     exact = F.silu(F.group_norm(x.double(), 4, eps=1e-6))
 
     with torch.inference_mode():
         normed = norm(x.contiguous(memory_format=torch.channels_last))
 
     assert normed.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(normed.double(), exact, atol=2e-6, rtol=0)
+    torch.testing.assert_close(normed.double(), exact, atol=error, rtol=0)
+
+
+def test_attention_normalises_exactly_in_the_layout_of_a_cpu() -> None:
+    attention = Attention(8, 4)
+    x = random(1, 8, 64, 64) + 1000
+    exact = F.group_norm(x.double(), 4, eps=1e-6).float()
+    tokens = exact.flatten(2).transpose(1, 2)
+    q, k, v = (to(tokens) for to in (attention.to_q, attention.to_k, attention.to_v))
+    attended = attention.to_out[0](F.scaled_dot_product_attention(q, k, v))
+
+    with torch.inference_mode():
+        found = attention(x.contiguous(memory_format=torch.channels_last)) - x
+
+    expected = attended.transpose(1, 2).reshape(x.shape).detach()
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
 def test_training_and_editing_agree() -> None:

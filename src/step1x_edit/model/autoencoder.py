@@ -189,18 +189,24 @@ class NormSiLU(nn.GroupNorm):
         height, width = rows.shape[1:3]
         strip_height = max(1, STRIP // (width * self.num_channels))
         strips = torch.split(rows, strip_height, dim=1)
+        # Numbers far from 0 that hardly differ lose their digits when they are squared.
+        origin = widen(strips[0]).mean((1, 2), keepdim=True)  # (B, 1, 1, C)
         sums = torch.zeros(2, len(x), self.num_channels, dtype=torch.float64)
         for strip in strips:
-            wide = widen(strip)
-            sums += torch.stack([wide.sum((1, 2)), wide.square().sum((1, 2))])
+            apart = strip - origin  # as wide as the origin
+            sums += torch.stack([apart.sum((1, 2)), apart.square_().sum((1, 2))])
         wide_group = self.num_channels // self.num_groups
-        sums = sums.view(2, len(x), self.num_groups, wide_group)
-        mean, mean_square = sums.mean(3) / (height * width)  # (B, groups)
-        factor = torch.rsqrt(mean_square - mean.square() + self.eps)
+        groups = (len(x), self.num_groups, wide_group)
+        means, squares = (sums / (height * width)).view(2, *groups)
+        variances = squares - means.square()  # of each channel
+        means += origin.view(groups)
+        mean = means.mean(2)  # (B, groups)
+        variance = (variances + (means - mean.unsqueeze(2)).square()).mean(2)
+        factor = torch.rsqrt(variance + self.eps)
         factor, mean = (each.repeat_interleave(wide_group, 1) for each in (factor, mean))
         scale = factor * self.weight  # (B, C)
         shift = self.bias - mean * scale
-        scale, shift = (each.to(wide.dtype)[:, None, None] for each in (scale, shift))
+        scale, shift = (each.to(origin.dtype)[:, None, None] for each in (scale, shift))
         normed = torch.empty_like(rows)
         for strip, target in zip(strips, torch.split(normed, strip_height, dim=1), strict=True):
             target.copy_(F.silu(torch.addcmul(shift, widen(strip), scale), inplace=True))
@@ -220,7 +226,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, C, H, W) to the same shape."""
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, H·W, C)
+        # Torch's norm is exact in this layout only: see `NormSiLU`.
+        tokens = self.group_norm(x.contiguous()).flatten(2).transpose(1, 2)  # (B, H·W, C)
         q, k, v = (to(tokens).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
         attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
         return x + attended.transpose(1, 2).reshape(x.shape)
