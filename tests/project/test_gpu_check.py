@@ -59,7 +59,7 @@ def one_thread() -> Iterator[None]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("results")
     command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--out", str(out)]
-    command += ["--limit", "600"]  # a loaded machine takes its time
+    command += ["--limit", "6000"]  # no section is cut, however slow the machine is
     return subprocess.run(command, capture_output=True, text=True, check=False), out
 
 
