@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,63 @@ def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
     result = run.invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
+
+
+DEMO_ON_CPU = Survey(torch="2.13", device="cpu", checkpoint="demo", version="demo", weights_gb=0.05)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[" * 100_000,
+        lambda text: text.replace("0.05", '"much"'),
+        lambda text: text.replace('"placement": null', '"placement": {"reason": "none"}'),
+    ],
+    ids=["cut", "deep", "words", "another plan"],
+)
+def test_a_kept_inspection_that_is_damaged_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Callable[[str], str]
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    surveyed(monkeypatch, DEMO_ON_CPU)
+    file = tmp_path / "cache" / "survey.json"
+    assert "inspection" in surveyed(monkeypatch, DEMO_ON_CPU)
+    file.write_text(damage(file.read_text()))
+
+    found = surveyed(monkeypatch, DEMO_ON_CPU)
+
+    assert "inspection" not in found
+    assert found["checkpoint"].startswith("demo inside the package, 0.05 GiB")
+
+
+def test_a_library_that_has_been_removed_is_reported_in_spite_of_a_kept_inspection(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    surveyed(monkeypatch, DEMO_ON_CPU)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+
+    assert "inspection" not in surveyed(monkeypatch, DEMO_ON_CPU)
+
+
+def test_a_file_that_changes_in_a_linked_folder_is_inspected_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text_encoder").mkdir()
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text("{}")
+    (tmp_path / "model" / "text_encoder").symlink_to(config.parent)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("MODEL_PATH", str(tmp_path / "model"))
+    surveyed(monkeypatch, DEMO_ON_CPU)
+    assert "inspection" in surveyed(monkeypatch, DEMO_ON_CPU)
+
+    config.write_text('{"model_type": "qwen2_5_vl"}')
+
+    assert "inspection" not in surveyed(monkeypatch, DEMO_ON_CPU)
 
 
 CARD = Survey(

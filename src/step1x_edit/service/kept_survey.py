@@ -19,8 +19,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
+from pydantic import TypeAdapter
+
 from step1x_edit.engine import host_memory
-from step1x_edit.engine.machine import Survey, has_gpu_driver, survey_from
+from step1x_edit.engine.machine import Survey, has_gpu_driver
 from step1x_edit.errors import CheckpointError
 from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.service.wiring import start_of
@@ -40,21 +42,23 @@ _EMBEDDED: Final = _PACKAGE / "model" / "demo"
 
 @dataclass(frozen=True)
 class KeptSurvey:
-    """A survey, and when it was taken."""
+    """A survey, when it was taken, and what it depends on."""
 
-    survey: Survey
     taken: datetime
+    free: int
+    """Bytes of memory that were free."""
+    basis: str
+    survey: Survey
 
 
 def kept_survey(settings: Settings) -> KeptSurvey | None:
     """The survey in the file, if one taken now would say the same."""
     try:
-        kept = json.loads((settings.data_dir / _FILE).read_text("utf-8"))
-        if kept["basis"] != _basis(settings) or not _is_placed_alike(settings, kept["free"]):
-            return None
-        return KeptSurvey(survey_from(kept["survey"]), datetime.fromisoformat(kept["taken"]))
-    except (OSError, ValueError, LookupError, TypeError, CheckpointError):
+        kept = TypeAdapter(KeptSurvey).validate_json((settings.data_dir / _FILE).read_bytes())
+        is_same = kept.basis == _basis(settings) and _is_placed_alike(settings, kept.free)
+    except (OSError, ValueError, CheckpointError):
         return None
+    return kept if is_same else None
 
 
 def keep_survey(settings: Settings, survey: Survey) -> None:
@@ -65,15 +69,11 @@ def keep_survey(settings: Settings, survey: Survey) -> None:
         return
     file = settings.data_dir / _FILE
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        kept = {
-            "taken": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "free": memory.available,
-            "basis": _basis(settings),
-            "survey": asdict(survey),
-        }
+    with contextlib.suppress(OSError, CheckpointError):  # a file may be gone by now
+        taken = datetime.now().astimezone().replace(microsecond=0)
+        kept = KeptSurvey(taken, memory.available, _basis(settings), survey)
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(kept, indent=1), "utf-8")
+        unfinished.write_bytes(TypeAdapter(KeptSurvey).dump_json(kept, indent=1))
         unfinished.replace(file)
 
 
@@ -107,16 +107,19 @@ def _basis(settings: Settings) -> str:
 
 
 def _library(name: str) -> list[object]:
-    """The version and the place of a library, which is not imported."""
+    """The version and the place of a library, which is not imported; empty if it is missing."""
     spec = importlib.util.find_spec(name)
-    place = None if spec is None or spec.origin is None else _stamp(Path(spec.origin))
-    return [importlib.metadata.version(name), place]
+    if spec is None or spec.origin is None:
+        return []
+    versions = [found.version for found in importlib.metadata.distributions(name=name)]
+    return [*versions, _stamp(Path(spec.origin))]
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    """The files of the checkpoint and its LoRAs."""
+    """The files of the checkpoint, also in linked folders, and its LoRAs."""
     path = resolve_model_path(settings.model_path, settings.data_dir) or _EMBEDDED
-    inside = path.rglob("*") if path.is_dir() else path.parent.iterdir()
+    folder = path if path.is_dir() else path.parent
+    inside = (*folder.glob("*"), *folder.glob("*/*"))  # no checkpoint is deeper
     yield from sorted(file for file in inside if file.is_file())
     yield from sorted(settings.lora_path)
 
