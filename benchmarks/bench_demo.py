@@ -1,11 +1,13 @@
 """The quality of the demo checkpoint, on photographs that it was never trained on.
 
-    python benchmarks/bench_demo.py [--size-level 512] [--edits bw,sepia] [--contact-sheet FOLDER]
+    python benchmarks/bench_demo.py [--size-level 512] [--edits bw,sepia] [--arithmetic bf16]
+                                    [--contact-sheet FOLDER]
 
 Every edit is requested in words and compared with its classical form: the exact edit of the same
 picture, and that exact edit passed through the autoencoder, which is the best possible output of
 this model. The blind check finds which of all classical edits of the picture is closest to the
-output. Prints tables, then one line of JSON.
+output. With `--arithmetic bf16` each output is also compared with that of float32. Prints tables,
+then one line of JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import demo_prompts
 from demo_data import CORE_EDITS, EDITS, HELD_OUT_PHOTOS, Picture, load_photo
-from step1x_edit.checkpoints.read import read_checkpoint
+from step1x_edit.checkpoints.read import Wanted, read_checkpoint
 from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.sizes import fit_size
@@ -84,7 +86,7 @@ def run_edit(pipeline: EditPipeline, request: NetworkRequest) -> Picture:
 @torch.inference_mode()
 def through_autoencoder(pipeline: EditPipeline, picture: Picture) -> Picture:
     tensor = torch.from_numpy(picture).permute(2, 0, 1)[None] * 2 - 1
-    out = pipeline.vae.decode(pipeline.vae.encode(tensor))[0]
+    out = pipeline.vae.decode(pipeline.vae.encode(tensor.to(pipeline.vae.dtype)))[0].float()
     return ((out.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
 
 
@@ -98,13 +100,18 @@ def main() -> None:
     parser.add_argument("--guidance-scale", type=float, default=6.0)
     parser.add_argument("--edits", default=",".join(EDITS))
     parser.add_argument("--photos", default=",".join(HELD_OUT_PHOTOS))
+    parser.add_argument("--arithmetic", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument(
         "--contact-sheet",
         type=Path,
         help="folder for one picture per photograph: exact over edited",
     )
     arguments = parser.parse_args()
-    pipeline = read_checkpoint(arguments.checkpoint).pipeline
+    wide = read_checkpoint(arguments.checkpoint).pipeline
+    pipeline = wide
+    if arguments.arithmetic == "bf16":
+        narrow = Wanted(dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+        pipeline = read_checkpoint(arguments.checkpoint, narrow).pipeline
     names, photos = arguments.edits.split(","), arguments.photos.split(",")
     started = time.monotonic()
 
@@ -124,6 +131,7 @@ def main() -> None:
 
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in ("identity", *names)}
     hits: list[tuple[str, str, str]] = []
+    from_wide: list[float] = []
     for photo in photos:
         image = fitted(load_photo(*HELD_OUT_PHOTOS[photo]), pipeline, arguments.size_level)
         picture = image.astype(np.float32) / 255
@@ -131,17 +139,17 @@ def main() -> None:
         sheet = []
         for name in rows:
             prompt = "" if name == "identity" else PROMPTS[name]
-            output = run_edit(
-                pipeline,
-                NetworkRequest(
-                    image,
-                    prompt,
-                    num_steps=arguments.num_steps,
-                    guidance_scale=arguments.guidance_scale,
-                    size_level=arguments.size_level,
-                    seed=0,
-                ),
+            request = NetworkRequest(
+                image,
+                prompt,
+                num_steps=arguments.num_steps,
+                guidance_scale=arguments.guidance_scale,
+                size_level=arguments.size_level,
+                seed=0,
             )
+            output = run_edit(pipeline, request)
+            if pipeline is not wide:
+                from_wide.append(psnr(output, run_edit(wide, request)))
             wanted = picture if name == "identity" else exact[name]
             bound = through_autoencoder(pipeline, wanted)
             rows[name].append(
@@ -183,6 +191,8 @@ def main() -> None:
         "identity_ssim": mean["identity"]["ssim"],
         "identity_ssim_to_autoencoder": mean["identity"]["ssim bound"],
         "blind_check": float(np.mean(right)) if right else None,
+        "from_float32_mean_db": float(np.mean(from_wide)) if from_wide else None,
+        "from_float32_worst_db": min(from_wide, default=None),
         "recogniser_held_out_words": recogniser_accuracy(pipeline),
         "size_level": arguments.size_level,
         "num_steps": arguments.num_steps,
