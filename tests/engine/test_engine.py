@@ -856,6 +856,7 @@ from fakes import FakeWorker, a_job
 from step1x_edit.engine.engine import Engine
 
 engine = Engine(FakeWorker())
+unused = Engine(lambda on_end: print("a worker is started", flush=True))
 
 async def edit():
     try:
@@ -865,6 +866,7 @@ async def edit():
 
 print(asyncio.run(edit()), flush=True)
 if not (child := os.fork()):
+    unused.prepare()
     print(asyncio.run(edit()), flush=True)
     engine.close()
     os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -258,6 +259,19 @@ async def test_what_the_process_prints_goes_to_stderr(
     assert out == ""
     assert "a stray line" in err
     assert "stray bytes" in err
+
+
+def test_a_process_whose_parent_ends_at_once_leaves_without_a_word() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    with theirs:
+        handle = theirs.fileno()
+        command = [sys.executable, "-m", "step1x_edit.worker.process", str(handle)]
+        process = subprocess.Popen(command, pass_fds=[handle], stderr=subprocess.PIPE)
+    ours.close()
+
+    _, stderr = process.communicate(timeout=60)
+
+    assert (process.returncode, stderr) == (0, b"")
 
 
 PARENT = """

@@ -271,6 +271,7 @@ class Engine:
     def prepare(self) -> None:
         """Start the worker, because the first edit is about to come; that one reports failures."""
         with contextlib.suppress(ModelUnavailableError):
+            self._check_process()
             self._ready_worker()
 
     def submit(self, job: EditJob) -> Edit:

@@ -102,7 +102,10 @@ class WorkerLoop:
 
     def run(self) -> None:
         """Handle requests until the engine is gone."""
-        first = self._channel.receive()
+        try:
+            first = self._channel.receive()
+        except (EOFError, OSError):  # the engine ended as soon as it had started this process
+            os._exit(0)
         if not isinstance(first, Start):
             raise TypeError(f"the first message must be a Start, not {first}")
         self._start = first
