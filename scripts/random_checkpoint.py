@@ -192,7 +192,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def write_checkpoint(folder: Path, sizes: Sizes, layout: str) -> None:
-    """Write all files. Raises OSError, first of all if the disk has no room for them."""
+    """Write all files or, if that fails, none. Raises OSError, also if the disk has no room."""
     if folder.exists() and any(folder.iterdir()):
         raise OSError(f"{folder} is not empty: name a new folder")
     weights, texts = official(sizes) if layout == "official" else diffusers(sizes)
@@ -204,15 +204,19 @@ def write_checkpoint(folder: Path, sizes: Sizes, layout: str) -> None:
             f"{folder} needs {needed / GB:.1f} GB and the disk has {free / GB:.1f} GB free: "
             "free some, name a folder on another disk or add --width narrow"
         )
-    for name, text in texts.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    numbers = Numbers()
-    for name, tensors in weights.items():
-        print(f"{folder / name}", flush=True)
-        with (folder / name).open("xb", buffering=0) as opened:
-            write_safetensors(opened, tensors, numbers)
+    try:
+        for name, text in texts.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+        numbers = Numbers()
+        for name, tensors in weights.items():
+            print(f"{folder / name}", flush=True)
+            with (folder / name).open("xb") as opened:
+                write_safetensors(opened, tensors, numbers)
+    except BaseException:  # also Ctrl-C
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def official(sizes: Sizes) -> tuple[dict[str, Tensors], dict[str, str]]:
@@ -414,11 +418,15 @@ def main() -> None:
     if arguments.width == "narrow":
         sizes = narrow(sizes)
     if arguments.blocks is not None:
+        if min(arguments.blocks) < 1:
+            parser.error("--blocks needs at least one block of each kind")
         sizes = shallow(sizes, *arguments.blocks)
     try:
         write_checkpoint(arguments.folder, sizes, layout)
     except OSError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was kept")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from extent import by_extent
-from random_checkpoint import FULL, LAYOUTS, diffusers, narrow, official, shallow, write_checkpoint
+from random_checkpoint import (
+    FULL,
+    LAYOUTS,
+    diffusers,
+    main,
+    narrow,
+    official,
+    shallow,
+    write_checkpoint,
+)
 from step1x_edit.checkpoints.read import read_checkpoint
 from step1x_edit.model.request import NetworkRequest
 from tiny import a_picture, final_picture
@@ -74,6 +84,33 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         write_checkpoint(tmp_path / "model", shallow(FULL["v1.1"], 2, 4), "official")
 
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit for the size of files")
+def test_if_a_file_cannot_be_written_whole_nothing_is_kept(tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_checkpoint(tmp_path / "model", narrow(FULL["v1.1"]), "official")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_are_counted_from_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["random_checkpoint.py", str(tmp_path / "model"), "--blocks", "0", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+
+    with pytest.raises(SystemExit):
+        main()
+
+    assert "at least one block of each kind" in capsys.readouterr().err
 
 
 def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:
