@@ -501,7 +501,9 @@ class Settings(BaseSettings):
             names[self.model_path] = "MODEL_PATH"
         for path in sorted(names, key=lambda path: len(path.parts), reverse=True):
             if path.is_absolute() and path != path.parent:
-                sentence = sentence.replace(str(path), names[path])
+                # Not in the middle of another path, such as /data in /database.
+                whole = rf"(?<![\w.~-]){re.escape(str(path))}(?![\w~-]|\.\w)"
+                sentence = re.sub(whole, names[path].replace("\\", r"\\"), sentence)
         return sentence
 
     @property

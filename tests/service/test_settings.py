@@ -188,6 +188,37 @@ def test_flags_win_over_the_environment_and_this_over_the_file(
     assert (settings.max_queue, settings.gpu_idle_timeout, settings.edit_timeout) == (3, 2, 1)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="paths of POSIX")
+@pytest.mark.parametrize(
+    ("sentence", "without_paths"),
+    [
+        (
+            "cannot read /m/vae.safetensors: it ends",
+            "cannot read MODEL_PATH/vae.safetensors: it ends",
+        ),
+        ("there is nothing at /m.", "there is nothing at MODEL_PATH."),
+        ("'/data/jobs' is full", "'DATA_DIR/jobs' is full"),
+        ("/m.png, /m-2/a.png, /models/a.png", "/m.png, /m-2/a.png, /models/a.png"),
+        ("/tmp/m/a.png, /database/a.png", "/tmp/m/a.png, /database/a.png"),
+    ],
+)
+def test_only_whole_paths_of_settings_are_replaced_by_names(
+    sentence: str, without_paths: str
+) -> None:
+    settings = Settings(model_path=Path("/m"), data_dir=Path("/data"))
+
+    assert settings.without_paths(sentence) == without_paths
+
+
+def test_a_list_that_is_nested_too_deeply_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ALLOWED_DIRS", "[" * 100_000)
+
+    with pytest.raises(SettingsError, match="ALLOWED_DIRS is not a list"):
+        load_settings()
+
+
 def test_limits_are_told_in_bytes_and_pixels() -> None:
     settings = load_settings({"max_upload_mb": 2, "max_megapixels": 3})
     assert (settings.max_bytes, settings.max_pixels) == (2 * 2**20, 3_000_000)
