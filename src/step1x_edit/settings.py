@@ -570,7 +570,7 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             try:
                 return json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise PydanticCustomError("plain_text", "is not a list") from None
         return [part for part in map(_bare, value.split(os.pathsep)) if part]
 

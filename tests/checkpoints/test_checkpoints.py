@@ -397,6 +397,12 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path], object], str]] = {
         lambda file: file.write_text("{"),
         "config.json",
     ),
+    "a config that is nested too deeply": (
+        "demo",
+        "config.json",
+        lambda file: file.write_text("[" * 100_000),
+        "cannot read",
+    ),
     "a config without sizes": (
         "demo",
         "config.json",

@@ -307,6 +307,7 @@ BAD_MANIFESTS = [
     ("l.jsonl", '{"image": "a.png", "prompt": " "}\n', "line 1: prompt is empty"),
     ("l.jsonl", '{"image": "a.png", "prompt": "x"}\n\n{"image":\n', "line 3: it is not JSON"),
     ("l.jsonl", '["a.png"]\n', "line 1: it is not a JSON object"),
+    pytest.param("l.jsonl", "[" * 100_000, "line 1: it is not JSON", id="deep"),
     ("l.jsonl", '{"image": "a.png"}\n', "line 1: prompt is missing"),
     ("l.txt", "a.png\n", "must be a folder, or a manifest that ends in .csv or .jsonl"),
 ]

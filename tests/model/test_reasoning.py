@@ -454,7 +454,13 @@ def test_a_text_that_is_no_verdict_is_no_success(text: str) -> None:
     assert verdict.instruction is None
 
 
-@pytest.mark.parametrize("reply", ["", "}{", "[1]", "{broken", '{"a": 1} {"b": 2}'])
+DEEP = '{"a": ' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["", "}{", "[1]", "{broken", '{"a": 1} {"b": 2}', pytest.param(DEEP, id="deep")],
+)
 def test_a_reply_without_one_json_object_is_not_read(reply: str) -> None:
     assert parse_json_block(reply) is None
 
@@ -516,6 +522,7 @@ def test_a_reply_without_a_raw_score_is_not_asked_for_again() -> None:
         '{"score": [1e999], "reasoning": ""}',
         f'{{"score": [{10**400}], "reasoning": ""}}',
         '```json\n{"score": [1], "reasoning": ""}',
+        pytest.param(DEEP, id="deep"),
     ],
 )
 def test_a_rating_that_is_not_strict_json_is_not_read(reply: str) -> None:

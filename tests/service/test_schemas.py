@@ -390,3 +390,8 @@ def test_only_a_parameter_of_this_request_is_suggested() -> None:
         read_request(PictureRequest, {"prompt": "x", "image_path": "a.png"})
     with pytest.raises(InvalidParameterError, match="'image_path' is unknown, did you mean image_"):
         read_request(BatchRequest, {"image_paths": ["a"], "prompts": "x", "image_path": "a.png"})
+
+
+def test_a_list_in_a_text_that_is_nested_too_deeply_is_no_list() -> None:
+    with pytest.raises(InvalidParameterError, match=r"loras\[0\] must have at most"):
+        read_request(EditRequest, {"image_path": "a.png", "prompt": "x", "loras": "[" * 100_000})

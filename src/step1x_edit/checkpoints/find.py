@@ -90,7 +90,7 @@ def file_set(files: Iterable[Path]) -> FileSet:
 def _check_index(file: Path) -> None:
     try:
         listed = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     if missing := {name for name in listed if not (file.parent / str(name)).is_file()}:
         raise CheckpointError(f"{file.parent} lacks {some_of(missing)}, which its index lists")
@@ -146,7 +146,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold an object")

@@ -261,7 +261,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
         elif beside.is_file():
             alpha = json.loads(beside.read_text("utf-8")).get("lora_alpha")
         return tensors, None if alpha is None else float(alpha)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"the settings of {path.name} cannot be read: {error}") from error
 
 

@@ -341,7 +341,7 @@ def parse_json_block(reply: str) -> dict[str, Any] | None:
     start, end = reply.find("{"), reply.rfind("}")
     try:
         data = json.loads(reply[start : end + 1]) if start >= 0 else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 
@@ -397,7 +397,7 @@ def parse_rating(reply: str) -> Rating | None:
         text = text[7 if text.startswith("```json") else 3 : -3]
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(data, dict) or "reasoning" not in data:
         return None

@@ -99,7 +99,7 @@ def read_list(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             decoded = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
         return decoded if isinstance(decoded, list) else value
     return list(value) if isinstance(value, tuple) else value
@@ -125,7 +125,7 @@ def _drawn_if_negative(value: int | None) -> int | None:
 def _loras(value: object) -> object:
     """Read "hand, look:0.5" and {"hand": 1} as lists; empty texts are left out."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     if isinstance(value, dict):
         return [f"{name}:{strength}" for name, strength in value.items()]

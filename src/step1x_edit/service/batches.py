@@ -230,7 +230,7 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] 
             continue
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield line, "it is not JSON"
             continue
         yield line, values if isinstance(values, dict) else "it is not a JSON object"
@@ -292,7 +292,7 @@ class Journal:
             answer = EditAnswer.model_validate(values["answer"])
             entry = _Entry(str(values["request"]), str(values["content"]), answer)
             self._entries.setdefault(str(values["output"]), []).append(entry)
-        except (ValueError, KeyError, TypeError, ValidationError):
+        except (ValueError, RecursionError, KeyError, TypeError, ValidationError):
             return
 
     def _name(self, output: Path) -> str:

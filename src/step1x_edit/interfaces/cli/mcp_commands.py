@@ -123,7 +123,7 @@ def _shown_call(label: str) -> Iterator[ProgressHandler]:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = f"it is not JSON: {error}"
     else:
         if isinstance(value, dict):

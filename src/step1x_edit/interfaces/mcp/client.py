@@ -227,7 +227,7 @@ def _answer(result: CallToolResult) -> dict[str, Any]:
     text = " ".join(block.text for block in result.content if isinstance(block, TextContent))
     if result.is_error:
         return _error(ModelUnavailableError(text))
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(answer := json.loads(text), dict):
             return answer
     content = result.model_dump(mode="json", by_alias=True, exclude_none=True)["content"]
