@@ -114,7 +114,7 @@ def _table(status: GpuStatus, language: str) -> str:
     rows = {
         "location": text(f"at.{status.model_location}", language),
         "model": status.model or "–",
-        "device": status.device or "–",
+        "device": ", ".join(filter(None, (status.device, status.arithmetic))) or "–",
         "memory": memory,
         "idle": idle,
         "queue": status.queue_length or 0,
