@@ -191,7 +191,23 @@ def test_a_cpu_multiplies_codes_and_rounds_only_what_rows_do_not_share(
     assert 0 < (found - expected).norm() / changes.norm() < 0.02
     assert torch.equal(layer(x), found)
     x = x.bfloat16()
-    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+    assert relative(layer(x), layer(x.float())) < 0.005
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_large_numbers_costs_the_others_no_digits(dtype: torch.dtype) -> None:
+    layer = rounding(matrix(), "int8")
+    x = torch.randn(20, COLUMNS, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with_large = x.clone()
+    with_large[3] *= 1000
+    codes, scale = layer.as_int8()
+    expected = F.linear(x.float(), codes * scale, layer.bias)
+    others = torch.arange(20) != 3
+
+    found = layer(with_large)[others]
+
+    assert relative(found, expected[others]) < 0.02
 
 
 @needs_products

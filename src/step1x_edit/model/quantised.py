@@ -255,11 +255,14 @@ def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor |
 
     A row is the mean of the M rows, plus its own centre c, plus a rest. The mean is multiplied with
     15 bits, as two more rows, and c with the sum of the codes, as one more; only the rest is
-    rounded to 8 bits, which leaves it finer steps.
+    rounded to 8 bits, which leaves it finer steps. In the mean, rows with larger numbers have less
+    weight: a single one of them must not be found in the rests of all others.
     """
     rows = x.reshape(-1, *x.shape[-2:])  # (B, M, K)
     pictures, length, columns = rows.shape
-    mean = rows.mean(1, keepdim=True, dtype=torch.float32)  # (B, 1, K)
+    weights = 1 / _largest(rows).float()  # (B, M, 1)
+    weights /= weights.sum(1, keepdim=True)
+    mean = (weights.to(rows.dtype).mT @ rows).float()  # (B, 1, K)
     centre, rest_scale = mean.new_empty(2, pictures, length, 1)
     counts = [pictures * length, pictures, pictures, 1]
     left = torch.empty(sum(counts), columns, dtype=torch.int8)
