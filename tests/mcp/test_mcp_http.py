@@ -73,7 +73,8 @@ def test_a_connection_that_is_lost_stops_the_edit(
             message, headers = era(client, photo)
             with client.stream("POST", "/mcp", json=message, headers=headers) as answer:
                 assert answer.status_code == 200
-                assert next(answer.iter_lines())
+                lines = answer.iter_lines()  # without a name it would be closed after the first
+                assert next(lines)
                 assert gate.reached.wait(60)
         until(lambda: service.outcomes.get("cancelled") == 1)
         gate.open()

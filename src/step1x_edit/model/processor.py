@@ -69,6 +69,8 @@ def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _is_narrow(x: Tensor) -> bool:
-    """Whether an edit on a CPU computes with bfloat16."""
+    """Whether an edit on a CPU computes with bfloat16, and not in a compiled network."""
+    if torch.compiler.is_compiling():
+        return False
     is_on_cpu = x.device.type == "cpu" and x.dtype is torch.bfloat16
     return is_on_cpu and not torch.is_grad_enabled()

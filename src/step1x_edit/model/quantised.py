@@ -154,7 +154,7 @@ class QuantLinear(nn.Module):
         scale = self.scale.unsqueeze(-1).to(dtype)  # (N, ⌈K/64⌉, 1)
         if self.codes.is_cuda:
             return self._cut(self._values(dtype, ALL_ROWS) * scale)
-        weight = torch.empty(*self.scale.shape, NF4_BLOCK, dtype=dtype)
+        weight = scale.new_empty(*self.scale.shape, NF4_BLOCK)
         for rows in self._pieces():
             torch.mul(self._values(dtype, rows), scale[rows], out=weight[rows])
         return self._cut(weight)
@@ -166,7 +166,7 @@ class QuantLinear(nn.Module):
         scale = self.scale.float()  # (N, ⌈K/64⌉)
         row_scale = scale.amax(1, keepdim=True) / INT8_MAX  # (N, 1)
         factor = (scale / row_scale).unsqueeze(-1)
-        codes = torch.empty(*scale.shape, NF4_BLOCK, dtype=torch.int8)
+        codes = scale.new_empty(*scale.shape, NF4_BLOCK, dtype=torch.int8)
         for rows in self._pieces():
             codes[rows] = self._values(torch.float32, rows).mul_(factor[rows]).round_()
         return Coded(self._cut(codes), row_scale)
