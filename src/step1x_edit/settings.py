@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -40,6 +39,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import SettingsError, Step1XEditError
 from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
@@ -569,8 +569,8 @@ class Settings(BaseSettings):
             return value
         if value.lstrip().startswith("["):
             try:
-                return json.loads(value)
-            except (ValueError, RecursionError):
+                return foreign_json.parse(value)
+            except ValueError:
                 raise PydanticCustomError("plain_text", "is not a list") from None
         return [part for part in map(_bare, value.split(os.pathsep)) if part]
 

@@ -57,8 +57,9 @@ def test_another_torch_and_a_damaged_file_are_measured_again(
     assert fastest(tmp_path, lambda: SLOW) is torch.float32
     assert len(json.loads((tmp_path / FILE).read_text())) == 2
 
-    (tmp_path / FILE).write_text("{")
-    assert fastest(tmp_path, lambda: FAST) is torch.bfloat16
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / FILE).write_text(damaged)
+        assert fastest(tmp_path, lambda: FAST) is torch.bfloat16
 
 
 @pytest.mark.usefixtures("bfloat16")

@@ -6,13 +6,13 @@ an index that lists them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from step1x_edit import foreign_json
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, some_of
 from step1x_edit.checkpoints.stored import PICKLES, stored_names
 from step1x_edit.errors import CheckpointError
@@ -89,8 +89,8 @@ def file_set(files: Iterable[Path]) -> FileSet:
 
 def _check_index(file: Path) -> None:
     try:
-        listed = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        listed = set(foreign_json.parse(file.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     if missing := {name for name in listed if not (file.parent / str(name)).is_file()}:
         raise CheckpointError(f"{file.parent} lacks {some_of(missing)}, which its index lists")
@@ -145,8 +145,8 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = foreign_json.parse(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} does not hold an object")

@@ -11,7 +11,6 @@ does not mention are unchanged.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from step1x_edit import foreign_json
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.stored import refuse_pickle
 from step1x_edit.errors import CheckpointError
@@ -256,12 +256,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], float | None]:
     beside = path.with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in metadata:
-            config = json.loads(metadata["lora_adapter_metadata"])
+            config = foreign_json.parse(metadata["lora_adapter_metadata"])
             alpha = config.get("transformer.lora_alpha", config.get("lora_alpha"))
         elif beside.is_file():
-            alpha = json.loads(beside.read_text("utf-8")).get("lora_alpha")
+            alpha = foreign_json.parse(beside.read_text("utf-8")).get("lora_alpha")
         return tensors, None if alpha is None else float(alpha)
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the settings of {path.name} cannot be read: {error}") from error
 
 

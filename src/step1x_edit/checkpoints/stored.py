@@ -7,7 +7,6 @@ of spans, and rearranging one reads nothing. The module knows no names.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import CheckpointError
 
 DTYPES: Final = {
@@ -167,8 +167,8 @@ def _in_file(path: Path) -> Iterator[tuple[str, Stored]]:
         with path.open("rb") as opened:
             found = os.fstat(opened.fileno())
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(min(length, HEADER_LIMIT)))
-    except (OSError, ValueError, RecursionError) as error:
+            header = foreign_json.parse(opened.read(min(length, HEADER_LIMIT)))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     file = StoredFile(path, found.st_size, found.st_mtime_ns)
     for name in names:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from step1x_edit import foreign_json
 from step1x_edit.interfaces import hosts
 from step1x_edit.settings import inherited_environment
 
@@ -139,8 +140,8 @@ def _read_note(data_dir: Path) -> RunningServer | None:
             log.warning("%s is ignored: other users can write or read it", data_dir / NOTE_NAME)
             return None
         try:
-            content = json.loads(note.read(_MAX_NOTE_BYTES))
-        except (ValueError, RecursionError):
+            content = foreign_json.parse(note.read(_MAX_NOTE_BYTES))
+        except ValueError:
             return None
     match content:
         case {

@@ -18,6 +18,7 @@ from typing import Final
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import EditCancelledError, InvalidParameterError
 
 MAX_MARKS: Final = 20_000
@@ -79,8 +80,8 @@ async def read_with_data(request: Request) -> tuple[bytearray, list[bytes | None
 async def parse(text: bytearray) -> dict[str, object]:
     """The members of the object that a body holds."""
     try:
-        values = await asyncio.to_thread(json.loads, text)
-    except (ValueError, RecursionError):
+        values = await asyncio.to_thread(foreign_json.parse, text)
+    except ValueError:
         raise InvalidParameterError("the body is not valid JSON") from None
     if not isinstance(values, dict):
         raise InvalidParameterError("the body must be a JSON object")

@@ -9,7 +9,6 @@ not show. This module knows nothing about its callers.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
@@ -29,6 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 from typing_extensions import Self
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import InvalidParameterError
 from step1x_edit.schemas.complaints import invalid_parameter, shown, suggestion
 from step1x_edit.schemas.parameters import CONTRACT, Parameter, in_order, parameters_of, plain
@@ -98,8 +98,8 @@ def read_list(value: object) -> object:
     """Read a list that is encoded as JSON, as language models often send it."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            decoded = json.loads(value)
-        except (ValueError, RecursionError):
+            decoded = foreign_json.parse(value)
+        except ValueError:
             return value
         return decoded if isinstance(decoded, list) else value
     return list(value) if isinstance(value, tuple) else value
@@ -125,8 +125,8 @@ def _drawn_if_negative(value: int | None) -> int | None:
 def _loras(value: object) -> object:
     """Read "hand, look:0.5" and {"hand": 1} as lists; empty texts are left out."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        with contextlib.suppress(ValueError):
+            value = foreign_json.parse(value)
     if isinstance(value, dict):
         return [f"{name}:{strength}" for name, strength in value.items()]
     if isinstance(value, str):

@@ -26,6 +26,7 @@ from typing import Any, Final, TextIO
 
 from pydantic import ValidationError
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import (
     ImageFileNotFoundError,
     InvalidParameterError,
@@ -229,8 +230,8 @@ def _json_rows(file: Iterable[str]) -> Iterator[tuple[int, Mapping[str, object] 
         if not text.strip():
             continue
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
+            values = foreign_json.parse(text)
+        except ValueError:
             yield line, "it is not JSON"
             continue
         yield line, values if isinstance(values, dict) else "it is not a JSON object"
@@ -288,11 +289,11 @@ class Journal:
 
     def _remember(self, line: str) -> None:
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: dict[str, Any] = foreign_json.parse(line)
             answer = EditAnswer.model_validate(values["answer"])
             entry = _Entry(str(values["request"]), str(values["content"]), answer)
             self._entries.setdefault(str(values["output"]), []).append(entry)
-        except (ValueError, RecursionError, KeyError, TypeError, ValidationError):
+        except (ValueError, KeyError, TypeError, ValidationError):
             return
 
     def _name(self, output: Path) -> str:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
+from step1x_edit import foreign_json
 from step1x_edit.channel import Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -804,10 +805,7 @@ def _check_kind(row: sqlite3.Row, name: str, *kinds: type) -> None:
 
 
 def _object(text: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+    found = foreign_json.parse(text)
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
     return found

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from step1x_edit import foreign_json
 from step1x_edit.model.processor import bfloat16_instructions
 from step1x_edit.settings import inherited_environment
 
@@ -117,7 +118,7 @@ def _processor() -> str:
 def _read(file: Path) -> dict[str, Any]:
     """What was found before; nothing if the file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text("utf-8"))
+        kept = foreign_json.parse(file.read_text("utf-8"))
         if isinstance(kept, dict):
             return {key: value for key, value in kept.items() if isinstance(value, dict)}
     return {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import InvalidParameterError
 from step1x_edit.interfaces.cli.mcp_stdio import serve
 from step1x_edit.interfaces.cli.progress import display
@@ -122,8 +122,8 @@ def _shown_call(label: str) -> Iterator[ProgressHandler]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = foreign_json.parse(text)
+    except ValueError as error:
         reason = f"it is not JSON: {error}"
     else:
         if isinstance(value, dict):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
 import os
 import sys
 import threading
@@ -27,6 +26,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, INVALID_PARAMS, CallToolResult, TextContent
 from typing_extensions import Self
 
+from step1x_edit import foreign_json
 from step1x_edit.errors import (
     InternalError,
     InvalidParameterError,
@@ -227,8 +227,8 @@ def _answer(result: CallToolResult) -> dict[str, Any]:
     text = " ".join(block.text for block in result.content if isinstance(block, TextContent))
     if result.is_error:
         return _error(ModelUnavailableError(text))
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(answer := json.loads(text), dict):
+    with contextlib.suppress(ValueError):
+        if isinstance(answer := foreign_json.parse(text), dict):
             return answer
     content = result.model_dump(mode="json", by_alias=True, exclude_none=True)["content"]
     return {"status": "success", "content": content}
