@@ -68,6 +68,10 @@ def test_a_folder_that_cannot_be_written_prevents_nothing(tmp_path: Path) -> Non
 
     assert fastest(tmp_path / "file", lambda: FAST) is torch.bfloat16
 
+    (tmp_path / FILE).mkdir(parents=True)
+    assert fastest(tmp_path, lambda: FAST) is torch.bfloat16
+    assert list((tmp_path / FILE).parent.iterdir()) == [tmp_path / FILE]
+
 
 def test_a_processor_without_bfloat16_is_not_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

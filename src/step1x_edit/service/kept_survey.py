@@ -21,6 +21,7 @@ from typing import Final
 
 from pydantic import TypeAdapter
 
+from step1x_edit import cache
 from step1x_edit.engine import host_memory
 from step1x_edit.engine.machine import Survey, has_gpu_driver
 from step1x_edit.errors import CheckpointError
@@ -28,7 +29,7 @@ from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.service.wiring import start_of
 from step1x_edit.settings import Settings, inherited_environment
 
-_FILE: Final = Path("cache") / "survey.json"
+_FILE: Final = cache.FOLDER / "survey.json"
 _LIBRARIES: Final = ("torch", "transformers")
 _FOR_LIBRARIES: Final = ("ATEN_", "CUDA_", "DNNL_", "MKL_", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
 """How the variables begin that change what the libraries do."""
@@ -67,14 +68,11 @@ def keep_survey(settings: Settings, survey: Survey) -> None:
     has_error = survey.torch_error or survey.device_error or survey.checkpoint_error
     if has_error or survey.device != "cpu" or memory is None:
         return
-    file = settings.data_dir / _FILE
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     with contextlib.suppress(OSError, CheckpointError):  # a file may be gone by now
         taken = datetime.now().astimezone().replace(microsecond=0)
         kept = KeptSurvey(taken, memory.available, _basis(settings), survey)
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.write_bytes(TypeAdapter(KeptSurvey).dump_json(kept, indent=1))
-        unfinished.replace(file)
+        content = TypeAdapter(KeptSurvey).dump_json(kept, indent=1)
+        cache.replace_file(settings.data_dir / _FILE, content)
 
 
 def _is_placed_alike(settings: Settings, free: int) -> bool:

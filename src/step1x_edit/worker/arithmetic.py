@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from step1x_edit import foreign_json
+from step1x_edit import cache, foreign_json
 from step1x_edit.model.processor import bfloat16_instructions
 from step1x_edit.settings import inherited_environment
 
 log = logging.getLogger(__name__)
 
-FILE: Final = Path("cache") / "arithmetic.json"
+FILE: Final = cache.FOLDER / "arithmetic.json"
 FASTER: Final = 1.25
 """How much faster bfloat16 must be in each kind of work: it costs exactness."""
 REPEATS: Final = 5
@@ -60,7 +59,10 @@ def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = Non
         log.info("the CPU computes in %s; bfloat16 is faster by %s", name, gains)
         # Read again: if another process has finished first, its choice stays.
         kept = {key: {"arithmetic": name, "gains": gains}} | _read(file)
-        _write(file, kept)
+        try:
+            cache.replace_file(file, json.dumps(kept, indent=1).encode())
+        except OSError as error:
+            log.warning("the arithmetic is measured again at the next start: %s", error)
     return torch.bfloat16 if kept[key].get("arithmetic") == "bf16" else torch.float32
 
 
@@ -84,12 +86,12 @@ def measure_gains() -> dict[str, float]:
 def _gain(work: Callable[[Tensor, Tensor], Tensor], *numbers: Tensor) -> float:
     narrow = [each.bfloat16() for each in numbers]
     try:
-        return round(_seconds(work, *numbers) / _seconds(work, *narrow), 2)
+        return round(least_seconds(work, *numbers) / least_seconds(work, *narrow), 2)
     except RuntimeError:  # the library has no such kernel for this processor
         return 0.0
 
 
-def _seconds(work: Callable[..., Tensor], *numbers: Tensor) -> float:
+def least_seconds(work: Callable[..., object], *numbers: Tensor) -> float:
     """The time of the fastest of a few attempts: other programs can only add time."""
     best = math.inf
     for _ in range(REPEATS + 1):  # the first one prepares
@@ -122,13 +124,3 @@ def _read(file: Path) -> dict[str, Any]:
         if isinstance(kept, dict):
             return {key: value for key, value in kept.items() if isinstance(value, dict)}
     return {}
-
-
-def _write(file: Path, kept: dict[str, Any]) -> None:
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(kept, indent=1), "utf-8")
-        unfinished.replace(file)
-    except OSError as error:
-        log.warning("the arithmetic is measured again at the next start: %s", error)

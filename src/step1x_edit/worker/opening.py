@@ -124,9 +124,6 @@ def _with_arithmetic(wanted: Wanted, arithmetic: Arithmetic, data_dir: Path) -> 
 
     from step1x_edit.worker.arithmetic import fastest
 
-    match arithmetic:
-        case "fp32":
-            return wanted
-        case "auto" if fastest(data_dir) is torch.float32:
-            return wanted
+    if arithmetic == "fp32" or (arithmetic == "auto" and fastest(data_dir) is torch.float32):
+        return wanted
     return replace(wanted, dtype=torch.bfloat16, vae_dtype=torch.bfloat16)

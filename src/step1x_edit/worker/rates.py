@@ -16,10 +16,10 @@ from step1x_edit.checkpoints.memory_plan import STREAMABLE, Rates
 from step1x_edit.checkpoints.read import OpenedCheckpoint
 from step1x_edit.checkpoints.stored import Stored
 from step1x_edit.model.processor import Linear
+from step1x_edit.worker.arithmetic import least_seconds
 
 TOKENS: Final = 2 * 32 * 32
 """Tokens of picture and reference at 512 pixels: a step has no fewer, and those of its text."""
-REPEATS: Final = 3
 
 
 def measured(opened: OpenedCheckpoint, place: torch.device | None) -> Rates:
@@ -52,11 +52,8 @@ def _step_s(opened: OpenedCheckpoint, weights: list[Weight], device: torch.devic
     dtype = next(each.dtype for each in weights if each.name == "transformer.img_in.weight")
     rows = torch.ones(TOKENS, width, dtype=dtype, device=device)
     layer = Linear(width, width, dtype=dtype, device=device)
-    fastest = math.inf
     with torch.inference_mode():
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            layer(rows)[0, 0].item()  # on a device, reading one number waits for the product
-            fastest = min(fastest, time.perf_counter() - start)
+        # On a device, reading one number waits for the product.
+        fastest = least_seconds(lambda x: layer(x)[0, 0].item(), rows)
     numbers = sum(math.prod(each.source.shape) for each in weights if each.source is not None)
     return fastest * numbers / layer.weight.numel()
