@@ -117,6 +117,11 @@ class Progress:
     """Set once the edit is expected to take longer than it may."""
 
     @property
+    def is_counted(self) -> bool:
+        """Whether `step` of `total` says how much of the phase is done."""
+        return self.phase in (Phase.LOADING, Phase.DENOISING) and self.total > 0
+
+    @property
     def text(self) -> str:
         """The same in words: "queued, position 2", "denoising 7/28"."""
         match self.phase:

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from step1x_edit.channel import Start
 from step1x_edit.errors import InternalError, SettingsError
@@ -56,7 +56,9 @@ def inspect_machine(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
             env=inherited_environment(PYTHONSAFEPATH="1"),
             check=True,
         )
-        return survey_from(json.loads(done.stdout.splitlines()[-1]))
+        found = json.loads(done.stdout.splitlines()[-1])
+        plan = found["placement"]
+        return Survey(**found | {"placement": None if plan is None else PlanStatus(**plan)})
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
         return Survey(torch_error=first_line(last))
@@ -64,12 +66,6 @@ def inspect_machine(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
         return Survey(torch_error=f"no answer within {timeout_s:g} s")
     except (OSError, ValueError, LookupError, TypeError) as error:
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
-
-
-def survey_from(found: dict[str, Any]) -> Survey:
-    """The survey that was written as JSON; raises LookupError or TypeError if it is none."""
-    plan = found["placement"]
-    return Survey(**found | {"placement": None if plan is None else PlanStatus(**plan)})
 
 
 def check_device(device: str) -> None:

@@ -14,6 +14,10 @@ from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import GeneratePictureRequest, HowToEdit, PictureRequest
 
 Location = Literal["Unloaded", "CPU", "GPU"]
+ComputedIn = Annotated[
+    str | None,
+    Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
+]
 
 
 class _Answer(BaseModel):
@@ -100,10 +104,7 @@ class EditMetadata(_HowItWasMade):
     gpu_memory_gb: float
     model: str | None = None
     device: str | None = None
-    arithmetic: Annotated[
-        str | None,
-        Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
-    ] = None
+    arithmetic: ComputedIn = None
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
@@ -390,10 +391,7 @@ class GpuStatus(_Answer):
     statistics: GpuStatistics
     model: str | None = None
     device: str | None = None
-    arithmetic: Annotated[
-        str | None,
-        Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
-    ] = None
+    arithmetic: ComputedIn = None
     queue_length: int | None = None
     plan: Annotated[
         PlanStatus | None,

@@ -45,14 +45,13 @@ def running_result(job_id: str, progress: Progress | None) -> ToolResult:
     """The progress of an edit that continues without its call."""
     event = progress or Progress(Phase.QUEUED, step=1)
     waits = event.phase is Phase.QUEUED
-    counts = event.phase in (Phase.LOADING, Phase.DENOISING) and event.total > 0
     words = event.text if event.warning is None else f"{event.text}; {event.warning}"
     answer = RunningAnswer(
         job_id=job_id,
         message=f"The edit continues ({words}); get_job has its result",
         phase=event.phase.value,
-        step=event.step if counts else None,
-        total=event.total if counts else None,
+        step=event.step if event.is_counted else None,
+        total=event.total if event.is_counted else None,
         position=event.step if waits else None,
     )
     return result_of(answer.to_dict())

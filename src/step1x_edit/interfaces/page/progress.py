@@ -35,16 +35,15 @@ class ProgressLine:
         cautions = [] if self.is_known else ["unknown_edit"]
         cautions += [] if progress.warning is None else ["slow_edit"]
         words, share = words_of(progress, self._language), 0.0
-        is_counted = progress.phase in (Phase.LOADING, Phase.DENOISING) and progress.total > 0
-        self._left.saw(progress.phase, progress.step, progress.total if is_counted else None)
-        match progress.phase:
-            case Phase.LOADING | Phase.DENOISING if is_counted:
-                share = progress.step / progress.total
-                left = self._left.seconds
-                if left is not None and left > 1:  # otherwise overdue by an unknown time
-                    words += " · " + text("left", self._language, seconds=round(left))
-            case Phase.DECODING | Phase.REFLECTING | Phase.SAVING:
-                share = 1.0
+        total = progress.total if progress.is_counted else None
+        self._left.saw(progress.phase, progress.step, total)
+        if progress.is_counted:
+            share = progress.step / progress.total
+            left = self._left.seconds
+            if left is not None and left > 1:  # otherwise overdue by an unknown time
+                words += " · " + text("left", self._language, seconds=round(left))
+        elif progress.phase in (Phase.DECODING, Phase.REFLECTING, Phase.SAVING):
+            share = 1.0
         notices = (caution(text(key, self._language)) for key in cautions)
         return bar_line(self._prefix + words, share) + "".join(notices)
 
