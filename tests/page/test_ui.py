@@ -709,7 +709,7 @@ def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
 
 
 @needs_browser
-def test_while_a_model_is_read_the_page_says_how_much_of_it(
+def test_while_a_model_is_read_the_page_says_how_much_of_it_and_then_what_computes(
     make_service: MakeService, browser: Browser, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
@@ -726,6 +726,8 @@ def test_while_a_model_is_read_the_page_says_how_much_of_it(
         expect(page.locator(".chip .pill")).to_have_text("Reading the model, 20.0 of 40.0 GB")
         disk.open()
         page.wait_for_selector("#edit-download")
+        page.get_by_role("tab", name="System").click()
+        expect(page.locator(".status tr", has_text="Device")).to_contain_text("cpu, fp32 avx2")
         page.close()
 
 
