@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.model.steps import Evaluations
 from step1x_edit.schemas.plan import PlanStatus
 
 if TYPE_CHECKING:  # a worker needs no pydantic
@@ -196,6 +197,8 @@ class Painted:
     """The reasoning, if it was requested; see `reasoning_of`."""
     rounds: Pixels | None = None
     """(R, H, W, 3): the pictures of all rounds of a reflection, in the same size."""
+    evaluations: Evaluations | None = None
+    """Those of the round that made this picture."""
 
 
 def reasoning_of(
@@ -242,7 +245,7 @@ _KINDS: Final = {
     for kind in (Start, EditJob, Cancel, Offload, Progress, Painted, Failed, Done)
 }
 
-_PICTURES: Final = ("image", "preview", "rounds")
+_PICTURES: Final = ("image", "mask", "preview", "rounds")
 """The fields that hold pixels."""
 
 
@@ -273,6 +276,8 @@ class Channel:
         fields = {one.name: getattr(body, one.name) for one in dataclasses.fields(body)}
         pictures = {name: fields.pop(name) for name in _PICTURES if fields.get(name) is not None}
         shapes = {name: picture.shape for name, picture in pictures.items()}
+        if fields.get("evaluations") is not None:
+            fields["evaluations"] = dataclasses.asdict(fields["evaluations"])
         header |= {"kind": type(body).__name__, "fields": fields, "shapes": shapes}
         with self._sending:
             self._connection.send_bytes(json.dumps(header).encode())
@@ -288,6 +293,8 @@ class Channel:
         fields = header["fields"]
         if "phase" in fields:
             fields["phase"] = Phase(fields["phase"])
+        if fields.get("evaluations") is not None:
+            fields["evaluations"] = Evaluations(**fields["evaluations"])
         for name, shape in header["shapes"].items():
             fields[name] = _pixels_of(self._connection.recv_bytes(), shape)
         message: Any = _KINDS[header["kind"]](**fields)

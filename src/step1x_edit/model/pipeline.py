@@ -33,6 +33,7 @@ from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.sketch import Pairs, Sketch, chart
+from step1x_edit.model.steps import Evaluations
 from step1x_edit.model.transformer import QuotedText, Transformer
 
 
@@ -55,6 +56,7 @@ class Edited:
     label: str | None = None
     cut: tuple[str, ...] = ()
     """Which of prompt and negative prompt the checkpoint did not read to the end."""
+    evaluations: Evaluations | None = None
 
 
 @dataclass
@@ -176,7 +178,8 @@ class EditPipeline:
             yield self._report(run, state, run.encoded)
         yield Step("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
-        yield Edited(image, run.label, run.encoded.cut)
+        evaluations = Evaluations(request.num_steps * len(run.encoded.branches))
+        yield Edited(image, run.label, run.encoded.cut, evaluations)
 
     def _report(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Step:
         """The progress after a step, with its preview if one is wanted."""

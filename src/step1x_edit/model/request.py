@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 if TYPE_CHECKING:  # a server answers its first requests before numpy is imported
     import numpy as np
     import numpy.typing as npt
 
 Pixels: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W, 3), upright RGB
+Mask: TypeAlias = "npt.NDArray[np.uint8]"  # (H, W), 0 where the picture stays as it is
+
+Mode: TypeAlias = Literal["exact", "fast", "turbo"]
+"""How much of the work an edit may leave out; exact: none."""
 
 STEPS_PER_PREVIEW: Final = 3
 """At most one preview per this number of steps: making and showing one takes part of a step."""
@@ -46,6 +50,9 @@ class NetworkRequest:
     """The maximum number of edits of a reflection."""
     width: int = 0
     height: int = 0
+    mode: Mode = "exact"
+    mask: Mask | None = None
+    """Where the edit is used; None: everywhere. Turbo may spare the rest."""
     draw: int = 0
     """Which noise of the seed's sequence the edit starts from."""
     previews: int = 0

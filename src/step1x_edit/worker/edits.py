@@ -127,7 +127,11 @@ class _RunningEdit:
             with contextlib.closing(checkpoint.pipeline.advance(run, plan)) as events:
                 for event in events:
                     if isinstance(event, Edited):
-                        yield Painted(event.image, _warning(event, checkpoint))
+                        yield Painted(
+                            event.image,
+                            _warning(event, checkpoint),
+                            evaluations=event.evaluations,
+                        )
                     else:
                         yield Progress(
                             Phase(event.phase),
