@@ -567,6 +567,7 @@ def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo
         "31 % of the core stays on the GPU, the rest passes through 2 slots"
     )
     expect(page.locator(".status table")).to_contain_text("planned 7.4 GB · measured 7.12 GB")
+    expect(page.locator(".status tr", has_text="GPU memory")).to_contain_text("0.5 GB used")
     page.click("#offload")
     expect(page.locator(".pill")).to_contain_text("Model in memory")
     expect(page.locator(".line").get_by_text("Model in memory")).to_be_visible()
@@ -728,6 +729,8 @@ def test_while_a_model_is_read_the_page_says_how_much_of_it_and_then_what_comput
         page.wait_for_selector("#edit-download")
         page.get_by_role("tab", name="System").click()
         expect(page.locator(".status tr", has_text="Device")).to_contain_text("cpu, fp32 avx2")
+        expect(page.locator(".status")).not_to_contain_text("GPU")
+        expect(page.locator("#offload")).not_to_be_visible()
         page.close()
 
 

@@ -36,12 +36,13 @@ class SystemTab:
         self._forms = forms
         self._table = gr.Markdown(elem_classes="status", sanitize_html=False)
         with gr.Row():
-            self._offload = gr.Button(T("offload"), elem_id="offload")
+            self._offload = gr.Button(T("offload"), visible=False, elem_id="offload")
             self._release = gr.Button(T("release"), elem_id="release")
         self._line = gr.Markdown(elem_classes="line", sanitize_html=False)
         self._models = ModelsPanel(pulls)
         hints = [part for form in forms for part in form.hint]
-        self._outputs: Final[list[Any]] = [chip, self._table, *hints, *self._models.outputs]
+        state = [chip, self._table, self._offload]
+        self._outputs: Final[list[Any]] = [*state, *hints, *self._models.outputs]
 
     def refresh_on(self, event: Callable[..., Any]) -> None:
         """Refresh whenever this event occurs."""
@@ -59,6 +60,7 @@ class SystemTab:
         update: dict[Any, Any] = {
             self._chip: _chip(status, self._doing(language), language),
             self._table: _table(status, language),
+            self._offload: gr.Button(visible=_has_gpu(status)),
         }
         suggestion = self._service.suggestion
         for form in self._forms:
@@ -96,14 +98,12 @@ def _chip(status: GpuStatus, doing: str | None, language: str) -> str:
     )
 
 
+def _has_gpu(status: GpuStatus) -> bool:
+    """Whether the model computes on a GPU; that is not known while no model is loaded."""
+    return status.device not in (None, "cpu")
+
+
 def _table(status: GpuStatus, language: str) -> str:
-    statistics = status.statistics
-    memory = text(
-        "memory",
-        language,
-        allocated=status.gpu_memory_allocated_gb,
-        reserved=status.gpu_memory_reserved_gb,
-    )
     stays = "idle.until" if status.idle_timeout else "idle.stays"
     idle = text(
         stays if status.model_location == "GPU" else "idle.host",
@@ -115,11 +115,10 @@ def _table(status: GpuStatus, language: str) -> str:
         "location": text(f"at.{status.model_location}", language),
         "model": status.model or "–",
         "device": ", ".join(filter(None, (status.device, status.arithmetic))) or "–",
-        "memory": memory,
+        **_gpu_rows(status, language),
         "idle": idle,
         "queue": status.queue_length or 0,
-        "loads": statistics.total_loads,
-        "moves": f"{statistics.cpu_to_gpu} / {statistics.gpu_to_cpu}",
+        "loads": status.statistics.total_loads,
         **_plan_rows(status.plan, language),
     }
     if status.loras is not None:
@@ -130,6 +129,20 @@ def _table(status: GpuStatus, language: str) -> str:
         for key, value in rows.items()
     )
     return f"<table><tbody>{cells}</tbody></table>"
+
+
+def _gpu_rows(status: GpuStatus, language: str) -> dict[str, str]:
+    """The memory of the GPU and the moves to and from it, if the model computes there."""
+    if not _has_gpu(status):
+        return {}
+    memory = text(
+        "memory",
+        language,
+        allocated=status.gpu_memory_allocated_gb,
+        reserved=status.gpu_memory_reserved_gb,
+    )
+    statistics = status.statistics
+    return {"memory": memory, "moves": f"{statistics.cpu_to_gpu} / {statistics.gpu_to_cpu}"}
 
 
 def _plan_rows(plan: PlanStatus | None, language: str) -> dict[str, str]:
