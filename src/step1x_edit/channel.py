@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # a worker needs no pydantic
     from step1x_edit.schemas.answers import Location
     from step1x_edit.schemas.requests import Arithmetic, Precision
 
-GIB: Final = 1024**3
 GIGA: Final = 10**9
+"""Bytes of a GB: the unit in which sizes are reported."""
 
 
 # --- to the worker -------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from step1x_edit.channel import GIB
 from step1x_edit.checkpoints.memory_plan import (
     BRANCH,
     COMPUTING_RESERVE,
@@ -26,6 +25,7 @@ from step1x_edit.checkpoints.memory_plan import (
 from step1x_edit.schemas.requests import Precision
 
 LINEAR = 2  # bytes of a number
+GIB = 2**30  # cards are sold by them
 
 
 @dataclass(frozen=True)

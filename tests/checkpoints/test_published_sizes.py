@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from step1x_edit.channel import GIB
 from step1x_edit.checkpoints.arena import Block, Weight, blocks_of
 from step1x_edit.checkpoints.memory_plan import GB, fitting
 from step1x_edit.checkpoints.precision import with_codes
@@ -22,6 +21,7 @@ from step1x_edit.model.quantised import CODES, Code
 from step1x_edit.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[2]
+GIB = 2**30  # cards are sold by them
 QWEN_7B = Qwen2_5_VLConfig(
     text_config={
         "vocab_size": 152064,

@@ -79,7 +79,7 @@ def test_a_machine_that_can_run_the_demo_is_told_so_and_inspected_once(tmp_path:
     assert {check["state"] for check in found.values()} <= {"ok", "note"}
     assert found["torch"]["text"].startswith("torch 2.")
     assert found["device"]["text"].startswith("cpu, computes in fp32 ")
-    assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GiB of weights")
+    assert found["checkpoint"]["text"].startswith("demo inside the package, 0.05 GB of weights")
     assert found["plan"]["text"] == "the model computes in host memory"
     assert found["port"]["text"].endswith("is free")
     assert (tmp_path / "surveys").read_text() == "one\n"
@@ -181,7 +181,7 @@ def test_a_kept_inspection_that_is_damaged_is_not_used(
     found = surveyed(monkeypatch, DEMO_ON_CPU)
 
     assert "inspection" not in found
-    assert found["checkpoint"].startswith("demo inside the package, 0.05 GiB")
+    assert found["checkpoint"].startswith("demo inside the package, 0.05 GB")
 
 
 def test_a_library_that_has_been_removed_is_reported_in_spite_of_a_kept_inspection(
@@ -232,7 +232,7 @@ def test_how_the_model_fits_on_the_card_is_what_the_plan_says(
     too_large = surveyed(monkeypatch, replace(CARD, device_free_gb=2.0))
 
     assert fits["plan"] == (
-        f"fits: {STREAMED.reason}; an edit needs about 7.4 GiB of the 7.6 GiB that are free"
+        f"fits: {STREAMED.reason}; an edit needs about 7.4 GB of the 7.6 GB that are free"
     )
     assert "more than" not in fits["checkpoint"]
     assert too_large["plan"].startswith("may not fit: 31 % of the core")

@@ -722,9 +722,9 @@ def test_status_and_metrics_tell_how_the_model_is_placed(
     for name, value in {
         "step1x_plan_resident_share": 0.31,
         "step1x_plan_slots": 2,
-        'step1x_peak_memory_bytes{kind="predicted"}': 7.4 * 2**30,
-        'step1x_peak_memory_bytes{kind="measured"}': 7.12 * 2**30,
-        "step1x_host_memory_bytes": 39.0 * 2**30,
+        'step1x_peak_memory_bytes{kind="predicted"}': 7.4e9,
+        'step1x_peak_memory_bytes{kind="measured"}': 7.12e9,
+        "step1x_host_memory_bytes": 39.0e9,
     }.items():
         assert float(samples[name]) == pytest.approx(value)
 

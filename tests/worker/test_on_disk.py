@@ -19,7 +19,7 @@ from torch import Tensor
 
 from command_line import edit
 from extent import slow
-from step1x_edit.channel import GIB, EditJob, Painted, Start
+from step1x_edit.channel import GIGA, EditJob, Painted, Start
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Weight, blocks_of
 from step1x_edit.checkpoints.memory_plan import (
@@ -150,7 +150,7 @@ def test_what_stays_on_disk_takes_no_host_memory(folder: Path, share: float | No
     size = sum(block.size for block in outside.blocks if block.name in left_out)
     held = [residency.placement().host_gb for residency in (inside, outside)]  # type: ignore[union-attr]
     assert held[0] is not None
-    assert held[0] - size / GIB == pytest.approx(held[1])
+    assert held[0] - size / GIGA == pytest.approx(held[1])
     outside.offload()
     assert outside.checkpoint is not None
     assert outside.checkpoint.pipeline.transformer.single_blocks[0].linear1.weight.numel() == 0
@@ -174,7 +174,7 @@ def test_without_a_device_blocks_compute_where_they_are_read_to(
         assert picture(residency) == expected
         size = sum(block.size for block in residency.blocks if block.name in left_out)
         held = [each.placement().host_gb for each in (whole, residency)]  # type: ignore[union-attr]
-        assert held[0] - size / GIB == pytest.approx(held[1])  # type: ignore[operator]
+        assert held[0] - size / GIGA == pytest.approx(held[1])  # type: ignore[operator]
         residency.release()
         assert location(residency) == "Unloaded"
 
@@ -437,7 +437,7 @@ def test_a_host_that_is_short_of_memory_reads_the_conditioner_from_disk(
     folder: Path, device: str
 ) -> None:
     free = 2 * bytes_of(folder, "core", "prologue")  # half of so little is left for others
-    short, rich = a_worker(folder, device, free), a_worker(folder, device, GIB)
+    short, rich = a_worker(folder, device, free), a_worker(folder, device, GIGA)
 
     pictures = [outcome_of(worker).image.tobytes() for worker in (short, rich)]
 
@@ -461,7 +461,7 @@ def test_a_disk_that_is_faster_than_a_step_keeps_a_core_exact_that_does_not_fit(
     exact = outcome_of(short).image.tobytes()
 
     placement = short.residence().placement
-    assert exact == outcome_of(a_worker(folder, device, GIB)).image.tobytes()
+    assert exact == outcome_of(a_worker(folder, device, GIGA)).image.tobytes()
     assert placement is not None
     assert placement.precision == "fp32"
     assert "a part of the core" in placement.reason
@@ -505,7 +505,7 @@ def test_without_a_device_a_model_that_is_far_too_large_is_refused_in_one_line(
 ) -> None:
     worker = a_worker(folder, "cpu", 1000)
 
-    with pytest.raises(ModelUnavailableError, match=r"GiB are free: free some$") as refused:
+    with pytest.raises(ModelUnavailableError, match=r"GB are free: free some$") as refused:
         outcome_of(worker)
 
     assert "\n" not in str(refused.value)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layouts import tiny_releases, write_diffusers, write_official
-from step1x_edit.channel import GIB, Memory
+from step1x_edit.channel import GIGA, Memory
 from step1x_edit.checkpoints.arena import Block
 from step1x_edit.checkpoints.memory_plan import with_share
 from step1x_edit.checkpoints.read import Wanted, open_checkpoint, write_demo
@@ -203,7 +203,7 @@ def test_memory_is_that_of_the_slabs(residency: Residency) -> None:
 
     residency.onload()
     size = sum(block.size for block in residency.blocks)
-    assert residency.memory() == Memory(size / GIB, size / GIB)
+    assert residency.memory() == Memory(size / GIGA, size / GIGA)
 
     residency.offload()
     assert residency.memory() == Memory()
@@ -223,7 +223,7 @@ def test_a_model_that_streams_says_so_and_what_it_needs(folder: Path) -> None:
     assert 0 < told.resident_share <= 0.5
     assert f"{100 * told.resident_share:.0f} % of the core" in told.reason
     assert told.measured_peak_gb is None  # no edit has begun
-    assert told.host_gb == pytest.approx(sum(block.size for block in residency.blocks) / GIB)
+    assert told.host_gb == pytest.approx(sum(block.size for block in residency.blocks) / GIGA)
     residency.release()
     assert residency.placement() is None
 

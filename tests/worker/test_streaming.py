@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB
+from step1x_edit.channel import GIGA
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import Arena, Block
 from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, slot_size, with_share
@@ -90,7 +90,7 @@ def test_what_passes_takes_no_memory_of_the_device_but_its_slots(folder: Path) -
     passing = [block for block in none.blocks if block.name not in none.plan.resident]
     fixed = sum(block.size for block in none.blocks) - sum(block.size for block in passing)
     slots = none.plan.num_slots * slot_size((block.size for block in passing), none.plan.num_slots)
-    assert taken[2] == (fixed + slots) / GIB
+    assert taken[2] == (fixed + slots) / GIGA
 
 
 def test_weights_that_are_not_there_cannot_be_used_by_mistake(folder: Path) -> None:

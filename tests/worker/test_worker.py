@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from step1x_edit.channel import GIB, EditJob, Memory, Painted, Phase, Progress, Residence, Start
+from step1x_edit.channel import GIGA, EditJob, Memory, Painted, Phase, Progress, Residence, Start
 from step1x_edit.checkpoints import arena
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.errors import (
@@ -164,7 +164,7 @@ def test_without_a_device_the_peak_is_that_of_this_process_since_the_edit_began(
     folder: Path,
 ) -> None:
     ballast = np.ones(400 * 2**20, np.uint8)  # more than the library and the model together
-    size_gb = ballast.nbytes / GIB
+    size_gb = ballast.nbytes / GIGA
     worker = a_worker(folder)
     outcome_of(worker, job())
     with_it = worker.residence().placement

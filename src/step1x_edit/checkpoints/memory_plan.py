@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 
-from step1x_edit.channel import GIB
 from step1x_edit.schemas.plan import PlanStatus
 
 if TYPE_CHECKING:
@@ -287,7 +286,7 @@ def plan_status(plan: MemoryPlan | None, precision: str, host: HostPlan) -> Plan
         slots=plan.num_slots,
         joint_branches=plan.has_joint_branches,
         reason=plan.reason,
-        predicted_peak_gb=plan.peak / GIB,
+        predicted_peak_gb=plan.peak / GB,
     )
 
 

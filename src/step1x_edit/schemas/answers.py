@@ -380,7 +380,7 @@ class GpuStatistics(_Answer):
 
 
 class GpuStatus(_Answer):
-    """Where the model is and how much memory it uses; times in seconds, memory in GiB."""
+    """Where the model is and how much memory it uses; times in seconds, memory in GB."""
 
     model_location: Location
     idle_time: float
@@ -446,7 +446,7 @@ class EstimateAnswer(_Answer):
             "and loading; with reflection the time of all rounds, an upper bound"
         ),
     ]
-    predicted_peak_gb: Annotated[float | None, Field(description="Estimated device memory in GiB")]
+    predicted_peak_gb: Annotated[float | None, Field(description="Estimated device memory in GB")]
     must_load: Annotated[
         bool, Field(description="Whether the model must first be loaded or moved to the device")
     ]

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class PlanStatus:
-    """How the loaded model is placed on device and host, and its memory in GiB."""
+    """How the loaded model is placed on device and host, and its memory in GB."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

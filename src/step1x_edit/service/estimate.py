@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from step1x_edit.channel import GIB, Residence
+from step1x_edit.channel import GIGA, Residence
 from step1x_edit.checkpoints.memory_plan import spared
 from step1x_edit.engine.engine import Engine
 from step1x_edit.engine.machine import Survey
@@ -110,8 +110,8 @@ class Estimator:
 
 
 def _peak_at(plan: PlanStatus, size_level: int) -> float | None:
-    """GiB that an edit at this size level is expected to need on the device."""
+    """GB that an edit at this size level is expected to need on the device."""
     if plan.predicted_peak_gb is None:
         return None
     less = spared(size_level, plan.joint_branches)
-    return round(plan.predicted_peak_gb - less / GIB, 2)
+    return round(plan.predicted_peak_gb - less / GIGA, 2)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from step1x_edit.channel import GIB, Start
+from step1x_edit.channel import GIGA, Start
 from step1x_edit.engine import host_memory
 from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
@@ -112,8 +112,8 @@ def open_chosen(
     )
     if memory is not None and place is None and plan.size > memory.available:
         raise ModelUnavailableError(
-            f"the model needs at least {plan.size / GIB:.1f} GiB of memory and "
-            f"{memory.available / GIB:.1f} GiB are free: free some"
+            f"the model needs at least {plan.size / GIGA:.1f} GB of memory and "
+            f"{memory.available / GIGA:.1f} GB are free: free some"
         )
     return replace(tried[plan.precision], host=plan)
 

@@ -11,12 +11,12 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB
+from step1x_edit.channel import GIGA
 from step1x_edit.checkpoints.arena import PIECE, Arena
 
 logger = logging.getLogger(__name__)
 
-LOCKED_AT_ONCE: Final = GIB
+LOCKED_AT_ONCE: Final = 2**30
 """Bytes per call: calls for hundreds of gigabytes fail."""
 
 
@@ -95,7 +95,7 @@ class PageLock:
                     return
                 self._locked.append(address)
         locked = sum(memory.nbytes for memory in self._memories)
-        logger.info("page-locked %.2f GB of host memory", locked / GIB)
+        logger.info("page-locked %.2f GB of host memory", locked / GIGA)
 
 
 def lock_order(arena: Arena, lockable: int | None) -> list[Tensor]:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from step1x_edit.channel import GIB, Memory
+from step1x_edit.channel import GIGA, Memory
 from step1x_edit.checkpoints.ahead import ReadAhead
 from step1x_edit.checkpoints.arena import PIECE, Arena, Block, Check, Read, never_stop
 from step1x_edit.checkpoints.changed import ChangedBlocks
@@ -221,10 +221,10 @@ class Residency:
             return Memory()
         if self._device.type == "cuda":
             return Memory(
-                allocated_gb=torch.cuda.memory_allocated(self._device) / GIB,
-                reserved_gb=torch.cuda.memory_reserved(self._device) / GIB,
+                allocated_gb=torch.cuda.memory_allocated(self._device) / GIGA,
+                reserved_gb=torch.cuda.memory_reserved(self._device) / GIGA,
             )
-        return Memory(allocated_gb=self._held() / GIB, reserved_gb=self._held() / GIB)
+        return Memory(allocated_gb=self._held() / GIGA, reserved_gb=self._held() / GIGA)
 
     def begin_edit(self) -> None:
         """Measure the peak of memory from here on."""
@@ -238,8 +238,8 @@ class Residency:
         peak = self._peak.read()
         return replace(
             plan_status(loaded.plan, loaded.opened.precision, loaded.opened.host),
-            measured_peak_gb=None if peak is None else peak / GIB,
-            host_gb=loaded.size / GIB,
+            measured_peak_gb=None if peak is None else peak / GIGA,
+            host_gb=loaded.size / GIGA,
         )
 
     def load(
@@ -283,7 +283,7 @@ class Residency:
             raise
         self._loaded = loaded
         name, size = loaded.opened.checkpoint.name, loaded.arena.size
-        logger.info("Unloaded → CPU: %s, %.2f GB", name, size / GIB)
+        logger.info("Unloaded → CPU: %s, %.2f GB", name, size / GIGA)
         if reason := loaded.opened.host.reason():
             logger.info("%s", reason)
 
@@ -329,7 +329,7 @@ class Residency:
                 self.release()
             raise
         self._peak.note()
-        logger.info("CPU → GPU: %.2f GB, %s", self._held() / GIB, self._placed.plan.reason)
+        logger.info("CPU → GPU: %.2f GB, %s", self._held() / GIGA, self._placed.plan.reason)
 
     @torch.inference_mode(False)
     def offload(self) -> None:

@@ -13,7 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from step1x_edit.channel import GIB, Start, name_with_loras
+from step1x_edit.channel import GIGA, Start, name_with_loras
 from step1x_edit.checkpoints.memory_plan import plan_status
 from step1x_edit.engine.machine import Survey, first_line
 from step1x_edit.errors import Step1XEditError
@@ -54,8 +54,8 @@ def _with_device(found: Survey, start: Start) -> Survey:
     return dataclasses.replace(
         found,
         device=shown,
-        device_free_gb=round(free / GIB, 1),
-        device_total_gb=round(total / GIB, 1),
+        device_free_gb=round(free / GIGA, 1),
+        device_total_gb=round(total / GIGA, 1),
     )
 
 
@@ -79,7 +79,7 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         checkpoint=name_with_loras(opened.checkpoint.name, loras.strengths),
         version=opened.checkpoint.version,
         arithmetic=_arithmetic(found, opened),
-        weights_gb=round(sum(weight.size for weight in opened.weights) / GIB, 2),
+        weights_gb=round(sum(weight.size for weight in opened.weights) / GIGA, 2),
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from step1x_edit import __version__
+from step1x_edit.channel import GIGA
 from step1x_edit.engine import host_memory
 from step1x_edit.errors import SettingsError
 from step1x_edit.interfaces.cli.options import AsJson
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from step1x_edit.interfaces.discovery import RunningServer
     from step1x_edit.settings import Settings
 
-_GIB: Final = 1024**3
 _STYLES: Final = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
@@ -109,8 +109,8 @@ def _memory() -> Check:
     found = host_memory.measure()
     if found is None:
         return Check("note", "memory", "this system does not report its memory")
-    free, total = found.available / _GIB, found.total / _GIB
-    return Check("ok", "memory", f"{free:.1f} GiB of {total:.1f} GiB free")
+    free, total = found.available / GIGA, found.total / GIGA
+    return Check("ok", "memory", f"{free:.1f} GB of {total:.1f} GB free")
 
 
 def _data_dir(folder: Path) -> Iterator[Check]:
@@ -120,8 +120,8 @@ def _data_dir(folder: Path) -> Iterator[Check]:
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield Check("fail", "data", f"DATA_DIR {folder}: no permission to write in {existing}")
     else:
-        free = shutil.disk_usage(existing).free / _GIB
-        yield Check("ok", "data", f"DATA_DIR {folder}, {free:.1f} GiB of disk free")
+        free = shutil.disk_usage(existing).free / GIGA
+        yield Check("ok", "data", f"DATA_DIR {folder}, {free:.1f} GB of disk free")
 
 
 def _torch_and_device(seen: Survey) -> Iterator[Check]:
@@ -135,7 +135,7 @@ def _torch_and_device(seen: Survey) -> Iterator[Check]:
         computes = f", computes in {seen.arithmetic}" if seen.arithmetic else ""
         yield Check("ok", "device", f"{seen.device}{computes}")
     else:
-        memory = f"{seen.device_free_gb:.1f} GiB of {seen.device_total_gb:.1f} GiB free"
+        memory = f"{seen.device_free_gb:.1f} GB of {seen.device_total_gb:.1f} GB free"
         yield Check("ok", "device", f"{seen.device}, {memory}")
 
 
@@ -143,7 +143,7 @@ def _checkpoint(seen: Survey, settings: Settings) -> Check:
     if seen.checkpoint_error is not None:
         return Check("fail", "checkpoint", seen.checkpoint_error)
     place = "inside the package" if settings.model_path is None else f"at {settings.model_path}"
-    text = f"{seen.checkpoint} {place}, {seen.weights_gb:.2f} GiB of weights"
+    text = f"{seen.checkpoint} {place}, {seen.weights_gb:.2f} GB of weights"
     if settings.model_path is None:
         text += "; for a published model set MODEL_PATH"
     return Check("ok", "checkpoint", text)
@@ -157,7 +157,7 @@ def _plan(seen: Survey) -> Iterator[Check]:
     if plan.predicted_peak_gb is None or free_gb is None:
         yield Check("ok", "plan", plan.reason)
         return
-    needs = f"about {plan.predicted_peak_gb:.1f} GiB of the {free_gb:.1f} GiB that are free"
+    needs = f"about {plan.predicted_peak_gb:.1f} GB of the {free_gb:.1f} GB that are free"
     if plan.predicted_peak_gb <= free_gb:
         yield Check("ok", "plan", f"fits: {plan.reason}; an edit needs {needs}")
     else:

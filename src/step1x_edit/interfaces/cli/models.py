@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from step1x_edit.channel import GIGA
 from step1x_edit.engine import host_memory
 from step1x_edit.errors import CheckpointError
 from step1x_edit.hub.catalog import CATALOG, Model, find_model
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from step1x_edit.hub.fetch import PullProgress
     from step1x_edit.settings import Settings
 
-_GIGA: Final = 10**9
 _EMBEDDED: Final = "demo"
 _REAL: Final = "v1.1"
 # docs/models.md: the core in nf4 with a GPU; in int8, or exact from a fast disk, without one.
@@ -148,8 +148,8 @@ def recommendation(device: str | None, memory: host_memory.HostMemory | None) ->
     if memory is None:
         return _EMBEDDED, "this system does not report its memory"
     place = "with a GPU" if has_gpu else "without a GPU"
-    needs = f"needs {needed} GB of memory {place}; this machine has {memory.total / _GIGA:.0f} GB"
-    if memory.total < needed * _GIGA:
+    needs = f"needs {needed} GB of memory {place}; this machine has {memory.total / GIGA:.0f} GB"
+    if memory.total < needed * GIGA:
         return _EMBEDDED, f"{_REAL} {needs}"
     slowly = "" if has_gpu else "; edits are slow without a GPU"
     return _REAL, f"it {needs}{slowly}"
@@ -162,7 +162,7 @@ def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:
         path = resolve_model_path(path, settings.data_dir)
     problem = seen.torch_error or seen.checkpoint_error
     of_chosen = {
-        "memory": "" if seen.weights_gb is None else f"{seen.weights_gb:.2f} GiB for its weights",
+        "memory": "" if seen.weights_gb is None else f"{seen.weights_gb:.2f} GB for its weights",
         "runs": problem is None,
         **({} if problem is None else {"error": problem}),
     }
@@ -190,7 +190,7 @@ def _published(model: Model, kept: Kept | None) -> dict[str, Any]:
         "name": model.name,
         "place": str(kept.folder) if kept else " + ".join(model.repos),
         "state": kept.state if kept else "available",
-        "disk_gb": None if size is None else round(size / _GIGA, 1),
+        "disk_gb": None if size is None else round(size / GIGA, 1),
         "memory": _PUBLISHED_MEMORY if model in CATALOG else "",
         "note": model.note,
         "runs": False,
@@ -200,12 +200,12 @@ def _published(model: Model, kept: Kept | None) -> dict[str, Any]:
 def _size_gb(path: Path) -> float:
     """Size on disk of a file, or of all files below a folder."""
     inside = [path] if path.is_file() else path.rglob("*")
-    return round(sum(file.stat().st_size for file in inside if file.is_file()) / _GIGA, 3)
+    return round(sum(file.stat().st_size for file in inside if file.is_file()) / GIGA, 3)
 
 
 def _needs(model: Mapping[str, Any]) -> str:
     size = model["disk_gb"]
-    disk = "" if size is None else _gigabytes(size * _GIGA) + " on disk"
+    disk = "" if size is None else _gigabytes(size * GIGA) + " on disk"
     return ", ".join(
         filter(None, (model.get("state", ""), disk, model["memory"], model.get("note", "")))
     )
@@ -228,4 +228,4 @@ def _bar(name: str) -> Iterator[Callable[[PullProgress], None]]:
 
 
 def _gigabytes(count: float) -> str:
-    return f"{count / _GIGA:.1f} GB" if count >= _GIGA else f"{count / 10**6:.0f} MB"
+    return f"{count / GIGA:.1f} GB" if count >= GIGA else f"{count / 10**6:.0f} MB"

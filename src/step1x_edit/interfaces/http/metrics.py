@@ -18,6 +18,7 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from step1x_edit import __version__
+from step1x_edit.channel import GIGA
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.service.service import EditService
 
@@ -25,7 +26,6 @@ TEXT_FORMAT: Final = CONTENT_TYPE_LATEST
 
 _PREFIX: Final = "step1x_"
 _LOCATIONS: Final = ("Unloaded", "CPU", "GPU")
-_GIBI: Final = 2**30
 # An edit takes seconds to minutes; the usual buckets end at ten seconds.
 _BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, float("inf"))
 
@@ -95,8 +95,8 @@ class _Engine(Collector):
         memory = GaugeMetricFamily(
             f"{_PREFIX}gpu_memory_bytes", "GPU memory of the model as measured", labels=["kind"]
         )
-        memory.add_metric(["allocated"], status.gpu_memory_allocated_gb * _GIBI)
-        memory.add_metric(["reserved"], status.gpu_memory_reserved_gb * _GIBI)
+        memory.add_metric(["allocated"], status.gpu_memory_allocated_gb * GIGA)
+        memory.add_metric(["reserved"], status.gpu_memory_reserved_gb * GIGA)
         yield memory
 
         yield from _of_plan(status.plan)
@@ -142,7 +142,7 @@ def _of_plan(plan: PlanStatus | None) -> Iterator[Metric]:
             ("measured", plan.measured_peak_gb),
         ):
             if gb is not None:
-                peak.add_metric([kind], gb * _GIBI)
+                peak.add_metric([kind], gb * GIGA)
         if plan.host_gb is not None:
-            host.add_metric([], plan.host_gb * _GIBI)
+            host.add_metric([], plan.host_gb * GIGA)
     yield from (share, slots, peak, host)

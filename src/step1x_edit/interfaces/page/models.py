@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import gradio as gr
 
+from step1x_edit.channel import GIGA
 from step1x_edit.errors import EditCancelledError, Step1XEditError
 from step1x_edit.hub.catalog import CATALOG
 from step1x_edit.hub.pulls import Pull, Pulls
@@ -25,7 +26,6 @@ from step1x_edit.schemas.answers import PulledModel
 _FIRST: Final = "v1.1"  # the model that the guide starts with
 _REFRESH_S: Final = 0.5  # while a pull runs
 _MEGA: Final = 10**6
-_GIGA: Final = 10**9
 
 
 class ModelsPanel:
@@ -148,7 +148,7 @@ def _progress(pull: Pull, language: str) -> str:
 
 def _in_unit(count: int, of: int) -> tuple[str, str]:
     """Bytes in the unit that suits `of`, and that unit."""
-    size, unit = (_GIGA, "GB") if of >= _GIGA else (_MEGA, "MB")
+    size, unit = (GIGA, "GB") if of >= GIGA else (_MEGA, "MB")
     return f"{count / size:.1f}", unit
 
 
