@@ -8,6 +8,7 @@ those of all steps before the first one.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
@@ -36,12 +37,42 @@ class Layout(NamedTuple):
     """How many rows of padding are left out behind the last row of the text, which equals them."""
     num_wanted: int | None = None
     """How many leading rows of the image have a velocity that is used; None: all."""
+    places: Tensor | None = None  # (copies+L+N,)
+    """Where the keys of these rows are among those of a whole sequence; None: they are all."""
 
     @property
     def wanted(self) -> slice:
         """The rows of the image whose velocity is used."""
         end = None if self.num_wanted is None else self.text_length + self.num_wanted
         return slice(self.text_length, end)
+
+    def only(self, rows: Tensor) -> Layout:
+        """The text and these rows (K,) of the image, as a part of this sequence."""
+        image = self.text_length + rows
+        text = torch.arange(self.text_length + self.pad_copies, device=rows.device)
+        return Layout(
+            rope=self.rope.index_select(-3, torch.cat([text[: self.text_length], image])),
+            text_length=self.text_length,
+            pad_copies=self.pad_copies,
+            places=torch.cat([text, self.pad_copies + image]),
+        )
+
+
+@dataclass
+class KeysAndValues:
+    """Those of a whole sequence in one block, each row's from the last time that it ran."""
+
+    k: Tensor | None = None  # (B, H, copies+L+N, D/H), rotated
+    v: Tensor | None = None
+
+    def refresh(self, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Keep k and v of the rows that run, and return those of all rows."""
+        if layout.places is None or self.k is None or self.v is None:
+            self.k, self.v = k, v.contiguous()  # a copy, as far as it is a part of other results
+        else:
+            self.k.index_copy_(2, layout.places, k)
+            self.v.index_copy_(2, layout.places, v)
+        return self.k, self.v
 
 
 class Modulation(NamedTuple):
@@ -72,16 +103,22 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_size)
 
     def forward(
-        self, img: Tensor, txt: Tensor, img_mod: Tensor, txt_mod: Tensor, layout: Layout
+        self,
+        img: Tensor,
+        txt: Tensor,
+        img_mod: Tensor,
+        txt_mod: Tensor,
+        layout: Layout,
+        kept: KeysAndValues | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Map img (B, N, D) and txt (B, L, D), given modulations (B, 6D)."""
+        """Map img (B, N, D) and txt (B, L, D), given modulations (B, 6D); see `attention`."""
         img_mod1, img_mod2 = modulations(img_mod, 2)
         txt_mod1, txt_mod2 = modulations(txt_mod, 2)
 
         img_qkv = self.img_attn(modulate(img, img_mod1.shift, img_mod1.scale))  # 3 × (B, H, N, D/H)
         txt_qkv = self.txt_attn(modulate(txt, txt_mod1.shift, txt_mod1.scale))  # 3 × (B, H, L, D/H)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
-        attended = attention(q, k, v, layout)  # (B, L+N, D)
+        attended = attention(q, k, v, layout, kept=kept)  # (B, L+N, D)
         txt_attended, img_attended = attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attended))
@@ -113,14 +150,21 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulator(hidden_size, 3)
 
-    def forward(self, x: Tensor, mod: Tensor, layout: Layout, rows: slice = ALL_ROWS) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mod: Tensor,
+        layout: Layout,
+        rows: slice = ALL_ROWS,
+        kept: KeysAndValues | None = None,
+    ) -> Tensor:
         """Map x (B, L+N, D), given its modulation (B, 3D), to these of its rows."""
         (modulation,) = modulations(mod, 1)
         projected = self.linear1(modulate(x, modulation.shift, modulation.scale))
         qkv, hidden = projected[..., : self.qkv_size], projected[..., self.qkv_size :]
         q, k, v = split_heads(qkv, self.num_heads)  # 3 × (B, H, L+N, D/H)
         q, k = self.norm(q, k)
-        attended = attention(q, k, v, layout, rows)  # (B, rows, D)
+        attended = attention(q, k, v, layout, rows, kept)  # (B, rows, D)
         if torch.is_grad_enabled():
             activated = F.gelu(hidden[:, rows], approximate="tanh")  # (B, rows, mlp_size)
             joined = torch.cat([attended, activated], dim=-1)
@@ -175,15 +219,25 @@ class StreamAttention(nn.Module):
         return q, k, v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, rows: slice = ALL_ROWS) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    rows: slice = ALL_ROWS,
+    kept: KeysAndValues | None = None,
+) -> Tensor:
     """Return softmax(q kᵀ / √(D/H)) v after rotating q and k: (B, H, L+N, D/H) to (B, rows, D).
 
     q and k come in float32 and are rotated so. There is no mask: the model was trained with its
-    padding as keys, so that rows of padding that are left out are put back here.
+    padding as keys, so that rows of padding that are left out are put back here. Rows that do not
+    run in this step have their `kept` keys and values.
     """
     q = apply_rope(q, layout.rope)[:, :, rows].to(v.dtype)
     k = apply_rope(k, layout.rope).to(v.dtype)
     k, v = with_pads(k, layout), with_pads(v, layout)
+    if kept is not None:
+        k, v = kept.refresh(k, v, layout)
     return merge_heads(softmax_attention(q, k, v))
 
 

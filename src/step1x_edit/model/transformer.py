@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from step1x_edit.model.blocks import (
+    ALL_ROWS,
     TIMESTEP_CHANNELS,
     DoubleStreamBlock,
     FinalLayer,
+    KeysAndValues,
     Layout,
     MLPEmbedder,
     SingleStreamBlock,
@@ -142,22 +144,37 @@ class Transformer(nn.Module):
             final=self.final_layer.modulation(vec),
         )
 
-    def core(self, img: Tensor, step: PrologueStep, layout: Layout) -> Tensor:
+    def core(
+        self,
+        img: Tensor,
+        step: PrologueStep,
+        layout: Layout,
+        kept: Sequence[KeysAndValues] | None = None,
+    ) -> Tensor:
         """Run the blocks: img (B, N, Cin) to the velocity (B, wanted, Cout) of the wanted tokens.
 
         The last block leaves out the other rows; every token has been a key in it, so that this
-        changes no velocity.
+        changes no velocity. With `kept` (`keys_and_values`) img may be a part of the tokens
+        (`Layout.only`): the others are keys as they were when they last ran.
         """
+        depth, depth_single = len(step.double), len(step.single)
+        each = kept or [None] * (depth + depth_single)
         img, txt = self.img_in(img), step.txt  # (B, N, D), (B, L, D)
-        for double, (img_mod, txt_mod) in zip(self.double_blocks, step.double, strict=True):
-            img, txt = double(img, txt, img_mod, txt_mod, layout)
+        doubles = zip(self.double_blocks, step.double, each[:depth], strict=True)
+        for double, (img_mod, txt_mod), its in doubles:
+            img, txt = double(img, txt, img_mod, txt_mod, layout, its)
         x = torch.cat([txt, img], dim=1)  # (B, L+N, D)
-        *blocks, (last, last_mod) = zip(self.single_blocks, step.single, strict=True)
-        for single, mod in blocks:
-            x = single(x, mod, layout)
-        x = last(x, last_mod, layout, layout.wanted)  # (B, wanted, D)
+        singles = zip(self.single_blocks, step.single, each[depth:], strict=True)
+        *blocks, (last, last_mod, last_kept) = singles
+        for single, mod, its in blocks:
+            x = single(x, mod, layout, ALL_ROWS, its)
+        x = last(x, last_mod, layout, layout.wanted, last_kept)  # (B, wanted, D)
         velocity: Tensor = self.final_layer(x, step.final)
         return velocity
+
+    def keys_and_values(self) -> list[KeysAndValues]:
+        """What `core` keeps of each block for steps that run a part of the tokens."""
+        return [KeysAndValues() for _ in (*self.double_blocks, *self.single_blocks)]
 
     def rope(self, img_ids: Tensor, text_length: int, txt_ids: Tensor | None = None) -> Tensor:
         """Tabulate the rotations of text and image tokens; broadcasts to (B, H, L+N, D/2H, 2).
