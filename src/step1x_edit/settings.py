@@ -45,11 +45,13 @@ from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
     DEFAULT_GUIDANCE_SCALE,
+    DEFAULT_MODE,
     DEFAULT_NUM_STEPS,
     DEFAULT_SIZE_LEVEL,
     MAX_STRENGTH,
     Arithmetic,
     GuidanceScale,
+    ModeOfWork,
     NumSteps,
     Precision,
     SizeLevel,
@@ -471,6 +473,7 @@ class Settings(BaseSettings):
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
+    default_mode: ModeOfWork = DEFAULT_MODE
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Field(description="Lowest level that is logged"),

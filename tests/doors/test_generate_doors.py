@@ -399,7 +399,7 @@ def test_their_client_gets_pictures(theirs: openai.OpenAI) -> None:
         records.append(read_record(data))
     assert [record.seed for record in records if record] == [7, 8]
     assert isinstance(records[0], GenerationRecord)
-    assert (records[0].num_steps, records[0].negative_prompt) == (10, "fog")
+    assert (records[0].mode, records[0].negative_prompt) == ("turbo", "fog")
     assert (answer.size, answer.quality, answer.background) == ("1536x1024", "low", "opaque")
     assert (answer.model_extra or {})["guidance_scale"] == 4.5
     assert "size_level" not in (answer.model_extra or {})

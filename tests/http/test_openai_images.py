@@ -221,19 +221,28 @@ def test_what_others_call_their_extensions_is_understood(
 
 
 @pytest.mark.parametrize(
-    ("quality", "steps"), [("auto", 13), ("standard", 13), ("low", 10), ("high", 50), ("hd", 50)]
+    ("quality", "mode"),
+    [
+        ("auto", "fast"),
+        ("standard", "fast"),
+        ("low", "turbo"),
+        ("medium", "fast"),
+        ("high", "exact"),
+        ("hd", "exact"),
+    ],
 )
-def test_quality_is_a_number_of_steps(
-    make_service: MakeService, photo: Path, quality: Any, steps: int
+def test_quality_chooses_the_mode(
+    make_service: MakeService, photo: Path, quality: Any, mode: str
 ) -> None:
-    with theirs(make_service(default_num_steps=13)) as client:
+    with theirs(make_service(default_num_steps=13, default_mode="fast")) as client:
         answer = client.images.edit(image=photo, prompt="x", quality=quality)
 
     assert answer.data is not None
     record = read_edit_record(decoded(answer.data[0]))
     assert record is not None
-    assert record.num_steps == steps
-    assert answer.quality == (quality if quality in ("low", "high", "hd") else None)
+    assert (record.mode, record.num_steps) == (mode, 13)
+    assert (answer.model_extra or {})["mode"] == mode
+    assert answer.quality == (None if quality in ("auto", "standard") else quality)
 
 
 @pytest.mark.parametrize(
@@ -615,7 +624,7 @@ MASK_OF_ANOTHER_SIZE = png(Image.new("L", (32, 24), 255))
         ({"output_compression": "50"}, "output_compression", "needs output_format jpeg, webp"),
         ({"output_compression": "101"}, "output_compression", "must be between 0 and 100"),
         ({"quality": "max"}, "quality", "quality must be auto, standard, low, medium, high or hd"),
-        ({"quality": "low", "num_steps": "20"}, "quality", "both choose the steps; give one"),
+        ({"quality": "low", "mode": "fast"}, "quality", "both choose the mode; give one"),
         ({"response_format": "png"}, "response_format", "must be b64_json or url"),
         ({"moderation": "high"}, "moderation", "moderation must be auto or low"),
         ({"stream": "maybe"}, "stream", "stream must be true or false"),

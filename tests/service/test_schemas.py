@@ -79,6 +79,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "negative_prompt": "",
         "mask_path": None,
         "loras": None,
+        "mode": "exact",
         "thinking": False,
         "reflection": False,
         "reflection_rounds": 3,

@@ -69,6 +69,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "default_num_steps": 28,
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
+        "default_mode": "exact",
         "log_level": "INFO",
         "log_format": "text",
     }
@@ -143,6 +144,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DEFAULT_NUM_STEPS", "20", 20),
         ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
         ("DEFAULT_SIZE_LEVEL", "512", 512),
+        ("DEFAULT_MODE", "fast", "fast"),
         ("LOG_LEVEL", "debug", "DEBUG"),
         ("LOG_FORMAT", "JSON", "json"),
     ],
@@ -260,6 +262,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "DEFAULT_NUM_STEPS": "5",
         "DEFAULT_GUIDANCE_SCALE": "nan",
         "DEFAULT_SIZE_LEVEL": "600",
+        "DEFAULT_MODE": "quick",
         "LOG_LEVEL": "loud",
         "LOG_FORMAT": "xml",
     }

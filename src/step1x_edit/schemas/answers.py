@@ -117,6 +117,16 @@ class EditMetadata(_HowItWasMade):
         list[str] | None,
         Field(description="The LoRAs that were used, as name:strength, if there were any"),
     ] = None
+    evaluations_done: Annotated[
+        int | None,
+        Field(
+            description="How often the network ran: once per step, or twice if there is guidance; "
+            "with reflection, for the round that is the result"
+        ),
+    ] = None
+    evaluations_skipped: Annotated[
+        int | None, Field(description="How many of these runs the mode left out")
+    ] = None
     reasoning: Annotated[
         Reasoning | None, Field(description="The outcome of thinking and reflection, if requested")
     ] = None

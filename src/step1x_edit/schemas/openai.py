@@ -46,7 +46,10 @@ class OpenAIRequest(Request):
     ] = 1
     quality: Annotated[
         Literal["auto", "standard", "low", "medium", "high", "hd"],
-        Field(description="Number of steps: low 10, medium 28, high and hd 50"),
+        Field(
+            description="Chooses the `mode`: low turbo, medium fast, high and hd exact; auto and "
+            "standard: the server's default"
+        ),
     ] = "auto"
     style: Annotated[
         Literal["vivid"] | None,

@@ -30,6 +30,7 @@ from typing_extensions import Self
 
 from step1x_edit import foreign_json
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.model.request import Mode
 from step1x_edit.schemas.complaints import invalid_parameter, shown, suggestion
 from step1x_edit.schemas.parameters import CONTRACT, Parameter, in_order, parameters_of, plain
 
@@ -45,6 +46,7 @@ Arithmetic = Literal["auto", "fp32", "bf16"]
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
+DEFAULT_MODE: Final[Mode] = "exact"
 DEFAULT_SIDE: Final = 1024
 DEFAULT_REFLECTION_ROUNDS: Final = 3
 DEFAULT_MAX_SIZE: Final = 768
@@ -60,7 +62,7 @@ MAX_STRENGTH: Final = 4
 """Of a LoRA; larger strengths destroy the picture."""
 
 
-CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level")
+CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level", "mode")
 """The parameters whose default is a setting: DEFAULT_ and the name."""
 
 
@@ -246,6 +248,13 @@ Seed = Annotated[
         "Left out or -1: a random seed, which is reported"
     ),
 ]
+ModeOfWork = Annotated[
+    Mode,
+    Field(
+        description="How much of its work the network does: exact all of it; fast about half, with "
+        "a difference that is hard to see; turbo about a third, with small differences"
+    ),
+]
 Overwrite = Annotated[bool, Field(description="Replace the output file if it already exists")]
 NegativePrompt = Annotated[
     _PromptText, Field(description="What the picture should not show, such as 'blurry'")
@@ -391,6 +400,7 @@ class HowToMake(Request):
     guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     seed: Seed = None
     loras: Loras = None
+    mode: ModeOfWork = DEFAULT_MODE
 
 
 class HowToEdit(HowToMake):
@@ -559,8 +569,12 @@ class _Record(HowToMake):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out switches that are off."""
-        values = {name: value for name, value in write(self).items() if value is not False}
+        """Leave out switches that are off, and the mode that leaves out no work."""
+        values = {
+            name: value
+            for name, value in write(self).items()
+            if value is not False and (name, value) != ("mode", DEFAULT_MODE)
+        }
         return in_order(values, _IN_A_FILE)
 
 

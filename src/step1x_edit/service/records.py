@@ -77,7 +77,11 @@ def metadata_of(
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
         made["negative_prompt"] = record.negative_prompt or None  # empty is the default
+    made["mode"] = record.mode  # left out of a file if exact
     made["width"], made["height"] = picture.width, picture.height
+    if (evaluations := result.painted.evaluations) is not None:
+        made["evaluations_done"] = evaluations.done
+        made["evaluations_skipped"] = evaluations.skipped
     return EditMetadata(
         **made,
         gpu_location=residence.location,

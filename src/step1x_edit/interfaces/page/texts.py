@@ -42,6 +42,10 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
     "num_steps": ("Steps", "步数", "步數", "ステップ数"),
     "guidance_scale": ("Guidance", "引导强度", "引導強度", "ガイダンス"),
     "size_level": ("Working size", "处理尺寸", "處理尺寸", "処理サイズ"),
+    "mode": ("Quality", "质量", "品質", "品質"),
+    "mode.exact": ("Best", "最佳", "最佳", "最高"),
+    "mode.fast": ("Good", "良好", "良好", "良好"),
+    "mode.turbo": ("Fast", "快速", "快速", "速さ優先"),
     "seed": ("Seed", "随机种子", "隨機種子", "シード値"),
     "seed.hint": (
         "−1 picks a random seed; the same seed gives the same picture",

@@ -17,7 +17,7 @@ from step1x_edit.interfaces.http.openai.edits import (
     ImagesAnswer,
     PartialImage,
 )
-from step1x_edit.interfaces.http.openai.requests import CONTENT_PATH, STEPFUN_MODEL, STEPS_OF
+from step1x_edit.interfaces.http.openai.requests import CONTENT_PATH, MODE_OF, STEPFUN_MODEL
 from step1x_edit.schemas.openai import ImageGenerationRequest
 from step1x_edit.waiting import heartbeats
 
@@ -57,7 +57,14 @@ def _render_one(made: FinishedImage, asked: ImageRequest, base_url: str) -> dict
 def _how(made: FinishedImage) -> dict[str, Any]:
     """The seed that repeats a picture, and its other metadata."""
     metadata = made.metadata.to_dict()
-    names = ("seed", "changed_share", "warning", "reasoning")
+    names = (
+        "seed",
+        "evaluations_done",
+        "evaluations_skipped",
+        "changed_share",
+        "warning",
+        "reasoning",
+    )
     return {name: metadata[name] for name in names if name in metadata}
 
 
@@ -67,7 +74,7 @@ def _form_of(made: FinishedImage, asked: ImageRequest) -> dict[str, Any]:
         "size": f"{made.width}x{made.height}",
         "background": "transparent" if made.is_see_through else "opaque",
     }
-    return form | ({"quality": asked.quality} if asked.quality in STEPS_OF else {})
+    return form | ({"quality": asked.quality} if asked.quality in MODE_OF else {})
 
 
 def _about(answer: ImagesAnswer) -> dict[str, Any]:
@@ -79,6 +86,7 @@ def _about(answer: ImagesAnswer) -> dict[str, Any]:
         "model": first.model,
         "num_inference_steps": first.num_steps,
         "guidance_scale": first.guidance_scale,
+        "mode": first.mode,
         **level,
         "inference_time_s": answer.seconds,
         **loras,

@@ -23,6 +23,7 @@ from step1x_edit.errors import EditCancelledError, InvalidParameterError, ModelN
 from step1x_edit.interfaces import json_bodies
 from step1x_edit.interfaces.http.forms import content_type, is_json, read_json
 from step1x_edit.interfaces.http.idempotency import digest_of
+from step1x_edit.model.request import Mode
 from step1x_edit.schemas.complaints import invalid_parameter
 from step1x_edit.schemas.openai import (
     ImageEditRequest,
@@ -47,8 +48,13 @@ MODELS_PATH: Final = "/v1/models"
 MODEL: Final = "step1x-edit"
 STEPFUN_MODEL: Final = "step-1x-edit"
 """The name of the model in StepFun's own interface."""
-STEPS_OF: Final[Mapping[str, int]] = {"low": 10, "medium": 28, "high": 50, "hd": 50}
-"""The steps of each `quality`."""
+MODE_OF: Final[Mapping[str, Mode]] = {
+    "low": "turbo",
+    "medium": "fast",
+    "high": "exact",
+    "hd": "exact",
+}
+"""The mode of each `quality` that names one."""
 
 _OF_OPENAI: Final = ("gpt-image-", "chatgpt-image-", "dall-e-")
 _Request = TypeVar("_Request", bound=OpenAIRequest)
@@ -299,9 +305,9 @@ def _check_together(asked: OpenAIRequest) -> None:
         raise InvalidParameterError(
             "response_format must be b64_json with stream=true", param="response_format"
         )
-    if asked.quality in STEPS_OF and "num_steps" in asked.model_fields_set:
+    if asked.quality in MODE_OF and "mode" in asked.model_fields_set:
         raise InvalidParameterError(
-            "quality and num_inference_steps both choose the steps; give one", param="quality"
+            "quality and mode both choose the mode; give one", param="quality"
         )
 
 
@@ -328,7 +334,7 @@ def request_of(service: EditService, asked: ImageEditRequest) -> PictureRequest:
 def _given(asked: OpenAIRequest) -> dict[str, object]:
     """The given parameters that our requests have too."""
     given = given_in(asked, PictureRequest)
-    return given | ({"num_steps": STEPS_OF[asked.quality]} if asked.quality in STEPS_OF else {})
+    return given | ({"mode": MODE_OF[asked.quality]} if asked.quality in MODE_OF else {})
 
 
 def _level_of(asked: ImageEditRequest) -> dict[str, int]:
