@@ -55,6 +55,7 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12
 from step1x_edit.model.config import V1_0, V1_1, V1_2, V1_2_PREVIEW, AutoencoderConfig, ModelConfig
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import EditPipeline, Recogniser
+from step1x_edit.model.steps import PUBLISHED, Profile
 from step1x_edit.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ if TYPE_CHECKING:
 DEMO_FOLDER: Final = Path(__file__).parents[1] / "model" / "demo"
 DEMO_FORMAT: Final = 2
 DEMO_NAME: Final = "demo"
+STEPS_FILE: Final = "steps.json"
+"""Beside the weights: a `Profile` for each version that `scripts/calibrate_steps.py` measured."""
 QWEN_IM_START: Final = 151644
 """The id of <|im_start|> in the vocabulary of Qwen2.5-VL."""
 
@@ -254,7 +257,8 @@ def _open_demo(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
     if parts:
         raise CheckpointError(f"{folder} has unknown tensors {some_of(parts)}")
     conditioner = _conditioner(vlm, folder, model)
-    pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser)
+    profile = _profile(folder, model.version)
+    pipeline = EditPipeline(transformer, vae, conditioner, model, recogniser, profile=profile)
     checkpoint = Checkpoint(DEMO_NAME, str(config["version"]), pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
 
@@ -264,7 +268,7 @@ def _open_official(sets: Sequence[FileSet], place: Path, wanted: Wanted) -> Open
     chosen = choose_transformer(sets, place, version)
     folder = place if place.is_dir() else place.parent
     vlm = find_vlm(folder)
-    return _assemble(_Files(chosen, {}, find_vae(folder), vlm, vlm), wanted)
+    return _assemble(_Files(folder, chosen, {}, find_vae(folder), vlm, vlm), wanted)
 
 
 def _open_diffusers(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
@@ -274,13 +278,15 @@ def _open_diffusers(folder: Path, wanted: Wanted) -> OpenedCheckpoint:
     tokenizer = next((each for each in places if (each / "tokenizer.json").is_file()), places[0])
     described = read_json(inside / "config.json")
     vlm = folder / "text_encoder"
-    return _assemble(_Files(chosen, described, find_vae(folder), vlm, tokenizer), wanted)
+    return _assemble(_Files(folder, chosen, described, find_vae(folder), vlm, tokenizer), wanted)
 
 
 @dataclass(frozen=True)
 class _Files:
     """The locations of the parts of a published model."""
 
+    place: Path
+    """The folder of the whole."""
     transformer: FileSet
     described: Mapping[str, Any]
     """The sizes of the transformer, if a config file states them."""
@@ -314,9 +320,22 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
     ]
     model = replace(release.model, transformer=sizes)
     conditioner = _conditioner(vlm, files.tokenizer, model, is_published=True)
-    pipeline = EditPipeline(transformer, vae, conditioner, model)
+    profile = _profile(files.place, version) or PUBLISHED
+    pipeline = EditPipeline(transformer, vae, conditioner, model, profile=profile)
     checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
+
+
+def _profile(folder: Path, version: str) -> Profile | None:
+    """What was measured of the steps of a version, if anything."""
+    file = folder / STEPS_FILE
+    measured = read_json(file).get(version)
+    if measured is None:
+        return None
+    try:
+        return Profile.from_json(measured)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid: {error}") from error
 
 
 def _version(transformer: FileSet, wanted: str | None) -> str:

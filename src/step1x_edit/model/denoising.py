@@ -1,8 +1,9 @@
 """The denoising loop: from noise to latents, step by step, under one or two prompts.
 
 Before the first step it prepares what depends on the prompts only (the *prologue* and the layout of
-the rows); then each step runs the transformer's *core*, guidance and an Euler step, and yields. It
-knows nothing of pictures, previews or what an edit does after a failure.
+the rows); then each step runs the transformer's *core* or, if the policy says so, extrapolates what
+it would predict; guidance and an Euler step follow, and it yields. It knows nothing of pictures,
+previews or what an edit does after a failure.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from step1x_edit.model.blocks import Layout, widen
 from step1x_edit.model.config import ModelConfig
-from step1x_edit.model.flow import euler_step, guide, schedule
+from step1x_edit.model.flow import euler_step, extrapolate, guide, schedule
 from step1x_edit.model.latents import image_position_ids, position_ids
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import Savings
 from step1x_edit.model.sketch import Sketch
+from step1x_edit.model.steps import Action, StepPolicy
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 
@@ -58,6 +60,9 @@ class DenoiseState:
     latents: Tensor  # (1, N, C) tokens, float32
     step: int  # steps done
     predicted: Tensor | None = None  # (1, N, C), the clean latents by the last step's velocity
+    known: tuple[tuple[float, Tensor], ...] = ()  # the last two (t, velocities (1 or 2, N, C))
+    evaluations: int = 0
+    """How often the transformer has run, once for each prompt of a step."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Denoiser:
         encoded: Encoded,
         start: DenoiseState,
         request: NetworkRequest,
+        policy: StepPolicy,
         has_joint_branches: bool,
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each.
@@ -84,25 +90,32 @@ class Denoiser:
             return
         timesteps = schedule(request.num_steps, encoded.rows * encoded.columns)  # (T+1)
         branches = self._branches(encoded, has_joint_branches)
-        prologues = [self._steps(branch, timesteps[:-1]) for branch in branches]
+        prologues = [self._steps(branch, timesteps, policy.evaluated) for branch in branches]
         ids = self._image_ids(encoded)
         layouts = [self._layout(branch, ids, encoded) for branch in branches]
         latents, reference = start.latents.to(self._device), encoded.reference.to(self._device)
-        times = timesteps.tolist()
+        known = tuple((t, velocity.to(self._device)) for t, velocity in start.known)
+        evaluations, times = start.evaluations, timesteps.tolist()
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
-            velocity = torch.cat(
-                [
-                    self._velocity(latents, reference, prologue(index), layout)
-                    for prologue, layout in zip(prologues, layouts, strict=True)
-                ]
-            )  # (1 or 2, N, C)
+            match policy.actions[index]:
+                case Action.FULL:
+                    velocity = torch.cat(
+                        [
+                            self._velocity(latents, reference, prologue(index), layout)
+                            for prologue, layout in zip(prologues, layouts, strict=True)
+                        ]
+                    )  # (1 or 2, N, C)
+                    known = (*known[-1:], (t, velocity))
+                    evaluations += len(velocity)
+                case Action.REUSE:
+                    velocity = extrapolate(known, t)
             if request.guidance_scale != 1.0:
                 cond, uncond = velocity.chunk(2)
                 velocity = guide(cond, uncond, request.guidance_scale, t, self.config.guidance_rule)
             predicted = euler_step(latents, velocity, t, 0.0)
             latents = euler_step(latents, velocity, t, t_next)
-            yield DenoiseState(latents, index + 1, predicted)
+            yield DenoiseState(latents, index + 1, predicted, known, evaluations)
 
     def _velocity(
         self, latents: Tensor, reference: Tensor, step: PrologueStep, layout: Layout
@@ -123,10 +136,13 @@ class Denoiser:
             branches = [join(branches)]
         return branches
 
-    def _steps(self, branch: Branch, timesteps: Tensor) -> Callable[[int], PrologueStep]:
-        """What the core needs to know about a step, by its number."""
+    def _steps(
+        self, branch: Branch, timesteps: Tensor, evaluated: Sequence[int]
+    ) -> Callable[[int], PrologueStep]:
+        """What the core needs to know about an evaluated step, by its number."""
         if self.savings.all_timesteps:
-            return self._prologue(branch, timesteps).__getitem__
+            prologue = self._prologue(branch, timesteps[list(evaluated)])
+            return lambda index: prologue[evaluated.index(index)]
         return lambda index: self._prologue(branch, timesteps[index : index + 1])[0]
 
     def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:

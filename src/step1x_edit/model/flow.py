@@ -8,6 +8,7 @@ with time reversed.)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -88,3 +89,16 @@ def norm_divisor(direction: Tensor) -> Tensor:
 def euler_step(x: Tensor, velocity: Tensor, t: float | Tensor, t_next: float | Tensor) -> Tensor:
     """Follow the velocity from t to t_next."""
     return x + (t_next - t) * velocity
+
+
+def extrapolate(known: Sequence[tuple[float, Tensor]], t: float) -> Tensor:
+    """Continue the straight line through the last two known (t, velocity); one is continued as is.
+
+    v(t) = v1 + (t - t1) / (t1 - t0) * (v1 - v0): with Euler steps that share it, a two-step
+    Adams-Bashforth method of second order.
+    """
+    t1, v1 = known[-1]
+    if len(known) == 1:
+        return v1
+    t0, v0 = known[-2]
+    return v1 + (t - t1) / (t1 - t0) * (v1 - v0)

@@ -27,13 +27,14 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.denoising import Branch, Denoiser, DenoiseState, Encoded
+from step1x_edit.model.flow import schedule
 from step1x_edit.model.latents import draw_noise, pack, unpack
 from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.sketch import Pairs, Sketch, chart
-from step1x_edit.model.steps import Evaluations
+from step1x_edit.model.steps import Evaluations, Profile, StepPolicy, choose_steps
 from step1x_edit.model.transformer import QuotedText, Transformer
 
 
@@ -123,13 +124,16 @@ class EditPipeline:
         config: ModelConfig,
         recogniser: Recogniser | None = None,
         savings: Savings = ALL,
+        profile: Profile | None = None,
     ) -> None:
+        """Without a profile every edit is exact."""
         self.transformer = transformer
         self.vae = vae
         self.conditioner = conditioner
         self.config = config
         self.recogniser = recogniser
         self.savings = savings
+        self.profile = profile
         self._tables = RecentTables()
         self._chart: Pairs | None = None
 
@@ -150,8 +154,8 @@ class EditPipeline:
     def edit(self, request: NetworkRequest) -> Generator[Step | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
 
-        Raises ValueError for a picture that is too narrow or that this checkpoint cannot make, and
-        FloatingPointError if numbers overflow.
+        Raises ValueError for a picture that is too narrow or that this checkpoint cannot make, or
+        a mode that it cannot make it in, and FloatingPointError if numbers overflow.
         """
         return self.advance(EditRun(request), PLANS[0])
 
@@ -165,6 +169,7 @@ class EditPipeline:
         request = run.request
         if request.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {request.num_steps}")
+        self.check_mode(request)
         if run.encoded is None:
             yield Step("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
@@ -178,8 +183,9 @@ class EditPipeline:
             yield self._report(run, state, run.encoded)
         yield Step("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
-        evaluations = Evaluations(request.num_steps * len(run.encoded.branches))
-        yield Edited(image, run.label, run.encoded.cut, evaluations)
+        done = run.state.evaluations
+        skipped = request.num_steps * len(run.encoded.branches) - done
+        yield Edited(image, run.label, run.encoded.cut, Evaluations(done, skipped))
 
     def _report(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Step:
         """The progress after a step, with its preview if one is wanted."""
@@ -194,15 +200,23 @@ class EditPipeline:
         run.steps_reported = state.step
         return Step("denoising", state.step, run.request.num_steps, preview)
 
+    def check_mode(self, request: NetworkRequest) -> None:
+        """Raise ValueError if this checkpoint does not make such an edit in the mode asked for."""
+        columns, rows = (side // self.config.size_multiple for side in self._size(request))
+        self._policy(request, rows * columns)
+
+    def _policy(self, request: NetworkRequest, tokens: int) -> StepPolicy:
+        """What each step does."""
+        times = schedule(request.num_steps, tokens).tolist()
+        return choose_steps(request.mode, times, tokens, self.profile)
+
     # --- encode -----------------------------------------------------------------------------------
 
     def encode(self, request: NetworkRequest, plan: Plan = PLANS[0]) -> Encoded:
         """Encode the picture as latents and, with the prompts, as hidden states."""
         if request.image is None:
             return self._encode_words(request)
-        multiple = self.config.size_multiple
-        height, width = request.image.shape[:2]
-        size = fit_size(width, height, request.size_level, multiple)
+        size, multiple = self._size(request), self.config.size_multiple
         picture = Image.fromarray(request.image).resize(size, Image.Resampling.LANCZOS)
         image = np.asarray(picture)
         match self.config.reference_resize:
@@ -239,6 +253,13 @@ class EditPipeline:
             cut=self._cut(request, black),
             sketch=self._sketch(request),
         )
+
+    def _size(self, request: NetworkRequest) -> tuple[int, int]:
+        """The width and height of the edited picture."""
+        if request.image is None:
+            return request.width, request.height
+        height, width = request.image.shape[:2]
+        return fit_size(width, height, request.size_level, self.config.size_multiple)
 
     def _encode_latents(self, pixels: Tensor) -> Tensor:
         """Latents (1, C, H, W) of pixels (1, 3, H, W), 0 to 255.
@@ -294,7 +315,8 @@ class EditPipeline:
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each."""
         denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables)
-        yield from denoiser.denoise(encoded, start, request, plan.has_joint_branches)
+        policy = self._policy(request, encoded.rows * encoded.columns)
+        yield from denoiser.denoise(encoded, start, request, policy, plan.has_joint_branches)
 
     # --- decode -----------------------------------------------------------------------------------
 

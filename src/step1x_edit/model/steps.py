@@ -1,8 +1,49 @@
-"""Which work each step of the denoising loop does, and what was done."""
+"""Which work each step of the denoising loop does, and what was done; without torch.
+
+An exact edit runs the transformer in every step, for both prompts. Its velocity changes slowly
+along t, except in places that depend on the checkpoint. So a `Profile`, which was measured for the
+checkpoint, says how densely it must be evaluated along t, and the steps between are extrapolated.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from step1x_edit.model.request import Mode
+
+SHARES: Final[Mapping[Mode, float]] = {"exact": 1.0, "fast": 0.5, "turbo": 0.38}
+"""The largest share of the steps in which the transformer runs."""
+
+FEWEST: Final = 4
+"""Evaluated steps of any edit: a straight line from the noise takes two, and its end is curved."""
+
+
+class Action(Enum):
+    """How a step gets its velocity."""
+
+    FULL = "full"
+    """The transformer runs, for each prompt."""
+    REUSE = "reuse"
+    """Nothing runs: the velocity is extrapolated."""
+
+
+@dataclass(frozen=True)
+class StepPolicy:
+    """What each step of a schedule does."""
+
+    actions: tuple[Action, ...]
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """The steps in which the transformer runs."""
+        return tuple(
+            index for index, action in enumerate(self.actions) if action is not Action.REUSE
+        )
 
 
 @dataclass(frozen=True)
@@ -14,3 +55,151 @@ class Evaluations:
 
     done: int
     skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How densely a velocity must be evaluated along t in pictures of one size."""
+
+    tokens: int
+    density: tuple[tuple[float, float], ...]
+    """Pairs of t, falling, and weight; between them it is linear."""
+
+    def mass(self, t: float, t_next: float) -> float:
+        """The integral of the density over a step."""
+        return (t - t_next) * (self._at(t) + self._at(t_next)) / 2
+
+    def _at(self, t: float) -> float:
+        if t >= self.density[0][0]:
+            return self.density[0][1]
+        for (high, above), (low, below) in itertools.pairwise(self.density):
+            if t >= low:
+                return below + (above - below) * (t - low) / (high - low)
+        return self.density[-1][1]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `scripts/calibrate_steps.py` measured of a checkpoint, or others published of it."""
+
+    curves: tuple[Curve, ...]
+    """By size, the smallest first."""
+    caveat: str | None = None
+    """What its user should know; None if it was measured."""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Profile:
+        """Build a profile from plain data. Raises ValueError if it does not fit."""
+        try:
+            curves = [
+                Curve(int(each["tokens"]), tuple((float(t), float(w)) for t, w in each["density"]))
+                for each in data["curves"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a profile of steps: {error!r}") from error
+        return cls(tuple(sorted(curves, key=lambda curve: curve.tokens)))
+
+    def masses(self, tokens: int, times: Sequence[float]) -> list[float]:
+        """How much of the density each step of a schedule has, by interpolation between sizes.
+
+        Raises ValueError for a size that was not measured; published figures serve all sizes.
+        """
+        if self.caveat is not None:
+            return [self.curves[0].mass(*step) for step in itertools.pairwise(times)]
+        below = [curve for curve in self.curves if curve.tokens <= tokens]
+        above = [curve for curve in self.curves if curve.tokens >= tokens]
+        if not below or not above:
+            sizes = f"{self.curves[0].tokens} to {self.curves[-1].tokens}"
+            raise ValueError(
+                f"only exact edits have {tokens} tokens: this checkpoint's steps were measured "
+                f"for {sizes}; choose another size_level or mode exact"
+            )
+        small, large = below[-1], above[0]
+        part = (tokens - small.tokens) / max(1, large.tokens - small.tokens)
+        return [
+            (1 - part) * small.mass(t, t_next) + part * large.mass(t, t_next)
+            for t, t_next in itertools.pairwise(times)
+        ]
+
+
+def choose_steps(
+    mode: Mode, times: Sequence[float], tokens: int, profile: Profile | None
+) -> StepPolicy:
+    """What each step of the schedule `times` (num_steps + 1, falling) does.
+
+    Raises ValueError for a mode other than exact if nothing was measured for such an edit.
+    """
+    num_steps = len(times) - 1
+    if mode == "exact":
+        return StepPolicy((Action.FULL,) * num_steps)
+    if profile is None:
+        raise ValueError(
+            f"mode {mode} needs figures of this checkpoint, which scripts/calibrate_steps.py "
+            "measures; use mode exact"
+        )
+    return spread(profile.masses(tokens, times), num_evaluated(mode, num_steps))
+
+
+def num_evaluated(mode: Mode, num_steps: int) -> int:
+    """In how many of its steps an edit runs the transformer."""
+    return min(num_steps, max(FEWEST, int(SHARES[mode] * num_steps)))
+
+
+def spread(masses: Sequence[float], number: int) -> StepPolicy:
+    """Evaluate `number` steps at equal distances in mass, the first two and the last among them."""
+    low, high = 0.0, sum(masses)
+    for _ in range(50):
+        limit = (low + high) / 2
+        if len(_evaluated(masses, limit)) > number:
+            low = limit
+        else:
+            high = limit
+    evaluated = _evaluated(masses, high)
+    return StepPolicy(
+        tuple(Action.FULL if i in evaluated else Action.REUSE for i in range(len(masses)))
+    )
+
+
+def _evaluated(masses: Sequence[float], limit: float) -> set[int]:
+    """The first two steps, the last, and each before which more mass than this would be skipped."""
+    evaluated, since = {0, 1, len(masses) - 1}, 0.0
+    for index, mass in enumerate(masses):
+        since = mass if index in evaluated else since + mass
+        if since > limit:
+            evaluated.add(index)
+            since = mass
+    return evaluated
+
+
+# --- published, not measured by us ----------------------------------------------------------------
+
+# RegionE, arXiv 2510.25590: `gamma` in `src/Step1X-Edit/inplace.py` of Peyton-Chen/RegionE, fitted
+# to v1.1 at 1024 with 28 steps.
+_GAMMA: Final = (
+    *(0.9746, 0.9593, 1.0036, 1.0084, 1.0106, 1.0114, 1.0138, 1.0163, 1.0152),
+    *(1.0163, 1.0197, 1.0186, 1.0219, 1.0218, 1.0223, 1.0266, 1.0272, 1.0305),
+    *(1.0311, 1.0362, 1.0385, 1.0423, 1.0500, 1.0536, 1.0671, 1.0866, 1.1015),
+)
+_TOKENS: Final = 4096
+_E_MU: Final = math.exp(1.15)  # `flow.shift` at 4096 tokens
+
+
+def _published() -> Profile:
+    """From step i - 1 to i the velocity scales by s_i = gamma_i * (1 + t_i - t_(i-1)).
+
+    RegionE skips steps while the product of s_i is near 1, so the density is |1 - s_i|.
+    """
+    times = [_E_MU / (_E_MU + 1 / u - 1) for u in (1 - i / 28 for i in range(28))]
+    density = [
+        (t_next, abs(1 - gamma * (1 + t_next - t)) / (t - t_next))
+        for gamma, (t, t_next) in zip(_GAMMA, itertools.pairwise(times), strict=True)
+    ]
+    caveat = (
+        "which steps are skipped follows figures that were published for 28 steps at 1024 "
+        "(RegionE, arXiv 2510.25590), not measured by us; scripts/calibrate_steps.py measures them"
+    )
+    return Profile((Curve(_TOKENS, tuple(density)),), caveat)
+
+
+PUBLISHED: Final = _published()
+"""For v1.0 to v1.2, until `scripts/calibrate_steps.py` has measured the checkpoint."""

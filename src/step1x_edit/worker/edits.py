@@ -129,7 +129,7 @@ class _RunningEdit:
                     if isinstance(event, Edited):
                         yield Painted(
                             event.image,
-                            _warning(event, checkpoint),
+                            _warning(event, checkpoint, request),
                             evaluations=event.evaluations,
                         )
                     else:
@@ -247,11 +247,20 @@ class _RunningEdit:
                     f"{asked} needs Step1X-Edit v1.2; the model here is {checkpoint.name}",
                     param=asked,
                 )
+        if self.job.mode != "exact":
+            try:
+                checkpoint.pipeline.check_mode(self.job)
+            except ValueError as error:
+                raise InvalidParameterError(str(error), param="mode") from None
 
 
-def _warning(edited: Edited, checkpoint: Checkpoint) -> str | None:
-    """What the caller should know about how the prompt was read."""
-    found = (_cut(edited, checkpoint), _unknown(edited, checkpoint))
+def _warning(edited: Edited, checkpoint: Checkpoint, request: NetworkRequest) -> str | None:
+    """What the caller should know about how the prompt was read and how the picture was made."""
+    found = (
+        _cut(edited, checkpoint),
+        _unknown(edited, checkpoint),
+        _unmeasured(checkpoint, request),
+    )
     return "; ".join(filter(None, found)) or None
 
 
@@ -263,6 +272,11 @@ def _cut(edited: Edited, checkpoint: Checkpoint) -> str | None:
         f"the end of the {' and of the '.join(edited.cut)} was cut: this checkpoint reads at most "
         f"{limit} tokens of picture and prompt"
     )
+
+
+def _unmeasured(checkpoint: Checkpoint, request: NetworkRequest) -> str | None:
+    profile = checkpoint.pipeline.profile
+    return None if request.mode == "exact" or profile is None else profile.caveat
 
 
 def _unknown(edited: Edited, checkpoint: Checkpoint) -> str | None:
