@@ -233,9 +233,14 @@ def test_a_picture_is_edited_and_downloaded_as_the_service_made_it(
 
 
 @needs_browser
-def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> None:
+def test_the_settings_reach_the_edit_and_then_its_time_is_foretold(
+    open_page: OpenPage, photo: Path
+) -> None:
     page = open_page()
     choose(page, "edit", photo)
+    modes = page.locator("#edit-mode label")
+    expect(modes).to_have_text(["Best", "Good", "Fast"])
+    modes.last.click()
     page.get_by_role("button", name="Advanced").first.click()
     page.get_by_role("radio", name="512").first.check()
     for label, value in (("Steps", "11"), ("Seed", "7"), ("What to avoid", "blur")):
@@ -250,7 +255,12 @@ def test_advanced_settings_reach_the_edit(open_page: OpenPage, photo: Path) -> N
 
     assert record is not None
     assert (record.num_steps, record.size_level, record.seed) == (11, 512, 7)
-    assert record.negative_prompt == "blur"
+    assert (record.mode, record.negative_prompt) == ("turbo", "blur")
+    timed = [re.compile(f"{name} · ≈ [0-9]+ s") for name in ("Best", "Good", "Fast")]
+    expect(modes).to_have_text(timed)
+    expect(modes.last.locator("input")).to_be_checked()
+    page.get_by_role("radio", name="768").first.check()  # no edit had this size
+    expect(modes).to_have_text(["Best", "Good", "Fast"])
 
 
 @needs_browser
@@ -588,6 +598,8 @@ def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, langua
     expect(page.locator("#edit-prompt textarea")).to_have_attribute(
         "placeholder", text("prompt.hint", language)
     )
+    modes = [text(f"mode.{mode}", language) for mode in ("exact", "fast", "turbo")]
+    expect(page.locator("#edit-mode label")).to_have_text(modes)
     expect(page.locator(".pill b")).to_have_count(1)
     expect(page.locator(".demo")).to_contain_text(text("demo.about", language))
     page.click("#edit-night")

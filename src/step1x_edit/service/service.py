@@ -120,7 +120,7 @@ class EditService:
         self._estimator = estimator
 
     @property
-    def defaults(self) -> Mapping[str, int | float]:
+    def defaults(self) -> Mapping[str, int | float | str]:
         """The operator's defaults for parameters that a caller leaves unset."""
         return {name: getattr(self._settings, f"default_{name}") for name in CHOSEN_BY_THE_OPERATOR}
 
@@ -225,6 +225,10 @@ class EditService:
     def time_warning(self, request: PictureOrder) -> str | None:
         """A warning if such an edit is predicted to take longer than it may."""
         return self._engine.time_warning(job_of(with_seed(request), None))
+
+    def predicted_s(self, request: PictureOrder) -> float | None:
+        """How long such an edit takes, without waiting and loading; None if it is not known."""
+        return self._engine.predicted_s(job_of(with_seed(request), None))
 
     def status(self) -> StatusAnswer:
         """The location of the model and the memory it occupies; never waits."""

@@ -117,13 +117,14 @@ class _Page:
             notice = gr.Markdown(elem_classes="line", elem_id="notice", sanitize_html=False)
             is_demo = self._settings.model_path is None
             about = gr.Markdown(visible=is_demo, sanitize_html=False, min_height=64)
-            with gr.Tab(T("tab.edit")):
+            with gr.Tab(T("tab.edit")) as edit_place:
                 edit = EditTab(*editing)
-            with gr.Tab(T("tab.region")):
+            with gr.Tab(T("tab.region")) as region_place:
                 region = RegionTab(*editing)
-            with gr.Tab(T("tab.batch")):
+            with gr.Tab(T("tab.batch")) as batch_place:
                 batch = BatchTab(*editing)
-            self._forms = [edit.form, region.form, batch.form]
+            tabs = {edit: edit_place, region: region_place, batch: batch_place}
+            self._forms = [tab.form for tab in tabs]
             with gr.Tab(T("tab.system")):
                 system = SystemTab(self._service, self._pulls, chip, self._forms)
 
@@ -135,8 +136,12 @@ class _Page:
             system.refresh_on(blocks.load)
             system.refresh_on(gr.Timer(_REFRESH_S).tick)
             system.listen()
-            for end in [*edit.ends, *region.ends, *batch.ends]:
-                system.refresh_on(end.then(None, None, None, js=_ENDED, **PRIVATE).then)
+            for tab, place in tabs.items():
+                tab.form.foretell_on(blocks.load)
+                tab.form.foretell_on(place.select)
+                for end in tab.ends:
+                    tab.form.foretell_on(end.then)
+                    system.refresh_on(end.then(None, None, None, js=_ENDED, **PRIVATE).then)
             blocks.unload(self._leave)
         return blocks
 

@@ -8,15 +8,25 @@ from typing import Any, Final
 
 import gradio as gr
 
+from step1x_edit.errors import InvalidParameterError
 from step1x_edit.hub.catalog import Suggestion
 from step1x_edit.interfaces.page.lines import alert
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import has_text, text
 from step1x_edit.schemas.parameters import Parameter, parameters_of
-from step1x_edit.schemas.requests import HowToEdit, loras_of
+from step1x_edit.schemas.requests import PARAMETERS, HowToEdit, loras_of
 from step1x_edit.service.service import EditService
 
 _REASONING: Final = ("thinking", "reflection")
+_PACED: Final = (
+    "num_steps",
+    "guidance_scale",
+    "size_level",
+    "thinking",
+    "reflection",
+    "reflection_rounds",
+)
+"""The parameters besides the mode on which the time of an edit depends."""
 
 
 class Form:
@@ -43,6 +53,8 @@ class Form:
                 key = f"edit.{example}"
                 button = gr.Button(T(key), size="sm", elem_id=f"{name}-{example}")
                 button.click(_saying(key), None, self.prompt, **PRIVATE)
+        parameters = parameters_of(HowToEdit)
+        mode = _widget(parameters.pop("mode"), name, service)
         with gr.Row():
             self.run = gr.Button(
                 T(run), variant="primary", scale=3, min_width=120, elem_id=f"{name}-run"
@@ -61,19 +73,25 @@ class Form:
                 use = gr.Button(T("suggested.use"), size="sm", elem_id=f"{name}-use-suggested")
             widgets = {
                 parameter.name: _widget(parameter, name, service)
-                for parameter in parameters_of(HowToEdit).values()
+                for parameter in parameters.values()
             }
         reflection, rounds = widgets["reflection"], widgets["reflection_rounds"]
         reflection.change(_shown_if, reflection, rounds, **PRIVATE)
         suggested = [widgets["num_steps"], widgets["guidance_scale"]]
         use.click(self._suggested, None, suggested, **PRIVATE)
-        self._widgets = {"prompt": self.prompt, **widgets}
+        self._widgets = {"prompt": self.prompt, "mode": mode, **widgets}
         self.inputs: Final[list[Any]] = list(self._widgets.values())
         self.outputs: Final[list[Any]] = [self.run, self.stop, self.line]
         self.hint: Final[list[Any]] = [self._hint, self._hint_line]
         """The recommendation of the model's authors, and a button that applies it."""
         self.reasoning: Final[list[Any]] = [widgets[choice] for choice in _REASONING]
         """The options that only some models support."""
+        for paced in _PACED:
+            self.foretell_on(widgets[paced].change)
+
+    def foretell_on(self, event: Callable[..., Any]) -> None:
+        """Whenever this event occurs, show how long an edit takes in each mode."""
+        event(self._foretell, self.inputs, self._widgets["mode"], **PRIVATE)
 
     def arguments(self, values: Sequence[object]) -> dict[str, object]:
         """The values of the inputs by the names of the parameters."""
@@ -130,6 +148,20 @@ class Form:
             for choice, widget in zip(_REASONING, self.reasoning, strict=True)
         }
 
+    def _foretell(self, request: gr.Request, *values: object) -> Any:
+        language, arguments = visitor_language(request), self.arguments(values)
+        modes = PARAMETERS["mode"].choices
+        try:
+            seconds = {
+                mode: self._service.predicted_s(
+                    self._service.read_picture({**arguments, "mode": mode})
+                )
+                for mode in modes
+            }
+        except InvalidParameterError:  # said when the edit starts
+            seconds = {}
+        return gr.Radio([(_mode_label(mode, seconds.get(mode), language), mode) for mode in modes])
+
     def _suggested(self) -> tuple[Any, Any]:
         suggestion = self._service.suggestion
         if suggestion is None:  # since the button was shown
@@ -148,6 +180,13 @@ def _shown_if(is_on: bool) -> gr.Slider:
     return gr.Slider(visible=is_on)
 
 
+def _mode_label(mode: int | str, seconds: float | None, language: str) -> str:
+    name = text(f"mode.{mode}", language)
+    if seconds is None:
+        return name
+    return text("mode.timed", language, mode=name, seconds=max(1, round(seconds)))
+
+
 # --- widgets --------------------------------------------------------------------------------------
 
 
@@ -161,6 +200,9 @@ def _widget(parameter: Parameter, tab: str, service: EditService) -> Any:
         "elem_id": f"{tab}-{name.replace('_', '-')}",
     }
     match name:
+        case "mode":
+            choices = [(T(f"mode.{mode}"), mode) for mode in parameter.choices]
+            return gr.Radio(choices, value=value, **words)
         case "seed":
             return gr.Number(-1, precision=0, **words)
         case "loras":
