@@ -218,6 +218,17 @@ def spared(size_level: int, has_joint_branches: bool) -> int:
     return (1 + has_joint_branches) * (BRANCH - BRANCH_AT.get(size_level, BRANCH))
 
 
+def keepable(free: int, plan: MemoryPlan | None) -> int:
+    """The part of `free` bytes that an edit may keep from step to step beside its activations.
+
+    The model is where it computes already; without a plan that is host memory.
+    """
+    if plan is None:
+        return free - min(COMPUTING_RESERVE, free // 2)
+    reserve = max(RESERVE[0], int(RESERVE[1] * free))
+    return max(0, free - reserve - FIXED - (1 + plan.has_joint_branches) * BRANCH)
+
+
 def hosted(
     blocks_of: Callable[[Precision], Iterable[Sized]],
     free: int | None,

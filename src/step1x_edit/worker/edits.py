@@ -29,7 +29,7 @@ from step1x_edit.model.pipeline import PLANS, Edited, EditRun, Plan
 from step1x_edit.model.reasoning import Prompt
 from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.worker.arithmetic import arithmetic_of
-from step1x_edit.worker.memory import free_memory, is_out_of_memory
+from step1x_edit.worker.memory import free_memory, is_out_of_memory, keepable_bytes
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
 
@@ -196,11 +196,14 @@ class _RunningEdit:
         if not self.residency.is_ready(self.job.loras, use):
             yield Progress(Phase.LOADING)
             yield from self._make_ready(use)
-        placed = self.residency.plan
+        may_keep, placed = plan is PLANS[0], self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
         with self.residency.on_device() as checkpoint, self._stoppable(checkpoint):
             self._accept(checkpoint)
+            if may_keep:  # memory has not run out yet
+                device = checkpoint.pipeline.transformer.img_in.weight.device
+                plan = replace(plan, keepable=keepable_bytes(device, placed))
             return (yield from work(checkpoint, plan))
 
     def _make_ready(self, use: Use) -> Iterator[Progress]:
