@@ -62,6 +62,9 @@ async def test_an_edit_answers_exactly_as_the_contract_says(
             "arithmetic": "fp32 avx2",
             "width": 64,
             "height": 48,
+            "mode": "exact",
+            "evaluations_done": 56,
+            "evaluations_skipped": 0,
         },
     }
 
@@ -124,6 +127,23 @@ async def test_the_file_says_that_the_model_thought_and_only_then(
     assert b"thinking" not in written
     assert b"reflection_rounds" not in written
     assert b"rewritten_prompt" not in written
+
+
+async def test_the_file_names_the_mode_unless_it_is_exact(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service(default_mode="fast")
+
+    fast = await edit(service, photo)
+    exact = await edit(service, photo, mode="exact")
+
+    files = [Path(str(answer["output_path"])) for answer in (fast, exact)]
+    records = [read_edit_record(file) for file in files]
+    assert [record and record.mode for record in records] == ["fast", "exact"]
+    assert b"mode" not in files[1].read_bytes()  # the bytes of exact files are as before
+    skipped: Any = [answer["metadata"] for answer in (fast, exact)]
+    assert [metadata["mode"] for metadata in skipped] == ["fast", "exact"]
+    assert skipped[0]["evaluations_skipped"] > skipped[1]["evaluations_skipped"] == 0
 
 
 async def test_each_round_is_shown_small_in_the_colours_of_the_input(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from step1x_edit.errors import Step1XEditError
+from step1x_edit.model.request import Mode
 from step1x_edit.schemas.parameters import CONTRACT, in_order
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import GeneratePictureRequest, HowToEdit, PictureRequest
@@ -108,6 +109,7 @@ class EditMetadata(_HowItWasMade):
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
+    mode: Mode | None = None
     warning: str | None = None
     changed_share: Annotated[
         float | None,
@@ -448,6 +450,7 @@ class EstimateAnswer(_Answer):
     num_steps: int
     guidance_scale: float
     size_level: int
+    mode: Mode
     n: Annotated[int, Field(description="Number of pictures, one after the other")]
     predicted_seconds: Annotated[
         float | None,

@@ -73,6 +73,7 @@ class Estimator:
             num_steps=request.num_steps,
             guidance_scale=request.guidance_scale,
             size_level=request.size_level,
+            mode=request.mode,
             n=n,
             predicted_seconds=None if seconds is None else round(n * seconds, 1),
             predicted_peak_gb=_peak_at(placement, request.size_level) if placement else None,

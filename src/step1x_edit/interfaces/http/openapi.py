@@ -303,6 +303,9 @@ _METADATA: Final = EditMetadata(
     device="cuda:0",
     width=1536,
     height=1024,
+    mode="exact",
+    evaluations_done=56,
+    evaluations_skipped=0,
 )
 _EDITED: Final = PictureAnswer(
     processing_time=15.3,
@@ -476,6 +479,7 @@ _EDITED_IMAGE: Final = {
     "model": "v1.1",
     "num_inference_steps": 28,
     "guidance_scale": 6.0,
+    "mode": "exact",
     "size_level": 1024,
     "inference_time_s": 15.3,
     "output_format": "png",
@@ -642,6 +646,7 @@ _ESTIMATE: Final = EstimateAnswer(
     num_steps=28,
     guidance_scale=6.0,
     size_level=1024,
+    mode="exact",
     n=1,
     predicted_seconds=15.3,
     predicted_peak_gb=41.9,
