@@ -34,6 +34,7 @@ from step1x_edit.errors import (
     WorkerLostError,
 )
 from step1x_edit.model.request import Pixels
+from step1x_edit.model.steps import Evaluations, num_evaluated
 from step1x_edit.schemas.answers import Location
 from step1x_edit.schemas.plan import PlanStatus
 
@@ -130,6 +131,22 @@ def check_can_reason(job: EditJob, model: str) -> None:
 def rounds_of(job: EditJob) -> int:
     """The number of rounds of a fake worker: two with reflection, if allowed."""
     return min(2, job.reflection_rounds) if job.reflection else 1
+
+
+def evaluated_steps(job: EditJob) -> list[int]:
+    """The steps in which a fake worker's network runs: the first two, and the others evenly."""
+    number, steps = num_evaluated(job.mode, job.num_steps), job.num_steps
+    if number == steps:
+        return [*range(1, steps + 1)]
+    others = number - 2
+    return [1, 2, *sorted(steps - round(k * (steps - 2) / others) for k in range(others))]
+
+
+def evaluations_of(job: EditJob) -> Evaluations:
+    """How often the network of a real worker runs."""
+    prompts = 2 if job.guidance_scale > 1 else 1
+    done = prompts * len(evaluated_steps(job))
+    return Evaluations(done, prompts * job.num_steps - done)
 
 
 def reasoned(job: EditJob) -> dict[str, Any] | None:
@@ -268,13 +285,21 @@ class FakeWorker:
             check_can_reason(job, self.model)
             if job.thinking:
                 yield self._report(Progress(Phase.THINKING))
+            evaluated = evaluated_steps(job)
             for _ in range(rounds_of(job)):
                 yield self._report(Progress(Phase.ENCODING))
                 for step in range(1, job.num_steps + 1):
                     self.before_step(job, step)
                     self._stop_if_cancelled(job)
                     preview = predicted(job, step)
-                    yield self._report(Progress(Phase.DENOISING, step, job.num_steps, preview))
+                    progress = Progress(Phase.DENOISING, step, job.num_steps, preview)
+                    yield self._report(
+                        dataclasses.replace(
+                            progress,
+                            evaluated=sum(one <= step for one in evaluated),
+                            to_evaluate=len(evaluated),
+                        )
+                    )
                 yield self._report(Progress(Phase.DECODING))
                 if job.reflection:
                     yield self._report(Progress(Phase.REFLECTING))
@@ -284,7 +309,8 @@ class FakeWorker:
         else:
             image = self.paint(job)
             rounds = np.stack([canvas(job), image][-rounds_of(job) :]) if job.reflection else None
-            yield self._report(Painted(image, self.warning, reasoned(job), rounds))
+            evaluations = evaluations_of(job)
+            yield self._report(Painted(image, self.warning, reasoned(job), rounds, evaluations))
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":

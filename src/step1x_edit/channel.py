@@ -116,6 +116,15 @@ class Progress:
     """Estimated seconds until the end of the phase; None if unknown."""
     warning: str | None = field(default=None, compare=False)
     """Set once the edit is expected to take longer than it may."""
+    evaluated: int = field(default=0, compare=False)
+    """In how many of the steps so far the network ran."""
+    to_evaluate: int = field(default=0, compare=False)
+    """In how many of all steps it runs; 0: in each."""
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """How much of the phase's work is done, and all of it: other steps take no time."""
+        return (self.evaluated, self.to_evaluate) if self.to_evaluate else (self.step, self.total)
 
     @property
     def is_counted(self) -> bool:

@@ -14,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fakes import FakeWorker, Gate, ManualClock, a_job, canvas, predicted, settled, slow_disk
+from fakes import (
+    FakeWorker,
+    Gate,
+    ManualClock,
+    a_job,
+    canvas,
+    evaluated_steps,
+    predicted,
+    settled,
+    slow_disk,
+)
 from step1x_edit.channel import EditJob, Memory, Phase, Progress, Report
 from step1x_edit.engine.engine import HEARTBEAT_S, Engine, EngineStatus
 from step1x_edit.errors import (
@@ -806,6 +816,23 @@ async def test_the_first_edit_warns_as_soon_as_its_steps_show_that_it_is_too_slo
 
     assert warnings["denoising 1/28"] is None
     assert warnings["denoising 2/28"] == warnings["denoising 15/28"] == TOO_SLOW.format(280)
+
+
+async def test_steps_that_a_mode_skips_do_not_count_as_time(make_engine: MakeEngine) -> None:
+    clock = ManualClock()
+
+    def before_step(job: EditJob, step: int) -> None:
+        clock.advance(14 if step in evaluated_steps(job) else 0)
+
+    engine = make_engine(FakeWorker(before_step), clock=clock, edit_timeout_s=150)
+
+    job = replace(a_job(num_steps=28), mode="turbo")
+    edit = engine.submit(job)
+    seen = [event async for event in edit.events() if event.phase is Phase.DENOISING]
+
+    assert {event.warning for event in seen} == {None}
+    assert seen[1].left_s == 14 * (len(evaluated_steps(job)) - 2)
+    assert seen[2].left_s == seen[1].left_s  # the third step is skipped
 
 
 async def test_a_worker_that_is_ready_has_no_time_for_loading(make_engine: MakeEngine) -> None:

@@ -13,12 +13,14 @@ import httpx2
 import pytest
 
 from conftest import MakeService
-from fakes import STREAMED, FakeWorker, Gate, ManualClock, a_job
+from fakes import STREAMED, FakeWorker, Gate, ManualClock, a_job, evaluated_steps
 from http_server import calling, until
 from step1x_edit.channel import EditJob, Start
 from step1x_edit.engine.machine import Survey, inspect_machine
 from step1x_edit.interfaces.http.estimate import ESTIMATE_PATH
 from step1x_edit.interfaces.http.openai.requests import EDITS_PATH
+from step1x_edit.model.request import Mode
+from step1x_edit.model.steps import num_evaluated
 
 WEIGHTS = Path(__file__).with_name("weights")
 SEEN = Survey(
@@ -50,10 +52,11 @@ def edit(client: httpx2.Client, photo: Path, **fields: str) -> None:
 
 
 def ticking(clock: ManualClock) -> Callable[[EditJob, int], None]:
-    """Steps that take two seconds, after five for all that comes before the first."""
+    """Evaluated steps that take two seconds, the first five with all that comes before it."""
 
     def step(job: EditJob, number: int) -> None:
-        clock.advance(5.0 if number == 1 else 2.0)
+        if number in evaluated_steps(job):
+            clock.advance(5.0 if number == 1 else 2.0)
 
     return step
 
@@ -78,6 +81,7 @@ def test_a_model_that_is_not_loaded_is_looked_at_once_and_not_started(
         "num_steps": 28,
         "guidance_scale": 6.0,
         "size_level": 512,
+        "mode": "exact",
         "n": 1,
         "predicted_seconds": None,
         "predicted_peak_gb": 6.75,  # less than planned for 1024
@@ -112,6 +116,23 @@ def test_a_loaded_model_tells_itself_and_the_time_by_the_last_edit_of_the_kind(
     assert (same["must_load"], same["model"]) == (False, "fake")
     assert unguided["predicted_seconds"] is None
     assert larger["predicted_seconds"] is None
+
+
+@pytest.mark.parametrize("learned_from", ["exact", "fast", "turbo"])
+def test_the_time_in_one_mode_tells_that_in_the_others(
+    make_service: MakeService, photo: Path, learned_from: str
+) -> None:
+    clock = ManualClock()
+    worker = FakeWorker(before_step=ticking(clock), placement=STREAMED)
+    modes: list[Mode] = ["turbo", "fast", "exact"]
+    with calling(make_service(worker, clock, never)) as client:
+        edit(client, photo, num_steps="20", mode=learned_from)
+        told = [estimate(client, num_steps=50, mode=mode) for mode in modes]
+
+    assert [one["mode"] for one in told] == modes
+    seconds = [one["predicted_seconds"] for one in told]
+    assert seconds == [num_evaluated(mode, 50) * 2 + 3 for mode in modes]
+    assert seconds == sorted(set(seconds))
 
 
 def test_the_time_of_a_reflection_is_that_of_all_the_rounds_that_it_may_take(

@@ -140,7 +140,7 @@ async def test_the_file_names_the_mode_unless_it_is_exact(
     files = [Path(str(answer["output_path"])) for answer in (fast, exact)]
     records = [read_edit_record(file) for file in files]
     assert [record and record.mode for record in records] == ["fast", "exact"]
-    assert b"mode" not in files[1].read_bytes()  # the bytes of exact files are as before
+    assert b'"mode"' not in files[1].read_bytes()  # the bytes of exact files are as before
     skipped: Any = [answer["metadata"] for answer in (fast, exact)]
     assert [metadata["mode"] for metadata in skipped] == ["fast", "exact"]
     assert skipped[0]["evaluations_skipped"] > skipped[1]["evaluations_skipped"] == 0

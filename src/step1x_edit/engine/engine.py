@@ -577,7 +577,8 @@ class Engine:
                 case Progress() as progress:
                     watch.saw(progress, now := self._clock.now())
                     stopwatch.saw(progress, now)
-                    left.saw(progress.phase, progress.step, progress.total or None)
+                    done, total = progress.work
+                    left.saw(progress.phase, done, total or None)
                     left_s = left.seconds
                     progress = replace(progress, left_s=left_s)
                     if progress.phase is Phase.DENOISING and left_s is not None:
@@ -585,7 +586,7 @@ class Engine:
                     self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
-                    pace = stopwatch.pace(edit.job, self._clock.now())
+                    pace = stopwatch.pace(edit.job, painted.evaluations, self._clock.now())
                     self._paces.learn(edit.job, report.residence, pace)
                     self._last_model = report.residence
                     return EditResult(painted, report.residence)

@@ -1,8 +1,9 @@
 """How long edits take, learned from earlier edits; guesses are never reported.
 
-The time of an edit is a time per step plus a rest. Both depend on the model, on its device, on the
-working size and on the work of a step, so only edits of the same kind are compared. Loading the
-model is not counted.
+The time of an edit is a time per step in which the network runs, plus a rest. Both depend on the
+model, on its device, on the working size and on the work of a step, so only edits of the same kind
+are compared. A mode only changes in how many steps the network runs, so an exact edit tells the
+time of a fast one. Loading the model is not counted.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from step1x_edit.channel import EditJob, Phase, Progress, Residence
+from step1x_edit.model.steps import Evaluations, num_evaluated
 
 _MOST_KINDS: Final = 64
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What determines the time of an edit, except the number of its steps."""
+    """What determines the time of an edit, except in how many steps the network runs."""
 
     model: str | None
     device: str | None
@@ -27,6 +29,7 @@ class Kind:
     is_guided: bool
     thinking: bool
     reflection: bool
+    is_regional: bool
 
     @classmethod
     def of(cls, job: EditJob, residence: Residence) -> Kind:
@@ -40,19 +43,20 @@ class Kind:
             is_guided=job.guidance_scale > 1,
             thinking=job.thinking,
             reflection=job.reflection,
+            is_regional=job.mode == "turbo" and job.mask is not None,
         )
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an edit, or of each round of a reflection: per step, and for the rest."""
+    """Seconds of an edit, or of each round of a reflection: per evaluated step, and the rest."""
 
     step_s: float
     rest_s: float
 
-    def seconds(self, num_steps: int) -> float:
-        """The time of one round with this number of steps."""
-        return self.rest_s + num_steps * self.step_s
+    def seconds(self, job: EditJob) -> float:
+        """The time of one round of such an edit."""
+        return self.rest_s + num_evaluated(job.mode, job.num_steps) * self.step_s
 
 
 class Stopwatch:
@@ -84,13 +88,18 @@ class Stopwatch:
             self._steps_s += now - self._last[1]
         self._last = (progress.step, now)
 
-    def pace(self, job: EditJob, now: float) -> Pace | None:
+    def pace(self, job: EditJob, runs: Evaluations | None, now: float) -> Pace | None:
         """The pace of an edit that has just ended; None if it had too few steps."""
         if self._begun is None or self._steps < 1:
             return None
-        step_s = self._steps_s / self._steps
+        evaluated = job.num_steps
+        if runs is not None:
+            evaluated = round(evaluated * runs.done / (runs.done + runs.skipped))
+        # The first step of a round, which is evaluated, is not timed.
+        share = (evaluated - 1) / (job.num_steps - 1)
+        step_s = self._steps_s / (share * self._steps)
         round_s = (now - self._begun) / self._rounds
-        return Pace(step_s, max(0.0, round_s - job.num_steps * step_s))
+        return Pace(step_s, max(0.0, round_s - evaluated * step_s))
 
 
 class Paces:
@@ -119,7 +128,7 @@ class Paces:
         if known is None:
             return None
         last, _ = known
-        return last.seconds(job.num_steps) * (job.reflection_rounds if job.reflection else 1)
+        return last.seconds(job) * (job.reflection_rounds if job.reflection else 1)
 
     def least_seconds(self, job: EditJob, residence: Residence) -> float:
         """The time that such an edit needs at the best pace so far; 0 if there was none.
@@ -127,4 +136,4 @@ class Paces:
         That of one round: a reflection may end after it.
         """
         known = self._known.get(Kind.of(job, residence))
-        return 0.0 if known is None else known[1].seconds(job.num_steps)
+        return 0.0 if known is None else known[1].seconds(job)

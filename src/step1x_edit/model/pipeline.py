@@ -47,6 +47,9 @@ class Step:
     total: int
     preview: Pixels | None = field(default=None, compare=False, repr=False)
     """The picture as predicted at this step, if a preview was requested."""
+    evaluated: int = field(default=0, compare=False)
+    """In how many steps of denoising the transformer has run, of `to_evaluate`."""
+    to_evaluate: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,15 @@ class EditPipeline:
             )
             preview = _as_pixels(encoded.sketch(latents, height, width)[0])
         run.steps_reported = state.step
-        return Step("denoising", state.step, run.request.num_steps, preview)
+        evaluated = self._policy(run.request, encoded.rows * encoded.columns).evaluated
+        return Step(
+            "denoising",
+            state.step,
+            run.request.num_steps,
+            preview,
+            evaluated=sum(index < state.step for index in evaluated),
+            to_evaluate=len(evaluated),
+        )
 
     def check_mode(self, request: NetworkRequest) -> None:
         """Raise ValueError if this checkpoint does not make such an edit in the mode asked for."""

@@ -139,6 +139,8 @@ class _RunningEdit:
                             event.total,
                             event.preview,
                             is_known=run.label != UNKNOWN,
+                            evaluated=event.evaluated,
+                            to_evaluate=event.to_evaluate,
                         )
 
         yield from self._with_model(advance)

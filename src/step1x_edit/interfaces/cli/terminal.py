@@ -154,7 +154,7 @@ def shown_progress() -> Iterator[ShowProgress]:
                     case "loading" if event.step < event.total:
                         shown.show("reading", text, event.step, event.total)
                     case "denoising":
-                        shown.show(event.phase, text, event.step, event.total)
+                        shown.show(event.phase, text, *event.work)
                     case _:
                         shown.show(event.phase, text)
 

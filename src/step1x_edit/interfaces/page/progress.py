@@ -35,10 +35,10 @@ class ProgressLine:
         cautions = [] if self.is_known else ["unknown_edit"]
         cautions += [] if progress.warning is None else ["slow_edit"]
         words, share = words_of(progress, self._language), 0.0
-        total = progress.total if progress.is_counted else None
-        self._left.saw(progress.phase, progress.step, total)
+        done, total = progress.work
+        self._left.saw(progress.phase, done, total if progress.is_counted else None)
         if progress.is_counted:
-            share = progress.step / progress.total
+            share = done / total
             left = self._left.seconds
             if left is not None and left > 1:  # otherwise overdue by an unknown time
                 words += " · " + text("left", self._language, seconds=round(left))
