@@ -66,6 +66,12 @@ class EditJob(NetworkRequest):
         """What to ask for, in words, if this job needs too much memory."""
         return "a smaller width and height" if self.width else "a lower size_level"
 
+    @property
+    def quicker(self) -> str:
+        """What to ask for, in words, if this job takes too long."""
+        less = f"fewer num_steps, {self.smaller}"
+        return less if self.mode == "turbo" else f"a faster mode, {less}"
+
 
 @dataclass(frozen=True)
 class Cancel:

@@ -23,8 +23,8 @@ from step1x_edit.interfaces.page.texts import LANGUAGES, text
 from step1x_edit.service.service import EditService
 
 ADVICE = (
-    "such an edit takes about {} s here, and EDIT_TIMEOUT is 150 s; use fewer num_steps, a lower "
-    "size_level, or a higher EDIT_TIMEOUT"
+    "such an edit takes about {} s here, and EDIT_TIMEOUT is 150 s; use a faster mode, fewer "
+    "num_steps, a lower size_level, or a higher EDIT_TIMEOUT"
 )
 REFUSAL = f"Deadline exceeded: {ADVICE.format(280)}"
 WARNING = ADVICE.format(200)

@@ -733,8 +733,8 @@ def usual(clock: ManualClock, step_s: float) -> FakeWorker:
 
 
 TOO_SLOW = (
-    "such an edit takes about {} s here, and EDIT_TIMEOUT is 150 s; use fewer num_steps, a lower "
-    "size_level, or a higher EDIT_TIMEOUT"
+    "such an edit takes about {} s here, and EDIT_TIMEOUT is 150 s; use a faster mode, fewer "
+    "num_steps, a lower size_level, or a higher EDIT_TIMEOUT"
 )
 
 

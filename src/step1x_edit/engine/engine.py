@@ -603,8 +603,7 @@ class Engine:
     def _too_slow(self, job: EditJob, seconds: float) -> str:
         return (
             f"such an edit takes about {seconds:.0f} s here, and EDIT_TIMEOUT is "
-            f"{self._limits.edit_s:g} s; use fewer num_steps, {job.smaller}, or a higher "
-            "EDIT_TIMEOUT"
+            f"{self._limits.edit_s:g} s; use {job.quicker}, or a higher EDIT_TIMEOUT"
         )
 
     def _overrun(self, job: EditJob, watch: Watch) -> DeadlineExceededError:
@@ -614,8 +613,8 @@ class Engine:
                 "faster disk, or set a higher LOAD_TIMEOUT"
             )
         return DeadlineExceededError(
-            f"the edit took longer than {self._limits.edit_s:g} s; use fewer num_steps, "
-            f"{job.smaller}, or a higher EDIT_TIMEOUT"
+            f"the edit took longer than {self._limits.edit_s:g} s; use {job.quicker}, or a higher "
+            "EDIT_TIMEOUT"
         )
 
     def _carry_out(self, order: _Order) -> None:
