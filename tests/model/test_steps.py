@@ -17,12 +17,13 @@ from step1x_edit.model.steps import (
     Curve,
     Evaluations,
     Profile,
+    StepPolicy,
     choose_steps,
     num_evaluated,
 )
 from tiny import a_picture, final_picture, tiny_pipeline, tiny_pipeline_v1_2
 
-EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))))
+EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))), order=3)
 TURBO = NetworkRequest(
     a_picture(), "make it night", num_steps=10, size_level=64, seed=7, mode="turbo"
 )
@@ -53,19 +54,19 @@ def test_a_mode_evaluates_its_share_of_any_number_of_steps(mode: Mode, profile: 
 def test_an_exact_edit_evaluates_every_step_of_any_size() -> None:
     policy = choose_steps("exact", schedule(28, 9999).tolist(), 9999, None)
 
-    assert policy.actions == (Action.FULL,) * 28
+    assert policy == StepPolicy((Action.FULL,) * 28)
 
 
 def test_steps_are_evaluated_most_where_the_velocity_changes_most() -> None:
-    early = Profile((Curve(16, ((1.0, 9.0), (0.6, 9.0), (0.5, 1.0), (0.0, 1.0))),))
-    late = Profile((Curve(16, ((1.0, 1.0), (0.5, 1.0), (0.4, 9.0), (0.0, 9.0))),))
+    early = Profile((Curve(16, ((1.0, 9.0), (0.6, 9.0), (0.5, 1.0), (0.0, 1.0))),), order=2)
+    late = Profile((Curve(16, ((1.0, 1.0), (0.5, 1.0), (0.4, 9.0), (0.0, 9.0))),), order=2)
 
     assert np.mean(chosen("turbo", 28, early)) < np.mean(chosen("turbo", 28, late)) - 4
 
 
 def test_between_two_sizes_the_density_is_in_between() -> None:
     small, large = ((1.0, 1.0), (0.0, 9.0)), ((1.0, 9.0), (0.0, 1.0))
-    profile = Profile((Curve(10, small), Curve(30, large)))
+    profile = Profile((Curve(10, small), Curve(30, large)), order=2)
 
     assert profile.masses(20, [1.0, 0.5, 0.0]) == pytest.approx([2.5, 2.5])
     assert profile.masses(10, [1.0, 0.5, 0.0]) == pytest.approx([1.5, 3.5])
@@ -85,14 +86,16 @@ def test_a_checkpoint_that_was_not_measured_makes_exact_edits_only() -> None:
     final_picture(pipeline, dataclasses.replace(TURBO, mode="exact", num_steps=2))
 
 
-def test_a_straight_line_is_continued() -> None:
-    def line(t: float) -> torch.Tensor:
-        return torch.tensor([3.0, -1.0]) + t * torch.tensor([2.0, 4.0])
+@pytest.mark.parametrize("degree", [0, 1, 2])
+def test_as_many_values_as_a_polynomial_has_coefficients_continue_it(degree: int) -> None:
+    coefficients = torch.tensor([[3.0, -1.0], [2.0, 4.0], [-5.0, 7.0]])[: degree + 1]
 
-    known = [(t, line(t)) for t in (0.9, 0.7, 0.4)]
+    def at(t: float) -> torch.Tensor:
+        return sum((c * t**power for power, c in enumerate(coefficients)), torch.zeros(2))
 
-    torch.testing.assert_close(extrapolate(known, 0.1), line(0.1))
-    assert torch.equal(extrapolate(known[:1], 0.1), line(0.9))
+    known = [(t, at(t)) for t in (0.9, 0.7, 0.4)[: degree + 1]]
+
+    torch.testing.assert_close(extrapolate(known, 0.1), at(0.1))
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -60,7 +60,7 @@ class DenoiseState:
     latents: Tensor  # (1, N, C) tokens, float32
     step: int  # steps done
     predicted: Tensor | None = None  # (1, N, C), the clean latents by the last step's velocity
-    known: tuple[tuple[float, Tensor], ...] = ()  # the last two (t, velocities (1 or 2, N, C))
+    known: tuple[tuple[float, Tensor], ...] = ()  # the last (t, velocity (1, N, C)), guided
     evaluations: int = 0
     """How often the transformer has run, once for each prompt of a step."""
 
@@ -106,13 +106,14 @@ class Denoiser:
                             for prologue, layout in zip(prologues, layouts, strict=True)
                         ]
                     )  # (1 or 2, N, C)
-                    known = (*known[-1:], (t, velocity))
                     evaluations += len(velocity)
+                    if request.guidance_scale != 1.0:
+                        cond, uncond = velocity.chunk(2)
+                        rule = self.config.guidance_rule
+                        velocity = guide(cond, uncond, request.guidance_scale, t, rule)
+                    known = (*known, (t, velocity))[-policy.order :]
                 case Action.REUSE:
                     velocity = extrapolate(known, t)
-            if request.guidance_scale != 1.0:
-                cond, uncond = velocity.chunk(2)
-                velocity = guide(cond, uncond, request.guidance_scale, t, self.config.guidance_rule)
             predicted = euler_step(latents, velocity, t, 0.0)
             latents = euler_step(latents, velocity, t, t_next)
             yield DenoiseState(latents, index + 1, predicted, known, evaluations)

@@ -92,13 +92,13 @@ def euler_step(x: Tensor, velocity: Tensor, t: float | Tensor, t_next: float | T
 
 
 def extrapolate(known: Sequence[tuple[float, Tensor]], t: float) -> Tensor:
-    """Continue the straight line through the last two known (t, velocity); one is continued as is.
+    """Continue the polynomial through all known (t_i, v_i) to t, in Lagrange's form.
 
-    v(t) = v1 + (t - t1) / (t1 - t0) * (v1 - v0): with Euler steps that share it, a two-step
-    Adams-Bashforth method of second order.
+    v(t) = sum over i of v_i * product over j != i of (t - t_j) / (t_i - t_j): through one value it
+    is constant, through two a straight line. Euler steps that follow it are a multistep method.
     """
-    t1, v1 = known[-1]
-    if len(known) == 1:
-        return v1
-    t0, v0 = known[-2]
-    return v1 + (t - t1) / (t1 - t0) * (v1 - v0)
+    terms = [
+        v * math.prod((t - other) / (at - other) for other, _ in known if other != at)
+        for at, v in known
+    ]
+    return torch.stack(terms).sum(0)

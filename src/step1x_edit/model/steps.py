@@ -37,6 +37,8 @@ class StepPolicy:
     """What each step of a schedule does."""
 
     actions: tuple[Action, ...]
+    order: int = 1
+    """How many computed velocities a skipped step continues: 1 repeats the last, 2 is a line."""
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -84,6 +86,8 @@ class Profile:
 
     curves: tuple[Curve, ...]
     """By size, the smallest first."""
+    order: int
+    """As in `StepPolicy`."""
     caveat: str | None = None
     """What its user should know; None if it was measured."""
 
@@ -95,9 +99,9 @@ class Profile:
                 Curve(int(each["tokens"]), tuple((float(t), float(w)) for t, w in each["density"]))
                 for each in data["curves"]
             ]
+            return cls(tuple(sorted(curves, key=lambda curve: curve.tokens)), int(data["order"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile of steps: {error!r}") from error
-        return cls(tuple(sorted(curves, key=lambda curve: curve.tokens)))
 
     def masses(self, tokens: int, times: Sequence[float]) -> list[float]:
         """How much of the density each step of a schedule has, by interpolation between sizes.
@@ -137,7 +141,10 @@ def choose_steps(
             f"mode {mode} needs figures of this checkpoint, which scripts/calibrate_steps.py "
             "measures; use mode exact"
         )
-    return spread(profile.masses(tokens, times), num_evaluated(mode, num_steps))
+    masses, number = profile.masses(tokens, times), num_evaluated(mode, num_steps)
+    evaluated = spread(masses, number)
+    actions = (Action.FULL if i in evaluated else Action.REUSE for i in range(num_steps))
+    return StepPolicy(tuple(actions), profile.order)
 
 
 def num_evaluated(mode: Mode, num_steps: int) -> int:
@@ -145,7 +152,7 @@ def num_evaluated(mode: Mode, num_steps: int) -> int:
     return min(num_steps, max(FEWEST, int(SHARES[mode] * num_steps)))
 
 
-def spread(masses: Sequence[float], number: int) -> StepPolicy:
+def spread(masses: Sequence[float], number: int) -> set[int]:
     """Evaluate `number` steps at equal distances in mass, the first two and the last among them."""
     low, high = 0.0, sum(masses)
     for _ in range(50):
@@ -154,10 +161,7 @@ def spread(masses: Sequence[float], number: int) -> StepPolicy:
             low = limit
         else:
             high = limit
-    evaluated = _evaluated(masses, high)
-    return StepPolicy(
-        tuple(Action.FULL if i in evaluated else Action.REUSE for i in range(len(masses)))
-    )
+    return _evaluated(masses, high)
 
 
 def _evaluated(masses: Sequence[float], limit: float) -> set[int]:
@@ -198,7 +202,7 @@ def _published() -> Profile:
         "which steps are skipped follows figures that were published for 28 steps at 1024 "
         "(RegionE, arXiv 2510.25590), not measured by us; scripts/calibrate_steps.py measures them"
     )
-    return Profile((Curve(_TOKENS, tuple(density)),), caveat)
+    return Profile((Curve(_TOKENS, tuple(density)),), order=2, caveat=caveat)
 
 
 PUBLISHED: Final = _published()

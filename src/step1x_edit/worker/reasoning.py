@@ -28,6 +28,7 @@ from step1x_edit.model.reasoning import (
     reason,
 )
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.model.steps import Evaluations
 
 Paint: TypeAlias = Callable[[NetworkRequest], Generator[Progress | Painted, None, None]]
 """Makes one edit; yields progress and finally the picture in its working size."""
@@ -100,7 +101,13 @@ class _Painter:
             self._rounds[reasoned.best_index],
             reasoning=_as_data(reasoned),
             rounds=np.stack(pictures) if has_rounds else None,
+            evaluations=self._evaluations(),
         )
+
+    def _evaluations(self) -> Evaluations:
+        """Those of all rounds."""
+        each = [painted.evaluations for painted in self._rounds if painted.evaluations]
+        return Evaluations(sum(e.done for e in each), sum(e.skipped for e in each))
 
 
 class _Talker:
