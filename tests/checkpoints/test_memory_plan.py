@@ -291,6 +291,18 @@ def test_without_a_device_the_plan_is_the_same_with_room_for_activations(
     assert bool(plan.on_disk) == (free < 64)
 
 
+# Beside the weights a process has 0.6 GB of libraries and, at most, at 512 pixels the two largest
+# blocks that the conditioner reads from disk, at 1024 the decoder in float32.
+@pytest.mark.parametrize("beside", [0.6 + 1.8, 0.6 + 3.1])
+@pytest.mark.parametrize("free", [23.0, 23.4, 23.6])
+def test_an_exact_edit_on_a_cpu_with_24_gb_takes_at_most_21(free: float, beside: float) -> None:
+    plan = without_device(free, rates=Rates(read=GB, step_s=10.0))
+
+    assert plan.precision == "auto"
+    assert plan.core_share > 0.9
+    assert plan.size / GB + beside <= 21
+
+
 @pytest.mark.parametrize(("read", "precision"), [(0.9, "int8"), (1.1, "auto")])
 @pytest.mark.parametrize("step_s", [1.0, 10.0])
 def test_weights_stay_exact_if_the_disk_reads_the_rest_of_the_core_while_a_step_computes(

@@ -115,9 +115,7 @@ class DoubleStreamBlock(nn.Module):
         img_mod1, img_mod2 = modulations(img_mod, 2)
         txt_mod1, txt_mod2 = modulations(txt_mod, 2)
 
-        img_qkv = self.img_attn(modulate(img, img_mod1.shift, img_mod1.scale))  # 3 × (B, H, N, D/H)
-        txt_qkv = self.txt_attn(modulate(txt, txt_mod1.shift, txt_mod1.scale))  # 3 × (B, H, L, D/H)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True))
+        q, k, v = self._qkv(img, txt, img_mod1, txt_mod1)  # 3 × (B, H, L+N, D/H)
         attended = attention(q, k, v, layout, kept=kept)  # (B, L+N, D)
         txt_attended, img_attended = attended[:, : txt.shape[1]], attended[:, txt.shape[1] :]
 
@@ -128,6 +126,14 @@ class DoubleStreamBlock(nn.Module):
         txt_hidden = self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
         txt = torch.addcmul(txt, txt_mod2.gate, txt_hidden)
         return img, txt
+
+    def _qkv(
+        self, img: Tensor, txt: Tensor, img_mod: Modulation, txt_mod: Modulation
+    ) -> Sequence[Tensor]:
+        """q, k and v of both streams together; those of each are freed before attention."""
+        img_qkv = self.img_attn(modulate(img, img_mod.shift, img_mod.scale))  # 3 × (B, H, N, D/H)
+        txt_qkv = self.txt_attn(modulate(txt, txt_mod.shift, txt_mod.scale))  # 3 × (B, H, L, D/H)
+        return [torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
 
     def modulations(self, activated_vec: Tensor) -> tuple[Tensor, Tensor]:
         """Return the modulations of image and text stream, (..., 6D) each."""
