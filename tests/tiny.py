@@ -35,6 +35,7 @@ from step1x_edit.model.config import (
 from step1x_edit.model.language_model import add_lm_head
 from step1x_edit.model.pipeline import Edited, EditPipeline, Recogniser
 from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.steps import Curve, Profile
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.schemas.answers import Location
 from step1x_edit.worker.residency import Residency
@@ -65,6 +66,9 @@ VAE = AutoencoderConfig(
     norm_num_groups=4,
 )
 WIDTH = 32
+
+EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))), order=3)
+"""The velocity bends everywhere alike, in pictures of 4 to 64 tokens."""
 
 
 def tiny_tokenizer() -> Tokenizer:

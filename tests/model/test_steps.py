@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -21,9 +22,8 @@ from step1x_edit.model.steps import (
     choose_steps,
     num_evaluated,
 )
-from tiny import a_picture, final_picture, tiny_pipeline, tiny_pipeline_v1_2
+from tiny import EVEN, a_picture, final_picture, tiny_pipeline, tiny_pipeline_v1_2
 
-EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))), order=3)
 TURBO = NetworkRequest(
     a_picture(), "make it night", num_steps=10, size_level=64, seed=7, mode="turbo"
 )
@@ -62,6 +62,16 @@ def test_steps_are_evaluated_most_where_the_velocity_changes_most() -> None:
     late = Profile((Curve(16, ((1.0, 1.0), (0.5, 1.0), (0.4, 9.0), (0.0, 9.0))),), order=2)
 
     assert np.mean(chosen("turbo", 28, early)) < np.mean(chosen("turbo", 28, late)) - 4
+
+
+def test_a_profile_survives_its_file() -> None:
+    assert Profile.from_json(json.loads(json.dumps(EVEN.to_json()))) == EVEN
+
+
+@pytest.mark.parametrize("data", [{}, {"order": 2}, {"order": 2, "curves": [{"tokens": 4}]}])
+def test_a_profile_that_is_not_complete_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="not a profile"):
+        Profile.from_json(data)
 
 
 def test_between_two_sizes_the_density_is_in_between() -> None:

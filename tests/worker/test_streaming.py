@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,9 +19,10 @@ from step1x_edit.checkpoints.memory_plan import MemoryPlan, everything, slot_siz
 from step1x_edit.checkpoints.read import open_checkpoint, write_demo
 from step1x_edit.model.pipeline import Edited, EditPipeline
 from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.steps import Evaluations
 from step1x_edit.worker.residency import Residency
 from step1x_edit.worker.streaming import BlockStreamer, ThroughSlots
-from tiny import a_picture, location, tiny_pipeline
+from tiny import EVEN, a_picture, location, tiny_pipeline
 
 STAND_IN = torch.device("cpu")
 STEPS = 3
@@ -219,6 +221,13 @@ def test_copies_beside_the_computing_are_waited_for_and_begun_one_block_ahead(
     assert len(copies.started) <= STEPS * len(core) + len(others) + num_slots
     assert len(copies.started) >= STEPS * len(core)
     assert len(copies.under_way) <= 1  # one block ahead, if it was not there already
+
+    # A step that runs nothing brings nothing.
+    pipeline.profile, before = EVEN, len(copies.started)
+    *_, turbo = pipeline.edit(dataclasses.replace(REQUEST, num_steps=10, mode="turbo"))
+    assert isinstance(turbo, Edited)
+    assert turbo.evaluations == Evaluations(8, 12)
+    assert len(copies.started) - before <= 4 * len(core) + len(others) + num_slots
     streamer.close()
     arena.bind(arena.memories)
     assert edited(pipeline) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -14,19 +15,21 @@ from safetensors.torch import load_file
 
 from step1x_edit.channel import GIGA, EditJob, Memory, Painted, Phase, Progress, Residence, Start
 from step1x_edit.checkpoints import arena
-from step1x_edit.checkpoints.read import open_checkpoint, write_demo
+from step1x_edit.checkpoints.read import STEPS_FILE, open_checkpoint, write_demo
 from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
+    InvalidParameterError,
     ModelUnavailableError,
     OutOfMemoryError,
 )
+from step1x_edit.model.steps import PUBLISHED, Evaluations
 from step1x_edit.schemas.requests import Precision
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.residency import Residency, allocate_slab
-from tiny import a_picture, tiny_pipeline
+from tiny import EVEN, a_picture, tiny_pipeline
 
 
 def job(prompt: str = "make it a night scene") -> EditJob:
@@ -235,6 +238,47 @@ def test_a_prompt_that_is_not_read_to_its_end_is_warned_about(tmp_path: Path) ->
         "the end of the prompt was cut: this checkpoint reads at most 40 tokens of picture and "
         "prompt; the demo checkpoint does not know this edit"
     )
+
+
+def test_a_mode_that_the_checkpoint_has_no_figures_for_is_refused(folder: Path) -> None:
+    worker, turbo = a_worker(folder), dataclasses.replace(job(), mode="turbo", num_steps=10)
+
+    for location in ("Unloaded", "CPU"):
+        with pytest.raises(InvalidParameterError, match="mode turbo needs") as raised:
+            texts_of(worker, turbo)
+        assert raised.value.param == "mode"
+        assert worker.residence().location == location
+        texts_of(worker, job())
+    worker = a_worker(measured(folder))
+    with pytest.raises(InvalidParameterError, match="4 to 64"):
+        texts_of(worker, dataclasses.replace(turbo, size_level=512))
+
+
+def measured(folder: Path) -> Path:
+    """The checkpoint with figures of its steps."""
+    (folder / STEPS_FILE).write_text(json.dumps({"tiny": EVEN.to_json()}))
+    return folder
+
+
+def test_a_mode_that_was_measured_is_made_without_a_warning(folder: Path) -> None:
+    turbo = dataclasses.replace(job(), mode="turbo", num_steps=10)
+
+    outcome = outcome_of(a_worker(measured(folder)), turbo)
+
+    assert outcome.evaluations == Evaluations(8, 12)
+    assert outcome.warning is None
+
+
+def test_figures_that_others_published_are_named_in_the_answer(folder: Path) -> None:
+    opened = open_checkpoint(folder)
+    opened.checkpoint.pipeline.profile = PUBLISHED
+    worker = PipelineWorker(Residency(lambda: opened, None), "cpu")
+    edit = dataclasses.replace(job(), num_steps=10)
+
+    assert outcome_of(worker, edit).warning is None
+    warning = outcome_of(worker, dataclasses.replace(edit, mode="turbo")).warning
+
+    assert warning == PUBLISHED.caveat
 
 
 def test_a_checkpoint_of_another_version_is_refused(folder: Path) -> None:

@@ -31,6 +31,7 @@ from step1x_edit.model.language_model import Said, Sampling
 from step1x_edit.model.pipeline import Edited
 from step1x_edit.model.reasoning import GAVE_UP, Prompt
 from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.model.steps import Evaluations
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.process import load_worker
@@ -289,7 +290,7 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
         yield Progress(Phase.ENCODING)
         *_, edited = pipeline.edit(request)
         assert isinstance(edited, Edited)
-        yield Painted(edited.image, warning=f"of round {len(made)}")
+        yield Painted(edited.image, warning=f"of round {len(made)}", evaluations=edited.evaluations)
 
     verdicts = [
         "<#Think> nearly <#Reflection>make it red",
@@ -320,6 +321,7 @@ def test_later_rounds_change_the_picture_in_the_size_of_the_input(folder: Path) 
     assert rounds[0]["verdict"] == verdicts[0]
     assert outcome.reasoning["best"] == 2
     assert outcome.warning == "of round 2"
+    assert outcome.evaluations == Evaluations(3 * 2 * job.num_steps)
     assert outcome.rounds is not None
     assert np.array_equal(outcome.image, outcome.rounds[1])
     assert outcome.image.shape == (48, 64, 3)

@@ -17,7 +17,7 @@ from typing import Any, Final
 from step1x_edit.model.request import Mode
 
 SHARES: Final[Mapping[Mode, float]] = {"exact": 1.0, "fast": 0.5, "turbo": 0.38}
-"""The largest share of the steps in which the transformer runs."""
+"""The share of the steps in which the transformer runs."""
 
 FEWEST: Final = 4
 """Evaluated steps of any edit: a straight line from the noise takes two, and its end is curved."""
@@ -103,6 +103,17 @@ class Profile:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile of steps: {error!r}") from error
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, rounded; `from_json` turns it back."""
+        curves = [
+            {
+                "tokens": curve.tokens,
+                "density": [(round(t, 3), round(weight, 2)) for t, weight in curve.density],
+            }
+            for curve in self.curves
+        ]
+        return {"order": self.order, "curves": curves}
+
     def masses(self, tokens: int, times: Sequence[float]) -> list[float]:
         """How much of the density each step of a schedule has, by interpolation between sizes.
 
@@ -149,7 +160,7 @@ def choose_steps(
 
 def num_evaluated(mode: Mode, num_steps: int) -> int:
     """In how many of its steps an edit runs the transformer."""
-    return min(num_steps, max(FEWEST, int(SHARES[mode] * num_steps)))
+    return min(num_steps, max(FEWEST, round(SHARES[mode] * num_steps)))
 
 
 def spread(masses: Sequence[float], number: int) -> set[int]:
