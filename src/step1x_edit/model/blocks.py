@@ -68,7 +68,7 @@ class KeysAndValues:
     def refresh(self, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Keep k and v of the rows that run, and return those of all rows."""
         if layout.places is None or self.k is None or self.v is None:
-            self.k, self.v = k, v.contiguous()  # a copy, as far as it is a part of other results
+            self.k, self.v = k, v.contiguous()  # a copy: the block writes where v was
         else:
             self.k.index_copy_(2, layout.places, k)
             self.v.index_copy_(2, layout.places, v)

@@ -2,8 +2,8 @@
 
 Before the first step it prepares what depends on the prompts only (the *prologue* and the layout of
 the rows); then each step runs the transformer's *core* or, if the policy says so, extrapolates what
-it would predict; guidance and an Euler step follow, and it yields. It knows nothing of pictures,
-previews or what an edit does after a failure.
+it would predict, of all tokens or of those outside a region; guidance and an Euler step follow, and
+it yields. It knows nothing of pictures, previews or what an edit does after a failure.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from step1x_edit.model.blocks import Layout, widen
+from step1x_edit.model.blocks import KeysAndValues, Layout, widen
 from step1x_edit.model.config import ModelConfig
 from step1x_edit.model.flow import euler_step, extrapolate, guide, schedule
 from step1x_edit.model.latents import image_position_ids, position_ids
@@ -81,10 +81,12 @@ class Denoiser:
         request: NetworkRequest,
         policy: StepPolicy,
         has_joint_branches: bool,
+        region: Tensor | None = None,
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each.
 
         `has_joint_branches` runs both prompts as one batch, if they have one length and no ids.
+        `region` are the tokens (K,) of the latents that region steps run.
         """
         if start.step == request.num_steps:
             return
@@ -95,36 +97,54 @@ class Denoiser:
         layouts = [self._layout(branch, ids, encoded) for branch in branches]
         latents, reference = start.latents.to(self._device), encoded.reference.to(self._device)
         known = tuple((t, velocity.to(self._device)) for t, velocity in start.known)
+        region = None if region is None else region.to(self._device)
         evaluations, times = start.evaluations, timesteps.tolist()
+        kept: Sequence[Sequence[KeysAndValues] | None] = [None] * len(layouts)
+        parts = [] if region is None else [layout.only(region) for layout in layouts]
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
-            match policy.actions[index]:
-                case Action.FULL:
-                    velocity = torch.cat(
-                        [
-                            self._velocity(latents, reference, prologue(index), layout)
-                            for prologue, layout in zip(prologues, layouts, strict=True)
-                        ]
-                    )  # (1 or 2, N, C)
-                    evaluations += len(velocity)
-                    if request.guidance_scale != 1.0:
-                        cond, uncond = velocity.chunk(2)
-                        rule = self.config.guidance_rule
-                        velocity = guide(cond, uncond, request.guidance_scale, t, rule)
-                    known = (*known, (t, velocity))[-policy.order :]
-                case Action.REUSE:
-                    velocity = extrapolate(known, t)
+            action = policy.actions[index]
+            if action is Action.REUSE:
+                velocity = extrapolate(known, t)
+            else:
+                # After a failure nothing is kept.
+                is_partial = action is Action.REGION and kept[0] is not None
+                steps = [prologue(index) for prologue in prologues]
+                if is_partial:
+                    some, none = latents[:, region], reference[:, :0]
+                    velocity = self._velocities(some, none, steps, parts, kept)  # (1 or 2, K, C)
+                else:
+                    if region is not None:
+                        kept = [self.transformer.keys_and_values() for _ in layouts]
+                    velocity = self._velocities(latents, reference, steps, layouts, kept)
+                evaluations += len(velocity)
+                if request.guidance_scale != 1.0:
+                    cond, uncond = velocity.chunk(2)
+                    rule = self.config.guidance_rule
+                    velocity = guide(cond, uncond, request.guidance_scale, t, rule)
+                if is_partial:
+                    velocity = extrapolate(known, t).index_copy(1, region, velocity)
+                known = (*known, (t, velocity))[-policy.order :]
             predicted = euler_step(latents, velocity, t, 0.0)
             latents = euler_step(latents, velocity, t, t_next)
             yield DenoiseState(latents, index + 1, predicted, known, evaluations)
 
-    def _velocity(
-        self, latents: Tensor, reference: Tensor, step: PrologueStep, layout: Layout
+    def _velocities(
+        self,
+        latents: Tensor,
+        reference: Tensor,
+        steps: Sequence[PrologueStep],
+        layouts: Sequence[Layout],
+        kept: Sequence[Sequence[KeysAndValues] | None],
     ) -> Tensor:
-        """The velocity of the latents in float32, (B, N, C), for one or both prompts."""
-        img = torch.cat([latents, reference], dim=1).expand(step.txt.shape[0], -1, -1)
-        velocity = self.transformer.core(img.to(self._dtype), step, layout)
-        return widen(velocity[:, : latents.shape[1]])  # that of the reference is not used
+        """The velocity of the latents in float32, (1 or 2, N, C), for each prompt."""
+        img = torch.cat([latents, reference], dim=1)
+        found = []
+        for step, layout, its in zip(steps, layouts, kept, strict=True):
+            batch = img.expand(step.txt.shape[0], -1, -1)
+            velocity = self.transformer.core(batch.to(self._dtype), step, layout, its)
+            found.append(widen(velocity[:, : latents.shape[1]]))  # the reference's is not used
+        return torch.cat(found)
 
     # --- what depends on the prompts only ---------------------------------------------------------
 

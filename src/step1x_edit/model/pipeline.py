@@ -29,6 +29,7 @@ from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.denoising import Branch, Denoiser, DenoiseState, Encoded
 from step1x_edit.model.flow import schedule
 from step1x_edit.model.latents import draw_noise, pack, unpack
+from step1x_edit.model.region import region_of
 from step1x_edit.model.request import NetworkRequest, Pixels
 from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import ALL, Savings
@@ -329,7 +330,26 @@ class EditPipeline:
         """Run the steps that remain, and yield after each."""
         denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables)
         policy = self._policy(request, encoded.rows * encoded.columns)
-        yield from denoiser.denoise(encoded, start, request, policy, plan.has_joint_branches)
+        region = self._region(request, encoded, plan)
+        if region is not None:
+            policy = policy.with_regions()
+        is_joint = plan.has_joint_branches
+        yield from denoiser.denoise(encoded, start, request, policy, is_joint, region)
+
+    def _region(self, request: NetworkRequest, encoded: Encoded, plan: Plan) -> Tensor | None:
+        """The tokens that a mask lets change, if some steps may run these alone.
+
+        That needs a checkpoint that gains by it, and room for the keys and values of the others.
+        """
+        if request.mode != "turbo" or request.mask is None:
+            return None
+        if self.profile is None or not self.profile.has_regions:
+            return None
+        image = encoded.rows * encoded.columns + encoded.reference.shape[1]
+        rows = sum(branch.mask.shape[1] + image for branch in encoded.branches)
+        if self.transformer.size_kept(rows) > plan.keepable:
+            return None
+        return region_of(request.mask, encoded.rows, encoded.columns)
 
     # --- decode -----------------------------------------------------------------------------------
 

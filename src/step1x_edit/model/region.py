@@ -6,11 +6,22 @@ other tokens are those of the last full step (`blocks.KeysAndValues`).
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from step1x_edit.model.request import Mask
+
+LARGEST: Final = 0.75
+"""Of the latents: a larger region saves too little for what it leaves out."""
+
+
+def region_of(mask: Mask, rows: int, columns: int) -> Tensor | None:
+    """The tokens (K,) that a region step runs; None if the mask lets none or nearly all change."""
+    tokens = touched_tokens(mask, rows, columns)
+    return tokens if 0 < len(tokens) <= LARGEST * rows * columns else None
 
 
 def touched_tokens(mask: Mask, rows: int, columns: int) -> Tensor:

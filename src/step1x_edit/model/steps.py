@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ class Action(Enum):
 
     FULL = "full"
     """The transformer runs, for each prompt."""
+    REGION = "region"
+    """It runs the text and the tokens that a mask lets change; the others are extrapolated."""
     REUSE = "reuse"
     """Nothing runs: the velocity is extrapolated."""
 
@@ -46,6 +48,15 @@ class StepPolicy:
         return tuple(
             index for index, action in enumerate(self.actions) if action is not Action.REUSE
         )
+
+    def with_regions(self) -> StepPolicy:
+        """Run a region in every other evaluated step, but not in the first two and the last."""
+        regions = self.evaluated[2:-1:2]
+        actions = (
+            Action.REGION if index in regions else action
+            for index, action in enumerate(self.actions)
+        )
+        return replace(self, actions=tuple(actions))
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,9 @@ class Profile:
     """As in `StepPolicy`."""
     caveat: str | None = None
     """What its user should know; None if it was measured."""
+    has_regions: bool = False
+    """Whether to run the region of a mask alone in some steps: if it comes nearer to an exact edit
+    than skipping as much work."""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Profile:
@@ -99,7 +113,11 @@ class Profile:
                 Curve(int(each["tokens"]), tuple((float(t), float(w)) for t, w in each["density"]))
                 for each in data["curves"]
             ]
-            return cls(tuple(sorted(curves, key=lambda curve: curve.tokens)), int(data["order"]))
+            return cls(
+                tuple(sorted(curves, key=lambda curve: curve.tokens)),
+                order=int(data["order"]),
+                has_regions=bool(data.get("has_regions", False)),
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile of steps: {error!r}") from error
 
@@ -213,7 +231,7 @@ def _published() -> Profile:
         "which steps are skipped follows figures that were published for 28 steps at 1024 "
         "(RegionE, arXiv 2510.25590), not measured by us; scripts/calibrate_steps.py measures them"
     )
-    return Profile((Curve(_TOKENS, tuple(density)),), order=2, caveat=caveat)
+    return Profile((Curve(_TOKENS, tuple(density)),), order=2, caveat=caveat, has_regions=True)
 
 
 PUBLISHED: Final = _published()

@@ -176,6 +176,11 @@ class Transformer(nn.Module):
         """What `core` keeps of each block for steps that run a part of the tokens."""
         return [KeysAndValues() for _ in (*self.double_blocks, *self.single_blocks)]
 
+    def size_kept(self, rows: int) -> int:
+        """Bytes of these for a number of rows, with copies of padding."""
+        depth = len(self.double_blocks) + len(self.single_blocks)
+        return depth * 2 * rows * self.config.hidden_size * self.img_in.weight.element_size()
+
     def rope(self, img_ids: Tensor, text_length: int, txt_ids: Tensor | None = None) -> Tensor:
         """Tabulate the rotations of text and image tokens; broadcasts to (B, H, L+N, D/2H, 2).
 
