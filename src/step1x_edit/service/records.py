@@ -42,11 +42,17 @@ def with_seed(request: _Request) -> _Request:
     return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
 
 
-def job_of(request: PictureOrder, image: Pixels | None, previews: int = 0) -> EditJob:
-    """The engine's job for a request with a seed; without an image, a picture is generated."""
+def job_of(
+    request: PictureOrder, image: Pixels | None, previews: int = 0, mask: Pixels | None = None
+) -> EditJob:
+    """The engine's job for a request with a seed; without an image, a picture is generated.
+
+    Only turbo makes use of a mask; every other edit is that of the whole picture.
+    """
     loras = None if request.loras is None else strengths_of(request.loras)
     asked = {**how_of(request), "prompt": request.prompt, "loras": loras}
-    return EditJob(image=image, previews=previews, **asked)
+    used = mask if request.mode == "turbo" else None
+    return EditJob(image=image, previews=previews, mask=used, **asked)
 
 
 def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None) -> Record:

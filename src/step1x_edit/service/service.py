@@ -375,8 +375,8 @@ class EditService:
         if data is not None:
             source = await asyncio.to_thread(self._decode, data, mask, suffix)
         with self._counted(), self._settings.naming_paths():
-            image = None if source is None else source.picture.pixels
-            result = await _run(submit(job_of(request, image, previews)), report)
+            image, inside = (None, None) if source is None else (source.picture.pixels, source.mask)
+            result = await _run(submit(job_of(request, image, previews, inside)), report)
             record = record_of(request, result, None if source is None else source.mask_sha256)
 
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
