@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker, Gate, ManualClock, settled, slow_disk
+from fakes import FakeWorker, Gate, ManualClock, inverted, settled, slow_disk
 from step1x_edit.channel import EditJob, Memory, Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -529,6 +529,29 @@ async def test_a_mask_that_is_sent_does_the_same_as_one_in_a_file(
 
     assert sent.data == Path(str(saved["output_path"])).read_bytes()
     assert sent.metadata.changed_share == 0.5
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "turbo"])
+async def test_only_turbo_shows_the_mask_to_the_model(
+    make_service: MakeService, photo: Path, mode: str
+) -> None:
+    shown: list[np.ndarray | None] = []
+
+    def paint(job: EditJob) -> np.ndarray:
+        shown.append(job.mask)
+        return inverted(job)
+
+    service = make_service(FakeWorker(paint=paint))
+    await edit(service, photo, mask_path=mask_beside(photo), mode=mode)
+    await edit(service, photo, mode=mode)
+
+    masked, plain = shown
+    assert plain is None
+    if mode != "turbo":
+        assert masked is None
+        return
+    assert masked is not None
+    assert np.array_equal(masked != 0, np.indices((48, 64))[1] >= 32)
 
 
 async def test_a_mask_is_checked_before_the_edit_is_queued(

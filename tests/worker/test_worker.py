@@ -399,6 +399,35 @@ def test_memory_that_runs_out_once_costs_one_retry_and_no_step_twice(
     assert np.abs(events[-1].image.astype(int) - usual).max() <= 1
 
 
+@pytest.mark.parametrize("device", ["cpu", STAND_IN])
+def test_a_masked_turbo_edit_keeps_what_fits_until_memory_runs_out(
+    folder: Path, device: str
+) -> None:
+    curves = [{"tokens": tokens, "density": [[1.0, 1.0]]} for tokens in (1, 99)]
+    profile = {"curves": curves, "order": 2, "has_regions": True}
+    (folder / STEPS_FILE).write_text(json.dumps({"tiny": profile}))
+    mask = np.zeros((40, 60), np.uint8)
+    mask[0, 0] = 255
+    wanted = dataclasses.replace(job(), num_steps=20, mode="turbo", mask=mask)
+    worker = a_worker(folder, device)
+    outcome_of(worker, job())
+    rows: list[int] = []
+    with worker._residency.on_device() as checkpoint:
+        network = checkpoint.pipeline.transformer
+        network.img_in.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    usual = outcome_of(worker, wanted)
+    region, everything = min(rows), max(rows)
+    assert rows == [everything, everything, region, everything, region, everything, everything]
+    rows.clear()
+    network.final_layer.register_forward_pre_hook(Faults(3))
+
+    found = outcome_of(worker, wanted)
+
+    assert rows[:3] == [everything, everything, region]
+    assert set(rows[3:]) == {everything}  # one prompt after the other
+    assert found.evaluations == usual.evaluations == Evaluations(14, 26)
+
+
 @pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])
 def test_memory_that_runs_out_again_costs_a_part_of_the_model_on_the_device(
     folder: Path, part: str
