@@ -186,8 +186,8 @@ def test_only_a_prompt_that_loses_words_counts_as_cut(conditioner: Conditioner) 
     room = config.prefix_length + config.text_length - len(conditioner.tokenize("", 4))
     room += len(conditioner.tokenizer.encode(CHAT_TAIL, add_special_tokens=False).ids)
 
-    assert not conditioner.cuts("!" * room, a_picture())
-    assert conditioner.cuts("!" * (room + 1), a_picture())
+    assert not conditioner.cuts("!" * room, (60, 40))
+    assert conditioner.cuts("!" * (room + 1), (60, 40))
 
 
 @pytest.mark.parametrize("side", [56, None])
@@ -229,7 +229,7 @@ def test_states_are_those_of_the_librarys_own_forward(conditioner: Conditioner) 
 def test_prompts_encoded_together_equal_prompts_encoded_alone(conditioner: Conditioner) -> None:
     prompts = ["make it night", "", "把天空变成夜晚"]
 
-    together = conditioner.encode_many(prompts, a_picture())
+    together = conditioner.encode_many(prompts, conditioner.see(a_picture(), conditioner.config))
 
     for index, prompt in enumerate(prompts):
         embeds, mask = conditioner.encode(prompt, a_picture())

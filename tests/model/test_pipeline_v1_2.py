@@ -58,10 +58,10 @@ def test_the_loop_agrees_with_one_written_from_the_training_forward(
         number = encoded.rows * encoded.columns
         assert request.image is not None
         assert request.negative_prompt is not None
-        seen = Image.fromarray(request.image).resize((64, 48), Image.Resampling.LANCZOS)
-        encodings = conditioner.encode_each(
-            [request.prompt, request.negative_prompt], np.asarray(seen)
-        )
+        resized = Image.fromarray(request.image).resize((64, 48), Image.Resampling.LANCZOS)
+        seen = conditioner.see(np.asarray(resized), conditioner.config)
+        prompts = (request.prompt, request.negative_prompt)
+        encodings = [conditioner.encode(prompt, seen) for prompt in prompts]
 
         def velocity(branch: int) -> torch.Tensor:
             embeds, token_embeds, text_mask, position_ids = encodings[branch]

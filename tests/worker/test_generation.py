@@ -95,7 +95,8 @@ def test_the_network_sees_no_reference_and_the_conditioner_a_black_square(
         black = np.zeros((1024, 1024, 3), np.uint8)
         prompts = [REQUEST.prompt, str(pipeline.config.generation_negative_prompt)]
         assert isinstance(pipeline.conditioner, Conditioner)
-        embeds, mask = pipeline.conditioner.encode_many(prompts, black)
+        seen = pipeline.conditioner.see(black, pipeline.conditioner.config)
+        embeds, mask = pipeline.conditioner.encode_many(prompts, seen)
         timesteps = schedule(3, 12)
         prologue = pipeline.transformer.prologue(embeds, mask, timesteps[:-1])
         text_length = embeds.shape[1]

@@ -9,6 +9,7 @@ embedded demo share one code path. `conditioner_v1_2` holds what v1.2 does diffe
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,21 @@ class VlmImage(NamedTuple):
         return int(self.grid_thw.prod()) // MERGE_SIZE**2
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture as the vision tower saw it."""
+
+    features: Tensor  # (tokens, C)
+    grid_thw: Tensor  # (1, 3), in patches of 14 pixels
+    size: tuple[int, int]
+    """Width and height of the picture before it was resized to the grid."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens."""
+        return len(self.features)
+
+
 class PromptEncoding(NamedTuple):
     """The conditioner's output; the mask is 1 at real positions, padded rows are zero."""
 
@@ -77,6 +93,13 @@ class VlmReader:
     def __init__(self, vlm: Qwen2_5_VLModel, tokenizer: Tokenizer) -> None:
         self.vlm = vlm
         self.tokenizer = tokenizer
+
+    @torch.inference_mode()
+    def see(self, image: npt.NDArray[np.uint8], config: ConditionerConfig) -> Seen:
+        """Run the vision tower on an RGB picture (H, W, 3) of the size of the edit."""
+        pixel_values, grid_thw = prepare_image(image, config)
+        features = self.encode_images(pixel_values, grid_thw)
+        return Seen(features, grid_thw, (image.shape[1], image.shape[0]))
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """The vision tower's tokens of all pictures, concatenated: (tokens, C). Differentiable."""
@@ -124,28 +147,28 @@ class Conditioner(VlmReader):
     @torch.inference_mode()
     def encode(self, prompt: str, image: npt.NDArray[np.uint8]) -> PromptEncoding:
         """The states for one prompt and one RGB picture, (L, C) and (L)."""
-        embeds, mask = self.encode_many([prompt], image)
+        embeds, mask = self.encode_many([prompt], self.see(image, self.config))
         return PromptEncoding(embeds[0], mask[0])
 
     @torch.inference_mode()
-    def encode_many(self, prompts: Sequence[str], image: npt.NDArray[np.uint8]) -> PromptEncoding:
+    def encode_many(self, prompts: Sequence[str], seen: Seen) -> PromptEncoding:
         """The states for several prompts about the same picture.
 
-        The picture, and the text that all prompts begin with, are encoded only once.
+        The text that all prompts begin with, and the picture in it, are read only once.
         """
-        vlm_image = self.prepare_image(image)
-        features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
         # Attention is causal: tokens beyond the window do not affect the states that are kept.
-        rows = [self.tokenize(prompt, vlm_image.num_tokens)[: self._max_ids] for prompt in prompts]
+        rows = [self.tokenize(prompt, seen.num_tokens)[: self._max_ids] for prompt in prompts]
         if len(rows) > 1:
-            return self._encode_together(rows, features, vlm_image.grid_thw)
-        return self.encode_ids(*pad_ids(rows), features, vlm_image.grid_thw)
+            return self._encode_together(rows, seen.features, seen.grid_thw)
+        return self.encode_ids(*pad_ids(rows), seen.features, seen.grid_thw)
 
-    def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
-        """Whether the end of the prompt is cut off: the chat text keeps `text_length` tokens."""
-        height, width = image.shape[:2]
+    def cuts(self, prompt: str, size: tuple[int, int]) -> bool:
+        """Whether the end of the prompt is cut off: the chat text keeps `text_length` tokens.
+
+        `size` is the width and height of the picture that the prompt is about.
+        """
         text = render_chat(prompt, self.config).removesuffix(CHAT_TAIL)
-        ids = self._spelled(text, num_image_tokens(width, height, self.config))
+        ids = self._spelled(text, num_image_tokens(*size, self.config))
         return len(ids) > self._max_ids
 
     def prepare_image(self, image: npt.NDArray[np.uint8]) -> VlmImage:

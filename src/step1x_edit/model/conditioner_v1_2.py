@@ -6,11 +6,9 @@ reference is the authors' branch of diffusers (`step1xedit_v1p2`); no paper desc
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -23,10 +21,10 @@ from step1x_edit.model.conditioner import (
     PAD_ID,
     PATCH_SIZE,
     SPECIAL_TOKENS,
+    Seen,
     VlmReader,
     check_prefix_length,
     num_image_tokens,
-    prepare_image,
     render_chat,
 )
 from step1x_edit.model.config import ConditionerConfig
@@ -84,27 +82,33 @@ class ConditionerV12(VlmReader):
         check_prefix_length(tokenizer, config)
 
     @torch.inference_mode()
-    def encode_each(
-        self, prompts: Sequence[str], image: npt.NDArray[np.uint8]
-    ) -> list[PromptEncodingV12]:
-        """Encode several prompts about the same picture, which the vision tower sees only once.
+    def encode(self, prompt: str, seen: Seen) -> PromptEncodingV12:
+        """Encode a prompt about a picture."""
+        tokens = self.tokenize(prompt, seen.num_tokens)
+        device = self.vlm.device
+        ids = torch.tensor([tokens.ids], device=device)  # (1, S)
+        is_image = torch.tensor([tokens.is_image], device=device)  # (1, S)
+        embeds = self.embed(ids, is_image, seen.features)  # (1, S, C)
+        # The positions skip tokens of id 0, but the attention of v1.2 has no mask.
+        mask = (ids > PAD_ID).long()
+        positions = self.rope_positions(ids, is_image, seen.grid_thw, mask)  # (3, 1, S)
+        states = self.vlm.language_model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False
+        ).last_hidden_state  # (1, S, C)
+        start = self.config.prefix_length
+        kept = slice(start, start + self.config.text_length)
+        return PromptEncodingV12(
+            prompt_embeds=states[0, kept],
+            token_embeds=embeds[0, kept],
+            text_mask=torch.tensor(tokens.is_quoted[kept], device=device).to(states.dtype),
+            position_ids=text_position_ids(
+                positions[:, 0, kept].T, is_image[0, kept], seen.grid_thw[0], seen.size
+            ),
+        )
 
-        `image` (H, W, 3) has the size of the edit. The encodings differ in length.
-        """
-        vlm_image = prepare_image(image, self.config)
-        features = self.encode_images(vlm_image.pixel_values, vlm_image.grid_thw)
-        size = (image.shape[1], image.shape[0])
-        return [
-            self._encode(
-                self.tokenize(prompt, vlm_image.num_tokens), features, vlm_image.grid_thw, size
-            )
-            for prompt in prompts
-        ]
-
-    def cuts(self, prompt: str, image: npt.NDArray[np.uint8]) -> bool:
-        """Whether a part of the prompt or the picture is cut off."""
-        height, width = image.shape[:2]
-        tokens = self.tokenize(prompt, num_image_tokens(width, height, self.config))
+    def cuts(self, prompt: str, size: tuple[int, int]) -> bool:
+        """Whether a part of the prompt or the picture, of this width and height, is cut off."""
+        tokens = self.tokenize(prompt, num_image_tokens(*size, self.config))
         kept = self.config.prefix_length + self.config.text_length
         return len(tokens.ids) - len(self.ids(CHAT_TAIL)) > kept
 
@@ -121,34 +125,6 @@ class ConditionerV12(VlmReader):
             tokens.is_quoted.extend([piece.is_quoted] * len(ids))
             tokens.is_image.extend([index == picture] * len(ids))
         return tokens
-
-    def _encode(
-        self,
-        tokens: ChatTokens,
-        image_features: Tensor,
-        grid_thw: Tensor,
-        source_size: tuple[int, int],
-    ) -> PromptEncodingV12:
-        device = self.vlm.device
-        ids = torch.tensor([tokens.ids], device=device)  # (1, S)
-        is_image = torch.tensor([tokens.is_image], device=device)  # (1, S)
-        embeds = self.embed(ids, is_image, image_features)  # (1, S, C)
-        # The positions skip tokens of id 0, but the attention of v1.2 has no mask.
-        mask = (ids > PAD_ID).long()
-        positions = self.rope_positions(ids, is_image, grid_thw, mask)  # (3, 1, S)
-        states = self.vlm.language_model(
-            inputs_embeds=embeds, position_ids=positions, use_cache=False
-        ).last_hidden_state  # (1, S, C)
-        start = self.config.prefix_length
-        kept = slice(start, start + self.config.text_length)
-        return PromptEncodingV12(
-            prompt_embeds=states[0, kept],
-            token_embeds=embeds[0, kept],
-            text_mask=torch.tensor(tokens.is_quoted[kept], device=device).to(states.dtype),
-            position_ids=text_position_ids(
-                positions[:, 0, kept].T, is_image[0, kept], grid_thw[0], source_size
-            ),
-        )
 
 
 def split_quotes_v1_2(

@@ -8,8 +8,8 @@ it yields. It knows nothing of pictures, previews or what an edit does after a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from step1x_edit.model.blocks import KeysAndValues, Layout, widen
 from step1x_edit.model.config import ModelConfig
 from step1x_edit.model.flow import euler_step, extrapolate, guide, schedule
+from step1x_edit.model.kept import Kept, moved
 from step1x_edit.model.latents import image_position_ids, position_ids
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.rope import RecentTables
@@ -36,6 +37,8 @@ class Branch:
     txt_ids: Tensor | None = None  # (L, 3); None: all tokens are at the origin
     pad_copies: int = 0
     """As in `Layout`."""
+    origin: Hashable = field(default_factory=object)
+    """Equal for branches that were made of the same picture and prompts."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Denoiser:
     config: ModelConfig
     savings: Savings
     tables: RecentTables
+    prologues: Kept
 
     def denoise(
         self,
@@ -168,12 +172,16 @@ class Denoiser:
 
     def _prologue(self, branch: Branch, timesteps: Tensor) -> Prologue:
         device, dtype = self._device, self._dtype
-        quoted = branch.quoted
-        if quoted is not None:
-            quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
-        return self.transformer.prologue(
-            branch.embeds.to(device, dtype), branch.mask.to(device), timesteps.to(device), quoted
-        )
+
+        def make() -> Prologue:
+            quoted = branch.quoted
+            if quoted is not None:
+                quoted = QuotedText(quoted.embeds.to(device, dtype), quoted.mask.to(device))
+            embeds, mask = branch.embeds.to(device, dtype), branch.mask.to(device)
+            return self.transformer.prologue(embeds, mask, timesteps.to(device), quoted)
+
+        key = (branch.origin, tuple(timesteps.tolist()))
+        return moved(self.prologues.get(key, make), device)
 
     def _image_ids(self, encoded: Encoded) -> Tensor:
         """The coordinates of the image tokens: of the latents and of the reference, if any."""
@@ -221,6 +229,7 @@ def join(branches: Sequence[Branch]) -> Branch:
         torch.cat([branch.embeds for branch in branches]),
         torch.cat([branch.mask for branch in branches]),
         pad_copies=branches[0].pad_copies,
+        origin=tuple(branch.origin for branch in branches),
     )
 
 

@@ -11,8 +11,11 @@ It knows nothing of files, queues or a device's memory; mistakes of a caller are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import itertools
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from typing import Final, Literal
 
 import numpy as np
@@ -22,12 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from step1x_edit.model.autoencoder import Autoencoder
-from step1x_edit.model.conditioner import Conditioner, PromptEncoding
+from step1x_edit.model.conditioner import Conditioner, PromptEncoding, Seen
 from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.denoising import Branch, Denoiser, DenoiseState, Encoded
 from step1x_edit.model.flow import schedule
+from step1x_edit.model.kept import Kept
 from step1x_edit.model.latents import draw_noise, pack, unpack
 from step1x_edit.model.region import region_of
 from step1x_edit.model.request import NetworkRequest, Pixels
@@ -93,6 +97,11 @@ class Plan:
     """
     keepable: int = 0
     """Bytes that may be kept from step to step: the keys and values of what a mask protects."""
+    keeps_prologues: bool = True
+    """Whether prologues are kept for later edits.
+
+    Not worth it if all weights are on a device: it computes one as fast as it copies one.
+    """
 
 
 PLANS: Final = (Plan(), Plan(has_joint_branches=False, has_vae_tiles=True))
@@ -116,7 +125,37 @@ class Recogniser(nn.Linear):
     def recognise(self, prompt: PromptEncoding) -> str:
         """The likeliest label for one prompt, (L, C) and (L)."""
         mean = masked_mean(prompt.prompt_embeds[None].float(), prompt.prompt_mask[None])  # (1, C)
-        return self.labels[int(self(mean.to(self.weight.dtype)).argmax())]
+        return self.labels[int(self(mean.to(self.weight)).argmax())]
+
+
+class _Picture:
+    """A picture to edit. It is only resized to its working size if something has to look at it."""
+
+    def __init__(self, image: Pixels, size: tuple[int, int]) -> None:
+        self.image = image
+        self.size = size
+        """Width and height to edit it in."""
+
+    @cached_property
+    def key(self) -> Hashable:
+        """The same for the same pixels at the same working size only."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.image).data).digest()
+        return digest, self.image.shape, self.size
+
+    @cached_property
+    def resized(self) -> Pixels:
+        """In its working size, 8 bits per channel."""
+        picture = Image.fromarray(self.image).resize(self.size, Image.Resampling.LANCZOS)
+        return np.asarray(picture)
+
+    def for_vae(self, resize: ReferenceResize) -> Tensor:
+        """The same for the autoencoder, (1, 3, H, W), 0 to 255."""
+        match resize:
+            case ReferenceResize.LANCZOS:
+                return _as_tensor(self.resized)
+            case ReferenceResize.BILINEAR:
+                whole, size = _as_tensor(self.image).float(), self.size[::-1]
+                return F.interpolate(whole, size, mode="bilinear", antialias=True)
 
 
 class EditPipeline:
@@ -142,6 +181,7 @@ class EditPipeline:
         self.profile = profile
         self._tables = RecentTables()
         self._chart: Pairs | None = None
+        self.keep(0)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -156,6 +196,22 @@ class EditPipeline:
     def forget_tables(self) -> None:
         """Free the rotary tables that stay on the device between edits; they can be made again."""
         self._tables.clear()
+
+    def keep(self, most: int) -> None:
+        """Keep at most this many bytes of host memory for edits that do the same again.
+
+        A half is for encoded pictures and prompts, the other for prologues: one of those is as
+        large as the encodings of many pictures.
+        """
+        self._encodings, self._prologues = Kept(most // 2), Kept(most // 2)
+
+    def forget(self) -> bool:
+        """Forget what was kept of earlier edits; returns whether there was anything."""
+        return any([self._encodings.clear(), self._prologues.clear()])
+
+    def forget_prologues(self) -> None:
+        """Forget what depends on the transformer's weights."""
+        self._prologues.clear()
 
     def edit(self, request: NetworkRequest) -> Generator[Step | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
@@ -231,24 +287,18 @@ class EditPipeline:
         if request.image is None:
             return self._encode_words(request)
         size, multiple = self._size(request), self.config.size_multiple
-        picture = Image.fromarray(request.image).resize(size, Image.Resampling.LANCZOS)
-        image = np.asarray(picture)
-        match self.config.reference_resize:
-            case ReferenceResize.LANCZOS:
-                pixels = _as_tensor(image)
-            case ReferenceResize.BILINEAR:
-                pixels = F.interpolate(
-                    _as_tensor(request.image).float(), size[::-1], mode="bilinear", antialias=True
-                )
+        picture = _Picture(request.image, size)
+        pixels = partial(picture.for_vae, self.config.reference_resize)
         with self._tiles(plan):
-            latents = self._encode_latents(pixels)
+            key = (picture.key, self.vae.tile)
+            latents = self._encodings.get(("latents", key), lambda: self._encode_latents(pixels()))
         return Encoded(
             reference=pack(latents),
-            branches=self._read(self._prompts(request), image),
+            branches=self._read(self._prompts(request), picture),
             rows=size[1] // multiple,
             columns=size[0] // multiple,
-            cut=self._cut(request, image),
-            sketch=self._sketch(request, (latents, pixels)),
+            cut=self._cut(request, picture),
+            sketch=self._sketch(request, key, lambda: [Pairs.of(latents, pixels())]),
         )
 
     def _encode_words(self, request: NetworkRequest) -> Encoded:
@@ -258,14 +308,14 @@ class EditPipeline:
             raise ValueError(f"{self.config.version} makes no pictures from words alone")
         if min(sides) < multiple or any(side % multiple for side in sides):
             raise ValueError(f"width and height must be multiples of {multiple}, not {sides}")
-        black = np.zeros((BLACK_SIDE, BLACK_SIDE, 3), np.uint8)
+        black = _Picture(np.zeros((BLACK_SIDE, BLACK_SIDE, 3), np.uint8), (BLACK_SIDE, BLACK_SIDE))
         return Encoded(
             reference=torch.empty(1, 0, self.transformer.config.in_channels),
             branches=self._read(self._prompts(request), black),
             rows=request.height // multiple,
             columns=request.width // multiple,
             cut=self._cut(request, black),
-            sketch=self._sketch(request),
+            sketch=self._sketch(request, "chart", list),
         )
 
     def _size(self, request: NetworkRequest) -> tuple[int, int]:
@@ -294,27 +344,51 @@ class EditPipeline:
             negative = self.config.generation_negative_prompt
         return [request.prompt, negative or ""]
 
-    def _read(self, prompts: Sequence[str], image: Pixels) -> tuple[Branch, ...]:
-        """Read several prompts about one picture."""
-        if len(prompts) > 1 and not self.savings.shared_prefix:
-            return tuple(self._read([prompt], image)[0] for prompt in prompts)
-        if isinstance(self.conditioner, ConditionerV12):
-            return tuple(map(_branch_v1_2, self.conditioner.encode_each(prompts, image)))
-        embeds, mask = self.conditioner.encode_many(prompts, image)
-        return tuple(map(Branch, torch.split(embeds, 1), torch.split(mask, 1)))
+    def _read(self, prompts: Sequence[str], picture: _Picture) -> tuple[Branch, ...]:
+        """Read several prompts about one picture: together, unless the conditioner is v1.2's."""
+        is_apart = isinstance(self.conditioner, ConditionerV12) or not self.savings.shared_prefix
+        groups = [(prompt,) for prompt in prompts] if is_apart else [tuple(prompts)]
 
-    def _cut(self, request: NetworkRequest, image: Pixels) -> tuple[str, ...]:
+        @cache
+        def seen() -> Seen:
+            conditioner = self.conditioner
+            look = partial(conditioner.see, picture.resized, conditioner.config)
+            return self._encodings.get(("seen", picture.key), look)
+
+        def read(group: tuple[str, ...]) -> tuple[Branch, ...]:
+            key = ("read", picture.key, group)
+            return self._encodings.get(key, lambda: self._read_group(group, seen(), key))
+
+        return tuple(itertools.chain.from_iterable(map(read, groups)))
+
+    def _read_group(
+        self, prompts: Sequence[str], seen: Seen, origin: Hashable
+    ) -> tuple[Branch, ...]:
+        """Read prompts in one pass."""
+        if isinstance(self.conditioner, ConditionerV12):
+            found = [_branch_v1_2(self.conditioner.encode(prompt, seen)) for prompt in prompts]
+        else:
+            embeds, mask = self.conditioner.encode_many(prompts, seen)
+            found = list(map(Branch, torch.split(embeds, 1), torch.split(mask, 1)))
+        return tuple(replace(each, origin=(origin, index)) for index, each in enumerate(found))
+
+    def _cut(self, request: NetworkRequest, picture: _Picture) -> tuple[str, ...]:
         """Which of the prompts are not read to the end."""
         prompts = zip(("prompt", "negative prompt"), self._prompts(request), strict=False)
-        return tuple(name for name, prompt in prompts if self.conditioner.cuts(prompt, image))
+        return tuple(
+            name for name, prompt in prompts if self.conditioner.cuts(prompt, picture.size)
+        )
 
-    def _sketch(self, request: NetworkRequest, *pictures: tuple[Tensor, Tensor]) -> Sketch | None:
-        """Fit the layer for previews, if any are wanted, to pictures as latents and as pixels."""
+    def _sketch(
+        self, request: NetworkRequest, key: Hashable, pairs: Callable[[], list[Pairs]]
+    ) -> Sketch | None:
+        """Fit the layer for previews, if any are wanted, to pairs of latents and pixels."""
         if not request.preview_steps:
             return None
         if self._chart is None:
             self._chart = Pairs.of(self._encode_latents(chart()), chart())
-        return sum((Pairs.of(*picture) for picture in pictures), self._chart).fit()
+        usual = self._chart
+        return self._encodings.get(("sketch", key), lambda: sum(pairs(), usual).fit())
 
     # --- denoise ----------------------------------------------------------------------------------
 
@@ -328,7 +402,8 @@ class EditPipeline:
         self, encoded: Encoded, start: DenoiseState, request: NetworkRequest, plan: Plan = PLANS[0]
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each."""
-        denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables)
+        prologues = self._prologues if plan.keeps_prologues else Kept()
+        denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables, prologues)
         policy = self._policy(request, encoded.rows * encoded.columns)
         region = self._region(request, encoded, plan)
         if region is not None:
@@ -380,7 +455,7 @@ class EditPipeline:
         """Name the edit that the prompt asks for; None if the checkpoint has no recogniser."""
         if self.recogniser is None:
             return None
-        (branch,) = self._read([prompt], image)
+        (branch,) = self._read([prompt], _Picture(image, (image.shape[1], image.shape[0])))
         return self._name(branch)
 
     def _name(self, branch: Branch) -> str | None:
