@@ -52,6 +52,8 @@ class Start:
     precision: Precision = "auto"
     arithmetic: Arithmetic = "fp32"
     """Of the demo and the autoencoder on a CPU; auto: see `worker.arithmetic`."""
+    edit_cache_bytes: int = 0
+    """Host memory for what later edits of the same picture can use again."""
 
 
 @dataclass(frozen=True)

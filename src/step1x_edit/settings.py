@@ -357,6 +357,15 @@ class Settings(BaseSettings):
         ),
         BeforeValidator(_lower),
     ] = "auto"
+    edit_cache_mb: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MOST,
+            description="MiB of host memory for encoded pictures and prompts, so that the next "
+            "edit of the same picture starts sooner; 0: nothing is kept",
+        ),
+    ] = 512
     allowed_dirs: Annotated[
         tuple[Path, ...],
         NoDecode,

@@ -62,6 +62,9 @@ class LayerPipeline:
     def forget_tables(self) -> None:
         """It keeps none."""
 
+    def forget(self) -> bool:
+        return False
+
     def advance(self, run: EditRun, plan: Plan) -> Generator[Step | Edited, None, None]:
         yield Step("encoding", 0, 1)
         done: Any = run.state or 0

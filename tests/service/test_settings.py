@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "device": "auto",
         "precision": "auto",
         "arithmetic": "auto",
+        "edit_cache_mb": 512,
         "allowed_dirs": (Path.home(), tmp_path, Path(tempfile.gettempdir())),
         "host": "127.0.0.1",
         "port": 8000,

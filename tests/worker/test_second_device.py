@@ -112,6 +112,34 @@ def test_an_edit_is_made_where_the_weights_are(
     assert difference(outcome, made(a_worker(folder, None), EDIT)) < CLOSE
 
 
+@pytest.mark.parametrize("model", ["v1_1", "v1_2"])
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_what_earlier_edits_have_computed_waits_on_the_host(
+    folder: Path, device: torch.device, model: str, share: float | None
+) -> None:
+    """If everything is on the device, prologues are not kept: it computes one as fast."""
+    plain, worker = (a_worker(folder, device, share, model=model) for _ in range(2))
+    expected = made(plain, EDIT)
+    first = made(worker, EDIT)
+    checkpoint = worker._residency.checkpoint
+    assert checkpoint is not None
+    checkpoint.pipeline.keep(2**24)
+    made(worker, EDIT)
+    calls: list[str] = []
+    for name, module in checkpoint.pipeline.modules.items():
+        part = {"transformer": "time_in", "vae": "encoder", "conditioner": "visual"}.get(name)
+        if part is not None:
+            note = partial(lambda name, *_: calls.append(name), name)
+            module.get_submodule(part).register_forward_pre_hook(note)
+    worker.offload()
+
+    again = made(worker, EDIT)
+
+    assert set(calls) == (set() if share else {"transformer"})
+    assert np.array_equal(again.image, expected.image)
+    assert np.array_equal(first.image, expected.image)
+
+
 # bfloat16 goes through another kernel for attention where a device is not the host.
 @pytest.mark.parametrize(("precision", "most"), [("bf16", 1.0), ("int8", 0.01), ("nf4", 0.01)])
 def test_codes_are_widened_where_they_are(

@@ -25,6 +25,8 @@ from step1x_edit.errors import (
 )
 from step1x_edit.model.steps import PUBLISHED, Evaluations
 from step1x_edit.schemas.requests import Precision
+from step1x_edit.service.wiring import start_of
+from step1x_edit.settings import Settings
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
 from step1x_edit.worker.process import load_worker
@@ -349,6 +351,55 @@ def test_a_cancel_stops_in_the_middle_of_every_phase(folder: Path, phase: str) -
     )
 
 
+# --- what is kept of earlier edits ---------------------------------------------------------------
+
+
+def edited_with(folder: Path, edit_cache_mb: int, jobs: list[EditJob]) -> tuple[list[bytes], int]:
+    """The pictures, and how often the autoencoder has encoded one after the first edit."""
+    settings = Settings(
+        model_path=folder, device="cpu", edit_cache_mb=edit_cache_mb, _env_file=None
+    )
+    worker, calls = load_worker(start_of(settings)), list[object]()
+    images = [outcome_of(worker, jobs[0]).image]
+    checkpoint, residence = worker._residency.checkpoint, worker.residence()
+    assert checkpoint is not None
+    checkpoint.pipeline.vae.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    images += [outcome_of(worker, each).image for each in jobs[1:]]
+    assert without_peak(worker.residence()) == without_peak(residence)
+    return [image.tobytes() for image in images], len(calls)
+
+
+def without_peak(residence: Residence) -> Residence:
+    assert residence.placement is not None
+    placement = dataclasses.replace(residence.placement, measured_peak_gb=None)
+    return dataclasses.replace(residence, placement=placement)
+
+
+def test_the_setting_decides_what_is_kept_and_nothing_that_can_be_seen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    changed = a_picture()
+    changed[20, 30, 1] ^= 1
+    jobs = [
+        dataclasses.replace(job(), image=image, prompt=prompt)
+        for image, prompt in ((a_picture(), "a secret"), (changed, "a secret"), (changed, "night"))
+    ] * 2
+    files = [*tmp_path.rglob("*")]
+
+    with caplog.at_level("DEBUG"):
+        usual, without = (
+            edited_with(folder, size, jobs)
+            for size in (Settings.model_fields["edit_cache_mb"].default, 0)
+        )
+
+    assert usual[0] == without[0] == usual[0][:3] * 2
+    assert len(set(usual[0])) == 3
+    assert (usual[1], without[1]) == (1, 5)
+    assert [*tmp_path.rglob("*")] == files
+    assert "secret" not in caplog.text
+
+
 # --- memory runs out -----------------------------------------------------------------------------
 
 
@@ -368,8 +419,12 @@ class Faults:
 def with_faults(folder: Path, part: str, faults: Faults) -> PipelineWorker:
     worker = a_worker(folder, STAND_IN)
     texts_of(worker, job())
-    residency = worker._residency
-    with residency.on_device() as checkpoint:
+    fail_in(worker, part, faults)
+    return worker
+
+
+def fail_in(worker: PipelineWorker, part: str, faults: Faults) -> Faults:
+    with worker._residency.on_device() as checkpoint:
         pipeline = checkpoint.pipeline
         module = {
             "encoding": pipeline.vae.encoder,
@@ -377,7 +432,7 @@ def with_faults(folder: Path, part: str, faults: Faults) -> PipelineWorker:
             "decoding": pipeline.vae.decoder,
         }[part]
         module.register_forward_pre_hook(faults)
-    return worker
+    return faults
 
 
 @pytest.mark.parametrize(
@@ -459,6 +514,33 @@ def test_memory_that_stays_short_ends_the_edit_and_the_next_one_works(
     assert 3 <= faults.calls <= 6  # two plans, and at most four quarters of the model
     faults.calls = 100
     outcome_of(worker, job())
+
+
+@pytest.mark.parametrize("part", ["encoding", "denoising", "decoding"])
+def test_what_is_kept_of_earlier_edits_goes_before_the_plan_changes(
+    folder: Path, part: str
+) -> None:
+    worker, other = a_worker(folder, STAND_IN), dataclasses.replace(job(), image=255 - a_picture())
+    expected = outcome_of(worker, other)
+    checkpoint = worker._residency.checkpoint
+    assert checkpoint is not None
+    checkpoint.pipeline.keep(2**24)
+    outcome_of(worker, job())
+    batches: list[int] = []
+    checkpoint.pipeline.transformer.img_in.register_forward_pre_hook(
+        lambda _, inputs: batches.append(inputs[0].shape[0])
+    )
+    faults = fail_in(worker, part, Faults(1))
+
+    outcome = outcome_of(worker, other)
+
+    assert faults.calls > 1
+    assert outcome.image.tobytes() == expected.image.tobytes()
+    assert set(batches) == {2}  # both prompts together, as the first plan has it
+    encoded: list[object] = []
+    checkpoint.pipeline.vae.encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+    outcome_of(worker, job())
+    assert encoded
 
 
 def test_memory_that_runs_out_while_loading_is_tried_once_more(folder: Path) -> None:

@@ -13,7 +13,7 @@ from step1x_edit.engine.worker_process import WorkerProcess
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess
 from step1x_edit.service.service import EditService
-from step1x_edit.settings import Settings
+from step1x_edit.settings import MEBI, Settings
 
 SURVEY_S: Final = 60.0
 """How long an estimate waits for the process that inspects the checkpoint."""
@@ -31,6 +31,7 @@ def start_of(settings: Settings) -> Start:
         log_format=settings.log_format,
         precision=settings.precision,
         arithmetic=settings.arithmetic,
+        edit_cache_bytes=settings.edit_cache_mb * MEBI,
     )
 
 

@@ -7,7 +7,6 @@ This module knows nothing of channels, processes or users' files.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -176,8 +175,8 @@ class _RunningEdit:
     def _with_model(
         self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], use: Use = "edit"
     ) -> Generator[E | Progress, None, T]:
-        """Work with the model where it computes; when memory runs out, try a cheaper plan."""
-        for plan in itertools.chain(PLANS, self._smaller_plans()):
+        """Work with the model where it computes; when memory runs out, try the next plan."""
+        for plan in self._plans():
             try:
                 return (yield from self._attempt(work, plan, use))
             except (MemoryError, RuntimeError) as error:
@@ -187,7 +186,16 @@ class _RunningEdit:
             free_memory()  # not above: while an exception is handled, its frames hold tensors
         raise OutOfMemoryError(f"this edit needs more than is free; try {self.job.smaller}")
 
-    def _smaller_plans(self) -> Iterator[Plan]:
+    def _plans(self) -> Iterator[Plan]:
+        """The plans to try, each if memory ran out with the one before.
+
+        What is kept of earlier edits goes first: the result must not depend on it.
+        """
+        yield PLANS[0]
+        checkpoint = self.residency.checkpoint
+        if checkpoint is not None and checkpoint.pipeline.forget():
+            yield PLANS[0]
+        yield from PLANS[1:]
         while self.residency.shrink():
             log.warning("keeping less of the model on the device")
             yield PLANS[-1]
@@ -201,6 +209,8 @@ class _RunningEdit:
         may_keep, placed = plan is PLANS[0], self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
+        if placed is not None and not placed.is_streaming:
+            plan = replace(plan, keeps_prologues=False)
         with self.residency.on_device() as checkpoint, self._stoppable(checkpoint):
             self._accept(checkpoint)
             if may_keep:  # memory has not run out yet

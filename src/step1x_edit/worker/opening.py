@@ -115,7 +115,9 @@ def open_chosen(
             f"the model needs at least {plan.size / GIGA:.1f} GB of memory and "
             f"{memory.available / GIGA:.1f} GB are free: free some"
         )
-    return replace(tried[plan.precision], host=plan)
+    chosen = tried[plan.precision]
+    chosen.checkpoint.pipeline.keep(start.edit_cache_bytes)
+    return replace(chosen, host=plan)
 
 
 def _with_arithmetic(wanted: Wanted, arithmetic: Arithmetic, data_dir: Path) -> Wanted:

@@ -335,7 +335,8 @@ class Residency:
     def offload(self) -> None:
         """Free the device's memory; the model stays in host memory. Nothing is copied.
 
-        Does nothing if the model is not on the device.
+        Does nothing if the model is not on the device. What the pipeline keeps of earlier edits is
+        in host memory and stays there.
         """
         self._refuse_if_lent()
         if self._loaded is None or self._placed is None:
@@ -363,6 +364,7 @@ class Residency:
         loaded = self._loaded
         if loaded is None:
             return
+        loaded.opened.checkpoint.pipeline.forget()
         memories = self._leave_device(loaded)  # first: running copies need their pages locked
         if loaded.page_lock is not None:
             loaded.page_lock.undo()
@@ -492,6 +494,8 @@ class Residency:
     def _change(self, loaded: Loaded, changes: Changes, check: Check) -> None:
         """Change the blocks in host memory, and where they compute."""
         names = loaded.host.differing(changes)
+        if names:
+            loaded.opened.checkpoint.pipeline.forget_prologues()
         if self._placed is not None and self._placed.streamer is not None:
             self._placed.streamer.forget(names)
         for name in names:
