@@ -44,8 +44,8 @@ HOST_RESERVE: Final = 4 * GB
 """Host memory reserved for pictures, libraries, blocks being copied and other programs; half of the
 free memory if that is less."""
 COMPUTING_RESERVE: Final = int(6.2 * GB)
-"""The same for a host that also computes. Half of it is what an edit at 1024 pixels takes: in a step
-1 GB per prompt, its modulation and two blocks from disk, or 3 GB in a decoder in float32."""
+"""The same for a host that also computes. Half of it is what an edit at 1024 pixels takes: in a
+step 1 GB per prompt, its modulation and two blocks from disk, or 3 GB in a decoder in float32."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
 """The precisions to try, in this order, if none is requested."""
