@@ -35,7 +35,7 @@ from skimage import data
 from torch import Tensor, nn
 
 from step1x_edit.checkpoints.read import Wanted, read_checkpoint
-from step1x_edit.model.blocks import DoubleStreamBlock, Layout, SingleStreamBlock
+from step1x_edit.model.blocks import DoubleStreamBlock, Layout, Modulator, SingleStreamBlock
 from step1x_edit.model.config import V1_1
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.pipeline import Edited, EditPipeline
@@ -190,35 +190,49 @@ def full_width(
 
 
 def blocks(dtype: torch.dtype) -> nn.ModuleList:
-    """A double and a single block with random weights, without the modulators."""
+    """A double and a single block of the published sizes."""
+    kinds = (DoubleStreamBlock, SingleStreamBlock)
+    return nn.ModuleList([random_block(kind, dtype) for kind in kinds])
+
+
+def random_block(
+    kind: type[DoubleStreamBlock | SingleStreamBlock], dtype: torch.dtype
+) -> DoubleStreamBlock | SingleStreamBlock:
+    """A block with random weights, without the modulators."""
     config, generator = V1_1.transformer, torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        sizes = config.hidden_size, config.num_heads, config.mlp_size
-        double, single = DoubleStreamBlock(*sizes), SingleStreamBlock(*sizes)
-        double.img_mod = double.txt_mod = single.modulation = nn.Identity()  # type: ignore[assignment]
-    made = nn.ModuleList([double, single]).to(dtype).to_empty(device="cpu").requires_grad_(False)
-    for name, parameter in made.named_parameters():
+        block = kind(config.hidden_size, config.num_heads, config.mlp_size)
+        for name, child in list(block.named_children()):
+            if isinstance(child, Modulator):
+                setattr(block, name, nn.Identity())
+    block = block.to(dtype).to_empty(device="cpu").requires_grad_(False)
+    for name, parameter in block.named_parameters():
         if name.endswith("norm.scale"):
             parameter.fill_(1)
         else:
             parameter.normal_(0, 0.02, generator=generator)
-    return made
+    return block
+
+
+def wide_layout() -> Layout:
+    """The rows of a picture of 512 px."""
+    side = 512 // V1_1.size_multiple
+    ids = image_position_ids(side, side, V1_1.reference_offset)
+    ids = torch.cat([ids.new_zeros(TEXT_LENGTH, 3), ids])
+    rope = rope_table(ids, V1_1.transformer.axes_dim, V1_1.transformer.theta)
+    return Layout(rope[None, None], TEXT_LENGTH)
 
 
 def run_of(modules: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The blocks with fixed inputs."""
-    config, generator = V1_1.transformer, torch.Generator().manual_seed(1)
+    generator, layout = torch.Generator().manual_seed(1), wide_layout()
     double, single = modules.children()
-    side = 512 // V1_1.size_multiple
-    ids = image_position_ids(side, side, V1_1.reference_offset)
-    ids = torch.cat([ids.new_zeros(TEXT_LENGTH, 3), ids])
-    layout = Layout(rope_table(ids, config.axes_dim, config.theta)[None, None], TEXT_LENGTH)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    width = config.hidden_size
-    img, txt = drawn(1, 2 * side**2, width), drawn(1, TEXT_LENGTH, width)
+    width, rows = V1_1.transformer.hidden_size, layout.rope.shape[2]
+    img, txt = drawn(1, rows - TEXT_LENGTH, width), drawn(1, TEXT_LENGTH, width)
     mods = drawn(1, 6 * width) / 4, drawn(1, 6 * width) / 4
     mod = drawn(1, 3 * width) / 4
 

@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -31,11 +30,12 @@ from pathlib import Path
 
 import torch
 
+from build import commit
 from gpu import coded, memory, sections
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 from gpu.networks import HAS_PEER
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 LIMIT_S = 440  # importing the libraries comes on top
 GRACE_S = 15
 """A section checks the clock between steps. If it is stuck, it is stopped after this much more."""
@@ -314,20 +314,6 @@ def say(report: Report, folder: Path) -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def commit() -> str:
-    """The commit that is checked out, and whether files differ from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "--short", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def facts_of(device: torch.device, is_tiny: bool, commit_name: str) -> Figures:
     is_cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_cuda else "a stand-in for a GPU"
@@ -353,7 +339,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for all sections")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="SECTION")
     parser.add_argument("--commit", help="the commit that is measured, if git cannot report it")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
