@@ -27,6 +27,7 @@ from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.pipeline import EditPipeline, Plan
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.savings import ALL, Savings
+from step1x_edit.model.steps import PUBLISHED
 from step1x_edit.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def our_states(
 
 def our_pipeline(network: Transformer, model: ModelConfig, savings: Savings = ALL) -> EditPipeline:
     """A pipeline that can only denoise."""
-    return EditPipeline(network, None, None, model, savings=savings)  # type: ignore[arg-type]
+    return EditPipeline(network, None, None, model, savings=savings, profile=PUBLISHED)  # type: ignore[arg-type]
 
 
 def our_velocities(
