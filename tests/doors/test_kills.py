@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from fastmcp.client.transports import PythonStdioTransport
 from PIL import Image
 
 from extent import by_extent
+from forked import start_program
 
 KILLS = by_extent(8, 25)
 HERE = Path(__file__).parents[1]
@@ -42,7 +41,7 @@ def a_life(picture: Path, folder: Path, seconds: float) -> list[Path]:
     """Start a server that edits without a pause, kill it, and return what it said was finished."""
     folder.mkdir()
     paths = os.pathsep.join([str(HERE), *sys.path])
-    server = subprocess.Popen(
+    server = start_program(
         [sys.executable, str(HERE / "toy_server.py"), str(picture), str(folder)],
         stdout=subprocess.PIPE,
         text=True,
@@ -73,8 +72,7 @@ def test_a_server_that_is_killed_while_it_writes_leaves_whole_files_and_nothing_
     folders = [tmp_path / f"life-{number}" for number in range(KILLS)]
     lives = [moments.uniform(0, 0.3) for _ in folders]
 
-    with ThreadPoolExecutor(2) as pool:
-        finished = list(pool.map(partial(a_life, picture), folders, lives))
+    finished = [a_life(picture, *life) for life in zip(folders, lives, strict=True)]
 
     for folder, told in zip(folders, finished, strict=True):
         found = {*folder.iterdir()}

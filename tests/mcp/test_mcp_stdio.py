@@ -27,6 +27,7 @@ from mcp.client.stdio import stdio_client
 from PIL import Image
 
 from conftest import MakeService
+from forked import start_program
 from http_server import announcing
 from mcp_answers import answer_of, text_of
 from step1x_edit.interfaces.cli import DEMO_PHOTO
@@ -35,6 +36,8 @@ from step1x_edit.interfaces.mcp.stdio import _Pipe, _Wire
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "mcp_server.py"
+FAKE = (str(ROOT / "tests" / "serve_fake.py"),)
+"""A server whose worker is a fake."""
 
 QUICK = {"DEFAULT_SIZE_LEVEL": "512", "DEFAULT_NUM_STEPS": "10"}
 
@@ -75,9 +78,10 @@ def start(
     log_file: Path | None = None,
     **settings: str,
 ) -> subprocess.Popen[str]:
+    starting = start_program if command == FAKE else subprocess.Popen
     with contextlib.ExitStack() as files:
         log = subprocess.PIPE if log_file is None else files.enter_context(log_file.open("w"))
-        process = subprocess.Popen(
+        process = starting(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -610,7 +614,7 @@ def end(process: subprocess.Popen[str], how: str) -> None:
 def start_editing(tmp_path: Path, prompt: str, steps: int = 50) -> subprocess.Popen[str]:
     """A server in the middle of an edit by a fake worker."""
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    process = start(tmp_path, (str(ROOT / "tests" / "serve_fake.py"),))
+    process = start(tmp_path, FAKE)
     arguments = {"image_path": "a.png", "prompt": prompt, "num_steps": steps}
     say(process, HELLO, READY, call(2, "edit_image", arguments))
     hear(process)
@@ -655,7 +659,7 @@ def test_a_running_edit_is_stopped_and_leaves_no_file(
 
 def test_a_call_ends_after_the_longest_wait_and_its_edit_with_the_process(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
-    process = start(tmp_path, (str(ROOT / "tests" / "serve_fake.py"),), MCP_MAX_WAIT="1")
+    process = start(tmp_path, FAKE, MCP_MAX_WAIT="1")
 
     edit = call(2, "edit_image", {"image_path": "a.png", "prompt": "hang"})
     say(process, HELLO, READY, edit)
