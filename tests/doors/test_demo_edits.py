@@ -35,6 +35,8 @@ PROMPTS: Final = {
     "blue": "give it a blue tint",
 }
 UNKNOWN: Final = "add a red hat"
+INSIDE: Final = (150, 100, 450, 300)
+"""Left, top, right and bottom of a quarter of the picture."""
 SEED: Final = 11
 
 pytestmark = pytest.mark.timeout(600)
@@ -85,6 +87,9 @@ async def _ask(folder: Path) -> dict[str, dict[str, Any]]:
         env={**os.environ, "MODEL_PATH": ""},
         keep_alive=False,
     )
+    mask = Image.new("L", Image.open(folder / "coffee.png").size, 0)
+    mask.paste(255, INSIDE)
+    mask.save(folder / "mask.png")
     wishes = {**PROMPTS, "unknown": UNKNOWN, "unchanged": "", "again": PROMPTS["night"]}
     answers = {}
     async with Client(transport) as client:
@@ -93,6 +98,10 @@ async def _ask(folder: Path) -> dict[str, dict[str, Any]]:
             small = {"num_steps": 10, "size_level": 512, "output_path": f"{name}.png"}
             result = await client.call_tool("edit_image", arguments | small)
             answers[name] = result.structured_content
+        turbo = {"prompt": PROMPTS["night"], "mask_path": "mask.png", "mode": "turbo"}
+        arguments = arguments | small | turbo | {"output_path": "masked.png"}
+        result = await client.call_tool("edit_image", arguments)
+        answers["masked"] = result.structured_content
         missing = {"image_path": "missing.jpg", "prompt": "x"}
         failure = await client.call_tool("edit_image", missing, raise_on_error=False)
         answers["missing"] = failure.structured_content
@@ -139,6 +148,24 @@ def test_the_same_seed_gives_the_same_bytes(session: Session) -> None:
     first, again = (Path(session.answers[name]["output_path"]) for name in ("night", "again"))
 
     assert first.read_bytes() == again.read_bytes()
+
+
+def test_a_masked_edit_in_turbo_changes_only_what_is_inside_with_fewer_evaluations(
+    session: Session,
+) -> None:
+    left, top, right, bottom = INSIDE
+    inside = np.zeros(session.before.shape[:2], bool)
+    inside[top:bottom, left:right] = True
+    after, exact = session.after("masked"), session.after("night")
+    metadata = session.answers["masked"]["metadata"]
+
+    sent = (np.round(session.before * 255) / 255).astype(np.float32)
+    assert np.allclose(after[~inside], sent[~inside], atol=1e-6)
+    part = np.s_[top + 20 : bottom - 20, left + 20 : right - 20]  # within the soft edge
+    assert distance(after[part], exact[part]) < 0.2 * distance(sent[part], exact[part])
+    assert metadata["mode"] == "turbo"
+    assert metadata["evaluations_done"] + metadata["evaluations_skipped"] == 20
+    assert metadata["evaluations_done"] <= 8
 
 
 def test_an_empty_prompt_leaves_the_picture_as_it_is(session: Session) -> None:
