@@ -60,6 +60,7 @@ SECTIONS = (
     Section(sections.peer, 30, needs_peer=True),
     Section(sections.exact_compiled, 80),
     Section(sections.again, 45),
+    Section(sections.turbo, 60),
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
     Section(coded.coded_blocks, 60),
@@ -176,6 +177,7 @@ def table(report: Report) -> str:
         "",
         *_speed_rows(found),
         *_correctness_rows(found),
+        *_turbo_rows(found.get("turbo", {})),
         *_streaming_rows(found.get("streaming", {})),
         *_coded_rows(found.get("coded_blocks", {})),
         *_figure_rows("probe", found.get("probe", {})),
@@ -241,6 +243,15 @@ def _correctness_rows(found: dict[str, Figures]) -> list[str]:
             for section in ("correctness", "exact", "exact_compiled")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _turbo_rows(section: Figures) -> list[str]:
+    if not section.get("loops"):
+        return []
+    names = list(section["loops"][0])
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in section["loops"]]
     return [*lines, ""]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from step1x_edit.model.denoising import Branch, DenoiseState, Encoded, join, kee
 from step1x_edit.model.flow import euler_step, guide, schedule
 from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.pipeline import EditPipeline, Plan
-from step1x_edit.model.request import NetworkRequest
+from step1x_edit.model.request import Mask, Mode, NetworkRequest
 from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.steps import PUBLISHED
 from step1x_edit.model.transformer import Transformer
@@ -121,11 +122,17 @@ def encoded_prompts(
 
 
 def our_states(
-    pipeline: EditPipeline, encoded: Encoded, plan: Plan | None = None
+    pipeline: EditPipeline,
+    encoded: Encoded,
+    plan: Plan | None = None,
+    mode: Mode = "exact",
+    mask: Mask | None = None,
 ) -> Generator[DenoiseState, None, None]:
     """The product's own loop."""
     # The picture has been encoded.
-    request = NetworkRequest(None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE)
+    request = NetworkRequest(
+        None, "", num_steps=NUM_STEPS, guidance_scale=GUIDANCE, mode=mode, mask=mask
+    )
     start = pipeline.start(encoded, seed=0)
     yield from pipeline.denoise(encoded, start, request, plan or Plan())
 
@@ -133,6 +140,13 @@ def our_states(
 def our_pipeline(network: Transformer, model: ModelConfig, savings: Savings = ALL) -> EditPipeline:
     """A pipeline that can only denoise."""
     return EditPipeline(network, None, None, model, savings=savings, profile=PUBLISHED)  # type: ignore[arg-type]
+
+
+def quarter(height: int, width: int) -> Mask:
+    """A mask of 25 %: the middle."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 : height - height // 4, width // 4 : width - width // 4] = 255
+    return mask
 
 
 def our_velocities(

@@ -108,10 +108,3 @@ def timed(pipeline: EditPipeline, request: NetworkRequest) -> tuple[Pixels, Figu
     assert last.evaluations is not None
     done, skipped = last.evaluations.done, last.evaluations.skipped
     return last.image, Figures(denoised - encoded, done, skipped, clock() - started)
-
-
-def quarter(height: int, width: int) -> Mask:
-    """A mask of 25 %: the middle."""
-    mask = np.zeros((height, width), np.uint8)
-    mask[height // 4 : height - height // 4, width // 4 : width - width // 4] = 255
-    return mask
