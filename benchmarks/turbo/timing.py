@@ -10,11 +10,11 @@ from typing import Any, Final
 from unittest.mock import patch
 
 from bench_precision import psnr
+from gpu.networks import quarter
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.settings import Settings
-from gpu.networks import quarter
 from turbo.edits import MODES, Demo, Figures, Way, timed
 
 EDIT: Final = ("coffee", "night")

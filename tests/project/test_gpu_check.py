@@ -86,6 +86,8 @@ def test_every_section_reports(run: tuple[subprocess.CompletedProcess[str], Path
     assert found["exact_compiled"]["is_right"]
     assert found["exact_compiled"]["graphs"] > 0
     assert 0 < found["exact"]["latents_from_baseline"] < 0.1
+    exact, fast, turbo, _ = (loop["evaluations"] for loop in found["turbo"]["loops"][:4])
+    assert exact > fast > turbo > 0
     assert found["residency"]["onload_gb_per_s"] > 0
     assert found["probe"]["memory_gb_per_s"] > 0
     blocks = {row["precision"]: row for row in found["coded_blocks"]["blocks"]}
