@@ -34,7 +34,9 @@ class Forked(subprocess.Popen[str]):
         folder, environment, pipes = options[4], options[5], options[9:15]
         theirs = pipes[0], pipes[3], pipes[5]
         files = [number if file == -1 else file for number, file in enumerate(theirs)]
-        message = json.dumps([args[1:], str(folder), environment]).encode()
+        message = json.dumps(
+            [args[1:], str(folder or Path.cwd()), dict(environment or os.environ)]
+        ).encode()
         prctl = ctypes.CDLL(None).prctl
         with _one_at_a_time:
             control, _ = _forking_process()
