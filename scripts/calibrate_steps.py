@@ -3,12 +3,12 @@
     python scripts/calibrate_steps.py [MODEL] [--version v1.1] [--device cuda] [--sizes 512,1024]
                                       [--pictures a.jpg,b.jpg] [--prompts FILE]
 
-Makes exact edits and asks at each step how far the velocity is from one that continues the last
-velocity, the last two or three. From that follows how densely it must be evaluated along t. Then
-the modes are tried with each order of extrapolation, and the order whose latents come nearest to
-the exact ones is kept. Writes `steps.json` beside the weights (default: those of the embedded
-demo), where each version has its entry; it holds for sizes between the smallest and the largest
-that were measured. Prints tables; the last line is one JSON object.
+Makes exact edits and asks at each step how far the velocity is from the last one (first order) and
+from the line through the last two (second order). From the second follows how densely it must be
+evaluated along t. Writes `steps.json` beside the weights (default: those of the embedded demo),
+where each version has its entry; it holds for sizes between the smallest and the largest that were
+measured. Then makes the edits of the smallest size in the modes fast and turbo, with several
+num_steps. Prints tables; the last line is one JSON object.
 
 The pictures are photographs that installed packages contain, none of those that the benchmarks
 judge by.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from torch import Tensor
 from demo_data import TRAINING_PHOTOS, load_photo
 from step1x_edit.checkpoints.read import DEMO_FOLDER, STEPS_FILE, Wanted, read_checkpoint
 from step1x_edit.model.denoising import DenoiseState, Encoded
-from step1x_edit.model.flow import extrapolate
+from step1x_edit.model.flow import extrapolate, jumps
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import Mode, NetworkRequest, Pixels
 from step1x_edit.model.steps import Curve, Profile, num_evaluated
@@ -46,10 +46,9 @@ PROMPTS = (
     "turn it into a black and white photo",
     "a thermal image",
 )
-ORDERS = (1, 2, 3)
 MODES: tuple[Mode, ...] = ("fast", "turbo")
 NUM_STEPS = 28
-OTHER_NUM_STEPS = (10, 50)
+TRIED_NUM_STEPS = (10, 28, 50)
 EDITED_BELOW = 0.88
 """RegionE calls a token edited if its cosine with that of the picture is lower."""
 
@@ -89,43 +88,39 @@ def main() -> None:
         arguments.prompts.read_text("utf-8").splitlines() if arguments.prompts else PROMPTS,
     )
 
-    curves: dict[int, list[Curve]] = {order: [] for order in ORDERS}
+    curves: list[Curve] = []
     smallest: list[Exact] = []
     for size in sorted(map(int, arguments.sizes.split(","))):
         exact = [exact_edit(pipeline, replace(each, size_level=size)) for each in requests]
         smallest = smallest or exact
+        times = [t for t, _ in exact[0].velocities]
+        jumps_at = jumps(times, requests[0].guidance_scale, pipeline.config.guidance_rule)
+        steps = [i for i in range(2, NUM_STEPS) if not {i, i - 1} & set(jumps_at)]
         tokens = exact[0].latents.shape[1]
-        print(f"{tokens} tokens: error of extrapolation by order; share of edited tokens")
-        for order in ORDERS:
-            curves[order].append(curve(exact, order))
-        for index in range(max(ORDERS), NUM_STEPS):
-            errors = " ".join(f"{error(exact, index, order):.4f}" for order in ORDERS)
+        curves.append(Curve(tokens, tuple(density(exact, steps))))
+        print(f"{tokens} tokens: t, change, error of the line, density, edited tokens")
+        for index, (t, weight) in zip(steps, curves[-1].density, strict=True):
+            errors = [error(exact, index, order) for order in (1, 2)]
             edited = np.mean([each.edited[index] for each in exact])
-            print(f"{exact[0].velocities[index][0]:.3f} {errors} {edited:.2f}", flush=True)
+            print(f"{t:.3f} {errors[0]:.4f} {errors[1]:.4f} {weight:.2f} {edited:.2f}", flush=True)
 
-    best, losses = None, {}
-    for order in ORDERS:
-        pipeline.profile = Profile(tuple(curves[order]), order)
-        losses[order] = {mode: loss(pipeline, smallest, mode) for mode in MODES}
-        print(f"order {order}: latents differ by {losses[order]}", flush=True)
-        if best is None or losses[order]["turbo"] < losses[best.order]["turbo"]:
-            best = pipeline.profile
-    pipeline.profile = best
-    for num_steps in OTHER_NUM_STEPS:
-        exact = [
-            exact_edit(pipeline, replace(each.request, num_steps=num_steps)) for each in smallest
-        ]
-        for mode in MODES:
-            number = num_evaluated(mode, num_steps)
-            print(f"{mode} {number}/{num_steps} {loss(pipeline, exact, mode):.4f}", flush=True)
-
-    assert best is not None
+    pipeline.profile = Profile(tuple(curves))
     folder = arguments.model or DEMO_FOLDER
     file = (folder if folder.is_dir() else folder.parent) / STEPS_FILE
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    known[pipeline.config.version] = best.to_json()
+    known[pipeline.config.version] = pipeline.profile.to_json()
     file.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    print(json.dumps({"order": best.order, "losses": losses, "file": str(file)}))
+
+    losses = {}
+    for num_steps in TRIED_NUM_STEPS:
+        edits = [replace(each.request, num_steps=num_steps) for each in smallest]
+        exact = [exact_edit(pipeline, each) for each in edits]
+        for mode in MODES:
+            evaluated = num_evaluated(mode, num_steps)
+            losses[f"{mode} {evaluated}/{num_steps}"] = round(loss(pipeline, exact, mode), 4)
+    for name, value in losses.items():
+        print(f"{name}: the latents differ by {value}")
+    print(json.dumps({"version": checkpoint.version, "file": str(file), "losses": losses}))
 
 
 def _read(file: Path) -> Pixels:
@@ -169,23 +164,15 @@ def error(exact: Sequence[Exact], index: int, order: int) -> float:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def curve(exact: Sequence[Exact], order: int) -> Curve:
-    """The density that gives each stretch of t without an evaluation the same loss.
+def density(exact: Sequence[Exact], steps: Sequence[int]) -> Iterator[tuple[float, float]]:
+    """The weight at the t of some steps that gives each stretch between evaluations one loss.
 
-    A velocity whose derivative of this order is d is missed by d * h^order at a distance h, and the
-    picture by d * h^(order + 1): the density is the root of d, which the error over the product of
-    its distances estimates.
+    A line misses a velocity with the second derivative d by d * h^2 at a distance h, and the
+    picture by d * h^3: so the weight is the third root of d.
     """
-    times = [t for t, _ in exact[0].velocities]
-    density = []
-    for index in range(order, len(times)):
-        distances = math.prod(
-            times[before] - times[index] for before in range(index - order, index)
-        )
-        density.append(
-            (times[index], (error(exact, index, order) / distances) ** (1 / (order + 1)))
-        )
-    return Curve(exact[0].latents.shape[1], tuple(density))
+    for index in steps:
+        before, last, t = (exact[0].velocities[i][0] for i in (index - 2, index - 1, index))
+        yield t, (error(exact, index, order=2) / ((before - t) * (last - t))) ** (1 / 3)
 
 
 def loss(pipeline: EditPipeline, exact: Sequence[Exact], mode: Mode) -> float:

@@ -67,7 +67,7 @@ VAE = AutoencoderConfig(
 )
 WIDTH = 32
 
-EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))), order=3)
+EVEN = Profile((Curve(4, ((1.0, 1.0),)), Curve(64, ((1.0, 1.0),))))
 """The velocity bends everywhere alike, in pictures of 4 to 64 tokens."""
 
 

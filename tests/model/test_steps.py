@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from step1x_edit.model.flow import extrapolate, schedule
+from step1x_edit.model.flow import DAMPED_ABOVE, extrapolate, schedule
 from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Plan, Step
 from step1x_edit.model.request import Mode, NetworkRequest
 from step1x_edit.model.steps import (
@@ -48,7 +48,21 @@ def test_a_mode_evaluates_its_share_of_any_number_of_steps(mode: Mode, profile: 
         evaluated = chosen(mode, num_steps, profile)
 
         assert len(evaluated) == num_evaluated(mode, num_steps)
-        assert {0, 1, num_steps - 1} <= set(evaluated)
+        assert {0, num_steps - 1} <= set(evaluated)
+
+
+def test_no_line_leads_over_the_step_in_which_the_rule_of_guidance_changes(
+    pipeline: EditPipeline,
+) -> None:
+    request = dataclasses.replace(TURBO, mode="fast")
+    with torch.inference_mode():
+        encoded = pipeline.encode(request)
+        states = list(pipeline.denoise(encoded, pipeline.start(encoded, 7), request))
+
+    times = schedule(10, 12).tolist()
+    jump = next(i for i, t in enumerate(times) if t <= DAMPED_ABOVE)
+    assert states[jump - 1].known
+    assert [t for t, _ in states[jump].known] == [times[jump]]
 
 
 def test_an_exact_edit_evaluates_every_step_of_any_size() -> None:
@@ -58,8 +72,8 @@ def test_an_exact_edit_evaluates_every_step_of_any_size() -> None:
 
 
 def test_steps_are_evaluated_most_where_the_velocity_changes_most() -> None:
-    early = Profile((Curve(16, ((1.0, 9.0), (0.6, 9.0), (0.5, 1.0), (0.0, 1.0))),), order=2)
-    late = Profile((Curve(16, ((1.0, 1.0), (0.5, 1.0), (0.4, 9.0), (0.0, 9.0))),), order=2)
+    early = Profile((Curve(16, ((1.0, 9.0), (0.6, 9.0), (0.5, 1.0), (0.0, 1.0))),))
+    late = Profile((Curve(16, ((1.0, 1.0), (0.5, 1.0), (0.4, 9.0), (0.0, 9.0))),))
 
     assert np.mean(chosen("turbo", 28, early)) < np.mean(chosen("turbo", 28, late)) - 4
 
@@ -68,7 +82,7 @@ def test_a_profile_survives_its_file() -> None:
     assert Profile.from_json(json.loads(json.dumps(EVEN.to_json()))) == EVEN
 
 
-@pytest.mark.parametrize("data", [{}, {"order": 2}, {"order": 2, "curves": [{"tokens": 4}]}])
+@pytest.mark.parametrize("data", [{}, {"curves": [{"tokens": 4}]}])
 def test_a_profile_that_is_not_complete_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not a profile"):
         Profile.from_json(data)
@@ -76,7 +90,7 @@ def test_a_profile_that_is_not_complete_is_refused(data: dict[str, object]) -> N
 
 def test_between_two_sizes_the_density_is_in_between() -> None:
     small, large = ((1.0, 1.0), (0.0, 9.0)), ((1.0, 9.0), (0.0, 1.0))
-    profile = Profile((Curve(10, small), Curve(30, large)), order=2)
+    profile = Profile((Curve(10, small), Curve(30, large)))
 
     assert profile.masses(20, [1.0, 0.5, 0.0]) == pytest.approx([2.5, 2.5])
     assert profile.masses(10, [1.0, 0.5, 0.0]) == pytest.approx([1.5, 3.5])
@@ -96,16 +110,14 @@ def test_a_checkpoint_that_was_not_measured_makes_exact_edits_only() -> None:
     final_picture(pipeline, dataclasses.replace(TURBO, mode="exact", num_steps=2))
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2])
-def test_as_many_values_as_a_polynomial_has_coefficients_continue_it(degree: int) -> None:
-    coefficients = torch.tensor([[3.0, -1.0], [2.0, 4.0], [-5.0, 7.0]])[: degree + 1]
+def test_a_straight_line_is_continued() -> None:
+    def line(t: float) -> torch.Tensor:
+        return torch.tensor([3.0, -1.0]) + t * torch.tensor([2.0, 4.0])
 
-    def at(t: float) -> torch.Tensor:
-        return sum((c * t**power for power, c in enumerate(coefficients)), torch.zeros(2))
+    known = [(t, line(t)) for t in (0.9, 0.7, 0.4)]
 
-    known = [(t, at(t)) for t in (0.9, 0.7, 0.4)[: degree + 1]]
-
-    torch.testing.assert_close(extrapolate(known, 0.1), at(0.1))
+    torch.testing.assert_close(extrapolate(known, 0.1), line(0.1))
+    assert torch.equal(extrapolate(known[:1], 0.1), line(0.9))
 
 
 @pytest.mark.parametrize("plan", PLANS)

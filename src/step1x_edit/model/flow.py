@@ -80,6 +80,14 @@ def is_damped(t: float | Tensor, rule: GuidanceRule) -> bool | Tensor:
             return False
 
 
+def jumps(times: Sequence[float], scale: float, rule: GuidanceRule) -> list[int]:
+    """Return the steps in which guidance changes between damped and not: the velocity jumps."""
+    if scale == 1.0:
+        return []
+    damped = [is_damped(t, rule) for t in times]
+    return [i for i in range(1, len(times)) if damped[i] != damped[i - 1]]
+
+
 def norm_divisor(direction: Tensor) -> Tensor:
     """Return each token's norm to the power 0.4, at least 1: (B, N, C) to (B, N, 1)."""
     norm: Tensor = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
@@ -92,13 +100,13 @@ def euler_step(x: Tensor, velocity: Tensor, t: float | Tensor, t_next: float | T
 
 
 def extrapolate(known: Sequence[tuple[float, Tensor]], t: float) -> Tensor:
-    """Continue the polynomial through all known (t_i, v_i) to t, in Lagrange's form.
+    """Continue the straight line through the last two (t_i, v_i) to t; one value stays as it is.
 
-    v(t) = sum over i of v_i * product over j != i of (t - t_j) / (t_i - t_j): through one value it
-    is constant, through two a straight line. Euler steps that follow it are a multistep method.
+    v(t) = v1 + (t - t1) / (t1 - t0) * (v1 - v0). Euler steps that follow it are a two-step method,
+    of second order in the distance of the known values.
     """
-    terms = [
-        v * math.prod((t - other) / (at - other) for other, _ in known if other != at)
-        for at, v in known
-    ]
-    return torch.stack(terms).sum(0)
+    t1, v1 = known[-1]
+    if len(known) == 1:
+        return v1
+    t0, v0 = known[-2]
+    return v1 + (t - t1) / (t1 - t0) * (v1 - v0)

@@ -30,7 +30,7 @@ from step1x_edit.model.conditioner_v1_2 import ConditionerV12, PromptEncodingV12
 from step1x_edit.model.config import PATCH_SIZE, ModelConfig, ReferenceResize
 from step1x_edit.model.connector import masked_mean
 from step1x_edit.model.denoising import Branch, Denoiser, DenoiseState, Encoded
-from step1x_edit.model.flow import schedule
+from step1x_edit.model.flow import jumps, schedule
 from step1x_edit.model.kept import Kept
 from step1x_edit.model.latents import draw_noise, pack, unpack
 from step1x_edit.model.region import region_of
@@ -275,10 +275,14 @@ class EditPipeline:
         columns, rows = (side // self.config.size_multiple for side in self._size(request))
         self._policy(request, rows * columns)
 
-    def _policy(self, request: NetworkRequest, tokens: int) -> StepPolicy:
+    def _policy(
+        self, request: NetworkRequest, tokens: int, has_regions: bool = False
+    ) -> StepPolicy:
         """What each step does."""
         times = schedule(request.num_steps, tokens).tolist()
-        return choose_steps(request.mode, times, tokens, self.profile)
+        jumps_at = jumps(times[:-1], request.guidance_scale, self.config.guidance_rule)
+        policy = choose_steps(request.mode, times, tokens, self.profile, jumps_at)
+        return policy.with_regions(jumps_at) if has_regions else policy
 
     # --- encode -----------------------------------------------------------------------------------
 
@@ -404,10 +408,8 @@ class EditPipeline:
         """Run the steps that remain, and yield after each."""
         prologues = self._prologues if plan.keeps_prologues else Kept()
         denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables, prologues)
-        policy = self._policy(request, encoded.rows * encoded.columns)
         region = self._region(request, encoded, plan)
-        if region is not None:
-            policy = policy.with_regions()
+        policy = self._policy(request, encoded.rows * encoded.columns, region is not None)
         is_joint = plan.has_joint_branches
         yield from denoiser.denoise(encoded, start, request, policy, is_joint, region)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
@@ -39,8 +39,6 @@ class StepPolicy:
     """What each step of a schedule does."""
 
     actions: tuple[Action, ...]
-    order: int = 1
-    """How many computed velocities a skipped step continues: 1 repeats the last, 2 is a line."""
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -49,9 +47,13 @@ class StepPolicy:
             index for index, action in enumerate(self.actions) if action is not Action.REUSE
         )
 
-    def with_regions(self) -> StepPolicy:
-        """Run a region in every other evaluated step, but not in the first two and the last."""
-        regions = self.evaluated[2:-1:2]
+    def with_regions(self, jumps: Iterable[int]) -> StepPolicy:
+        """Run a region in every other evaluated step after the first two and the `jumps`.
+
+        The last step is run in full, and the jumps are as in `choose_steps`.
+        """
+        begin = max([self.evaluated[1], *jumps])
+        regions = [index for index in self.evaluated if index > begin][:-1:2]
         actions = (
             Action.REGION if index in regions else action
             for index, action in enumerate(self.actions)
@@ -97,8 +99,6 @@ class Profile:
 
     curves: tuple[Curve, ...]
     """By size, the smallest first."""
-    order: int
-    """As in `StepPolicy`."""
     caveat: str | None = None
     """What its user should know; None if it was measured."""
     has_regions: bool = False
@@ -113,13 +113,11 @@ class Profile:
                 Curve(int(each["tokens"]), tuple((float(t), float(w)) for t, w in each["density"]))
                 for each in data["curves"]
             ]
-            return cls(
-                tuple(sorted(curves, key=lambda curve: curve.tokens)),
-                order=int(data["order"]),
-                has_regions=bool(data.get("has_regions", False)),
-            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile of steps: {error!r}") from error
+        has_regions = bool(data.get("has_regions", False))
+        by_size = sorted(curves, key=lambda curve: curve.tokens)
+        return cls(tuple(by_size), has_regions=has_regions)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, rounded; `from_json` turns it back."""
@@ -130,7 +128,7 @@ class Profile:
             }
             for curve in self.curves
         ]
-        return {"order": self.order, "curves": curves}
+        return {"has_regions": self.has_regions, "curves": curves}
 
     def masses(self, tokens: int, times: Sequence[float]) -> list[float]:
         """How much of the density each step of a schedule has, by interpolation between sizes.
@@ -156,10 +154,15 @@ class Profile:
 
 
 def choose_steps(
-    mode: Mode, times: Sequence[float], tokens: int, profile: Profile | None
+    mode: Mode,
+    times: Sequence[float],
+    tokens: int,
+    profile: Profile | None,
+    jumps: Iterable[int] = (),
 ) -> StepPolicy:
     """What each step of the schedule `times` (num_steps + 1, falling) does.
 
+    `jumps` are the steps in which guidance begins to follow another rule; they are evaluated.
     Raises ValueError for a mode other than exact if nothing was measured for such an edit.
     """
     num_steps = len(times) - 1
@@ -171,9 +174,9 @@ def choose_steps(
             "measures; use mode exact"
         )
     masses, number = profile.masses(tokens, times), num_evaluated(mode, num_steps)
-    evaluated = spread(masses, number)
+    evaluated = spread(masses, number, {0, *jumps, num_steps - 1})
     actions = (Action.FULL if i in evaluated else Action.REUSE for i in range(num_steps))
-    return StepPolicy(tuple(actions), profile.order)
+    return StepPolicy(tuple(actions))
 
 
 def num_evaluated(mode: Mode, num_steps: int) -> int:
@@ -181,27 +184,27 @@ def num_evaluated(mode: Mode, num_steps: int) -> int:
     return min(num_steps, max(FEWEST, round(SHARES[mode] * num_steps)))
 
 
-def spread(masses: Sequence[float], number: int) -> set[int]:
-    """Evaluate `number` steps at equal distances in mass, the first two and the last among them."""
+def spread(masses: Sequence[float], number: int, always: Set[int]) -> Set[int]:
+    """Choose `number` steps, those of `always` among them, at equal distances in mass."""
     low, high = 0.0, sum(masses)
     for _ in range(50):
         limit = (low + high) / 2
-        if len(_evaluated(masses, limit)) > number:
+        if len(_within(limit, masses, always)) > number:
             low = limit
         else:
             high = limit
-    return _evaluated(masses, high)
+    return _within(high, masses, always)
 
 
-def _evaluated(masses: Sequence[float], limit: float) -> set[int]:
-    """The first two steps, the last, and each before which more mass than this would be skipped."""
-    evaluated, since = {0, 1, len(masses) - 1}, 0.0
+def _within(limit: float, masses: Sequence[float], always: Set[int]) -> Set[int]:
+    """The steps of `always`, and each before which more mass than this would be skipped."""
+    chosen, since = set(always), 0.0
     for index, mass in enumerate(masses):
-        since = mass if index in evaluated else since + mass
+        since = mass if index in chosen else since + mass
         if since > limit:
-            evaluated.add(index)
+            chosen.add(index)
             since = mass
-    return evaluated
+    return chosen
 
 
 # --- published, not measured by us ----------------------------------------------------------------
@@ -231,7 +234,7 @@ def _published() -> Profile:
         "which steps are skipped follows figures that were published for 28 steps at 1024 "
         "(RegionE, arXiv 2510.25590), not measured by us; scripts/calibrate_steps.py measures them"
     )
-    return Profile((Curve(_TOKENS, tuple(density)),), order=2, caveat=caveat, has_regions=True)
+    return Profile((Curve(_TOKENS, tuple(density)),), caveat, has_regions=True)
 
 
 PUBLISHED: Final = _published()
