@@ -20,6 +20,7 @@ from step1x_edit.checkpoints.memory_plan import (
     everything,
     fitting,
     hosted,
+    keepable,
     with_share,
 )
 from step1x_edit.schemas.requests import Precision
@@ -389,3 +390,17 @@ def test_a_small_model_is_not_rounded_on_a_small_host() -> None:
 
     assert plan.precision == "auto"
     assert not plan.on_disk
+
+
+@pytest.mark.parametrize(("gib", "is_enough"), [(8, False), (24, False), (48, False), (80, True)])
+def test_keys_and_values_of_a_masked_edit_fit_large_cards_only(gib: int, is_enough: bool) -> None:
+    plan = fitting(MODEL, gib * GIB)
+    weights = plan.peak - FIXED - (1 + plan.has_joint_branches) * BRANCH
+    keys_and_values = 2 * (19 + 38) * 2 * (640 + 2 * 4096) * D * LINEAR  # of two prompts at 1024
+
+    assert (keepable(gib * GIB - weights, plan) >= keys_and_values) == is_enough
+
+
+def test_on_a_host_an_edit_keeps_what_computing_leaves() -> None:
+    assert keepable(40 * GB, None) == 40 * GB - COMPUTING_RESERVE
+    assert keepable(2 * GB, None) == GB
