@@ -150,7 +150,7 @@ def test_libraries_that_cannot_be_imported_are_told(tmp_path: Path) -> None:
 
 def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
     """What doctor says of a machine like this, by name; only the looking is left out."""
-    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda start: seen)
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda *_: seen)
     result = run.invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0
     return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
@@ -292,7 +292,7 @@ def test_a_machine_is_inspected_again_if_the_result_may_differ(
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("MODEL_PATH", "checkpoint")
     results = iter([changed.get("first", PLAIN), replace(PLAIN, checkpoint="new")])
-    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda start: next(results))
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda *_: next(results))
     before, after = changed.get("free", (20, 20))  # the weights have 7 bytes
     free = [before]
     monkeypatch.setattr(
@@ -379,7 +379,7 @@ def test_the_list_of_models_recommends_what_suits_the_machine(
     monkeypatch.setattr("step1x_edit.engine.host_memory.measure", lambda: memory)
     monkeypatch.setattr(
         "step1x_edit.engine.machine.inspect_machine",
-        lambda start: Survey(torch="2.13.0", device=device),
+        lambda *_: Survey(torch="2.13.0", device=device),
     )
 
     told = run.invoke(app, ["models", "list"]).stdout.splitlines()[-1]

@@ -11,12 +11,14 @@ from typing import Any
 
 import httpx2
 import pytest
+from typer.testing import CliRunner
 
 from conftest import MakeService
 from fakes import STREAMED, FakeWorker, Gate, ManualClock, a_job, evaluated_steps
 from http_server import calling, until
 from step1x_edit.channel import EditJob, Start
 from step1x_edit.engine.machine import Survey, inspect_machine
+from step1x_edit.interfaces.cli.models import models_app
 from step1x_edit.interfaces.http.estimate import ESTIMATE_PATH
 from step1x_edit.interfaces.http.openai.requests import EDITS_PATH
 from step1x_edit.model.request import Mode
@@ -84,7 +86,7 @@ def test_a_model_that_is_not_loaded_is_looked_at_once_and_not_started(
         "mode": "exact",
         "n": 1,
         "predicted_seconds": None,
-        "predicted_peak_gb": 6.75,  # less than planned for 1024
+        "predicted_peak_gb": 6.7,  # less than planned for 1024
         "must_load": True,
         "queue_length": 0,
         "model": "Step1X-Edit v1.1",
@@ -202,6 +204,29 @@ async def test_whoever_asks_meanwhile_waits_for_the_same_look(make_service: Make
 
     assert len(looks) == 1
     assert {answer.model for answer in answers} == {"Step1X-Edit v1.1"}
+
+
+def test_what_one_server_has_found_out_the_next_one_and_the_list_of_models_use(
+    make_service: MakeService, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    looks: list[None] = []
+
+    def look(*_: object) -> Survey:
+        looks.append(None)
+        return Survey(torch="2.13", device="cpu", checkpoint="demo", version="demo")
+
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", look)
+    with calling(make_service()) as client:
+        told = estimate(client)
+    with calling(make_service()) as client:
+        told_again = estimate(client)
+    listed = CliRunner().invoke(models_app, ["list"]).stdout
+
+    assert told["model"] == "demo"
+    assert told_again == told
+    assert listed.startswith("* demo")
+    assert len(looks) == 1
 
 
 def test_what_nobody_could_find_out_is_null_and_says_why(make_service: MakeService) -> None:

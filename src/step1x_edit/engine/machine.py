@@ -19,7 +19,7 @@ from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.settings import inherited_environment
 
 _CUDA_LIBRARY: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-_TIMEOUT_S: Final = 300.0  # enough to import the libraries from a slow disk
+TIMEOUT_S: Final = 300.0  # enough to import the libraries from a slow disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Survey:
     """How the model would be placed if it were loaded now."""
 
 
-def inspect_machine(start: Start, timeout_s: float = _TIMEOUT_S) -> Survey:
+def inspect_machine(start: Start, timeout_s: float = TIMEOUT_S) -> Survey:
     """Inspect the machine in a separate process, so that torch is never imported in this one."""
     try:
         done = subprocess.run(

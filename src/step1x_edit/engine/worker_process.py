@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from step1x_edit.channel import Cancel, Channel, EditJob, Offload, Report, Start
 from step1x_edit.errors import WorkerLostError
-from step1x_edit.settings import inherited_environment
+from step1x_edit.settings import MEBI, Settings, inherited_environment
 
 _PATIENT_THREADS: Final = {"GOMP_SPINCOUNT": "20000"}
 """OpenMP threads that wait for each other spin briefly and then sleep, unless the user sets this.
@@ -36,6 +36,22 @@ _SEND_S: Final = 30.0
 _POLL_S: Final = 1.0  # between two checks whether the process is stopped
 _CAN_SEE_STOPS: Final = hasattr(os, "waitid")
 _EXIT_S: Final = 5.0  # between the end of the pipe and the end of the process
+
+
+def start_of(settings: Settings) -> Start:
+    """The message that starts a worker: which model it runs, and how."""
+    return Start(
+        model_path=None if settings.model_path is None else str(settings.model_path),
+        data_dir=str(settings.data_dir),
+        model_version=settings.model_version,
+        device=settings.device,
+        log_level=settings.log_level,
+        loras={str(path): strength for path, strength in settings.lora_path.items()},
+        log_format=settings.log_format,
+        precision=settings.precision,
+        arithmetic=settings.arithmetic,
+        edit_cache_bytes=settings.edit_cache_mb * MEBI,
+    )
 
 
 class _Mark(Enum):

@@ -1,4 +1,5 @@
-"""The last survey of this machine, kept in DATA_DIR and used while nothing has changed.
+"""The last survey of this machine, kept in DATA_DIR and used while nothing has changed: by
+`doctor`, by the list of models and by estimates.
 
 A survey imports torch and may measure, which takes seconds; reading the file takes neither. With a
 GPU no survey is kept: only torch can report how much of the card's memory is free.
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -22,11 +23,11 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from step1x_edit import cache
-from step1x_edit.engine import host_memory
-from step1x_edit.engine.machine import Survey, has_gpu_driver
+from step1x_edit.engine import host_memory, machine
+from step1x_edit.engine.machine import Survey
+from step1x_edit.engine.worker_process import start_of
 from step1x_edit.errors import CheckpointError
 from step1x_edit.hub.pulled import resolve_model_path
-from step1x_edit.service.wiring import start_of
 from step1x_edit.settings import Settings, inherited_environment
 
 _FILE: Final = cache.FOLDER / "survey.json"
@@ -52,56 +53,87 @@ class KeptSurvey:
     survey: Survey
 
 
+def current_survey(settings: Settings, timeout_s: float = machine.TIMEOUT_S) -> Survey:
+    """The kept survey while it holds, or a new one."""
+    kept = kept_survey(settings)
+    return new_survey(settings, timeout_s) if kept is None else kept.survey
+
+
 def kept_survey(settings: Settings) -> KeptSurvey | None:
     """The survey in the file, if one taken now would say the same."""
     try:
         kept = TypeAdapter(KeptSurvey).validate_json((settings.data_dir / _FILE).read_bytes())
-        is_same = kept.basis == _basis(settings) and _is_placed_alike(settings, kept.free)
+        now = _conditions(settings)
     except (OSError, ValueError, CheckpointError):
         return None
-    return kept if is_same else None
+    return kept if now is not None and now.still_hold(kept) else None
 
 
-def keep_survey(settings: Settings, survey: Survey) -> None:
-    """Write a survey to the file if it found no error and no GPU, and the file can be written."""
-    memory = host_memory.measure()
+def new_survey(settings: Settings, timeout_s: float = machine.TIMEOUT_S) -> Survey:
+    """Inspect the machine; the survey is kept if it found no error and no GPU."""
+    survey = machine.inspect_machine(start_of(settings), timeout_s)
     has_error = survey.torch_error or survey.device_error or survey.checkpoint_error
-    if has_error or survey.device != "cpu" or memory is None:
-        return
+    if has_error or survey.device != "cpu":
+        return survey
     with contextlib.suppress(OSError, CheckpointError):  # a file may be gone by now
-        taken = datetime.now().astimezone().replace(microsecond=0)
-        kept = KeptSurvey(taken, memory.available, _basis(settings), survey)
-        content = TypeAdapter(KeptSurvey).dump_json(kept, indent=1)
-        cache.replace_file(settings.data_dir / _FILE, content)
+        if (now := _conditions(settings)) is not None:
+            taken = datetime.now().astimezone().replace(microsecond=0)
+            kept = KeptSurvey(taken, now.free, now.basis, survey)
+            content = TypeAdapter(KeptSurvey).dump_json(kept, indent=1)
+            cache.replace_file(settings.data_dir / _FILE, content)
+    return survey
 
 
-def _is_placed_alike(settings: Settings, free: int) -> bool:
-    """Whether a model is placed now as when this many bytes of memory were free."""
+@dataclass(frozen=True)
+class _Conditions:
+    """What a survey depends on."""
+
+    basis: str
+    """A digest of all that must be the same."""
+    free: int
+    """Bytes of memory that are free."""
+    total: int
+    """Bytes of memory."""
+    plenty: int
+    """Free bytes from which on more make no difference."""
+
+    def still_hold(self, kept: KeptSurvey) -> bool:
+        """Whether a survey taken under these conditions would say the same as a kept one."""
+        has_plenty = min(self.free, kept.free) >= self.plenty
+        is_alike = abs(self.free - kept.free) < _SAME_MEMORY * self.total
+        return self.basis == kept.basis and (has_plenty or is_alike)
+
+
+def _conditions(settings: Settings) -> _Conditions | None:
+    """Those of now; None if the system does not report its memory.
+
+    Raises CheckpointError or OSError without a model.
+    """
     memory = host_memory.measure()
     if memory is None:
-        return False
-    plenty = _PLENTY * sum(file.stat().st_size for file in _files(settings))
-    difference = abs(memory.available - free)
-    return min(memory.available, free) >= plenty or difference < _SAME_MEMORY * memory.total
-
-
-def _basis(settings: Settings) -> str:
-    """A digest of what a survey depends on; raises CheckpointError or OSError without a model."""
-    memory = host_memory.measure()
+        return None
+    files = [_stamp(file) for file in _files(settings)]
     environment = inherited_environment()
+    # The command line logs less than a server.
+    start = replace(start_of(settings), log_level="", log_format="")
     basis = {
-        "start": asdict(start_of(settings)),
+        "start": asdict(start),
         "programs": [platform.python_version(), *map(_library, _LIBRARIES), _stamp(_PROGRAM)],
-        "machine": [platform.node(), platform.machine(), os.cpu_count(), memory and memory.total],
-        "gpu": has_gpu_driver(),
+        "machine": [platform.node(), platform.machine(), os.cpu_count(), memory.total],
+        "gpu": machine.has_gpu_driver(),
         "environment": {
             name: value
             for name, value in sorted(environment.items())
             if name.startswith(_FOR_LIBRARIES)
         },
-        "files": [_stamp(file) for file in _files(settings)],
+        "files": files,
     }
-    return hashlib.sha256(json.dumps(basis).encode()).hexdigest()
+    return _Conditions(
+        basis=hashlib.sha256(json.dumps(basis).encode()).hexdigest(),
+        free=memory.available,
+        total=memory.total,
+        plenty=_PLENTY * sum(size for _, size, _ in files),
+    )
 
 
 def _library(name: str) -> list[object]:

@@ -6,33 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from step1x_edit.channel import Start
 from step1x_edit.engine.engine import Clock, Engine, StartWorker
-from step1x_edit.engine.machine import Survey, check_device, inspect_machine
-from step1x_edit.engine.worker_process import WorkerProcess
+from step1x_edit.engine.machine import Survey, check_device
+from step1x_edit.engine.worker_process import WorkerProcess, start_of
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess
+from step1x_edit.service.kept_survey import current_survey
 from step1x_edit.service.service import EditService
-from step1x_edit.settings import MEBI, Settings
+from step1x_edit.settings import Settings
 
 SURVEY_S: Final = 60.0
 """How long an estimate waits for the process that inspects the checkpoint."""
-
-
-def start_of(settings: Settings) -> Start:
-    """The message that starts a worker: which model it runs, and how."""
-    return Start(
-        model_path=None if settings.model_path is None else str(settings.model_path),
-        data_dir=str(settings.data_dir),
-        model_version=settings.model_version,
-        device=settings.device,
-        log_level=settings.log_level,
-        loras={str(path): strength for path, strength in settings.lora_path.items()},
-        log_format=settings.log_format,
-        precision=settings.precision,
-        arithmetic=settings.arithmetic,
-        edit_cache_bytes=settings.edit_cache_mb * MEBI,
-    )
 
 
 def build_service(
@@ -56,6 +40,6 @@ def build_service(
         release_timeout_s=settings.gpu_release_timeout,
         clock=clock,
     )
-    survey = take_survey or partial(inspect_machine, start_of(settings), SURVEY_S)
+    survey = take_survey or partial(current_survey, settings, SURVEY_S)
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     return EditService(engine, files, settings, Estimator(engine, settings, survey))

@@ -84,14 +84,11 @@ def _checks(again: bool) -> Iterator[Check]:
         return
     yield _memory()
     yield from _data_dir(settings.data_dir)
-    from step1x_edit.engine.machine import inspect_machine
-    from step1x_edit.service.kept_survey import keep_survey, kept_survey
-    from step1x_edit.service.wiring import start_of
+    from step1x_edit.service.kept_survey import kept_survey, new_survey
 
     kept = None if again else kept_survey(settings)
     if kept is None:
-        seen = inspect_machine(start_of(settings))
-        keep_survey(settings, seen)
+        seen = new_survey(settings)
     else:
         seen = kept.survey
         taken = f"{kept.taken:%Y-%m-%d %H:%M}"

@@ -74,9 +74,11 @@ def list_models(as_json: AsJson = False) -> None:
 
     * marks the one that an edit would use. `pull` fetches the others.
     """
+    from step1x_edit.service.kept_survey import current_survey
+
     with failures_on_stderr(as_json):
         settings = cli_settings()
-        seen = _survey(settings)
+        seen = current_survey(settings)
         found = _found(settings, seen)
         recommended, reason = recommendation(seen.device, host_memory.measure())
         if as_json:
@@ -131,14 +133,6 @@ def rm(
             typer.confirm(question, abort=True, err=True)
         freed = remove_model(name, models)
         err.print(f"removed {model.name}, {_gigabytes(freed)}", markup=False)
-
-
-def _survey(settings: Settings) -> Survey:
-    """What a separate process reports about this machine and the checkpoint that would run."""
-    from step1x_edit.engine.machine import inspect_machine
-    from step1x_edit.service.wiring import start_of
-
-    return inspect_machine(start_of(settings))
 
 
 def recommendation(device: str | None, memory: host_memory.HostMemory | None) -> tuple[str, str]:
