@@ -105,6 +105,31 @@ def test_rest_refuses_at_once_and_its_estimate_says_so(
     ]
 
 
+def test_after_a_while_a_refused_edit_is_tried_again_and_a_faster_machine_makes_it(
+    make_service: MakeService, worker: FakeWorker, photo: Path
+) -> None:
+    clock, step_s = ManualClock(), 10.0
+    worker.before_step = lambda job, step: clock.advance(step_s)
+    service = make_service(worker, clock=clock, edit_timeout=150, default_num_steps=28)
+
+    with calling(service) as client:
+
+        def status_of(**fields: object) -> int:
+            return client.post("/api/edit", **form(photo, **fields)).status_code
+
+        first, refused = status_of(num_steps=10), status_of()
+        clock.advance(901)
+        in_vain, refused_again = status_of(), status_of()
+        started = len(worker.started)
+        clock.advance(901)
+        step_s = 1.0
+        made, made_again = status_of(), status_of()
+
+    assert (first, refused, in_vain, refused_again) == (200, 504, 504, 504)
+    assert started == 2
+    assert (made, made_again) == (200, 200)
+
+
 def test_the_command_line_warns_once_as_soon_as_steps_are_slow(
     service: EditService, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,9 @@ _HOPELESS: Final = 1.5
 A machine can be slower for a while, so a smaller excess is only a reason to warn.
 """
 
+_RETRY_S: Final = 900.0
+"""An edit is refused no longer if none like it has run for this time: the machine may be faster."""
+
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
 _MOVE_S: Final = 60.0  # the model leaves the device in well under a second
 _STOP_S: Final = 5.0
@@ -308,8 +311,12 @@ class Engine:
                 raise self._busy()
 
     def check_time(self, job: EditJob) -> None:
-        """Raise DeadlineExceededError if such edits have always taken far longer than they may."""
-        least_s = self._paces.least_seconds(job, self._last_model)
+        """Raise DeadlineExceededError if such edits have always taken far longer than they may.
+
+        They may be tried again if none has run for a while.
+        """
+        since = self._clock.now() - _RETRY_S
+        least_s = self._paces.least_seconds(job, self._last_model, since)
         if least_s >= _HOPELESS * self._limits.edit_s:
             raise DeadlineExceededError(self._too_slow(job, least_s))
 
@@ -558,6 +565,7 @@ class Engine:
             is_loading=not self._snapshot.residence.is_ready,
         )
         stopwatch, left = Stopwatch(), TimeLeft(self._clock.now)
+        self._paces.try_again(edit.job, self._last_model, self._clock.now())
         if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:
@@ -586,8 +594,9 @@ class Engine:
                     self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
-                    pace = stopwatch.pace(edit.job, painted.evaluations, self._clock.now())
-                    self._paces.learn(edit.job, report.residence, pace)
+                    now = self._clock.now()
+                    pace = stopwatch.pace(edit.job, painted.evaluations, now)
+                    self._paces.learn(edit.job, report.residence, pace, now)
                     self._last_model = report.residence
                     return EditResult(painted, report.residence)
                 case Failed(code, sentence):

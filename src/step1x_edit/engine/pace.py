@@ -102,20 +102,36 @@ class Stopwatch:
         return Pace(step_s, max(0.0, round_s - evaluated * step_s))
 
 
+@dataclass
+class _Known:
+    """What is known of a kind of edit."""
+
+    last: Pace
+    best: Pace
+    tried: float
+    """When the last such edit began, or ended with a picture."""
+
+
 class Paces:
-    """The pace of the last edit of each kind, and the best."""
+    """The pace of the last edit of each kind, and the best. Times are of the engine's clock."""
 
     def __init__(self) -> None:
-        self._known: dict[Kind, tuple[Pace, Pace]] = {}
+        self._known: dict[Kind, _Known] = {}
 
-    def learn(self, job: EditJob, residence: Residence, pace: Pace | None) -> None:
+    def try_again(self, job: EditJob, residence: Residence, now: float) -> None:
+        """Record that an edit begins."""
+        if known := self._known.get(Kind.of(job, residence)):
+            known.tried = now
+
+    def learn(self, job: EditJob, residence: Residence, pace: Pace | None, now: float) -> None:
         """Remember how long an edit has taken."""
         if pace is None:
             return
         kind = Kind.of(job, residence)
-        _, best = self._known.pop(kind, (pace, pace))
+        known = self._known.pop(kind, None)
+        best = pace if known is None else known.best
         best = Pace(min(pace.step_s, best.step_s), min(pace.rest_s, best.rest_s))
-        self._known[kind] = pace, best
+        self._known[kind] = _Known(pace, best, now)
         if len(self._known) > _MOST_KINDS:
             del self._known[next(iter(self._known))]
 
@@ -127,13 +143,12 @@ class Paces:
         known = self._known.get(Kind.of(job, residence))
         if known is None:
             return None
-        last, _ = known
-        return last.seconds(job) * (job.reflection_rounds if job.reflection else 1)
+        return known.last.seconds(job) * (job.reflection_rounds if job.reflection else 1)
 
-    def least_seconds(self, job: EditJob, residence: Residence) -> float:
-        """The time that such an edit needs at the best pace so far; 0 if there was none.
+    def least_seconds(self, job: EditJob, residence: Residence, since: float) -> float:
+        """The time that such an edit needs at the best pace so far; 0 if none was tried since then.
 
         That of one round: a reflection may end after it.
         """
         known = self._known.get(Kind.of(job, residence))
-        return 0.0 if known is None else known[1].seconds(job)
+        return 0.0 if known is None or known.tried < since else known.best.seconds(job)
