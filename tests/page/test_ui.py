@@ -746,7 +746,7 @@ def test_while_a_model_is_read_the_page_says_how_much_of_it_and_then_what_comput
         page.wait_for_selector("#edit-download")
         page.get_by_role("tab", name="System").click()
         expect(page.locator(".status tr", has_text="Device")).to_contain_text("cpu, fp32 avx2")
-        expect(page.locator(".status")).not_to_contain_text("GPU")
+        expect(page.locator(".status table")).not_to_contain_text("GPU")
         expect(page.locator("#offload")).not_to_be_visible()
         page.close()
 
