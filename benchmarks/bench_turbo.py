@@ -1,5 +1,6 @@
 """Fast and turbo against exact edits of the same build: time, pictures, and counted work.
 
+    export THP_MEM_ALLOC_ENABLE=1  # as in the worker's process
     python benchmarks/bench_turbo.py [--parts loop pictures] [--size 1024] [--other OTHER/src]
 
 | part | what it measures |
@@ -28,11 +29,9 @@ import datetime
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as in the worker's process
 
 import torch
 
@@ -49,9 +48,9 @@ CURVE_STEPS = (10, 14, 20, 28, 40, 50)
 Rows = list[dict[str, Any]]
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
-    arguments = parsed()
+    arguments = parsed(words)
     keep = arguments.keep or Path(tempfile.mkdtemp())
     demo = Demo(arguments.arithmetic, arguments.size, keep)
     results = arguments.results
@@ -68,7 +67,7 @@ def main() -> None:
     print(json.dumps(found, ensure_ascii=False))
 
 
-def parsed() -> argparse.Namespace:
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +84,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder for the pictures; default: temporary")
     parser.add_argument("--results", type=Path, help="JSON file that collects the results")
     parser.add_argument("--images", type=Path, default=DOCS, help="folder for plot and row")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if "same" in arguments.parts and not arguments.other:
         if arguments.parts != list(PARTS):
             parser.error("the part same needs --other")

@@ -17,9 +17,11 @@ from PIL.PngImagePlugin import PngInfo
 from bench_demo import PROMPTS, fitted
 from demo_data import HELD_OUT_PHOTOS, load_photo
 from step1x_edit.checkpoints.read import Wanted, read_checkpoint
-from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Step
+from step1x_edit.model.pipeline import Edited, EditPipeline, EditRun, Plan, Step
 from step1x_edit.model.request import Mask, Mode, NetworkRequest, Pixels
 
+ROOM = 2**30
+"""Bytes for the keys and values of region steps."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,7 +99,7 @@ def timed(pipeline: EditPipeline, request: NetworkRequest) -> tuple[Pixels, Figu
     started = clock()
     with torch.inference_mode():
         run = EditRun(request, encoded=pipeline.encode(request))
-    progress = pipeline.advance(run, PLANS[0])
+    progress = pipeline.advance(run, Plan(keepable=ROOM))
     encoded = clock()
     for step in progress:
         if isinstance(step, Step) and step.phase == "decoding":
