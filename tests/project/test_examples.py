@@ -1,4 +1,4 @@
-"""The examples do what the guide says of them, with the demo checkpoint.
+"""The examples do what the guide says of them, with a tiny model.
 
 They run as a reader runs them, each in a separate process. Their servers join one that listens
 here, so that the model is loaded once for all of them.
@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 
 from http_server import TOKEN, announcing, serving
+from step1x_edit.checkpoints.read import write_demo
 from step1x_edit.interfaces.cli import DEMO_PHOTO
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
+from tiny import tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -36,9 +38,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EditService]:
     """The real service, as it is found on this machine while the module's tests run."""
+    model = data_dir / "model"
+    write_demo(model, tiny_pipeline())
     settings = Settings(
         _env_file=None,
-        model_path=None,
+        model_path=model,
         allowed_dirs=(tmp_path_factory.getbasetemp(),),
         default_num_steps=10,
         default_size_level=512,
