@@ -10,6 +10,7 @@ bits, row by row. Otherwise the weights are widened to the input's type first.
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple, get_args
@@ -54,6 +55,8 @@ OUTPUTS_AT_ONCE: Final = 4096
 """Columns of an integer product that are computed together: their sums take 4 bytes each."""
 CPU_OUTPUTS_AT_ONCE: Final = 1024
 """The same on a CPU, where fewer sums pass through the cache faster."""
+CPU_SUMS_AT_ONCE: Final = 1024
+"""Rows of these sums that a CPU computes together, for the same reason."""
 CPU_ROWS_AT_ONCE: Final = 256
 """Rows of 4-bit codes that a CPU widens together, for the same reason."""
 PAIR_TYPES: Final = {2: torch.int32, 4: torch.int64}
@@ -263,30 +266,35 @@ def multiply_int8_on_cpu(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor |
     weights = 1 / _largest(rows).float()  # (B, M, 1)
     weights /= weights.sum(1, keepdim=True)
     mean = (weights.to(rows.dtype).mT @ rows).float()  # (B, 1, K)
+    counts = [pictures, pictures, 1]
+    common = torch.ones(sum(counts), columns, dtype=torch.int8)
+    high, low, _ = torch.split(common, counts)
+    high_scale = _round(mean, high.unsqueeze(1))
+    low_scale = _round(mean - high.unsqueeze(1) * high_scale, low.unsqueeze(1))
     centre, rest_scale = mean.new_empty(2, pictures, length, 1)
-    counts = [pictures * length, pictures, pictures, 1]
-    left = torch.empty(sum(counts), columns, dtype=torch.int8)
-    rest, high, low, ones = torch.split(left, counts)
+    rest = torch.empty(rows.shape, dtype=torch.int8)
     for first in range(0, length, CPU_ROWS_AT_ONCE):
         piece = slice(first, first + CPU_ROWS_AT_ONCE)
         own = rows[:, piece] - mean
         least, most = own.amin(-1, keepdim=True), own.amax(-1, keepdim=True)
         centre[:, piece] = (least + most) / 2
         own -= centre[:, piece]
-        rest_scale[:, piece] = _round(own, rest.view(rows.shape)[:, piece])
-    high_scale = _round(mean, high.unsqueeze(1))
-    low_scale = _round(mean - high.unsqueeze(1) * high_scale, low.unsqueeze(1))
-    ones.fill_(1)
+        rest_scale[:, piece] = _round(own, rest[:, piece])
     out = x.new_empty(pictures, length, codes.shape[0])
     for first in range(0, codes.shape[0], CPU_OUTPUTS_AT_ONCE):
         part = slice(first, first + CPU_OUTPUTS_AT_ONCE)
-        sums = torch.split(torch._int_mm(left, codes[part].t()).float(), counts)
-        of_rest = sums[0].view(pictures, length, -1).mul_(rest_scale).addcmul_(centre, sums[3])
-        of_mean = sums[1].unsqueeze(1) * high_scale + sums[2].unsqueeze(1) * low_scale
+        sums = torch._int_mm(common, codes[part].t()).float()
+        of_high, of_low, of_ones = torch.split(sums, counts)
+        of_mean = of_high.unsqueeze(1) * high_scale + of_low.unsqueeze(1) * low_scale
         offset = of_mean * scale[part].t()  # (B, 1, N)
         if bias is not None:
             offset += bias[part]
-        torch.addcmul(offset, of_rest, scale[part].t(), out=out[..., part])
+        starts = range(0, length, CPU_SUMS_AT_ONCE)
+        for picture, start in itertools.product(range(pictures), starts):
+            piece = slice(start, start + CPU_SUMS_AT_ONCE)
+            of_rest = torch._int_mm(rest[picture, piece], codes[part].t()).float()
+            of_rest.mul_(rest_scale[picture, piece]).addcmul_(centre[picture, piece], of_ones)
+            torch.addcmul(offset[picture], of_rest, scale[part].t(), out=out[picture, piece, part])
     return out.view(*x.shape[:-1], -1)
 
 
