@@ -184,7 +184,8 @@ class Residence:
     loras: Mapping[str, float] = field(default_factory=dict)
     """The LoRAs in the model by name, and the strength of each."""
     arithmetic: str | None = None
-    """The numbers that a CPU computes with, such as `bf16 amx`; None on another device."""
+    """What the last edit computed with: the numbers of a CPU, such as `bf16 amx`, and products of
+    codes, if any; None on another device without them."""
 
     @property
     def is_ready(self) -> bool:

@@ -179,6 +179,8 @@ class EditPipeline:
         self.recogniser = recogniser
         self.savings = savings
         self.profile = profile
+        self.coded: Transformer | None = None
+        """The transformer with layers in 8-bit codes, for the modes that are not exact."""
         self._tables = RecentTables()
         self._chart: Pairs | None = None
         self.keep(0)
@@ -194,8 +196,9 @@ class EditPipeline:
         }
 
     def forget_tables(self) -> None:
-        """Free the rotary tables that stay on the device between edits; they can be made again."""
+        """Free what stays on the device between edits: rotary tables and layers in codes."""
         self._tables.clear()
+        self.coded = None
 
     def keep(self, most: int) -> None:
         """Keep at most this many bytes of host memory for edits that do the same again.
@@ -212,6 +215,7 @@ class EditPipeline:
     def forget_prologues(self) -> None:
         """Forget what depends on the transformer's weights."""
         self._prologues.clear()
+        self.coded = None
 
     def edit(self, request: NetworkRequest) -> Generator[Step | Edited, None, None]:
         """Yield progress and, last, the edited picture; closing the generator stops the work.
@@ -407,7 +411,10 @@ class EditPipeline:
     ) -> Generator[DenoiseState, None, None]:
         """Run the steps that remain, and yield after each."""
         prologues = self._prologues if plan.keeps_prologues else Kept()
-        denoiser = Denoiser(self.transformer, self.config, self.savings, self._tables, prologues)
+        transformer = self.transformer
+        if request.mode != "exact" and self.coded is not None:
+            transformer = self.coded
+        denoiser = Denoiser(transformer, self.config, self.savings, self._tables, prologues)
         region = self._region(request, encoded, plan)
         policy = self._policy(request, encoded.rows * encoded.columns, region is not None)
         is_joint = plan.has_joint_branches

@@ -58,7 +58,8 @@ CPU_OUTPUTS_AT_ONCE: Final = 1024
 CPU_SUMS_AT_ONCE: Final = 1024
 """Rows of these sums that a CPU computes together, for the same reason."""
 CPU_ROWS_AT_ONCE: Final = 256
-"""Rows of 4-bit codes that a CPU widens together, for the same reason."""
+"""Rows of a matrix that are coded together, and of 4-bit codes that a CPU widens together, for the
+same reason."""
 PAIR_TYPES: Final = {2: torch.int32, 4: torch.int64}
 """Integers of the size of two numbers, by the bytes of one."""
 ALL_ROWS: Final = slice(None)
@@ -147,7 +148,8 @@ class QuantLinear(nn.Module):
     def of(cls, linear: nn.Linear, kind: Code) -> QuantLinear:
         """Return the layer with its weights rounded."""
         made = cls.like(linear, kind).to(linear.weight.device)
-        made.codes, made.scale = code(linear.weight.detach().float(), kind)
+        for rows in made._pieces():
+            made.codes[rows], made.scale[rows] = code(linear.weight[rows].detach().float(), kind)
         return made
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -193,7 +195,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., K) to (..., N)."""
-        if not (self.may_round_input and self._can_multiply_codes(x)):
+        if not (self.may_round_input and self.can_multiply_codes(x)):
             return F.linear(x, self.weight(x.dtype), self.bias)
         if not x.is_cuda:
             return multiply_int8_on_cpu(x, *self.as_int8(), self.bias)
@@ -202,7 +204,7 @@ class QuantLinear(nn.Module):
         product = multiply(rows, self.codes, self.scale, self.bias)
         return product.view(*x.shape[:-1], self.out_features)
 
-    def _can_multiply_codes(self, x: Tensor) -> bool:
+    def can_multiply_codes(self, x: Tensor) -> bool:
         """Whether the device has a product for these codes and sizes."""
         if x.device.type == "cpu":
             return self.kind != "fp8" and _cpu_multiplies_int8()

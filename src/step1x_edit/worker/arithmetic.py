@@ -2,7 +2,7 @@
 
 A processor may have instructions for bfloat16 and still be slower with them, so they are measured.
 The two give slightly different pictures. The choice is therefore made once and kept in DATA_DIR,
-and a seed means the same picture after every start.
+and a seed means the same picture after every start. `chosen` makes and keeps such a choice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 FILE: Final = cache.FOLDER / "arithmetic.json"
 FASTER: Final = 1.25
-"""How much faster bfloat16 must be in each kind of work: it costs exactness."""
+"""How much faster rounder numbers must be in each kind of work: they cost exactness."""
 REPEATS: Final = 5
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
@@ -51,19 +51,30 @@ def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = Non
     instructions = bfloat16_instructions()
     if instructions is None:
         return torch.float32
-    file, key = data_dir / FILE, _key(instructions)
+    name = chosen(data_dir, processor(instructions), ("bf16", "fp32"), measure or measure_gains)
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def chosen(
+    data_dir: Path, key: str, names: tuple[str, str], measure: Callable[[], dict[str, float]]
+) -> str:
+    """The faster one of two kinds of arithmetic, as found on the first call with this key.
+
+    The first one changes pictures. `measure` returns how much faster it is in each kind of work.
+    """
+    file = data_dir / FILE
     kept = _read(file)
     if key not in kept:
-        gains = (measure or measure_gains)()
-        name = "bf16" if min(gains.values()) >= FASTER else "fp32"
-        log.info("the CPU computes in %s; bfloat16 is faster by %s", name, gains)
+        gains = measure()
+        name = names[0] if min(gains.values()) >= FASTER else names[1]
+        log.info("%s computes in %s; %s is faster by %s", key, name, names[0], gains)
         # Read again: if another process has finished first, its choice stays.
         kept = {key: {"arithmetic": name, "gains": gains}} | _read(file)
         try:
             cache.replace_file(file, json.dumps(kept, indent=1).encode())
         except OSError as error:
             log.warning("the arithmetic is measured again at the next start: %s", error)
-    return torch.bfloat16 if kept[key].get("arithmetic") == "bf16" else torch.float32
+    return str(kept[key].get("arithmetic"))
 
 
 def measure_gains() -> dict[str, float]:
@@ -101,8 +112,8 @@ def least_seconds(work: Callable[..., object], *numbers: Tensor) -> float:
     return best
 
 
-def _key(instructions: str) -> str:
-    """The processor and the library, and what limits its instructions."""
+def processor(instructions: str) -> str:
+    """The processor with these instructions, the library, and what limits it."""
     limit = inherited_environment().get("ONEDNN_MAX_CPU_ISA")
     parts = (_processor(), instructions, f"torch {torch.__version__}", limit)
     return ", ".join(filter(None, parts))

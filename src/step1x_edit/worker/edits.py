@@ -26,9 +26,10 @@ from step1x_edit.model.config import ReasoningConfig
 from step1x_edit.model.language_model import ChatModel, Said, Sampling
 from step1x_edit.model.pipeline import PLANS, Edited, EditRun, Plan
 from step1x_edit.model.reasoning import Prompt
-from step1x_edit.model.request import NetworkRequest, Pixels
+from step1x_edit.model.request import Mode, NetworkRequest, Pixels
 from step1x_edit.worker.arithmetic import arithmetic_of
 from step1x_edit.worker.memory import free_memory, is_out_of_memory, keepable_bytes
+from step1x_edit.worker.products import Products, kind_of
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
 
@@ -57,16 +58,29 @@ E = TypeVar("E")
 class PipelineWorker:
     """Makes edits with the model of a `Residency`, which it loads and moves when necessary."""
 
-    def __init__(self, residency: Residency, device: str, sampling: Sampling | None = None) -> None:
-        """`sampling` is how replies of a model that thinks are drawn; None: as published."""
+    def __init__(
+        self,
+        residency: Residency,
+        device: str,
+        sampling: Sampling | None = None,
+        products: Products | None = None,
+    ) -> None:
+        """`sampling` is how replies of a model that thinks are drawn; None: as published.
+
+        Without `products` all modes compute with the weights as they are.
+        """
         self._residency = residency
         self._device = device
         self._sampling = sampling or Sampling()
+        self._products = products
+        self._mode: Mode = "exact"  # of the last edit
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]:
         """Yield progress and finally the picture; closing the iterator stops the work."""
         self._residency.begin_edit()
-        yield from _RunningEdit(self._residency, job, check, self._sampling).run()
+        self._mode = job.mode
+        running = _RunningEdit(self._residency, job, check, self._sampling, self._products)
+        yield from running.run()
 
     def offload(self) -> None:
         """Move the model to host memory; does nothing if it is there already."""
@@ -90,9 +104,13 @@ class PipelineWorker:
         )
 
     def _arithmetic(self, checkpoint: Checkpoint) -> str | None:
-        if self._device != "cpu":
-            return None
-        return arithmetic_of(checkpoint.pipeline.transformer.img_in.weight.dtype)
+        """What the last edit was computed with, as far as it has a name."""
+        pipeline, parts = checkpoint.pipeline, []
+        if self._device == "cpu":
+            parts.append(arithmetic_of(pipeline.transformer.img_in.weight.dtype))
+        if self._mode != "exact" and pipeline.coded is not None:
+            parts.append(f"{kind_of(pipeline.coded)} products")
+        return ", ".join(parts) or None
 
 
 @dataclass(frozen=True)
@@ -107,6 +125,7 @@ class _RunningEdit:
     job: EditJob
     check: Check
     sampling: Sampling
+    products: Products | None
 
     def run(self) -> Generator[Progress | Painted, None, None]:
         """Yield progress and finally the picture."""
@@ -189,12 +208,14 @@ class _RunningEdit:
     def _plans(self) -> Iterator[Plan]:
         """The plans to try, each if memory ran out with the one before.
 
-        What is kept of earlier edits goes first: the result must not depend on it.
+        What is kept of earlier edits goes first, and layers in codes: an exact result must not
+        depend on it.
         """
         yield PLANS[0]
-        checkpoint = self.residency.checkpoint
-        if checkpoint is not None and checkpoint.pipeline.forget():
-            yield PLANS[0]
+        if (checkpoint := self.residency.checkpoint) is not None:
+            had_codes = self.products is not None and self.products.drop(checkpoint.pipeline)
+            if checkpoint.pipeline.forget() or had_codes:
+                yield PLANS[0]
         yield from PLANS[1:]
         while self.residency.shrink():
             log.warning("keeping less of the model on the device")
@@ -215,6 +236,10 @@ class _RunningEdit:
             self._accept(checkpoint)
             if may_keep:  # memory has not run out yet
                 device = checkpoint.pipeline.transformer.img_in.weight.device
+                if self.products and self.job.mode != "exact" and self.residency.is_whole:
+                    room = keepable_bytes(device, placed)
+                    for _ in self.products.making(checkpoint.pipeline, room):
+                        yield Progress(Phase.LOADING)
                 plan = replace(plan, keepable=keepable_bytes(device, placed))
             return (yield from work(checkpoint, plan))
 

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from step1x_edit.channel import (
@@ -70,13 +71,14 @@ def load_worker(
     """Prepare a worker for the model, which the first edit loads."""
     import_libraries()
     from step1x_edit.worker.edits import PipelineWorker
+    from step1x_edit.worker.products import Products
     from step1x_edit.worker.residency import Residency
 
     device = chosen_device(start)
     place = place_of(device)
     plan = partial(plan_for, place)
     residency = Residency(partial(open_chosen, start, measure, measure_rates), place, plan=plan)
-    return PipelineWorker(residency, device)
+    return PipelineWorker(residency, device, products=Products(Path(start.data_dir)))
 
 
 class Model(Protocol):

@@ -198,6 +198,13 @@ class Residency:
         return None if self._placed is None else self._placed.plan
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all weights are where they compute, and stay there."""
+        if self._device is None:
+            return self._loaded is not None and not self._loaded.on_disk
+        return self._placed is not None and not self._placed.plan.is_streaming
+
+    @property
     def loras(self) -> Mapping[str, float]:
         """The LoRAs in the model, and the strength of each."""
         return {} if self._loaded is None else self._loaded.changes.strengths
