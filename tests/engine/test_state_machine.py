@@ -54,10 +54,12 @@ class LayerPipeline:
     def __init__(self, layer: torch.nn.Linear, faults: list[int]) -> None:
         self.layer = layer
         self.faults = faults
+        self.transformer = SimpleNamespace(img_in=layer)
         self.vae = torch.nn.Identity()
         self.conditioner = SimpleNamespace(vlm=torch.nn.Identity())
         self.recogniser = None
         self.config = TINY
+        self.profile = None
 
     def forget_tables(self) -> None:
         """It keeps none."""
