@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from step1x_edit.channel import GIGA, EditJob, Memory, Painted, Phase, Progress, Residence, Start
 from step1x_edit.checkpoints import arena
 from step1x_edit.checkpoints.read import STEPS_FILE, open_checkpoint, write_demo
+from step1x_edit.engine.worker_process import start_of
 from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
@@ -25,7 +26,6 @@ from step1x_edit.errors import (
 )
 from step1x_edit.model.steps import PUBLISHED, Evaluations
 from step1x_edit.schemas.requests import Precision
-from step1x_edit.service.wiring import start_of
 from step1x_edit.settings import Settings
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
