@@ -21,14 +21,14 @@ from step1x_edit.settings import Settings
 
 SLOWEST = (
     "test_ui",
-    "test_server",
     "test_gpu_check",
-    "test_mcp_stdio",
+    "test_examples",
     "test_prompts",
+    "test_mcp_stdio",
     "test_layouts",
     "test_demo_edits",
     "test_train_demo",
-    "test_examples",
+    "test_server",
     "test_load",
     "test_discovery",
     "test_one_model",
