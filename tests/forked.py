@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -34,8 +35,9 @@ class Forked(subprocess.Popen[str]):
         folder, environment, pipes = options[4], options[5], options[9:15]
         theirs = pipes[0], pipes[3], pipes[5]
         files = [number if file == -1 else file for number, file in enumerate(theirs)]
+        ignored = [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
         message = json.dumps(
-            [args[1:], str(folder or Path.cwd()), dict(environment or os.environ)]
+            [args[1:], str(folder or Path.cwd()), dict(environment or os.environ), ignored]
         ).encode()
         prctl = ctypes.CDLL(None).prctl
         with _one_at_a_time:
@@ -86,7 +88,9 @@ def _next_command(control: socket.socket) -> list[str]:
         os.dup2(file, number)
         os.close(file)
     command: list[str]
-    command, folder, environment = json.loads(message)
+    command, folder, environment, ignored = json.loads(message)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
