@@ -113,10 +113,10 @@ class Denoiser:
                 velocity = extrapolate(known, t)
             else:
                 # After a failure nothing is kept.
-                is_partial = action is Action.REGION and kept[0] is not None
+                inside = region if action is Action.REGION and kept[0] is not None else None
                 steps = [prologue(index) for prologue in prologues]
-                if is_partial:
-                    some, none = latents[:, region], reference[:, :0]
+                if inside is not None:
+                    some, none = latents[:, inside], reference[:, :0]
                     velocity = self._velocities(some, none, steps, parts, kept)  # (1 or 2, K, C)
                 else:
                     if region is not None:
@@ -127,8 +127,8 @@ class Denoiser:
                     cond, uncond = velocity.chunk(2)
                     rule = self.config.guidance_rule
                     velocity = guide(cond, uncond, request.guidance_scale, t, rule)
-                if is_partial:
-                    velocity = extrapolate(known, t).index_copy(1, region, velocity)
+                if inside is not None:
+                    velocity = extrapolate(known, t).index_copy(1, inside, velocity)
                 if index in jumps_at:
                     known = ()  # a line through what was before leads elsewhere
                 known = (*known[-1:], (t, velocity))

@@ -158,7 +158,8 @@ class Transformer(nn.Module):
         (`Layout.only`): the others are keys as they were when they last ran.
         """
         depth, depth_single = len(step.double), len(step.single)
-        each = kept or [None] * (depth + depth_single)
+        none: Sequence[KeysAndValues | None] = [None] * (depth + depth_single)
+        each = kept or none
         img, txt = self.img_in(img), step.txt  # (B, N, D), (B, L, D)
         doubles = zip(self.double_blocks, step.double, each[:depth], strict=True)
         for double, (img_mod, txt_mod), its in doubles:
