@@ -18,7 +18,6 @@ from step1x_edit.checkpoints.read import STEPS_FILE, Wanted, open_checkpoint, wr
 from step1x_edit.engine import host_memory
 from step1x_edit.engine.host_memory import HostMemory
 from step1x_edit.model import quantised
-from step1x_edit.model.quantised import QuantLinear
 from step1x_edit.worker.arithmetic import FILE
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.opening import STAND_IN
