@@ -8,7 +8,8 @@ an interrupted one continues where it stopped:
     latents      crops and their exact edits, encoded once
     transformer  starts as an exact identity editor, learns the edits through the guided velocity
     decoder      the autoencoder's decoder alone, on latents as the transformer makes them
-    export       one safetensors file, config and tokenizer, where `--out` says
+    export       one safetensors file, config and tokenizer, where `--out` says; measure its steps
+                 afterwards with `calibrate_steps.py`
 
 `--stages vae,text` runs some of them, `--smoke` runs three steps of each at toy size.
 `--start-from FOLDER` continues a checkpoint instead: autoencoder and transformer continue from its

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from step1x_edit.checkpoints.read import open_checkpoint
 from step1x_edit.model.flow import DAMPED_ABOVE, extrapolate, schedule
 from step1x_edit.model.pipeline import PLANS, Edited, EditPipeline, EditRun, Plan, Step
 from step1x_edit.model.request import Mode, NetworkRequest
@@ -100,6 +101,17 @@ def test_between_two_sizes_the_density_is_in_between() -> None:
 def test_a_size_that_was_not_measured_is_refused(tokens: int) -> None:
     with pytest.raises(ValueError, match="4 to 64"):
         chosen("turbo", 28, EVEN, tokens)
+
+
+@pytest.mark.parametrize("side", [512, 768, 1024])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 9), (3, 1), (1, 10)])
+def test_the_demo_was_measured_for_every_size_that_can_be_asked_for(
+    side: int, shape: tuple[int, int]
+) -> None:
+    pipeline = open_checkpoint().checkpoint.pipeline
+    image = np.zeros((shape[1] * 100, shape[0] * 100, 3), np.uint8)
+
+    pipeline.check_mode(dataclasses.replace(TURBO, image=image, size_level=side))
 
 
 def test_a_checkpoint_that_was_not_measured_makes_exact_edits_only() -> None:

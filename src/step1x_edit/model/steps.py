@@ -1,7 +1,7 @@
 """Which work each step of the denoising loop does, and what was done; without torch.
 
-An exact edit runs the transformer in every step, for both prompts. Its velocity changes slowly
-along t, except in places that depend on the checkpoint. So a `Profile`, which was measured for the
+An exact edit runs the transformer in every step, for both prompts. Its velocity bends little along
+t, except in places that depend on the checkpoint. So a `Profile`, which was measured for the
 checkpoint, says how densely it must be evaluated along t, and the steps between are extrapolated.
 """
 
@@ -20,7 +20,7 @@ SHARES: Final[Mapping[Mode, float]] = {"exact": 1.0, "fast": 0.5, "turbo": 0.38}
 """The share of the steps in which the transformer runs."""
 
 FEWEST: Final = 4
-"""Evaluated steps of any edit: a straight line from the noise takes two, and its end is curved."""
+"""No edit evaluates fewer: the first, the last, that in which guidance changes, and one more."""
 
 
 class Action(Enum):
