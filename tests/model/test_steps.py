@@ -89,6 +89,15 @@ def test_a_profile_that_is_not_complete_is_refused(data: dict[str, object]) -> N
         Profile.from_json(data)
 
 
+@pytest.mark.parametrize(
+    "density",
+    [[], [[0.1, 1], [0.9, 1]], [[0.5, 1], [0.5, 2]], [["nan", 1]], [[0.9, "inf"]], [[0.9, -1]]],
+)
+def test_a_density_that_is_none_is_refused(density: list[object]) -> None:
+    with pytest.raises(ValueError, match="falling t"):
+        Profile.from_json({"curves": [{"tokens": 4, "density": density}]})
+
+
 def test_between_two_sizes_the_density_is_in_between() -> None:
     small, large = ((1.0, 1.0), (0.0, 9.0)), ((1.0, 9.0), (0.0, 1.0))
     profile = Profile((Curve(10, small), Curve(30, large)))

@@ -271,6 +271,19 @@ def test_a_mode_that_was_measured_is_made_without_a_warning(folder: Path) -> Non
     assert outcome.warning is None
 
 
+@pytest.mark.parametrize(
+    "damaged", ["", "[]", '{"tiny": []}', '{"tiny": {"curves": []}}', '{"tiny": {"curves": 1}}']
+)
+def test_figures_that_are_damaged_are_refused_by_the_name_of_their_file(
+    folder: Path, damaged: str
+) -> None:
+    (folder / STEPS_FILE).write_text(damaged)
+    worker = a_worker(folder)
+
+    with pytest.raises(CheckpointError, match=STEPS_FILE):
+        texts_of(worker, job())
+
+
 def test_figures_that_others_published_are_named_in_the_answer(folder: Path) -> None:
     opened = open_checkpoint(folder)
     opened.checkpoint.pipeline.profile = PUBLISHED

@@ -80,6 +80,12 @@ class Curve:
     density: tuple[tuple[float, float], ...]
     """Pairs of t, falling, and weight; between them it is linear."""
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether t falls from point to point, and the weights are numbers from 0."""
+        falls = all(t > t_next for (t, _), (t_next, _) in itertools.pairwise(self.density))
+        return bool(self.density) and falls and all(math.isfinite(t) and 0 <= w < math.inf for t, w in self.density)
+
     def mass(self, t: float, t_next: float) -> float:
         """The integral of the density over a step."""
         return (t - t_next) * (self._at(t) + self._at(t_next)) / 2
@@ -113,8 +119,10 @@ class Profile:
                 Curve(int(each["tokens"]), tuple((float(t), float(w)) for t, w in each["density"]))
                 for each in data["curves"]
             ]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not a profile of steps: {error!r}") from error
+        if not curves or not all(curve.is_sound for curve in curves):
+            raise ValueError("a profile needs curves of falling t with weights from 0")
         has_regions = bool(data.get("has_regions", False))
         by_size = sorted(curves, key=lambda curve: curve.tokens)
         return cls(tuple(by_size), has_regions=has_regions)
