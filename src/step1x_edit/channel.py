@@ -216,7 +216,7 @@ class Painted:
     rounds: Pixels | None = None
     """(R, H, W, 3): the pictures of all rounds of a reflection, in the same size."""
     evaluations: Evaluations | None = None
-    """Those of the round that made this picture."""
+    """With reflection, those of all rounds."""
 
 
 def reasoning_of(

@@ -123,7 +123,7 @@ class EditMetadata(_HowItWasMade):
         int | None,
         Field(
             description="How often the network ran: once per step, or twice if there is guidance; "
-            "with reflection, for the round that is the result"
+            "with reflection, in all rounds together"
         ),
     ] = None
     evaluations_skipped: Annotated[
