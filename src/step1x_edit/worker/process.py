@@ -78,7 +78,9 @@ def load_worker(
     place = place_of(device)
     plan = partial(plan_for, place)
     residency = Residency(partial(open_chosen, start, measure, measure_rates), place, plan=plan)
-    return PipelineWorker(residency, device, products=Products(Path(start.data_dir)))
+    # Without a folder to keep what is measured, a seed would not give the same picture again.
+    products = Products(Path(start.data_dir)) if start.data_dir else None
+    return PipelineWorker(residency, device, products=products)
 
 
 class Model(Protocol):
