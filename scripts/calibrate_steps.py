@@ -96,7 +96,7 @@ def main() -> None:
         times = [t for t, _ in exact[0].velocities]
         jumps_at = jumps(times, requests[0].guidance_scale, pipeline.config.guidance_rule)
         steps = [i for i in range(2, NUM_STEPS) if not {i, i - 1} & set(jumps_at)]
-        tokens = exact[0].latents.shape[1]
+        tokens = min(each.latents.shape[1] for each in exact)
         curves.append(Curve(tokens, tuple(density(exact, steps))))
         print(f"{tokens} tokens: t, change, error of the line, density, edited tokens")
         for index, (t, weight) in zip(steps, curves[-1].density, strict=True):
