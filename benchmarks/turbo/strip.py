@@ -11,19 +11,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bench_demo import psnr
 from step1x_edit.model.request import Pixels
-from turbo.edits import Demo, Figures, Way
+from turbo.edits import Demo, Way
 from turbo.quality import BRANCHES, as_picture
 
 WIDTH: Final = 340
 GAP: Final = 8
 LABEL: Final = 24
-AMPLIFIED: Final = 16
+AMPLIFIED: Final = 32
 """Differences that nobody sees are multiplied by this."""
-SMALLEST_QUALITY: Final = 85
+QUALITY: Final = 85
 
 
 def strip(demo: Demo, photo: str, edit: str, steps: int) -> tuple[bytes, list[dict[str, object]]]:
-    """A JPEG: the pictures, and under each its difference from the exact one, amplified."""
+    """A JPEG: the pictures, and under each its difference from the exact one, amplified.
+
+    Under the exact one is the photograph.
+    """
     ways = {
         "exact": Way("exact", steps),
         "good (fast)": Way("fast", steps),
@@ -33,12 +36,19 @@ def strip(demo: Demo, photo: str, edit: str, steps: int) -> tuple[bytes, list[di
     number = math.ceil(made["fast (turbo)"][1].evaluations / BRANCHES)
     made[f"naive: {number} exact steps"] = demo.kept(photo, edit, Way("exact", number))
     exact = made["exact"][0]
-    tiles = [tile(name, *each, exact) for name, each in made.items()]
+    tiles = []
+    for name, (picture, figures) in made.items():
+        below, words = demo.photo(photo), "the photograph"
+        if picture is not exact:
+            below = (np.abs(picture.astype(int) - exact) * AMPLIFIED).clip(0, 255).astype(np.uint8)
+            decibels = psnr(as_picture(picture), as_picture(exact))
+            words = f"{AMPLIFIED} times its difference, {decibels:.1f} dB"
+        tiles.append(tile((picture, f"{name}, {figures.edit_s:.1f} s"), (below, words)))
     sheet = Image.new("RGB", (GAP + (WIDTH + GAP) * len(tiles), tiles[0].height), "white")
     for index, each in enumerate(tiles):
         sheet.paste(each, (GAP + index * (WIDTH + GAP), 0))
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=SMALLEST_QUALITY, optimize=True)
+    sheet.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     rows = [
         {"picture": name, "edit_cpu_s": figures.edit_s, "loop_cpu_s": figures.loop_s}
         | ({} if picture is exact else {"db": psnr(as_picture(picture), as_picture(exact))})
@@ -47,21 +57,15 @@ def strip(demo: Demo, photo: str, edit: str, steps: int) -> tuple[bytes, list[di
     return buffer.getvalue(), rows
 
 
-def tile(name: str, picture: Pixels, figures: Figures, exact: Pixels) -> Image.Image:
-    height = round(WIDTH * picture.shape[0] / picture.shape[1])
-    sheet = Image.new("RGB", (WIDTH, GAP + 2 * height + 2 * LABEL), "white")
+def tile(*labelled: tuple[Pixels, str]) -> Image.Image:
+    """Pictures, one above the other, each above its words."""
+    height = round(WIDTH * labelled[0][0].shape[0] / labelled[0][0].shape[1])
+    sheet = Image.new("RGB", (WIDTH, len(labelled) * (height + LABEL)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-
-    def label(words: str, top: int) -> None:
-        draw.text((WIDTH // 2, top + LABEL // 2), words, fill="black", font=font, anchor="mm")
-
-    shown = Image.fromarray(picture).resize((WIDTH, height), Image.Resampling.LANCZOS)
-    sheet.paste(shown, (0, GAP))
-    label(f"{name}, {figures.edit_s:.1f} s", GAP + height)
-    if picture is not exact:
-        difference = np.abs(picture.astype(int) - exact) * AMPLIFIED
-        amplified = Image.fromarray(difference.clip(0, 255).astype(np.uint8))
-        sheet.paste(amplified.resize((WIDTH, height)), (0, GAP + height + LABEL))
-        near = psnr(as_picture(picture), as_picture(exact))
-        label(f"its difference × {AMPLIFIED}: {near:.1f} dB", GAP + 2 * height + LABEL)
+    for index, (picture, words) in enumerate(labelled):
+        top = index * (height + LABEL)
+        shown = Image.fromarray(picture).resize((WIDTH, height), Image.Resampling.LANCZOS)
+        sheet.paste(shown, (0, top))
+        middle = (WIDTH // 2, top + height + LABEL // 2)
+        draw.text(middle, words, fill="black", font=font, anchor="mm")
     return sheet
