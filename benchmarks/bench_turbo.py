@@ -16,7 +16,8 @@
 | strip | one row of pictures |
 
 The modes take turns. Times are CPU seconds of one thread, which other work on the machine hardly
-affects; ratios are medians over the turns. Bound by matrix products. At most 1.5 GB of memory.
+affects; ratios are medians over the turns. Bound by matrix products. At most 1.5 GB of memory, at
+full width 2.2 GB.
 
 Pictures stay in `--keep`, so that a run that was stopped continues; such a folder belongs to one
 build. Results are merged into `--results`; the last line is one JSON object.

@@ -23,7 +23,7 @@ from turbo.timing import median_ratio
 
 EDITS: Final = 8
 WIDE_PROMPTS: Final = 4
-"""As many rows of full width as fit into a gigabyte and a half."""
+"""Rows of two edits at full width, with two gigabytes of memory."""
 
 Row = dict[str, Any]
 

@@ -21,6 +21,10 @@ SHAPES: Final = {
 }
 """Modes differ by shape as well as colour."""
 
+BELOW: Final = '<text x="{x:.1f}" y="{y:.1f}" dx="8" dy="16">{steps}</text>'
+ABOVE: Final = '<text x="{x:.1f}" y="{y:.1f}" dx="-8" dy="-7" text-anchor="end">{steps}</text>'
+LABELS: Final = {"exact": BELOW, "fast": BELOW, "turbo": ABOVE}
+
 
 def draw(rows: Sequence[dict[str, Any]], title: str) -> str:
     """Points of `curve`: time of the loop to the right, PSNR upwards, joined by mode."""
@@ -56,7 +60,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str) -> str:
             for row in points:
                 x, y = place(row)
                 yield SHAPES[mode].format(x=x, y=y)
-                yield f'<text x="{x + 8:.1f}" y="{y + 16:.1f}">{row["steps"]}</text>'
+                yield LABELS[mode].format(x=x, y=y, steps=row["steps"])
             x, y = WIDTH - RIGHT - 90, HEIGHT - BOTTOM - 60 + 20 * index
             yield SHAPES[mode].format(x=x, y=y)
             yield f'<text x="{x + 14}" y="{y + 4}">{mode}</text></g>'

@@ -49,9 +49,13 @@ def strip(demo: Demo, photo: str, edit: str, steps: int) -> tuple[bytes, list[di
         sheet.paste(each, (GAP + index * (WIDTH + GAP), 0))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=QUALITY, optimize=True)
-    rows = [
-        {"picture": name, "edit_cpu_s": figures.edit_s, "loop_cpu_s": figures.loop_s}
-        | ({} if picture is exact else {"db": psnr(as_picture(picture), as_picture(exact))})
+    rows: list[dict[str, object]] = [
+        {
+            "picture": name,
+            "edit_cpu_s": figures.edit_s,
+            "loop_cpu_s": figures.loop_s,
+            "db": None if picture is exact else psnr(as_picture(picture), as_picture(exact)),
+        }
         for name, (picture, figures) in made.items()
     ]
     return buffer.getvalue(), rows

@@ -15,7 +15,7 @@ from PIL import Image
 import bench_turbo
 from turbo import chart
 
-SMALL = ("--size", "256", "--steps", "10", "--turns", "1", "--photos", "coffee", "--edits", "night")
+SMALL = ("--size", "384", "--steps", "10", "--turns", "1", "--photos", "coffee", "--edits", "night")
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +34,11 @@ def test_pictures_that_were_made_are_used_again(
 
     found = json.loads(results.read_text("utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
-    pictures = {row["way"]: row for row in found["pictures, 256, fp32"]["rows"]}
+    pictures = {row["way"]: row for row in found["pictures, 384, fp32"]["rows"]}
     assert pictures["exact"]["evaluations"] == 20
     assert pictures["turbo"]["evaluations"] >= pictures["naive as turbo"]["evaluations"] - 1
     assert pictures["turbo"]["mean_db"] < pictures["exact"]["mean_db"]
-    (region,) = found["region, 256, fp32"]["rows"]
+    (region,) = found["region, 384, fp32"]["rows"]
     assert region["edited"] == pytest.approx(0.25, abs=0.02)
     with Image.open(io.BytesIO((tmp_path / "turbo.jpg").read_bytes())) as row:
         assert row.width > 4 * row.height / 2
