@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from step1x_edit.channel import EditJob, Painted
+from step1x_edit.channel import EditJob, Painted, Phase, Progress
+from step1x_edit.checkpoints.arena import Check, never_stop
 from step1x_edit.checkpoints.memory_plan import with_share
 from step1x_edit.checkpoints.read import STEPS_FILE, Wanted, open_checkpoint, write_demo
 from step1x_edit.engine import host_memory
 from step1x_edit.engine.host_memory import HostMemory
+from step1x_edit.errors import EditCancelledError
 from step1x_edit.model import quantised
 from step1x_edit.worker.arithmetic import FILE
 from step1x_edit.worker.edits import PipelineWorker
@@ -69,7 +71,7 @@ class Model:
         opened = open_checkpoint(folder / "model", dataclasses.replace(wanted, loras=lora))
         self.residency = Residency(lambda: opened, None)
 
-        def measure(layers: Mapping[str, nn.Linear], kind: str) -> dict[str, float]:
+        def measure(layers: Mapping[str, nn.Linear], kind: str, _: Check) -> dict[str, float]:
             self.measured.append(kind)
             return dict.fromkeys(layers, gain)
 
@@ -172,4 +174,19 @@ def test_a_model_that_is_streamed_or_kept_in_codes_gets_no_copies(
 def test_measuring_compares_each_layer() -> None:
     layers = {"8x16": nn.Linear(8, 16), "16x8": nn.Linear(16, 8)}
 
-    assert measure_gains(layers, "int8").keys() == layers.keys()
+    assert measure_gains(layers, "int8", never_stop).keys() == layers.keys()
+
+
+def test_a_cancel_stops_the_measurement(folder: Path, tmp_path: Path) -> None:
+    model = Model(folder, tmp_path, gain=2.0)
+    model.picture(EXACT)
+    model.worker = PipelineWorker(model.residency, "cpu", products=Products(tmp_path))
+
+    def stop() -> None:
+        raise EditCancelledError
+
+    edit = model.worker.edit(FAST, stop)
+    assert next(edit) == Progress(Phase.LOADING)
+    with pytest.raises(EditCancelledError):
+        next(edit)
+    assert not (tmp_path / FILE).exists()

@@ -238,7 +238,7 @@ class _RunningEdit:
                 device = checkpoint.pipeline.transformer.img_in.weight.device
                 if self.products and self.job.mode != "exact" and self.residency.is_whole:
                     room = keepable_bytes(device, placed)
-                    for _ in self.products.making(checkpoint.pipeline, room):
+                    for _ in self.products.making(checkpoint.pipeline, room, self.check):
                         yield Progress(Phase.LOADING)
                 plan = replace(plan, keepable=keepable_bytes(device, placed))
             return (yield from work(checkpoint, plan))

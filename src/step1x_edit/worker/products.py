@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from step1x_edit.channel import GIGA
+from step1x_edit.checkpoints.arena import Check
 from step1x_edit.checkpoints.precision import IN_EVERY_STEP
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.quantised import Code, QuantLinear
@@ -34,8 +35,8 @@ RUNS: Final = 8
 """Rounding a layer must pay within so many runs of it: those of four steps with two prompts."""
 
 Layers: TypeAlias = Mapping[str, nn.Linear]
-Measure: TypeAlias = Callable[[Layers, Code], dict[str, float]]
-"""Returns how much faster each layer is in codes."""
+Measure: TypeAlias = Callable[[Layers, Code, Check], dict[str, float]]
+"""Returns how much faster each layer is in codes; stops if the check raises."""
 
 
 class Products:
@@ -47,8 +48,8 @@ class Products:
         self._kinds: dict[str, Code | None] = {}
         self._has_run_out = False
 
-    def making(self, pipeline: EditPipeline, room: int) -> Iterator[None]:
-        """Make the copies, unless they are there; yields after each layer.
+    def making(self, pipeline: EditPipeline, room: int, check: Check) -> Iterator[None]:
+        """Make the copies, unless they are there; yields before measuring and after each layer.
 
         All weights must be where they compute. Makes none if they are not faster, if they need
         more than `room` bytes, if memory has run out with some before, or if the layers are codes.
@@ -56,7 +57,12 @@ class Products:
         layers = _layers_in_every_step(pipeline.transformer)
         if pipeline.coded is not None or self._has_run_out or not layers:
             return
-        kind, size = self._kind(layers), sum(layer.weight.numel() for layer in layers.values())
+        if not self._kinds:
+            yield
+        kind, size = (
+            self._kind(layers, check),
+            sum(layer.weight.numel() for layer in layers.values()),
+        )
         if kind is None or size > room:
             return
         coded = _sharing_copy(pipeline.transformer)
@@ -73,7 +79,7 @@ class Products:
         pipeline.coded, self._has_run_out = None, True
         return True
 
-    def _kind(self, layers: Layers) -> Code | None:
+    def _kind(self, layers: Layers, check: Check) -> Code | None:
         """The codes in which these layers are faster; None if there are none."""
         by_size = {f"{x.in_features}x{x.out_features}": x for x in layers.values()}
         largest = dict(sorted(by_size.items(), key=lambda item: item[1].weight.numel())[-2:])
@@ -83,7 +89,7 @@ class Products:
         weight = next(iter(largest.values())).weight
         key = ", ".join((_machine(weight), f"{kind} of {' and '.join(largest)}"))
         if key not in self._kinds:
-            measure = functools.partial(self._measure, largest, kind)
+            measure = functools.partial(self._measure, largest, kind, check)
             is_faster = chosen(self._data_dir, key, (kind, "exact"), measure) == kind
             self._kinds[key] = kind if is_faster else None
         return self._kinds[key]
@@ -95,17 +101,22 @@ def kind_of(coded: Transformer) -> Code:
 
 
 @torch.inference_mode()
-def measure_gains(layers: Layers, kind: Code) -> dict[str, float]:
+def measure_gains(layers: Layers, kind: Code, check: Check) -> dict[str, float]:
     """How many times as fast these layers are in codes, with their rounding."""
-    return {name: _gain(layer, kind) for name, layer in layers.items()}
+    return {name: _gain(layer, kind, check) for name, layer in layers.items()}
 
 
-def _gain(layer: nn.Linear, kind: Code) -> float:
+def _gain(layer: nn.Linear, kind: Code, check: Check) -> float:
+    def seconds(work: Callable[[], Tensor]) -> float:
+        def run() -> None:
+            check()
+            work().flatten()[0].item()  # waits for a device
+
+        return least_seconds(run)
+
     rows, coded = layer.weight.new_ones(1, TOKENS, layer.in_features), _in_codes(layer, kind)
-    # Reading one number waits for a device.
-    exact = least_seconds(lambda: layer(rows)[0, 0, 0].item())
-    rounded = least_seconds(lambda: coded(rows)[0, 0, 0].item())
-    rounding = least_seconds(lambda: _in_codes(layer, kind).scale[0].item())
+    exact, rounded = seconds(lambda: layer(rows)), seconds(lambda: coded(rows))
+    rounding = seconds(lambda: _in_codes(layer, kind).scale)
     return round(exact / (rounded + rounding / RUNS), 2)
 
 
