@@ -84,7 +84,8 @@ class Curve:
     def is_sound(self) -> bool:
         """Whether t falls from point to point, and the weights are numbers from 0."""
         falls = all(t > t_next for (t, _), (t_next, _) in itertools.pairwise(self.density))
-        return bool(self.density) and falls and all(math.isfinite(t) and 0 <= w < math.inf for t, w in self.density)
+        weighs = all(math.isfinite(t) and 0 <= w < math.inf for t, w in self.density)
+        return bool(self.density) and falls and weighs
 
     def mass(self, t: float, t_next: float) -> float:
         """The integral of the density over a step."""
