@@ -152,7 +152,7 @@ class Profile:
             sizes = f"{self.curves[0].tokens} to {self.curves[-1].tokens}"
             raise ValueError(
                 f"only exact edits have {tokens} tokens: this checkpoint's steps were measured "
-                f"for {sizes}; choose another size_level or mode exact"
+                f"for {sizes}; choose another size or mode exact"
             )
         small, large = below[-1], above[0]
         part = (tokens - small.tokens) / max(1, large.tokens - small.tokens)
