@@ -822,7 +822,7 @@ async def test_steps_that_a_mode_skips_do_not_count_as_time(make_engine: MakeEng
     clock = ManualClock()
 
     def before_step(job: EditJob, step: int) -> None:
-        clock.advance(14 if step in evaluated_steps(job) else 0)
+        clock.advance(13 if step in evaluated_steps(job) else 0)
 
     engine = make_engine(FakeWorker(before_step), clock=clock, edit_timeout_s=150)
 
@@ -831,7 +831,7 @@ async def test_steps_that_a_mode_skips_do_not_count_as_time(make_engine: MakeEng
     seen = [event async for event in edit.events() if event.phase is Phase.DENOISING]
 
     assert {event.warning for event in seen} == {None}
-    assert seen[1].left_s == 14 * (len(evaluated_steps(job)) - 2)
+    assert seen[1].left_s == 13 * (len(evaluated_steps(job)) - 2)
     assert seen[2].left_s == seen[1].left_s  # the third step is skipped
 
 
