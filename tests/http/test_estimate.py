@@ -137,6 +137,24 @@ def test_the_time_in_one_mode_tells_that_in_the_others(
     assert seconds == sorted(set(seconds))
 
 
+def test_products_of_codes_do_not_change_the_time_of_exact_edits(
+    make_service: MakeService, photo: Path
+) -> None:
+    clock = ManualClock()
+
+    def before_step(job: EditJob, step: int) -> None:
+        clock.advance(2 if job.mode == "exact" else 1)
+
+    worker = FakeWorker(before_step=before_step, placement=STREAMED)
+    with calling(make_service(worker, clock, never)) as client:
+        edit(client, photo, num_steps="20")
+        before = estimate(client, num_steps=50)
+        edit(client, photo, num_steps="20", mode="fast")
+        after = estimate(client, num_steps=50)
+
+    assert before["predicted_seconds"] == after["predicted_seconds"] == 100
+
+
 def test_the_time_of_a_reflection_is_that_of_all_the_rounds_that_it_may_take(
     make_service: MakeService, photo: Path
 ) -> None:

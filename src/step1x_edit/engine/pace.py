@@ -2,13 +2,14 @@
 
 The time of an edit is a time per step in which the network runs, plus a rest. Both depend on the
 model, on its device, on the working size and on the work of a step, so only edits of the same kind
-are compared. A mode only changes in how many steps the network runs, so an exact edit tells the
-time of a fast one. Loading the model is not counted.
+are compared. An exact edit tells the time of a fast one, and the reverse, until there was one of
+the same kind: a step that need not be exact may multiply 8-bit codes. Loading the model is not
+counted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from step1x_edit.channel import EditJob, Phase, Progress, Residence
@@ -29,6 +30,7 @@ class Kind:
     is_guided: bool
     thinking: bool
     reflection: bool
+    is_exact: bool
     is_regional: bool
 
     @classmethod
@@ -43,6 +45,7 @@ class Kind:
             is_guided=job.guidance_scale > 1,
             thinking=job.thinking,
             reflection=job.reflection,
+            is_exact=job.mode == "exact",
             is_regional=job.mode == "turbo" and job.mask is not None,
         )
 
@@ -120,7 +123,7 @@ class Paces:
 
     def try_again(self, job: EditJob, residence: Residence, now: float) -> None:
         """Record that an edit begins."""
-        if known := self._known.get(Kind.of(job, residence)):
+        if known := self._find(job, residence):
             known.tried = now
 
     def learn(self, job: EditJob, residence: Residence, pace: Pace | None, now: float) -> None:
@@ -140,7 +143,7 @@ class Paces:
 
         The number of rounds of a reflection is not known in advance: this is the time of all.
         """
-        known = self._known.get(Kind.of(job, residence))
+        known = self._find(job, residence)
         if known is None:
             return None
         return known.last.seconds(job) * (job.reflection_rounds if job.reflection else 1)
@@ -150,5 +153,10 @@ class Paces:
 
         That of one round: a reflection may end after it.
         """
-        known = self._known.get(Kind.of(job, residence))
+        known = self._find(job, residence)
         return 0.0 if known is None or known.tried < since else known.best.seconds(job)
+
+    def _find(self, job: EditJob, residence: Residence) -> _Known | None:
+        """What is known of an edit's kind, or else of the same work with other products."""
+        kind = Kind.of(job, residence)
+        return self._known.get(kind) or self._known.get(replace(kind, is_exact=not kind.is_exact))
