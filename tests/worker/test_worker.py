@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def a_worker(folder: Path, device: str = "cpu") -> PipelineWorker:
-    return load_worker(Start(model_path=str(folder), device=device))
+    return load_worker(Start(model_path=str(folder), data_dir=str(folder.parent), device=device))
 
 
 def go_on() -> None:
