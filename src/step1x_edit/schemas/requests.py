@@ -251,8 +251,8 @@ Seed = Annotated[
 ModeOfWork = Annotated[
     Mode,
     Field(
-        description="How much of its work the network does: exact all of it; fast about half, with "
-        "a difference that is hard to see; turbo about a third, with small differences"
+        description="How many of the steps the network computes: exact all; fast about half, with "
+        "differences that are hard to see; turbo about 40 %, with small differences"
     ),
 ]
 Overwrite = Annotated[bool, Field(description="Replace the output file if it already exists")]

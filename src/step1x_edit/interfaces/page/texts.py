@@ -53,10 +53,10 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "{mode} · 約 {seconds} 秒",
     ),
     "mode.hint": (
-        "Good leaves out about half of the work, fast two thirds; the differences are small",
-        "“良好”省去约一半的计算，“快速”约三分之二；差别很小",
-        "「良好」省去約一半的計算，「快速」約三分之二；差別很小",
-        "「良好」は計算の約半分、「速さ優先」は約 3 分の 2 を省きます。違いはわずかです",
+        "Good skips about half of the steps, Fast about 60 %; the differences are small",
+        "“良好”省去约一半的计算，“快速”约六成；差别很小",
+        "「良好」省去約一半的計算，「快速」約六成；差別很小",
+        "「良好」は計算の約半分、「速さ優先」は約 6 割を省きます。違いはわずかです",
     ),
     "seed": ("Seed", "随机种子", "隨機種子", "シード値"),
     "seed.hint": (
