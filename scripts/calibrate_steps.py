@@ -1,13 +1,15 @@
 """Measure how the velocity of a checkpoint bends along t, for the modes fast and turbo.
 
-    python scripts/calibrate_steps.py [MODEL] [--version v1.1] [--device cuda] [--sizes 512,1024]
+    python scripts/calibrate_steps.py [MODEL] [--version v1.1] [--device cuda] [--sizes 384,1056]
                                       [--pictures a.jpg,b.jpg] [--prompts FILE]
 
 Makes exact edits and asks at each step how far the velocity is from the last one (first order) and
 from the line through the last two (second order). From the second follows how densely it must be
 evaluated along t. Writes `steps.json` beside the weights (default: those of the embedded demo),
-where each version has its entry; it holds for sizes between the smallest and the largest that were
-measured. Then makes the edits of the smallest size in the modes fast and turbo, with several
+where each version has its entry. Other sizes than those between the smallest and the largest are
+refused in the modes fast and turbo; edits at 512 can be somewhat smaller, and edits at 1024 larger,
+as the ratio of the picture requires. Whether the region of a mask may run alone is not measured: it
+stays as it was. Then makes the edits of the smallest size in the modes fast and turbo, with several
 num_steps. Prints tables; the last line is one JSON object.
 
 The pictures are photographs that installed packages contain, none of those that the benchmarks
@@ -104,7 +106,8 @@ def main() -> None:
             edited = np.mean([each.edited[index] for each in exact])
             print(f"{t:.3f} {errors[0]:.4f} {errors[1]:.4f} {weight:.2f} {edited:.2f}", flush=True)
 
-    pipeline.profile = Profile(tuple(curves))
+    before = pipeline.profile or Profile(())
+    pipeline.profile = replace(before, curves=tuple(curves), caveat=None)
     folder = arguments.model or DEMO_FOLDER
     file = (folder if folder.is_dir() else folder.parent) / STEPS_FILE
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
