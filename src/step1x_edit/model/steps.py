@@ -151,8 +151,8 @@ class Profile:
         if not below or not above:
             sizes = f"{self.curves[0].tokens} to {self.curves[-1].tokens}"
             raise ValueError(
-                f"only exact edits have {tokens} tokens: this checkpoint's steps were measured "
-                f"for {sizes}; choose another size or mode exact"
+                f"this edit has {tokens} tokens, and the steps of this checkpoint were measured "
+                f"for {sizes}; use mode exact or another size"
             )
         small, large = below[-1], above[0]
         part = (tokens - small.tokens) / max(1, large.tokens - small.tokens)
@@ -179,8 +179,8 @@ def choose_steps(
         return StepPolicy((Action.FULL,) * num_steps)
     if profile is None:
         raise ValueError(
-            f"mode {mode} needs figures of this checkpoint, which scripts/calibrate_steps.py "
-            "measures; use mode exact"
+            f"mode {mode} needs steps that were measured for this checkpoint; "
+            "run scripts/calibrate_steps.py, or use mode exact"
         )
     masses, number = profile.masses(tokens, times), num_evaluated(mode, num_steps)
     evaluated = spread(masses, number, {0, *jumps, num_steps - 1})
@@ -240,8 +240,8 @@ def _published() -> Profile:
         for gamma, (t, t_next) in zip(_GAMMA, itertools.pairwise(times), strict=True)
     ]
     caveat = (
-        "which steps are skipped follows figures that were published for 28 steps at 1024 "
-        "(RegionE, arXiv 2510.25590), not measured by us; scripts/calibrate_steps.py measures them"
+        "steps are skipped by figures that were published for 28 steps at 1024 (RegionE, arXiv "
+        "2510.25590), not measured by us; scripts/calibrate_steps.py measures this checkpoint"
     )
     return Profile((Curve(_TOKENS, tuple(density)),), caveat, has_regions=True)
 
