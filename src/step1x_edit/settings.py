@@ -482,7 +482,7 @@ class Settings(BaseSettings):
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
-    default_mode: ModeOfWork = DEFAULT_MODE
+    default_mode: Annotated[ModeOfWork, BeforeValidator(_lower)] = DEFAULT_MODE
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Field(description="Lowest level that is logged"),

@@ -114,6 +114,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DATA_DIR", "~/data", Path.home() / "data"),
         ("DEVICE", "cuda:1", "cuda:1"),
         ("PRECISION", " INT8", "int8"),
+        ("DEFAULT_MODE", "Turbo", "turbo"),
         ("MAX_QUEUE", "2", 2),
         ("MAX_UPLOAD_MB", "5", 5),
         (
