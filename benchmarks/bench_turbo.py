@@ -78,6 +78,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--photos", nargs="+", choices=HELD_OUT_PHOTOS, default=[*HELD_OUT_PHOTOS])
     parser.add_argument("--edits", nargs="+", choices=PROMPTS, default=[*PROMPTS], metavar="EDIT")
+    parser.add_argument("--ways", nargs="+", choices=quality.WAYS, default=quality.WAYS)
     parser.add_argument("--curve-steps", nargs="+", type=int, default=CURVE_STEPS)
     parser.add_argument("--arithmetic", choices=TYPES, default="fp32")
     parser.add_argument("--other", type=Path, help="the sources of another build, for `same`")
@@ -101,7 +102,8 @@ def loop(demo: Demo, arguments: argparse.Namespace) -> Rows:
 
 
 def pictures(demo: Demo, arguments: argparse.Namespace) -> Rows:
-    return quality.pictures(demo, arguments.photos, arguments.edits, arguments.steps)
+    photos, edits, ways = arguments.photos, arguments.edits, arguments.ways
+    return quality.pictures(demo, photos, edits, arguments.steps, ways)
 
 
 def region(demo: Demo, arguments: argparse.Namespace) -> Rows:
