@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -51,13 +52,17 @@ def edits_of(service: EditService) -> FileEdits[EditedPicture]:
 
 
 def pytest_configure() -> None:
-    """Share the processors between tests that run in parallel, before torch counts them.
+    """Share the processors between tests in parallel, before torch counts them; receive signals.
 
     Threads in excess of processors wait for each other, and the tests take twice as long.
     """
     beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = max(1, (os.cpu_count() or 1) // beside)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # `nohup` and shells in the background ignore these, and the servers of tests would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -112,8 +112,7 @@ def test_an_edit_is_made_where_the_weights_are(
     assert difference(outcome, made(a_worker(folder, None), EDIT)) < CLOSE
 
 
-@pytest.mark.parametrize("model", ["v1_1", "v1_2"])
-@pytest.mark.parametrize("share", [None, 0.3])
+@pytest.mark.parametrize(("model", "share"), [("v1_1", 0.3), ("v1_2", None)])
 def test_what_earlier_edits_have_computed_waits_on_the_host(
     folder: Path, device: torch.device, model: str, share: float | None
 ) -> None:
