@@ -565,7 +565,7 @@ class Engine:
             is_loading=not self._snapshot.residence.is_ready,
         )
         stopwatch, left = Stopwatch(), TimeLeft(self._clock.now)
-        self._paces.try_again(edit.job, self._last_model, self._clock.now())
+        self._paces.began(edit.job, self._last_model, self._clock.now())
         if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:

@@ -121,7 +121,7 @@ class Paces:
     def __init__(self) -> None:
         self._known: dict[Kind, _Known] = {}
 
-    def try_again(self, job: EditJob, residence: Residence, now: float) -> None:
+    def began(self, job: EditJob, residence: Residence, now: float) -> None:
         """Record that an edit begins."""
         if known := self._find(job, residence):
             known.tried = now

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from step1x_edit.model.blocks import KeysAndValues, Layout, widen
 from step1x_edit.model.config import ModelConfig
-from step1x_edit.model.flow import euler_step, extrapolate, guide, jumps, schedule
+from step1x_edit.model.flow import euler_step, extrapolate, guide, schedule
 from step1x_edit.model.kept import Kept, moved
 from step1x_edit.model.latents import image_position_ids, position_ids
 from step1x_edit.model.request import NetworkRequest
@@ -103,7 +103,6 @@ class Denoiser:
         known = tuple((t, velocity.to(self._device)) for t, velocity in start.known)
         region = None if region is None else region.to(self._device)
         evaluations, times = start.evaluations, timesteps.tolist()
-        jumps_at = jumps(times[:-1], request.guidance_scale, self.config.guidance_rule)
         kept: Sequence[Sequence[KeysAndValues] | None] = [None] * len(layouts)
         parts = [] if region is None else [layout.only(region) for layout in layouts]
         for index in range(start.step, request.num_steps):
@@ -129,7 +128,7 @@ class Denoiser:
                     velocity = guide(cond, uncond, request.guidance_scale, t, rule)
                 if inside is not None:
                     velocity = extrapolate(known, t).index_copy(1, inside, velocity)
-                if index in jumps_at:
+                if index in policy.jumps:
                     known = ()  # a line through what was before leads elsewhere
                 known = (*known[-1:], (t, velocity))
             predicted = euler_step(latents, velocity, t, 0.0)

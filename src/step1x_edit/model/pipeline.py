@@ -235,7 +235,7 @@ class EditPipeline:
         request = run.request
         if request.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, not {request.num_steps}")
-        self.check_mode(request)
+        evaluated = self._policy(request, self._num_tokens(request)).evaluated
         if run.encoded is None:
             yield Step("encoding", 0, 1)
             run.encoded = self.encode(request, plan)
@@ -243,17 +243,19 @@ class EditPipeline:
         if run.state is None:
             run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_reported:  # the preview of that step failed
-            yield self._report(run, run.state, run.encoded)
+            yield self._report(run, run.state, run.encoded, evaluated)
         for state in self.denoise(run.encoded, run.state, request, plan):
             run.state = state
-            yield self._report(run, state, run.encoded)
+            yield self._report(run, state, run.encoded, evaluated)
         yield Step("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
         done = run.state.evaluations
         skipped = request.num_steps * len(run.encoded.branches) - done
         yield Edited(image, run.label, run.encoded.cut, Evaluations(done, skipped))
 
-    def _report(self, run: EditRun, state: DenoiseState, encoded: Encoded) -> Step:
+    def _report(
+        self, run: EditRun, state: DenoiseState, encoded: Encoded, evaluated: Sequence[int]
+    ) -> Step:
         """The progress after a step, with its preview if one is wanted."""
         preview = None
         is_shown = state.step in run.request.preview_steps
@@ -264,7 +266,6 @@ class EditPipeline:
             )
             preview = _as_pixels(encoded.sketch(latents, height, width)[0])
         run.steps_reported = state.step
-        evaluated = self._policy(run.request, encoded.rows * encoded.columns).evaluated
         return Step(
             "denoising",
             state.step,
@@ -276,8 +277,12 @@ class EditPipeline:
 
     def check_mode(self, request: NetworkRequest) -> None:
         """Raise ValueError if this checkpoint does not make such an edit in the mode asked for."""
+        self._policy(request, self._num_tokens(request))
+
+    def _num_tokens(self, request: NetworkRequest) -> int:
+        """Of the latents."""
         columns, rows = (side // self.config.size_multiple for side in self._size(request))
-        self._policy(request, rows * columns)
+        return rows * columns
 
     def _policy(
         self, request: NetworkRequest, tokens: int, has_regions: bool = False
@@ -286,7 +291,7 @@ class EditPipeline:
         times = schedule(request.num_steps, tokens).tolist()
         jumps_at = jumps(times[:-1], request.guidance_scale, self.config.guidance_rule)
         policy = choose_steps(request.mode, times, tokens, self.profile, jumps_at)
-        return policy.with_regions(jumps_at) if has_regions else policy
+        return policy.with_regions() if has_regions else policy
 
     # --- encode -----------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class StepPolicy:
     """What each step of a schedule does."""
 
     actions: tuple[Action, ...]
+    jumps: frozenset[int] = frozenset()
+    """The steps in which guidance begins to follow another rule, and extrapolation begins again."""
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -47,12 +49,12 @@ class StepPolicy:
             index for index, action in enumerate(self.actions) if action is not Action.REUSE
         )
 
-    def with_regions(self, jumps: Iterable[int]) -> StepPolicy:
-        """Run a region in every other evaluated step after the first two and the `jumps`.
+    def with_regions(self) -> StepPolicy:
+        """Run a region in every other evaluated step after the first two and the jumps.
 
-        The last step is run in full, and the jumps are as in `choose_steps`.
+        The last step is run in full.
         """
-        begin = max([self.evaluated[1], *jumps])
+        begin = max([self.evaluated[1], *self.jumps])
         regions = [index for index in self.evaluated if index > begin][:-1:2]
         actions = (
             Action.REGION if index in regions else action
@@ -169,9 +171,8 @@ def choose_steps(
     profile: Profile | None,
     jumps: Iterable[int] = (),
 ) -> StepPolicy:
-    """What each step of the schedule `times` (num_steps + 1, falling) does.
+    """What each step of the schedule `times` (num_steps + 1, falling) does; jumps are evaluated.
 
-    `jumps` are the steps in which guidance begins to follow another rule; they are evaluated.
     Raises ValueError for a mode other than exact if nothing was measured for such an edit.
     """
     num_steps = len(times) - 1
@@ -185,7 +186,7 @@ def choose_steps(
     masses, number = profile.masses(tokens, times), num_evaluated(mode, num_steps)
     evaluated = spread(masses, number, {0, *jumps, num_steps - 1})
     actions = (Action.FULL if i in evaluated else Action.REUSE for i in range(num_steps))
-    return StepPolicy(tuple(actions))
+    return StepPolicy(tuple(actions), frozenset(jumps))
 
 
 def num_evaluated(mode: Mode, num_steps: int) -> int:

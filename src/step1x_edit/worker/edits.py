@@ -227,16 +227,16 @@ class _RunningEdit:
         if not self.residency.is_ready(self.job.loras, use):
             yield Progress(Phase.LOADING)
             yield from self._make_ready(use)
-        may_keep, placed = plan is PLANS[0], self.residency.plan
+        is_fastest, placed = plan is PLANS[0], self.residency.plan
         if placed is not None and not placed.has_joint_branches:
             plan = replace(plan, has_joint_branches=False)
         if placed is not None and not placed.is_streaming:
             plan = replace(plan, keeps_prologues=False)
         with self.residency.on_device() as checkpoint, self._stoppable(checkpoint):
             self._accept(checkpoint)
-            if may_keep:  # memory has not run out yet
+            if is_fastest and self.job.mode != "exact":
                 device = checkpoint.pipeline.transformer.img_in.weight.device
-                if self.products and self.job.mode != "exact" and self.residency.is_whole:
+                if self.products and self.residency.is_whole:
                     room = keepable_bytes(device, placed)
                     for _ in self.products.making(checkpoint.pipeline, room, self.check):
                         yield Progress(Phase.LOADING)

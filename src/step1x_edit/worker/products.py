@@ -59,10 +59,8 @@ class Products:
             return
         if not self._kinds:
             yield
-        kind, size = (
-            self._kind(layers, check),
-            sum(layer.weight.numel() for layer in layers.values()),
-        )
+        kind = self._kind(layers, check)
+        size = sum(layer.weight.numel() for layer in layers.values())
         if kind is None or size > room:
             return
         coded = _sharing_copy(pipeline.transformer)
@@ -83,11 +81,11 @@ class Products:
         """The codes in which these layers are faster; None if there are none."""
         by_size = {f"{x.in_features}x{x.out_features}": x for x in layers.values()}
         largest = dict(sorted(by_size.items(), key=lambda item: item[1].weight.numel())[-2:])
-        kind = _multiplied(next(iter(largest.values())))
+        layer = next(iter(largest.values()))
+        kind = _multiplied(layer)
         if kind is None:
             return None
-        weight = next(iter(largest.values())).weight
-        key = ", ".join((_machine(weight), f"{kind} of {' and '.join(largest)}"))
+        key = ", ".join((_machine(layer.weight), f"{kind} of {' and '.join(largest)}"))
         if key not in self._kinds:
             measure = functools.partial(self._measure, largest, kind, check)
             is_faster = chosen(self._data_dir, key, (kind, "exact"), measure) == kind
