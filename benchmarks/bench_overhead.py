@@ -137,7 +137,9 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = read_checkpoint().pipeline
     picture = decode(PHOTO.read_bytes(), Limits(2**25, 50_000_000)).pixels
     with tempfile.TemporaryDirectory() as folder:
-        settings = load_settings({"model_path": None, "allowed_dirs": (Path("/"),)})
+        settings = load_settings(
+            {"model_path": None, "allowed_dirs": (Path("/"),), "edit_cache_mb": 0}
+        )
         service = build_service(settings)
         call = {"image_path": str(PHOTO), "prompt": PROMPT, **parameters}
         transport = PythonStdioTransport(
@@ -145,7 +147,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             python_cmd=sys.executable,
             args=["--standalone"],
             cwd=folder,
-            env=inherited_environment(MODEL_PATH="", ALLOWED_DIRS="/"),
+            env=inherited_environment(MODEL_PATH="", ALLOWED_DIRS="/", EDIT_CACHE_MB="0"),
             keep_alive=False,
         )
         times: dict[str, list[float]] = {"pipeline": [], "service": [], "mcp": []}

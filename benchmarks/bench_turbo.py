@@ -39,6 +39,7 @@ import torch
 from bench_demo import PROMPTS
 from build import commit
 from demo_data import HELD_OUT_PHOTOS
+from markdown_tables import table_of
 from step1x_edit.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from turbo import batches, chart, counted, quality, same, strip, timing
 from turbo.edits import TYPES, Demo
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
         date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         load = round(os.getloadavg()[0])
         found[key] = {"commit": commit(), "date": date, "load": load, "rows": rows}
-        print(f"\n{key}:\n\n{table(rows)}", flush=True)
+        print(f"\n{key}:\n", *table_of(rows, digits=4), sep="\n", flush=True)
         if results:
             results.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", "utf-8")
     print(json.dumps(found, ensure_ascii=False))
@@ -162,25 +163,6 @@ PARTS: dict[str, Callable[[Demo, argparse.Namespace], Rows]] = {
     "strip": row_of_pictures,
 }
 WITHOUT_DEMO = ("counted", "wide", "same")
-
-
-def table(rows: Rows) -> str:
-    """As Markdown."""
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    lines += [f"| {' | '.join(map(cell, row.values()))} |" for row in rows]
-    return "\n".join(lines)
-
-
-def cell(value: object) -> str:
-    match value:
-        case None:
-            return "–"
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return f"{value:.4g}"
-        case _:
-            return str(value)
 
 
 if __name__ == "__main__":

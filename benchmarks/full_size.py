@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 from alone import alone, fastest_type, least, tflop, tower_work, work_of
 from bench_residency import drop_from_cache
+from build import commit
 from gpu.networks import HAS_PEER, peer_network
 from random_checkpoint import FULL, LAYOUTS, narrow, shallow, write_checkpoint
 from step1x_edit.channel import EditJob, Phase, Progress, Start
@@ -65,7 +65,6 @@ def facts() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     has = [name for name in ("avx2", "avx512_bf16", "avx512_vnni", "amx_bf16") if name in flags]
-    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return {
         "processor": names[0] if names else platform.processor(),
         "has": has,
@@ -73,7 +72,7 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB),
         "torch": torch.__version__,
-        "commit": subprocess.run(head, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "load": round(os.getloadavg()[0], 1),
         "fastest_type": str(fastest_type()),

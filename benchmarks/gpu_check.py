@@ -34,6 +34,7 @@ from build import commit
 from gpu import coded, memory, sections
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 from gpu.networks import HAS_PEER
+from markdown_tables import cell, table_of
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT_S = 440  # importing the libraries comes on top
@@ -220,7 +221,7 @@ def _speed_rows(found: dict[str, Figures]) -> list[str]:
                 f"{base[size] / step:.2f}" if size in base else "–",
                 f"{rival[size] / step:.2f}" if size in rival else "–",
                 f"{row['tflop_per_s']:.3g}",
-                _cell(row.get("activations_gb")),
+                cell(row.get("activations_gb")),
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
@@ -239,7 +240,7 @@ def _correctness_rows(found: dict[str, Figures]) -> list[str]:
     lines = ["| relative difference | correctness | exact | exact_compiled |", "|---|---|---|---|"]
     for name in names:
         cells = [
-            _cell(found.get(section, {}).get(name), digits=2)
+            cell(found.get(section, {}).get(name), digits=2)
             for section in ("correctness", "exact", "exact_compiled")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -249,10 +250,7 @@ def _correctness_rows(found: dict[str, Figures]) -> list[str]:
 def _turbo_rows(section: Figures) -> list[str]:
     if not section.get("loops"):
         return []
-    names = list(section["loops"][0])
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in section["loops"]]
-    return [*lines, ""]
+    return [*table_of(section["loops"]), ""]
 
 
 def _streaming_rows(section: Figures) -> list[str]:
@@ -273,7 +271,7 @@ def _streaming_rows(section: Figures) -> list[str]:
     lines = [f"| cap, GB | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in section["rows"]:
         cap = "none" if row["cap_gb"] is None else row["cap_gb"]
-        cells = [row["failed"]] if "failed" in row else [_cell(row.get(name)) for name in names]
+        cells = [row["failed"]] if "failed" in row else [cell(row.get(name)) for name in names]
         lines.append(f"| {cap} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -284,7 +282,7 @@ def _coded_rows(section: Figures) -> list[str]:
     names = ["weights_gb", "ms", "compiled_ms", "activations_gb", "from_float32", "allowed"]
     lines = [f"| one block | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row in section["blocks"]:
-        cells = [_cell(row.get(name)) for name in names]
+        cells = [cell(row.get(name)) for name in names]
         lines.append(f"| {row['precision']} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -295,25 +293,13 @@ def _figure_rows(name: str, section: Figures) -> list[str]:
         for key, value in section.items()
         if isinstance(value, float | int | str) and key not in ("status", "seconds")
     }
-    lines = [f"| {key} | {_cell(value)} |" for key, value in plain.items()]
+    lines = [f"| {key} | {cell(value)} |" for key, value in plain.items()]
     lines += [
         f"| attention, {row['tokens']} tokens, {row['kernel']}: TFLOP/s "
-        f"| {row.get('failed') or _cell(row['tflop_per_s'])} |"
+        f"| {row.get('failed') or cell(row['tflop_per_s'])} |"
         for row in section.get("attention", [])
     ]
     return [f"| {name} | |", "|---|---|", *lines, ""] if lines else []
-
-
-def _cell(value: object, digits: int = 3) -> str:
-    match value:
-        case None:
-            return "–"
-        case bool():
-            return "yes" if value else "no"
-        case float():
-            return f"{value:.{digits}g}"
-        case _:
-            return str(value)
 
 
 def say(report: Report, folder: Path) -> None:
