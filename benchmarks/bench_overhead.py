@@ -137,8 +137,9 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pipeline = read_checkpoint().pipeline
     picture = decode(PHOTO.read_bytes(), Limits(2**25, 50_000_000)).pixels
     with tempfile.TemporaryDirectory() as folder:
+        as_the_pipeline = {"arithmetic": "fp32", "edit_cache_mb": 0}
         settings = load_settings(
-            {"model_path": None, "allowed_dirs": (Path("/"),), "edit_cache_mb": 0}
+            {"model_path": None, "allowed_dirs": (Path("/"),), **as_the_pipeline}
         )
         service = build_service(settings)
         call = {"image_path": str(PHOTO), "prompt": PROMPT, **parameters}
@@ -147,7 +148,11 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             python_cmd=sys.executable,
             args=["--standalone"],
             cwd=folder,
-            env=inherited_environment(MODEL_PATH="", ALLOWED_DIRS="/", EDIT_CACHE_MB="0"),
+            env=inherited_environment(
+                MODEL_PATH="",
+                ALLOWED_DIRS="/",
+                **{name.upper(): str(value) for name, value in as_the_pipeline.items()},
+            ),
             keep_alive=False,
         )
         times: dict[str, list[float]] = {"pipeline": [], "service": [], "mcp": []}

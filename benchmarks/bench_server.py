@@ -77,7 +77,9 @@ def server(folder: Path) -> Iterator[str]:
         "MAX_QUEUE": "256",
         "RATE_LIMIT": "0",
         "MODEL_PATH": "",
-        "EDIT_CACHE_MB": "0",  # all edits are of one picture; the pipeline alone keeps nothing
+        # As the pipeline alone, which keeps nothing; all edits are of one picture.
+        "ARITHMETIC": "fp32",
+        "EDIT_CACHE_MB": "0",
     }
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "unified_server.py")],
