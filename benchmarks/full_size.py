@@ -42,8 +42,10 @@ from bench_residency import drop_from_cache
 from build import commit
 from gpu.networks import HAS_PEER, peer_network
 from random_checkpoint import FULL, LAYOUTS, narrow, shallow, write_checkpoint
-from step1x_edit.channel import EditJob, Phase, Progress, Start
+from step1x_edit.channel import EditJob, Phase, Progress
+from step1x_edit.engine.worker_process import start_of
 from step1x_edit.model.transformer import Transformer
+from step1x_edit.settings import load_settings
 from step1x_edit.worker.edits import PipelineWorker
 from step1x_edit.worker.process import load_worker
 from stopwatch import GB, STAGES, Cost, Lap, Stopwatch, now, peak_gb, total
@@ -272,7 +274,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     plain = plain_read(files)
     found["plain_read"] = row(plain, gb=sum(file.stat().st_size for file in files) / GB)
     print(f"a plain read: {found['plain_read']}", flush=True)
-    worker = load_worker(Start(model_path=str(folder), device="cpu", precision=arguments.precision))
+    asked = {"model_path": folder, "device": "cpu", "precision": arguments.precision}
+    worker = load_worker(start_of(load_settings(asked)))
     for size in arguments.sizes:
         edit = measure_edit(worker, job_of(size, arguments), plain, peer)
         found[str(size)] = edit._asdict()
@@ -287,9 +290,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
     residence = worker.residence()
-    found["model"] = residence.model
+    found["model"], found["arithmetic"] = residence.model, residence.arithmetic
     if residence.placement is not None:
-        print(f"\n{residence.model}: {residence.placement.reason}")
+        print(f"\n{residence.model}, {residence.arithmetic}: {residence.placement.reason}")
     if residence.version == "v1.2":
         for phase, wish in ((Phase.THINKING, "thinking"), (Phase.REFLECTING, "reflection")):
             job = job_of(arguments.sizes[0], arguments, **{wish: True})

@@ -280,7 +280,7 @@ def test_a_precision_that_was_asked_for_is_kept(free: int, precision: Precision)
     assert "rounded" not in plan.reason()
 
 
-@pytest.mark.parametrize(("free", "precision"), [(64, "auto"), (24, "auto"), (20, "int8")])
+@pytest.mark.parametrize(("free", "precision"), [(64, "auto"), (25, "auto"), (20, "int8")])
 def test_without_a_device_the_plan_is_the_same_with_room_for_activations(
     free: int, precision: Precision
 ) -> None:
@@ -293,14 +293,15 @@ def test_without_a_device_the_plan_is_the_same_with_room_for_activations(
 
 
 # Beside the weights a process has 0.6 GB of libraries and, at most, at 512 pixels the two largest
-# blocks that the conditioner reads from disk, at 1024 the decoder in float32.
-@pytest.mark.parametrize("beside", [0.6 + 1.8, 0.6 + 3.1])
+# blocks that the conditioner reads from disk, at 1024 the decoder in bfloat16, 0.5 GB that are kept
+# for the next edit and 0.8 GB that the allocator keeps.
+@pytest.mark.parametrize("beside", [0.6 + 1.8, 0.6 + 1.6 + 0.5 + 0.8])
 @pytest.mark.parametrize("free", [23.0, 23.4, 23.6])
 def test_an_exact_edit_on_a_cpu_with_24_gb_takes_at_most_21(free: float, beside: float) -> None:
     plan = without_device(free, rates=Rates(read=GB, step_s=10.0))
 
     assert plan.precision == "auto"
-    assert plan.core_share > 0.9
+    assert plan.core_share > 0.85
     assert plan.size / GB + beside <= 21
 
 

@@ -43,9 +43,11 @@ RESERVE: Final = (int(0.4 * GB), 0.03)
 HOST_RESERVE: Final = 4 * GB
 """Host memory reserved for pictures, libraries, blocks being copied and other programs; half of the
 free memory if that is less."""
-COMPUTING_RESERVE: Final = int(6.2 * GB)
-"""The same for a host that also computes. Half of it is what an edit at 1024 pixels takes: in a
-step 1 GB per prompt, its modulation and two blocks from disk, or 3 GB in a decoder in float32."""
+COMPUTING_RESERVE: Final = 7 * GB
+"""The same for a host that also computes. Half of it is what an edit at 1024 pixels takes beside
+the weights: in a step 1 GB per prompt, its modulation and two blocks from disk, or 1.6 GB in a
+decoder in bfloat16, libraries, what is kept for the next edit, and what the allocator keeps. With a
+decoder in float32, an edit at 1024 was measured to take 4.5 GB."""
 
 FALLING: Final[Sequence[Precision]] = ("auto", "int8", "nf4")
 """The precisions to try, in this order, if none is requested."""
