@@ -182,6 +182,9 @@ def reasoned(job: EditJob) -> dict[str, Any] | None:
     return reasoning_of(rewritten, rounds, best=len(rounds))
 
 
+NUMERICS = "cpu/avx2/2 threads/torch 2.13.0"
+
+
 @dataclass
 class FakeWorker:
     """Inverts pictures, in as many steps as it is asked for, on the engine's own thread.
@@ -273,6 +276,7 @@ class FakeWorker:
                 self.device,
                 self.held,
                 arithmetic="fp32 avx2" if self.device == "cpu" else None,
+                numerics=NUMERICS if self.device == "cpu" else "Fake GPU/torch 2.13.0",
                 version=self.version,
                 size_multiple=self.size_multiple,
                 placement=self.placement,

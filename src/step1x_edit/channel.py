@@ -186,6 +186,8 @@ class Residence:
     arithmetic: str | None = None
     """What the last edit computed with: the numbers of a CPU, such as `bf16 amx`, and products of
     codes, if any; None on another device without them."""
+    numerics: str | None = None
+    """What else the bytes of a picture depend on: `cpu/avx512/2 threads/torch 2.13.0`."""
 
     @property
     def is_ready(self) -> bool:

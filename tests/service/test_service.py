@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker, Gate, ManualClock, inverted, settled, slow_disk
+from fakes import NUMERICS, FakeWorker, Gate, ManualClock, inverted, settled, slow_disk
 from step1x_edit.channel import EditJob, Memory, Phase, Progress
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -60,6 +60,7 @@ async def test_an_edit_answers_exactly_as_the_contract_says(
             "model": "fake",
             "device": "cpu",
             "arithmetic": "fp32 avx2",
+            "numerics": NUMERICS,
             "width": 64,
             "height": 48,
             "mode": "exact",
@@ -302,6 +303,7 @@ async def test_status_has_every_field_of_the_contract(
         "model": "fake",
         "device": "cpu",
         "arithmetic": "fp32 avx2",
+        "numerics": NUMERICS,
         "queue_length": 0,
     }
 
@@ -501,7 +503,9 @@ async def test_outside_of_the_mask_the_picture_stays_and_the_answer_says_how_muc
     assert answer["metadata"]["changed_share"] == 0.5  # type: ignore[index]
     record = read_edit_record(Path(str(answer["output_path"])))
     assert record is not None
+    assert record.input_sha256 == hashlib.sha256(photo.read_bytes()).hexdigest()
     assert record.mask_sha256 == hashlib.sha256(mask.read_bytes()).hexdigest()
+    assert (record.arithmetic, record.numerics) == ("fp32 avx2", NUMERICS)
 
 
 async def test_a_mask_is_laid_on_the_picture_in_its_own_size(

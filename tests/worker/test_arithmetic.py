@@ -12,7 +12,7 @@ import torch
 
 from step1x_edit.channel import Start
 from step1x_edit.model.processor import bfloat16_instructions
-from step1x_edit.worker.arithmetic import FILE, arithmetic_of, fastest, measure_gains
+from step1x_edit.worker.arithmetic import FILE, arithmetic_of, fastest, measure_gains, numerics_of
 from step1x_edit.worker.opening import open_chosen
 
 FAST = {"products": 2.5, "convolutions": 2.0}
@@ -93,6 +93,17 @@ def test_the_instructions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     bfloat16_instructions.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert arithmetic_of(torch.bfloat16) == "bf16 amx"
+
+
+def test_what_else_the_bytes_depend_on_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+
+    assert numerics_of("cpu") == "cpu/avx512/2 threads/torch 2.13.0"
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert numerics_of("cuda:0") == "NVIDIA H200/torch 2.13.0"
 
 
 def test_measuring_compares_every_kind_of_work() -> None:

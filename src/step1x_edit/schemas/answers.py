@@ -19,6 +19,10 @@ ComputedIn = Annotated[
     str | None,
     Field(description="The numbers and instructions that a CPU computes with: bf16 amx"),
 ]
+Numerics = Annotated[
+    str | None,
+    Field(description="What else the bytes depend on: device, instruction set, threads, library"),
+]
 
 
 class _Answer(BaseModel):
@@ -106,6 +110,7 @@ class EditMetadata(_HowItWasMade):
     model: str | None = None
     device: str | None = None
     arithmetic: ComputedIn = None
+    numerics: Numerics = None
     width: int | None = None
     height: int | None = None
     negative_prompt: str | None = None
@@ -404,6 +409,7 @@ class GpuStatus(_Answer):
     model: str | None = None
     device: str | None = None
     arithmetic: ComputedIn = None
+    numerics: Numerics = None
     queue_length: int | None = None
     plan: Annotated[
         PlanStatus | None,

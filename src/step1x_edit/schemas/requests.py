@@ -557,6 +557,8 @@ _IN_A_FILE: Final = (
 )
 """The order of the parameters in a file; later additions follow."""
 
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
 
 class _Record(HowToMake):
     """What a picture was made with, as stored in its file."""
@@ -566,6 +568,12 @@ class _Record(HowToMake):
     seed: _SeedNumber
     loras: list[str] | None = None
     """Those that were in the model, as `name:strength`, if there were any."""
+    precision: str | None = None
+    """How the weights were kept, such as bf16 or int8."""
+    arithmetic: str | None = None
+    """The numbers of a CPU and products of codes, as `channel.Residence` has them."""
+    numerics: str | None = None
+    """What else the bytes depend on: device, instruction set, threads and library."""
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -582,7 +590,9 @@ class EditRecord(_Record, HowToEdit):
     """What a picture was made with, written into its file so that the edit can be replayed."""
 
     prompt: Prompt
-    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    input_sha256: _Sha256 | None = None
+    """Of the bytes of the input: replaying the edit needs the same one."""
+    mask_sha256: _Sha256 | None = None
     """Of the bytes of the mask, if there was one: replaying the edit needs the same mask."""
     reflection_rounds: ReflectionRounds | None = None  # type: ignore[assignment]
     """The maximum number of rounds, if there was a reflection."""

@@ -55,13 +55,19 @@ def job_of(
     return EditJob(image=image, previews=previews, mask=used, **asked)
 
 
-def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None) -> Record:
+def record_of(
+    request: PictureOrder, result: EditResult, input_sha256: str | None, mask_sha256: str | None
+) -> Record:
     """The parameters that the picture was made with, from its request (with a seed) and result."""
+    residence = result.residence
     made = {
         **how_of(request),
-        "model": result.residence.model_with_loras or "",
+        "model": residence.model_with_loras or "",
         "prompt": request.prompt,
-        "loras": loras_of(result.residence.loras) or None,
+        "loras": loras_of(residence.loras) or None,
+        "precision": residence.placement and residence.placement.precision,
+        "arithmetic": residence.arithmetic,
+        "numerics": residence.numerics,
     }
     if isinstance(request, HowToGenerate):
         return GenerationRecord(**made)
@@ -70,6 +76,7 @@ def record_of(request: PictureOrder, result: EditResult, mask_sha256: str | None
     rewritten = (result.painted.reasoning or {}).get("prompt") or ""
     return EditRecord(
         **made,
+        input_sha256=input_sha256,
         mask_sha256=mask_sha256,
         rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
@@ -93,7 +100,6 @@ def metadata_of(
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),
         device=residence.device,
-        arithmetic=residence.arithmetic,
         warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),

@@ -100,6 +100,7 @@ class _Source:
     """The input of an edit: a picture, and the mask of the region that may change, if any."""
 
     picture: Picture
+    sha256: str
     mask: Pixels | None = None
     mask_sha256: str | None = None
 
@@ -377,7 +378,8 @@ class EditService:
         with self._counted(), self._settings.naming_paths():
             image, inside = (None, None) if source is None else (source.picture.pixels, source.mask)
             result = await _run(submit(job_of(request, image, previews, inside)), report)
-            record = record_of(request, result, None if source is None else source.mask_sha256)
+            hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
+            record = record_of(request, result, *hashes)
 
             def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
                 from step1x_edit.pictures import images
@@ -441,6 +443,7 @@ class EditService:
             model=residence.model,
             device=residence.device,
             arithmetic=residence.arithmetic,
+            numerics=residence.numerics,
             queue_length=status.queue_length,
             plan=None if residence.placement is None else _rounded(residence.placement),
             loras=list(self._loras) or None,
@@ -453,11 +456,12 @@ class EditService:
 
         picture = images.decode(data, self._limits)
         images.check_encodable(picture, suffix)
+        sha256 = hashlib.sha256(data).hexdigest()
         if mask is None:
-            return _Source(picture)
+            return _Source(picture, sha256)
         with about_the_mask():
             decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
-        return _Source(picture, decoded, hashlib.sha256(mask).hexdigest())
+        return _Source(picture, sha256, decoded, hashlib.sha256(mask).hexdigest())
 
 
 async def _run(edit: Edit, report: Reporter) -> EditResult:

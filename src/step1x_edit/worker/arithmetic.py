@@ -45,6 +45,20 @@ def arithmetic_of(dtype: torch.dtype) -> str:
     return f"fp32 {torch.backends.cpu.get_cpu_capability().lower()}"
 
 
+def numerics_of(device: str) -> str:
+    """What the rounding of a device depends on: `cpu/avx512/2 threads/torch 2.13.0`.
+
+    Threads divide the sums of a CPU among them, so their number counts too.
+    """
+    library = f"torch {torch.__version__.partition('+')[0]}"
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}/{library}"
+    if device != "cpu":
+        return f"{device}/{library}"
+    instructions = torch.backends.cpu.get_cpu_capability().lower()
+    return f"cpu/{instructions}/{torch.get_num_threads()} threads/{library}"
+
+
 def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = None) -> torch.dtype:
     """The type of numbers with which this processor is fastest, as found on the first call.
 

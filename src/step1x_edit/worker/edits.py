@@ -27,7 +27,7 @@ from step1x_edit.model.language_model import ChatModel, Said, Sampling
 from step1x_edit.model.pipeline import PLANS, Edited, EditRun, Plan
 from step1x_edit.model.reasoning import Prompt
 from step1x_edit.model.request import Mode, NetworkRequest, Pixels
-from step1x_edit.worker.arithmetic import arithmetic_of
+from step1x_edit.worker.arithmetic import arithmetic_of, numerics_of
 from step1x_edit.worker.memory import free_memory, is_out_of_memory, keepable_bytes
 from step1x_edit.worker.products import Products, kind_of
 from step1x_edit.worker.reasoning import reasoned_edit
@@ -96,6 +96,7 @@ class PipelineWorker:
             model=checkpoint.name,
             device=self._device,
             arithmetic=self._arithmetic(checkpoint),
+            numerics=numerics_of(self._device),
             memory=self._residency.memory(),
             version=checkpoint.version,
             size_multiple=checkpoint.pipeline.config.size_multiple,
