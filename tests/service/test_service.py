@@ -478,6 +478,54 @@ async def test_edits_are_counted_by_how_they_end(make_service: MakeService, phot
     assert service.outcomes == {"cancelled": 1, "success": 1}
 
 
+# --- an input that was made here ------------------------------------------------------------------
+
+
+async def test_the_seed_that_made_a_picture_is_warned_of_when_it_edits_it(
+    make_service: MakeService, photo: Path
+) -> None:
+    service = make_service()
+    first = await edit(service, photo, seed=7)
+    result = Path(str(first["output_path"]))
+
+    again = await edit(service, result, seed=7)
+    of_other_size = await edit(service, result, seed=7, size_level=512)
+    of_other_seed = await edit(service, result, seed=8)
+    drawn = await edit(service, result)
+
+    warning = "seed 7 also made the input, which can leave a halo; use another seed"
+    assert again["metadata"]["warning"] == warning  # type: ignore[index]
+    for answer in (first, of_other_size, of_other_seed, drawn):
+        assert "warning" not in answer["metadata"]  # type: ignore[operator]
+
+
+async def test_a_generated_picture_is_not_edited_with_its_own_noise_unwarned(
+    make_service: MakeService, tmp_path: Path
+) -> None:
+    service = make_service(model_version="v1.1")
+    asked = {"prompt": "a fox", "width": 512, "height": 512, "seed": 7}
+    asked["output_path"] = str(tmp_path / "fox.webp")
+    await edits_of(service).generate(service.read_generate(asked))
+
+    same = await edit(service, tmp_path / "fox.webp", seed=7, size_level=512)
+    larger = await edit(service, tmp_path / "fox.webp", seed=7)
+
+    assert "seed 7" in same["metadata"]["warning"]  # type: ignore[index]
+    assert "warning" not in larger["metadata"]  # type: ignore[operator]
+
+
+async def test_a_seed_that_made_the_input_is_drawn_again(
+    make_service: MakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, drawn = make_service(), iter([7, 7, 8])
+    monkeypatch.setattr("secrets.randbelow", lambda most: next(drawn))
+    first = await edit(service, photo)
+
+    second = await edit(service, Path(str(first["output_path"])))
+
+    assert [one["metadata"]["seed"] for one in (first, second)] == [7, 8]  # type: ignore[index]
+
+
 # --- masks ----------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from step1x_edit.channel import EditJob
 from step1x_edit.engine.engine import EditResult
+from step1x_edit.model.sizes import fit_size
 from step1x_edit.schemas.answers import EditMetadata, Reasoning
 from step1x_edit.schemas.requests import (
     MAX_PROMPT_LENGTH,
     MAX_SEED,
+    SIDE_MULTIPLE,
     EditRecord,
     GeneratePictureRequest,
     GenerationRecord,
@@ -35,11 +37,14 @@ PictureOrder: TypeAlias = PictureRequest | GeneratePictureRequest
 _Request = TypeVar("_Request", bound=HowToMake)
 
 
-def with_seed(request: _Request) -> _Request:
-    """The same request; if its seed is random, with a seed drawn now."""
+def with_seed(request: _Request, input_record: Record | None = None) -> _Request:
+    """The same request; if its seed is random, with one drawn now that did not make the input."""
     if request.seed is not None:
         return request
-    return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
+    seed = secrets.randbelow(MAX_SEED + 1)
+    while input_record is not None and seed == input_record.seed:
+        seed = secrets.randbelow(MAX_SEED + 1)
+    return request.model_copy(update={"seed": seed})
 
 
 def job_of(
@@ -83,7 +88,11 @@ def record_of(
 
 
 def metadata_of(
-    record: Record, result: EditResult, picture: Picture, changed_share: float | None
+    record: Record,
+    result: EditResult,
+    picture: Picture,
+    changed_share: float | None,
+    input_record: Record | None,
 ) -> EditMetadata:
     """The metadata of the picture in an answer."""
     residence, reasoning = result.residence, result.painted.reasoning
@@ -95,12 +104,28 @@ def metadata_of(
     if (evaluations := result.painted.evaluations) is not None:
         made["evaluations_done"] = evaluations.done
         made["evaluations_skipped"] = evaluations.skipped
+    halo = _seed_warning(record, picture, input_record)
+    warnings = (result.painted.warning, picture.warning, halo)
     return EditMetadata(
         **made,
         gpu_location=residence.location,
         gpu_memory_gb=round(residence.memory.allocated_gb, 2),
         device=residence.device,
-        warning="; ".join(filter(None, (result.painted.warning, picture.warning))) or None,
+        warning="; ".join(filter(None, warnings)) or None,
         changed_share=None if changed_share is None else round(changed_share, 4),
         reasoning=None if reasoning is None else Reasoning.model_validate(reasoning),
     )
+
+
+def _seed_warning(record: Record, picture: Picture, made: Record | None) -> str | None:
+    """A warning if the input was made from the noise of this edit, which can leave a halo."""
+    if made is None or made.seed != record.seed or not isinstance(record, EditRecord):
+        return None
+    if isinstance(made, EditRecord):
+        is_same_size = made.size_level == record.size_level
+    else:
+        fitted = fit_size(picture.width, picture.height, record.size_level, SIDE_MULTIPLE)
+        is_same_size = fitted == (made.width, made.height)
+    if not is_same_size:
+        return None
+    return f"seed {record.seed} also made the input, which can leave a halo; use another seed"

@@ -63,6 +63,7 @@ from step1x_edit.schemas.requests import (
     GenerateRequest,
     HowToMake,
     PictureRequest,
+    Record,
     check_loras,
     loras_of,
     read_request,
@@ -101,6 +102,8 @@ class _Source:
 
     picture: Picture
     sha256: str
+    record: Record | None
+    """How it was made, if it was made here."""
     mask: Pixels | None = None
     mask_sha256: str | None = None
 
@@ -372,9 +375,11 @@ class EditService:
     ) -> EditedPicture:
         """Edit a picture, or generate one if there is none."""
         started = time.monotonic()
-        request, source = with_seed(self._completed(request)), None
+        request, source = self._completed(request), None
         if data is not None:
             source = await asyncio.to_thread(self._decode, data, mask, suffix)
+        input_record = None if source is None else source.record
+        request = with_seed(request, input_record)
         with self._counted(), self._settings.naming_paths():
             image, inside = (None, None) if source is None else (source.picture.pixels, source.mask)
             result = await _run(submit(job_of(request, image, previews, inside)), report)
@@ -396,7 +401,7 @@ class EditService:
         return EditedPicture(
             picture,
             encoded,
-            metadata_of(record, result, picture, share),
+            metadata_of(record, result, picture, share, input_record),
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
             source=None if source is None else source.picture,
@@ -456,12 +461,12 @@ class EditService:
 
         picture = images.decode(data, self._limits)
         images.check_encodable(picture, suffix)
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
         if mask is None:
-            return _Source(picture, sha256)
+            return _Source(picture, sha256, record)
         with about_the_mask():
             decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
-        return _Source(picture, sha256, decoded, hashlib.sha256(mask).hexdigest())
+        return _Source(picture, sha256, record, decoded, hashlib.sha256(mask).hexdigest())
 
 
 async def _run(edit: Edit, report: Reporter) -> EditResult:
