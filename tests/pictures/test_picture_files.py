@@ -661,6 +661,9 @@ async def test_exiftool_finds_nothing_wrong_with_a_result(edited: Edited, data: 
         command = ["exiftool", "-validate", "-warning", "-a", str(result.path)]
         told = await asyncio.to_thread(subprocess.check_output, command, text=True)
         assert "Warning" not in told, (suffix, told)
+        command = ["exiftool", "-s3", "-XMP-iptcExt:DigitalSourceType", str(result.path)]
+        told = await asyncio.to_thread(subprocess.check_output, command, text=True)
+        assert told.strip() == f"{SOURCE_TYPES}compositeWithTrainedAlgorithmicMedia", suffix
 
 
 XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -681,11 +684,15 @@ xmlns:dc="http://purl.org/dc/elements/1.1/" xmlns:xmpRights="http://ns.adobe.com
 TIFF_WITH_XMP = saved(SCENE, "TIFF", tiffinfo={700: XMP})
 
 
-def texts_of(packet: bytes) -> dict[str, list[str]]:
+CREDIT = ("dc:creator", "dc:rights", "xmpRights:UsageTerms", "photoshop:Credit")
+MARK = ("Iptc4xmpExt:DigitalSourceType", "Iptc4xmpExt:AISystemUsed", "xmp:CreatorTool")
+
+
+def texts_of(packet: bytes | str, names: tuple[str, ...] = CREDIT) -> dict[str, list[str]]:
     """The texts of an XMP packet, by the names of their properties: a reader of plain words."""
-    text = packet.decode()
+    text = packet if isinstance(packet, str) else packet.decode()
     found = {}
-    for name in ("dc:creator", "dc:rights", "xmpRights:UsageTerms", "photoshop:Credit"):
+    for name in names:
         whole = re.search(rf"<{name}>(.*?)</{name}>", text, re.DOTALL)
         if whole is not None:
             found[name] = re.findall(r">([^<>]+)<", f">{whole[1]}<")
@@ -707,8 +714,7 @@ async def test_who_made_a_picture_and_its_terms_stay_with_it_and_nothing_else_of
 ) -> None:
     for suffix in FORMATS:
         result = await edited(data, "in.x", f"out{suffix}")
-        packet = result.info["xmp"]
-        assert texts_of(packet if isinstance(packet, bytes) else packet.encode()) == {
+        assert texts_of(result.info["xmp"]) == {
             "dc:creator": ["Grace Hopper", "李小龍"],
             "dc:rights": ["© 2024 &lt;all&gt; rights"],
             "xmpRights:UsageTerms": ["Only with credit"],
@@ -717,6 +723,55 @@ async def test_who_made_a_picture_and_its_terms_stay_with_it_and_nothing_else_of
         written = result.path.read_bytes()
         assert b"GPS" not in written
         assert b"31415926" not in written
+
+
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+
+
+def with_source_type(name: str) -> bytes:
+    """XMP of another program, which uses its own prefix and an attribute."""
+    extension = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    attribute = f'xmlns:ext="{extension}" ext:DigitalSourceType="{SOURCE_TYPES}{name}" rdf:about='
+    return XMP.replace(b"rdf:about=", attribute.encode())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("digitalCapture", "compositeWithTrainedAlgorithmicMedia"),
+        ("compositeWithTrainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"),
+        ("trainedAlgorithmicMedia", "trainedAlgorithmicMedia"),
+    ],
+)
+async def test_every_result_says_in_the_words_of_the_iptc_that_a_model_made_it(
+    edited: Edited, before: str, after: str
+) -> None:
+    data = saved(SCENE, "JPEG", xmp=with_source_type(before))
+    for suffix in FORMATS:
+        result = await edited(data, "in.jpg", f"out{suffix}")
+        assert texts_of(result.info["xmp"], MARK) == {
+            "Iptc4xmpExt:DigitalSourceType": [f"{SOURCE_TYPES}{after}"],
+            "Iptc4xmpExt:AISystemUsed": ["fake"],
+            "xmp:CreatorTool": ["step1x-edit"],
+        }, suffix
+        software = result.info.get("Software") or result.exif[ExifTags.Base.Software]
+        assert software == "step1x-edit", suffix
+
+
+async def test_the_mark_fits_beside_the_longest_credit(edited: Edited) -> None:
+    credit = [(name, "&amp;" * 2000) for name in ("photoshop:Credit", "xmpRights:WebStatement")]
+    texts = "".join(f"<{name}>{text}</{name}>" for name, text in credit)
+    for name in ("dc:rights", "xmpRights:UsageTerms"):
+        texts += f"<{name}><rdf:Alt><rdf:li>{'&amp;' * 2000}</rdf:li></rdf:Alt></{name}>"
+    creators = f"<rdf:li>{'&amp;' * 200}</rdf:li>" * 20
+    texts += f"<dc:creator><rdf:Seq>{creators}</rdf:Seq></dc:creator>"
+    head, _, tail = XMP.partition(b"<dc:creator>")
+    packet = head + texts.encode() + tail[tail.index(b"</rdf:Description>") :]
+
+    result = await edited(saved(SCENE, "WEBP", xmp=packet), "in.webp", "out.jpg")
+
+    assert len(texts_of(result.info["xmp"])["dc:creator"]) == 20
+    assert texts_of(result.info["xmp"], MARK)["xmp:CreatorTool"] == ["step1x-edit"]
 
 
 async def test_an_orientation_that_only_xmp_has_does_not_turn_a_picture(edited: Edited) -> None:

@@ -61,7 +61,6 @@ from step1x_edit.pictures.notes import (
     notes_of,
     record_of,
     written,
-    xmp_packet,
 )
 from step1x_edit.pictures.output_formats import (
     BMP,
@@ -72,6 +71,7 @@ from step1x_edit.pictures.output_formats import (
     TIFF,
     OutputFormat,
 )
+from step1x_edit.pictures.provenance import packet_of
 from step1x_edit.schemas.requests import EditRecord, Record
 from step1x_edit.settings import Limits
 
@@ -108,6 +108,7 @@ _NO_END: Final = "the JPEG lacks its end marker; its picture is complete"
 _OTHER_BYTES: Final = bytes([0x5A]) * 64
 _PNG_DEPTH_AT: Final = 24
 _PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
+_PNG_SOFTWARE_KEY: Final = "Software"
 
 # Pillow refuses a PNG with a longer profile; its own limit is 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE_BYTES
@@ -594,13 +595,14 @@ def _companions(
     notes, dpi = picture.notes, picture.notes.density
     if output is BMP:
         return {"dpi": dpi}
-    xmp = xmp_packet(notes)
+    xmp = packet_of(notes.credit, record, notes.source_type)
     has_profile = profile is not None
     if output is PNG:
         # Density and record have their own chunks; if there is EXIF, it needs the density as well.
         exif = exif_with(notes, None, has_profile=has_profile) if notes.exif else None
         chunks = PngImagePlugin.PngInfo()
         if record is not None:
+            chunks.add_text(_PNG_SOFTWARE_KEY, record.software)
             chunks.add_itxt(RECORD_KEY, written(record))
         if xmp is not None:
             chunks.add_itxt(_PNG_XMP_KEY, xmp.decode())

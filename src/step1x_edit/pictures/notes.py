@@ -11,24 +11,19 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 from PIL import ExifTags, Image, TiffTags
 from pydantic import TypeAdapter
 
+from step1x_edit.pictures.provenance import (
+    DC,
+    PHOTOSHOP,
+    RIGHTS,
+    SOURCE_TYPE,
+    Credit,
+    texts_of,
+)
 from step1x_edit.schemas.requests import Record
-
-
-@dataclass(frozen=True)
-class Credit:
-    """The author of a picture and its terms of use."""
-
-    creators: tuple[str, ...] = ()
-    rights: str = ""
-    usage_terms: str = ""
-    statement_url: str = ""
-    credit: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,16 @@ class Notes:
     credit: Credit = Credit()
     density: tuple[float, float] | None = None
     """Pixels per inch, across and down, of the upright picture."""
+    source_type: str = ""
+    """How the picture came to be, as its XMP says: a URI of the IPTC."""
 
 
 def notes_of(image: Image.Image, exif: Mapping[int, Any]) -> Notes:
     """The notes of a picture as its decoder found them."""
-    return Notes(_harmless(exif), _credit(image.info), _density(image, exif))
+    xmp = texts_of(image.info.get("xmp"))
+    source_type = next(iter(xmp.get(SOURCE_TYPE, ())), "").strip()[:_MAX_TEXT]
+    credit, density = _credit(xmp, image.info), _density(image, exif)
+    return Notes(_harmless(exif), credit, density, source_type)
 
 
 # --- EXIF ----------------------------------------------------------------------------------------
@@ -225,20 +225,14 @@ def _tidy(density: float) -> float:
 
 # --- credit --------------------------------------------------------------------------------------
 
-_RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
-_DC: Final = "http://purl.org/dc/elements/1.1/"
-_RIGHTS: Final = "http://ns.adobe.com/xap/1.0/rights/"
-_PHOTOSHOP: Final = "http://ns.adobe.com/photoshop/1.0/"
-
-_MAX_XMP_BYTES: Final = 2**20
 _MAX_TEXT: Final = 2000  # characters; all must fit into one JPEG segment
 _MAX_CREATORS: Final = 20
 _MAX_CREATOR: Final = 200
 
 
-def _credit(info: Mapping[Any, Any]) -> Credit:
+def _credit(xmp: Mapping[str, list[str]], info: Mapping[Any, Any]) -> Credit:
     """Credit from XMP, and from IPTC what XMP lacks."""
-    xmp, iptc = _xmp_texts(info.get("xmp")), dict(_iptc_texts(_iptc(info)))
+    iptc = _iptc_texts(_iptc(info))
 
     def texts(name: str) -> list[str]:
         return [text.strip() for text in xmp.get(name) or iptc.get(name) or () if text.strip()]
@@ -247,45 +241,21 @@ def _credit(info: Mapping[Any, Any]) -> Credit:
         found = texts(name)
         return found[0] if found and len(found[0]) <= _MAX_TEXT else ""
 
-    creators = [one for one in texts(f"{{{_DC}}}creator") if len(one) <= _MAX_CREATOR]
+    creators = [one for one in texts(f"{{{DC}}}creator") if len(one) <= _MAX_CREATOR]
     return Credit(
         tuple(creators[:_MAX_CREATORS]),
-        text(f"{{{_DC}}}rights"),
-        text(f"{{{_RIGHTS}}}UsageTerms"),
-        text(f"{{{_RIGHTS}}}WebStatement"),
-        text(f"{{{_PHOTOSHOP}}}Credit"),
+        text(f"{{{DC}}}rights"),
+        text(f"{{{RIGHTS}}}UsageTerms"),
+        text(f"{{{RIGHTS}}}WebStatement"),
+        text(f"{{{PHOTOSHOP}}}Credit"),
     )
-
-
-def _xmp_texts(packet: bytes | str | None) -> dict[str, list[str]]:
-    """The texts of each property of an XMP packet, by its full name; damaged XMP counts as none.
-
-    A packet with a document type is not read: XMP has none, and entities could grow without bound.
-    """
-    if not packet or len(packet) > _MAX_XMP_BYTES:
-        return {}
-    try:
-        text = packet if isinstance(packet, str) else packet.rstrip(b"\0 ").decode("utf-8-sig")
-        if "<!DOCTYPE" in text or "<!ENTITY" in text:
-            return {}
-        root = ElementTree.fromstring(text)  # noqa: S314 - without a document type, see above
-    except (UnicodeDecodeError, ElementTree.ParseError, ValueError):
-        return {}
-    found: dict[str, list[str]] = {}
-    for description in root.iter(f"{{{_RDF}}}Description"):
-        for name, value in description.items():
-            found.setdefault(name, []).append(value)
-        for element in description:
-            items = [item.text or "" for item in element.iter(f"{{{_RDF}}}li")]
-            found.setdefault(element.tag, []).extend(items or [element.text or ""])
-    return found
 
 
 _IPTC_RESOURCE: Final = 0x0404
 _IPTC_NAMES: Final = {
-    80: f"{{{_DC}}}creator",  # By-line
-    116: f"{{{_DC}}}rights",  # Copyright Notice
-    110: f"{{{_PHOTOSHOP}}}Credit",
+    80: f"{{{DC}}}creator",  # By-line
+    116: f"{{{DC}}}rights",  # Copyright Notice
+    110: f"{{{PHOTOSHOP}}}Credit",
 }
 _IPTC_UTF_8: Final = b"\x1b%G"
 
@@ -323,47 +293,6 @@ def _decoded(value: bytes, *, is_utf_8: bool) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError:
         return value.decode("utf-8", "replace") if is_utf_8 else value.decode("latin-1")
-
-
-def xmp_packet(notes: Notes) -> bytes | None:
-    """An XMP packet with the credit of a picture; None if there is none."""
-    credit = notes.credit
-    properties = [
-        _listed("dc:creator", "Seq", "<rdf:li>", credit.creators),
-        _listed("dc:rights", "Alt", _DEFAULT_LANGUAGE, (credit.rights,)),
-        _listed("xmpRights:UsageTerms", "Alt", _DEFAULT_LANGUAGE, (credit.usage_terms,)),
-        _simple("xmpRights:WebStatement", credit.statement_url),
-        _simple("photoshop:Credit", credit.credit),
-    ]
-    if not any(properties):
-        return None
-    return (
-        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
-        '<x:xmpmeta xmlns:x="adobe:ns:meta/">\n'
-        f'<rdf:RDF xmlns:rdf="{_RDF}">\n'
-        f'<rdf:Description rdf:about="" xmlns:dc="{_DC}" xmlns:xmpRights="{_RIGHTS}" '
-        f'xmlns:photoshop="{_PHOTOSHOP}">\n'
-        f"{''.join(properties)}"
-        "</rdf:Description>\n</rdf:RDF>\n</x:xmpmeta>\n"
-        '<?xpacket end="r"?>'
-    ).encode()
-
-
-_DEFAULT_LANGUAGE: Final = '<rdf:li xml:lang="x-default">'
-
-
-def _listed(name: str, kind: str, item: str, texts: tuple[str, ...]) -> str:
-    items = "".join(f"{item}{escape(_printable(text))}</rdf:li>" for text in texts if text)
-    return f"<{name}><rdf:{kind}>{items}</rdf:{kind}></{name}>\n" if items else ""
-
-
-def _simple(name: str, text: str) -> str:
-    return f"<{name}>{escape(_printable(text))}</{name}>\n" if text else ""
-
-
-def _printable(text: str) -> str:
-    """Text without the characters that XML does not allow."""
-    return "".join(one for one in text if one.isprintable() or one in "\n\t ")
 
 
 # --- the record of an edit -----------------------------------------------------------------------
