@@ -27,13 +27,15 @@ from step1x_edit.model.request import NetworkRequest
 from step1x_edit.pictures.images import read_edit_record
 from step1x_edit.schemas.openai import ImageEditRequest
 from step1x_edit.schemas.parameters import Parameter, parameters_of
-from step1x_edit.schemas.requests import HowToEdit
+from step1x_edit.schemas.requests import AROUND_THE_NETWORK, HowToEdit
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
 
 PARAMETERS = parameters_of(HowToEdit)
 NAMES = list(PARAMETERS)
+SEEN = [name for name in NAMES if name not in AROUND_THE_NETWORK]
+"""Those that the network sees."""
 FLAGS = {"loras": "--lora"}
 IN_OPENAIS_WORDS = {
     name: ImageEditRequest.model_fields[name].alias or name for name in HowToEdit.model_fields
@@ -43,8 +45,11 @@ PROMPT = "add a red hat"
 
 def unusual(parameter: Parameter) -> Any:
     """A value that is allowed and not the default."""
-    if parameter.name == "loras":
-        return ["look:1"]
+    match parameter.name:
+        case "loras":
+            return ["look:1"]
+        case "outpaint":
+            return "0 10% 8"  # right and left 6 of 64 pixels, below 8 of 48
     if parameter.choices:
         return next(choice for choice in parameter.choices if choice != parameter.default)
     match parameter.kind:
@@ -265,10 +270,11 @@ def _check(house: House, result: Result) -> None:
     assert record is not None
     assert {name: getattr(record, name, "missing") for name in NAMES} == ASKED
     job = house.jobs[-1]
-    network = {name: getattr(job, name, "missing") for name in NAMES}
-    assert network == {**ASKED, "loras": {"look": 1.0}}
+    network = {name: getattr(job, name, "missing") for name in SEEN}
+    assert network == {**{name: ASKED[name] for name in SEEN}, "loras": {"look": 1.0}}
     if metadata is not None:
-        assert {name: metadata.get(name, "missing") for name in NAMES} == ASKED
+        answered = {name: metadata.get(name, "missing") for name in NAMES}
+        assert answered == {**ASKED, "region": {"box": [0, 0, 76, 56], "scale": 7.85}}
 
 
 @pytest.mark.parametrize(
@@ -355,5 +361,5 @@ def test_the_network_s_defaults_are_those_of_the_schema() -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(NetworkRequest)}
     drawn = {"seed": None}  # by the service; the network only takes a number
 
-    for name, field in HowToEdit.model_fields.items():
-        assert {**defaults, **drawn}[name] == field.default, name
+    for name in SEEN:
+        assert {**defaults, **drawn}[name] == HowToEdit.model_fields[name].default, name

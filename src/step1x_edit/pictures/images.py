@@ -538,13 +538,13 @@ def restore(edited: Pixels, source: Picture) -> Picture:
     return replace(source, pixels=np.array(image))
 
 
-def check_encodable(picture: Picture, suffix: str) -> None:
+def check_encodable(width: int, height: int, suffix: str) -> None:
     """Raise InvalidParameterError if a format cannot hold a picture of this size."""
     output = OUTPUT_FORMATS[suffix.lower()]
-    if max(picture.width, picture.height) > output.max_side:
+    if max(width, height) > output.max_side:
         raise InvalidParameterError(
             f"{output.name} holds at most {output.max_side} pixels per side, "
-            f"the picture has {picture.width}×{picture.height}; save it as .png"
+            f"the picture has {width}×{height}; save it as .png"
         )
 
 

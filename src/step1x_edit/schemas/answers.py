@@ -95,6 +95,21 @@ else:
     )
 
 
+class EditedRegion(_Answer):
+    """The part of a picture that was edited, and how large it was for the network."""
+
+    box: Annotated[
+        list[int], Field(description="Left, top, right and bottom in pixels of the result")
+    ]
+    scale: Annotated[
+        float,
+        Field(
+            description="Pixels that the network worked with for each pixel of the result, along "
+            "one side; less than 1: the part was larger than size_level"
+        ),
+    ]
+
+
 class EditMetadata(_HowItWasMade):
     """The parameters, the model and the device of an edit or a generated picture."""
 
@@ -118,7 +133,13 @@ class EditMetadata(_HowItWasMade):
     warning: str | None = None
     changed_share: Annotated[
         float | None,
-        Field(description="Share of the pixels that changed, 0 to 1, if there was a mask"),
+        Field(
+            description="Share of the pixels that changed, 0 to 1, if there was a mask or outpaint"
+        ),
+    ] = None
+    region: Annotated[
+        EditedRegion | None,
+        Field(description="With region full: the part of the picture that was edited"),
     ] = None
     loras: Annotated[
         list[str] | None,

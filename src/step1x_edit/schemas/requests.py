@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
@@ -43,10 +44,14 @@ Precision = Literal["auto", "bf16", "fp8", "int8", "nf4"]
 Arithmetic = Literal["auto", "fp32", "bf16"]
 """The numbers that a CPU computes with; auto: those with which it is faster, by a measurement."""
 
+Region = Literal["whole", "full"]
+"""What the network edits of a masked picture: all of it, or the masked part enlarged."""
+
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
 DEFAULT_MODE: Final[Mode] = "exact"
+DEFAULT_REGION: Final[Region] = "whole"
 DEFAULT_SIDE: Final = 1024
 DEFAULT_REFLECTION_ROUNDS: Final = 3
 DEFAULT_MAX_SIZE: Final = 768
@@ -64,6 +69,13 @@ MAX_STRENGTH: Final = 4
 
 CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level", "mode")
 """The parameters whose default is a setting: DEFAULT_ and the name."""
+
+AROUND_THE_NETWORK: Final = frozenset({"region", "outpaint"})
+"""The parameters of an edit that decide which picture the network gets; it does not see them."""
+
+_ADDED: Final = re.compile(r"[0-9]{1,5}(px)?|[0-9]{1,3}(\.[0-9]{1,2})?%")
+_SIDES: Final = 4
+MAX_ADDED: Final = 100_000  # pixels on one side
 
 
 # --- reading leniently ---------------------------------------------------------------------------
@@ -166,6 +178,24 @@ def _each_lora_once(values: list[str] | None) -> list[str] | None:
         if names.count(name) > 1:
             raise PydanticCustomError("plain_text", "names {name} twice", {"name": shown(name)})
     return values
+
+
+def _pixels_as_text(value: object) -> object:
+    return str(value) if type(value) is int and 0 <= value < MAX_ADDED else value
+
+
+def _outpaint(value: str) -> str:
+    """The sizes separated by spaces and without units of pixels; empty if they add nothing."""
+    sizes = value.replace(",", " ").lower().split()
+    if len(sizes) > _SIDES or not all(map(_ADDED.fullmatch, sizes)):
+        raise PydanticCustomError(
+            "plain_text",
+            "must be one to four sizes in pixels or percent, such as '25%' for every side or "
+            "'0 256 0 256' for top, right, bottom and left, got {value}",
+            {"value": shown(value)},
+        )
+    is_something = any(digit in value for digit in "123456789")
+    return " ".join(size.removesuffix("px") for size in sizes) if is_something else ""
 
 
 def strengths_of(loras: Iterable[str]) -> dict[str, float]:
@@ -310,6 +340,25 @@ Loras = Annotated[
     AfterValidator(_each_lora_once),
     BeforeValidator(_loras),
 ]
+RegionEdited = Annotated[
+    Region,
+    Field(
+        description="With a mask or outpaint, what the network edits: whole the whole picture, "
+        "full only the part that may change and its surroundings, at the whole size_level, which "
+        "gives more detail"
+    ),
+]
+Outpaint = Annotated[
+    str,
+    Field(
+        max_length=60,
+        description="Enlarge the canvas and paint the new area; the old pixels stay exactly the "
+        "same. Pixels or percent of the picture: '25%' on every side, '0 256' left and right, or "
+        "four sizes for top, right, bottom and left. Default: the size of the input",
+    ),
+    AfterValidator(_outpaint),
+    BeforeValidator(_pixels_as_text),
+]
 ImagePaths = Annotated[
     list[_PathText],
     Field(min_length=1, max_length=MAX_BATCH, description="Paths of the images to edit"),
@@ -407,7 +456,7 @@ class HowToEdit(HowToMake):
     """How an edit runs: all its parameters but the prompt, the input and the output.
 
     Every interface, record and answer derives from it; `model.request.NetworkRequest` has a field
-    for each of these.
+    for each of these, except those around the network.
     """
 
     size_level: SizeLevel = DEFAULT_SIZE_LEVEL
@@ -415,6 +464,8 @@ class HowToEdit(HowToMake):
     thinking: Thinking = False
     reflection: Reflection = False
     reflection_rounds: ReflectionRounds = DEFAULT_REFLECTION_ROUNDS
+    region: RegionEdited = DEFAULT_REGION
+    outpaint: Outpaint = ""
 
 
 class HowToGenerate(HowToMake):
@@ -559,6 +610,9 @@ _IN_A_FILE: Final = (
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
+_LEFT_OUT: Final = {"mode": DEFAULT_MODE, "region": DEFAULT_REGION, "outpaint": ""}
+"""Values that a file does not mention: with them an edit does nothing more, and nothing less."""
+
 
 class _Record(HowToMake):
     """What a picture was made with, as stored in its file."""
@@ -577,11 +631,11 @@ class _Record(HowToMake):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out switches that are off, and the mode that leaves out no work."""
+        """Leave out switches that are off, and parameters that change nothing."""
         values = {
             name: value
             for name, value in write(self).items()
-            if value is not False and (name, value) != ("mode", DEFAULT_MODE)
+            if value is not False and (name not in _LEFT_OUT or value != _LEFT_OUT[name])
         }
         return in_order(values, _IN_A_FILE)
 

@@ -46,9 +46,10 @@ class Estimator:
 
         Raises the error that such a picture or the checkpoint would be refused with.
         """
-        from step1x_edit.pictures import images
+        from step1x_edit.pictures import images, regions
 
         width, height = size or (request.size_level, request.size_level)
+        width, height = regions.grown_size(request.outpaint, width, height)
         images.check_size(width, height, self._settings.limits)
         status, note = self._engine.status(), None
         residence = status.residence

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from step1x_edit.channel import EditJob
 from step1x_edit.engine.engine import EditResult
+from step1x_edit.model.config import DEMO
 from step1x_edit.model.sizes import fit_size
-from step1x_edit.schemas.answers import EditMetadata, Reasoning
+from step1x_edit.schemas.answers import EditedRegion, EditMetadata, Reasoning
 from step1x_edit.schemas.requests import (
+    AROUND_THE_NETWORK,
     MAX_PROMPT_LENGTH,
     MAX_SEED,
     SIDE_MULTIPLE,
@@ -31,6 +33,7 @@ from step1x_edit.schemas.requests import (
 
 if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
     from step1x_edit.pictures.images import Picture, Pixels
+    from step1x_edit.pictures.regions import Box
 
 PictureOrder: TypeAlias = PictureRequest | GeneratePictureRequest
 """A request for one picture, edited or generated."""
@@ -56,6 +59,7 @@ def job_of(
     """
     loras = None if request.loras is None else strengths_of(request.loras)
     asked = {**how_of(request), "prompt": request.prompt, "loras": loras}
+    asked = {name: value for name, value in asked.items() if name not in AROUND_THE_NETWORK}
     used = mask if request.mode == "turbo" else None
     return EditJob(image=image, previews=previews, mask=used, **asked)
 
@@ -93,19 +97,21 @@ def metadata_of(
     picture: Picture,
     changed_share: float | None,
     input_record: Record | None,
+    box: Box | None,
 ) -> EditMetadata:
     """The metadata of the picture in an answer."""
     residence, reasoning = result.residence, result.painted.reasoning
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
         made["negative_prompt"] = record.negative_prompt or None  # empty is the default
+        made["region"] = None if box is None else _edited(box, record.size_level)
     made["mode"] = record.mode  # left out of a file if exact
     made["width"], made["height"] = picture.width, picture.height
     if (evaluations := result.painted.evaluations) is not None:
         made["evaluations_done"] = evaluations.done
         made["evaluations_skipped"] = evaluations.skipped
     halo = _seed_warning(record, picture, input_record)
-    warnings = (result.painted.warning, picture.warning, halo)
+    warnings = (result.painted.warning, picture.warning, halo, _outside(record, result))
     return EditMetadata(
         **made,
         gpu_location=residence.location,
@@ -129,3 +135,23 @@ def _seed_warning(record: Record, picture: Picture, made: Record | None) -> str 
     if not is_same_size:
         return None
     return f"seed {record.seed} also made the input, which can leave a halo; use another seed"
+
+
+def _edited(box: Box, size_level: int) -> EditedRegion:
+    from step1x_edit.pictures import regions
+
+    left, top, right, bottom = box
+    scale = regions.scale_of((right - left) * (bottom - top), size_level)
+    return EditedRegion(box=list(box), scale=round(scale, 2))
+
+
+def _outside(record: Record, result: EditResult) -> str | None:
+    """The warning that the demo was asked for what it cannot do."""
+    if not isinstance(record, EditRecord) or not record.outpaint:
+        return None
+    if result.residence.version != DEMO.version:
+        return None
+    return (
+        "the demo checkpoint cannot invent what lies outside of a picture: the new area is a "
+        "blurred continuation. For the real model set MODEL_PATH to a Step1X-Edit checkpoint"
+    )

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from step1x_edit.channel import (
     EditJob,
@@ -78,7 +78,9 @@ from step1x_edit.waiting import with_heartbeats
 
 if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
     from step1x_edit.pictures.images import Picture, Pixels
+    from step1x_edit.pictures.regions import Box
 
+_UNCHANGED: Final = PictureRequest(prompt="")
 _Request = TypeVar("_Request", bound=HowToMake)
 
 
@@ -93,7 +95,7 @@ class EditedPicture:
     rounds: tuple[bytes, ...] = ()
     """Small JPEGs of the result of each round of a reflection."""
     source: Picture | None = None
-    """The input, unless the picture was generated."""
+    """The input on a canvas of the same size, unless the picture was generated."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,25 @@ class _Source:
     """The input of an edit: a picture, and the mask of the region that may change, if any."""
 
     picture: Picture
+    """With the area that `outpaint` adds."""
+    before: Picture
+    """The same without this area."""
     sha256: str
     record: Record | None
     """How it was made, if it was made here."""
     mask: Pixels | None = None
     mask_sha256: str | None = None
+    box: Box | None = None
+    """The part that the network edits; None: all of it."""
+
+    def seen(self) -> tuple[Picture, Pixels | None]:
+        """What the network edits: the picture, or a part of it, and the mask of that."""
+        if self.box is None or self.mask is None:
+            return self.picture, self.mask
+        from step1x_edit.pictures import regions
+
+        left, top, right, bottom = self.box
+        return regions.cropped(self.picture, self.box), self.mask[top:bottom, left:right]
 
 
 class EditService:
@@ -208,9 +224,11 @@ class EditService:
         submit = self._engine.submit
         return await self._edit(None, request, report, suffix, None, submit, previews)
 
-    async def check_picture(self, data: bytes, mask: bytes | None = None) -> None:
+    async def check_picture(
+        self, data: bytes, mask: bytes | None = None, request: PictureRequest = _UNCHANGED
+    ) -> None:
         """Raise the error that `edit_picture` would raise for these bytes, without editing them."""
-        await asyncio.to_thread(self._decode, data, mask, ".png")
+        await asyncio.to_thread(self._decode, data, request, mask, ".png")
 
     async def preview(self, data: bytes, side: int) -> bytes:
         """A small JPEG of a picture, at most `side` pixels wide and high."""
@@ -377,11 +395,13 @@ class EditService:
         started = time.monotonic()
         request, source = self._completed(request), None
         if data is not None:
-            source = await asyncio.to_thread(self._decode, data, mask, suffix)
+            assert isinstance(request, PictureRequest)
+            source = await asyncio.to_thread(self._decode, data, request, mask, suffix)
         input_record = None if source is None else source.record
         request = with_seed(request, input_record)
         with self._counted(), self._settings.naming_paths():
-            image, inside = (None, None) if source is None else (source.picture.pixels, source.mask)
+            seen, inside = (None, None) if source is None else source.seen()
+            image = None if seen is None else seen.pixels
             result = await _run(submit(job_of(request, image, previews, inside)), report)
             hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
             record = record_of(request, result, *hashes)
@@ -401,10 +421,17 @@ class EditService:
         return EditedPicture(
             picture,
             encoded,
-            metadata_of(record, result, picture, share, input_record),
+            metadata_of(
+                record,
+                result,
+                picture,
+                share,
+                None if source is None else source.record,
+                None if source is None else source.box,
+            ),
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
-            source=None if source is None else source.picture,
+            source=None if source is None else source.before,
         )
 
     @contextlib.contextmanager
@@ -456,17 +483,31 @@ class EditService:
             loading=status.loading and status.loading.text,
         )
 
-    def _decode(self, data: bytes, mask: bytes | None, suffix: str) -> _Source:
-        from step1x_edit.pictures import images
+    def _decode(
+        self, data: bytes, request: PictureRequest, mask: bytes | None, suffix: str
+    ) -> _Source:
+        from step1x_edit.pictures import images, regions
 
-        picture = images.decode(data, self._limits)
-        images.check_encodable(picture, suffix)
         sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
-        if mask is None:
-            return _Source(picture, sha256, record)
-        with about_the_mask():
-            decoded = images.decode_mask(mask, self._limits, (picture.width, picture.height))
-        return _Source(picture, sha256, record, decoded, hashlib.sha256(mask).hexdigest())
+        picture = before = images.decode(data, self._limits)
+        size = picture.width, picture.height
+        images.check_encodable(*regions.grown_size(request.outpaint, *size), suffix)
+        may_change, mask_sha256, box = None, None, None
+        if mask is not None:
+            with about_the_mask():
+                may_change = images.decode_mask(mask, self._limits, size)
+            mask_sha256 = hashlib.sha256(mask).hexdigest()
+        if request.outpaint:
+            canvas = regions.grown(picture, may_change, request.outpaint, self._limits)
+            picture, may_change, before = canvas.picture, canvas.mask, canvas.before
+        if request.region == "full":
+            if may_change is None:
+                raise InvalidParameterError(
+                    "region full needs a mask, which says what may change, or outpaint",
+                    param="region",
+                )
+            box = regions.box_around(may_change, request.size_level)
+        return _Source(picture, before, sha256, record, may_change, mask_sha256, box)
 
 
 async def _run(edit: Edit, report: Reporter) -> EditResult:
@@ -485,11 +526,14 @@ async def _moving(move: Future[EngineStatus]) -> EngineStatus:
 
 def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
     """The edited picture in the size of its source, and the changed share if there was a mask."""
-    from step1x_edit.pictures import images
+    from step1x_edit.pictures import images, regions
 
     if source is None:
         return images.Picture(edited), None
-    picture = images.restore(edited, source.picture)
+    if source.box is None:
+        picture = images.restore(edited, source.picture)
+    else:
+        picture = regions.pasted(edited, source.picture, source.box)
     if source.mask is None:
         return picture, None
     picture = images.blend(picture, source.picture, source.mask)

@@ -27,7 +27,7 @@ from step1x_edit.errors import (
     rebuild,
 )
 from step1x_edit.interfaces import hosts
-from step1x_edit.pictures import images
+from step1x_edit.pictures import images, regions
 from step1x_edit.schemas.answers import (
     EditMetadata,
     GpuAnswer,
@@ -91,7 +91,7 @@ class RemoteServer:
     ) -> RemotePicture:
         """Edit a picture; cancelling the call cancels the job."""
         if suffix != ".png":  # a job's result is a PNG: check now that it can be converted
-            await asyncio.to_thread(self._check_encodable, data, suffix)
+            await asyncio.to_thread(self._check_encodable, data, request, suffix)
         files = {"file": ("picture", data)}
         if mask is not None:
             files["mask"] = ("mask", mask)
@@ -202,8 +202,10 @@ class RemoteServer:
             await self._ask(client, "POST", f"{_JOBS}/{job_id}/cancel")
             await self._ask(client, "DELETE", f"{_JOBS}/{job_id}")
 
-    def _check_encodable(self, data: bytes, suffix: str) -> None:
-        images.check_encodable(images.decode(data, self._limits), suffix)
+    def _check_encodable(self, data: bytes, request: PictureRequest, suffix: str) -> None:
+        picture = images.decode(data, self._limits)
+        size = regions.grown_size(request.outpaint, picture.width, picture.height)
+        images.check_encodable(*size, suffix)
 
     def _converted(self, png: bytes, suffix: str) -> bytes:
         """The same picture as the server would have encoded it in this format."""

@@ -180,7 +180,7 @@ class _Jobs:
         async def accept_edit(_: Notify[object]) -> Job:
             asked = with_seed(self.service.read_picture(form.fields))
             self.service.check_time(asked)
-            await self.service.check_picture(form.picture, form.mask)
+            await self.service.check_picture(form.picture, form.mask, asked)
             return await self.store.create(form.picture, asked.model_dump(mode="json"), form.mask)
 
         return digest_of(form.parts()), accept_edit

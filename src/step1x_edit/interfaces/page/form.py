@@ -55,6 +55,7 @@ class Form:
                 button.click(_saying(key), None, self.prompt, **PRIVATE)
         parameters = parameters_of(HowToEdit)
         mode = _widget(parameters.pop("mode"), name, service)
+        region = _widget(parameters.pop("region"), name, service)
         with gr.Row():
             self.run = gr.Button(
                 T(run), variant="primary", scale=3, min_width=120, elem_id=f"{name}-run"
@@ -79,7 +80,7 @@ class Form:
         reflection.change(_shown_if, reflection, rounds, **PRIVATE)
         suggested = [widgets["num_steps"], widgets["guidance_scale"]]
         use.click(self._suggested, None, suggested, **PRIVATE)
-        self._widgets = {"prompt": self.prompt, "mode": mode, **widgets}
+        self._widgets = {"prompt": self.prompt, "mode": mode, "region": region, **widgets}
         self.inputs: Final[list[Any]] = list(self._widgets.values())
         self.outputs: Final[list[Any]] = [self.run, self.stop, self.line]
         self.hint: Final[list[Any]] = [self._hint, self._hint_line]
@@ -203,6 +204,9 @@ def _widget(parameter: Parameter, tab: str, service: EditService) -> Any:
         case "mode":
             choices = [(T(f"mode.{mode}"), mode) for mode in parameter.choices]
             return gr.Radio(choices, value=value, **words)
+        case "region":
+            choices = [(T(f"region.{region}"), region) for region in parameter.choices]
+            return gr.Radio(choices, value=value, visible=tab == "region", **words)
         case "seed":
             return gr.Number(-1, precision=0, **words)
         case "loras":

@@ -109,6 +109,33 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "1 表示只檢查，不重試",
         "1 は見直すだけで、やり直しません",
     ),
+    "region": (
+        "Detail of the region",
+        "局部精度",
+        "局部精細度",
+        "範囲の細かさ",
+    ),
+    "region.whole": ("Usual", "普通", "普通", "標準"),
+    "region.full": ("Full", "精细", "精細", "高精細"),
+    "region.hint": (
+        "Full edits only the painted part and its surroundings, enlarged, for more detail",
+        "“精细”只放大编辑涂抹的部分及其周围，细节更多",
+        "「精細」只放大編輯塗抹的部分及其周圍，細節更多",
+        "「高精細」は塗った部分とその周りだけを拡大して編集し、細部がよりよく出ます",
+    ),
+    "outpaint": (
+        "Enlarge the canvas",
+        "扩展画布",
+        "擴展畫布",
+        "キャンバスを広げる",
+    ),
+    "outpaint.hint": (
+        "Pixels or percent: 25% on every side, or 0 256 0 256 for top, right, bottom, left; "
+        "the old pixels stay as they are",
+        "像素或百分比：25% 表示四边，0 256 0 256 依次为上、右、下、左；原有像素不变",
+        "像素或百分比：25% 表示四邊，0 256 0 256 依序為上、右、下、左；原有像素不變",
+        "ピクセルまたは %。25% は全辺、0 256 0 256 は上・右・下・左。元の画素は変わりません",
+    ),
     "reasoning.needs": (
         "Needs Step1X-Edit v1.2",
         "需要 Step1X-Edit v1.2",

@@ -24,7 +24,7 @@ from step1x_edit.interfaces.http.openai.requests import (
 )
 from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Notify
-from step1x_edit.pictures import images
+from step1x_edit.pictures import images, regions
 from step1x_edit.pictures.images import Picture, Pixels
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.answers import EditMetadata
@@ -176,31 +176,35 @@ class ImageEdits:
             return None
         width, height = map(int, asked.size.split("x"))
         picture = images.decode(data, self.limits)
-        if (width, height) == (picture.width, picture.height):
+        made = regions.grown_size(asked.outpaint, picture.width, picture.height)
+        if (width, height) == made:
             return None
         if asked.model == STEPFUN_MODEL:
-            fitted = _of_area(picture, width * height)
+            fitted = _of_area(made, width * height)
         else:
-            fitted = _within(picture, width, height)
+            fitted = _within(made, width, height)
         if math.prod(fitted) > self.limits.max_pixels:
             most = self.limits.max_pixels / 1e6
             raise InvalidParameterError(f"size may have {most:g} megapixels at most", param="size")
         return fitted
 
 
-def _within(picture: Picture, width: int, height: int) -> tuple[int, int]:
-    """The largest size with the ratio of the picture that fits into width and height."""
-    off = abs(width * picture.height - height * picture.width)
-    if off < max(picture.width, picture.height):
+def _within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """The largest size with the same ratio that fits into width and height."""
+    off = abs(width * size[1] - height * size[0])
+    if off < max(size):
         return width, height  # as close to the ratio as whole pixels allow
-    scale = min(width / picture.width, height / picture.height)
-    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return _scaled(size, min(width / size[0], height / size[1]))
 
 
-def _of_area(picture: Picture, pixels: int) -> tuple[int, int]:
-    """The size with the ratio of the picture and about this many pixels."""
-    scale = math.sqrt(pixels / (picture.width * picture.height))
-    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+def _of_area(size: tuple[int, int], pixels: int) -> tuple[int, int]:
+    """The size with the same ratio and about this many pixels."""
+    return _scaled(size, math.sqrt(pixels / math.prod(size)))
+
+
+def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    width, height = size
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 class _Reporter:
@@ -244,7 +248,7 @@ def _finished(
         picture = images.flattened(picture)
     if size is not None:
         picture = images.resized(picture, *size)
-        images.check_encodable(picture, suffix)
+        images.check_encodable(*size, suffix)
     if picture is not edited.picture or asked.output_compression is not None:
         record = images.read_record(data)
         data = images.encode(picture, suffix, record, asked.output_compression)
