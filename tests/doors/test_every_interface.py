@@ -205,6 +205,8 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "add a red hat", "seed": 42, "thinking": True, "reflection": True},
     {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 1},
     {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 2},
+    {"prompt": "x", "seed": 1, "outpaint": "0 50% 16px"},
+    {"prompt": "x", "seed": 1, "outpaint": "16", "region": "full"},
 ]
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -228,6 +230,37 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "photo",
         {"loras": ["look", "../hand.safetensors"]},
         "Invalid parameter: loras has '../hand.safetensors', which is not here; there are hand, l",
+    ),
+    ("photo", {"region": "all"}, "Invalid parameter: region must be whole or full, got 'all'"),
+    (
+        "photo",
+        {"region": "full"},
+        "Invalid parameter: region full needs a mask, which says what ma",
+    ),
+    (
+        "photo",
+        {"outpaint": "wide"},
+        "Invalid parameter: outpaint must be one to four sizes in pixe",
+    ),
+    (
+        "photo",
+        {"outpaint": "1 2 3 4 5"},
+        "Invalid parameter: outpaint must be one to four sizes in",
+    ),
+    (
+        "photo",
+        {"outpaint": "-8"},
+        "Invalid parameter: outpaint must be one to four sizes in pixels",
+    ),
+    (
+        "photo",
+        {"outpaint": "0.1%"},
+        "Invalid parameter: outpaint 0.1% adds no pixel to a picture o",
+    ),
+    (
+        "photo",
+        {"outpaint": "1000"},
+        "Image too large: 2064×2048 pixels, at most 1 megapixels are a",
     ),
     ("photo", {"prompt": "too much"}, "CUDA out of memory: use a smaller size_level"),
     (
@@ -338,8 +371,11 @@ async def test_a_model_that_cannot_reason_gives_the_same_sentence(
     assert found == dict.fromkeys(found, sentence)
 
 
-async def test_the_same_mask_gives_the_same_file(doors: Doors, pictures: dict[str, Path]) -> None:
-    asked = {"prompt": "add a red hat", "seed": 42, "mask": pictures["half"]}
+@pytest.mark.parametrize("region", ["whole", "full"])
+async def test_the_same_mask_gives_the_same_file(
+    doors: Doors, pictures: dict[str, Path], region: str
+) -> None:
+    asked = {"prompt": "add a red hat", "seed": 42, "mask": pictures["half"], "region": region}
     found = {name: await door(pictures["photo"], asked) for name, door in doors.every().items()}
     expected = found["service"]
 

@@ -110,7 +110,11 @@ def grown(picture: Picture, mask: Pixels | None, outpaint: str, limits: Limits) 
     return Canvas(
         canvas,
         mask=np.pad(may_change, margins.around, constant_values=255),
-        before=replace(canvas, alpha=np.pad(alpha, margins.around)),
+        before=replace(
+            picture,
+            pixels=np.pad(picture.pixels, (*margins.around, (0, 0)), constant_values=255),
+            alpha=np.pad(alpha, margins.around),
+        ),
     )
 
 
@@ -168,3 +172,14 @@ def pasted(edited: Pixels, source: Picture, box: Box) -> Picture:
     pixels = source.pixels.copy()
     pixels[top:bottom, left:right] = images.restore(edited, cropped(source, box)).pixels
     return replace(source, pixels=pixels)
+
+
+def preview(part: Pixels, source: Picture, box: Box) -> Pixels:
+    """The whole picture with a preview of the edited part in its place, in about its size."""
+    scale = min(1.0, sqrt(part.size / source.pixels.size))
+    width, height = max(round(scale * source.width), 1), max(round(scale * source.height), 1)
+    whole = Image.fromarray(source.pixels).resize((width, height), reducing_gap=2)
+    left, top, right, bottom = (round(scale * side) for side in box)
+    small = Image.fromarray(part).resize((max(right - left, 1), max(bottom - top, 1)))
+    whole.paste(small, (left, top))
+    return np.array(whole)

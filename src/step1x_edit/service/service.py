@@ -402,7 +402,8 @@ class EditService:
         with self._counted(), self._settings.naming_paths():
             seen, inside = (None, None) if source is None else source.seen()
             image = None if seen is None else seen.pixels
-            result = await _run(submit(job_of(request, image, previews, inside)), report)
+            job = job_of(request, image, previews, inside)
+            result = await _run(submit(job), _showing_whole(report, source))
             hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
             record = record_of(request, result, *hashes)
 
@@ -517,6 +518,26 @@ async def _run(edit: Edit, report: Reporter) -> EditResult:
         return await edit.result()
     finally:
         edit.cancel()  # does nothing to an edit that has ended
+
+
+def _showing_whole(report: Reporter, source: _Source | None) -> Reporter:
+    """Report previews as parts of the whole picture, if only a part of it is edited."""
+    if source is None or source.box is None:
+        return report
+    from step1x_edit.pictures import regions
+
+    place = partial(regions.preview, source=source.picture, box=source.box)
+    last: tuple[Pixels, Pixels] | None = None  # several events have the same preview
+
+    async def report_whole(event: Progress) -> None:
+        nonlocal last
+        if event.preview is not None:
+            if last is None or last[0] is not event.preview:
+                last = event.preview, await asyncio.to_thread(place, event.preview)
+            event = replace(event, preview=last[1])
+        await report(event)
+
+    return report_whole
 
 
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:

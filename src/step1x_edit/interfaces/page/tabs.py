@@ -177,6 +177,8 @@ class _PictureTab(EditingTab):
                             update |= view.preview(before, preview, language)
                         yield update
                         continue
+                    if parameters.outpaint and event.source is not None:
+                        before = await asyncio.to_thread(save_shown, session, event.source)
                     line = line_of_result(event, progress, language)
                     result = await asyncio.to_thread(
                         save_result, session, event, asked, before, line, language
