@@ -205,7 +205,6 @@ GOOD: list[dict[str, Any]] = [
     {"prompt": "add a red hat", "seed": 42, "thinking": True, "reflection": True},
     {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 1},
     {"prompt": "add a red hat", "seed": 42, "reflection": True, "reflection_rounds": 2},
-    {"prompt": "x", "seed": 1, "outpaint": "0 50% 16px"},
     {"prompt": "x", "seed": 1, "outpaint": "16", "region": "full"},
 ]
 
@@ -231,37 +230,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"loras": ["look", "../hand.safetensors"]},
         "Invalid parameter: loras has '../hand.safetensors', which is not here; there are hand, l",
     ),
-    ("photo", {"region": "all"}, "Invalid parameter: region must be whole or full, got 'all'"),
-    (
-        "photo",
-        {"region": "full"},
-        "Invalid parameter: region full needs a mask, which says what ma",
-    ),
-    (
-        "photo",
-        {"outpaint": "wide"},
-        "Invalid parameter: outpaint must be one to four sizes in pixe",
-    ),
-    (
-        "photo",
-        {"outpaint": "1 2 3 4 5"},
-        "Invalid parameter: outpaint must be one to four sizes in",
-    ),
-    (
-        "photo",
-        {"outpaint": "-8"},
-        "Invalid parameter: outpaint must be one to four sizes in pixels",
-    ),
-    (
-        "photo",
-        {"outpaint": "0.1%"},
-        "Invalid parameter: outpaint 0.1% adds no pixel to a picture o",
-    ),
-    (
-        "photo",
-        {"outpaint": "1000"},
-        "Image too large: 2064×2048 pixels, at most 1 megapixels are a",
-    ),
+    ("photo", {"region": "full"}, "Invalid parameter: region full needs a mask, which says"),
+    ("photo", {"outpaint": "wide"}, "Invalid parameter: outpaint must be one to four sizes"),
+    ("photo", {"outpaint": "1000"}, "Image too large: 2064×2048 pixels, at most 1 megapixel"),
     ("photo", {"prompt": "too much"}, "CUDA out of memory: use a smaller size_level"),
     (
         "photo",

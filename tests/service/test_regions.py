@@ -1,4 +1,4 @@
-"""Regions: a crop around the mask at full size, and a canvas that grows; what stays, what is seen."""
+"""Regions: a crop around the mask at full size, and a canvas that grows."""
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ async def test_full_edits_what_may_change_and_its_surroundings_and_leaves_the_re
 
     # 60 + 2 · 32 wide would be enlarged 4.5 times, so there is more context: 128 · 128 pixels.
     left, top, right, bottom = metadata["region"]["box"]
-    assert left <= LEFT - CONTEXT and right >= RIGHT + CONTEXT
-    assert top <= TOP - CONTEXT and bottom >= BOTTOM + CONTEXT
+    assert max(left - LEFT, RIGHT - right, top - TOP, BOTTOM - bottom) <= -CONTEXT
     assert metadata["region"]["scale"] == pytest.approx(4, abs=0.05)
     assert (metadata["width"], metadata["height"]) == (800, 400)
     assert worker.jobs[0].image is not None
@@ -88,7 +87,7 @@ async def test_a_file_names_the_region_only_if_it_is_full(
     service, mask = make_service(), large.with_name("mask.png")
 
     _, whole = await edit(service, large, mask_path=mask, region="whole")
-    _, full = await edit(service, large, mask_path=mask, region="full")
+    await edit(service, large, mask_path=mask, region="full")
 
     assert "region" not in whole
     assert b'"region"' not in large.with_name("large_edited.png").read_bytes()
@@ -209,7 +208,7 @@ async def test_what_a_mask_selects_may_change_too(make_service: MakeService, lar
     before, worker = pixels_of(large), Seen()
 
     arguments = {"outpaint": "0 0 0 100", "mask_path": large.with_name("mask.png")}
-    after, metadata = await edit(make_service(worker), large, **arguments, mode="turbo")
+    after, _ = await edit(make_service(worker), large, **arguments, mode="turbo")
 
     changed = (after[:, 100:] != before).any(axis=-1)
     assert changed[TOP + 10 : BOTTOM - 10, LEFT + 10 : RIGHT - 10].all()
@@ -271,9 +270,9 @@ async def test_a_canvas_that_is_too_large_is_refused_before_the_edit(
         await edit(service, large, outpaint="100%")
     with pytest.raises(ImageAspectError, match="6800×400 pixels"):
         await edit(make_service(worker), large, outpaint="0 3000")
+    webp = {"outpaint": "8000", "output_path": large.with_name("a.webp")}
     with pytest.raises(InvalidParameterError, match="WEBP holds at most 16383 pixels per side"):
-        arguments = {"outpaint": "8000", "output_path": large.with_name("a.webp")}
-        await edit(make_service(worker), large, **arguments)
+        await edit(make_service(worker), large, **webp)
     assert worker.started == []
 
 
@@ -299,3 +298,28 @@ async def test_adding_nothing_is_an_edit_of_the_picture_as_it_is(
 
     assert np.array_equal(after, 255 - pixels_of(photo))
     assert "outpaint" not in metadata
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"region": "all"}, "region must be whole or full, got 'all'"),
+        ({"region": "full"}, "region full needs a mask, which says what may change, or outpaint"),
+        (
+            {"outpaint": "1 2 3 4 5"},
+            "outpaint must be one to four sizes in pixels or percent, such",
+        ),
+        ({"outpaint": "-8"}, "outpaint must be one to four sizes .*, got '-8'"),
+        ({"outpaint": True}, "outpaint must be a text, got true"),
+        ({"outpaint": 10**400}, "outpaint must be a text, got a huge number"),
+        ({"outpaint": "0.1%"}, "outpaint 0.1% adds no pixel to a picture of 64×48"),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_in_a_sentence(
+    make_service: MakeService, photo: Path, asked: dict[str, object], sentence: str
+) -> None:
+    worker = FakeWorker()
+
+    with pytest.raises(InvalidParameterError, match=f"Invalid parameter: {sentence}"):
+        await edit(make_service(worker), photo, **asked)
+    assert worker.started == []
