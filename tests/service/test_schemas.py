@@ -83,6 +83,8 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "thinking": False,
         "reflection": False,
         "reflection_rounds": 3,
+        "region": "whole",
+        "outpaint": "",
     }
     assert read_request(EditRequest, EDIT).model_dump() == contract
     for model in (BatchRequest, PictureRequest, ImageEditRequest):
@@ -90,7 +92,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         assert model.model_fields["reflection"].default is False
         assert model.model_fields["reflection_rounds"].default == 3
     for tool in (EditRequest, BatchRequest, PictureRequest):
-        assert list(parameters_of(tool))[-1] == "reflection_rounds"
+        assert list(parameters_of(tool))[-1] == "outpaint"
     assert list(parameters_of(EditRequest)) == list(contract)
     assert list(parameters_of(BatchRequest))[:3] == ["image_paths", "prompts", "output_dir"]
     assert EditRequest.model_json_schema()["required"] == ["image_path", "prompt"]

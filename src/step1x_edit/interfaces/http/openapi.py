@@ -325,12 +325,13 @@ _FAILURES_OF_WORK: Final = (
 EDIT_PICTURE: Final[dict[str, Any]] = {
     "operation_id": "edit_picture",
     "summary": "Edit a picture",
-    "description": "Edits the picture as the prompt says. The result has the size of the input; "
-    "nothing is stored on the server. The answer is `image/png` unless `Accept` names another "
-    "type: `image/jpeg`, `image/webp`, `image/avif`, `image/tiff`, `image/bmp`, or "
-    "`application/json` for the picture in base64 together with its parameters. Any other type "
-    "gives 406. `X-Seed` is the seed that repeats the picture; with a `mask`, `X-Changed-Share` is "
-    "the share of the pixels that changed. Closing the connection cancels the edit.",
+    "description": "Edits the picture as the prompt says. The result has the size of the input, "
+    "unless `outpaint` enlarges it; nothing is stored on the server. The answer is `image/png` "
+    "unless `Accept` names another type: `image/jpeg`, `image/webp`, `image/avif`, `image/tiff`, "
+    "`image/bmp`, or `application/json` for the picture in base64 together with its parameters. "
+    "Any other type gives 406. `X-Seed` is the seed that repeats the picture; with a `mask` or "
+    "`outpaint`, `X-Changed-Share` is the share of the pixels that changed. Closing the "
+    "connection cancels the edit.",
     "responses": {
         200: {
             "model": PictureAnswer,
@@ -344,7 +345,8 @@ EDIT_PICTURE: Final[dict[str, Any]] = {
                     "schema": {"type": "number"},
                 },
                 "X-Changed-Share": {
-                    "description": "Share of the pixels that changed, 0 to 1, if there was a mask",
+                    "description": "Share of the pixels that changed, 0 to 1, if there was a mask "
+                    "or outpaint",
                     "schema": {"type": "number", "minimum": 0, "maximum": 1},
                 },
             },

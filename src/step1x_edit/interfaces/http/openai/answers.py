@@ -62,6 +62,7 @@ def _how(made: FinishedImage) -> dict[str, Any]:
         "evaluations_done",
         "evaluations_skipped",
         "changed_share",
+        "region",
         "warning",
         "reasoning",
     )
