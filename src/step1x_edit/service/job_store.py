@@ -48,6 +48,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.schemas.answers import ErrorAnswer, JobState
 from step1x_edit.schemas.requests import JOB_ID_PATTERN
+from step1x_edit.service.durable import O_CLOEXEC, sync_folder, write
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,6 @@ database does not know the job, the database has lost it."""
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOCKED: Final = "database is locked"  # Python 3.10 has no constants for SQLite's codes
 _FULL: Final = "database or disk is full"
-
-# Absent on Windows, which syncs folder entries by itself.
-_O_DIRECTORY: Final[int] = getattr(os, "O_DIRECTORY", 0)
-_O_BINARY: Final[int] = getattr(os, "O_BINARY", 0)
-_O_CLOEXEC: Final[int] = getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True)
@@ -398,8 +394,8 @@ class JobStore:
     def _connect(self, path: Path) -> None:
         self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | _O_CLOEXEC, 0o600))
-        _sync_folder(self._data_dir)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | O_CLOEXEC, 0o600))
+        sync_folder(self._data_dir)
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)
 
     def _begin(self, path: Path) -> None:
@@ -491,7 +487,7 @@ class JobStore:
         kept = json.dumps({"job": dict(row), "events": [*map(dict, events)]}, default=repr)
         is_id = isinstance(job_id, str) and _ID.fullmatch(job_id)
         folder = self._set_aside(*([self._folder / job_id] if is_id else []))
-        _write(folder / f"row-{secrets.token_hex(8)}.json", kept.encode())
+        write(folder / f"row-{secrets.token_hex(8)}.json", kept.encode())
         self._connection.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
         log.error("the stored job %s cannot be read (%s); it is in %s", job_id, error, folder)
 
@@ -503,7 +499,7 @@ class JobStore:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 path.rename(folder / path.name)
-        _sync_folder(folder)
+        sync_folder(folder)
         return folder
 
     # --- reading, on the thread -------------------------------------------------------------------
@@ -575,11 +571,11 @@ class JobStore:
         folder = self._folder / job_id
         try:
             folder.mkdir(mode=0o700)
-            _write(folder / _INPUT, given.image)
+            write(folder / _INPUT, given.image)
             if given.mask is not None:
-                _write(folder / _MASK, given.mask)
-            _sync_folder(folder)
-            _sync_folder(self._folder)
+                write(folder / _MASK, given.mask)
+            sync_folder(folder)
+            sync_folder(self._folder)
             with self._transaction():
                 now = self._now()
                 self._connection.execute(
@@ -675,8 +671,8 @@ class JobStore:
         if job is None or job.state is not JobState.RUNNING:
             return False
         folder = self._folder / job.id
-        _write(folder / _RESULT, result)
-        _sync_folder(folder)
+        write(folder / _RESULT, result)
+        sync_folder(folder)
         is_first = self._move(_END, job_id, JobState.SUCCEEDED, answer=answer, size=len(result))
         self._tidy(keep=job_id)
         return is_first
@@ -877,27 +873,9 @@ def _why(error: OSError | sqlite3.Error) -> str:
     return os.strerror(is_system).lower() if is_system else str(error)
 
 
-def _write(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _O_BINARY | _O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0) as file:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file.fileno(), rest) :]
-        os.fsync(file.fileno())
-
-
 def _mark_accepted(folder: Path) -> None:
     with contextlib.suppress(OSError):  # optional: it only helps to detect losses
         (folder / _ACCEPTED).touch(mode=0o600)
-
-
-def _sync_folder(folder: Path) -> None:
-    if _O_DIRECTORY:
-        descriptor = os.open(folder, os.O_RDONLY | _O_DIRECTORY | _O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:
