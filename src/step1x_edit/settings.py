@@ -465,8 +465,8 @@ class Settings(BaseSettings):
         Path,
         Field(
             default_factory=_data_folder,
-            description="Folder for stored jobs, pictures of the page, pulled models, and the note "
-            "that announces a running server; unset: the user's data folder",
+            description="Folder for stored jobs, pictures of the page, the history, pulled models, "
+            "and the note that announces a running server; unset: the user's data folder",
         ),
     ]
     jobs_max_mb: Annotated[
@@ -479,6 +479,22 @@ class Settings(BaseSettings):
         int,
         Field(ge=1, le=MOST, description="Seconds until a stored job that has ended is deleted"),
     ] = 7 * 86400
+    history: Annotated[
+        bool,
+        Field(
+            description="Whether edits on the page and by the command line are kept in DATA_DIR, "
+            "so that they can be continued and compared later"
+        ),
+    ] = False
+    history_mb: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=MOST,
+            description="MiB that the history may use; pictures that were left alone longest are "
+            "deleted first, with all their steps",
+        ),
+    ] = 2048
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
@@ -670,6 +686,12 @@ def load_server_settings(overrides: Mapping[str, object] | None = None) -> Setti
         raise SettingsError(
             f"HOST {settings.host} can be reached from other machines: set API_KEY too, "
             "or HOST to 127.0.0.1"
+        )
+    is_shown = settings.history and settings.enable_ui
+    if is_shown and settings.allowed_hosts and settings.api_key is None:
+        raise SettingsError(
+            "HISTORY shows every visitor of the page the pictures of all others, and ALLOWED_HOSTS "
+            "lets others visit: set API_KEY too, or HISTORY to off"
         )
     if "allowed_dirs" in settings.model_fields_set:
         return settings

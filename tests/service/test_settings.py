@@ -67,6 +67,8 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "data_dir": platformdirs.user_data_path("step1x-edit", appauthor=False),
         "jobs_max_mb": 2048,
         "jobs_max_age": 604800,
+        "history": False,
+        "history_mb": 2048,
         "default_num_steps": 28,
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
@@ -131,6 +133,8 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("RATE_LIMIT", "0", 0),
         ("JOBS_MAX_MB", "1", 1),
         ("JOBS_MAX_AGE", "60", 60),
+        ("HISTORY", "on", True),
+        ("HISTORY_MB", "5", 5),
         ("MAX_CONNECTIONS", "9", 9),
         ("RECEIVE_TIMEOUT", "5", 5),
         ("MAX_MEGAPIXELS", "12", 12),
@@ -256,6 +260,8 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "RATE_LIMIT": "-1",
         "JOBS_MAX_MB": "0",
         "JOBS_MAX_AGE": "0",
+        "HISTORY": "perhaps",
+        "HISTORY_MB": "0",
         "MAX_CONNECTIONS": "0",
         "RECEIVE_TIMEOUT": "0",
         "MAX_MEGAPIXELS": "1000",
@@ -315,6 +321,16 @@ def test_a_server_that_others_reach_wants_a_key(host: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_a_server_for_this_machine_needs_none(host: str) -> None:
     assert load_server_settings({"host": host}).api_key is None
+
+
+def test_a_page_with_history_behind_a_proxy_wants_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTORY", "on")
+    assert load_server_settings().history
+    monkeypatch.setenv("ALLOWED_HOSTS", "pictures.example")
+    with pytest.raises(SettingsError, match=r"every visitor of the page .* set API_KEY too"):
+        load_server_settings()
+    assert load_server_settings({"enable_ui": False}).history
+    assert load_server_settings({"api_key": "secret"}).history
 
 
 def test_over_http_only_the_start_folder_is_open_by_default(

@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeAlias, TypeVar
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from step1x_edit.errors import Step1XEditError, about_the_mask
 from step1x_edit.schemas.answers import (
@@ -26,6 +27,9 @@ from step1x_edit.schemas.answers import (
 from step1x_edit.schemas.requests import EditRequest, GenerateRequest
 from step1x_edit.service.editor import EditedFile, Editor, Reporter, unreported
 from step1x_edit.service.files import FileAccess, FileIdentity, Output
+
+if TYPE_CHECKING:
+    from step1x_edit.service.history import History
 
 E = TypeVar("E", bound=EditedFile)
 T = TypeVar("T")
@@ -41,6 +45,9 @@ class Inputs:
     image: bytes
     mask: bytes | None
     identities: frozenset[FileIdentity]
+
+
+_NO_INPUTS = Inputs(b"", None, frozenset())  # of a picture that is generated
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class FileEdits(Generic[E]):
 
     editor: Editor[E]
     files: FileAccess
+    history: History | None = None
+    """Where all results are kept, if they are."""
 
     async def edit(
         self,
@@ -79,23 +88,32 @@ class FileEdits(Generic[E]):
         report: Reporter = unreported,
         image: bytes | None = None,
         output_dir: str | None = None,
+        mask: bytes | None = None,
     ) -> Saved[E]:
         """Edit one picture and save the result; cancelling the call cancels the edit, unsaved.
 
-        `image` is the input if it was already read, and `output_dir` the folder for a result
-        without an output_path.
+        `image` and `mask` are the inputs if they were already read, and `output_dir` is the folder
+        for a result without an output_path.
         """
         await self.editor.check_room()  # a full server must not spend memory on pictures
-        opened = await asyncio.to_thread(self._open, request, output_dir=output_dir, image=image)
+        opened = await asyncio.to_thread(
+            self._open, request, output_dir=output_dir, image=image, mask=mask
+        )
         return await self._edit(self.editor.edit_picture, request, opened, report)
 
     async def edit_unsaved(
-        self, request: EditRequest, report: Reporter = unreported, image: bytes | None = None
+        self,
+        request: EditRequest,
+        report: Reporter = unreported,
+        image: bytes | None = None,
+        mask: bytes | None = None,
     ) -> E:
         """Edit one picture and return the result as a PNG; otherwise as `edit`."""
         await self.editor.check_room()
-        inputs = await asyncio.to_thread(self.read, request, image)
-        return await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
+        inputs = await asyncio.to_thread(self.read, request, image, mask)
+        edited = await self.editor.edit_picture(inputs.image, request, report, mask=inputs.mask)
+        await asyncio.to_thread(self._keep, request.image_path, inputs, edited, ".png")
+        return edited
 
     async def edit_several(
         self, requests: Sequence[EditRequest], output_dir: str | None, report_of: ReporterOf
@@ -135,17 +153,24 @@ class FileEdits(Generic[E]):
         await self.editor.check_room()
         opened = await asyncio.to_thread(self._open_new, request)
         made = await self.editor.generate_picture(request, report, opened.output.suffix)
-        return await self._saved(opened, made, GENERATED)
+        return await self._saved(opened, made, GENERATED, opened.output.shown)
 
-    def read(self, request: EditRequest, image: bytes | None = None) -> Inputs:
-        """Read the picture, unless it was already read, and the mask if there is one."""
+    async def generate_unsaved(self, request: GenerateRequest, report: Reporter = unreported) -> E:
+        """Generate one picture and return it as a PNG; otherwise as `generate`."""
+        made = await self.editor.generate_picture(request, report)
+        await asyncio.to_thread(self._keep, "generated.png", _NO_INPUTS, made, ".png")
+        return made
+
+    def read(
+        self, request: EditRequest, image: bytes | None = None, mask: bytes | None = None
+    ) -> Inputs:
+        """Read the picture and the mask, if there is one, unless they were already read."""
         identities = set()
         if image is None:
             file = self.files.read(request.image_path)
             image = file.data
             identities.add(file.identity)
-        mask = None
-        if request.mask_path is not None:
+        if mask is None and request.mask_path is not None:
             with about_the_mask():
                 file = self.files.read(request.mask_path)
             mask = file.data
@@ -160,9 +185,10 @@ class FileEdits(Generic[E]):
         output_dir: str | None,
         taken: set[str] | None = None,
         image: bytes | None = None,
+        mask: bytes | None = None,
     ) -> Opened:
         started = time.monotonic()
-        inputs = self.read(request, image)
+        inputs = self.read(request, image, mask)
         known = inputs.identities | others
         if request.output_path is not None:
             output = self.files.plan_output(request.output_path, known, overwrite=request.overwrite)
@@ -182,7 +208,7 @@ class FileEdits(Generic[E]):
             output = self.files.plan_new_output(request.prompt, overwrite=request.overwrite)
         else:
             output = self.files.plan_output(request.output_path, (), overwrite=request.overwrite)
-        return Opened(started, Inputs(b"", None, frozenset()), output)
+        return Opened(started, _NO_INPUTS, output)
 
     async def _edit(
         self,
@@ -193,9 +219,9 @@ class FileEdits(Generic[E]):
     ) -> Saved[E]:
         inputs, suffix = opened.inputs, opened.output.suffix
         edited = await edit(inputs.image, request, report, suffix, inputs.mask)
-        return await self._saved(opened, edited, EDITED)
+        return await self._saved(opened, edited, EDITED, request.image_path)
 
-    async def _saved(self, opened: Opened, edited: E, message: str) -> Saved[E]:
+    async def _saved(self, opened: Opened, edited: E, message: str, begun_with: str) -> Saved[E]:
         answer = EditAnswer(
             message=message,
             output_path=opened.output.shown,
@@ -205,12 +231,23 @@ class FileEdits(Generic[E]):
 
         def publish() -> str:
             opened.before_publishing(answer, edited.data)
-            return str(self.files.publish(opened.output, edited.data))
+            path = str(self.files.publish(opened.output, edited.data))
+            self._keep(begun_with, opened.inputs, edited, opened.output.suffix)
+            return path
 
         # Publishing is short and comes last: an edit cancelled before it leaves nothing behind.
         path = await asyncio.to_thread(publish)
         answer = answer.model_copy(update={"output_path": path})
         return Saved(answer, edited)
+
+    def _keep(self, begun_with: str, inputs: Inputs, edited: E, suffix: str) -> None:
+        """Add the result to the history, if there is one."""
+        if self.history is None:
+            return
+        from step1x_edit.service.history import Made
+
+        name, image = PurePath(begun_with).name, inputs.image or None
+        self.history.keep(Made(name, image, inputs.mask, edited.data, suffix, edited.metadata))
 
 
 # --- several pictures -----------------------------------------------------------------------------

@@ -56,6 +56,7 @@ def demo(
     with failures_on_stderr(as_json=False):
         from step1x_edit.interfaces.cli.comparison import draw_comparison
         from step1x_edit.interfaces.cli.editors import opened_edits
+        from step1x_edit.pictures.images import encode
 
         settings = cli_settings().model_copy(update={"model_path": None, "model_version": "auto"})
         folder = _free_folder(DEMO_FOLDER) if output_dir is None else output_dir
@@ -72,7 +73,8 @@ def demo(
             ]
             before = edits.files.publish(first, DEMO_PHOTO.read_bytes())
             results = asyncio.run(_edited(edits, requests))
-            comparison = edits.files.publish(last, draw_comparison({"before": before, **results}))
+            sheet = encode(draw_comparison({"before": before, **results}), last.suffix)
+            comparison = edits.files.publish(last, sheet)
         _print_demo(before, results, comparison)
 
 

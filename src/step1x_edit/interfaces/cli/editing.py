@@ -90,6 +90,7 @@ def edit(
     """
     with failures_on_stderr(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
+        from step1x_edit.service.history import history_of
 
         _check_words(image, prompt)
         paths = _matched(image)
@@ -98,7 +99,9 @@ def edit(
         _check_places(paths, output, output_dir, as_json)
         chosen = given({"prompt": prompt, "output_path": output, **asked})
         requests = [read_request(EditRequest, {"image_path": path, **chosen}) for path in paths]
-        with opened_edits(cli_settings(), url, api_key, standalone) as edits:
+        settings = cli_settings()
+        kept = history_of(settings)
+        with opened_edits(settings, url, api_key, standalone, kept) as edits:
             if len(requests) > 1:
                 _edit_several(edits, requests, output_dir, as_json)
             else:

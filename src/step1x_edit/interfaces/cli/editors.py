@@ -18,24 +18,32 @@ from step1x_edit.service.files import FileAccess
 
 if TYPE_CHECKING:
     from step1x_edit.interfaces.cli.remote import RemoteServer
+    from step1x_edit.service.history import History
     from step1x_edit.settings import Settings
 
 
 @contextlib.contextmanager
 def opened_edits(
-    settings: Settings, url: str | None, api_key: str | None, standalone: bool
+    settings: Settings,
+    url: str | None,
+    api_key: str | None,
+    standalone: bool,
+    history: History | None = None,
 ) -> Iterator[FileEdits[EditedFile]]:
-    """Edits of files, by the server that `found_server` finds, or by a model of this process."""
+    """Edits of files, by the server that `found_server` finds, or by a model of this process.
+
+    Results are kept in `history`, if it is given.
+    """
     server = found_server(settings, url, api_key, standalone)
     if server is not None:
-        yield FileEdits(server, FileAccess(settings.allowed_dirs, settings.max_bytes))
+        yield FileEdits(server, FileAccess(settings.allowed_dirs, settings.max_bytes), history)
         return
     from step1x_edit.service.wiring import build_service
 
     service = build_service(settings)
     try:
         service.prepare()
-        yield FileEdits(service, service.files)
+        yield FileEdits(service, service.files, history)
     finally:
         service.close()
 

@@ -58,15 +58,17 @@ def generate(
     """
     with failures_on_stderr(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
+        from step1x_edit.service.history import history_of
 
         check_prompt(prompt, "a red fox in the snow")
         check_stdout(output, as_json)
         chosen = given({"prompt": prompt, "output_path": output, **asked})
         request = read_request(GenerateRequest, chosen)
-        with opened_edits(cli_settings(), url, api_key, standalone) as edits:
+        settings = cli_settings()
+        kept = history_of(settings)
+        with opened_edits(settings, url, api_key, standalone, kept) as edits:
             if output == STREAM:
-                make = partial(edits.editor.generate_picture, request)
-                write_picture(watched("generate", make))
+                write_picture(watched("generate", partial(edits.generate_unsaved, request)))
             else:
                 saved = watched("generate", partial(edits.generate, request))
                 print_answer(saved.answer, as_json)

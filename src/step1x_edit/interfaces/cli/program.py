@@ -16,6 +16,7 @@ from step1x_edit.interfaces.cli.doctor import doctor
 from step1x_edit.interfaces.cli.editing import EditCommand, edit
 from step1x_edit.interfaces.cli.generating import generate
 from step1x_edit.interfaces.cli.gpu import offload, release, status
+from step1x_edit.interfaces.cli.history import history_app
 from step1x_edit.interfaces.cli.mcp_commands import mcp_app
 from step1x_edit.interfaces.cli.models import models_app
 from step1x_edit.interfaces.cli.serving import Serve, serve
@@ -45,6 +46,7 @@ app.command(cls=Command)(generate)
 app.command(cls=Serve)(serve)
 for command in (status, offload, release, doctor):
     app.command(cls=Command)(command)
+app.add_typer(history_app, name="history")
 app.add_typer(models_app, name="models")
 app.add_typer(mcp_app, name="mcp")
 
