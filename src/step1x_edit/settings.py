@@ -499,6 +499,13 @@ class Settings(BaseSettings):
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
     default_mode: Annotated[ModeOfWork, BeforeValidator(_lower)] = DEFAULT_MODE
+    record_prompt: Annotated[
+        bool,
+        Field(
+            description="Whether the file of a result contains the prompts; without them the edit "
+            "cannot be replayed from it"
+        ),
+    ] = True
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Field(description="Lowest level that is logged"),

@@ -97,6 +97,8 @@ def test_the_bytes_are_those_of_an_edit_in_process(
     assert there.stdout == f"{Path(f'there.{suffix}').absolute()}\n"
     assert Path(f"there.{suffix}").read_bytes() == Path(f"here.{suffix}").read_bytes()
     assert "Warning: does not know hats" in there.stderr
+    for done in (there, here):
+        assert ("BMP cannot say that a model made" in done.stderr) == (suffix == "bmp")
 
 
 def test_the_answer_is_that_of_an_edit_in_process(photo: Path, at: list[str]) -> None:

@@ -38,6 +38,7 @@ TAKES_NO_PATH = {"REST"}
 
 USUAL_LORAS = {"look": 0.5}
 MODEL_PATH = Path(__file__).with_name("weights")
+MARK = b"http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 LORA_PATH = {Path("hand.safetensors"): 0.0, Path("look.safetensors"): 0.5}
 
 
@@ -176,11 +177,21 @@ def model() -> str:
 
 
 @pytest.fixture
+def more_settings() -> dict[str, Any]:
+    """What the operator has set besides."""
+    return {}
+
+
+@pytest.fixture
 def doors(
-    make_service: MakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    make_service: MakeService,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    more_settings: dict[str, Any],
 ) -> Iterator[Doors]:
     paths = {"lora_path": LORA_PATH, "model_path": MODEL_PATH}
-    limits = {"max_megapixels": 1, "default_num_steps": 11, **paths}
+    limits = {"max_megapixels": 1, "default_num_steps": 11, **paths, **more_settings}
 
     def build_service(settings: Settings | None = None) -> EditService:
         worker = FakeWorker(before_step=worked, paint=painted, model=model, usual_loras=USUAL_LORAS)
@@ -282,12 +293,29 @@ async def test_the_same_request_gives_the_same_file(doors: Doors, photo: Path) -
 
     assert all(isinstance(result, bytes) for result in expected)
     assert len(set(expected)) == len(GOOD)
+    assert all(MARK in result for result in expected)
     for name, results in found.items():
         for asked, result, same in zip(GOOD, results, expected, strict=True):
             if name.startswith("command line") and not asked["prompt"]:  # a person forgot it
                 assert "prompt is empty" in str(result)
             else:
                 assert result == same, (name, asked)
+
+
+@pytest.mark.parametrize("more_settings", [{"record_prompt": False}])
+async def test_a_file_without_prompts_has_everything_else(doors: Doors, photo: Path) -> None:
+    asked = {"prompt": "red hat", "seed": 42, "negative_prompt": "blurry", "thinking": True}
+    found = {name: await door(photo, asked) for name, door in doors.every().items()}
+    data = found["service"]
+
+    assert found == dict.fromkeys(found, data)
+    assert isinstance(data, bytes)
+    assert MARK in data
+    assert not any(word in data for word in (b"red hat", b"blurry", b"nothing else"))
+    record = read_edit_record(data)
+    assert record is not None
+    assert (record.prompt, record.negative_prompt, record.rewritten_prompt) == (None, None, None)
+    assert (record.seed, record.num_steps, record.thinking) == (42, 11, True)
 
 
 async def test_an_empty_prompt_is_an_edit_for_programs_and_a_mistake_of_a_person(

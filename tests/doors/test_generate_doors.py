@@ -271,6 +271,7 @@ async def test_the_file_tells_what_it_was_made_with(
             seed=5,
         )
         assert read_edit_record(data) is None
+        assert b"newscodes/digitalsourcetype/trainedAlgorithmicMedia" in data
         told = answer.to_dict()["metadata"]
         assert (told["width"], told["height"], told["seed"]) == (512, 1024, 5)
         assert "size_level" not in told

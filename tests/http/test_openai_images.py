@@ -277,6 +277,7 @@ def test_compression_makes_the_file_smaller_and_keeps_the_record(
     record = read_edit_record(data)
     assert record is not None
     assert record.prompt == "x"
+    assert b"digitalsourcetype/compositeWithTrainedAlgorithmicMedia" in data
 
 
 @pytest.mark.parametrize(("asked", "size"), [("auto", (64, 48)), ("64x48", (64, 48))])

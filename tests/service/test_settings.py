@@ -73,6 +73,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "default_guidance_scale": 6.0,
         "default_size_level": 1024,
         "default_mode": "exact",
+        "record_prompt": True,
         "log_level": "INFO",
         "log_format": "text",
     }
@@ -151,6 +152,7 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("DEFAULT_GUIDANCE_SCALE", "4.5", 4.5),
         ("DEFAULT_SIZE_LEVEL", "512", 512),
         ("DEFAULT_MODE", "fast", "fast"),
+        ("RECORD_PROMPT", "false", False),
         ("LOG_LEVEL", "debug", "DEBUG"),
         ("LOG_FORMAT", "JSON", "json"),
     ],
@@ -271,6 +273,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "DEFAULT_GUIDANCE_SCALE": "nan",
         "DEFAULT_SIZE_LEVEL": "600",
         "DEFAULT_MODE": "quick",
+        "RECORD_PROMPT": "perhaps",
         "LOG_LEVEL": "loud",
         "LOG_FORMAT": "xml",
     }

@@ -18,11 +18,6 @@ EDITED: Final = (
     "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 )
 
-NOT_MARKED: Final = (
-    "BMP cannot say that a model made the picture; save it as .png or .jpg to have it marked"
-)
-"""The warning about a result in a format without metadata."""
-
 _RDF: Final = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 DC: Final = "http://purl.org/dc/elements/1.1/"
 RIGHTS: Final = "http://ns.adobe.com/xap/1.0/rights/"

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from typing_extensions import Self
 
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.model.request import Mode
@@ -158,6 +159,11 @@ class EditMetadata(_HowItWasMade):
     reasoning: Annotated[
         Reasoning | None, Field(description="The outcome of thinking and reflection, if requested")
     ] = None
+
+    def with_warning(self, warning: str | None) -> Self:
+        """The same with one more warning, if there is one."""
+        together = "; ".join(filter(None, (self.warning, warning)))
+        return self.model_copy(update={"warning": together or None})
 
 
 EDITED: Final = "Image edited successfully"

@@ -641,9 +641,13 @@ class _Record(HowToMake):
 
 
 class EditRecord(_Record, HowToEdit):
-    """What a picture was made with, written into its file so that the edit can be replayed."""
+    """What a picture was made with, written into its file so that the edit can be replayed.
 
-    prompt: Prompt
+    Without a prompt it cannot: the operator has left the prompts out of the file.
+    """
+
+    prompt: Prompt | None = None
+    negative_prompt: NegativePrompt | None = None  # type: ignore[assignment]
     input_sha256: _Sha256 | None = None
     """Of the bytes of the input: replaying the edit needs the same one."""
     mask_sha256: _Sha256 | None = None
@@ -657,12 +661,18 @@ class EditRecord(_Record, HowToEdit):
 class GenerationRecord(_Record, HowToGenerate):
     """What a picture was generated with from text, written into its file like an `EditRecord`."""
 
-    prompt: NewPrompt
+    prompt: NewPrompt | None = None
     negative_prompt: NewNegativePrompt = None
     """None, which is left out: the list that the model was published with."""
 
 
 Record: TypeAlias = EditRecord | GenerationRecord
+
+
+def without_prompts(record: Record) -> Record:
+    """The record without the texts of people; what it describes cannot be repeated from it."""
+    texts = {"prompt", "negative_prompt", "rewritten_prompt"} & type(record).model_fields.keys()
+    return record.model_copy(update=dict.fromkeys(texts))
 
 
 PARAMETERS: Final[Mapping[str, Parameter]] = {

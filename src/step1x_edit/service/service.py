@@ -46,6 +46,7 @@ from step1x_edit.errors import (
 from step1x_edit.hub.catalog import CATALOG, SUGGESTED, Suggestion
 from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
+from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
     EditMetadata,
     EstimateAnswer,
@@ -91,6 +92,7 @@ class EditedPicture:
     picture: Picture
     data: bytes
     metadata: EditMetadata
+    record: Record
     processing_time: float
     rounds: tuple[bytes, ...] = ()
     """Small JPEGs of the result of each round of a reflection."""
@@ -137,6 +139,7 @@ class EditService:
         self._limits = settings.limits
         self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
+        self._result_files = ResultFiles(settings)
         self._estimator = estimator
 
     @property
@@ -223,6 +226,12 @@ class EditService:
         await self.check_room()
         submit = self._engine.submit
         return await self._edit(None, request, report, suffix, None, submit, previews)
+
+    def file_of(
+        self, edited: EditedPicture, picture: Picture, suffix: str, quality: int | None
+    ) -> bytes:
+        """The file of another version of a result, such as a smaller one."""
+        return self._result_files.write(picture, suffix, edited.record, quality).data
 
     async def check_picture(
         self, data: bytes, mask: bytes | None = None, request: PictureRequest = _UNCHANGED
@@ -407,21 +416,19 @@ class EditService:
             hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
             record = record_of(request, result, *hashes)
 
-            def finished() -> tuple[Picture, float | None, bytes, tuple[bytes, ...]]:
-                from step1x_edit.pictures import images
-
+            def finished() -> tuple[Picture, float | None, ResultFile, tuple[bytes, ...]]:
                 picture, share = _restored(result.painted.image, source)
-                data = images.encode(picture, suffix, record)
-                return picture, share, data, _rounds(result.painted, source)
+                file = self._result_files.write(picture, suffix, record)
+                return picture, share, file, _rounds(result.painted, source)
 
             saving = partial(report, Progress(Phase.SAVING))
             await saving()
-            picture, share, encoded, rounds = await with_heartbeats(
+            picture, share, file, rounds = await with_heartbeats(
                 asyncio.to_thread(finished), saving, HEARTBEAT_S
             )
         return EditedPicture(
             picture,
-            encoded,
+            file.data,
             metadata_of(
                 record,
                 result,
@@ -429,7 +436,8 @@ class EditService:
                 share,
                 None if source is None else source.record,
                 None if source is None else source.box,
-            ),
+            ).with_warning(file.warning),
+            record,
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
             source=None if source is None else source.before,

@@ -65,4 +65,4 @@ def found_server(
         url, token = found.url, found.token
     from step1x_edit.interfaces.cli.remote import RemoteServer
 
-    return RemoteServer(url, token, settings.limits)
+    return RemoteServer(url, token, settings)

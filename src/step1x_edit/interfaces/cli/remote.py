@@ -28,6 +28,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.interfaces import hosts
 from step1x_edit.pictures import images, regions
+from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
     EditMetadata,
     GpuAnswer,
@@ -42,7 +43,7 @@ from step1x_edit.schemas.requests import (
     given_in,
 )
 from step1x_edit.service.editor import Reporter
-from step1x_edit.settings import Limits
+from step1x_edit.settings import Settings
 from step1x_edit.waiting import drop, first_of
 
 _Answer = TypeVar("_Answer", bound=BaseModel)
@@ -66,10 +67,11 @@ class RemotePicture:
 class RemoteServer:
     """The editor at a URL; `token` is its API key, if it requires one."""
 
-    def __init__(self, url: str, token: str | None, limits: Limits) -> None:
+    def __init__(self, url: str, token: str | None, settings: Settings) -> None:
         self._url = _root(url)
         self._token = token
-        self._limits = limits
+        self._limits = settings.limits
+        self._result_files = ResultFiles(settings)
 
     @property
     def url(self) -> str:
@@ -122,10 +124,11 @@ class RemoteServer:
                 png = answer.content
             finally:
                 await self._forget(client, job.id)
-        if suffix != ".png":
-            await report(Progress(Phase.SAVING))
-            png = await asyncio.to_thread(self._converted, png, suffix)
-        return RemotePicture(png, ended.metadata)
+        if suffix == ".png":
+            return RemotePicture(png, ended.metadata)
+        await report(Progress(Phase.SAVING))
+        file = await asyncio.to_thread(self._converted, png, suffix)
+        return RemotePicture(file.data, ended.metadata.with_warning(file.warning))
 
     async def status(self) -> StatusAnswer:
         """The location of its model."""
@@ -207,10 +210,12 @@ class RemoteServer:
         size = regions.grown_size(request.outpaint, picture.width, picture.height)
         images.check_encodable(*size, suffix)
 
-    def _converted(self, png: bytes, suffix: str) -> bytes:
+    def _converted(self, png: bytes, suffix: str) -> ResultFile:
         """The same picture as the server would have encoded it in this format."""
-        picture = images.decode(png, self._limits)
-        return images.encode(picture, suffix, images.read_record(png))
+        picture, record = images.decode(png, self._limits), images.read_record(png)
+        if record is None:
+            raise self._other_version()
+        return self._result_files.write(picture, suffix, record)
 
     # --- requests ---
 
@@ -314,9 +319,12 @@ class RemoteServer:
         try:
             return kind.model_validate_json(answer.content)
         except ValidationError:
-            raise ModelUnavailableError(
-                f"the server at {self._url} does not answer like this version of step1x-edit"
-            ) from None
+            raise self._other_version() from None
+
+    def _other_version(self) -> ModelUnavailableError:
+        return ModelUnavailableError(
+            f"the server at {self._url} does not answer like this version of step1x-edit"
+        )
 
 
 def _root(url: str) -> str:

@@ -144,7 +144,7 @@ class ImageEdits:
         for number in range(asked.n):
             request = first.model_copy(update={"seed": (seed + number) % (MAX_SEED + 1)})
             made = await self._in_turn(partial(one, request), may_wait=number > 0)
-            pictures.append(await asyncio.to_thread(_finished, made, asked, size))
+            pictures.append(await asyncio.to_thread(self._finished, made, asked, size))
         if asked.response_format == "url":
             for picture in pictures:
                 self.linked.put(
@@ -187,6 +187,29 @@ class ImageEdits:
             most = self.limits.max_pixels / 1e6
             raise InvalidParameterError(f"size may have {most:g} megapixels at most", param="size")
         return fitted
+
+    def _finished(
+        self, edited: EditedPicture, asked: ImageRequest, size: tuple[int, int] | None
+    ) -> FinishedImage:
+        """The picture in the requested format, size and background."""
+        picture, data, suffix = edited.picture, edited.data, _suffix(asked)
+        if asked.background == "opaque" and picture.alpha is not None:
+            picture = images.flattened(picture)
+        if size is not None:
+            picture = images.resized(picture, *size)
+            images.check_encodable(*size, suffix)
+        if picture is not edited.picture or asked.output_compression is not None:
+            data = self.service.file_of(edited, picture, suffix, asked.output_compression)
+        output = OUTPUT_FORMATS[suffix]
+        return FinishedImage(
+            image_id=f"img_{secrets.token_urlsafe(24)}",
+            data=data,
+            media_type=output.media_type,
+            width=picture.width,
+            height=picture.height,
+            is_see_through=picture.alpha is not None and output.carries_alpha,
+            metadata=edited.metadata,
+        )
 
 
 def _within(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
@@ -237,28 +260,3 @@ def _suffix(asked: ImageRequest) -> str:
 
 def _encoded(picture: Picture, asked: ImageRequest) -> bytes:
     return images.encode(picture, _suffix(asked), quality=asked.output_compression)
-
-
-def _finished(
-    edited: EditedPicture, asked: ImageRequest, size: tuple[int, int] | None
-) -> FinishedImage:
-    """The picture in the requested format, size and background."""
-    picture, data, suffix = edited.picture, edited.data, _suffix(asked)
-    if asked.background == "opaque" and picture.alpha is not None:
-        picture = images.flattened(picture)
-    if size is not None:
-        picture = images.resized(picture, *size)
-        images.check_encodable(*size, suffix)
-    if picture is not edited.picture or asked.output_compression is not None:
-        record = images.read_record(data)
-        data = images.encode(picture, suffix, record, asked.output_compression)
-    output = OUTPUT_FORMATS[suffix]
-    return FinishedImage(
-        image_id=f"img_{secrets.token_urlsafe(24)}",
-        data=data,
-        media_type=output.media_type,
-        width=picture.width,
-        height=picture.height,
-        is_see_through=picture.alpha is not None and output.carries_alpha,
-        metadata=edited.metadata,
-    )
