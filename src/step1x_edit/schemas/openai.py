@@ -97,7 +97,7 @@ class ImageEditRequest(HowToEdit, OpenAIRequest):
     ] = "auto"
     input_fidelity: Annotated[
         Literal["low", "high"] | None,
-        Field(description="Ignored: the model always sees the whole picture"),
+        Field(description="Ignored: the model always sees the picture itself"),
     ] = None
 
 
