@@ -1,9 +1,10 @@
-"""Colour: the meaning of a picture's numbers, and their conversion to sRGB or with a profile.
+"""Colour: the meaning of a picture's numbers, and their conversion to sRGB and back.
 
 A file states it by an ICC profile, by code points (ITU-T H.273 in PNG and AVIF, gamma and
 chromaticities in PNG), or by a camera's mark for Adobe RGB. Coded colours are converted to the sRGB
 curve with the file's own primaries, which a profile made here states. HDR (PQ and HLG) is converted
-to SDR by the EETF of ITU-R BT.2390. This module knows nothing about files.
+to SDR by the EETF of ITU-R BT.2390. A picture is edited in sRGB, and the edit is brought back into
+its profile. This module knows nothing about files.
 """
 
 from __future__ import annotations
@@ -40,31 +41,116 @@ def usable(profile: bytes | None) -> bytes | None:
     return profile
 
 
-def is_for_rgb(profile: bytes | None) -> bool:
-    """Whether the profile describes RGB: bytes 16 to 20 of its header."""
-    return profile is not None and profile[16:20] == b"RGB "
+def is_for_results(profile: bytes | None) -> bool:
+    """Whether a picture can be edited in sRGB and then brought back into the profile.
+
+    It must describe RGB (bytes 16 to 20 of its header), in both directions.
+    """
+    if profile is None or profile[16:20] != b"RGB ":
+        return False
+    try:
+        _transform(None, profile), _transform(profile, None)
+    except ImageCms.PyCMSError:
+        return False
+    return True
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert by the profile; None if the profile is not usable for this picture.
-
-    Relative colorimetric with black point compensation: the paper becomes white, and the darkest
-    ink black.
-    """
+    """Convert by the profile; None if the profile is not usable for this picture."""
     try:
-        converted = ImageCms.profileToProfile(
-            image,
-            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError):
+        converted = ImageCms.applyTransform(image, _transform(profile, None, image.mode))
+    except (ImageCms.PyCMSError, ValueError):
         return None
     if converted is not None:
         converted.info.pop("icc_profile", None)  # sRGB needs none, and its date would vary
     return converted
+
+
+def _transform(
+    source: bytes | None, target: bytes | None, mode: str = "RGB"
+) -> ImageCms.ImageCmsTransform:
+    """From one profile to another, for RGB; None is sRGB. Raises PyCMSError if there is no way.
+
+    Relative colorimetric with black point compensation: white becomes white, and the darkest tone
+    becomes black.
+    """
+    return ImageCms.buildTransform(
+        _opened(source),
+        _opened(target),
+        mode,
+        "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+
+
+def _opened(profile: bytes | None) -> ImageCms.ImageCmsProfile:
+    return ImageCms.ImageCmsProfile(
+        ImageCms.createProfile("sRGB") if profile is None else io.BytesIO(profile)
+    )
+
+
+# --- an edit in sRGB, and back -------------------------------------------------------------------
+
+_SRGB_TOLERANCE: Final = 0.5  # levels, on average; a plain gamma of 2.2 is off by 1.3
+_COLOURS: Final = (np.indices((9, 9, 9)).reshape(3, 1, -1).T * 255 // 8).astype(np.uint8)
+_ROWS: Final = 256  # computed together
+
+
+def in_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
+    """The pixels of a picture (H, W, 3) in sRGB; the same ones if its profile is that of sRGB."""
+    if profile is None or _is_srgb(profile):
+        return pixels
+    return _applied(_transform(profile, None), pixels)
+
+
+def in_profile(edited: Pixels, given: Pixels, source: Pixels, profile: bytes | None) -> Pixels:
+    """The edit of `given`, the source in sRGB, as an edit of the source; all are (H, W, 3).
+
+    sRGB cannot express all colours of a wider profile. With a source pixel v, its colour n in sRGB,
+    the edit e of it, and the conversion P from sRGB to the profile, the result is
+
+        P(e) + k·(v - P(n)),  k = <c(e), c(n)> / <c(n), c(n)>, limited to 0 … 1
+
+    where c is a colour without its grey (minus the mean of the three channels): what n lost of the
+    source's colour returns in the proportion in which the edit kept the colour of n. An edit that
+    changes nothing returns the source exactly; black and white is neutral, and a colour of another
+    hue is that of e. Values are encoded: for a curve that is a power, as most are, this is exact
+    under any change of exposure, as it would be in linear light.
+    """
+    if given is source:
+        return edited
+    back = _transform(None, profile)
+    result = np.empty_like(source)
+    for top in range(0, len(source), _ROWS):
+        rows = slice(top, top + _ROWS)
+        lost: _Floats = _applied(back, given[rows]).astype(np.float32)
+        np.subtract(source[rows], lost, out=lost)
+        lost *= _kept(given[rows], edited[rows])[..., None]
+        lost += _applied(back, edited[rows])
+        result[rows] = np.rint(lost, out=lost).clip(0, 255, out=lost)
+    return result
+
+
+_WITHOUT_GREY: Final = np.identity(3, np.float32) * 3 - 1
+
+
+def _kept(given: Pixels, edited: Pixels) -> _Floats:
+    """The share of its own colour that each pixel kept; all of it if it was and is grey."""
+    colour = given.astype(np.float32) @ _WITHOUT_GREY
+    kept = np.einsum("...c,...c", edited, colour) + 1
+    share: _Floats = (kept / (np.einsum("...c,...c", given, colour) + 1)).clip(0, 1)
+    return share
+
+
+def _is_srgb(profile: bytes) -> bool:
+    """Whether colours have the same numbers as in sRGB, but for the rounding of its variants."""
+    difference = _applied(_transform(profile, None), _COLOURS) - _COLOURS.astype(np.float32)
+    return bool(np.abs(difference).mean() <= _SRGB_TOLERANCE)
+
+
+def _applied(transform: ImageCms.ImageCmsTransform, pixels: Pixels) -> Pixels:
+    return np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform))
 
 
 # --- colour by numbers ---------------------------------------------------------------------------
@@ -203,7 +289,6 @@ _SDR_WHITE: Final = 203.0  # cd/m², the diffuse white of HDR pictures, ITU-R BT
 _HLG_PEAK: Final = 1000.0  # cd/m², the display for which HLG is specified, ITU-R BT.2100
 _HLG_SYSTEM_GAMMA: Final = 1.2
 _HIGHLIGHTS: Final = 0.001  # the share of pixels that may become plain white
-_ROWS: Final = 256  # computed together
 _BINS: Final = 4096
 
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128

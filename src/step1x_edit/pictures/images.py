@@ -1,12 +1,12 @@
 """Pictures: bytes to upright RGB and back to bytes, with the metadata that must survive an edit.
 
 Limits are checked on the header, before a pixel is decoded. The decoders are an explicit list, and
-the content decides the format, not the name. The network sees 8-bit RGB as a viewer shows it:
+the content decides the format, not the name. A picture is 8-bit RGB as a viewer shows it:
 
 - EXIF orientation is applied; of animations and stacks only the first picture is used;
 - 16-bit grey is scaled, palettes are expanded, CMYK and grey with a profile are converted to sRGB;
-- an RGB colour profile is kept and the pixel values are unchanged; colours described in another way
-  get a profile or are converted to sRGB (see colour);
+- an RGB colour profile is kept; colours described in another way get a profile or are converted to
+  sRGB (see colour). The network sees sRGB, and its edit is brought back into the profile;
 - alpha is kept separately; colours hidden under full transparency become white.
 
 This module knows nothing about paths, folders and the model.
@@ -19,6 +19,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -134,6 +135,11 @@ class Picture:
     def height(self) -> int:
         """Height in pixels, upright."""
         return int(self.pixels.shape[0])
+
+    @cached_property
+    def in_srgb(self) -> Pixels:
+        """The pixels in sRGB, as the network sees them; the same array if they are sRGB."""
+        return colour.in_srgb(self.pixels, self.icc_profile)
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -418,14 +424,13 @@ def _shown(stored: _Stored) -> Shown:
     if profile is None and info.get("gamma") and "srgb" not in info:
         return colour.by_gamma(_pixels(image), info["gamma"], info.get("chromaticity"))
     if image.mode in ("CMYK", "L", "LA"):
-        converted = None
-        if profile is not None:
-            flat = image.convert("L") if image.mode == "LA" else image
-            converted = colour.to_srgb(flat, profile)
-        return Shown(_pixels(converted or image))
+        flat = image.convert("L") if image.mode == "LA" else image
+        return Shown(_pixels(_shown_in_srgb(flat, profile)))
     if profile is None and is_marked_adobe_rgb(stored.exif):
         profile = colour.adobe_rgb_profile()
-    return Shown(_pixels(image), profile if colour.is_for_rgb(profile) else None)
+    if colour.is_for_results(profile):
+        return Shown(_pixels(image), profile)
+    return Shown(_pixels(_shown_in_srgb(_rgb(image), profile)))
 
 
 def _pixels(image: Image.Image) -> Pixels:
@@ -530,12 +535,16 @@ def _highest_within(values: npt.NDArray[np.uint16], distance: int) -> npt.NDArra
 
 
 def restore(edited: Pixels, source: Picture) -> Picture:
-    """Bring an edited picture to the exact size of its source, with the source's metadata."""
+    """Bring the edit of `source.in_srgb` to the exact size and the profile of the source.
+
+    The metadata is that of the source.
+    """
     image = Image.fromarray(np.ascontiguousarray(edited))
     size = (source.width, source.height)
     if image.size != size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    return replace(source, pixels=np.array(image))
+    pixels = colour.in_profile(np.array(image), source.in_srgb, source.pixels, source.icc_profile)
+    return replace(source, pixels=pixels)
 
 
 def check_encodable(width: int, height: int, suffix: str) -> None:

@@ -175,10 +175,10 @@ def pasted(edited: Pixels, source: Picture, box: Box) -> Picture:
 
 
 def preview(part: Pixels, source: Picture, box: Box) -> Pixels:
-    """The whole picture with a preview of the edited part in its place, in about its size."""
+    """The whole picture in sRGB with a preview of the edited part in its place, in about its size."""
     scale = min(1.0, sqrt(part.size / source.pixels.size))
     width, height = max(round(scale * source.width), 1), max(round(scale * source.height), 1)
-    whole = Image.fromarray(source.pixels).resize((width, height), reducing_gap=2)
+    whole = Image.fromarray(source.in_srgb).resize((width, height), reducing_gap=2)
     left, top, right, bottom = (round(scale * side) for side in box)
     small = Image.fromarray(part).resize((max(right - left, 1), max(bottom - top, 1)))
     whole.paste(small, (left, top))

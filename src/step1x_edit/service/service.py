@@ -116,14 +116,14 @@ class _Source:
     box: Box | None = None
     """The part that the network edits; None: all of it."""
 
-    def seen(self) -> tuple[Picture, Pixels | None]:
-        """What the network edits: the picture, or a part of it, and the mask of that."""
+    def seen(self) -> tuple[Pixels, Pixels | None]:
+        """What the network edits: the picture or a part of it, in sRGB, and the mask of that."""
         if self.box is None or self.mask is None:
-            return self.picture, self.mask
+            return self.picture.in_srgb, self.mask
         from step1x_edit.pictures import regions
 
         left, top, right, bottom = self.box
-        return regions.cropped(self.picture, self.box), self.mask[top:bottom, left:right]
+        return regions.cropped(self.picture, self.box).in_srgb, self.mask[top:bottom, left:right]
 
 
 class EditService:
@@ -402,15 +402,14 @@ class EditService:
     ) -> EditedPicture:
         """Edit a picture, or generate one if there is none."""
         started = time.monotonic()
-        request, source = self._completed(request), None
+        request = self._completed(request)
+        source = image = inside = None
         if data is not None:
             assert isinstance(request, PictureRequest)
             source = await asyncio.to_thread(self._decode, data, request, mask, suffix)
-        input_record = None if source is None else source.record
-        request = with_seed(request, input_record)
+            image, inside = await asyncio.to_thread(source.seen)
+        request = with_seed(request, None if source is None else source.record)
         with self._counted(), self._settings.naming_paths():
-            seen, inside = (None, None) if source is None else source.seen()
-            image = None if seen is None else seen.pixels
             job = job_of(request, image, previews, inside)
             result = await _run(submit(job), _showing_whole(report, source))
             hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
@@ -419,7 +418,7 @@ class EditService:
             def finished() -> tuple[Picture, float | None, ResultFile, tuple[bytes, ...]]:
                 picture, share = _restored(result.painted.image, source)
                 file = self._result_files.write(picture, suffix, record)
-                return picture, share, file, _rounds(result.painted, source)
+                return picture, share, file, _rounds(result.painted)
 
             saving = partial(report, Progress(Phase.SAVING))
             await saving()
@@ -569,16 +568,12 @@ def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | 
     return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
-def _rounds(painted: Painted, source: _Source | None) -> tuple[bytes, ...]:
+def _rounds(painted: Painted) -> tuple[bytes, ...]:
     """The result of each round as shown: without the parts that a mask or alpha hides."""
     from step1x_edit.pictures import images
 
-    profile = None if source is None else source.picture.icc_profile
     return tuple(
-        images.preview(
-            images.Picture(pixels, icc_profile=profile),
-            max_base64_bytes=images.ROUND_BASE64_BYTES,
-        )
+        images.preview(images.Picture(pixels), max_base64_bytes=images.ROUND_BASE64_BYTES)
         for pixels in (() if painted.rounds is None else painted.rounds)
     )
 
