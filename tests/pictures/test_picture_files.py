@@ -533,6 +533,58 @@ async def test_highlights_of_hdr_are_compressed_by_the_named_operator(edited: Ed
     assert result.seen[16, 8::16, 1].tolist() == pytest.approx(expected, abs=3)
 
 
+ULTRA_HDR = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
+ xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description
+ xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" hdrgm:Version="1.0"/></rdf:RDF></x:xmpmeta>"""
+APPLE = ULTRA_HDR.replace(b"hdrgm:Version", b"hdrgm:HDRGainMapVersion")
+
+
+def with_second_picture(xmp: bytes = b"") -> bytes:
+    """A JPEG with a small second picture behind it, as CIPA DC-007 stores several in one file."""
+    second = [Image.fromarray(GREY[::4, ::4])]
+    return saved(SCENE, "MPO", save_all=True, append_images=second, xmp=xmp, quality=95)
+
+
+@pytest.mark.parametrize(
+    ("data", "is_told"),
+    [
+        (with_second_picture(ULTRA_HDR), True),
+        (with_second_picture(APPLE), True),
+        (
+            with_second_picture().replace(
+                b"\xff\xdb",
+                b"\xff\xe2\0\x22urn:iso:std:iso:ts:21496:-1\0\0\0\0\0\xff\xdb",
+                1,
+            ),
+            True,
+        ),
+        (
+            saved(SCENE, "AVIF", quality=95, speed=10)
+            + b"\0\0\0\x32free"
+            + b"urn:com:apple:photo:2020:aux:hdrgainmap\0\0\0",
+            True,
+        ),
+        (with_second_picture(), False),
+        (saved(SCENE, "JPEG", quality=95), False),
+    ],
+    ids=[
+        "Ultra HDR",
+        "Apple",
+        "ISO 21496-1",
+        "an auxiliary picture",
+        "a second picture only",
+        "plain",
+    ],
+)
+async def test_a_gain_map_is_dropped_and_the_answer_says_so(
+    edited: Edited, data: bytes, is_told: bool
+) -> None:
+    result = await edited(data, "in.x")
+    assert difference(result.seen, SCENE) < LOSSY
+    told = "the picture's gain map for HDR was dropped; the result is SDR"
+    assert result.warning == (told if is_told else None)
+
+
 async def test_colours_by_numbers_that_mean_nothing_here_are_refused(edited: Edited) -> None:
     with pytest.raises(
         UnsupportedImageError, match=r"codes 1 and 9 of ITU-T H\.273; save it as sR"

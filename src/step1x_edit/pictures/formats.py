@@ -1,7 +1,7 @@
 """The format of a file and its colour description, read from its container without a decoder.
 
 It names unsupported formats, so that an error says what was found, and parses what Pillow does not
-expose: coded colours in PNG and AVIF, and whether a JPEG lacks only its end marker.
+expose: coded colours in PNG and AVIF, gain maps, and whether a JPEG lacks only its end marker.
 """
 
 from __future__ import annotations
@@ -231,6 +231,24 @@ def is_png(data: bytes) -> bool:
 def colour_numbers(data: bytes) -> Cicp | None:
     """The colour codes of a PNG, AVIF or HEIC; None if it has none."""
     return _png_numbers(data) if is_png(data) else _iso_numbers(data) if _brands(data) else None
+
+
+# --- gain maps -----------------------------------------------------------------------------------
+
+_OF_GAIN_MAPS: Final = (
+    b"hdrgm:Version",  # XMP of Ultra HDR
+    b"urn:iso:std:iso:ts:21496:-1",  # JPEG with the metadata of ISO 21496-1
+    b"HDRGainMapVersion",  # XMP of phones by Apple
+    b"urn:com:apple:photo:2020:aux:hdrgainmap",  # the type of such a picture in HEIC
+)
+
+
+def has_gain_map(data: bytes) -> bool:
+    """Whether a JPEG, AVIF or HEIC contains a second picture that makes an HDR picture of it."""
+    brands = _brands(data)
+    if not brands and not data.startswith(_SOI):
+        return False
+    return b"tmap" in brands or any(mark in data for mark in _OF_GAIN_MAPS)
 
 
 # --- segments of JPEG ----------------------------------------------------------------------------

@@ -50,7 +50,14 @@ from step1x_edit.errors import (
 )
 from step1x_edit.pictures import colour, tiff
 from step1x_edit.pictures.colour import Cicp, Shown
-from step1x_edit.pictures.formats import colour_numbers, is_heic, is_png, name_of, with_end_marker
+from step1x_edit.pictures.formats import (
+    colour_numbers,
+    has_gain_map,
+    is_heic,
+    is_png,
+    name_of,
+    with_end_marker,
+)
 from step1x_edit.pictures.notes import (
     RECORD_KEY,
     Notes,
@@ -106,6 +113,7 @@ ROUND_BASE64_BYTES: Final = 48 * 1024  # one result contains several besides the
 
 _MAX_BLUR: Final = 3  # pixels; the steps of a hard mask are one pixel high
 _NO_END: Final = "the JPEG lacks its end marker; its picture is complete"
+_NO_GAIN_MAP: Final = "the picture's gain map for HDR was dropped; the result is SDR"
 _OTHER_BYTES: Final = bytes([0x5A]) * 64
 _PNG_DEPTH_AT: Final = 24
 _PNG_XMP_KEY: Final = "XML:com.adobe.xmp"
@@ -155,7 +163,12 @@ def decode(data: bytes, limits: Limits) -> Picture:
         return _picture(_stored(data, limits, check))
 
     picture, lacks_end = _read_to_the_end(data, read, _same_pixels)
-    return replace(picture, warning=_NO_END) if lacks_end else picture
+    warnings = (
+        picture.warning,
+        _NO_GAIN_MAP if has_gain_map(data) else None,
+        _NO_END if lacks_end else None,
+    )
+    return replace(picture, warning="; ".join(filter(None, warnings)) or None)
 
 
 def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
