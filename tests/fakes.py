@@ -194,6 +194,7 @@ class FakeWorker:
 
     before_step: Callable[[EditJob, int], None] = lambda job, step: None
     paint: Callable[[EditJob], Pixels] = inverted
+    predict: Callable[[EditJob, int], Pixels | None] = predicted
     load: Callable[[], Iterator[tuple[int, int]]] = reads_nothing
     """Yields the bytes that are read, and all; it may wait, advance a clock, raise or crash."""
     can_generate: bool = True
@@ -295,7 +296,7 @@ class FakeWorker:
                 for step in range(1, job.num_steps + 1):
                     self.before_step(job, step)
                     self._stop_if_cancelled(job)
-                    preview = predicted(job, step)
+                    preview = self.predict(job, step)
                     progress = Progress(Phase.DENOISING, step, job.num_steps, preview)
                     yield self._report(
                         dataclasses.replace(

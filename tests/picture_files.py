@@ -21,11 +21,13 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 ByteOrder = Literal["<", ">"]
 
+D50 = (0.3457, 0.3585)
 D65 = (0.3127, 0.3290)
 SRGB = ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 DISPLAY_P3 = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060))
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
 BT_2020 = ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046))
+PROPHOTO = ((0.7347, 0.2653), (0.1596, 0.8404), (0.0366, 0.0001))
 
 
 # --- what is to be seen ---
@@ -83,16 +85,28 @@ def levels(values: Floats) -> Pixels:
     return rounded
 
 
-def to_xyz(primaries: tuple[tuple[float, float], ...]) -> Floats:
-    """The matrix from light in these primaries, with white D65, to XYZ."""
+def to_xyz(primaries: tuple[tuple[float, float], ...], white: tuple[float, float] = D65) -> Floats:
+    """The matrix from light in these primaries, with this white, to XYZ."""
 
     def column(point: tuple[float, float]) -> list[float]:
         x, y = point
         return [x / y, 1.0, (1 - x - y) / y]
 
     columns = np.array([column(point) for point in primaries]).T
-    matrix: Floats = columns * np.linalg.solve(columns, column(D65))
+    matrix: Floats = columns * np.linalg.solve(columns, column(white))
     return matrix
+
+
+def to_pcs(primaries: tuple[tuple[float, float], ...], white: tuple[float, float] = D65) -> Floats:
+    """The matrix from light in these primaries to XYZ under D50, as profiles state it."""
+    bradford = np.array(
+        [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+    )
+    matrix = to_xyz(primaries, white)
+    cones = bradford @ matrix
+    gains = bradford @ np.array(PCS_WHITE) / cones.sum(axis=1)
+    adapted: Floats = np.linalg.inv(bradford) @ (gains[:, None] * cones)
+    return adapted
 
 
 def in_primaries(srgb: Pixels, primaries: tuple[tuple[float, float], ...]) -> Floats:
@@ -202,6 +216,7 @@ def packed_tiff(
 
 # --- ICC ---
 
+PCS_WHITE = (0.9642, 1.0, 0.8249)
 INKS_L = {"paper": 100.0, "black ink": 30.0, "all inks": 12.0}
 """The lightness that `cmyk_profile` has measured, all of it neutral."""
 _PLEASING_BLACK = 45.0
@@ -233,6 +248,55 @@ def cmyk_profile(padding: int = 0) -> bytes:
         b"test": b"test" + bytes(4 + padding),
     }
     return _profile(b"prtr", b"CMYK", b"Lab ", tags)
+
+
+def rgb_profile(
+    primaries: tuple[tuple[float, float], ...],
+    gamma: float | None = None,
+    white: tuple[float, float] = D65,
+) -> bytes:
+    """A profile of a display with these primaries and a gamma, or else the curve of sRGB."""
+    # The type "para": a power, or the five numbers of sRGB.
+    curve = (0, gamma) if gamma else (3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    shape = b"para" + bytes(4) + struct.pack(">H2x", int(curve[0])) + _fixed(*curve[1:])
+    red, green, blue = to_pcs(primaries, white).T
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"wtpt": b"XYZ " + bytes(4) + _fixed(*PCS_WHITE),
+        **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), shape),
+        b"rXYZ": b"XYZ " + bytes(4) + _fixed(*red),
+        b"gXYZ": b"XYZ " + bytes(4) + _fixed(*green),
+        b"bXYZ": b"XYZ " + bytes(4) + _fixed(*blue),
+    }
+    return _profile(b"mntr", b"RGB ", b"XYZ ", tags, version=4)
+
+
+def table_profile(*directions: bytes) -> bytes:
+    """Adobe RGB by tables, as printers have them: A2B0 leads from RGB, and B2A0 back."""
+    matrix, levels = to_pcs(ADOBE_RGB), np.linspace(0, 1, 1024)
+    one = 0x8000 / 0xFFFF  # of XYZ as a table holds it
+    corners = np.array([*np.ndindex(2, 2, 2)]) @ matrix.T * one
+    to_light, to_rgb = levels**2.2, levels ** (1 / 2.2)
+    tables = {
+        b"A2B0": _table(3, 3, _shorts(corners), curve_in=to_light),
+        b"B2A0": _table(
+            3,
+            3,
+            _shorts(np.array([*np.ndindex(2, 2, 2)])),
+            matrix=np.asarray(np.linalg.inv(matrix) / one, float),
+            curve_out=to_rgb,
+        ),
+    }
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"wtpt": b"XYZ " + bytes(4) + _fixed(*PCS_WHITE),
+        **{name: tables[name] for name in directions},
+    }
+    return _profile(b"prtr" if len(directions) == 2 else b"scnr", b"RGB ", b"XYZ ", tags)
+
+
+def _shorts(values: Floats) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in (values * 0xFFFF).round().astype(int).tolist()]
 
 
 def grey_profile(gamma: float) -> bytes:
@@ -270,13 +334,24 @@ def _profile(
     return header + bytes(28) + _fixed(0.9642, 1.0, 0.8249) + bytes(48) + table + body
 
 
-def _table(inputs: int, outputs: int, grid: list[tuple[int, ...]]) -> bytes:
+def _table(
+    inputs: int,
+    outputs: int,
+    grid: list[tuple[int, ...]],
+    matrix: Floats = np.identity(3),
+    curve_in: npt.ArrayLike = (0, 1),
+    curve_out: npt.ArrayLike = (0, 1),
+) -> bytes:
     """A lut16Type with two points along each side."""
-    head = struct.pack(">4s4xBBBx", b"mft2", inputs, outputs, 2)
-    head += _fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + struct.pack(">HH", 2, 2)
-    straight = struct.pack(">HH", 0, 0xFFFF)
+    head = struct.pack(">4s4xBBBx", b"mft2", inputs, outputs, 2) + _fixed(*matrix.flat)
+    before, after = (_curve(each) for each in (curve_in, curve_out))
+    head += struct.pack(">HH", len(before) // 2, len(after) // 2)
     values = b"".join(struct.pack(f">{outputs}H", *entry) for entry in grid)
-    return head + straight * inputs + values + straight * outputs
+    return head + before * inputs + values + after * outputs
+
+
+def _curve(points: npt.ArrayLike) -> bytes:
+    return bytes((np.asarray(points, float) * 0xFFFF).round().astype(">u2"))
 
 
 def _fixed(*values: float) -> bytes:
