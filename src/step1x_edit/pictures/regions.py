@@ -175,7 +175,7 @@ def pasted(edited: Pixels, source: Picture, box: Box) -> Picture:
 
 
 def preview(part: Pixels, source: Picture, box: Box) -> Pixels:
-    """The whole picture in sRGB with a preview of the edited part in its place, in about its size."""
+    """The whole picture in sRGB, in about its size, with a preview of the edited part."""
     scale = min(1.0, sqrt(part.size / source.pixels.size))
     width, height = max(round(scale * source.width), 1), max(round(scale * source.height), 1)
     whole = Image.fromarray(source.in_srgb).resize((width, height), reducing_gap=2)
