@@ -496,10 +496,10 @@ class EditService:
     ) -> _Source:
         from step1x_edit.pictures import images, regions
 
-        sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
         picture = before = images.decode(data, self._limits)
         size = picture.width, picture.height
         images.check_encodable(*regions.grown_size(request.outpaint, *size), suffix)
+        sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
         may_change, mask_sha256, box = None, None, None
         if mask is not None:
             with about_the_mask():
