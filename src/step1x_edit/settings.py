@@ -41,6 +41,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from step1x_edit import foreign_json
 from step1x_edit.errors import SettingsError, Step1XEditError
+from step1x_edit.lora_names import lora_name
 from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
@@ -145,16 +146,16 @@ def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
             found[path] = strength
             continue
         for file in sorted(path.glob("*.safetensors")):
-            if file.stem.isprintable() and not file.name.startswith("."):
+            if lora_name(file).isprintable() and not file.name.startswith("."):
                 found.setdefault(file, paths.get(file, strength))
     by_name: dict[str, Path] = {}
     for file in found:
-        other = by_name.setdefault(file.stem, file)
+        other = by_name.setdefault(lora_name(file), file)
         if other != file:
             raise PydanticCustomError(
                 "plain_text",
                 "has two files named {name}, {one} and {other}; rename one",
-                {"name": file.stem, "one": str(other), "other": str(file)},
+                {"name": lora_name(file), "one": str(other), "other": str(file)},
             )
     return found
 

@@ -13,6 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from step1x_edit.errors import SettingsError
+from step1x_edit.lora_names import lora_name
 from step1x_edit.settings import (
     MOST,
     Settings,
@@ -186,6 +187,19 @@ def test_loras_in_a_folder_are_there_and_added_only_if_that_is_said(
         read(f"{folder}{os.pathsep}{tmp_path}/a.safetensors")
     assert "LORA_PATH has two files named a, " in str(caught.value)
     assert str(caught.value).endswith("; rename one")
+
+
+def test_loras_of_peft_have_the_names_of_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("hand", "look")]
+    for file in files:
+        file.parent.mkdir()
+        file.touch()
+    monkeypatch.setenv("LORA_PATH", f"{files[0].parent}{os.pathsep}{files[1]}")
+
+    assert load_settings().lora_path == {files[0]: 0.0, files[1]: 1.0}
+    assert list(map(lora_name, files)) == ["hand", "look"]
 
 
 def test_flags_win_over_the_environment_and_this_over_the_file(

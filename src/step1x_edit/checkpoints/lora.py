@@ -27,6 +27,7 @@ from step1x_edit import foreign_json
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.stored import refuse_pickle
 from step1x_edit.errors import CheckpointError
+from step1x_edit.lora_names import lora_name
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +144,8 @@ class Loras:
 
         `shapes` are those of the transformer's official weights. Nothing is read.
         """
-        self._files = {path.stem: path for path in files or {}}
-        self._usual = {path.stem: strength for path, strength in (files or {}).items()}
+        self._files = {lora_name(path): path for path in files or {}}
+        self._usual = {lora_name(path): strength for path, strength in (files or {}).items()}
         self._shapes = shapes or {}
         self._links = links
         self._links_by_name = {link.official: link for link in links}
@@ -222,7 +223,7 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
     if unknown:
         log.warning("%s: not for the transformer and left out: %s", path.name, some_of(unknown))
     changes = {name: _low_rank(path, name, found, alpha_of_all) for name, found in parts.items()}
-    lora = Lora(path.stem, changes)
+    lora = Lora(lora_name(path), changes)
     _check_shapes(path, lora, shapes, links)
     return lora
 

@@ -45,6 +45,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.hub.catalog import CATALOG, SUGGESTED, Suggestion
 from step1x_edit.hub.pulled import resolve_model_path
+from step1x_edit.lora_names import lora_name
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
 from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
@@ -137,7 +138,7 @@ class EditService:
         """The callers' files, for the interfaces that take paths."""
         self._settings = settings
         self._limits = settings.limits
-        self._loras = {path.stem: strength for path, strength in settings.lora_path.items()}
+        self._loras = {lora_name(path): strength for path, strength in settings.lora_path.items()}
         self._outcomes: Counter[str] = Counter()
         self._result_files = ResultFiles(settings)
         self._estimator = estimator
