@@ -40,7 +40,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from published_tokenizer import published_tokenizer
 from step1x_edit.checkpoints import keymap
-from step1x_edit.checkpoints.lora import deltas, read_lora
+from step1x_edit.checkpoints.lora import delta_of
+from step1x_edit.checkpoints.lora_file import read_lora
+from step1x_edit.checkpoints.lora_methods import LowRank
 from step1x_edit.model import (
     conditioner,
     conditioner_v1_2,
@@ -822,13 +824,17 @@ def check_lora_merge(case: Case) -> None:
     lora = read_lora(file, shapes, links)
     changed = [f"{module}.weight" for module in case.sidecar["modules"]]
     case.same("modules", sorted(lora.changes), sorted(changed))
-    ranks = {change.down.shape[0] for change in lora.changes.values()}
-    alphas = {change.alpha for change in lora.changes.values()}
+    products = [change for change in lora.changes.values() if isinstance(change, LowRank)]
+    ranks = {change.down.shape[0] for change in products}
+    alphas = {change.scale * change.down.shape[0] for change in products}
     case.same("rank and alpha", (ranks, alphas), ({case.sidecar["rank"]}, {case.sidecar["alpha"]}))
     expected = dict(case.tensors)
-    delta_of = deltas([(lora, case.sidecar["multiplier"])], links)
+    links_by_name = {link.official: link for link in links}
     for name, weight in weights.items():
-        delta = delta_of(name)
+        if name not in links_by_name:
+            continue
+        used = [(lora, case.sidecar["multiplier"])]
+        delta = delta_of(links_by_name[name], used, weight.float)
         if delta is not None:
             recorded = expected.pop(f"merged.{name}")
             case.compare("merged weights", weight + delta, recorded, ONE_ROUNDING)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from step1x_edit.channel import EditJob, Painted, Progress, Start
@@ -72,8 +72,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of_hand = ["single_blocks.1.linear1", "double_blocks.0.img_attn.qkv"]
     of_look = ["single_blocks.1.linear2", "final_layer.linear"]
     write_lora(folder / "hand.safetensors", of_hand, 1)
-    write_lora(folder / "look.safetensors", of_look, 2)
+    look = write_lora(folder / "look.safetensors", of_look, 2)
+    save_file(load_file(look) | relative_to_the_base(), look)
     return folder
+
+
+def relative_to_the_base() -> dict[str, Tensor]:
+    """A magnitude, which makes a DoRA of a LoRA, and changes of a bias and of a norm."""
+    key = "lora_unet_single_blocks_1"
+    return {
+        f"{key}_linear2.dora_scale": torch.full((SHAPES["single_blocks.1.linear2.bias"][0],), 2.0),
+        f"{key}_linear2.diff_b": torch.ones(SHAPES["single_blocks.1.linear2.bias"]),
+        f"{key}_norm_query_norm.diff": torch.ones(SHAPES["single_blocks.1.norm.query_norm.scale"]),
+    }
 
 
 def files(folder: Path, strengths: Strengths | None = None) -> dict[Path, float]:

@@ -426,7 +426,7 @@ def test_loras_are_added_to_what_stays_on_disk(
 
 
 def a_lora(file: Path, folder: Path) -> Path:
-    """A change of a block of the core and of one of the prologue."""
+    """A DoRA of a block of the core and of one of the prologue."""
     transformer = open_checkpoint(folder).checkpoint.pipeline.transformer
     random = torch.Generator().manual_seed(5)
     tensors = {}
@@ -435,6 +435,7 @@ def a_lora(file: Path, folder: Path) -> Path:
         key = f"lora_unet_{name.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = torch.randn(2, columns, generator=random)
         tensors[f"{key}.lora_up.weight"] = torch.randn(rows, 2, generator=random)
+        tensors[f"{key}.dora_scale"] = torch.rand(1, columns, generator=random)
     save_file(tensors, file)
     return file
 

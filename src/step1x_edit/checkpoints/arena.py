@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
@@ -74,6 +75,11 @@ _RANKS: Final = tuple((component, re.compile(pattern)) for component, pattern in
 
 Check: TypeAlias = Callable[[], None]
 """Called between pieces of work; raises to stop it."""
+
+
+DeltaOf: TypeAlias = Callable[[str, Callable[[], Tensor]], Tensor | None]
+"""Returns the delta of a weight, by its name and a function that returns its numbers; both are in
+float32."""
 
 
 class Read(NamedTuple):
@@ -201,14 +207,13 @@ class Arena:
         self,
         block: str,
         memory: Tensor,
-        delta_of: Callable[[str], Tensor | None],
+        delta_of: DeltaOf,
         check: Check = never_stop,
     ) -> None:
         """Write a block, with deltas added to some of its weights, into memory of its size.
 
-        If that is the block's own memory, the block is read again.
-        `delta_of` returns the delta of a weight by its name, in float32. A matrix that is kept as
-        codes is read again, so that it is rounded only once; raises as `fill` does.
+        If that is the block's own memory, the block is read again. A matrix that is kept as codes
+        is read again, so that it is rounded only once; raises as `fill` does.
         """
         base = self.memories.get(block)
         if base is None or base is memory:
@@ -217,7 +222,7 @@ class Arena:
             memory.copy_(base)
         for place in self._places[block]:
             check()
-            delta = delta_of(place.weight.name)
+            delta = delta_of(place.weight.name, partial(_unchanged, place, memory))
             if delta is not None:
                 self._add(block, place, delta, memory, check)
 
@@ -361,20 +366,33 @@ class _CodedPiece:
     def read(self) -> int:
         """Read and code the rows, and return how many bytes were read."""
         assert self.weight.code is not None
-        rows = torch.empty(self.source.shape)
-        if isinstance(self.source, Tensor):
-            rows.copy_(self.source)
-        else:
-            flat, place = rows.view(-1), 0
-            for span in self.source.spans:
-                _read(self.weight, span, flat[place : place + span.count])
-                place += span.count
+        rows = _in_full(self.weight, self.source)
         if self.delta is not None:
             rows += self.delta
         coded = code(rows, self.weight.code)
         self.codes.copy_(coded.codes)
         self.scale.copy_(coded.scale)
         return self.size
+
+
+def _unchanged(place: _Place, memory: Tensor) -> Tensor:
+    """A weight in float32, from a copy of its block; from its source if codes are kept of it."""
+    if place.weight.code is None:
+        return place.view(memory).float()
+    assert place.weight.source is not None
+    return _in_full(place.weight, place.weight.source)
+
+
+def _in_full(weight: Weight, source: Stored | Tensor) -> Tensor:
+    """Numbers of a weight, in float32."""
+    numbers = torch.empty(source.shape)
+    if isinstance(source, Tensor):
+        return numbers.copy_(source)
+    flat, place = numbers.view(-1), 0
+    for span in source.spans:
+        _read(weight, span, flat[place : place + span.count])
+        place += span.count
+    return numbers
 
 
 def _finish(reading: Iterator[Read]) -> None:

@@ -8,11 +8,9 @@ changed each time they are read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from step1x_edit.checkpoints.arena import Arena, Check, never_stop
+from step1x_edit.checkpoints.arena import Arena, Check, DeltaOf, never_stop
 from step1x_edit.checkpoints.lora import Changes, Mark
 
 
@@ -23,7 +21,7 @@ class ChangedBlocks:
         self._arena = arena
         names = [block.name for block in arena.blocks]
         self._marks: dict[str, tuple[Mark, ...] | None] = dict.fromkeys(names, ())
-        self._deltas: dict[str, Callable[[str], Tensor | None]] = {}  # of blocks on disk
+        self._deltas: dict[str, DeltaOf] = {}  # of blocks on disk
         self._has_room = len(arena.memories) == len(names)
         self.memories: dict[str, Tensor] = dict(arena.memories)
         """Always the same dictionary, so that its users see each change.
