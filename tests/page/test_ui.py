@@ -527,10 +527,16 @@ def test_only_what_is_painted_over_changes(open_page: OpenPage, photo: Path) -> 
 
     paint(page)
     page.fill("#region-prompt textarea", "invert")
+    page.locator("#region-region").get_by_text("Full", exact=True).click()
     page.click("#region-run")
     page.wait_for_selector("#region-download")
     expect(page.locator("#region-line")).to_contain_text("% of the picture changed")
-    before, after = pixels(photo), pixels(downloaded(page, "#region-download"))
+    expect(page.locator("#edit-region")).to_be_hidden()
+    result = downloaded(page, "#region-download")
+    before, after = pixels(photo), pixels(result)
+    record = images.read_edit_record(result)
+    assert record is not None
+    assert record.region == "full"
 
     changed = (before != after).any(axis=-1)
     assert 0 < changed.mean() < 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,20 @@ async def test_previews_of_a_crop_show_the_whole_picture(
     corner, middle = previews[0][0, 0], previews[0][height * 320 // 400, width * 730 // 800]
     assert (middle == 5).all()  # the fake worker's preview is the number of its step
     assert (corner > 5).any()
+
+
+async def test_the_model_judges_the_crop(make_service: MakeService, large: Path) -> None:
+    service, mask = make_service(FakeWorker(model="v1.2")), large.with_name("mask.png")
+
+    arguments = {"prompt": "x", "region": "full", "size_level": 512, "reflection": True}
+    request = service.read_picture(arguments)
+    edited = await service.edit_picture(large.read_bytes(), request, mask=mask.read_bytes())
+
+    assert edited.metadata.region is not None
+    left, top, right, bottom = edited.metadata.region.box
+    shown = [Image.open(io.BytesIO(small)).size for small in edited.rounds]
+    assert shown == [(right - left, bottom - top)] * 2
+    assert edited.picture.pixels.shape == (400, 800, 3)
 
 
 # --- outpaint ------------------------------------------------------------------------------------
