@@ -84,7 +84,7 @@ class Canvas:
     """A picture that has grown, and what may change of it."""
 
     picture: Picture
-    """The new area continues the picture: blurred reflections, opaque."""
+    """The new area continues the picture: reflections that become blurred, opaque."""
     mask: Pixels
     before: Picture
     """The picture with nothing around it: the new area is transparent."""
@@ -119,13 +119,28 @@ def grown(picture: Picture, mask: Pixels | None, outpaint: str, limits: Limits) 
 
 
 def _continued(pixels: Pixels, margins: Margins) -> Pixels:
-    """The picture and, around it, its blurred reflection: colours to begin from, no content."""
-    height, width = pixels.shape[:2]
-    reflected = np.pad(pixels, (*margins.around, (0, 0)), "symmetric")
-    blur = ImageFilter.BoxBlur(max(2, round(_BLUR * max(width, height))))
-    canvas = np.array(Image.fromarray(reflected).filter(blur))
-    canvas[margins.top : margins.top + height, margins.left : margins.left + width] = pixels
-    return canvas
+    """The picture and, around it, its reflection: colours to begin from, without content.
+
+    The reflection is sharp where it touches the picture, so that no edge is seen there, and becomes
+    blurred within the radius of the blur.
+    """
+    reflected = Image.fromarray(np.pad(pixels, (*margins.around, (0, 0)), "symmetric"))
+    radius = max(2, round(_BLUR * max(pixels.shape)))
+    blurred = reflected.filter(ImageFilter.BoxBlur(radius))
+    rows, columns = (
+        _away(side, around, radius)
+        for side, around in zip(pixels.shape[:2], margins.around, strict=True)
+    )
+    return np.array(
+        Image.composite(blurred, reflected, Image.fromarray(np.maximum.outer(rows, columns)))
+    )
+
+
+def _away(side: int, around: tuple[int, int], radius: int) -> Pixels:
+    """For each row or column, how far it is from the picture: 0 in it, 255 at the radius."""
+    distance = np.pad(np.zeros(side), around, "linear_ramp", end_values=around)
+    away: Pixels = (distance * 255 / radius).clip(0, 255).astype(np.uint8)
+    return away
 
 
 # --- a crop around what may change ---------------------------------------------------------------
