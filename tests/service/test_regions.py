@@ -16,6 +16,7 @@ from step1x_edit.channel import EditJob, Progress
 from step1x_edit.errors import ImageAspectError, ImageTooLargeError, InvalidParameterError
 from step1x_edit.model.config import DEMO
 from step1x_edit.pictures.images import Pixels, read_edit_record
+from step1x_edit.pictures.regions import Margins, margins_of
 from step1x_edit.service.service import EditService
 
 LEFT, TOP, RIGHT, BOTTOM = 700, 300, 760, 340
@@ -190,13 +191,15 @@ async def test_the_model_judges_the_crop(make_service: MakeService, large: Path)
         ("25%", 12, 16, 12, 16),
         ("0, 10px", 0, 10, 0, 10),
         ("1 2 3", 1, 2, 3, 2),
+        ([0, "8px"], 0, 8, 0, 8),
+        ("[1, 2, 3, 4]", 1, 2, 3, 4),
         ("0 0 0 100%", 0, 0, 0, 64),
     ],
 )
 async def test_the_canvas_grows_and_the_old_pixels_stay(
     make_service: MakeService,
     photo: Path,
-    outpaint: str,
+    outpaint: object,
     top: int,
     right: int,
     bottom: int,
@@ -216,7 +219,8 @@ async def test_the_canvas_grows_and_the_old_pixels_stay(
     assert np.array_equal(worker.jobs[0].image[old], before)
     record = read_edit_record(photo.with_name("photo_edited.png"))
     assert record is not None
-    assert record.outpaint == metadata["outpaint"] == outpaint.replace(",", "").replace("px", "")
+    assert record.outpaint == metadata["outpaint"]
+    assert margins_of(record.outpaint, 64, 48) == Margins(top, right, bottom, left)
 
 
 async def test_what_a_mask_selects_may_change_too(make_service: MakeService, large: Path) -> None:
@@ -326,6 +330,8 @@ async def test_adding_nothing_is_an_edit_of_the_picture_as_it_is(
         ),
         ({"outpaint": "-8"}, "outpaint must be one to four sizes .*, got '-8'"),
         ({"outpaint": True}, "outpaint must be a text, got true"),
+        ({"outpaint": [8, None]}, "outpaint must be a text, got a list"),
+        ({"outpaint": [-8]}, "outpaint must be one to four sizes .*, got '-8'"),
         ({"outpaint": 10**400}, "outpaint must be a text, got a huge number"),
         ({"outpaint": "0.1%"}, "outpaint 0.1% adds no pixel to a picture of 64×48"),
     ],

@@ -180,8 +180,13 @@ def _each_lora_once(values: list[str] | None) -> list[str] | None:
     return values
 
 
-def _pixels_as_text(value: object) -> object:
-    return str(value) if type(value) is int and 0 <= value < MAX_ADDED else value
+def _sizes_as_text(value: object) -> object:
+    """Read 256 and [0, "25%"] as texts."""
+    value = read_list(value)
+    sizes = value if isinstance(value, list) else [value]
+    if all(isinstance(each, str) or (type(each) is int and each < MAX_ADDED) for each in sizes):
+        return " ".join(map(str, sizes))
+    return value
 
 
 def _outpaint(value: str) -> str:
@@ -357,7 +362,7 @@ Outpaint = Annotated[
         "four sizes for top, right, bottom and left. Default: the size of the input",
     ),
     AfterValidator(_outpaint),
-    BeforeValidator(_pixels_as_text),
+    BeforeValidator(_sizes_as_text),
 ]
 ImagePaths = Annotated[
     list[_PathText],
