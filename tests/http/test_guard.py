@@ -77,6 +77,7 @@ ROUTES = {
     "/v1/images/edits": {"POST"},
     "/v1/images/edits/estimate": {"POST"},
     "/v1/images/generations": {"POST"},
+    "/v1/recipes/read": {"POST"},
     "/v1/images/{image_id}/content": {"GET"},
     "/v1/jobs": {"GET", "POST"},
     "/v1/jobs/{job_id}": {"DELETE", "GET"},
@@ -101,6 +102,7 @@ TAKES_A_BODY = {
         "/v1/images/edits/estimate",
         "/v1/images/generations",
         "/v1/jobs",
+        "/v1/recipes/read",
     )
 }
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")

@@ -322,7 +322,8 @@ async def test_annotations_are_honest(make_service: MakeService) -> None:
     # With overwrite they replace files.
     edits = {"edit_image", "batch_edit_images", "submit_edit", "generate_image"}
     assert names("destructive_hint") == edits
-    assert names("read_only_hint") == {"get_gpu_status", "get_job", "view_image"}
+    looking = {"get_gpu_status", "get_job", "view_image", "read_recipe"}
+    assert names("read_only_hint") == looking
     assert names("idempotent_hint") == told.keys() - edits
     assert names("open_world_hint") == set()
     assert names("title") == told.keys()

@@ -39,6 +39,7 @@ from step1x_edit.interfaces.http.jobs import job_operation, job_routes
 from step1x_edit.interfaces.http.metrics import Metrics
 from step1x_edit.interfaces.http.models import model_routes
 from step1x_edit.interfaces.http.openai.images import image_routes
+from step1x_edit.interfaces.http.recipes import recipe_routes
 from step1x_edit.interfaces.mcp.hangups import NoteHangUps
 from step1x_edit.interfaces.mcp.refusals import OneSentence
 from step1x_edit.interfaces.mcp.server import build_mcp
@@ -103,6 +104,7 @@ def build_routes(
         app.router.routes.extend(gpu_routes(service).routes)
         app.router.routes.extend(image_routes(service, settings, runs).routes)
         app.router.routes.extend(estimate_routes(service).routes)
+        app.router.routes.extend(recipe_routes().routes)
         app.router.routes.extend(job_routes(service, store, runs, app.state.closing).routes)
         app.router.routes.extend(model_routes(pulls, app.state.closing).routes)
     app.router.routes.extend(health_routes(service, metrics, secret).routes)

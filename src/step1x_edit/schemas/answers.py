@@ -13,7 +13,12 @@ from step1x_edit.errors import Step1XEditError
 from step1x_edit.model.request import Mode
 from step1x_edit.schemas.parameters import CONTRACT, in_order
 from step1x_edit.schemas.plan import PlanStatus
-from step1x_edit.schemas.requests import GeneratePictureRequest, HowToEdit, PictureRequest
+from step1x_edit.schemas.requests import (
+    GeneratePictureRequest,
+    HowToEdit,
+    HowToGenerate,
+    PictureRequest,
+)
 
 Location = Literal["Unloaded", "CPU", "GPU"]
 ComputedIn = Annotated[
@@ -244,6 +249,64 @@ class ErrorAnswer(_Answer):
     def of(cls, error: Step1XEditError) -> ErrorAnswer:
         """The answer that reports `error`."""
         return cls(error=str(error), code=error.code, retry_after_s=error.retry_after_s)
+
+
+class RecipeAnswer(_Answer):
+    """How a picture was made, as its file says: enough to make it again."""
+
+    status: Literal["success"] = "success"
+    model: Annotated[str, Field(description="The model, with its LoRAs")]
+    prompt: Annotated[
+        str | None, Field(description="Left out if the operator keeps prompts out of files")
+    ] = None
+    parameters: Annotated[
+        HowToEdit | HowToGenerate,
+        Field(description="The other parameters, by their names in a request"),
+    ]
+    input_sha256: Annotated[
+        str | None,
+        Field(description="The hash of the input's bytes; left out if there was no input"),
+    ] = None
+    mask_sha256: Annotated[
+        str | None, Field(description="The hash of the mask's bytes, if there was one")
+    ] = None
+    rewritten_prompt: Annotated[
+        str | None, Field(description="The prompt as the model rewrote it, with thinking")
+    ] = None
+    precision: Annotated[str | None, Field(description="How the weights were kept")] = None
+    arithmetic: ComputedIn = None
+    numerics: Numerics = None
+
+
+class Difference(_Answer):
+    """What a picture and the same one made again say differently about themselves."""
+
+    name: str
+    then: str | None = None
+    now: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        return f"{self.name} {self.then or 'unknown'}, now {self.now or 'unknown'}"
+
+
+class CheckAnswer(_Answer):
+    """A picture compared with the one that its recipe gives now."""
+
+    status: Literal["success"] = "success"
+    message: Annotated[str, Field(description="Equal to the byte, or what differs and why")]
+    equal: Annotated[bool, Field(description="Whether the bytes of the files are equal")]
+    max_difference: Annotated[
+        int | None, Field(description="The largest difference of a value, in levels of 255")
+    ] = None
+    changed_share: Annotated[
+        float | None, Field(description="The share of the values that differ, 0 to 1")
+    ] = None
+    differences: Annotated[
+        list[Difference] | None, Field(description="What the records say differently")
+    ] = None
+    metadata: EditMetadata
 
 
 class BatchItem(_Answer):

@@ -553,6 +553,12 @@ class ViewRequest(Request):
     max_size: MaxSize = DEFAULT_MAX_SIZE
 
 
+class RecipeRequest(Request):
+    """A picture whose recipe to read."""
+
+    image_path: Annotated[_PathText, Field(description="Path of a picture that was made here")]
+
+
 class HandleRequest(Request):
     """An edit that runs in the background."""
 

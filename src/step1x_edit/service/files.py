@@ -22,7 +22,7 @@ import re
 import secrets
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -143,6 +143,23 @@ class FileAccess:
     def read_stream(self, stream: BinaryIO) -> bytes:
         """The content of a stream; if it is too long, just enough of it to detect that."""
         return stream.read(self._max_bytes + 1)
+
+    def beside(self, path: Path, suffixes: Collection[str], most: int) -> list[Path]:
+        """The regular files with such suffixes in the folder of a file, at most so many.
+
+        Those whose name the file's continues come first: `photo.jpg` for `photo_edited.png`.
+        """
+        self._real_inside(str(path.parent), written_as=str(path))
+        with os.scandir(path.parent) as entries:
+            found = [
+                Path(entry.path)
+                for entry in entries
+                if Path(entry.name).suffix.lower() in suffixes
+                and entry.is_file(follow_symlinks=False)
+                and entry.stat(follow_symlinks=False).st_size <= self._max_bytes
+            ]
+        found.sort(key=lambda each: (not path.stem.startswith(each.stem), each.name))
+        return found[:most]
 
     def identify(self, paths: Iterable[str]) -> frozenset[FileIdentity]:
         """The identities of these files; missing or disallowed ones are left out."""

@@ -41,6 +41,7 @@ from step1x_edit.schemas.answers import (
     PullAnswer,
     PulledModel,
     PullProgressAnswer,
+    RecipeAnswer,
     StatusAnswer,
 )
 from step1x_edit.schemas.openai import (
@@ -52,6 +53,7 @@ from step1x_edit.schemas.parameters import parameters_of
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
     GeneratePictureRequest,
+    HowToEdit,
     JobsRequest,
     PictureRequest,
     PictureSize,
@@ -700,6 +702,46 @@ ESTIMATE_EDIT: Final[dict[str, Any]] = {
         ),
     },
     "openapi_extra": {"requestBody": {"required": True, "content": _ESTIMATE_BODY}},
+}
+
+# --- recipes --------------------------------------------------------------------------------------
+
+_MADE_FILE: Final = {**_PICTURE_UPLOAD, "description": "A picture that was made here"}
+_RECIPE: Final = RecipeAnswer(
+    model="Step1X-Edit v1.1",
+    prompt="change to night scene",
+    parameters=HowToEdit(seed=42, loras=[]),
+    input_sha256="0123456789abcdef" * 4,
+    precision="bf16",
+    numerics="NVIDIA H100/torch 2.13.0",
+)
+
+READ_RECIPE: Final[dict[str, Any]] = {
+    "operation_id": "read_recipe",
+    "summary": "Read how a picture was made",
+    "description": "The file of a result contains the parameters that it was made with. With "
+    "`prompt` and `parameters` as the fields of a request, and the input whose SHA-256 is "
+    "`input_sha256`, the same model makes the same picture again. Nothing is run or stored.",
+    "response_model": RecipeAnswer,
+    "responses": {
+        200: _json("The recipe", _RECIPE),
+        **_failures("invalid_parameter", "no_recipe", "image_too_large", 415),
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "properties": {FILE: _MADE_FILE},
+                        "required": [FILE],
+                        "additionalProperties": False,
+                    }
+                }
+            },
+        }
+    },
 }
 
 # --- stored jobs ----------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ STATUS_OF: Final[Mapping[str, int]] = {
     "image_too_large": 413,
     "image_too_small": 422,
     "image_aspect": 422,
+    "no_recipe": 422,
     "output_exists": 409,
     "output_not_writable": 403,
     "no_space": 507,

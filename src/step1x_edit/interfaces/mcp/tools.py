@@ -42,6 +42,7 @@ from step1x_edit.schemas.answers import (
     EditAnswer,
     ErrorAnswer,
     GpuAnswer,
+    RecipeAnswer,
     RunningAnswer,
     StatusAnswer,
 )
@@ -50,11 +51,13 @@ from step1x_edit.schemas.requests import (
     EditRequest,
     GenerateRequest,
     HandleRequest,
+    RecipeRequest,
     ViewRequest,
     WaitRequest,
     read_request,
 )
 from step1x_edit.service.file_edits import FileEdits
+from step1x_edit.service.recipes import read_made, recipe_of
 from step1x_edit.service.service import EditService
 from step1x_edit.waiting import until
 
@@ -103,6 +106,7 @@ class Tools:
             of(self.cancel_job, "Cancel an edit", _MOVING, HandleRequest, [CancelAnswer]),
             of(self.view_image, "View image", _LOOKING, ViewRequest, []),
             of(self.generate_image, "Generate image", _EDITING, GenerateRequest, edited),
+            of(self.read_recipe, "Recipe of an image", _LOOKING, RecipeRequest, [RecipeAnswer]),
         ]
 
     async def close(self) -> None:
@@ -236,6 +240,17 @@ class Tools:
         picture = jpeg_content(await self._service.preview(file.data, request.max_size))
         shown = f"{Path(request.path).name}, at most {request.max_size} pixels on the longer side"
         return ToolResult([picture, TextContent(type="text", text=shown)])
+
+    async def read_recipe(self, arguments: dict[str, Any]) -> ToolResult:
+        """Read how a picture was made from its file: model, prompt, seed and all parameters.
+
+        Only pictures that edit_image, batch_edit_images or generate_image has made, in any
+        interface, have a recipe. To make the picture again, call the same tool with prompt,
+        parameters, and the input whose SHA-256 is input_sha256; another input gets the same edit.
+        """
+        path = read_request(RecipeRequest, arguments).image_path
+        made = await asyncio.to_thread(read_made, self._service.files, path)
+        return result_of(recipe_of(made.record).to_dict())
 
     async def _followed(self, edit: _Editing) -> ToolResult:
         """The result of an edit, or its progress if it lasts longer than its client waits."""

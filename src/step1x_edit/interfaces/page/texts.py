@@ -529,6 +529,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "圖片過於細長。",
         "画像が細長すぎます。",
     ),
+    "error.no_recipe": (
+        "This picture does not say how it was made.",
+        "这张图片没有记录它的制作方式。",
+        "這張圖片沒有記錄它的製作方式。",
+        "この画像には作り方の記録がありません。",
+    ),
     "error.output_exists": (
         "A file with this name already exists.",
         "已有同名文件。",
