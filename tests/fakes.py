@@ -203,6 +203,7 @@ class FakeWorker:
     """Its name; only a model named v1.2 can think and reflect."""
     warning: str | None = None
     held: Memory = Memory()
+    numerics: str = NUMERICS
     usual_loras: Mapping[str, float] = field(default_factory=dict)
     version: str | None = None
     size_multiple: int | None = None
@@ -277,7 +278,7 @@ class FakeWorker:
                 self.device,
                 self.held,
                 arithmetic="fp32 avx2" if self.device == "cpu" else None,
-                numerics=NUMERICS if self.device == "cpu" else "Fake GPU/torch 2.13.0",
+                numerics=self.numerics,
                 version=self.version,
                 size_multiple=self.size_multiple,
                 placement=self.placement,

@@ -20,7 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import MakeService, edits_of
-from fakes import FakeWorker, Gate, canvas
+from fakes import NUMERICS, FakeWorker, Gate, canvas
 from http_server import TOKEN, calling, serving
 from step1x_edit import MCPClient
 from step1x_edit.channel import EditJob
@@ -269,6 +269,8 @@ async def test_the_file_tells_what_it_was_made_with(
             width=512,
             height=1024,
             seed=5,
+            arithmetic="fp32 avx2",
+            numerics=NUMERICS,
         )
         assert read_edit_record(data) is None
         assert b"newscodes/digitalsourcetype/trainedAlgorithmicMedia" in data
@@ -528,6 +530,22 @@ def test_the_command_writes_to_stdout_and_refuses_what_does_not_go_together() ->
     assert np.array_equal(picture, 255 - canvas(expected))
     assert (both.exit_code, wrong.exit_code) == (2, 2)
     assert "width must be a multiple of 16 between 256 and 2048, got 100" in wrong.stderr
+
+
+@pytest.mark.usefixtures("fake_model")
+def test_the_command_makes_a_picture_again_from_its_file() -> None:
+    run, size = CliRunner(), ["--width", "256", "--height", "256"]
+    run.invoke(cli, ["generate", "a fox", "--output", "made.webp", *size])
+
+    checked = run.invoke(cli, ["replay", "made.webp", "--check"])
+    again = run.invoke(cli, ["replay", "made.webp", "--output", "again.webp"])
+    with_input = run.invoke(cli, ["replay", "made.webp", "--on", "made.webp"])
+
+    assert (checked.exit_code, checked.stdout) == (0, "equal to the byte\n")
+    assert again.exit_code == 0, again.stderr
+    assert Path("again.webp").read_bytes() == Path("made.webp").read_bytes()
+    assert with_input.exit_code == 2
+    assert "was generated from text" in with_input.stderr
 
 
 def test_through_a_server_progress_is_heard_the_format_is_chosen_and_no_job_stays(

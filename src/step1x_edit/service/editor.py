@@ -47,6 +47,9 @@ class Editor(Protocol[E_co]):
     async def check_room(self) -> None:
         """Raise the error that an edit would be refused with now, before its picture is read."""
 
+    async def loaded_model(self) -> str | None:
+        """The name of the model; None while none is loaded."""
+
     async def edit_picture(
         self,
         data: bytes,

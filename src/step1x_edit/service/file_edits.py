@@ -89,15 +89,16 @@ class FileEdits(Generic[E]):
         image: bytes | None = None,
         output_dir: str | None = None,
         mask: bytes | None = None,
+        others: frozenset[FileIdentity] = frozenset(),
     ) -> Saved[E]:
         """Edit one picture and save the result; cancelling the call cancels the edit, unsaved.
 
-        `image` and `mask` are the inputs if they were already read, and `output_dir` is the folder
-        for a result without an output_path.
+        `image` and `mask` are the inputs if they were already read, `output_dir` is the folder for
+        a result without an output_path, and `others` are files that it must not replace either.
         """
         await self.editor.check_room()  # a full server must not spend memory on pictures
         opened = await asyncio.to_thread(
-            self._open, request, output_dir=output_dir, image=image, mask=mask
+            self._open, request, others, output_dir=output_dir, image=image, mask=mask
         )
         return await self._edit(self.editor.edit_picture, request, opened, report)
 

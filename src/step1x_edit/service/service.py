@@ -266,6 +266,10 @@ class EditService:
         """The location of the model and the memory it occupies; never waits."""
         return StatusAnswer(gpu_status=self._gpu_status(self._engine.status()))
 
+    async def loaded_model(self) -> str | None:
+        """The name of the model; None while none is loaded."""
+        return self._engine.status().residence.model
+
     @property
     def is_editing(self) -> bool:
         """Whether the model is computing, or about to."""

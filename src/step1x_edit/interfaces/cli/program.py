@@ -19,6 +19,7 @@ from step1x_edit.interfaces.cli.gpu import offload, release, status
 from step1x_edit.interfaces.cli.history import history_app
 from step1x_edit.interfaces.cli.mcp_commands import mcp_app
 from step1x_edit.interfaces.cli.models import models_app
+from step1x_edit.interfaces.cli.replaying import replay
 from step1x_edit.interfaces.cli.serving import Serve, serve
 from step1x_edit.interfaces.cli.terminal import print_line
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command, Program, show_any_text
@@ -43,6 +44,7 @@ app.command(cls=Command)(demo)
 app.command(cls=EditCommand)(edit)
 app.command(cls=Command)(batch)
 app.command(cls=Command)(generate)
+app.command(cls=Command)(replay)
 app.command(cls=Serve)(serve)
 for command in (status, offload, release, doctor):
     app.command(cls=Command)(command)

@@ -134,6 +134,10 @@ class RemoteServer:
         """The location of its model."""
         return await self._gpu(StatusAnswer, "GET", "status")
 
+    async def loaded_model(self) -> str | None:
+        """The name of its model; None while none is loaded."""
+        return (await self.status()).gpu_status.model
+
     async def offload(self) -> GpuAnswer:
         """Move its model to host memory, after the running edit."""
         return await self._gpu(GpuAnswer, "POST", "offload")
