@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -121,9 +122,11 @@ def test_what_can_be_no_path_is_refused(page: httpx2.Client, path: object) -> No
 
 
 def test_gradio_s_own_check_of_uploads_is_active_behind_ours(
-    service: EditService, outside: Path, tmp_path: Path
+    service: EditService, outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from step1x_edit.interfaces.page import blocks
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # that of the other page is set again in the end
 
     folder = tmp_path / "page"
     folder.mkdir()
@@ -191,6 +194,62 @@ def made_for(client: httpx2.Client, session: str) -> str:
             if '"path":"' in line:
                 return line.partition('"path":"')[2].partition('"')[0]
     raise AssertionError("nothing was made")
+
+
+# --- a result as a picture ------------------------------------------------------------------------
+
+
+def settings_of_page(page: httpx2.Client, path: str, name: str, session: str) -> dict[str, Any]:
+    """What the tab *Edit* shows after a visitor has given it a picture, by the ids of its parts."""
+    config = page.get("/config").json()
+    named = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+    (take,) = [
+        one
+        for one in config["dependencies"]
+        if [(named[part], event) for part, event in one["targets"] if part in named]
+        == [("edit-picture", "change")]
+    ]
+    join(page, take["id"], [{**file_data(path), "orig_name": name}], session).raise_for_status()
+    output = completed(page, session)
+    return {named[part]: value for part, value in zip(take["outputs"], output, strict=True)}
+
+
+def completed(page: httpx2.Client, session: str) -> list[Any]:
+    """The values that the next event of a session ends with."""
+    with page.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as told:
+        for line in told.iter_lines():
+            if '"process_completed"' in line:
+                message = json.loads(line.removeprefix("data:"))
+                assert message["success"], message
+                return list(message["output"]["data"])
+    raise AssertionError("nothing was completed")
+
+
+def test_a_result_that_is_dropped_into_the_box_brings_its_settings_back(
+    page: httpx2.Client, service: EditService, photo: Path
+) -> None:
+    asked = {
+        "prompt": "add a hat",
+        "negative_prompt": "blur",
+        "num_steps": 11,
+        "guidance_scale": 4.5,
+        "size_level": 512,
+        "seed": 7,
+        "mode": "turbo",
+    }
+    made = asyncio.run(service.edit_picture(photo.read_bytes(), service.read_picture(asked)))
+
+    with_recipe = settings_of_page(page, upload(page, made.data), "<b>hat.png", "dropped")
+    without = settings_of_page(page, upload(page, photo.read_bytes()), "photo.png", "dropped")
+
+    skipped = {"__type__": "update"}
+    for name, value in asked.items():
+        assert with_recipe[f"edit-{name.replace('_', '-')}"] == value
+        assert without[f"edit-{name.replace('_', '-')}"] == skipped
+    assert with_recipe["edit-picture"] == with_recipe["edit-thinking"] == skipped
+    assert "Settings of &lt;b&gt;hat.png taken from the picture" in with_recipe["edit-line"]
+    assert "another seed than 7" in with_recipe["edit-line"]
+    assert without["edit-line"] == ""
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")

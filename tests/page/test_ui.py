@@ -233,6 +233,7 @@ def test_a_picture_is_edited_and_downloaded_as_the_service_made_it(
     before = str(picture.get_attribute("src"))
     page.click("#edit-reuse")
     expect(picture).not_to_have_attribute("src", before)
+    expect(page.locator("#edit-line")).to_have_text("")  # its settings, and its seed, stay away
     page.click("#edit-run")
     expect(page.locator("#edit-history img")).to_have_count(3)
     assert np.array_equal(pixels(downloaded(page, "#edit-download")), pixels(photo))

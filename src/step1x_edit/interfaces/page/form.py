@@ -14,7 +14,7 @@ from step1x_edit.interfaces.page.lines import alert
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.texts import has_text, text
 from step1x_edit.schemas.parameters import Parameter, parameters_of
-from step1x_edit.schemas.requests import PARAMETERS, HowToEdit, loras_of
+from step1x_edit.schemas.requests import PARAMETERS, EditRecord, HowToEdit, given, loras_of
 from step1x_edit.service.service import EditService
 
 _REASONING: Final = ("thinking", "reflection")
@@ -27,6 +27,16 @@ _PACED: Final = (
     "reflection_rounds",
 )
 """The parameters besides the mode on which the time of an edit depends."""
+_TAKEN_OVER: Final = (
+    "prompt",
+    "negative_prompt",
+    "num_steps",
+    "guidance_scale",
+    "size_level",
+    "seed",
+    "mode",
+)
+"""The settings that a result brings back: each model and server can do them."""
 
 
 class Form:
@@ -94,10 +104,15 @@ class Form:
         """Whenever this event occurs, show how long an edit takes in each mode."""
         event(self._foretell, self.inputs, self._widgets["mode"], **PRIVATE)
 
+    def settings_of(self, record: EditRecord) -> dict[Any, Any]:
+        """Updates of the inputs: the settings that a picture was made with."""
+        values = given({name: getattr(record, name) for name in _TAKEN_OVER})
+        return {self._widgets[name]: value for name, value in values.items()}
+
     def arguments(self, values: Sequence[object]) -> dict[str, object]:
         """The values of the inputs by the names of the parameters."""
-        given = dict(zip(self._widgets, values, strict=True))
-        return {**given, "prompt": str(given["prompt"] or "").strip()}
+        filled = dict(zip(self._widgets, values, strict=True))
+        return {**filled, "prompt": str(filled["prompt"] or "").strip()}
 
     # --- updates ----------------------------------------------------------------------------------
 

@@ -123,6 +123,10 @@ class Session:
         path.write_bytes(data)
         return str(path)
 
+    def has_made(self, path: Path) -> bool:
+        """Whether `save` wrote this file, and the visitor did not upload it."""
+        return path.is_relative_to(self._folder)
+
     def close(self) -> None:
         """Cancel all work and remove the files."""
         for tab in self.tabs.values():

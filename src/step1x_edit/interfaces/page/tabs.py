@@ -22,7 +22,7 @@ from PIL import Image
 from step1x_edit.channel import Progress
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.page.form import Form
-from step1x_edit.interfaces.page.lines import alert, alert_of
+from step1x_edit.interfaces.page.lines import alert, alert_of, done_line
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.results import (
@@ -37,7 +37,7 @@ from step1x_edit.interfaces.page.sessions import Asked, Session, Sessions, TabSt
 from step1x_edit.interfaces.page.texts import DEMO_EXAMPLES, EXAMPLES, text
 from step1x_edit.interfaces.page.views import BatchView, ResultView
 from step1x_edit.interfaces.pursuits import Notify
-from step1x_edit.pictures.images import Picture, decode
+from step1x_edit.pictures.images import Picture, decode, read_edit_record
 from step1x_edit.schemas.requests import PictureRequest
 from step1x_edit.service.file_edits import edit_each
 from step1x_edit.service.service import EditedPicture, EditService
@@ -208,21 +208,32 @@ class EditTab(_PictureTab):
                 self.picture = picture = self._place_picture(320)
                 self.form = form = Form(self._name, service, self._examples)
             self.view = ResultView(self._name)
-        picture.change(self.take, picture, [picture, form.line], preprocess=False, **PRIVATE)
+        taken = [picture, form.line, *form.inputs]
+        picture.change(self.take, picture, taken, preprocess=False, **PRIVATE)
         inputs, outputs = [picture, *form.inputs], [*self.view.outputs, *form.outputs]
         end = form.run.click(self.edit, inputs, outputs, preprocess=False, **PRIVATE)
         self.ends.append(end)
         self._listen_to_results()
 
-    async def take(self, request: gr.Request, given: dict[str, Any] | None) -> tuple[Any, Any]:
-        """Refuse at once a file that cannot be edited, and clear the box."""
+    async def take(self, request: gr.Request, given: dict[str, Any] | None) -> dict[Any, Any]:
+        """Refuse at once a file that cannot be edited, and clear the box.
+
+        A result that the visitor brings, and does not choose with *Use as input*, brings back the
+        settings that it was made with.
+        """
+        session, language, line = self._session(request), visitor_language(request), self.form.line
         if given is None:
-            return gr.skip(), gr.skip()
+            return {line: gr.skip()}
+        path = Path(given["path"])
         try:
-            await self._save_shown(self._session(request), given["path"])
+            await self._save_shown(session, str(path))
         except Step1XEditError as error:
-            return None, alert_of(error, visitor_language(request))
-        return gr.skip(), self._cleared(request)
+            return {self.picture: None, line: alert_of(error, language)}
+        record = None if session.has_made(path) else await asyncio.to_thread(read_edit_record, path)
+        if record is None or self._state(request).is_busy:
+            return {line: self._cleared(request)}
+        words = text("settings.taken", language, name=_name_of(given), seed=record.seed)
+        return {line: done_line(words), **self.form.settings_of(record)}
 
     async def edit(
         self, request: gr.Request, source: dict[str, Any] | None, *values: object

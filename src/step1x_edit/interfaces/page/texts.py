@@ -38,6 +38,14 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "用一句話說明，例如「變成鉛筆素描」",
         "ふつうの言葉で。例：「鉛筆スケッチにして」",
     ),
+    "settings.taken": (
+        "Settings of {name} taken from the picture. To edit this picture itself, choose another "
+        "seed than {seed}.",
+        "已采用图片 {name} 中记录的设置。若要编辑这张图片本身，请换用 {seed} 以外的种子。",
+        "已採用圖片 {name} 中記錄的設定。若要編輯這張圖片本身，請改用 {seed} 以外的種子。",
+        "{name} に記録された設定を読み込みました。この画像自体を編集するときは、"
+        "{seed} 以外のシード値を選んでください。",
+    ),
     "advanced": ("Advanced", "高级选项", "進階選項", "詳細設定"),
     "num_steps": ("Steps", "步数", "步數", "ステップ数"),
     "guidance_scale": ("Guidance", "引导强度", "引導強度", "ガイダンス"),
