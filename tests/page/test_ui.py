@@ -606,6 +606,58 @@ def test_the_model_is_told_of_and_moved_from_the_page(open_page: OpenPage, photo
     expect(page.locator(".pill")).to_contain_text("Model not loaded")
 
 
+# --- the history ----------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
+    service: EditService, open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    settings = {"api_key": None, "history": True, "data_dir": tmp_path / "data"}
+    line, steps, prompt = "#edit-line", "#edit-history img", "#edit-prompt textarea"
+    with serving(service, **settings) as url:
+        page = open_page(address=url)
+        begin(page, photo, "invert")
+        expect(page.locator(line)).to_contain_text(re.compile(r"Done in .* the rest moved \d"))
+        picture = page.locator("#edit-picture img").first
+        before = str(picture.get_attribute("src"))
+        page.click("#edit-reuse")
+        expect(picture).not_to_have_attribute("src", before)
+        page.fill(prompt, "invert it back")
+        page.click("#edit-run")
+        expect(page.locator(steps)).to_have_count(2)
+        page.close()
+
+    with serving(service, **settings) as url:
+        page = open_page(address=url)
+        expect(page.locator(steps)).to_have_count(2)
+        page.locator(steps).first.click()
+        expect(page.locator(prompt)).to_have_value("invert it back")
+        expect(page.locator(line)).to_contain_text("the rest moved 0.0 levels")
+        page.wait_for_selector("#edit-picture img")
+        assert np.array_equal(pixels(downloaded(page, "#edit-download")), pixels(photo))
+
+        page.get_by_label("Compare with").click()
+        page.get_by_role("option", name="the original").click()
+        expect(page.locator(line)).to_have_text("the rest moved 0.0 levels")
+        page.click("#edit-merge")
+        expect(page.locator(steps)).to_have_count(3)
+        merged = downloaded(page, "#edit-download")
+        record = images.read_edit_record(merged)
+        assert record is not None
+        assert record.prompt == "Invert. Invert it back."
+        assert np.array_equal(pixels(merged), 255 - pixels(photo))
+        expect(page.locator("#edit-merge")).to_be_disabled()
+
+        page.locator(steps).nth(1).click()
+        expect(page.locator("#edit-merge")).to_be_enabled()
+        page.click("#edit-undo")
+        expect(page.locator(prompt)).to_have_value("invert")
+        page.click("#edit-undo")
+        expect(page.locator("#edit-result figure")).to_have_count(0)
+        page.wait_for_selector("#edit-picture img")
+
+
 # --- languages ------------------------------------------------------------------------------------
 
 

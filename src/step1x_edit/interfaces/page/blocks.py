@@ -132,6 +132,9 @@ class _Page:
             reasoning = [choice for form in self._forms for choice in form.reasoning]
             blocks.load(None, None, [*prompts, notice], js=_RESTORE, **PRIVATE)
             blocks.load(_about, None, about, **PRIVATE)
+            for one in (edit, region):
+                if one.kept is not None:
+                    blocks.load(one.remember, None, one.view.gallery, **PRIVATE)
             blocks.load(self._offered, None, reasoning, **PRIVATE)
             system.refresh_on(blocks.load)
             system.refresh_on(gr.Timer(_REFRESH_S).tick)

@@ -114,6 +114,12 @@ class Form:
         filled = dict(zip(self._widgets, values, strict=True))
         return {**filled, "prompt": str(filled["prompt"] or "").strip()}
 
+    def fill(self, arguments: Mapping[str, object]) -> dict[Any, Any]:
+        """Set the inputs to these values; those without one get their default."""
+        defaults = {name: parameter.default for name, parameter in parameters_of(HowToEdit).items()}
+        values = {**defaults, **self._service.defaults, "seed": -1, **given(arguments)}
+        return {widget: values[name] for name, widget in self._widgets.items()}
+
     # --- updates ----------------------------------------------------------------------------------
 
     def busy(self, line: str = "") -> dict[Any, Any]:

@@ -24,6 +24,7 @@ from step1x_edit.interfaces.page.texts import text
 from step1x_edit.interfaces.rounds import split_verdict
 from step1x_edit.model.request import Pixels
 from step1x_edit.pictures.images import Picture
+from step1x_edit.service.history import Step
 from step1x_edit.service.service import EditedPicture
 
 _PREVIEW_SIDE: Final = 512
@@ -31,17 +32,24 @@ _SHOWN_SIDE: Final = 1280
 
 
 def save_result(
-    session: Session, edited: EditedPicture, asked: Asked, before: str, line: str, language: str
+    session: Session,
+    edited: EditedPicture,
+    asked: Asked,
+    before: str,
+    line: str,
+    language: str,
+    step: Step | None,
 ) -> Result:
     """Write the result, both as it is and as it is shown."""
     return Result(
         asked,
         before,
         after=save_shown(session, edited.picture),
-        file=session.save(_result_name(Path(asked.source).name), edited.data),
+        file=session.save(result_name(Path(asked.source).name), edited.data),
         line=line,
         label=edited.metadata.prompt,
         thoughts=_save_thoughts(session, edited, language),
+        step=step,
     )
 
 
@@ -78,7 +86,7 @@ class BatchResults:
 
     async def add(self, edited: EditedPicture, name: str) -> list[tuple[str, str]]:
         """Write a result to the disk; returns the pictures of the gallery."""
-        taken = _unused(_result_name(name), self._files)
+        taken = _unused(result_name(name), self._files)
 
         def save() -> tuple[str, str]:
             shown = _thumbnail(edited.picture.pixels, _PREVIEW_SIDE, edited.picture.icc_profile)
@@ -113,17 +121,32 @@ class BatchResults:
 # --- lines ----------------------------------------------------------------------------------------
 
 
-def line_of_result(edited: EditedPicture, progress: ProgressLine, language: str) -> str:
-    """The line below a result."""
+def line_of_result(
+    edited: EditedPicture, progress: ProgressLine, language: str, step: Step | None
+) -> str:
+    """The line below a result, which may be a step of the history."""
     metadata, seconds = edited.metadata, f"{progress.seconds:.1f}"
     words = text("done", language, seconds=seconds, seed=metadata.seed)
     if metadata.changed_share is not None:
         share = f"{metadata.changed_share * 100:.1f}"
         words += " · " + text("changed", language, share=share)
+    if step is not None:
+        words += drift_words(step.drift, language)
     line = done_line(words)
     if not progress.is_known:
         return line + caution(text("unknown_edit", language))
     return line if metadata.warning is None else line + caution(metadata.warning)
+
+
+def line_of_step(step: Step, language: str) -> str:
+    """The line below a step of the history."""
+    words = text("step", language, seed=step.metadata.seed)
+    return done_line(words + drift_words(step.drift, language))
+
+
+def drift_words(drift: float | None, language: str) -> str:
+    """The part of a line about the drift, if it is known."""
+    return "" if drift is None else " · " + text("drift", language, levels=f"{drift:.1f}")
 
 
 def line_of_failure(error: Step1XEditError, language: str) -> str:
@@ -155,7 +178,8 @@ def _thumbnail(pixels: Pixels, side: int, icc_profile: bytes | None) -> bytes:
     return buffer.getvalue()
 
 
-def _result_name(name: str) -> str:
+def result_name(name: str) -> str:
+    """The name of a result, from that of its picture."""
     stem = re.sub(r"[^\w-]+", "_", Path(name).stem)[:80].removesuffix("_edited")
     return f"{stem or 'picture'}_edited.png"
 

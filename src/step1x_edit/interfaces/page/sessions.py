@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 from step1x_edit.errors import EditCancelledError
 from step1x_edit.interfaces.page.files import PageFiles
 from step1x_edit.interfaces.pursuits import Pursuit, Work
+from step1x_edit.service.history import Step
 
 E = TypeVar("E")
 
@@ -57,6 +58,8 @@ class Result:
     line: str
     label: str
     thoughts: Thoughts | None
+    step: Step | None = None
+    """The step of the history that it is, with HISTORY on."""
 
 
 class TabState:
@@ -66,6 +69,8 @@ class TabState:
         self.result: Result | None = None
         """The result that is shown."""
         self.history: Sequence[Result] = ()
+        self.steps: Sequence[Step] = ()
+        """With HISTORY on: the steps that are shown, newest first."""
         self.is_busy = False
         self._is_stopped = False
         self._pursuit: Pursuit[Any, None] | None = None
@@ -110,6 +115,8 @@ class Session:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.tabs: dict[str, TabState] = defaultdict(TabState)
+        self.previews: dict[str, str] = {}
+        """The paths of small pictures of the history, by their SHA-256."""
 
     def place(self, name: str) -> Path:
         """Make a path for a file of this name, at an address that nobody can guess."""

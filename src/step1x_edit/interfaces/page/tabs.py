@@ -22,11 +22,13 @@ from PIL import Image
 from step1x_edit.channel import Progress
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.page.form import Form
-from step1x_edit.interfaces.page.lines import alert, alert_of, done_line
+from step1x_edit.interfaces.page.kept import Kept
+from step1x_edit.interfaces.page.lines import alert, alert_of, caution, done_line
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.results import (
     BatchResults,
+    drift_words,
     line_of_failure,
     line_of_result,
     save_preview,
@@ -40,6 +42,7 @@ from step1x_edit.interfaces.pursuits import Notify
 from step1x_edit.pictures.images import Picture, decode, read_edit_record
 from step1x_edit.schemas.requests import PictureRequest
 from step1x_edit.service.file_edits import edit_each
+from step1x_edit.service.history import Step, history_of
 from step1x_edit.service.service import EditedPicture, EditService
 from step1x_edit.settings import Settings
 
@@ -90,6 +93,17 @@ class _PictureTab(EditingTab):
     picture: gr.Image
     view: ResultView
 
+    def __init__(
+        self, name: str, service: EditService, settings: Settings, sessions: Sessions
+    ) -> None:
+        super().__init__(name, service, settings, sessions)
+        history = history_of(settings)
+        self.kept = None if history is None else Kept(history, settings.limits)
+        """The steps of the history, with HISTORY on."""
+
+    def _place_view(self) -> ResultView:
+        return ResultView(self._name, "history" if self.kept is None else "history.kept")
+
     def _place_picture(self, height: int) -> gr.Image:
         picture = gr.Image(
             label=T("picture"),
@@ -111,8 +125,12 @@ class _PictureTab(EditingTab):
         outputs = [*view.outputs, *form.outputs]
         self.ends.append(view.again.click(self.again, None, outputs, **PRIVATE))
         view.reuse.click(self.reuse, None, self.picture, **PRIVATE)
-        view.gallery.select(
-            self.select, None, [*view.outputs, form.line], api_name="look", **PRIVATE
+        steps, recalled = view.steps, [*view.outputs, form.line, self.picture, *form.inputs]
+        view.gallery.select(self.select, None, recalled, api_name="look", **PRIVATE)
+        steps.undo.click(self.undo, None, recalled, **PRIVATE)
+        self.ends.append(steps.merge.click(self.merge, None, outputs, **PRIVATE))
+        steps.against.input(
+            self.compare, steps.against, [view.pictures, form.line], preprocess=False, **PRIVATE
         )
         form.stop.click(self.stop, None, None, **PRIVATE)
 
@@ -133,16 +151,100 @@ class _PictureTab(EditingTab):
         result = self._state(request).result
         return gr.skip() if result is None else result.file
 
-    def select(self, request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
-        """Show an earlier result."""
+    async def select(self, request: gr.Request, event: gr.SelectData) -> dict[Any, Any]:
+        """Show an earlier result; a step of the history also brings back what it was made with."""
         state = self._state(request)
         if state.is_busy:
             return self.form.unchanged()
-        state.result = result = state.history[event.index]
+        if self.kept is not None:
+            return await self._recall(request, state.steps[event.index])
+        state.result = state.history[event.index]
+        return self._shown(request)
+
+    async def undo(self, request: gr.Request) -> dict[Any, Any]:
+        """Show the step before the one that is shown, or the original."""
+        state, kept = self._state(request), self.kept
+        step = None if state.result is None else state.result.step
+        if kept is None or step is None or state.is_busy:
+            return self.form.unchanged()
+        try:
+            parent = await asyncio.to_thread(kept.parent, step)
+            if parent is not None or step.source is None:
+                return await self._recall(request, parent or step)
+            session = self._session(request)
+            picture = await asyncio.to_thread(kept.save, session, step.source, step.name)
+        except Step1XEditError as error:
+            return {self.form.line: alert_of(error, visitor_language(request))}
+        state.result = None
+        return {**self._shown(request), self.picture: picture}
+
+    async def merge(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
+        """Make what is shown of the original, with one edit."""
+        state, kept = self._state(request), self.kept
+        step = None if state.result is None else state.result.step
+        if kept is None or step is None:
+            return
+        try:
+            asked = await asyncio.to_thread(kept.from_original, self._session(request), step)
+        except Step1XEditError as error:
+            yield {self.form.line: alert_of(error, visitor_language(request))}
+            return
+        async for update in self._edit(request, asked):
+            yield update
+
+    async def compare(self, request: gr.Request, choice: str) -> dict[Any, Any]:
+        """Compare the step that is shown with another picture."""
+        result, kept, language = self._state(request).result, self.kept, visitor_language(request)
+        if kept is None or result is None or result.step is None:
+            return self.form.unchanged()
+        step, session = result.step, self._session(request)
+
+        def look() -> tuple[str, str]:
+            digest = kept.against(step, choice)
+            words = drift_words(kept.drift(digest, step), language)
+            return kept.save_shown(session, digest), done_line(words.removeprefix(" · "))
+
+        try:
+            before, line = await asyncio.to_thread(look)
+        except Step1XEditError as error:
+            return {self.form.line: alert_of(error, language)}
+        return {**self.view.compare(before, result.after, language), self.form.line: line}
+
+    async def remember(self, request: gr.Request) -> dict[Any, Any]:
+        """Show the newest steps of the history."""
+        return await self._strip(request)
+
+    async def _recall(self, request: gr.Request, step: Step) -> dict[Any, Any]:
+        """Show a step, and bring back the picture and the settings that it was made with."""
+        kept, state, language = self.kept, self._state(request), visitor_language(request)
+        assert kept is not None
+        try:
+            result = await asyncio.to_thread(kept.result, self._session(request), step, language)
+        except Step1XEditError as error:
+            return {self.form.line: alert_of(error, language)}
+        state.result = result
+        asked = result.asked
         return {
-            **self.view.show(result, visitor_language(request)),
-            self.form.line: result.line,
+            **self._shown(request),
+            **self.form.fill(asked.arguments),
+            self.picture: asked.source or result.file,
         }
+
+    def _shown(self, request: gr.Request) -> dict[Any, Any]:
+        """The result that is shown, and its line."""
+        state = self._state(request)
+        shown = self.view.show(state.result, state.steps, visitor_language(request))
+        return {**shown, self.form.line: "" if state.result is None else state.result.line}
+
+    async def _strip(self, request: gr.Request) -> dict[Any, Any]:
+        """The earlier results, or with HISTORY on all steps."""
+        kept, session = self.kept, self._session(request)
+        state = session.tabs[self._name]
+        if kept is None:
+            return self.view.show_history([(each.after, each.label) for each in state.history])
+        previews = await asyncio.to_thread(kept.previews, session)
+        state.steps = [step for step, _ in previews]
+        return self.view.show_history([(path, step.metadata.prompt) for step, path in previews])
 
     async def _edit(self, request: gr.Request, asked: Asked) -> AsyncIterator[dict[Any, Any]]:
         """Edit one picture, and yield the updates of the page."""
@@ -179,23 +281,33 @@ class _PictureTab(EditingTab):
                         continue
                     if parameters.outpaint and event.source is not None:
                         before = await asyncio.to_thread(save_shown, session, event.source)
-                    line = line_of_result(event, progress, language)
+                    step = await self._keep(asked, data, event)
+                    line = line_of_result(event, progress, language, step)
+                    if self.kept is not None and step is None:
+                        line += caution(text("not_kept", language))
                     result = await asyncio.to_thread(
-                        save_result, session, event, asked, before, line, language
+                        save_result, session, event, asked, before, line, language, step
                     )
                     state.add(result)
-                    end = view.show_history(state.history)
+                    end = await self._strip(request)
             except Step1XEditError as error:
                 line, end = line_of_failure(error, language), {}
-        yield {**view.show(state.result, language), **form.free(line), **end}
+        yield {**view.show(state.result, state.steps, language), **form.free(line), **end}
+
+    async def _keep(self, asked: Asked, data: bytes, edited: EditedPicture) -> Step | None:
+        if self.kept is None:
+            return None
+        return await asyncio.to_thread(self.kept.keep, asked, data, edited)
 
     async def _save_shown(self, session: Session, path: str) -> str:
         """Write a picture in a format that browsers show; raises an error if it cannot be read."""
         return await asyncio.to_thread(lambda: save_shown(session, self._decode(path)))
 
-    def _cleared(self, request: gr.Request) -> Any:
-        """An empty line, unless it belongs to a running edit."""
-        return gr.skip() if self._state(request).is_busy else ""
+    def _cleared(self, request: gr.Request, path: str) -> Any:
+        """An empty line, unless it belongs to a running edit, or to one of this picture."""
+        state = self._state(request)
+        belongs = state.result is not None and state.result.asked.source == path
+        return gr.skip() if state.is_busy or belongs else ""
 
 
 class EditTab(_PictureTab):
@@ -207,7 +319,7 @@ class EditTab(_PictureTab):
             with gr.Column(min_width=300):
                 self.picture = picture = self._place_picture(320)
                 self.form = form = Form(self._name, service, self._examples)
-            self.view = ResultView(self._name)
+            self.view = self._place_view()
         taken = [picture, form.line, *form.inputs]
         picture.change(self.take, picture, taken, preprocess=False, **PRIVATE)
         inputs, outputs = [picture, *form.inputs], [*self.view.outputs, *form.outputs]
@@ -231,7 +343,7 @@ class EditTab(_PictureTab):
             return {self.picture: None, line: alert_of(error, language)}
         record = None if session.has_made(path) else await asyncio.to_thread(read_edit_record, path)
         if record is None or self._state(request).is_busy:
-            return {line: self._cleared(request)}
+            return {line: self._cleared(request, str(path))}
         words = text("settings.taken", language, name=_name_of(given), seed=record.seed)
         return {line: done_line(words), **self.form.settings_of(record)}
 
@@ -265,7 +377,7 @@ class RegionTab(_PictureTab):
                     elem_id="region-mask",
                 )
                 self.form = form = Form(self._name, service, self._examples)
-            self.view = ResultView(self._name)
+            self.view = self._place_view()
         source = gr.State()
         taken = [picture, source, editor, form.line]
         picture.change(self.take, picture, taken, preprocess=False, **PRIVATE)
@@ -286,7 +398,7 @@ class RegionTab(_PictureTab):
             return None, None, away, alert_of(error, visitor_language(request))
         value: Any = {"background": shown, "layers": [], "composite": None}
         editor = gr.ImageEditor(value=value, visible=True)
-        return gr.skip(), given["path"], editor, self._cleared(request)
+        return gr.skip(), given["path"], editor, self._cleared(request, given["path"])
 
     async def edit(
         self,

@@ -175,6 +175,10 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "本頁的紀錄",
         "このタブの履歴",
     ),
+    "history.kept": ("History", "历史", "紀錄", "履歴"),
+    "undo": ("Undo", "撤销", "復原", "元に戻す"),
+    "merge": ("From the original", "从原图重新编辑", "從原圖重新編輯", "元の画像からやり直す"),
+    "against": ("Compare with", "对比对象", "對比對象", "比較する相手"),
     "photo": ("Try the example photo", "使用示例照片", "使用範例照片", "サンプル写真を使う"),
     "offload": ("Offload from the GPU", "移出显存", "移出顯示記憶體", "GPU から退避"),
     "release": ("Release all memory", "释放全部内存", "釋放所有記憶體", "メモリをすべて解放"),
@@ -277,6 +281,8 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "サーバーが応答しません。つながるまで、このページは再試行を続けます。",
     ),
     "page.offline": ("No connection", "未连接", "未連線", "未接続"),
+    "against.source": ("the picture before this edit", "本次修改前", "本次修改前", "この編集の前"),
+    "against.original": ("the original", "原图", "原圖", "元の画像"),
     # --- texts of the server --------------------------------------------------------------------
     "no_picture": (
         "Choose a picture first.",
@@ -322,6 +328,19 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "改动了图片的 {share} %",
         "改動了圖片的 {share} %",
         "画像の {share} % を変更",
+    ),
+    "step": ("Seed {seed}", "种子 {seed}", "種子 {seed}", "シード値 {seed}"),
+    "drift": (
+        "the rest moved {levels} levels",
+        "其余部分平均变化 {levels} 级",
+        "其餘部分平均變化 {levels} 階",
+        "ほかの部分の変化は平均 {levels} 階調",
+    ),
+    "not_kept": (
+        "This result is not kept in the history; the server’s log says why.",
+        "此结果未存入历史，原因见服务器日志。",
+        "此結果未存入紀錄，原因見伺服器日誌。",
+        "この結果は履歴に残りません。理由はサーバーのログにあります。",
     ),
     "phase.queued": (
         "Waiting, position {step}",

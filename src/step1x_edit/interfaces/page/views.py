@@ -7,9 +7,11 @@ from typing import Any, Final
 
 import gradio as gr
 
+from step1x_edit.interfaces.page.kept import SOURCE, choices
 from step1x_edit.interfaces.page.lines import picture_alone, pictures_compared
 from step1x_edit.interfaces.page.parts import T
 from step1x_edit.interfaces.page.sessions import Result, Thoughts
+from step1x_edit.service.history import Step
 
 
 class ResultView:
@@ -18,7 +20,8 @@ class ResultView:
     The buttons below refer to the picture that is shown; they are disabled if it is not a result.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, history: str) -> None:
+        """`history` is the text of the label of the earlier results."""
         with gr.Column(min_width=300):
             self.pictures = gr.HTML(
                 label=T("result"),
@@ -44,9 +47,10 @@ class ResultView:
                 self.again = gr.Button(
                     T("again"), size="md", min_width=120, elem_id=f"{name}-again"
                 )
+            self.steps = StepView(name)
             self._thoughts = _ThoughtsView(name)
             self.gallery = gr.Gallery(
-                label=T("history"),
+                label=T(history),
                 columns=4,
                 fit_columns=False,
                 height=150,
@@ -65,6 +69,7 @@ class ResultView:
             self.reuse,
             self.again,
             self.gallery,
+            *self.steps.outputs,
             *self._thoughts.outputs,
         ]
 
@@ -75,6 +80,7 @@ class ResultView:
             self._download: gr.DownloadButton(interactive=False),
             self.reuse: gr.Button(interactive=False),
             self.again: gr.Button(interactive=False),
+            **self.steps.show(None, (), language),
             **self._thoughts.show(None),
         }
 
@@ -82,23 +88,56 @@ class ResultView:
         """Show the progress of a running edit."""
         return {self.pictures: pictures_compared(before, preview, "preview", language)}
 
-    def show(self, result: Result | None, language: str) -> dict[Any, Any]:
-        """Show a result, or an empty view."""
+    def show(self, result: Result | None, others: Sequence[Step], language: str) -> dict[Any, Any]:
+        """Show a result, or an empty view; a step of the history can be compared with others."""
         if result is None:
-            return {self.pictures: "", self._actions: gr.Row(visible=False)}
+            return {
+                self.pictures: "",
+                self._actions: gr.Row(visible=False),
+                **self.steps.show(None, (), language),
+                **self._thoughts.show(None),
+            }
         return {
             self.pictures: pictures_compared(result.before, result.after, "after", language),
             self._actions: gr.Row(visible=True),
             self._download: gr.DownloadButton(value=result.file, interactive=True),
             self.reuse: gr.Button(interactive=True),
             self.again: gr.Button(interactive=True),
+            **self.steps.show(result.step, others, language),
             **self._thoughts.show(result.thoughts),
         }
 
-    def show_history(self, history: Sequence[Result]) -> dict[Any, Any]:
-        """Show the earlier results."""
-        pictures = [(result.after, result.label) for result in history]
-        return {self.gallery: gr.Gallery(value=pictures, visible=True)}
+    def compare(self, before: str, after: str, language: str) -> dict[Any, Any]:
+        """Show two pictures."""
+        return {self.pictures: pictures_compared(before, after, "after", language)}
+
+    def show_history(self, pictures: Sequence[tuple[str, str]]) -> dict[Any, Any]:
+        """Show the earlier results, each with its label."""
+        return {self.gallery: gr.Gallery(value=pictures, visible=bool(pictures))}
+
+
+class StepView:
+    """What can be done with a step of the history, below its picture."""
+
+    def __init__(self, name: str) -> None:
+        with gr.Row(visible=False, elem_classes="actions") as self._row:
+            self.undo = gr.Button(T("undo"), size="md", min_width=120, elem_id=f"{name}-undo")
+            self.merge = gr.Button(T("merge"), size="md", min_width=120, elem_id=f"{name}-merge")
+            self.against = gr.Dropdown(
+                label=T("against"), filterable=False, min_width=240, elem_id=f"{name}-against"
+            )
+        self.outputs: Final[list[Any]] = [self._row, self.merge, self.against]
+
+    def show(self, step: Step | None, others: Sequence[Step], language: str) -> dict[Any, Any]:
+        """Offer to undo a step, to make it of the original, and to compare it with others."""
+        if step is None:
+            return {self._row: gr.Row(visible=False)}
+        offered = choices(step, others, language)
+        return {
+            self._row: gr.Row(visible=True),
+            self.merge: gr.Button(interactive=step.source not in (None, step.original)),
+            self.against: gr.Dropdown(offered, value=SOURCE),
+        }
 
 
 class _ThoughtsView:
