@@ -163,6 +163,26 @@ def test_regions_stay_regions_from_the_original_and_differing_ones_are_refused(
     assert "changed different regions" in refused.stderr
 
 
+def test_a_grown_canvas_is_no_setting_of_the_next_edit_and_has_no_drift(
+    photo: Path, worker: FakeWorker
+) -> None:
+    first = edited("edit", photo.name, "more sky", "--outpaint", "50% 0 0 0", "--region", "full")
+    second = edited("history", "edit", first, "add fog")
+
+    words = ["history", "edit", first, "--from-original", "--seed", "7", "-o", "again.png"]
+    again = edited(*words)
+    refused = CliRunner().invoke(app, ["history", "edit", second, "--from-original"])
+
+    sizes = [Image.open(name).size for name in ("photo_edited.png", "again.png")]
+    assert sizes == [(64, 72), (64, 72)]
+    by_id = {step["id"]: step for step in steps()}
+    assert by_id[second]["metadata"]["height"] == 72
+    assert "outpaint" not in by_id[second]["metadata"]
+    assert by_id[again]["metadata"]["region"] == by_id[first]["metadata"]["region"]
+    assert all("drift" not in step for step in by_id.values())
+    assert "changed different regions" in refused.stderr
+
+
 def test_the_drift_says_how_much_the_rest_moved_since_the_original(
     photo: Path, worker: FakeWorker
 ) -> None:

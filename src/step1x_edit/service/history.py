@@ -110,7 +110,8 @@ class Step(BaseModel):
     def arguments(self) -> dict[str, Any]:
         """The parameters of an edit with the same settings, by name."""
         made = self.metadata.model_dump(include={"prompt", *HowToEdit.model_fields})
-        return {**made, "loras": made["loras"] or []}
+        region = None if self.metadata.region is None else "full"  # an answer has its place
+        return {**made, "loras": made["loras"] or [], "region": region}
 
 
 @dataclass(frozen=True)
@@ -194,16 +195,17 @@ class History:
         """The edit that makes of the original at once what this step, and a prompt, make of it.
 
         Its parameters are those of the step. Raises InvalidParameterError if nothing was edited, or
-        if the edits changed different regions, because one edit has one mask.
+        if the edits changed different regions, because one edit has one mask and one canvas.
         """
         path = self.path_to(step)
         prompts = [*(each.metadata.prompt for each in path), prompt]
         masks = {each.mask for each in path}
         if not any(prompts):
             raise InvalidParameterError(f"step {step.id} is an original; say what to change")
-        if len(masks) > 1:
+        has_grown = len(path) > 1 and any(each.arguments["outpaint"] for each in path)
+        if len(masks) > 1 or has_grown:
             raise InvalidParameterError(
-                f"the edits before step {step.id} changed different regions, which one edit of the "
+                f"the edits up to step {step.id} changed different regions, which one edit of the "
                 "original cannot do; edit the step instead"
             )
         mask = next(iter(masks), None)
@@ -312,7 +314,7 @@ class History:
             return None
         regions = [images.decode_mask(mask, self._limits, size) for mask in masks if mask]
         may_change = np.maximum.reduce(regions) if len(regions) == len(masks) else None
-        moved = drift(first.pixels, after.pixels, may_change)
+        moved = drift(first.in_srgb, after.in_srgb, may_change)
         return None if moved is None else round(moved, 2)
 
     def _make_room(self, step: Step, pictures: Mapping[str, bytes], steps: Sequence[Step]) -> None:

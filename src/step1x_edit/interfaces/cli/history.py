@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from step1x_edit.settings import Settings
 
 _SHOWN_SIDE: Final = 1024  # of each picture that is compared
+_OF_ONE_EDIT: Final[dict[str, None]] = dict.fromkeys(("seed", "region", "outpaint"))
+"""The parameters of a step that the next edit of its picture does not repeat."""
 _LEAST: Final = "the half of the picture that differs least"
 _PROTECTED: Final = "what the masks protect"
 _ANY_SIZE: Final = 2**40  # a preview that is not for a chat
@@ -158,7 +160,7 @@ def edit(
         else:
             check_prompt(prompt)
             image, mask = history.read(step.result), None
-            usual = {**step.arguments, "prompt": prompt, "seed": None}
+            usual = {**step.arguments, "prompt": prompt, **_OF_ONE_EDIT}
         if "mask_path" in asked:
             mask = None
         arguments = {**given(usual), **asked, **given({"output_path": output})}

@@ -118,7 +118,10 @@ class Form:
         """Set the inputs to these values; those without one get their default."""
         defaults = {name: parameter.default for name, parameter in parameters_of(HowToEdit).items()}
         values = {**defaults, **self._service.defaults, "seed": -1, **given(arguments)}
-        return {widget: values[name] for name, widget in self._widgets.items()}
+        shown = self._widgets
+        if not shown["region"].visible:  # without a mask it would be refused
+            shown = {name: widget for name, widget in shown.items() if name != "region"}
+        return {widget: values[name] for name, widget in shown.items()}
 
     # --- updates ----------------------------------------------------------------------------------
 

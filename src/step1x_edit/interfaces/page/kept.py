@@ -14,7 +14,8 @@ from step1x_edit.errors import CorruptImageError
 from step1x_edit.interfaces.page.results import line_of_step, result_name, save_shown
 from step1x_edit.interfaces.page.sessions import Asked, Result, Session
 from step1x_edit.interfaces.page.texts import text
-from step1x_edit.pictures.images import decode
+from step1x_edit.pictures.images import Picture, decode
+from step1x_edit.pictures.regions import grown
 from step1x_edit.service.history import History, Made, Step
 from step1x_edit.service.service import EditedPicture
 from step1x_edit.settings import Limits
@@ -61,7 +62,7 @@ class Kept:
         source, before = "", after  # a generated picture
         if step.source is not None:
             source = self.save(session, step.source, step.name)
-            before = self.save_shown(session, step.source)
+            before = save_shown(session, self._before(step, step.source))
         return Result(
             Asked(source, step.arguments, self._mask(step)),
             before,
@@ -92,13 +93,17 @@ class Kept:
 
     def against(self, step: Step, choice: str) -> str:
         """The SHA-256 of the picture that a choice of `choices` means."""
-        if choice == SOURCE:
-            return step.source or step.result
         return step.original if choice == ORIGINAL else self._history.find(choice).result
 
     def drift(self, before: str, step: Step) -> float | None:
         """How much the rest of a step's picture differs from another."""
         return self._history.drift(before, step.result)
+
+    def _before(self, step: Step, source: str) -> Picture:
+        """The picture that was edited, on the canvas of the result."""
+        picture = decode(self._history.read(source), self._limits)
+        outpaint = step.arguments["outpaint"]
+        return grown(picture, None, outpaint, self._limits).before if outpaint else picture
 
     def _mask(self, step: Step) -> bytes | None:
         return None if step.mask is None else self._history.read(step.mask)

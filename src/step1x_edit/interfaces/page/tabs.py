@@ -22,7 +22,7 @@ from PIL import Image
 from step1x_edit.channel import Progress
 from step1x_edit.errors import Step1XEditError
 from step1x_edit.interfaces.page.form import Form
-from step1x_edit.interfaces.page.kept import Kept
+from step1x_edit.interfaces.page.kept import SOURCE, Kept
 from step1x_edit.interfaces.page.lines import alert, alert_of, caution, done_line
 from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.progress import ProgressLine
@@ -200,6 +200,8 @@ class _PictureTab(EditingTab):
         step, session = result.step, self._session(request)
 
         def look() -> tuple[str, str]:
+            if choice == SOURCE:
+                return result.before, result.line
             digest = kept.against(step, choice)
             words = drift_words(kept.drift(digest, step), language)
             return kept.save_shown(session, digest), done_line(words.removeprefix(" · "))
