@@ -1,4 +1,4 @@
-"""Take the screenshots of the web page in docs/, after a real edit with the demo model.
+"""Take the screenshots of the web page in docs/, after real edits with the demo model.
 
 python scripts/screenshots.py [FOLDER]
 """
@@ -26,17 +26,22 @@ SHOTS = {
     "page-phone-light": (412, "light"),
     "page-phone-dark": (412, "dark"),
 }
+HISTORY_SHOTS = {
+    "page-history-desktop": (1280, "light"),
+    "page-history-phone": (412, "light"),
+}
 PATIENCE_MS = 300_000
 COLOURS = 256  # of the files: enough for a page, and keeps them small
 
 
 @contextlib.contextmanager
-def running_server() -> Iterator[str]:
+def running_server(**settings: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PORT": str(port), "DATA_DIR": folder, "MODEL_PATH": ""}
+        environment |= settings
         command = [sys.executable, "-m", "step1x_edit.interfaces.cli", "serve"]
         server = subprocess.Popen(command, env=environment)
         try:
@@ -64,26 +69,62 @@ def edited_page(browser: Browser, url: str) -> Page:
     page.get_by_label("Steps").locator("visible=true").first.fill("10")
     page.get_by_role("button", name="Advanced").first.click()
     page.click("#edit-run")
-    page.wait_for_selector("#edit-history img")
-    expect(page.locator("#edit-line")).to_contain_text("Done", timeout=PATIENCE_MS)
+    wait_for_results(page, 1)
     page.mouse.move(0, 0)
     return page
 
 
+def wait_for_results(page: Page, number: int) -> None:
+    expect(page.locator("#edit-history img")).to_have_count(number, timeout=PATIENCE_MS)
+    expect(page.locator("#edit-line")).to_contain_text("Done", timeout=PATIENCE_MS)
+
+
+def page_with_history(browser: Browser, url: str) -> Page:
+    """Three edits, each of the last result, one of the original instead; then a new page."""
+    page = edited_page(browser, url)
+    for number, prompt in enumerate(("add fog", "make it pink"), 2):
+        picture = page.locator("#edit-picture img").first
+        before = str(picture.get_attribute("src"))
+        page.click("#edit-reuse")
+        expect(picture).not_to_have_attribute("src", before)
+        page.fill("#edit-prompt textarea", prompt)
+        page.click("#edit-run")
+        wait_for_results(page, number)
+    page.click("#edit-merge")
+    wait_for_results(page, 4)
+    page.reload()
+    page.locator("#edit-history img").nth(1).click()
+    expect(page.locator("#edit-prompt textarea")).to_have_value("make it pink")
+    page.get_by_label("Compare with").click()
+    page.get_by_role("option", name="the original").click()
+    expect(page.locator("#edit-line")).to_contain_text("the rest moved")
+    page.mouse.move(0, 0)
+    return page
+
+
+def take(page: Page, name: str, width: int, scheme: str, folder: Path) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.wait_for_timeout(1500)  # for elements that fade in
+    image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    small = image.quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
+    small.save(folder / f"{name}.png", optimize=True)
+
+
 def main(folder: Path) -> None:
     executable = shutil.which("chromium") or shutil.which("google-chrome")
-    with running_server() as url, sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=executable, args=["--no-sandbox", "--disable-gpu"]
         )
-        page = edited_page(browser, url)
-        for name, (width, scheme) in SHOTS.items():
-            page.set_viewport_size({"width": width, "height": 900})
-            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-            page.wait_for_timeout(1500)  # for elements that fade in
-            image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-            small = image.quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
-            small.save(folder / f"{name}.png", optimize=True)
+        with running_server() as url:
+            page = edited_page(browser, url)
+            for name, (width, scheme) in SHOTS.items():
+                take(page, name, width, scheme, folder)
+        with running_server(HISTORY="on") as url:
+            page = page_with_history(browser, url)
+            for name, (width, scheme) in HISTORY_SHOTS.items():
+                take(page, name, width, scheme, folder)
         browser.close()
 
 

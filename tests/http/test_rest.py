@@ -79,6 +79,16 @@ def test_a_picture_comes_back_edited_with_what_repeats_it(
     assert [path.name for path in photo.parent.iterdir()] == [photo.name]
 
 
+def test_what_programs_edit_is_not_kept_in_the_history(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    with calling(make_service(), history=True, data_dir=tmp_path / "data") as client:
+        answer = client.post("/api/edit", files=files(photo), data={"prompt": "x"})
+
+    assert answer.status_code == 200
+    assert not (tmp_path / "data" / "history").exists()
+
+
 def test_a_reflection_is_told_in_json_with_a_small_picture_of_each_round(
     make_service: MakeService, photo: Path
 ) -> None:

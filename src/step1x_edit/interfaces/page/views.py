@@ -120,21 +120,24 @@ class StepView:
     """What can be done with a step of the history, below its picture."""
 
     def __init__(self, name: str) -> None:
-        with gr.Row(visible=False, elem_classes="actions") as self._row:
-            self.undo = gr.Button(T("undo"), size="md", min_width=120, elem_id=f"{name}-undo")
-            self.merge = gr.Button(T("merge"), size="md", min_width=120, elem_id=f"{name}-merge")
+        with gr.Column(visible=False) as self._parts:
+            with gr.Row(elem_classes="actions"):
+                self.undo = gr.Button(T("undo"), size="md", min_width=120, elem_id=f"{name}-undo")
+                self.merge = gr.Button(
+                    T("merge"), size="md", min_width=120, elem_id=f"{name}-merge"
+                )
             self.against = gr.Dropdown(
-                label=T("against"), filterable=False, min_width=240, elem_id=f"{name}-against"
+                label=T("against"), filterable=False, elem_id=f"{name}-against"
             )
-        self.outputs: Final[list[Any]] = [self._row, self.merge, self.against]
+        self.outputs: Final[list[Any]] = [self._parts, self.merge, self.against]
 
     def show(self, step: Step | None, others: Sequence[Step], language: str) -> dict[Any, Any]:
         """Offer to undo a step, to make it of the original, and to compare it with others."""
         if step is None:
-            return {self._row: gr.Row(visible=False)}
+            return {self._parts: gr.Column(visible=False)}
         offered = choices(step, others, language)
         return {
-            self._row: gr.Row(visible=True),
+            self._parts: gr.Column(visible=True),
             self.merge: gr.Button(interactive=step.source not in (None, step.original)),
             self.against: gr.Dropdown(offered, value=SOURCE),
         }
