@@ -78,6 +78,17 @@ def test_the_same_bytes_and_the_same_edit_are_kept_once(history: History, tmp_pa
     assert len(pictures(tmp_path)) == 3 + 2, "pictures, and previews of the results"
 
 
+def test_a_step_that_is_made_again_is_the_newest_and_keeps_its_children(history: History) -> None:
+    first, other = kept(history, png(1), png(2)), kept(history, png(1), png(9))
+    second = kept(history, png(2), png(3))
+    third = kept(history, png(3), png(4))
+    kept(history, png(2), png(3))
+
+    assert [step.id for step in history.steps()] == [first.id, other.id, third.id, second.id]
+    assert history.delete(second) == 2
+    assert [step.id for step in history.steps()] == [first.id, other.id]
+
+
 def test_an_edit_that_gives_the_original_again_makes_no_circle(history: History) -> None:
     first = kept(history, png(1), png(2))
     second = kept(history, png(2), png(1))

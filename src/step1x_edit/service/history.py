@@ -231,11 +231,10 @@ class History:
     def delete(self, step: Step) -> int:
         """Delete a step and all that were made from it; returns how many."""
         with self._held():
-            doomed, steps = {step.id: step}, self.steps()
-            for each in steps:  # in the order in which they were made
-                if each.parent in doomed:
-                    doomed[each.id] = each
-            return self._forget(doomed.values())
+            left, doomed = self.steps(), [step]
+            for parent in doomed:  # which grows
+                doomed += [each for each in left if each.parent == parent.id]
+            return self._forget(doomed)
 
     def delete_tree(self, step: Step) -> int:
         """Delete all steps that go back to the original of this one, and the original."""
@@ -321,9 +320,9 @@ class History:
         """Delete the trees that were left alone longest, but not that of the step."""
         sizes = {file.name: file.stat().st_size for file in self._pictures.iterdir()}
         sizes |= {digest: len(data) for digest, data in pictures.items()}
-        trees: dict[str, list[Step]] = {}
-        for each in sorted([*steps, step], key=lambda each: each.made_at, reverse=True):
-            trees.setdefault(each.original, []).append(each)  # the tree of the step is the first
+        trees = {step.original: [step]}
+        for each in reversed(steps):
+            trees.setdefault(each.original, []).append(each)
         wanted: set[str] = set()
         for number, tree in enumerate(trees.values()):
             wanted.update(digest for each in tree for digest in each.pictures)
@@ -339,13 +338,14 @@ class History:
             return
 
     def _forget(self, steps: Iterable[Step]) -> int:
-        """Delete these steps, of which no other was made."""
-        doomed = sorted(steps, key=lambda step: step.made_at, reverse=True)  # children first
-        for step in doomed:
+        """Delete these steps, of which no other was made; returns how many."""
+        number = 0
+        for step in steps:
             self._file(step).unlink(missing_ok=True)
+            number += 1
         durable.sync_folder(self._steps)
         self._sweep()
-        return len(doomed)
+        return number
 
     def _sweep(self) -> None:
         """Remove pictures that no step names, and what kills have left.

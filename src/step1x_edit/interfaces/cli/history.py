@@ -262,15 +262,20 @@ def _opened() -> tuple[Settings, History]:
 
 def _trees(steps: Sequence[Step]) -> Iterator[Tree]:
     """A tree for each original, that of the oldest step first."""
-    roots: dict[str, Tree] = {}
-    nodes: dict[str, Tree] = {}
+    ids = {step.id for step in steps}
+    below: dict[str, list[Step]] = {}
     for step in steps:
-        if step.original not in roots:
-            roots[step.original] = Tree(Text(f"{step.name}  {step.made_at.astimezone():%Y-%m-%d}"))
-        above = nodes.get(step.parent or "", roots[step.original])
-        drift = "" if step.drift is None else f"  ({step.drift:.1f})"
-        nodes[step.id] = above.add(Text(f"{step.id}  {step.metadata.prompt}{drift}"))
-    yield from roots.values()
+        below.setdefault(step.parent if step.parent in ids else step.original, []).append(step)
+
+    def grow(tree: Tree, above: str) -> Tree:
+        for step in below.get(above, ()):
+            drift = "" if step.drift is None else f"  ({step.drift:.1f})"
+            grow(tree.add(Text(f"{step.id}  {step.metadata.prompt}{drift}")), step.id)
+        return tree
+
+    for original in dict.fromkeys(step.original for step in steps):
+        first = below[original][0]
+        yield grow(Tree(Text(f"{first.name}  {first.made_at.astimezone():%Y-%m-%d}")), original)
 
 
 def _rows(step: Step, path: Sequence[Step]) -> Iterator[tuple[str, object]]:
