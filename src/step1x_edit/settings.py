@@ -38,6 +38,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from typing_extensions import Self
 
 from step1x_edit import foreign_json
 from step1x_edit.errors import SettingsError, Step1XEditError
@@ -507,6 +508,17 @@ class Settings(BaseSettings):
             "cannot be replayed from it"
         ),
     ] = True
+    c2pa_cert: Annotated[
+        Path | None,
+        Field(
+            description="Certificate chain to sign results with, in PEM, its own first; unset: "
+            "results are not signed"
+        ),
+    ] = None
+    c2pa_key: Annotated[
+        Path | None,
+        Field(description="Private key of this certificate, in PEM, without a password"),
+    ] = None
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         Field(description="Lowest level that is logged"),
@@ -586,10 +598,18 @@ class Settings(BaseSettings):
         kept = {name: value for name, value in given.items() if name not in texts}
         return kept | {name: value for name, value in bare.items() if value}
 
-    @field_validator("model_path", "data_dir", mode="after")
+    @field_validator("model_path", "data_dir", "c2pa_cert", "c2pa_key", mode="after")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else _without_tilde(path)
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Self:
+        if (self.c2pa_cert is None) != (self.c2pa_key is None):
+            raise PydanticCustomError(
+                "both_or_none", "C2PA_CERT and C2PA_KEY must be set together, or neither"
+            )
+        return self
 
     @field_validator("allowed_hosts", "allowed_origins", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import c2pa
 import httpx2
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image, ImageCms
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typer.testing import CliRunner
 
+from certificates import certified
 from conftest import MakeService
 from fakes import STREAMED, FakeWorker
 from http_server import TOKEN, guarded, listening_stranger, running, serving, until
@@ -30,6 +32,7 @@ from step1x_edit import __version__
 from step1x_edit.channel import EditJob
 from step1x_edit.errors import OutOfMemoryError
 from step1x_edit.interfaces.cli import app
+from step1x_edit.pictures.manifests import carries_manifest
 from step1x_edit.service.service import EditService
 from step1x_edit.settings import Settings
 
@@ -99,6 +102,37 @@ def test_the_bytes_are_those_of_an_edit_in_process(
     assert "Warning: does not know hats" in there.stderr
     for done in (there, here):
         assert ("BMP cannot say that a model made" in done.stderr) == (suffix == "bmp")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_command_with_a_certificate_signs_what_its_server_does_not(
+    photo: Path, at: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    for name, path in certified(tmp_path / "c2pa").items():
+        monkeypatch.setenv(name.upper(), str(path))
+    path = tmp_path / f"signed.{suffix}"
+
+    done = run.invoke(app, ["edit", str(photo), "x", *QUICK, "--output", str(path), *at])
+
+    assert done.exit_code == 0, done.stderr
+    with c2pa.Reader("", path.open("rb")) as reader:
+        manifest = reader.get_active_manifest()
+        assert reader.get_validation_state() == "Valid"
+    assert manifest is not None
+    assert [each["relationship"] for each in manifest["ingredients"]] == ["parentOf"]
+
+
+def test_a_signature_that_another_format_cannot_keep_is_told(
+    make_service: MakeService, photo: Path, tmp_path: Path
+) -> None:
+    with serving(make_service(**certified(tmp_path / "c2pa"))) as url:
+        words = ["edit", str(photo), "x", *QUICK, "--url", url, "--api-key", TOKEN, "--output"]
+        kept = run.invoke(app, [*words, "o.png"])
+        lost = run.invoke(app, [*words, "o.jpg"])
+
+    assert carries_manifest(Path("o.png").read_bytes())
+    assert "signature" not in kept.stderr
+    assert "Warning: the server's signature is lost in this format; save it as" in lost.stderr
 
 
 def test_the_answer_is_that_of_an_edit_in_process(photo: Path, at: list[str]) -> None:

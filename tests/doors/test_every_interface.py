@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import c2pa
 import httpx2
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fastmcp import Client
 from PIL import Image
 from typer.testing import CliRunner
 
+from certificates import certified
 from conftest import MakeService, edits_of
 from fakes import FakeWorker, canvas
 from http_server import TOKEN, serving
@@ -177,9 +179,9 @@ def model() -> str:
 
 
 @pytest.fixture
-def more_settings() -> dict[str, Any]:
+def more_settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """What the operator has set besides."""
-    return {}
+    return certified(tmp_path / "c2pa") if hasattr(request, "param") else {}
 
 
 @pytest.fixture
@@ -316,6 +318,16 @@ async def test_a_file_without_prompts_has_everything_else(doors: Doors, photo: P
     assert record is not None
     assert (record.prompt, record.negative_prompt, record.rewritten_prompt) == (None, None, None)
     assert (record.seed, record.num_steps, record.thinking) == (42, 11, True)
+
+
+@pytest.mark.parametrize("more_settings", ["a certificate"], indirect=True)
+async def test_every_result_is_signed(doors: Doors, photo: Path) -> None:
+    found = {name: await door(photo, {"prompt": "x"}) for name, door in doors.every().items()}
+
+    for name, data in found.items():
+        assert isinstance(data, bytes)
+        with c2pa.Reader("image/png", io.BytesIO(data)) as reader:
+            assert reader.get_validation_state() == "Valid", name
 
 
 async def test_an_empty_prompt_is_an_edit_for_programs_and_a_mistake_of_a_person(

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import c2pa
 import httpx2
 import numpy as np
 import openai
@@ -22,6 +23,7 @@ from fastapi import FastAPI
 from openai.types import ImageEditCompletedEvent, ImageEditPartialImageEvent
 from PIL import Image
 
+from certificates import certified
 from conftest import MakeService
 from fakes import FakeWorker, Gate
 from http_server import TOKEN, calling, running, serving, until
@@ -322,6 +324,18 @@ def test_another_size_of_the_same_ratio_is_made(
     data = decoded(answer.data[0])
     assert "{}x{}".format(*Image.open(io.BytesIO(data)).size) == asked == answer.size
     assert read_edit_record(data) is not None
+
+
+@pytest.mark.parametrize("asked", [{}, {"size": "32x24"}, {"output_compression": 40}])
+def test_every_version_of_a_picture_is_signed(
+    make_service: MakeService, photo: Path, tmp_path: Path, asked: Any
+) -> None:
+    with theirs(make_service(**certified(tmp_path / "c2pa"))) as client:
+        answer = client.images.edit(image=photo, prompt="x", output_format="webp", **asked)
+
+    assert answer.data is not None
+    with c2pa.Reader("image/webp", io.BytesIO(decoded(answer.data[0]))) as reader:
+        assert reader.get_validation_state() == "Valid"
 
 
 def test_transparency_stays_unless_an_opaque_picture_is_asked_for(

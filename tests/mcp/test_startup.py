@@ -17,6 +17,7 @@ COMMANDS = ("-m", "step1x_edit.interfaces.cli")
 
 HEAVY = {
     "PIL",
+    "c2pa",
     "diffusers",
     "fastapi",
     "gradio",

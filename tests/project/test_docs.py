@@ -145,7 +145,7 @@ def _documented_settings() -> Iterator[tuple[str, str]]:
     """Each name in README's table of settings, with the default that stands beside it."""
     _, _, section = (ROOT / "README.md").read_text("utf-8").partition("## Settings")
     for row in re.findall(r"^\| (`[A-Z].*?) \| (.*?) \|", section, re.MULTILINE):
-        names = re.findall(r"`([A-Z_]+)`", row[0])
+        names = re.findall(r"`([A-Z0-9_]+)`", row[0])
         defaults = row[1].split(", ") if len(names) > 1 else [row[1]]
         for index, name in enumerate(names):
             yield name, defaults[min(index, len(defaults) - 1)]

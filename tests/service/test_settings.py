@@ -75,6 +75,8 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "default_size_level": 1024,
         "default_mode": "exact",
         "record_prompt": True,
+        "c2pa_cert": None,
+        "c2pa_key": None,
         "log_level": "INFO",
         "log_format": "text",
     }

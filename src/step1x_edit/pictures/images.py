@@ -171,6 +171,15 @@ def decode(data: bytes, limits: Limits) -> Picture:
     return replace(picture, warning="; ".join(filter(None, warnings)) or None)
 
 
+def format_of(data: bytes) -> str:
+    """The name of the format of a picture that `decode` reads."""
+    if tiff.is_tiff(data):
+        return TIFF.name
+    with Image.open(io.BytesIO(data), formats=_decoders_for(data)) as image:
+        # The JPEGs of some cameras contain several pictures.
+        return JPEG.name if image.format == "MPO" else str(image.format)
+
+
 def decode_mask(data: bytes, limits: Limits, size: tuple[int, int]) -> Pixels:
     """How far each pixel may change, from 0 (unchanged) to 255, as (H, W).
 

@@ -237,6 +237,41 @@ class PictureAnswer(_Answer):
     ] = None
 
 
+class ActionClaim(_Answer):
+    """What was done to a picture, as its C2PA manifest says."""
+
+    action: str
+    digital_source_type: str | None = None
+    software: str | None = None
+
+
+class IngredientClaim(_Answer):
+    """A picture that another one was made of, as its C2PA manifest says."""
+
+    relationship: str
+    title: str | None = None
+    manifest: Annotated[
+        Literal["valid", "invalid"] | None, Field(description="Its own manifest, if it had one")
+    ] = None
+
+
+class ManifestClaim(_Answer):
+    """What the C2PA manifest of a picture claims."""
+
+    status: Annotated[
+        Literal["valid", "invalid", "elsewhere", "unchecked"],
+        Field(
+            description="Whether the file is as it was signed; elsewhere: the manifest is at a "
+            "URL, which is not fetched; unchecked: the extra c2pa is not installed"
+        ),
+    ]
+    problems: Annotated[list[str], Field(description="Codes of C2PA for what is wrong")] = []
+    signer: str | None = None
+    generator: Annotated[str | None, Field(description="The program that signed")] = None
+    actions: list[ActionClaim] = []
+    ingredients: list[IngredientClaim] = []
+
+
 class ErrorAnswer(_Answer):
     """The call failed; `error` is one sentence that says what to change."""
 

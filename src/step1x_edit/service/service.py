@@ -99,6 +99,8 @@ class EditedPicture:
     """Small JPEGs of the result of each round of a reflection."""
     source: Picture | None = None
     """The input on a canvas of the same size, unless the picture was generated."""
+    original: bytes | None = None
+    """The file of the input, if results are signed."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,9 @@ class EditService:
         self, edited: EditedPicture, picture: Picture, suffix: str, quality: int | None
     ) -> bytes:
         """The file of another version of a result, such as a smaller one."""
-        return self._result_files.write(picture, suffix, edited.record, quality).data
+        return self._result_files.write(
+            picture, suffix, edited.record, edited.original, quality
+        ).data
 
     async def check_picture(
         self, data: bytes, mask: bytes | None = None, request: PictureRequest = _UNCHANGED
@@ -408,6 +412,7 @@ class EditService:
         """Edit a picture, or generate one if there is none."""
         started = time.monotonic()
         request = self._completed(request)
+        original = data if self._result_files.are_signed else None
         source = image = inside = None
         if data is not None:
             assert isinstance(request, PictureRequest)
@@ -422,7 +427,7 @@ class EditService:
 
             def finished() -> tuple[Picture, float | None, ResultFile, tuple[bytes, ...]]:
                 picture, share = _restored(result.painted.image, source)
-                file = self._result_files.write(picture, suffix, record)
+                file = self._result_files.write(picture, suffix, record, original)
                 return picture, share, file, _rounds(result.painted)
 
             saving = partial(report, Progress(Phase.SAVING))
@@ -445,6 +450,7 @@ class EditService:
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
             source=None if source is None else source.before,
+            original=original,
         )
 
     @contextlib.contextmanager

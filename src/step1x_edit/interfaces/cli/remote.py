@@ -28,6 +28,7 @@ from step1x_edit.errors import (
 )
 from step1x_edit.interfaces import hosts
 from step1x_edit.pictures import images, regions
+from step1x_edit.pictures.manifests import carries_manifest
 from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
     EditMetadata,
@@ -56,6 +57,11 @@ _LATE_ANSWER_S: Final = 5.0  # after Ctrl-C, for the id of a job that the server
 _MAX_ANSWER: Final = 4 * 1024 * 1024  # bytes, for all answers without a picture
 
 
+_UNSIGNED: Final = (
+    "the server's signature is lost in this format; save it as .png, or set C2PA_CERT here too"
+)
+
+
 @dataclass(frozen=True)
 class RemotePicture:
     """The bytes of a picture that a server has edited or made, and its metadata."""
@@ -71,7 +77,7 @@ class RemoteServer:
         self._url = _root(url)
         self._token = token
         self._limits = settings.limits
-        self._result_files = ResultFiles(settings)
+        self._settings = settings
 
     @property
     def url(self) -> str:
@@ -101,7 +107,7 @@ class RemoteServer:
             name: json.dumps(value) if isinstance(value, list) else str(value)
             for name, value in given_in(request, PictureRequest).items()
         }
-        return await self._done({"files": files, "data": fields}, report, suffix)
+        return await self._done({"files": files, "data": fields}, report, suffix, data)
 
     edit_next = edit_picture  # each edit is a stored job, which the server keeps until its turn
 
@@ -109,10 +115,17 @@ class RemoteServer:
         self, request: GeneratePictureRequest, report: Reporter, suffix: str = ".png"
     ) -> RemotePicture:
         """Generate a picture from text; cancelling the call cancels the job."""
-        return await self._done({"json": given_in(request, GeneratePictureRequest)}, report, suffix)
+        body = {"json": given_in(request, GeneratePictureRequest)}
+        return await self._done(body, report, suffix, None)
 
-    async def _done(self, body: Mapping[str, Any], report: Reporter, suffix: str) -> RemotePicture:
-        """The result of a job with this body, in the format of the suffix."""
+    async def _done(
+        self, body: Mapping[str, Any], report: Reporter, suffix: str, original: bytes | None
+    ) -> RemotePicture:
+        """The result of a job with this body, in the format of the suffix.
+
+        If this process has a certificate, it signs what the server has not signed.
+        """
+        files = await asyncio.to_thread(ResultFiles, self._settings)
         async with self._client() as client:
             job = await self._created(client, body)
             try:
@@ -124,10 +137,10 @@ class RemoteServer:
                 png = answer.content
             finally:
                 await self._forget(client, job.id)
-        if suffix == ".png":
+        if suffix == ".png" and (carries_manifest(png) or not files.are_signed):
             return RemotePicture(png, ended.metadata)
         await report(Progress(Phase.SAVING))
-        file = await asyncio.to_thread(self._converted, png, suffix)
+        file = await asyncio.to_thread(self._converted, files, png, suffix, original)
         return RemotePicture(file.data, ended.metadata.with_warning(file.warning))
 
     async def status(self) -> StatusAnswer:
@@ -214,12 +227,17 @@ class RemoteServer:
         size = regions.grown_size(request.outpaint, picture.width, picture.height)
         images.check_encodable(*size, suffix)
 
-    def _converted(self, png: bytes, suffix: str) -> ResultFile:
-        """The same picture as the server would have encoded it in this format."""
+    def _converted(
+        self, files: ResultFiles, png: bytes, suffix: str, original: bytes | None
+    ) -> ResultFile:
+        """The same picture as the server would have written it in this format."""
         picture, record = images.decode(png, self._limits), images.read_record(png)
         if record is None:
             raise self._other_version()
-        return self._result_files.write(picture, suffix, record)
+        file = files.write(picture, suffix, record, original)
+        if carries_manifest(png) and not carries_manifest(file.data):
+            return ResultFile(file.data, "; ".join(filter(None, (file.warning, _UNSIGNED))))
+        return file
 
     # --- requests ---
 

@@ -67,7 +67,7 @@ class _Edits:
             edited = await self.service.edit_picture(
                 form.picture, asked, suffix=suffix, mask=form.mask
             )
-            return replace(edited, source=None)  # not kept for a repeated request
+            return replace(edited, source=None, original=None)  # not kept for a repeated request
 
         digest = digest_of([*form.parts(), ("accept", wanted.encode())])
         run, was_there = self.runs.find(identity_of(request, digest), work, _size)
