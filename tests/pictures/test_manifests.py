@@ -71,7 +71,8 @@ def edited(make_service: MakeService, tmp_path: Path) -> Edited:
         service = make_service(FakeWorker(paint=canvas), **settings) if settings else signing
         (tmp_path / "in.x").write_bytes(data)
         paths = {"image_path": str(tmp_path / "in.x"), "output_path": str(tmp_path / to)}
-        asked = {**paths, "prompt": "red hat", "seed": 5, "overwrite": True}
+        seed = 6 if b"c2pa" in data else 5  # the seed of the input would be warned of
+        asked = {**paths, "prompt": "red hat", "seed": seed, "overwrite": True}
         answer = (await edits_of(service).edit(service.read_edit(asked))).answer
         return Path(answer.output_path).read_bytes(), answer.metadata.warning
 

@@ -702,12 +702,6 @@ def _shown_in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 # --- the record of an edit -----------------------------------------------------------------------
 
 
-def format_of(data: bytes) -> str | None:
-    """The name of the format of a picture whose record was read, as in `output_formats`."""
-    with Image.open(io.BytesIO(data), formats=DECODERS) as image:
-        return image.format
-
-
 def read_edit_record(source: bytes | Path) -> EditRecord | None:
     """The record of the edit, or None if the picture was not edited here or lost its notes."""
     record = read_record(source)
