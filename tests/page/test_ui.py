@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
@@ -46,6 +48,10 @@ from step1x_edit.hub.catalog import find_model
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.texts import LANGUAGES, language_of, text, translations
 from step1x_edit.pictures import images
+from step1x_edit.schemas.requests import EditRequest
+from step1x_edit.service.file_edits import FileEdits
+from step1x_edit.service.files import FileAccess
+from step1x_edit.service.history import History
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
@@ -636,6 +642,7 @@ def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
         expect(page.locator(line)).to_contain_text("the rest moved 0.0 levels")
         page.wait_for_selector("#edit-picture img")
         assert np.array_equal(pixels(downloaded(page, "#edit-download")), pixels(photo))
+        assert complaints(page) == []
 
         page.get_by_label("Compare with").click()
         page.get_by_role("option", name="the original").click()
@@ -656,6 +663,33 @@ def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
         page.click("#edit-undo")
         expect(page.locator("#edit-result figure")).to_have_count(0)
         page.wait_for_selector("#edit-picture img")
+
+
+@needs_browser
+def test_a_step_of_the_command_line_is_repeated_on_the_page_with_its_mask(
+    service: EditService, open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    mask = np.zeros(pixels(photo).shape[:2], np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    history = History(Settings(_env_file=None, data_dir=tmp_path / "data"))
+    files = FileEdits(service, FileAccess([tmp_path], 2**20), history)
+    asked = EditRequest(image_path=photo, prompt="invert", mask_path=tmp_path / "mask.png")
+    with ThreadPoolExecutor() as threads:  # this one has the event loop of the browser
+        threads.submit(asyncio.run, files.edit(asked)).result()
+    (step,) = history.steps()
+
+    with serving(service, api_key=None, history=True, data_dir=tmp_path / "data") as url:
+        page = open_page(address=url)
+        page.locator("#edit-history img").click()
+        expect(page.locator("#edit-line")).to_contain_text("the rest moved 0.0 levels")
+        page.click("#edit-again")
+        expect(page.locator("#edit-history img")).to_have_count(2)
+        again = pixels(downloaded(page, "#edit-download"))
+
+    assert np.array_equal(again[:, 32:], pixels(photo)[:, 32:])
+    assert not np.array_equal(again, pixels(photo))
+    assert {each.mask for each in history.steps()} == {step.mask}
 
 
 # --- languages ------------------------------------------------------------------------------------

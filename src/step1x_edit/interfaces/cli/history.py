@@ -101,7 +101,8 @@ def show(step_id: Id, output: OutputFile = None, as_json: AsJson = False) -> Non
             written = str(files.publish(planned, history.read(step.result)))
         if as_json:
             ids = [each.id for each in path]
-            print_json({**_as_json(step), "path": ids, **given({"output_path": written})})
+            shown = {**_as_json(step), "path": ids, **given({"output_path": written})}
+            print_json({"status": "success", **shown})
             return
         for name, value in _rows(step, path):
             out.print(f"{name:<16} {value}", markup=False)
