@@ -17,6 +17,7 @@ from http_server import TOKEN, serving
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app
 from step1x_edit.pictures.images import decode, encode, read_record
+from step1x_edit.schemas.requests import without_prompts
 from step1x_edit.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("fake_model")
@@ -79,10 +80,10 @@ def test_the_check_says_how_far_pixels_differ_and_what_may_have_done_it(
     assert "names no cause" in unexplained.stdout
     answer = json.loads(result.stdout)
     assert answer["message"] == (
-        "pixels differ by up to 1 level in 0.0081% of the values: threads 2 threads, now 1 threads"
+        "pixels differ by up to 1 level in 0.0109% of the values: threads 2, now 1"
     )
     assert answer["max_difference"] == 1
-    assert answer["differences"] == [{"name": "threads", "then": "2 threads", "now": "1 threads"}]
+    assert answer["differences"] == [{"name": "threads", "then": "2", "now": "1"}]
 
 
 def test_the_check_says_when_only_metadata_differs(photo: Path, worker: FakeWorker) -> None:
@@ -182,6 +183,19 @@ def test_another_model_is_refused_as_soon_as_it_is_known(photo: Path, worker: Fa
     )
     assert sorted(photo.parent.iterdir()) == before
     assert worker.stopped_at.get("invert", 0) < 10
+
+
+def test_a_recipe_without_its_prompt_is_refused(photo: Path) -> None:
+    made = edited(photo)
+    record = read_record(made)
+    assert record is not None
+    picture = decode(made.read_bytes(), Settings(_env_file=None).limits)
+    made.write_bytes(encode(picture, ".png", without_prompts(record)))
+
+    result = called("replay", made)
+
+    assert result.exit_code == 2
+    assert "the record of made.png has no prompt (RECORD_PROMPT)" in result.stderr
 
 
 def test_loras_that_are_not_here_are_named(photo: Path) -> None:

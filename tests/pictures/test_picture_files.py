@@ -50,7 +50,7 @@ from picture_files import (
     with_nclx,
 )
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
-from step1x_edit.pictures.images import decode
+from step1x_edit.pictures.images import decode, read_record
 from step1x_edit.pictures.tiff import image_of, opened
 from step1x_edit.settings import Limits
 
@@ -203,6 +203,7 @@ async def test_a_tiff_whose_values_overlap_does_not_fill_the_memory(edited: Edit
     try:
         with pytest.raises(CorruptImageError):
             await edited(data, "in.tif")
+        assert read_record(data) is None
         assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
     finally:
         tracemalloc.stop()

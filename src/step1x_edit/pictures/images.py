@@ -712,6 +712,8 @@ def read_record(source: bytes | Path) -> Record | None:
     """The record of an edit or generation, or None if it was not made here or lost its notes."""
     data = source.read_bytes() if isinstance(source, Path) else source
     try:
+        if tiff.is_tiff(data):
+            tiff.opened(data)  # refuses values that overlap many times and would fill the memory
         with Image.open(io.BytesIO(data), formats=DECODERS) as image:
             return record_of(image)
     except Exception:  # noqa: BLE001 - notes of others, or none: see _damaged

@@ -173,7 +173,8 @@ def compare(then: bytes, now: bytes, metadata: EditMetadata, limits: Limits) -> 
         what = f"the sizes differ: {_size(before)}, now {_size(after)}"
         reasons = reasons or "the picture was resized after the edit"
         return CheckAnswer(message=f"{what}; {reasons}", equal=False, metadata=metadata)
-    left, right = _values(before), _values(after)
+    has_alpha = not (before.alpha is None and after.alpha is None)
+    left, right = (_with_alpha(each) if has_alpha else each.pixels for each in (before, after))
     distance = np.maximum(left, right) - np.minimum(left, right)
     most, share = int(distance.max()), float((distance > 0).mean())
     if most == 0:
@@ -200,8 +201,8 @@ def _size(picture: Picture) -> str:
     return f"{picture.width}×{picture.height}"
 
 
-def _values(picture: Picture) -> Pixels:
-    """All values of a picture as (H, W, 4), with its transparency."""
+def _with_alpha(picture: Picture) -> Pixels:
+    """The values of a picture as (H, W, 4), with its transparency."""
     import numpy as np
 
     opaque = np.full(picture.pixels.shape[:2], 255, np.uint8)
@@ -221,6 +222,6 @@ def _differences(then: Record, now: Record) -> list[Difference]:
 def _said(record: Record) -> dict[str, str]:
     values: dict[str, Any] = record.model_dump(exclude_none=True)
     said = {name: str(value) for name, value in values.items()}
-    parts = said.pop("numerics", "").split("/")
+    parts = [part.removesuffix(" threads") for part in said.pop("numerics", "").split("/")]
     is_of_cpu = len(parts) == len(_OF_A_CPU)
     return said | dict(zip(_OF_A_CPU if is_of_cpu else _OF_A_GPU, parts, strict=False))
