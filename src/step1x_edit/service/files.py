@@ -145,7 +145,7 @@ class FileAccess:
         return stream.read(self._max_bytes + 1)
 
     def beside(self, path: Path, suffixes: Collection[str], most: int) -> list[Path]:
-        """The regular files with such suffixes in the folder of a file, at most so many.
+        """Up to `most` regular files with such suffixes in the folder of a file.
 
         Those whose name the file's continues come first: `photo.jpg` for `photo_edited.png`.
         """

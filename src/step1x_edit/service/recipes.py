@@ -170,16 +170,21 @@ def compare(then: bytes, now: bytes, metadata: EditMetadata, limits: Limits) -> 
     found = _differences(record_in(then), record_in(now))
     reasons = "; ".join(each.text for each in found)
     if before.pixels.shape != after.pixels.shape:
-        what = f"the sizes differ: {_size(before)}, now {_size(after)}"
+        what = f"the sizes differ, {_size(before)} and now {_size(after)}"
         reasons = reasons or "the picture was resized after the edit"
-        return CheckAnswer(message=f"{what}; {reasons}", equal=False, metadata=metadata)
+        return CheckAnswer(
+            message=f"{what}: {reasons}",
+            equal=False,
+            differences=found or None,
+            metadata=metadata,
+        )
     has_alpha = not (before.alpha is None and after.alpha is None)
     left, right = (_with_alpha(each) if has_alpha else each.pixels for each in (before, after))
     distance = np.maximum(left, right) - np.minimum(left, right)
     most, share = int(distance.max()), float((distance > 0).mean())
     if most == 0:
         what = "the pixels are equal, the metadata differs"
-        reasons = reasons or "other metadata was changed, or the version of step1x-edit"
+        reasons = reasons or "a signature, a later change, or the version of step1x-edit"
     else:
         levels = "1 level" if most == 1 else f"{most} levels"
         what = f"pixels differ by up to {levels} in {share:.4%} of the values"
