@@ -139,6 +139,8 @@ def test_the_demo_leaves_before_after_and_a_comparison_and_says_where(tmp_path: 
     assert all(
         Image.open(folder / f"after-{name}.jpg").size == before.size for name in DEMO_PROMPTS
     )
+    marked = {path.name for path in folder.iterdir() if b"digitalsourcetype/" in path.read_bytes()}
+    assert marked == written - {"before.jpg"}
     assert "models pull v1.1" in result.stdout
 
 

@@ -34,9 +34,13 @@ _OFFLINE: Final = {
     "version": 1,
     "core": {"allowed_network_hosts": []},
     "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
-    "builder": {"thumbnail": {"enabled": False}},
+    "builder": {
+        "thumbnail": {"enabled": False},
+        # What the signer itself says, and not only passes on.
+        "created_assertion_labels": ["c2pa.actions", "c2pa.ingredient"],
+    },
 }
-_RECORD: Final = "io.github.step1x-edit.record"
+_RECORD: Final = "step1x-edit.record"
 _INPUT: Final = "input"
 _UNTRUSTED: Final = "signingCredential.untrusted"  # no list of trusted signers is installed
 _SMALLEST_GIF: Final = b"GIF89a\1\0\1\0\0\0\0;"

@@ -42,7 +42,7 @@ class Notes:
 def notes_of(image: Image.Image, exif: Mapping[int, Any]) -> Notes:
     """The notes of a picture as its decoder found them."""
     xmp = texts_of(image.info.get("xmp"))
-    source_type = next(iter(xmp.get(SOURCE_TYPE, ())), "").strip()[:_MAX_TEXT]
+    source_type = next(iter(xmp.get(SOURCE_TYPE, ())), "").strip()[:_MAX_CREATOR]
     credit, density = _credit(xmp, image.info), _density(image, exif)
     return Notes(_harmless(exif), credit, density, source_type)
 

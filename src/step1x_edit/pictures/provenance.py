@@ -80,9 +80,9 @@ def texts_of(packet: bytes | str | None) -> dict[str, list[str]]:
 
 
 def packet_of(credit: Credit, record: Record | None, before: str) -> bytes | None:
-    """The XMP of a result, or without a record only its credit; None if there is none."""
+    """The XMP of a result; without a record, only what its input said. None if there is none."""
     properties = [
-        *([] if record is None else _mark(record, before)),
+        *([_source_type(before)] if record is None else _mark(record, before)),
         _listed("dc:creator", "Seq", "<rdf:li>", credit.creators),
         _listed("dc:rights", "Alt", _DEFAULT_LANGUAGE, (credit.rights,)),
         _listed("xmpRights:UsageTerms", "Alt", _DEFAULT_LANGUAGE, (credit.usage_terms,)),
@@ -105,10 +105,14 @@ def packet_of(credit: Credit, record: Record | None, before: str) -> bytes | Non
 
 def _mark(record: Record, before: str) -> list[str]:
     return [
-        _simple("Iptc4xmpExt:DigitalSourceType", source_type_of(record, before)),
+        _source_type(source_type_of(record, before)),
         _simple("Iptc4xmpExt:AISystemUsed", record.model[:_MAX_MODEL]),
         _simple("xmp:CreatorTool", record.software),
     ]
+
+
+def _source_type(name: str) -> str:
+    return _simple("Iptc4xmpExt:DigitalSourceType", name)
 
 
 _DEFAULT_LANGUAGE: Final = '<rdf:li xml:lang="x-default">'

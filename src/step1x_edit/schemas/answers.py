@@ -14,7 +14,9 @@ from step1x_edit.model.request import Mode
 from step1x_edit.schemas.parameters import CONTRACT, in_order
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.schemas.requests import (
+    EditRecord,
     GeneratePictureRequest,
+    GenerationRecord,
     HowToEdit,
     HowToGenerate,
     PictureRequest,
@@ -270,6 +272,32 @@ class ManifestClaim(_Answer):
     generator: Annotated[str | None, Field(description="The program that signed")] = None
     actions: list[ActionClaim] = []
     ingredients: list[IngredientClaim] = []
+
+
+class CreditClaim(_Answer):
+    """Who is credited for a picture, and its terms of use."""
+
+    creators: list[str] | None = None
+    copyright: str | None = None
+    usage_terms: str | None = None
+    web_statement: str | None = None
+    credit_line: str | None = None
+
+
+class InspectAnswer(_Answer):
+    """What a picture claims about itself."""
+
+    status: Literal["success"] = "success"
+    path: str
+    format: str
+    width: int
+    height: int
+    size_bytes: int
+    record: EditRecord | GenerationRecord | None = None
+    digital_source_type: str | None = None
+    credit: CreditClaim | None = None
+    c2pa: ManifestClaim | None = None
+    warning: str | None = None
 
 
 class ErrorAnswer(_Answer):

@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from step1x_edit.pictures.images import Picture
+from step1x_edit.pictures.notes import Notes
+from step1x_edit.pictures.provenance import EDITED
 
 WIDTH: Final = 480
 """Of one picture of several."""
@@ -21,7 +23,10 @@ _FONT_SIZE: Final = 20
 
 
 def draw_comparison(pictures: Mapping[str, Path | BinaryIO], width: int = WIDTH) -> Picture:
-    """The pictures in rows, each above its label, all in the shape of the first."""
+    """The pictures in rows, each above its label, all in the shape of the first.
+
+    The sheet is marked as an edit, because at least one of them is.
+    """
     images = [Image.open(path).convert("RGB") for path in pictures.values()]
     height = round(width * images[0].height / images[0].width)
     rows = -(-len(images) // _COLUMNS)
@@ -40,4 +45,4 @@ def draw_comparison(pictures: Mapping[str, Path | BinaryIO], width: int = WIDTH)
         sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
         middle = (left + width // 2, top + height + _LABEL_HEIGHT // 2)
         draw.text(middle, label, fill="black", font=font, anchor="mm")
-    return Picture(np.array(sheet))
+    return Picture(np.array(sheet), notes=Notes(source_type=EDITED))

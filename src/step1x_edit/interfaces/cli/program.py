@@ -17,6 +17,7 @@ from step1x_edit.interfaces.cli.editing import EditCommand, edit
 from step1x_edit.interfaces.cli.generating import generate
 from step1x_edit.interfaces.cli.gpu import offload, release, status
 from step1x_edit.interfaces.cli.history import history_app
+from step1x_edit.interfaces.cli.inspecting import inspect
 from step1x_edit.interfaces.cli.mcp_commands import mcp_app
 from step1x_edit.interfaces.cli.models import models_app
 from step1x_edit.interfaces.cli.replaying import replay
@@ -45,6 +46,7 @@ app.command(cls=EditCommand)(edit)
 app.command(cls=Command)(batch)
 app.command(cls=Command)(generate)
 app.command(cls=Command)(replay)
+app.command(cls=Command)(inspect)
 app.command(cls=Serve)(serve)
 for command in (status, offload, release, doctor):
     app.command(cls=Command)(command)
