@@ -663,6 +663,7 @@ def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
         page.click("#edit-undo")
         expect(page.locator("#edit-result figure")).to_have_count(0)
         page.wait_for_selector("#edit-picture img")
+        page.close()
 
 
 @needs_browser
@@ -686,6 +687,7 @@ def test_a_step_of_the_command_line_is_repeated_on_the_page_with_its_mask(
         page.click("#edit-again")
         expect(page.locator("#edit-history img")).to_have_count(2)
         again = pixels(downloaded(page, "#edit-download"))
+        page.close()
 
     assert np.array_equal(again[:, 32:], pixels(photo)[:, 32:])
     assert not np.array_equal(again, pixels(photo))
