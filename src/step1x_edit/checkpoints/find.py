@@ -6,6 +6,7 @@ an index that lists them.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from step1x_edit import foreign_json
+from step1x_edit.checkpoints.dialects import not_read, prefix_of, quantiser
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, some_of
-from step1x_edit.checkpoints.stored import PICKLES, stored_names
+from step1x_edit.checkpoints.stored import GGUF, PICKLES, stored_names
 from step1x_edit.errors import CheckpointError
 
 MAPPING_WEIGHT: Final = "text_token_mapping.weight"
 
-_SHARD: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+_SUFFIXES: Final = frozenset({".safetensors", ".sft"})
+_SHARD: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|sft)", re.IGNORECASE)
 _UNFINISHED: Final = frozenset({".incomplete", ".partial", ".part", ".aria2", ".crdownload"})
 # One tensor identifies the part and its layout: official, diffusers.
 _TRANSFORMER: Final = (
@@ -28,7 +31,7 @@ _TRANSFORMER: Final = (
 )
 _VAE: Final = ("decoder.up.0.block.0.conv1.weight", "decoder.up_blocks.0.resnets.0.conv1.weight")
 _CONNECTOR: Final = "connector.S.input_embedder.weight"
-_LORA: Final = re.compile(r"lora_(down|up|A|B)\b")
+_LORA: Final = re.compile(r"\b(lora_(down|up|A|B)|lokr_w\w+|hada_w\w+|diff)\b")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class FileSet:
 
     files: tuple[Path, ...]
     names: frozenset[str]
+    prefix: str = ""
+    """What precedes the names in the files, as a tool wrote them."""
 
     @property
     def is_transformer(self) -> bool:
@@ -67,12 +72,14 @@ class FileSet:
 def file_sets(folder: Path) -> list[FileSet]:
     """The sets of a folder. Raises CheckpointError if a shard is missing or cannot be read."""
     shards: dict[tuple[str, int], list[Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(each for each in folder.glob("*") if each.suffix.lower() in _SUFFIXES):
         match = _SHARD.fullmatch(file.name)
         key = (match[1], int(match[3])) if match else (file.name, 1)
         shards.setdefault(key, []).append(file)
     for file in sorted(folder.glob("*.safetensors.index.json")):
-        _check_index(file)
+        below = [each for each in _listed(file) if each.parent != folder]
+        if below:
+            shards[file.name, len(below)] = below
     for (name, count), files in shards.items():
         if len(files) < count:
             raise CheckpointError(
@@ -84,16 +91,21 @@ def file_sets(folder: Path) -> list[FileSet]:
 def file_set(files: Iterable[Path]) -> FileSet:
     """These files as one set."""
     files = tuple(files)
-    return FileSet(files, frozenset().union(*(stored_names(file) for file in files)))
+    names = frozenset[str]().union(*(stored_names(file) for file in files))
+    prefix = prefix_of(names, _TRANSFORMER)
+    return FileSet(files, frozenset(name.removeprefix(prefix) for name in names), prefix)
 
 
-def _check_index(file: Path) -> None:
+def _listed(file: Path) -> list[Path]:
+    """The files in an index that lie in its folder or below."""
     try:
         listed = set(foreign_json.parse(file.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     if missing := {name for name in listed if not (file.parent / str(name)).is_file()}:
         raise CheckpointError(f"{file.parent} lacks {some_of(missing)}, which its index lists")
+    paths = {Path(os.path.normpath(file.parent / str(name))) for name in listed}
+    return sorted(path for path in paths if path.is_relative_to(file.parent))
 
 
 def choose_transformer(sets: Iterable[FileSet], place: Path, wanted: str | None) -> FileSet:
@@ -111,8 +123,11 @@ def _what_there_is(sets: list[FileSet], place: Path) -> str:
     entries = sorted(folder.iterdir())
     if unfinished := [entry for entry in entries if entry.suffix in _UNFINISHED]:
         return f"; {unfinished[0].name} is not complete: download it again"
-    if refused := [entry for entry in entries if entry.suffix in PICKLES]:
+    if refused := [entry for entry in entries if entry.suffix.lower() in PICKLES]:
         return f"; {refused[0].name} is not read: only safetensors are accepted"
+    if gguf := [entry for entry in entries if entry.suffix.lower() == GGUF]:
+        name = gguf[0].name
+        return f"; {name} is not read: GGUF is not supported; use the same model as safetensors"
     others = [each for each in sets if not each.is_vae]
     if not others:
         return f"; {sets[0]} is the autoencoder alone" if sets else ""
@@ -120,6 +135,8 @@ def _what_there_is(sets: list[FileSet], place: Path) -> str:
         return f"; {others[0]} has no connector: it is another model of this kind, such as FLUX"
     if any(_LORA.search(name) for name in others[0].names):
         return f"; {others[0]} is a LoRA: set LORA_PATH to it"
+    if tool := quantiser(others[0].names):
+        return f"; {not_read(others[0], tool)}"
     return f"; {others[0]} is of another model"
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from step1x_edit.checkpoints.stored import Stored
+from step1x_edit.checkpoints.stored import Stored, shortened
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.config import TransformerConfig
 
@@ -254,4 +254,4 @@ def some_of(names: Iterable[str]) -> str:
     """Up to three names, and the number of further ones."""
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-    return ", ".join(listed[:3]) + more
+    return ", ".join(map(shortened, listed[:3])) + more

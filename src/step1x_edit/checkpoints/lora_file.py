@@ -26,21 +26,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from step1x_edit import foreign_json
+from step1x_edit.checkpoints.dialects import PREFIX
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.lora_methods import Base, Change, Found, Scale, changes
-from step1x_edit.checkpoints.stored import refuse_pickle
+from step1x_edit.checkpoints.stored import refuse_format
 from step1x_edit.errors import CheckpointError
 from step1x_edit.lora_names import PEFT_STEM, lora_name
 
 log = logging.getLogger(__name__)
 
-PREFIX: Final = re.compile(
-    r"((base_model\.model|model|diffusion_model|transformer|module|_orig_mod|unet|pipe|dit|net)\.)*"
-)
-"""What tools put before the names of a network's tensors."""
-
 _UNDERSCORED: Final = ("lora_unet_", "lora_transformer_", "lycoris_")
-"""What they put before the name of a module whose dots are underscores."""
+"""What tools put before the name of a module whose dots are underscores."""
 
 _ADAPTER: Final = r"(\.[^.]+)?"  # its name, in the keys of a whole peft model
 _FACTORS: Final = (
@@ -154,7 +150,7 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
     Keys that do not belong to the transformer, such as those for a text encoder, are left out and
     logged; a file with no other keys is refused.
     """
-    refuse_pickle(path)
+    refuse_format(path)
     modules = _modules(links)
     try:
         with safe_open(path, framework="pt") as opened:

@@ -27,6 +27,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from step1x_edit.checkpoints.arena import Arena, Block, Weight, blocks_of
 from step1x_edit.checkpoints.changed import ChangedBlocks
+from step1x_edit.checkpoints.dialects import (
+    not_read,
+    quantiser,
+    with_scales,
+    without_prefix,
+)
 from step1x_edit.checkpoints.find import (
     FileSet,
     choose_transformer,
@@ -47,7 +53,7 @@ from step1x_edit.checkpoints.lora import Loras
 from step1x_edit.checkpoints.memory_plan import HostPlan
 from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
-from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
+from step1x_edit.checkpoints.stored import Stored, refuse_format, stored_tensors
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
@@ -185,7 +191,7 @@ def _open(path: Path | None, wanted: Wanted) -> OpenedCheckpoint:
     path = DEMO_FOLDER if path is None else path.expanduser()
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
-    refuse_pickle(path)
+    refuse_format(path)
     if path.is_file():
         return _open_official([file_set([path])], path, wanted)
     if read_json(path / "config.json").get("format") is not None:
@@ -304,7 +310,7 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
         )
     release = wanted.releases[version]
     dtype = wanted.dtype or torch.bfloat16
-    tensors: Mapping[str, Stored] = stored_tensors(files.transformer.files)
+    tensors: Mapping[str, Stored] = _read_dialect(files.transformer)
     sizes = transformer_sizes(tensors, files.described, release.model.transformer)
     if not files.transformer.is_official:
         tensors = to_official(tensors, transformer_links(sizes))
@@ -324,6 +330,15 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
     pipeline = EditPipeline(transformer, vae, conditioner, model, profile=profile)
     checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
     return OpenedCheckpoint(checkpoint, tuple(weights))
+
+
+def _read_dialect(files: FileSet) -> dict[str, Stored]:
+    """The tensors by their names in the network, with their scales. Raises CheckpointError."""
+    plain = without_prefix(stored_tensors(files.files), files.prefix)
+    tensors = with_scales(plain, files.files, files.prefix)
+    if tool := quantiser(tensors):
+        raise CheckpointError(not_read(files, tool))
+    return tensors
 
 
 def _profile(folder: Path, version: str) -> Profile | None:
@@ -361,13 +376,14 @@ def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[s
 
     If the head shares its weights with the embeddings, it gets a copy of them.
     """
-    files = [file for each in file_sets(folder) for file in each.files]
-    if not files:
+    sets = file_sets(folder)
+    if not sets:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     file = folder / "config.json"
     vlm = _build_vlm(read_json(file), file, model)
     tensors: dict[str, Stored] = {}
-    for published, tensor in stored_tensors(files).items():
+    files = FileSet(tuple(file for each in sets for file in each.files), frozenset())
+    for published, tensor in _read_dialect(files).items():
         if published.startswith("lm_head.") and model.reasoning is None:
             continue
         name = _inner_name(published)
@@ -476,6 +492,8 @@ def _weights(
         if tensor.shape != tuple(expected[name].shape):
             shapes = f"{tensor.shape} instead of {tuple(expected[name].shape)}"
             raise CheckpointError(f"the {what} has {name} of shape {shapes}")
+        if expected[name].is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(f"the {what} has {name} as integers, whose scale is unknown")
     for name in expected:
         shape = tuple(expected[name].shape)
         weights.append(Weight(f"{part}.{name}", *_owner(module, name), shape, dtype, tensors[name]))

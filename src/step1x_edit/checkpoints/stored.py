@@ -36,6 +36,7 @@ DTYPES: Final = {
     "BOOL": torch.bool,
 }
 PICKLES: Final = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+GGUF: Final = ".gguf"
 HEADER_LIMIT: Final = 100_000_000
 """Bytes of the longest header that the format allows."""
 
@@ -79,6 +80,8 @@ class Span:
     offset: int
     count: int
     dtype: torch.dtype
+    scale: float = 1.0
+    """What they are multiplied by when they are read."""
 
     @property
     def size(self) -> int:
@@ -97,6 +100,8 @@ class Span:
         self.file.read(self.offset, raw.view(torch.uint8).numpy().data)
         if raw is not target:
             target.copy_(raw)
+        if self.scale != 1.0:
+            target.mul_(self.scale)
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,10 @@ class Stored:
         """Bytes in the files."""
         return sum(span.size for span in self.spans)
 
+    def is_floating_point(self) -> bool:
+        """Whether it holds no integers, as of a tensor."""
+        return all(span.dtype.is_floating_point for span in self.spans)
+
     def rows(self, start: int, stop: int) -> Stored:
         """Some rows, like a slice of a tensor."""
         size = math.prod(self.shape[1:])
@@ -121,6 +130,19 @@ class Stored:
         """The same numbers in another shape."""
         assert math.prod(shape) == math.prod(self.shape)
         return Stored(shape, self.spans)
+
+    def times(self, scale: float) -> Stored:
+        """The same numbers, multiplied when they are read."""
+        return Stored(self.shape, tuple(replace(span, scale=scale) for span in self.spans))
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The numbers as a flat tensor; for small ones."""
+        numbers = torch.empty(math.prod(self.shape), dtype=dtype)
+        start = 0
+        for span in self.spans:
+            span.read_into(numbers[start : start + span.count])
+            start += span.count
+        return numbers
 
     def forget(self) -> None:
         """As `StoredFile.forget`."""
@@ -135,10 +157,20 @@ class Stored:
         return Stored((rows, *parts[0].shape[1:]), spans)
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise CheckpointError for a file that could run code."""
-    if path.suffix in PICKLES:
+def refuse_format(path: Path) -> None:
+    """Raise CheckpointError for a file that could run code, or that is in GGUF."""
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         raise CheckpointError(f"{path.name} may run code when read: only safetensors are accepted")
+    if suffix == GGUF:
+        raise CheckpointError(
+            f"{path.name}: GGUF is not supported; use the same model as safetensors"
+        )
+
+
+def shortened(name: str) -> str:
+    """A name for a message, of at most 100 letters."""
+    return name if len(name) <= 100 else f"{name[:70]}…{name[-29:]}"
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
@@ -147,7 +179,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     for path in files:
         for name, tensor in _in_file(path):
             if name in tensors:
-                raise CheckpointError(f"{path} repeats the tensor {name}")
+                raise CheckpointError(f"{path} repeats the tensor {shortened(name)}")
             tensors[name] = tensor
     return tensors
 
@@ -157,6 +189,15 @@ def stored_names(path: Path) -> set[str]:
     try:
         with safe_open(path, framework="pt") as opened:
             return set(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
@@ -175,12 +216,17 @@ def _in_file(path: Path) -> Iterator[tuple[str, Stored]]:
         try:
             tensor = _tensor(file, 8 + length, header[name])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"cannot read {name} in {path}: {error!r}") from error
+            raise CheckpointError(f"cannot read {shortened(name)} in {path}: {error!r}") from error
         yield name, tensor
 
 
 def _tensor(file: StoredFile, base: int, entry: dict[str, Any]) -> Stored:
-    dtype, shape = DTYPES[entry["dtype"]], tuple(int(side) for side in entry["shape"])
+    kind, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
+    if kind not in DTYPES:
+        raise CheckpointError(
+            f"{file.path.name} has numbers of type {kind}, which is not supported"
+        )
+    dtype = DTYPES[kind]
     begin, end = (base + int(offset) for offset in entry["data_offsets"])
     count = math.prod(shape)
     if min(shape, default=0) < 0 or not base <= begin <= end <= file.size:
