@@ -42,9 +42,14 @@ def steps() -> list[dict[str, Any]]:
 
 
 def edited(*words: object) -> str:
+    """Make a quick edit and return the id of its step."""
+    return edited_by(*words, *QUICK)
+
+
+def edited_by(*words: object) -> str:
     """Run a command and return the id of the step that it adds."""
     before = {step["id"] for step in steps()}
-    run(*words, *QUICK)
+    run(*words)
     (new,) = {step["id"] for step in steps()} - before
     return str(new)
 
@@ -66,6 +71,18 @@ def test_edits_become_a_tree_because_their_inputs_are_recognised(photo: Path) ->
     assert re.findall("[0-9a-f]{12}", listed) == [first, second, beside, again]
     indents = [len(re.match(r"[^0-9a-f]*", line)[0]) for line in listed.splitlines()[1:]]  # type: ignore
     assert indents == [4, 8, 8, 4]
+
+
+def test_a_recipe_applied_to_another_picture_is_a_step_and_a_check_is_none(photo: Path) -> None:
+    other = photo.with_name("other.png")
+    Image.fromarray(picture(photo)[::-1]).save(other)
+    edited("edit", photo.name, "make it winter")
+
+    run("replay", "photo_edited.png", "--check")
+    new = edited_by("replay", "photo_edited.png", "--on", other.name)
+
+    (step,) = [step for step in steps() if step["id"] == new]
+    assert (step["name"], step["metadata"]["prompt"]) == ("other.png", "make it winter")
 
 
 def test_nothing_is_kept_unless_history_is_on(

@@ -15,7 +15,7 @@ from PIL import Image
 from step1x_edit.errors import CorruptImageError
 from step1x_edit.schemas.answers import EditMetadata
 from step1x_edit.service import durable
-from step1x_edit.service.history import History, Made, Step, merged
+from step1x_edit.service.history import History, NewStep, Step, merged
 from step1x_edit.settings import MEBI, Settings
 
 SIDE = 64
@@ -35,7 +35,9 @@ def noise(seed: int, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def made(image: bytes | None, result: bytes, prompt: str = "x", mask: bytes | None = None) -> Made:
+def made(
+    image: bytes | None, result: bytes, prompt: str = "x", mask: bytes | None = None
+) -> NewStep:
     metadata = EditMetadata(
         prompt=prompt,
         num_steps=10,
@@ -45,7 +47,7 @@ def made(image: bytes | None, result: bytes, prompt: str = "x", mask: bytes | No
         gpu_location="CPU",
         gpu_memory_gb=0,
     )
-    return Made("photo.png", image, mask, result, ".png", metadata)
+    return NewStep("photo.png", image, mask, result, ".png", metadata)
 
 
 @pytest.fixture

@@ -245,10 +245,10 @@ class FileEdits(Generic[E]):
         """Add the result to the history, if there is one."""
         if self.history is None:
             return
-        from step1x_edit.service.history import Made
+        from step1x_edit.service.history import NewStep
 
         name, image = PurePath(begun_with).name, inputs.image or None
-        self.history.keep(Made(name, image, inputs.mask, edited.data, suffix, edited.metadata))
+        self.history.keep(NewStep(name, image, inputs.mask, edited.data, suffix, edited.metadata))
 
 
 # --- several pictures -----------------------------------------------------------------------------

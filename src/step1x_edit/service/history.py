@@ -62,7 +62,7 @@ def _known(metadata: object) -> object:
 
 
 @dataclass(frozen=True)
-class Made:
+class NewStep:
     """A picture that was edited, or generated, and what from."""
 
     name: str
@@ -217,7 +217,7 @@ class History:
 
     # --- keeping and deleting ---------------------------------------------------------------------
 
-    def keep(self, made: Made) -> Step | None:
+    def keep(self, made: NewStep) -> Step | None:
         """Add a step; None, and a warning in the log, if it cannot be kept.
 
         The same edit with the same result is kept once.
@@ -250,7 +250,7 @@ class History:
             self._sweep()
             return len(files)
 
-    def _keep(self, made: Made) -> Step:
+    def _keep(self, made: NewStep) -> Step:
         with self._held():
             self._sweep()
             steps = self.steps()
@@ -267,7 +267,7 @@ class History:
             durable.publish(self._file(step), step.model_dump_json().encode())
             return step
 
-    def _step_of(self, made: Made, steps: Sequence[Step]) -> tuple[Step, bytes]:
+    def _step_of(self, made: NewStep, steps: Sequence[Step]) -> tuple[Step, bytes]:
         """The step, without keeping it, and its preview."""
         from step1x_edit.pictures import images
 

@@ -93,6 +93,7 @@ def replay(
     with failures_on_stderr(as_json):
         from step1x_edit.interfaces.cli.editors import opened_edits
         from step1x_edit.service.files import FileAccess
+        from step1x_edit.service.history import history_of
         from step1x_edit.service.recipes import compare, read_made
 
         if check and (on is not None or output is not None):
@@ -105,7 +106,8 @@ def replay(
         made = read_made(files, picture)
         places = given({"output_path": output, "overwrite": overwrite})
         again = _again(files, made, on, input_path, mask, places)
-        with opened_edits(settings, url, api_key, standalone) as edits:
+        kept = history_of(settings)
+        with opened_edits(settings, url, api_key, standalone, kept) as edits:
             if check:
                 remade = watched("replay", partial(again.make, edits.editor))
                 answer = compare(made.file.data, remade.data, remade.metadata, settings.limits)

@@ -16,7 +16,7 @@ from step1x_edit.interfaces.page.sessions import Asked, Result, Session
 from step1x_edit.interfaces.page.texts import text
 from step1x_edit.pictures.images import Picture, decode
 from step1x_edit.pictures.regions import grown
-from step1x_edit.service.history import History, Made, Step
+from step1x_edit.service.history import History, NewStep, Step
 from step1x_edit.service.service import EditedPicture
 from step1x_edit.settings import Limits
 
@@ -38,7 +38,7 @@ class Kept:
         """Add an edit of the page; None if it cannot be kept."""
         name = Path(asked.source).name
         return self._history.keep(
-            Made(name, data, asked.mask, edited.data, ".png", edited.metadata)
+            NewStep(name, data, asked.mask, edited.data, ".png", edited.metadata)
         )
 
     def previews(self, session: Session) -> list[tuple[Step, str]]:
