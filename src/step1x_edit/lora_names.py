@@ -12,3 +12,8 @@ PEFT_STEM: Final = "adapter_model"
 def lora_name(path: Path) -> str:
     """The name of a LoRA: that of its file, or of its folder if peft wrote it."""
     return path.parent.name if path.stem == PEFT_STEM and path.parent.name else path.stem
+
+
+def shown_file(path: Path) -> str:
+    """The file of a LoRA in messages: with its folder if that is its name."""
+    return path.name if path.stem == lora_name(path) else f"{path.parent.name}/{path.name}"

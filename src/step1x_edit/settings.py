@@ -42,7 +42,7 @@ from typing_extensions import Self
 
 from step1x_edit import foreign_json
 from step1x_edit.errors import SettingsError, Step1XEditError
-from step1x_edit.lora_names import lora_name
+from step1x_edit.lora_names import lora_name, shown_file
 from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
@@ -543,7 +543,7 @@ class Settings(BaseSettings):
 
     def without_paths(self, sentence: str) -> str:
         """The sentence with names instead of the paths in these settings and of this program."""
-        names = {path: path.name for path in self.lora_path}
+        names = {path: shown_file(path) for path in self.lora_path}
         names |= {self.data_dir: "DATA_DIR", _PACKAGE: "step1x_edit", Path(sys.prefix): "python"}
         if self.model_path is not None:
             names[self.model_path] = "MODEL_PATH"

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from step1x_edit.checkpoints.read import (
 )
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.pipeline import EditPipeline
+from step1x_edit.model.quantised import QuantLinear, code
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.model.transformer import Transformer
 from step1x_edit.worker.residency import Residency
@@ -523,6 +525,30 @@ def test_the_model_edits_as_if_it_had_been_stored_with_the_lora_in_it(
 
     assert residency.loras == {"hand": 0.5}
     assert (before != merged_by_hand).any()
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_dora_is_relative_to_the_weights_before_they_are_coded(
+    folder: Path, precision: Literal["int8", "nf4"]
+) -> None:
+    module, file = "single_blocks.1.linear1", folder / "hand.safetensors"
+    exact = read_checkpoint(folder / "model").pipeline.transformer
+    weight = exact.get_parameter(f"{module}.weight").detach()
+    down, up = factors(*weight.shape)
+    magnitude = torch.rand(1, weight.shape[1])
+    key = f"lora_unet_{module.replace('.', '_')}.dora_scale"
+    written(file, load_file(file) | {key: magnitude})
+
+    wanted = Wanted(loras={file: 0.5}, precision=precision)
+    network = read_checkpoint(folder / "model", wanted).pipeline.transformer
+    layer = network.get_submodule(module)
+    assert isinstance(layer, QuantLinear)
+
+    changed = weight + 2.0 * up @ down
+    result = magnitude * changed / changed.norm(dim=0, keepdim=True)
+    coded = code(weight + 0.5 * (result - weight), precision)
+    assert torch.ne(layer.codes, coded.codes).float().mean() < 0.01  # of rounding
+    torch.testing.assert_close(layer.scale, coded.scale)
 
 
 def test_the_files_of_the_model_stay_as_they_are(folder: Path) -> None:

@@ -77,8 +77,7 @@ def file_sets(folder: Path) -> list[FileSet]:
         key = (match[1], int(match[3])) if match else (file.name, 1)
         shards.setdefault(key, []).append(file)
     for file in sorted(folder.glob("*.safetensors.index.json")):
-        below = [each for each in _listed(file) if each.parent != folder]
-        if below:
+        if below := _listed_below(file):
             shards[file.name, len(below)] = below
     for (name, count), files in shards.items():
         if len(files) < count:
@@ -96,16 +95,17 @@ def file_set(files: Iterable[Path]) -> FileSet:
     return FileSet(files, frozenset(name.removeprefix(prefix) for name in names), prefix)
 
 
-def _listed(file: Path) -> list[Path]:
-    """The files in an index that lie in its folder or below."""
+def _listed_below(file: Path) -> list[Path]:
+    """The files of an index that lie in folders below. Raises CheckpointError if one is missing."""
     try:
         listed = set(foreign_json.parse(file.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"cannot read {file}: {error!r}") from error
     if missing := {name for name in listed if not (file.parent / str(name)).is_file()}:
         raise CheckpointError(f"{file.parent} lacks {some_of(missing)}, which its index lists")
-    paths = {Path(os.path.normpath(file.parent / str(name))) for name in listed}
-    return sorted(path for path in paths if path.is_relative_to(file.parent))
+    folder = Path(os.path.normpath(file.parent))
+    paths = sorted({Path(os.path.normpath(folder / str(name))) for name in listed})
+    return [path for path in paths if path.is_relative_to(folder) and path.parent != folder]
 
 
 def choose_transformer(sets: Iterable[FileSet], place: Path, wanted: str | None) -> FileSet:

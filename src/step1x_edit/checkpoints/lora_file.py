@@ -29,9 +29,9 @@ from step1x_edit import foreign_json
 from step1x_edit.checkpoints.dialects import PREFIX
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.lora_methods import Base, Change, Found, Scale, changes
-from step1x_edit.checkpoints.stored import refuse_format
+from step1x_edit.checkpoints.stored import refuse_format, shortened
 from step1x_edit.errors import CheckpointError
-from step1x_edit.lora_names import PEFT_STEM, lora_name
+from step1x_edit.lora_names import PEFT_STEM, lora_name, shown_file
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,9 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
             found: dict[str, Found] = {}
             for key, (module, role) in keys.items():
                 if role in found.setdefault(module, {}):
-                    raise CheckpointError(f"{_title(path)} changes {module} twice, also by {key}")
+                    raise CheckpointError(
+                        f"{shown_file(path)} changes {module} twice, also by {shortened(key)}"
+                    )
                 found[module][role] = opened.get_tensor(key)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -170,17 +172,12 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
             if name is None or name in changed:
                 problem = ", which it does not have" if name is None else " twice"
                 raise CheckpointError(
-                    f"{_title(path)} changes the {parameter} of {module}{problem}"
+                    f"{shown_file(path)} changes the {parameter} of {module}{problem}"
                 )
             changed[name] = change
     lora = Lora(lora_name(path), changed)
     _check_shapes(path, lora, shapes, links)
     return lora
-
-
-def _title(path: Path) -> str:
-    """The file in messages: all files of peft have the same name."""
-    return path.name if path.stem == lora_name(path) else f"{path.parent.name}/{path.name}"
 
 
 def _modules(links: Iterable[Link]) -> dict[str, dict[str, str]]:
@@ -222,18 +219,22 @@ def _recognised(
         role = _role(rest)
         if role is None:
             _refuse_method(path, [key, *keys])
-            raise CheckpointError(f"{_title(path)} changes {module} in an unknown way: {key}")
+            raise CheckpointError(
+                f"{shown_file(path)} changes {module} in an unknown way: {shortened(key)}"
+            )
         if role:
             known[key] = module, role
     if not known:
         _refuse_method(path, keys)
-        raise CheckpointError(f"{_title(path)} is not a LoRA for Step1X-Edit: {some_of(keys)}")
+        raise CheckpointError(f"{shown_file(path)} is not a LoRA for Step1X-Edit: {some_of(keys)}")
     if {role for _, role in known.values()} <= {"whole", "whole_b"}:
         raise CheckpointError(
-            f"{_title(path)} is no LoRA: it holds whole weights: {some_of(known)}"
+            f"{shown_file(path)} is no LoRA: it holds whole weights: {some_of(known)}"
         )
     if others:
-        log.warning("%s: not for the transformer and left out: %s", path.name, some_of(others))
+        log.warning(
+            "%s: not for the transformer and left out: %s", shown_file(path), some_of(others)
+        )
     return known
 
 
@@ -265,7 +266,7 @@ def _refuse_method(path: Path, keys: Iterable[str]) -> None:
 
 def _made_with(path: Path, method: str) -> CheckpointError:
     return CheckpointError(
-        f"{_title(path)} was made with {method}, which is not supported: "
+        f"{shown_file(path)} was made with {method}, which is not supported: "
         "LoRA, DoRA, LoHa, LoKr and full differences are"
     )
 
@@ -310,7 +311,7 @@ def _finite(value: Any) -> float:
 
 def _settings(path: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> _Settings:
     """The settings in the header, or in the file that peft writes beside its own."""
-    is_of_peft = any(key.startswith("base_model.model.") for key in keys)
+    is_of_peft = any("base_model.model." in key for key in keys)
     beside = path.with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in metadata:
@@ -320,7 +321,9 @@ def _settings(path: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> _
             config = foreign_json.parse(beside.read_text("utf-8"))
         else:
             if is_of_peft:
-                log.warning("%s has no adapter_config.json: alpha is taken as rank", _title(path))
+                log.warning(
+                    "%s has no adapter_config.json: alpha is taken as rank", shown_file(path)
+                )
             return _Settings()
         _refuse_settings(path, config)
         alpha, rank = config.get("lora_alpha", config.get("alpha")), config.get("r")
@@ -332,7 +335,9 @@ def _settings(path: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> _
             bool(config.get("use_rslora")),
         )
     except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise CheckpointError(f"the settings of {_title(path)} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the settings of {shown_file(path)} cannot be read: {error}"
+        ) from error
 
 
 def _refuse_settings(path: Path, config: Mapping[str, Any]) -> None:
@@ -340,8 +345,8 @@ def _refuse_settings(path: Path, config: Mapping[str, Any]) -> None:
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(_CHANGES_THE_BASE):
         raise CheckpointError(
-            f"{_title(path)} was initialised by {start} and is for a changed model: save it with "
-            "peft's path_initial_model_for_weight_conversion"
+            f"{shown_file(path)} was initialised by {start} and is for a changed model: save it "
+            "with peft's path_initial_model_for_weight_conversion"
         )
     for setting, method in _OTHER_SETTINGS.items():
         if config.get(setting):
@@ -352,7 +357,7 @@ def _changes(
     path: Path, module: str, found: Found, settings: _Settings
 ) -> list[tuple[str, Change]]:
     """The changes of a module's parameters. Raises CheckpointError."""
-    by = f"{_title(path)} changes {module} by"
+    by = f"{shown_file(path)} changes {module} by"
     alpha = found.pop("alpha", None)
     for tensor in found.values():
         if not tensor.is_floating_point():
@@ -362,7 +367,7 @@ def _changes(
         if not _is_finite(tensor):
             raise CheckpointError(f"{by} numbers that are not finite")
     if alpha is not None and not (alpha.numel() == 1 and _is_finite(alpha)):
-        raise CheckpointError(f"{_title(path)} has no single finite alpha for {module}")
+        raise CheckpointError(f"{shown_file(path)} has no single finite alpha for {module}")
     scale: Scale = functools.partial(settings.scale, module)
     if alpha is not None:
         scale = functools.partial(_Settings(float(alpha)).scale, module)
@@ -373,7 +378,7 @@ def _changes(
     except KeyError:
         made = []
     if found or not made:
-        raise CheckpointError(f"{_title(path)} has only a part of the change of {module}")
+        raise CheckpointError(f"{shown_file(path)} has only a part of the change of {module}")
     return made
 
 
@@ -398,12 +403,12 @@ def _check_shapes(
             link.official in lora.changes
             and (expected.keys() - {link.official}) & lora.changes.keys()
         ):
-            raise CheckpointError(f"{_title(path)} changes {link.official} in both layouts")
+            raise CheckpointError(f"{shown_file(path)} changes {link.official} in both layouts")
         expected[link.official] = whole
         for name, shape in expected.items():
             change = lora.changes.get(name)
             if change is not None and change.shape != shape:
                 raise CheckpointError(
-                    f"{_title(path)} changes {name} as {change.shape}, but it is {shape}: "
+                    f"{shown_file(path)} changes {name} as {change.shape}, but it is {shape}: "
                     "it was made for another model"
                 )
