@@ -254,8 +254,12 @@ def rgb_profile(
     primaries: tuple[tuple[float, float], ...],
     gamma: float | None = None,
     white: tuple[float, float] = D65,
+    codes: tuple[int, int] | None = None,
 ) -> bytes:
-    """A profile of a display with these primaries and a gamma, or else the curve of sRGB."""
+    """A profile of a display with these primaries and a gamma, or else the curve of sRGB.
+
+    `codes` are what it states besides, by its tag cicp: primaries and transfer.
+    """
     # The type "para": a power, or the five numbers of sRGB.
     curve = (0, gamma) if gamma else (3, 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
     shape = b"para" + bytes(4) + struct.pack(">H2x", int(curve[0])) + _fixed(*curve[1:])
@@ -268,6 +272,8 @@ def rgb_profile(
         b"gXYZ": b"XYZ " + bytes(4) + _fixed(*green),
         b"bXYZ": b"XYZ " + bytes(4) + _fixed(*blue),
     }
+    if codes is not None:
+        tags[b"cicp"] = b"cicp" + bytes(4) + bytes([*codes, 0, 1])
     return _profile(b"mntr", b"RGB ", b"XYZ ", tags, version=4)
 
 

@@ -42,6 +42,7 @@ from picture_files import (
     packed_tiff,
     png,
     pq,
+    rgb_profile,
     scene,
     seen,
     swapped_profile,
@@ -494,8 +495,9 @@ async def test_numbers_in_a_png_count_more_than_its_profile(edited: Edited) -> N
         (png(IN_PQ, cicp(9, 16)), "PQ", 2),
         (png(IN_HLG, cicp(9, 18)), "HLG", 2),
         (avif(IN_PQ, 9, 16), "PQ", 6),
+        (saved(IN_PQ, "PNG", icc_profile=rgb_profile(BT_2020, 2.4, codes=(9, 16))), "PQ", 2),
     ],
-    ids=["PQ", "HLG", "AVIF PQ"],
+    ids=["PQ", "HLG", "AVIF PQ", "PQ by a profile"],
 )
 async def test_what_is_no_brighter_than_white_in_hdr_comes_out_as_in_sdr(
     edited: Edited, data: bytes, name: str, tolerance: float

@@ -253,6 +253,16 @@ def by_cicp(pixels: Pixels, cicp: Cicp) -> Shown:
     return _with_srgb_curve(pixels, primaries, _GAMMAS.get(cicp.transfer))
 
 
+def hdr_in(profile: bytes) -> Cicp | None:
+    """The code points of a profile of HDR, from its tag cicp; None if it is not one."""
+    tags = min(int.from_bytes(profile[128:132], "big"), (len(profile) - 132) // 12)
+    for name, offset, _ in struct.iter_unpack(">4sII", profile[132 : 132 + 12 * tags]):
+        codes = profile[offset + 8 : offset + 12]  # after the type of the tag
+        if name == b"cicp" and len(codes) == 4 and codes[1] in _HDR:
+            return Cicp(codes[0], codes[1], is_full_range=bool(codes[3]))
+    return None
+
+
 def by_gamma(pixels: Pixels, gamma: float, chromaticities: tuple[float, ...] | None) -> Shown:
     """Pixels (H, W, 3) of a PNG with gAMA, the exponent of its encoder, and cHRM if present."""
     primaries = SRGB

@@ -437,12 +437,16 @@ def _alpha(image: Image.Image) -> Pixels | None:
 def _shown(stored: _Stored) -> Shown:
     """The picture as 8-bit RGB that a viewer shows correctly.
 
-    In a PNG, colour codes precede a profile, in other files they follow it; gamma comes last.
+    In a PNG, colour codes precede a profile, in other files they follow it; gamma comes last. A
+    profile of HDR is understood by the codes in it, because it is made for viewers that show HDR.
     """
     image, info = stored.image, stored.image.info
     profile = colour.usable(info.get("icc_profile"))
-    if stored.numbers is not None and (profile is None or stored.numbers.outrank_profile):
-        return colour.by_cicp(_pixels(image), stored.numbers)
+    numbers = stored.numbers
+    if profile is not None and (numbers is None or not numbers.outrank_profile):
+        numbers = colour.hdr_in(profile)
+    if numbers is not None:
+        return colour.by_cicp(_pixels(image), numbers)
     if profile is None and info.get("gamma") and "srgb" not in info:
         return colour.by_gamma(_pixels(image), info["gamma"], info.get("chromaticity"))
     if image.mode in ("CMYK", "L", "LA"):
