@@ -51,6 +51,7 @@ from picture_files import (
     with_nclx,
 )
 from step1x_edit.errors import CorruptImageError, UnsupportedImageError
+from step1x_edit.pictures import provenance
 from step1x_edit.pictures.images import decode, read_record
 from step1x_edit.pictures.tiff import image_of, opened
 from step1x_edit.settings import Limits
@@ -811,6 +812,41 @@ async def test_every_result_says_in_the_words_of_the_iptc_that_a_model_made_it(
         }, suffix
         software = result.info.get("Software") or result.exif[ExifTags.Base.Software]
         assert software == "step1x-edit", suffix
+
+
+async def test_what_xmp_says_about_another_picture_is_not_said_of_the_result(
+    edited: Edited,
+) -> None:
+    """A description inside of a property is about an ingredient."""
+    extension = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    inner = (
+        f'<i:Ingredient xmlns:i="urn:i" xmlns:ext="{extension}"><rdf:Description '
+        f'ext:DigitalSourceType="{SOURCE_TYPES}trainedAlgorithmicMedia">'
+        "<dc:creator><rdf:Seq><rdf:li>Another</rdf:li></rdf:Seq></dc:creator>"
+        "</rdf:Description></i:Ingredient>"
+    )
+    packet = XMP.replace(b"<dc:creator>", inner.encode() + b"<dc:creator>")
+
+    result = await edited(saved(SCENE, "JPEG", xmp=packet), "in.jpg", "out.png")
+
+    found = texts_of(result.info["xmp"], (*MARK, *CREDIT))
+    assert found["dc:creator"] == ["Grace Hopper", "李小龍"]
+    assert found["Iptc4xmpExt:DigitalSourceType"] == [
+        f"{SOURCE_TYPES}compositeWithTrainedAlgorithmicMedia"
+    ]
+
+
+def test_nested_xmp_does_not_multiply_its_texts() -> None:
+    """1 MiB of it, a few kilobytes in a PNG, would have filled the memory."""
+    depth, texts = 100, 1000
+    packet = XMP.replace(
+        b"<dc:creator>",
+        b"<rdf:Description><dc:x>" * depth
+        + b"<rdf:li>x</rdf:li>" * texts
+        + b"</dc:x></rdf:Description>" * depth
+        + b"<dc:creator>",
+    )
+    assert sum(map(len, provenance.texts_of(packet).values())) < 2 * texts
 
 
 async def test_the_mark_fits_beside_the_longest_credit(edited: Edited) -> None:

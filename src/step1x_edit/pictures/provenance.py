@@ -59,6 +59,7 @@ def texts_of(packet: bytes | str | None) -> dict[str, list[str]]:
     """The texts of each property of an XMP packet, by its full name; damaged XMP counts as none.
 
     A packet with a document type is not read: XMP has none, and entities could grow without bound.
+    Descriptions inside of properties are about other things, such as an ingredient.
     """
     if not packet or len(packet) > _MAX_XMP_BYTES:
         return {}
@@ -69,8 +70,11 @@ def texts_of(packet: bytes | str | None) -> dict[str, list[str]]:
         root = ElementTree.fromstring(text)  # noqa: S314 - without a document type, see above
     except (UnicodeDecodeError, ElementTree.ParseError, ValueError):
         return {}
+    rdf = next(root.iter(f"{{{_RDF}}}RDF"), None)
+    if rdf is None:
+        return {}
     found: dict[str, list[str]] = {}
-    for description in root.iter(f"{{{_RDF}}}Description"):
+    for description in rdf.findall(f"{{{_RDF}}}Description"):
         for name, value in description.items():
             found.setdefault(name, []).append(value)
         for element in description:
