@@ -849,6 +849,13 @@ def test_nested_xmp_does_not_multiply_its_texts() -> None:
     assert sum(map(len, provenance.texts_of(packet).values())) < 2 * texts
 
 
+async def test_credit_keeps_spaces_that_do_not_break_and_joined_letters(edited: Edited) -> None:
+    name = "© 2026\u00a0علی\u200cرضا 👩\u200d🎨"
+    packet = XMP.replace(b"Grace Hopper", name.encode())
+    result = await edited(saved(SCENE, "JPEG", xmp=packet), "in.jpg", "out.png")
+    assert texts_of(result.info["xmp"])["dc:creator"][0] == name
+
+
 async def test_the_mark_fits_beside_the_longest_credit(edited: Edited) -> None:
     credit = [(name, "&amp;" * 2000) for name in ("photoshop:Credit", "xmpRights:WebStatement")]
     texts = "".join(f"<{name}>{text}</{name}>" for name, text in credit)

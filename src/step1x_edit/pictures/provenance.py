@@ -6,6 +6,7 @@ has no date, id or version, so equal pictures get equal packets.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
@@ -27,6 +28,7 @@ _IPTC_EXTENSION: Final = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 SOURCE_TYPE: Final = f"{{{_IPTC_EXTENSION}}}DigitalSourceType"
 
 _MAX_XMP_BYTES: Final = 2**20
+_NOT_IN_XML: Final = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _MAX_MODEL: Final = 200  # characters: with the longest credit it must fit into one JPEG segment
 
 
@@ -133,4 +135,4 @@ def _simple(name: str, text: str) -> str:
 
 def _printable(text: str) -> str:
     """Text without the characters that XML does not allow."""
-    return "".join(one for one in text if one.isprintable() or one in "\n\t ")
+    return _NOT_IN_XML.sub("", text)
