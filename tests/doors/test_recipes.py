@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from fastmcp import Client
 from PIL import Image
@@ -18,7 +19,8 @@ from conftest import MakeService
 from fakes import NUMERICS, FakeWorker
 from http_server import TOKEN, serving
 from step1x_edit.interfaces.mcp.server import build_mcp
-from step1x_edit.schemas.requests import HowToEdit
+from step1x_edit.pictures.images import Picture, encode
+from step1x_edit.schemas.requests import EditRecord, HowToEdit
 from step1x_edit.service.service import EditService
 
 ASKED = {"num_steps": 11, "size_level": 512, "seed": 7, "mode": "turbo", "loras": ["look:0.5"]}
@@ -131,6 +133,22 @@ async def test_a_picture_without_a_recipe_is_told_in_one_sentence_at_both_doors(
     assert with_more.json()["detail"] == (
         "Invalid parameter: only 'file' is read here; leave out the other fields"
     )
+
+
+@pytest.mark.parametrize("loras", [["look:99"], ["look:nan"], [f"look{i}:1" for i in range(17)]])
+async def test_a_record_with_loras_that_no_edit_accepts_is_refused_at_both_doors(
+    service: EditService, client: httpx2.Client, tmp_path: Path, loras: list[str]
+) -> None:
+    """A server may add more LoRAs than a request can name, and anyone can write a record."""
+    record = EditRecord(model="demo", prompt="x", seed=1, loras=loras)
+    made = tmp_path / "made.png"
+    made.write_bytes(encode(Picture(np.zeros((16, 16, 3), np.uint8)), ".png", record))
+
+    by_mcp = await called(service, "read_recipe", image_path=str(made))
+    by_rest = client.post("/v1/recipes/read", files={"file": made.read_bytes()})
+
+    assert by_mcp["error"] == "No recipe: the LoRAs of its record are not accepted by an edit"
+    assert (by_rest.status_code, by_rest.json()["detail"]) == (422, by_mcp["error"])
 
 
 async def test_one_input_has_one_hash_at_every_door(

@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pydantic import ValidationError
+
 from step1x_edit.channel import Progress
 from step1x_edit.errors import ModelNotFoundError, NoRecipeError, Step1XEditError
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
@@ -89,9 +91,15 @@ def record_in(data: bytes) -> Record:
 
 
 def how_again(record: Record) -> HowToEdit | HowToGenerate:
-    """The parameters of a record for another request: complete, so that no default is added."""
+    """The parameters of a record for another request: complete, so that no default is added.
+
+    Raises NoRecipeError if no request accepts them.
+    """
     values = given({**how_of(record), "loras": record.loras or []})
-    return HowToEdit(**values) if isinstance(record, EditRecord) else HowToGenerate(**values)
+    try:
+        return HowToEdit(**values) if isinstance(record, EditRecord) else HowToGenerate(**values)
+    except ValidationError:  # a record names any LoRAs that were in the model, and may be forged
+        raise NoRecipeError("the LoRAs of its record are not accepted by an edit") from None
 
 
 def _of_an_edit(record: Record) -> dict[str, str | None]:
