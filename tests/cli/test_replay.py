@@ -258,3 +258,10 @@ def test_a_server_makes_it_again_too(
     assert (result.exit_code, result.stdout) == (0, "equal to the byte\n")
     assert refused.exit_code == 1
     assert "the model here is other" in refused.stderr
+
+
+def test_an_output_path_that_cannot_be_is_refused_in_one_sentence(photo: Path) -> None:
+    made = edited(photo)
+    result = called("replay", made, "--output", "x" * 5000)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Invalid parameter: output_path must have at most 4096")

@@ -23,7 +23,14 @@ from step1x_edit.interfaces.cli.terminal import (
     watched,
     write_picture,
 )
-from step1x_edit.schemas.requests import PARAMETERS, EditRecord, EditRequest, GenerateRequest, given
+from step1x_edit.schemas.requests import (
+    PARAMETERS,
+    EditRecord,
+    EditRequest,
+    GenerateRequest,
+    given,
+    read_request,
+)
 
 if TYPE_CHECKING:
     from step1x_edit.schemas.answers import CheckAnswer
@@ -181,7 +188,7 @@ def _again(
             raise InvalidParameterError(
                 f"{name} was generated from text; it has neither input nor mask"
             )
-        return _Again(made, GenerateRequest(**asked), None, None)
+        return _Again(made, read_request(GenerateRequest, asked), None, None)
     masked = record.mask_sha256 is not None
     if mask_path is not None and not masked:
         raise InvalidParameterError(f"the recipe of {name} has no mask")
@@ -199,7 +206,8 @@ def _again(
         shown = str(image.path.with_suffix(made.suffix))  # to be named like a result of the input
         if masked:
             mask = _found(files, made, record.mask_sha256, mask_path, "mask")
-    return _Again(made, EditRequest(**asked, image_path=shown), image, mask)
+    request = read_request(EditRequest, {**asked, "image_path": shown})
+    return _Again(made, request, image, mask)
 
 
 def _found(
