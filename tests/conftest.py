@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fakes import FakeWorker
+from forked import RealPopen, fork_programs
 from step1x_edit.engine.engine import Clock
 from step1x_edit.engine.machine import Survey
 from step1x_edit.service.file_edits import FileEdits
@@ -97,7 +99,14 @@ def _nobody_to_join(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DATA_DIR", str(tmp_path_factory.mktemp("data")))
         patch.setenv("ARITHMETIC", "fp32")  # the same numbers on every machine
-        yield
+        with fork_programs():
+            yield
+
+
+@pytest.fixture
+def real_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs start by themselves, as they do without tests."""
+    monkeypatch.setattr(subprocess, "Popen", RealPopen)
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from forked import start_program
-
 FAKE = Path(__file__).parent / "serve_fake_http.py"
 """The program of a server whose worker is a fake."""
 
@@ -23,8 +21,7 @@ class Process:
     def __init__(self, script: Path, folder: Path, *flags: str, **settings: str) -> None:
         self.data_dir = folder / "data"
         own = {"DATA_DIR": str(self.data_dir), "PORT": "0", **settings}
-        start = start_program if script == FAKE else subprocess.Popen
-        self.popen = start(
+        self.popen = subprocess.Popen(
             [sys.executable, str(script), *flags],
             cwd=folder,
             env={**os.environ, **own},

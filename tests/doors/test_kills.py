@@ -17,7 +17,6 @@ from fastmcp.client.transports import PythonStdioTransport
 from PIL import Image
 
 from extent import by_extent
-from forked import start_program
 
 KILLS = by_extent(8, 25)
 HERE = Path(__file__).parents[1]
@@ -41,7 +40,7 @@ def a_life(picture: Path, folder: Path, seconds: float) -> list[Path]:
     """Start a server that edits without a pause, kill it, and return what it said was finished."""
     folder.mkdir()
     paths = os.pathsep.join([str(HERE), *sys.path])
-    server = start_program(
+    server = subprocess.Popen(
         [sys.executable, str(HERE / "toy_server.py"), str(picture), str(folder)],
         stdout=subprocess.PIPE,
         text=True,

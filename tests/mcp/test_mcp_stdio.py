@@ -27,7 +27,6 @@ from mcp.client.stdio import stdio_client
 from PIL import Image
 
 from conftest import MakeService
-from forked import start_program
 from http_server import announcing
 from mcp_answers import answer_of, text_of
 from step1x_edit.interfaces.cli import DEMO_PHOTO
@@ -78,10 +77,9 @@ def start(
     log_file: Path | None = None,
     **settings: str,
 ) -> subprocess.Popen[str]:
-    starting = start_program if command == FAKE else subprocess.Popen
     with contextlib.ExitStack() as files:
         log = subprocess.PIPE if log_file is None else files.enter_context(log_file.open("w"))
-        process = starting(
+        process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -324,6 +322,7 @@ async def test_the_official_client_session_is_served(tmp_path: Path) -> None:
     assert result.structured_content["error"] == "Image file not found: no.png"
 
 
+@pytest.mark.usefixtures("real_programs")
 def test_the_handshake_does_not_wait_for_torch(tmp_path: Path) -> None:
     process = start(tmp_path)
     say(process, HELLO)
