@@ -66,7 +66,7 @@ class Estimator:
         placement = residence.placement
         multiple = residence.size_multiple or self._usual_multiple
         working = fit_size(width, height, request.size_level, multiple)
-        job = job_of(with_seed(request), None, previews)
+        job = job_of(with_seed(request), previews=previews)
         seconds = self._engine.predicted_s(job)
         return EstimateAnswer(
             width=working[0],

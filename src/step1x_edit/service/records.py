@@ -30,6 +30,7 @@ from step1x_edit.schemas.requests import (
     loras_of,
     strengths_of,
 )
+from step1x_edit.service.source import Source
 
 if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
     from step1x_edit.pictures.images import Picture, Pixels
@@ -51,7 +52,10 @@ def with_seed(request: _Request, input_record: Record | None = None) -> _Request
 
 
 def job_of(
-    request: PictureOrder, image: Pixels | None, previews: int = 0, mask: Pixels | None = None
+    request: PictureOrder,
+    image: Pixels | None = None,
+    mask: Pixels | None = None,
+    previews: int = 0,
 ) -> EditJob:
     """The engine's job for a request with a seed; without an image, a picture is generated.
 
@@ -64,9 +68,7 @@ def job_of(
     return EditJob(image=image, previews=previews, mask=used, **asked)
 
 
-def record_of(
-    request: PictureOrder, result: EditResult, input_sha256: str | None, mask_sha256: str | None
-) -> Record:
+def record_of(request: PictureOrder, result: EditResult, source: Source) -> Record:
     """The parameters that the picture was made with, from its request (with a seed) and result."""
     residence = result.residence
     made = {
@@ -85,8 +87,8 @@ def record_of(
     rewritten = (result.painted.reasoning or {}).get("prompt") or ""
     return EditRecord(
         **made,
-        input_sha256=input_sha256,
-        mask_sha256=mask_sha256,
+        input_sha256=source.sha256,
+        mask_sha256=source.mask_sha256,
         rewritten_prompt=None if len(rewritten) > MAX_PROMPT_LENGTH else rewritten or None,
     )
 
@@ -94,23 +96,22 @@ def record_of(
 def metadata_of(
     record: Record,
     result: EditResult,
+    source: Source,
     picture: Picture,
     changed_share: float | None,
-    input_record: Record | None,
-    box: Box | None,
 ) -> EditMetadata:
     """The metadata of the picture in an answer."""
     residence, reasoning = result.residence, result.painted.reasoning
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
         made["negative_prompt"] = record.negative_prompt or None  # empty is the default
-        made["region"] = None if box is None else _edited(box, record.size_level)
+        made["region"] = None if source.box is None else _edited(source.box, record.size_level)
     made["mode"] = record.mode  # left out of a file if exact
     made["width"], made["height"] = picture.width, picture.height
     if (evaluations := result.painted.evaluations) is not None:
         made["evaluations_done"] = evaluations.done
         made["evaluations_skipped"] = evaluations.skipped
-    halo = _seed_warning(record, picture, input_record)
+    halo = _seed_warning(record, picture, source.record)
     warnings = (result.painted.warning, picture.warning, halo, _outside(record, result))
     return EditMetadata(
         **made,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import time
@@ -41,7 +40,6 @@ from step1x_edit.errors import (
     InvalidParameterError,
     NoSpaceError,
     Step1XEditError,
-    about_the_mask,
 )
 from step1x_edit.hub.catalog import CATALOG, SUGGESTED, Suggestion
 from step1x_edit.hub.pulled import resolve_model_path
@@ -75,12 +73,12 @@ from step1x_edit.service.editor import Reporter, unreported
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess, nearest_existing
 from step1x_edit.service.records import PictureOrder, job_of, metadata_of, record_of, with_seed
+from step1x_edit.service.source import NO_INPUT, read_source
 from step1x_edit.settings import MEBI, Settings
 from step1x_edit.waiting import with_heartbeats
 
 if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is imported
-    from step1x_edit.pictures.images import Picture, Pixels
-    from step1x_edit.pictures.regions import Box
+    from step1x_edit.pictures.images import Picture
 
 _UNCHANGED: Final = PictureRequest(prompt="")
 _Request = TypeVar("_Request", bound=HowToMake)
@@ -101,32 +99,6 @@ class EditedPicture:
     """The input on a canvas of the same size, unless the picture was generated."""
     original: bytes | None = None
     """The file of the input, if results are signed."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The input of an edit: a picture, and the mask of the region that may change, if any."""
-
-    picture: Picture
-    """With the area that `outpaint` adds."""
-    before: Picture
-    """The same without this area."""
-    sha256: str
-    record: Record | None
-    """How it was made, if it was made here."""
-    mask: Pixels | None = None
-    mask_sha256: str | None = None
-    box: Box | None = None
-    """The part that the network edits; None: all of it."""
-
-    def seen(self) -> tuple[Pixels, Pixels | None]:
-        """What the network edits: the picture or a part of it, in sRGB, and the mask of that."""
-        if self.box is None or self.mask is None:
-            return self.picture.in_srgb, self.mask
-        from step1x_edit.pictures import regions
-
-        left, top, right, bottom = self.box
-        return regions.cropped(self.picture, self.box).in_srgb, self.mask[top:bottom, left:right]
 
 
 class EditService:
@@ -242,7 +214,7 @@ class EditService:
         self, data: bytes, mask: bytes | None = None, request: PictureRequest = _UNCHANGED
     ) -> None:
         """Raise the error that `edit_picture` would raise for these bytes, without editing them."""
-        await asyncio.to_thread(self._decode, data, request, mask, ".png")
+        await asyncio.to_thread(read_source, data, request, mask, ".png", self._limits)
 
     async def preview(self, data: bytes, side: int) -> bytes:
         """A small JPEG of a picture, at most `side` pixels wide and high."""
@@ -256,15 +228,15 @@ class EditService:
 
     def check_time(self, request: PictureOrder) -> None:
         """Raise the error that such an edit would be refused with because it takes too long."""
-        self._engine.check_time(job_of(with_seed(request), None))
+        self._engine.check_time(job_of(with_seed(request)))
 
     def time_warning(self, request: PictureOrder) -> str | None:
         """A warning if such an edit is predicted to take longer than it may."""
-        return self._engine.time_warning(job_of(with_seed(request), None))
+        return self._engine.time_warning(job_of(with_seed(request)))
 
     def predicted_s(self, request: PictureOrder) -> float | None:
         """How long such an edit takes, without waiting and loading; None if it is not known."""
-        return self._engine.predicted_s(job_of(with_seed(request), None))
+        return self._engine.predicted_s(job_of(with_seed(request)))
 
     def status(self) -> StatusAnswer:
         """The location of the model and the memory it occupies; never waits."""
@@ -413,20 +385,19 @@ class EditService:
         started = time.monotonic()
         request = self._completed(request)
         original = data if self._result_files.are_signed else None
-        source = image = inside = None
+        source = NO_INPUT
         if data is not None:
             assert isinstance(request, PictureRequest)
-            source = await asyncio.to_thread(self._decode, data, request, mask, suffix)
-            image, inside = await asyncio.to_thread(source.seen)
-        request = with_seed(request, None if source is None else source.record)
+            given = data, request, mask, suffix, self._limits
+            source = await asyncio.to_thread(read_source, *given)
+        request = with_seed(request, source.record)
         with self._counted(), self._settings.naming_paths():
-            job = job_of(request, image, previews, inside)
-            result = await _run(submit(job), _showing_whole(report, source))
-            hashes = (None, None) if source is None else (source.sha256, source.mask_sha256)
-            record = record_of(request, result, *hashes)
+            job = job_of(request, *await asyncio.to_thread(source.seen), previews)
+            result = await _run(submit(job), source.showing_whole(report))
+            record = record_of(request, result, source)
 
             def finished() -> tuple[Picture, float | None, ResultFile, tuple[bytes, ...]]:
-                picture, share = _restored(result.painted.image, source)
+                picture, share = source.restored(result.painted.image)
                 file = self._result_files.write(picture, suffix, record, original)
                 return picture, share, file, _rounds(result.painted)
 
@@ -438,18 +409,11 @@ class EditService:
         return EditedPicture(
             picture,
             file.data,
-            metadata_of(
-                record,
-                result,
-                picture,
-                share,
-                None if source is None else source.record,
-                None if source is None else source.box,
-            ).with_warning(file.warning),
+            metadata_of(record, result, source, picture, share).with_warning(file.warning),
             record,
             processing_time=round(time.monotonic() - started, 2),
             rounds=rounds,
-            source=None if source is None else source.before,
+            source=source.before,
             original=original,
         )
 
@@ -502,32 +466,6 @@ class EditService:
             loading=status.loading and status.loading.text,
         )
 
-    def _decode(
-        self, data: bytes, request: PictureRequest, mask: bytes | None, suffix: str
-    ) -> _Source:
-        from step1x_edit.pictures import images, regions
-
-        picture = before = images.decode(data, self._limits)
-        size = picture.width, picture.height
-        images.check_encodable(*regions.grown_size(request.outpaint, *size), suffix)
-        sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
-        may_change, mask_sha256, box = None, None, None
-        if mask is not None:
-            with about_the_mask():
-                may_change = images.decode_mask(mask, self._limits, size)
-            mask_sha256 = hashlib.sha256(mask).hexdigest()
-        if request.outpaint:
-            canvas = regions.grown(picture, may_change, request.outpaint, self._limits)
-            picture, may_change, before = canvas.picture, canvas.mask, canvas.before
-        if request.region == "full":
-            if may_change is None:
-                raise InvalidParameterError(
-                    "region full needs a mask, which says what may change, or outpaint",
-                    param="region",
-                )
-            box = regions.box_around(may_change, request.size_level)
-        return _Source(picture, before, sha256, record, may_change, mask_sha256, box)
-
 
 async def _run(edit: Edit, report: Reporter) -> EditResult:
     try:
@@ -538,45 +476,9 @@ async def _run(edit: Edit, report: Reporter) -> EditResult:
         edit.cancel()  # does nothing to an edit that has ended
 
 
-def _showing_whole(report: Reporter, source: _Source | None) -> Reporter:
-    """Report previews as parts of the whole picture, if only a part of it is edited."""
-    if source is None or source.box is None:
-        return report
-    from step1x_edit.pictures import regions
-
-    place = partial(regions.preview, source=source.picture, box=source.box)
-    last: tuple[Pixels, Pixels] | None = None  # several events have the same preview
-
-    async def report_whole(event: Progress) -> None:
-        nonlocal last
-        if event.preview is not None:
-            if last is None or last[0] is not event.preview:
-                last = event.preview, await asyncio.to_thread(place, event.preview)
-            event = replace(event, preview=last[1])
-        await report(event)
-
-    return report_whole
-
-
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:
     """Wait for a move of the model; cancelling the wait does not stop the move."""
     return await asyncio.shield(asyncio.wrap_future(move))
-
-
-def _restored(edited: Pixels, source: _Source | None) -> tuple[Picture, float | None]:
-    """The edited picture in the size of its source, and the changed share if there was a mask."""
-    from step1x_edit.pictures import images, regions
-
-    if source is None:
-        return images.Picture(edited), None
-    if source.box is None:
-        picture = images.restore(edited, source.picture)
-    else:
-        picture = regions.pasted(edited, source.picture, source.box)
-    if source.mask is None:
-        return picture, None
-    picture = images.blend(picture, source.picture, source.mask)
-    return picture, images.changed_share(source.picture.pixels, picture.pixels)
 
 
 def _rounds(painted: Painted) -> tuple[bytes, ...]:
