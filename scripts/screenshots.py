@@ -80,7 +80,7 @@ def wait_for_results(page: Page, number: int) -> None:
 
 
 def page_with_history(browser: Browser, url: str) -> Page:
-    """Three edits, each of the last result, one of the original instead; then a new page."""
+    """Three edits, each of the last result, compared with one of the original instead."""
     page = edited_page(browser, url)
     for number, prompt in enumerate(("add fog", "make it pink"), 2):
         picture = page.locator("#edit-picture img").first
@@ -96,8 +96,8 @@ def page_with_history(browser: Browser, url: str) -> Page:
     page.locator("#edit-history img").nth(1).click()
     expect(page.locator("#edit-prompt textarea")).to_have_value("make it pink")
     page.get_by_label("Compare with").click()
-    page.get_by_role("option", name="the original").click()
-    expect(page.locator("#edit-line")).to_contain_text("the rest moved")
+    page.get_by_role("option", name="Make it night. Add fog").click()
+    expect(page.locator("#edit-line")).to_contain_text("the rest differs")
     page.mouse.move(0, 0)
     return page
 

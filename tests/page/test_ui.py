@@ -646,7 +646,7 @@ def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
 
         page.get_by_label("Compare with").click()
         page.get_by_role("option", name="the original").click()
-        expect(page.locator(line)).to_have_text("the rest moved 0.0 levels")
+        expect(page.locator(line)).to_have_text("the rest differs by 0.0 levels")
         page.click("#edit-merge")
         expect(page.locator(steps)).to_have_count(3)
         merged = downloaded(page, "#edit-download")

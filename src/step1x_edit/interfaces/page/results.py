@@ -131,7 +131,7 @@ def line_of_result(
         share = f"{metadata.changed_share * 100:.1f}"
         words += " · " + text("changed", language, share=share)
     if step is not None:
-        words += drift_words(step.drift, language)
+        words += _drift_words(step.drift, language)
     line = done_line(words)
     if not progress.is_known:
         return line + caution(text("unknown_edit", language))
@@ -141,10 +141,10 @@ def line_of_result(
 def line_of_step(step: Step, language: str) -> str:
     """The line below a step of the history."""
     words = text("step", language, seed=step.metadata.seed)
-    return done_line(words + drift_words(step.drift, language))
+    return done_line(words + _drift_words(step.drift, language))
 
 
-def drift_words(drift: float | None, language: str) -> str:
+def _drift_words(drift: float | None, language: str) -> str:
     """The part of a line about the drift, if it is known."""
     return "" if drift is None else " · " + text("drift", language, levels=f"{drift:.1f}")
 

@@ -28,7 +28,6 @@ from step1x_edit.interfaces.page.parts import PRIVATE, T, visitor_language
 from step1x_edit.interfaces.page.progress import ProgressLine
 from step1x_edit.interfaces.page.results import (
     BatchResults,
-    drift_words,
     line_of_failure,
     line_of_result,
     save_preview,
@@ -203,8 +202,9 @@ class _PictureTab(EditingTab):
             if choice == SOURCE:
                 return result.before, result.line
             digest = kept.against(step, choice)
-            words = drift_words(kept.drift(digest, step), language)
-            return kept.save_shown(session, digest), done_line(words.removeprefix(" · "))
+            drift = kept.drift(digest, step)
+            known = "" if drift is None else text("against.drift", language, levels=f"{drift:.1f}")
+            return kept.save_shown(session, digest), done_line(known)
 
         try:
             before, line = await asyncio.to_thread(look)

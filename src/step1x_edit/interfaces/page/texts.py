@@ -336,6 +336,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "其餘部分平均變化 {levels} 階",
         "ほかの部分の変化は平均 {levels} 階調",
     ),
+    "against.drift": (
+        "the rest differs by {levels} levels",
+        "其余部分平均相差 {levels} 级",
+        "其餘部分平均相差 {levels} 階",
+        "ほかの部分の差は平均 {levels} 階調",
+    ),
     "not_kept": (
         "This result is not kept in the history; the server’s log says why.",
         "此结果未存入历史，原因见服务器日志。",
