@@ -320,5 +320,6 @@ def record_of(image: Image.Image) -> Record:
 
 
 def _commented(exif: Mapping[int, Any]) -> str:
-    comment = bytes(exif.get(ExifTags.Base.UserComment, b"")).removeprefix(_UNICODE)
+    # A number has no such method, and bytes() would make that many zeros of it.
+    comment: bytes = exif.get(ExifTags.Base.UserComment, b"").removeprefix(_UNICODE)
     return comment.decode("utf-16-be" if comment.startswith(b"\0") else "utf-16-le")  # of a brace

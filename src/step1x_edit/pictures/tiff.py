@@ -3,8 +3,9 @@
 A TIFF is a chain of directories, and each may have children (SubIFDs). Many programs put a reduced
 copy first, and most camera raws are TIFFs whose first directory is a preview. Samples with a depth
 other than 8 bits, plain or deflated, are read here: Pillow reads 12 bits as 16, ignores WhiteIsZero
-beyond 8 bits, reads plain planes of 16 bits as noise, and does not read other depths. This module
-knows nothing about limits.
+beyond 8 bits, reads plain planes of 16 bits as noise, and does not read other depths. EXIF is a
+TIFF too: importing this module limits the memory that Pillow takes for any directory. It knows
+nothing about the limits of pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import IO, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -257,14 +258,10 @@ class _Walk:
 
     def _entries(self, offset: int) -> list[_Entry]:
         """The entries of a directory; none if there are more than in any real one."""
-        count, entry = ("Q", "HHQ8s") if self._is_big else ("H", "HHI4s")
-        start = offset + struct.calcsize(f"={count}")
-        size = struct.calcsize(f"={entry}")
-        entries = int.from_bytes(self._data[offset:start], _BYTE_ORDERS[self._order])
-        stored = self._data[start : start + entries * size]
-        if entries > _MAX_ENTRIES or len(stored) < entries * size:
-            return []
-        return [_Entry(*values) for values in struct.iter_unpack(self._order + entry, stored)]
+        count, entries = _entries_in(
+            self._data[offset : offset + _MAX_DIRECTORY], self._order, is_big=self._is_big
+        )
+        return entries if len(entries) == count <= _MAX_ENTRIES else []
 
     def _children(self, entries: list[_Entry]) -> list[int]:
         """The offsets of the children; Pillow does not support the BigTIFF type for them."""
@@ -294,6 +291,12 @@ class _Entry:
         """The declared size of the values in bytes."""
         return self.count * _BYTES_OF_TYPE.get(self.kind, 1)
 
+    @property
+    def memory(self) -> int:
+        """About how many bytes the values take as Python objects."""
+        each = 1 if self.kind in _BYTES_OR_TEXT else 280 if self.kind in _RATIONALS else 52
+        return self.count * each
+
 
 _BYTES_OF_TYPE: Final = {
     3: 2,
@@ -309,8 +312,54 @@ _BYTES_OF_TYPE: Final = {
     17: 8,
     18: 8,
 }
+_BYTES_OR_TEXT: Final = (1, 2, 7)
+_RATIONALS: Final = (5, 10)
 _BYTE_ORDERS: Final[Mapping[str, Literal["little", "big"]]] = {"<": "little", ">": "big"}
 _OFFSETS: Final = {4: "I", 13: "I", 16: "Q", 18: "Q"}
+
+
+def _entries_in(stored: bytes, order: str, *, is_big: bool) -> tuple[int, list[_Entry]]:
+    """How many entries the directory at the start of these bytes declares, and those in them."""
+    count, entry = ("Q", "HHQ8s") if is_big else ("H", "HHI4s")
+    start, size = struct.calcsize(f"={count}"), struct.calcsize(f"={entry}")
+    declared = int.from_bytes(stored[:start], _BYTE_ORDERS[order])
+    held = min(declared, len(stored[start:]) // size)
+    values = struct.iter_unpack(order + entry, stored[start : start + held * size])
+    return declared, [_Entry(*each) for each in values]
+
+
+# --- directories that would fill the memory ------------------------------------------------------
+
+_MAX_DIRECTORY: Final = 8 + 20 * _MAX_ENTRIES  # bytes, without the values
+_ALWAYS_LOADED: Final = 2**22  # bytes; the offsets of many small strips take more than the strips
+
+_load: Final = ImageFileDirectory_v2.load
+
+
+def _load_within_limits(tags: ImageFileDirectory_v2, stream: IO[bytes]) -> None:
+    """Load a directory; leave it empty if its values take much more memory than all bytes here.
+
+    A thousand values may be the same large range, and Pillow copies each: in a TIFF, in EXIF in any
+    format and in the index of an MPO, and often before it returns the opened file.
+    """
+    start = stream.tell()
+    length = stream.seek(0, io.SEEK_END)
+    stream.seek(start)
+    count, entries = _entries_in(
+        stream.read(_MAX_DIRECTORY), _order(tags.prefix), is_big=tags._bigtiff
+    )
+    # Pillow stops at a value that is longer than the stream.
+    memory = sum(entry.memory for entry in entries if entry.size <= length)
+    if count > _MAX_ENTRIES or memory > 2 * length + _ALWAYS_LOADED:
+        tags.reset()
+        return
+    stream.seek(start)
+    _load(tags, stream)
+
+
+# Pillow has no setting for this. A check of the container instead could differ from what a decoder
+# finds there: Pillow joins the EXIF segments of a JPEG, for example.
+ImageFileDirectory_v2.load = _load_within_limits  # type: ignore[assignment,method-assign]
 
 
 def _raw_format(data: bytes, directories: list[Directory]) -> str | None:
