@@ -152,3 +152,16 @@ def test_a_directory_with_more_entries_than_any_real_one() -> None:
 def test_a_comment_that_is_a_number() -> None:
     """Of which Python would make that many zeros."""
     read_in_little_memory(in_png(exif([(ExifTags.Base.UserComment, LONG, 1, 50_000_000)], EXIF)))
+
+
+@pytest.mark.parametrize("quote", ['"', "'"])
+@pytest.mark.parametrize("prefix", ["a", "a" * 150])
+@pytest.mark.parametrize("names", ["<{}:b{} />", "{}:b{}=''"], ids=["elements", "attributes"])
+def test_names_in_xmp_that_each_contain_a_long_one(names: str, prefix: str, quote: str) -> None:
+    """The names of namespaces are part of all names in them."""
+    start = f"<x xmlns:{prefix} = {quote}{20_000 * 'u'}{quote}>"
+    each = " ".join(names.format(prefix, index) for index in range(2000))
+    packet = f"{start}{each}</x>" if "<" in names else f"{start}<y {each}/></x>"
+    chunks = PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", packet)
+    read_in_little_memory(saved("PNG", pnginfo=chunks))

@@ -29,6 +29,10 @@ SOURCE_TYPE: Final = f"{{{_IPTC_EXTENSION}}}DigitalSourceType"
 
 _MAX_XMP_BYTES: Final = 2**20
 _NOT_IN_XML: Final = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# The parser copies the name of a namespace for each name in it. Those in use have some 50 letters.
+_LONG_NAMESPACE: Final = re.compile(
+    r"""xmlns(?:[^\s=]{101}|[^\s=]{0,100}\s*=\s*(?:"[^"]{200}|'[^']{200}))"""
+)
 _MAX_MODEL: Final = 200  # characters: with the longest credit it must fit into one JPEG segment
 
 
@@ -60,14 +64,15 @@ def _last_part(source_type: str) -> str:
 def texts_of(packet: bytes | str | None) -> dict[str, list[str]]:
     """The texts of each property of an XMP packet, by its full name; damaged XMP counts as none.
 
-    A packet with a document type is not read: XMP has none, and entities could grow without bound.
+    A packet that could grow without bound is not read: one with a document type, which XMP does not
+    have, for its entities, and one with a very long name of a namespace.
     Descriptions inside of properties are about other things, such as an ingredient.
     """
     if not packet or len(packet) > _MAX_XMP_BYTES:
         return {}
     try:
         text = packet if isinstance(packet, str) else packet.rstrip(b"\0 ").decode("utf-8-sig")
-        if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        if "<!DOCTYPE" in text or "<!ENTITY" in text or _LONG_NAMESPACE.search(text):
             return {}
         root = ElementTree.fromstring(text)  # noqa: S314 - without a document type, see above
     except (UnicodeDecodeError, ElementTree.ParseError, ValueError):
