@@ -210,6 +210,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         beside(weight=CODES, weight_scale=NUMBERS, comfy_quant=as_json(format="int8_tensorwise")),
         f"{LAYER} was saved by ComfyUI as int8_tensorwise",
     ),
+    "a format that is no text": (
+        beside(comfy_quant=as_json(format=["float8_e4m3fn"])),
+        f"{LAYER} was saved by ComfyUI as ['float8_e4m3fn']",
+    ),
     "a description that is none": (
         beside(comfy_quant=torch.ones(3, dtype=torch.uint8)),
         "ComfyUI's description of layers cannot be read",

@@ -316,7 +316,13 @@ def test_a_file_of_peft_without_settings_is_told(
         "[]",
         '{"lora_alpha": NaN}',
         '{"lora_alpha": "x"}',
+        f'{{"lora_alpha": 1{"0" * 400}}}',
         '{"lora_alpha": 1, "alpha_pattern": {"(": 1}}',
+        # These would take hours.
+        '{"lora_alpha": 1, "alpha_pattern": {"(([a-z0-9_.])+)+!": 1}}',
+        f'{{"lora_alpha": 1, "rank_pattern": {{"{"a?" * 40}{"a" * 40}": 1}}}}',
+        f'{{"lora_alpha": 1, "rank_pattern": {{"{"(.|.)" * 40}!": 1}}}}',
+        f'{{"lora_alpha": 1, "rank_pattern": {{"{"(" * 5000 + ")" * 5000}": 1}}}}',
         "{",
     ],
 )
@@ -325,6 +331,28 @@ def test_settings_that_cannot_be_read_are_an_error(tmp_path: Path, config: str) 
 
     with pytest.raises(CheckpointError, match=r"the settings of .*/adapter_model\.safetensors"):
         read(written(tmp_path / "adapter_model.safetensors", of_peft()))
+
+
+@pytest.mark.parametrize(
+    ("role", "values"),
+    [
+        *((role, torch.tensor(1.0)) for role in ("lora_down.weight", "lora_up.weight")),
+        ("lora_up.weight", torch.ones(2, 1).to(torch.float8_e8m0fnu)),
+        ("alpha", torch.tensor(1j)),
+        ("alpha", torch.tensor(1, dtype=torch.uint64)),
+        (f"lora_A{'.' * 100_000}", torch.ones(1)),
+    ],
+    ids=["scalar down", "scalar up", "powers of two", "complex", "unsigned", "long name"],
+)
+def test_tensors_that_no_tool_writes_are_refused_at_once(
+    tmp_path: Path, role: str, values: torch.Tensor
+) -> None:
+    module = "double_blocks.0.txt_attn.qkv"
+    down, up = factors(*SHAPES[f"{module}.weight"])
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, role: values}
+    tensors = {f"{module}.{name}": tensor for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError):
+        read(written(tmp_path / "odd.safetensors", tensors))
 
 
 # --- in both layouts ------------------------------------------------------------------------------

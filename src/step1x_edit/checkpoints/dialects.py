@@ -88,7 +88,7 @@ def with_scales(
     plain.pop("scaled_fp8", None)
     for layer, described in _formats(tensors, files, prefix):
         kind = described.get("format")
-        if kind not in _FORMATS or described.get("convrot"):
+        if str(kind) not in _FORMATS or described.get("convrot"):
             raise CheckpointError(not_read(shortened(layer), f"ComfyUI as {kind}"))
         scale = plain.pop(f"{layer}.weight_scale", None)
         if scale is not None:

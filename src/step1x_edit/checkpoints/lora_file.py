@@ -29,7 +29,7 @@ from step1x_edit import foreign_json
 from step1x_edit.checkpoints.dialects import PREFIX
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.lora_methods import Base, Change, Found, Scale, changes
-from step1x_edit.checkpoints.stored import refuse_format, shortened
+from step1x_edit.checkpoints.stored import DTYPES, refuse_format, shortened
 from step1x_edit.errors import CheckpointError
 from step1x_edit.lora_names import PEFT_STEM, lora_name, shown_file
 
@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 _UNDERSCORED: Final = ("lora_unet_", "lora_transformer_", "lycoris_")
 """What tools put before the name of a module whose dots are underscores."""
 
+_LONGEST_KEY: Final = 1000  # characters; the time to split one grows with the square
 _ADAPTER: Final = r"(\.[^.]+)?"  # its name, in the keys of a whole peft model
 _FACTORS: Final = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -212,6 +213,10 @@ def _recognised(
     names = _spellings(modules)
     known, others = {}, []
     for key in keys:
+        if len(key) > _LONGEST_KEY:
+            raise CheckpointError(
+                f"{shown_file(path)} has a name that is too long: {shortened(key)}"
+            )
         module, rest = _split(key, names)
         if module is None:
             others.append(key)
@@ -298,9 +303,15 @@ def _of(module: str, some: Mapping[re.Pattern[str], float], usual: float | None)
 
 def _by_pattern(values: Mapping[str, Any] | None) -> dict[re.Pattern[str], float]:
     """Values by what peft accepts as the end of a module's name."""
-    return {
-        re.compile(rf"(.*\.)?({form})$"): _finite(value) for form, value in (values or {}).items()
-    }
+    return {_pattern(form): _finite(value) for form, value in (values or {}).items()}
+
+
+def _pattern(form: str) -> re.Pattern[str]:
+    """Matches a module whose name ends so. Raises ValueError for what could take hours to match."""
+    repeats = len(re.findall(r"[*+?{]", form))
+    if len(form) > 200 or max(repeats, form.count("(")) > 3 or re.search(r"\)[*+?{]", form):
+        raise ValueError(f"the pattern {form} is too complicated")
+    return re.compile(rf"(.*\.)?({form})$")
 
 
 def _finite(value: Any) -> float:
@@ -334,7 +345,7 @@ def _settings(path: Path, metadata: Mapping[str, str], keys: Iterable[str]) -> _
             _by_pattern(config.get("rank_pattern")),
             bool(config.get("use_rslora")),
         )
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(
             f"the settings of {shown_file(path)} cannot be read: {error}"
         ) from error
@@ -360,13 +371,17 @@ def _changes(
     by = f"{shown_file(path)} changes {module} by"
     alpha = found.pop("alpha", None)
     for tensor in found.values():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype not in DTYPES.values():
             raise CheckpointError(
                 f"{by} numbers of the type {tensor.dtype}, whose scale is unknown"
             )
+        if not tensor.ndim:
+            raise CheckpointError(f"{by} a single number")
         if not _is_finite(tensor):
             raise CheckpointError(f"{by} numbers that are not finite")
-    if alpha is not None and not (alpha.numel() == 1 and _is_finite(alpha)):
+    if alpha is not None and not (
+        alpha.numel() == 1 and alpha.dtype in DTYPES.values() and _is_finite(alpha)
+    ):
         raise CheckpointError(f"{shown_file(path)} has no single finite alpha for {module}")
     scale: Scale = functools.partial(settings.scale, module)
     if alpha is not None:
