@@ -40,53 +40,54 @@ if TYPE_CHECKING:
     from step1x_edit.service.recipes import Made
 
 
+Result = Annotated[
+    str, typer.Argument(help="Path of a picture that step1x-edit has made", show_default=False)
+]
+Check = Annotated[
+    bool, typer.Option("--check", help="Say whether the same bytes come out, and save nothing")
+]
+On = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Apply the recipe to this other picture", show_default=False),
+]
+Input = Annotated[
+    str | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="The picture that was edited (default: the one beside the result with the SHA-256 of "
+        "the recipe)",
+        show_default=False,
+    ),
+]
+Mask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="The mask of the edit (default: found likewise)", show_default=False
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Where to save the result; the suffix chooses the format. - writes it to stdout "
+        "(default: as edit and generate name results)",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=PARAMETERS["overwrite"].description)]
+
+
 def replay(
-    picture: Annotated[
-        str,
-        typer.Argument(help="Path of a picture that step1x-edit has made", show_default=False),
-    ],
+    picture: Result,
     *,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Say whether the same bytes come out, and save nothing"),
-    ] = False,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Apply the recipe to this other picture", show_default=False
-        ),
-    ] = None,
-    input_path: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            metavar="FILE",
-            help="The picture that was edited (default: the one beside the result with the "
-            "SHA-256 of the recipe)",
-            show_default=False,
-        ),
-    ] = None,
-    mask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The mask of the edit (default: found likewise)",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Where to save the result; the suffix chooses the format. - writes it to stdout "
-            "(default: as edit and generate name results)",
-            show_default=False,
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help=PARAMETERS["overwrite"].description)
-    ] = False,
+    check: Check = False,
+    on: On = None,
+    input_path: Input = None,
+    mask: Mask = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
     url: Url = None,
     api_key: ApiKey = None,
     standalone: Standalone = False,
