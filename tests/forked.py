@@ -7,7 +7,8 @@ and ignored signals that it would have got, and is a child of the process that s
 
 A program starts by itself if a fork could differ: with an option of the interpreter (`-c`, `-X`),
 with another value of a variable that is not one of our settings, because libraries read those when
-they are imported, and in a test that uses the fixture `real_programs`.
+they are imported, in a test that uses the fixture `real_programs`, and until the libraries are
+imported, which the first program begins.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -43,6 +45,7 @@ READ_LATER = {name.upper() for name in Settings.model_fields} | {
     "GOMP_SPINCOUNT",  # this one and the next change only the speed
     "THP_MEM_ALLOC_ENABLE",
     "PYTEST_CURRENT_TEST",
+    "PYTHONPATH",
     "PYTHONSAFEPATH",
 }
 """Variables that no library reads when it is imported."""
@@ -64,6 +67,8 @@ _environment: dict[str, str] = {}
 """The environment of the process that forks."""
 _ways: dict[int, socket.socket] = {}
 """By the id of this process, the way to the process that forks for it."""
+_ready: set[int] = set()
+"""This process, if the one that forks for it has imported the libraries."""
 
 
 @contextlib.contextmanager
@@ -72,7 +77,7 @@ def fork_programs() -> Iterator[None]:
     if sys.platform != "linux":  # elsewhere, a process cannot become the parent of a fork
         yield
         return
-    _environment.update({**UTF8, "PYTHONPATH": "", **os.environ})
+    _environment.update(UTF8 | os.environ)
     subprocess.Popen = Forked  # type: ignore[misc]
     yield
     subprocess.Popen = RealPopen  # type: ignore[misc]
@@ -90,7 +95,7 @@ class Forked(RealPopen):  # type: ignore[type-arg]
         _, before_it, _, passed, folder, environment, *_ = options
         environment = dict(os.environ if environment is None else environment)
         folder = Path(folder or Path.cwd())
-        if before_it or not _may_be_forked(args, folder, environment):
+        if before_it or not _may_be_forked(args, folder, environment) or not _is_ready():
             super()._execute_child(args, *options)  # type: ignore[misc]
             return
         pipes, is_session = options[9:15], options[20]
@@ -104,7 +109,7 @@ class Forked(RealPopen):  # type: ignore[type-arg]
         message = json.dumps([numbers, ignored, is_session, str(folder), environment, words])
         prctl = ctypes.CDLL(None).prctl
         with _one_at_a_time:
-            way = _ways.get(os.getpid()) or _start_forking()
+            way = _ways[os.getpid()]
             # Meanwhile, a process whose parent ends becomes our child.
             prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
             socket.send_fds(way, [message.encode()], files)
@@ -119,7 +124,8 @@ def _may_be_forked(args: Any, folder: Path, environment: dict[str, str]) -> bool
     if isinstance(args, str | bytes) or len(args) < 2 or os.fspath(args[0]) != sys.executable:
         return False
     wanted = UTF8 | environment
-    wanted["PYTHONPATH"] = wanted.get("PYTHONPATH", "").removeprefix(f"{TESTS}{os.pathsep}")
+    if not {*wanted.get("PYTHONPATH", "").split(os.pathsep)} <= {*sys.path, str(TESTS), ""}:
+        return False  # a `sitecustomize` may be there
     names = (wanted.keys() | _environment.keys()) - READ_LATER
     if any(wanted.get(name) != _environment.get(name) for name in names):
         return False
@@ -129,14 +135,25 @@ def _may_be_forked(args: Any, folder: Path, environment: dict[str, str]) -> bool
     return not program.startswith("-") and (folder / program).resolve().is_relative_to(ROOT)
 
 
-def _start_forking() -> socket.socket:
+def _is_ready() -> bool:
+    """Whether the process that forks can do so; until then, nobody waits for it."""
+    with _one_at_a_time:
+        here = os.getpid()
+        if here not in _ways:
+            _start_forking()
+        if here not in _ready and select.select([_ways[here]], [], [], 0)[0]:
+            _ways[here].recv(100)
+            _ready.add(here)
+        return here in _ready
+
+
+def _start_forking() -> None:
     """Start the process that forks, which ends with this one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, __file__, " " * _LONGEST]
-        RealPopen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=_environment)
+        RealPopen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=_environment)
     _ways[os.getpid()] = ours
-    return ours
 
 
 # --- in the process that forks --------------------------------------------------------------------
@@ -164,7 +181,9 @@ def _become_next_program(way: socket.socket) -> list[str]:
         for file in files:
             os.close(file)
     way.close()
+    words: list[str]
     numbers, ignored, is_session, folder, environment, words = json.loads(message)
+    _ready.add(os.getpid())
     _ways[os.getpid()] = socket.socket(fileno=_move_up(ours.detach()))
     for file, number in zip([_move_up(file) for file in files], numbers, strict=True):
         os.dup2(file, number)
@@ -237,6 +256,8 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_IGN)
     _environment.update(os.environ)
     subprocess.Popen = Forked  # type: ignore[misc]
-    words = _become_next_program(socket.socket(fileno=os.dup(0)))
+    way = socket.socket(fileno=os.dup(0))
+    way.send(b"ready")
+    words = _become_next_program(way)
     gc.enable()
     _run(words)
