@@ -163,6 +163,18 @@ async def test_an_input_whose_manifest_is_damaged_is_edited_and_told(
     assert "active_manifest" not in parent
 
 
+@pytest.mark.parametrize("part", [b"exclusions", b"sha256", b"pad"])
+async def test_damage_that_only_signing_finds_leaves_the_result_signed(
+    edited: Edited, part: bytes
+) -> None:
+    signed, _ = await edited(saved("JPEG"), "in.jpg")
+    at = signed.index(part)
+    result, warning = await edited(signed[:at] + b"\xff" + signed[at + 1 :])
+
+    assert warning == "the C2PA manifest of the input is invalid"
+    assert manifest_of(result)["ingredients"][0]["relationship"] == "parentOf"
+
+
 async def test_a_manifest_that_is_elsewhere_is_not_fetched(edited: Edited) -> None:
     asked = []
 
@@ -261,6 +273,16 @@ def expired(folder: Path) -> dict[str, Path]:
     return certified(folder, days=-1)
 
 
+def unheard_of(folder: Path) -> dict[str, Path]:
+    """The key has a type that nobody has registered."""
+    settings = certified(folder)
+    key = "MBICAQAwBwYFKw4DAgoEBAECAwQ="
+    settings["c2pa_key"].write_text(
+        f"-----BEGIN PRIVATE KEY-----\n{key}\n-----END PRIVATE KEY-----"
+    )
+    return settings
+
+
 def short(folder: Path) -> dict[str, Path]:
     return certified(folder, rsa.generate_private_key(65537, 1024))
 
@@ -273,6 +295,7 @@ def short(folder: Path) -> dict[str, Path]:
         (without_key, r"C2PA_KEY .*cert\.pem is no private key in PEM"),
         (of_another, r"C2PA_KEY is not the key of the first certificate in C2PA_CERT"),
         (of_bitcoin, r"C2PA_KEY has a type that C2PA does not allow; it allows EC \(P-256"),
+        (unheard_of, r"C2PA_KEY .*key\.pem has a type that C2PA does not allow; it allows EC"),
         (expired, r"C2PA_CERT cannot sign: the certificate was not valid at time of signing; it"),
         (short, r"C2PA_CERT cannot sign: the certificate is invalid; it must be"),
     ],

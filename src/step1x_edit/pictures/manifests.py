@@ -42,8 +42,12 @@ _OFFLINE: Final = {
 }
 _RECORD: Final = "step1x-edit.record"
 _INPUT: Final = "input"
+_PARENT: Final = {"relationship": "parentOf", "label": _INPUT}
 _UNTRUSTED: Final = "signingCredential.untrusted"  # no list of trusted signers is installed
 _SMALLEST_GIF: Final = b"GIF89a\1\0\1\0\0\0\0;"
+_KEYS: Final = (
+    "has a type that C2PA does not allow; it allows EC (P-256, P-384, P-521), RSA and Ed25519"
+)
 _CURVES: Final = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 
 
@@ -92,12 +96,14 @@ class Signatory:
             "parameters": {_RECORD: record.model_dump(mode="json", exclude_none=True)},
         }
         warning = None if original is None else self._complaint(original)
-        try:
-            builder = self._builder(action, original)
-            return self._signed(builder, media_type, data), warning
-        except C2paError as error:
-            log.warning("a result is not signed: %s", error)
-            return data, f"the result is not signed: {_reason(error)}"
+        reason = ""
+        for build in (self._builder, self._builder_naming):
+            try:
+                return self._signed(build(action, original), media_type, data), warning
+            except C2paError as error:  # first, maybe, because the input's manifest is damaged
+                reason = _reason(error)
+        log.warning("a result is not signed: %s", reason)
+        return data, f"the result is not signed: {reason}"
 
     def _complaint(self, original: bytes) -> str | None:
         """What is wrong with the manifest of an input, if it has a broken one."""
@@ -109,30 +115,36 @@ class Signatory:
         return "the C2PA manifest of the input is invalid"
 
     def _builder(self, action: dict[str, Any], original: bytes | None = None) -> c2pa.Builder:
-        from c2pa import Builder, C2paError
+        """What was done, and the input, with its own manifest."""
+        from c2pa import Builder
 
-        parent = {"relationship": "parentOf", "label": _INPUT}
-        opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": [_INPUT]}}
-        actions = [action] if original is None else [opened, action]
-        manifest = {
-            "claim_generator_info": [{"name": "step1x-edit", "version": version("step1x-edit")}],
-            "assertions": [{"label": "c2pa.actions", "data": {"actions": actions}}],
-        }
-        builder = Builder(manifest, self._context)
-        if original is None:
-            return builder
-        media_type = _media_type(original)
-        try:
-            builder.add_ingredient(parent, media_type, io.BytesIO(original))
-        except C2paError:  # its manifest is damaged: the input is named without it
-            named = {**parent, "format": media_type}
-            return Builder({**manifest, "ingredients": [named]}, self._context)
+        builder = Builder(_manifest(action, original), self._context)
+        if original is not None:
+            builder.add_ingredient(_PARENT, _media_type(original), io.BytesIO(original))
         return builder
+
+    def _builder_naming(self, action: dict[str, Any], original: bytes | None) -> c2pa.Builder:
+        """The same without the input's own manifest."""
+        from c2pa import Builder
+
+        manifest = _manifest(action, original)
+        if original is not None:
+            manifest["ingredients"] = [{**_PARENT, "format": _media_type(original)}]
+        return Builder(manifest, self._context)
 
     def _signed(self, builder: c2pa.Builder, media_type: str, data: bytes) -> bytes:
         signed = io.BytesIO()
         builder.sign(media_type, io.BytesIO(data), signed)
         return signed.getvalue()
+
+
+def _manifest(action: dict[str, Any], original: bytes | None) -> dict[str, Any]:
+    opened = {"action": "c2pa.opened", "parameters": {"ingredientIds": [_INPUT]}}
+    actions = [action] if original is None else [opened, action]
+    return {
+        "claim_generator_info": [{"name": "step1x-edit", "version": version("step1x-edit")}],
+        "assertions": [{"label": "c2pa.actions", "data": {"actions": actions}}],
+    }
 
 
 # --- the key -------------------------------------------------------------------------------------
@@ -149,23 +161,28 @@ def _read(setting: str, path: Path) -> bytes:
 def _key_for(chain: bytes, cert: Path, key: Path) -> tuple[str, bytes]:
     """The algorithm to sign with, and the private key in the form that the library reads."""
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
     try:
-        certificate = x509.load_pem_x509_certificate(chain)
+        certified = x509.load_pem_x509_certificate(chain).public_key()
     except ValueError:
         raise SettingsError(f"C2PA_CERT {cert} is no certificate in PEM") from None
+    except UnsupportedAlgorithm:
+        raise SettingsError(f"the key of C2PA_CERT {cert} {_KEYS}") from None
     try:
         private = serialization.load_pem_private_key(_read("C2PA_KEY", key), password=None)
     except TypeError:
         raise SettingsError(f"C2PA_KEY {key} needs a password; save it without one") from None
     except ValueError:
         raise SettingsError(f"C2PA_KEY {key} is no private key in PEM") from None
+    except UnsupportedAlgorithm:
+        raise SettingsError(f"C2PA_KEY {key} {_KEYS}") from None
     public = (
         serialization.Encoding.PEM,
         serialization.PublicFormat.SubjectPublicKeyInfo,
     )
-    if private.public_key().public_bytes(*public) != certificate.public_key().public_bytes(*public):
+    if private.public_key().public_bytes(*public) != certified.public_bytes(*public):
         raise SettingsError("C2PA_KEY is not the key of the first certificate in C2PA_CERT")
     return _algorithm_of(private), private.private_bytes(
         serialization.Encoding.PEM,
@@ -184,15 +201,12 @@ def _algorithm_of(private: object) -> str:
             return "ps256"
         case ec.EllipticCurvePrivateKey() if private.curve.name in _CURVES:
             return _CURVES[private.curve.name]
-    raise SettingsError(
-        "C2PA_KEY has a type that C2PA does not allow; it allows EC (P-256, P-384, P-521), RSA and "
-        "Ed25519"
-    )
+    raise SettingsError(f"C2PA_KEY {_KEYS}")
 
 
 def _reason(error: Exception) -> str:
-    """The words of an error of the library, without its kind."""
-    return str(error).partition(": ")[2] or str(error)
+    """The words of an error of the library in one line, without its kind."""
+    return " ".join((str(error).partition(": ")[2] or str(error)).split())
 
 
 # --- reading -------------------------------------------------------------------------------------
