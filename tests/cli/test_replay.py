@@ -265,3 +265,19 @@ def test_an_output_path_that_cannot_be_is_refused_in_one_sentence(photo: Path) -
     result = called("replay", made, "--output", "x" * 5000)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Invalid parameter: output_path must have at most 4096")
+
+
+def test_what_a_stranger_wrote_into_a_record_controls_no_terminal(photo: Path) -> None:
+    made = edited(photo)
+    record = read_record(made)
+    assert record is not None
+    forged = record.model_copy(update={"numerics": "a/b\x1b[2J/1/\nd", "precision": "q" * 5000})
+    made.write_bytes(encode(decode(made.read_bytes(), Settings().limits), ".png", forged))
+
+    result = called("replay", made, "--check")
+
+    assert result.exit_code == 1
+    (line,) = result.stdout.splitlines()
+    assert line.isprintable()
+    assert "instruction set b [2J, now" in line
+    assert len(line) < 500

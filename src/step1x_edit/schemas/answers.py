@@ -341,6 +341,9 @@ class RecipeAnswer(_Answer):
     numerics: Numerics = None
 
 
+_SHOWN: Final = 100  # characters
+
+
 class Difference(_Answer):
     """What a picture and the same one made again say differently about themselves."""
 
@@ -351,7 +354,13 @@ class Difference(_Answer):
     @property
     def text(self) -> str:
         """The same in words."""
-        return f"{self.name} {self.then or 'unknown'}, now {self.now or 'unknown'}"
+        return f"{self.name} {_shown(self.then)}, now {_shown(self.now)}"
+
+
+def _shown(value: str | None) -> str:
+    """A value of a record, which anyone can have written, short and without control characters."""
+    text = "".join(each if each.isprintable() else " " for each in value or "unknown")
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 class CheckAnswer(_Answer):
