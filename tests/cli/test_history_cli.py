@@ -307,3 +307,11 @@ def test_only_the_user_can_read_the_history(photo: Path, data_dir: Path) -> None
     modes = {path: path.stat().st_mode & 0o777 for path in (data_dir / "history").rglob("*")}
     assert {modes[path] for path in modes if path.is_dir()} == {0o700}
     assert {modes[path] for path in modes if path.is_file()} == {0o600}
+
+
+def test_a_history_that_cannot_be_changed_is_told_in_one_sentence(data_dir: Path) -> None:
+    data_dir.write_text("no folder")
+    result = CliRunner().invoke(app, ["history", "delete", "--all", "--yes"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Cannot write output: the history in DATA_DIR cannot be chan")
+    assert len(result.stderr.splitlines()) == 1

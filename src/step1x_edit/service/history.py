@@ -13,8 +13,10 @@ time: changes hold a lock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +32,7 @@ from step1x_edit.errors import (
     CorruptImageError,
     InvalidParameterError,
     NoSpaceError,
+    OutputError,
     Step1XEditError,
 )
 from step1x_edit.schemas.answers import EditMetadata
@@ -224,7 +227,7 @@ class History:
         """
         try:
             return self._keep(made)
-        except (OSError, Step1XEditError) as error:
+        except Step1XEditError as error:
             log.warning("this edit is not kept in the history: %s", error)
             return None
 
@@ -365,12 +368,16 @@ class History:
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold the lock of the folder, which is made if it is missing."""
-        for folder in (self._steps, self._pictures):
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.mkdir(mode=0o700, exist_ok=True)
-        with FileLock(self._folder / "lock", mode=0o600):
-            yield
+        """Hold the lock of the folder, which is made if it is missing; raises OutputError."""
+        try:
+            for folder in (self._steps, self._pictures):
+                folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, exist_ok=True)
+            with FileLock(self._folder / "lock", mode=0o600):
+                yield
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO).lower()
+            raise OutputError(f"the history in DATA_DIR cannot be changed ({reason})") from error
 
     def _file(self, step: Step) -> Path:
         return self._steps / f"{step.id}.json"
