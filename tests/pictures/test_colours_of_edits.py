@@ -271,6 +271,21 @@ async def test_a_profile_that_only_leads_to_srgb_gives_a_result_in_srgb(edited: 
     assert chroma(stored(path)[0]) == 0
 
 
+@pytest.mark.parametrize("gamma", [1 / 256, 0.2])
+async def test_a_profile_that_cannot_hold_greys_gives_a_result_in_srgb(
+    edited: Call, gamma: float
+) -> None:
+    network = Network(lambda pixels: np.full_like(pixels, 100))
+    path, _ = await edited(network, saved(SCENE, icc_profile=rgb_profile(SRGB, gamma)))
+    assert stored(path)[1] is None
+    assert (seen(path) == 100).all()
+
+
+async def test_linear_light_is_kept(edited: Call) -> None:
+    path, _ = await edited(Network(grey), saved(SCENE, icc_profile=rgb_profile(SRGB, 1.0)))
+    assert stored(path)[1] is not None
+
+
 # --- beside other pictures ---
 
 

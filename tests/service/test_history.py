@@ -161,6 +161,15 @@ def test_a_damaged_picture_is_said_and_a_damaged_step_is_left_out(
         history.read(second.result)
 
 
+def test_folders_of_other_programs_do_not_matter(history: History, tmp_path: Path) -> None:
+    for folder in ("steps", "pictures"):
+        (tmp_path / "history" / folder / ".sync").mkdir(parents=True)
+
+    step = kept(history, png(1), png(2))
+
+    assert [each.id for each in history.steps()] == [step.id]
+
+
 def test_what_a_newer_version_has_written_is_kept_with_its_pictures(
     history: History, tmp_path: Path
 ) -> None:

@@ -41,18 +41,24 @@ def usable(profile: bytes | None) -> bytes | None:
     return profile
 
 
+_AWAY: Final = 8  # levels; linear light in 8 bits is off by 7
+
+
 def is_for_results(profile: bytes | None) -> bool:
     """Whether a picture can be edited in sRGB and then brought back into the profile.
 
-    It must describe RGB (bytes 16 to 20 of its header), in both directions.
+    It must describe RGB (bytes 16 to 20 of its header), in both directions, and hold all greys:
+    some curves cannot be undone with 8 bits.
     """
     if profile is None or profile[16:20] != b"RGB ":
         return False
+    greys = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)
     try:
-        _transform(None, profile), _transform(profile, None)
+        there, back = _transform(None, profile), _transform(profile, None)
     except ImageCms.PyCMSError:
         return False
-    return True
+    returned = np.asarray(back.apply(there.apply(Image.fromarray(greys))), np.int16)
+    return bool(np.abs(returned - greys).max() <= _AWAY)
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image | None:

@@ -630,7 +630,7 @@ class _Record(HowToMake):
 
     software: Literal["step1x-edit"] = "step1x-edit"
     model: str
-    seed: _SeedNumber
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     loras: list[str] | None = None
     """Those that were in the model, as `name:strength`, if there were any."""
     precision: str | None = None

@@ -355,14 +355,15 @@ class History:
 
         Steps are searched as text: one that cannot be read may be of a newer version.
         """
-        for file in self._steps.glob(".*"):
-            file.unlink()
+        for file in _files_in(self._steps):
+            if file.name.startswith("."):
+                file.unlink()
         named = {
             digest
-            for file in self._steps.iterdir()
+            for file in _files_in(self._steps)
             for digest in _DIGEST.findall(file.read_text("utf-8", "replace"))
         }
-        for file in self._pictures.iterdir():
+        for file in _files_in(self._pictures):
             if file.name not in named:
                 file.unlink()
 
@@ -381,6 +382,11 @@ class History:
 
     def _file(self, step: Step) -> Path:
         return self._steps / f"{step.id}.json"
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Without the folders that programs which synchronise files make."""
+    return [file for file in folder.iterdir() if file.is_file()]
 
 
 def merged(prompts: Iterable[str]) -> str:
