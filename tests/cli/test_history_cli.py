@@ -215,7 +215,7 @@ def test_the_drift_says_how_much_the_rest_moved_since_the_original(
     second = edited("history", "edit", first, "a blue hat, please")
 
     assert [step["drift"] for step in steps()] == [3.0, 6.0]
-    assert "(3.0)" in run("history", "list").stdout
+    assert "(drift 3.0)" in run("history", "list").stdout
     shown = run("history", "show", second).stdout
     assert "the half of the picture that differs least differs by 6.0 of 255 levels" in shown
     compared = run("history", "compare", first, second).stdout

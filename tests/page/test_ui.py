@@ -660,8 +660,9 @@ def test_the_history_survives_a_restart_and_its_steps_bring_back_what_made_them(
         expect(page.locator("#edit-merge")).to_be_enabled()
         page.click("#edit-undo")
         expect(page.locator(prompt)).to_have_value("invert")
+        expect(page.locator("#edit-history .selected")).to_have_count(0)
         page.click("#edit-undo")
-        expect(page.locator("#edit-result figure")).to_have_count(0)
+        expect(page.locator("#edit-result figure img")).to_have_count(1)
         page.wait_for_selector("#edit-picture img")
         page.close()
 

@@ -153,6 +153,7 @@ def _outside(record: Record, result: EditResult) -> str | None:
     if result.residence.version != DEMO.version:
         return None
     return (
-        "the demo checkpoint cannot invent what lies outside of a picture: the new area is a "
-        "blurred continuation. For the real model set MODEL_PATH to a Step1X-Edit checkpoint"
+        "the demo checkpoint cannot invent what lies outside of a picture: the old pixels stay, "
+        "and the new area is an edit of their blurred reflection. For the real model set "
+        "MODEL_PATH to a Step1X-Edit checkpoint"
     )

@@ -246,8 +246,9 @@ def delete(
             work = partial(history.delete, step)
             if tree:
                 what, work = f"all steps of {step.name}", partial(history.delete_tree, step)
-        if not yes:
-            typer.confirm(f"Delete {what}?", abort=True, err=True)
+        if not yes and not typer.confirm(f"Delete {what}?", err=True):
+            err.print("nothing was deleted")
+            return
         err.print(f"deleted {what}: {_steps(work())}", markup=False)
 
 
@@ -270,7 +271,7 @@ def _trees(steps: Sequence[Step]) -> Iterator[Tree]:
 
     def grow(tree: Tree, above: str) -> Tree:
         for step in below.get(above, ()):
-            drift = "" if step.drift is None else f"  ({step.drift:.1f})"
+            drift = "" if step.drift is None else f"  (drift {step.drift:.1f})"
             grow(tree.add(Text(f"{step.id}  {step.metadata.prompt}{drift}")), step.id)
         return tree
 

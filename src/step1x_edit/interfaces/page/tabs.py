@@ -169,13 +169,15 @@ class _PictureTab(EditingTab):
         try:
             parent = await asyncio.to_thread(kept.parent, step)
             if parent is not None or step.source is None:
-                return await self._recall(request, parent or step)
+                return await self._recall(request, parent or step) | self.view.unmark()
             session = self._session(request)
             picture = await asyncio.to_thread(kept.save, session, step.source, step.name)
+            shown = await asyncio.to_thread(kept.save_shown, session, step.source)
         except Step1XEditError as error:
             return {self.form.line: alert_of(error, visitor_language(request))}
         state.result = None
-        return {**self._shown(request), self.picture: picture}
+        original = self.view.alone(shown, visitor_language(request))
+        return {**self._shown(request), **original, **self.view.unmark(), self.picture: picture}
 
     async def merge(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         """Make what is shown of the original, with one edit."""

@@ -76,7 +76,7 @@ class ResultView:
     def begin(self, before: str, language: str) -> dict[Any, Any]:
         """Show the picture to be edited."""
         return {
-            self.pictures: picture_alone(before, language),
+            **self.alone(before, language),
             self._download: gr.DownloadButton(interactive=False),
             self.reuse: gr.Button(interactive=False),
             self.again: gr.Button(interactive=False),
@@ -110,6 +110,14 @@ class ResultView:
     def compare(self, before: str, after: str, language: str) -> dict[Any, Any]:
         """Show two pictures."""
         return {self.pictures: pictures_compared(before, after, "after", language)}
+
+    def alone(self, picture: str, language: str) -> dict[Any, Any]:
+        """Show one picture without another to compare it with."""
+        return {self.pictures: picture_alone(picture, language)}
+
+    def unmark(self) -> dict[Any, Any]:
+        """Mark none of the earlier results as the one that is shown."""
+        return {self.gallery: gr.Gallery(selected_index=None)}
 
     def show_history(self, pictures: Sequence[tuple[str, str]]) -> dict[Any, Any]:
         """Show the earlier results, each with its label."""
