@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from conftest import MakeService
-from fakes import FakeWorker
+from fakes import STREAMED, FakeWorker
 from http_server import TOKEN, serving
 from local_hub import asked_by_default, running_hub
 from step1x_edit.engine.machine import Survey
@@ -48,7 +48,11 @@ def test_every_command_of_the_guide_answers_as_it_says(
     with (
         running_hub() as hub,
         serving(
-            make_service(FakeWorker(model="v1.2"), take_survey=Survey, model_version="v1.1")
+            make_service(
+                FakeWorker(model="v1.2", placement=STREAMED),
+                take_survey=Survey,
+                model_version="v1.1",
+            )
         ) as url,
     ):
         asked_by_default(hub, monkeypatch)
