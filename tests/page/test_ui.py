@@ -100,6 +100,14 @@ def url(service: EditService) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(autouse=True)
+def _files_of_this_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio keeps the folder of uploads in the environment, so a test that starts another page
+    would take it from the page of this file.
+    """
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
@@ -813,8 +821,6 @@ def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
     from step1x_edit.interfaces.page import blocks
 
     monkeypatch.setattr(blocks, "_REFRESH_S", 3600.0)
-    # The page of a server sets this for its process: the module's server needs its own value again.
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
     expect.set_options(timeout=PATIENCE_MS)
     with serving(service, api_key=None) as url:
         page = browser.new_page(locale="en")
@@ -832,9 +838,8 @@ def test_the_state_of_the_model_is_shown_as_soon_as_an_edit_has_ended(
 
 @needs_browser
 def test_while_a_model_is_read_the_page_says_how_much_of_it_and_then_what_computes(
-    make_service: MakeService, browser: Browser, photo: Path, monkeypatch: pytest.MonkeyPatch
+    make_service: MakeService, browser: Browser, photo: Path
 ) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
     expect.set_options(timeout=PATIENCE_MS)
     clock = ManualClock()
     disk = HeldDisk(clock)
