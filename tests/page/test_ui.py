@@ -97,13 +97,14 @@ def service() -> Iterator[EditService]:
 @pytest.fixture(scope="module")
 def url(service: EditService) -> Iterator[str]:
     with serving(service, api_key=None, max_queue=1, max_upload_mb=1) as url:
+        httpx2.get(url, timeout=240, trust_env=False)  # the first request builds the page
         yield url
 
 
 @pytest.fixture(autouse=True)
 def _files_of_this_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradio keeps the folder of uploads in the environment, so a test that starts another page
-    would take it from the page of this file.
+    """Gradio keeps the folder of uploads in the environment from when the page is built, so a test
+    that starts another page would take it from the page of this file.
     """
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
 
