@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from http_server import TOKEN, serving
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app
 from step1x_edit.pictures.images import decode, encode, read_record
-from step1x_edit.schemas.requests import without_prompts
+from step1x_edit.schemas.requests import Record, without_prompts
 from step1x_edit.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("fake_model")
@@ -35,6 +36,18 @@ def edited(photo: Path, name: str = "made.png", *more: object) -> Path:
     result = called("edit", photo, "invert", *SEEDED, "--output", made, *more)
     assert result.exit_code == 0, result.stderr
     return made
+
+
+def with_another_record(made: Path, changed: Callable[[Record], Record]) -> None:
+    """Write the file of a picture again, with a record that says something else."""
+    record = read_record(made)
+    assert record is not None
+    picture = decode(made.read_bytes(), Settings(_env_file=None).limits)
+    made.write_bytes(encode(picture, ".png", changed(record)))
+
+
+def saying(**values: object) -> Callable[[Record], Record]:
+    return lambda record: record.model_copy(update=values)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "tiff"])
@@ -120,11 +133,7 @@ def test_the_input_is_found_by_its_bytes_or_given(photo: Path, tmp_path: Path) -
 
 def test_a_recipe_without_the_hash_of_its_input_asks_for_it(photo: Path) -> None:
     made = edited(photo)
-    data = made.read_bytes()
-    record = read_record(data)
-    assert record is not None
-    older = record.model_copy(update={"input_sha256": None, "numerics": None, "arithmetic": None})
-    made.write_bytes(encode(decode(data, Settings(_env_file=None).limits), ".png", older))
+    with_another_record(made, saying(input_sha256=None, numerics=None, arithmetic=None))
 
     refused, checked = called("replay", made), called("replay", made, "--check", "--input", photo)
 
@@ -187,10 +196,7 @@ def test_another_model_is_refused_as_soon_as_it_is_known(photo: Path, worker: Fa
 
 def test_a_recipe_without_its_prompt_is_refused(photo: Path) -> None:
     made = edited(photo)
-    record = read_record(made)
-    assert record is not None
-    picture = decode(made.read_bytes(), Settings(_env_file=None).limits)
-    made.write_bytes(encode(picture, ".png", without_prompts(record)))
+    with_another_record(made, without_prompts)
 
     result = called("replay", made)
 
@@ -200,11 +206,7 @@ def test_a_recipe_without_its_prompt_is_refused(photo: Path) -> None:
 
 def test_loras_that_are_not_here_are_named(photo: Path) -> None:
     made = edited(photo)
-    data = made.read_bytes()
-    record = read_record(data)
-    assert record is not None
-    with_lora = record.model_copy(update={"loras": ["snow:0.5"]})
-    made.write_bytes(encode(decode(data, Settings(_env_file=None).limits), ".png", with_lora))
+    with_another_record(made, saying(loras=["snow:0.5"]))
 
     result = called("replay", made)
 
@@ -269,10 +271,7 @@ def test_an_output_path_that_cannot_be_is_refused_in_one_sentence(photo: Path) -
 
 def test_what_a_stranger_wrote_into_a_record_controls_no_terminal(photo: Path) -> None:
     made = edited(photo)
-    record = read_record(made)
-    assert record is not None
-    forged = record.model_copy(update={"numerics": "a/b\x1b[2J/1/\nd", "precision": "q" * 5000})
-    made.write_bytes(encode(decode(made.read_bytes(), Settings().limits), ".png", forged))
+    with_another_record(made, saying(numerics="a/b\x1b[2J/1/\nd", precision="q" * 5000))
 
     result = called("replay", made, "--check")
 
