@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -125,7 +126,7 @@ class RemoteServer:
 
         If this process has a certificate, it signs what the server has not signed.
         """
-        files = await asyncio.to_thread(ResultFiles, self._settings)
+        files = await asyncio.to_thread(lambda: self._files)  # before the work: it may be refused
         async with self._client() as client:
             job = await self._created(client, body)
             try:
@@ -140,7 +141,7 @@ class RemoteServer:
         if suffix == ".png" and (carries_manifest(png) or not files.are_signed):
             return RemotePicture(png, ended.metadata)
         await report(Progress(Phase.SAVING))
-        file = await asyncio.to_thread(self._converted, files, png, suffix, original)
+        file = await asyncio.to_thread(self._converted, png, suffix, original)
         return RemotePicture(file.data, ended.metadata.with_warning(file.warning))
 
     async def status(self) -> StatusAnswer:
@@ -227,14 +228,17 @@ class RemoteServer:
         size = regions.grown_size(request.outpaint, picture.width, picture.height)
         images.check_encodable(*size, suffix)
 
-    def _converted(
-        self, files: ResultFiles, png: bytes, suffix: str, original: bytes | None
-    ) -> ResultFile:
+    @cached_property
+    def _files(self) -> ResultFiles:
+        """Made once for all pictures: a certificate is read, and tried by signing."""
+        return ResultFiles(self._settings)
+
+    def _converted(self, png: bytes, suffix: str, original: bytes | None) -> ResultFile:
         """The same picture as the server would have written it in this format."""
         picture, record = images.decode(png, self._limits), images.read_record(png)
         if record is None:
             raise self._other_version()
-        file = files.write(picture, suffix, record, original)
+        file = self._files.write(picture, suffix, record, original)
         if carries_manifest(png) and not carries_manifest(file.data):
             return ResultFile(file.data, "; ".join(filter(None, (file.warning, _UNSIGNED))))
         return file
