@@ -1,7 +1,7 @@
 """Finding the parts of a checkpoint among files, by their tensors and never by their names.
 
 A set of safetensors is one file, or its shards: `name-00001-of-00003.safetensors`, with or without
-an index that lists them.
+an index that lists them. A file in GGUF is a set.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any, Final
 
 from step1x_edit import foreign_json
 from step1x_edit.checkpoints.dialects import not_read, prefix_of, quantiser
+from step1x_edit.checkpoints.gguf_file import SUFFIX as GGUF
+from step1x_edit.checkpoints.gguf_file import read_header
 from step1x_edit.checkpoints.keymap import SCALE_FACTOR, some_of
-from step1x_edit.checkpoints.stored import GGUF, PICKLES, stored_names
+from step1x_edit.checkpoints.stored import PICKLES, is_gguf, shortened, stored_names
 from step1x_edit.errors import CheckpointError
 
 MAPPING_WEIGHT: Final = "text_token_mapping.weight"
 
-_SUFFIXES: Final = frozenset({".safetensors", ".sft"})
+_SUFFIXES: Final = frozenset({".safetensors", ".sft", GGUF})
 _SHARD: Final = re.compile(r"(.+)-(\d+)-of-(\d+)\.(safetensors|sft)", re.IGNORECASE)
 _UNFINISHED: Final = frozenset({".incomplete", ".partial", ".part", ".aria2", ".crdownload"})
 # One tensor identifies the part and its layout: official, diffusers.
@@ -42,6 +44,10 @@ class FileSet:
     names: frozenset[str]
     prefix: str = ""
     """What precedes the names in the files, as a tool wrote them."""
+    packed: str = ""
+    """The type of most numbers of a file in GGUF: GGUF Q4_K."""
+    architecture: str | None = None
+    """What a file in GGUF says that it is."""
 
     @property
     def is_transformer(self) -> bool:
@@ -70,9 +76,13 @@ class FileSet:
 
 
 def file_sets(folder: Path) -> list[FileSet]:
-    """The sets of a folder. Raises CheckpointError if a shard is missing or cannot be read."""
+    """The sets of a folder, those in GGUF first.
+
+    Raises CheckpointError if a shard is missing or cannot be read.
+    """
     shards: dict[tuple[str, int], list[Path]] = {}
-    for file in sorted(each for each in folder.glob("*") if each.suffix.lower() in _SUFFIXES):
+    found = [each for each in folder.glob("*") if each.suffix.lower() in _SUFFIXES]
+    for file in sorted(found, key=lambda each: (not is_gguf(each), each)):
         match = _SHARD.fullmatch(file.name)
         key = (match[1], int(match[3])) if match else (file.name, 1)
         shards.setdefault(key, []).append(file)
@@ -92,7 +102,11 @@ def file_set(files: Iterable[Path]) -> FileSet:
     files = tuple(files)
     names = frozenset[str]().union(*(stored_names(file) for file in files))
     prefix = prefix_of(names, _TRANSFORMER)
-    return FileSet(files, frozenset(name.removeprefix(prefix) for name in names), prefix)
+    plain = frozenset(name.removeprefix(prefix) for name in names)
+    if not is_gguf(files[0]):
+        return FileSet(files, plain, prefix)
+    header = read_header(files[0])
+    return FileSet(files, plain, prefix, f"GGUF {header.kind}", header.architecture)
 
 
 def _listed_below(file: Path) -> list[Path]:
@@ -109,7 +123,10 @@ def _listed_below(file: Path) -> list[Path]:
 
 
 def choose_transformer(sets: Iterable[FileSet], place: Path, wanted: str | None) -> FileSet:
-    """The transformer of the requested version, or else the newest. Raises CheckpointError."""
+    """The transformer of the requested version, or else the newest; of two of them the last one.
+
+    Raises CheckpointError if there is none.
+    """
     sets = list(sets)
     found = {each.version: each for each in sets if each.is_transformer}
     if not found:
@@ -125,9 +142,6 @@ def _what_there_is(sets: list[FileSet], place: Path) -> str:
         return f"; {unfinished[0].name} is not complete: download it again"
     if refused := [entry for entry in entries if entry.suffix.lower() in PICKLES]:
         return f"; {refused[0].name} is not read: only safetensors are accepted"
-    if gguf := [entry for entry in entries if entry.suffix.lower() == GGUF]:
-        name = gguf[0].name
-        return f"; {name} is not read: GGUF is not supported; use the same model as safetensors"
     others = [each for each in sets if not each.is_vae]
     if not others:
         return f"; {sets[0]} is the autoencoder alone" if sets else ""
@@ -137,6 +151,8 @@ def _what_there_is(sets: list[FileSet], place: Path) -> str:
         return f"; {others[0]} is a LoRA: set LORA_PATH to it"
     if tool := quantiser(others[0].names):
         return f"; {not_read(others[0], tool)}"
+    if others[0].architecture:
+        return f"; {others[0]} is a GGUF of {shortened(others[0].architecture)}"
     return f"; {others[0]} is of another model"
 
 

@@ -29,7 +29,7 @@ from step1x_edit import foreign_json
 from step1x_edit.checkpoints.dialects import PREFIX
 from step1x_edit.checkpoints.keymap import Link, some_of
 from step1x_edit.checkpoints.lora_methods import Base, Change, Found, Scale, changes
-from step1x_edit.checkpoints.stored import DTYPES, refuse_format, shortened
+from step1x_edit.checkpoints.stored import DTYPES, is_gguf, refuse_pickle, shortened
 from step1x_edit.errors import CheckpointError
 from step1x_edit.lora_names import PEFT_STEM, lora_name, shown_file
 
@@ -151,7 +151,11 @@ def read_lora(path: Path, shapes: Mapping[str, Sequence[int]], links: Sequence[L
     Keys that do not belong to the transformer, such as those for a text encoder, are left out and
     logged; a file with no other keys is refused.
     """
-    refuse_format(path)
+    refuse_pickle(path)
+    if is_gguf(path):
+        raise CheckpointError(
+            f"{shown_file(path)}: a LoRA in GGUF is not supported; use it as safetensors"
+        )
     modules = _modules(links)
     try:
         with safe_open(path, framework="pt") as opened:

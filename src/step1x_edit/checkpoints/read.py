@@ -4,8 +4,9 @@
     diffusers   folders transformer/, vae/, text_encoder/, processor/
     demo        model.safetensors, config.json and tokenizer.json: everything in one folder
 
-Files and versions are recognised by their tensors, never by their names. Reading is strict: a
-tensor that is missing, unknown or of another shape is a `CheckpointError`.
+Transformer and conditioner may also be in GGUF. Files and versions are recognised by their tensors,
+never by their names. Reading is strict: a tensor that is missing, unknown or of another shape is a
+`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from step1x_edit.checkpoints.find import (
     find_vlm,
     read_json,
 )
+from step1x_edit.checkpoints.gguf_vlm import as_published, check_models
 from step1x_edit.checkpoints.keymap import (
     some_of,
     to_diffusers,
@@ -53,7 +55,7 @@ from step1x_edit.checkpoints.lora import Loras
 from step1x_edit.checkpoints.memory_plan import HostPlan
 from step1x_edit.checkpoints.precision import is_code, with_codes
 from step1x_edit.checkpoints.sizes import transformer_sizes, vae_sizes
-from step1x_edit.checkpoints.stored import Stored, refuse_format, stored_tensors
+from step1x_edit.checkpoints.stored import Stored, refuse_pickle, stored_tensors
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.autoencoder import Autoencoder
 from step1x_edit.model.conditioner import Conditioner, measure_prefix_length
@@ -139,6 +141,8 @@ class OpenedCheckpoint:
     """LoRAs that can be added to its transformer."""
     host: HostPlan = HostPlan()
     """The blocks that stay on disk."""
+    packed: str = ""
+    """How files in GGUF pack their numbers, in words."""
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -147,11 +151,12 @@ class OpenedCheckpoint:
 
     @cached_property
     def precision(self) -> str:
-        """The codes of the transformer's matrices; without codes, the type of its numbers."""
+        """The codes of the transformer's matrices, or the type of its numbers, and their origin."""
         weights = [each for each in self.weights if each.name.startswith("transformer.")]
         code = next((each.code for each in weights if each.code is not None), None)
         dtype = weights[0].dtype
-        return code or _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+        kept = code or _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+        return f"{kept} from {self.packed}" if self.packed else kept
 
 
 def open_checkpoint(path: Path | None = None, wanted: Wanted = Wanted()) -> OpenedCheckpoint:
@@ -183,7 +188,8 @@ def with_precision(opened: OpenedCheckpoint, precision: Precision) -> OpenedChec
         opened = replace(opened, weights=weights)
     elif precision == "auto" or checkpoint.name != DEMO_NAME:
         return opened  # published models are bf16
-    named = replace(checkpoint, name=f"{checkpoint.name} ({precision})")
+    notes = ", ".join(filter(None, (opened.packed, precision)))
+    named = replace(checkpoint, name=f"{checkpoint.name.partition(' (')[0]} ({notes})")
     return replace(opened, checkpoint=named)
 
 
@@ -191,7 +197,7 @@ def _open(path: Path | None, wanted: Wanted) -> OpenedCheckpoint:
     path = DEMO_FOLDER if path is None else path.expanduser()
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}")
-    refuse_format(path)
+    refuse_pickle(path)
     if path.is_file():
         return _open_official([file_set([path])], path, wanted)
     if read_json(path / "config.json").get("format") is not None:
@@ -318,7 +324,7 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
     with _WithoutWeights():
         transformer = Transformer(sizes)
         vae = Autoencoder(vae_config)
-    vlm, vlm_tensors = _open_vlm(files.vlm, release.model)
+    vlm, vlm_tensors, vlm_packed = _open_vlm(files.vlm, release.model)
     weights = [
         *_weights("transformer", transformer, tensors, dtype),
         *_weights("vae", vae, vae_tensors, wanted.vae_dtype),
@@ -328,8 +334,10 @@ def _assemble(files: _Files, wanted: Wanted) -> OpenedCheckpoint:
     conditioner = _conditioner(vlm, files.tokenizer, model, is_published=True)
     profile = _profile(files.place, version) or PUBLISHED
     pipeline = EditPipeline(transformer, vae, conditioner, model, profile=profile)
-    checkpoint = Checkpoint(f"Step1X-Edit {version}", version, pipeline)
-    return OpenedCheckpoint(checkpoint, tuple(weights))
+    packed = ", ".join(filter(None, (files.transformer.packed, vlm_packed)))
+    name = f"Step1X-Edit {version}" + (f" ({packed})" if packed else "")
+    checkpoint = Checkpoint(name, version, pipeline)
+    return OpenedCheckpoint(checkpoint, tuple(weights), packed=packed)
 
 
 def _read_dialect(files: FileSet) -> dict[str, Stored]:
@@ -371,19 +379,28 @@ def _open_vae(files: FileSet, release: Release) -> tuple[AutoencoderConfig, dict
     return config, tensors
 
 
-def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[str, Stored]]:
-    """The inner model, with the language head if it reasons, and its tensors by its own names.
+def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[str, Stored], str]:
+    """The inner model, with the language head if it reasons, its tensors by its own names, and how
+    they are packed.
 
     If the head shares its weights with the embeddings, it gets a copy of them.
     """
-    sets = file_sets(folder)
+    found = file_sets(folder)
+    sets = [each for each in found if not each.packed] or found
     if not sets:
         raise CheckpointError(f"cannot read the conditioner in {folder}: no safetensors there")
     file = folder / "config.json"
     vlm = _build_vlm(read_json(file), file, model)
     tensors: dict[str, Stored] = {}
     files = FileSet(tuple(file for each in sets for file in each.files), frozenset())
-    for published, tensor in _read_dialect(files).items():
+    stored = _read_dialect(files)
+    packed = ""
+    if sets[0].packed:
+        check_models(sets)
+        stored = as_published(stored)
+        largest = max(sets, key=lambda each: each.files[0].stat().st_size)
+        packed = f"conditioner {largest.packed}"
+    for published, tensor in stored.items():
         if published.startswith("lm_head.") and model.reasoning is None:
             continue
         name = _inner_name(published)
@@ -392,7 +409,7 @@ def _open_vlm(folder: Path, model: ModelConfig) -> tuple[Qwen2_5_VLModel, dict[s
         tensors[name] = tensor
     if model.reasoning and vlm.config.tie_word_embeddings and EMBEDDINGS in tensors:
         tensors.setdefault(LM_HEAD, tensors[EMBEDDINGS])
-    return vlm, tensors
+    return vlm, tensors, packed
 
 
 def _build_vlm(config: Mapping[str, Any], file: Path, model: ModelConfig) -> Qwen2_5_VLModel:

@@ -1,4 +1,4 @@
-"""Tensors that are still in safetensors files: their shapes and the locations of their bytes.
+"""Tensors that are still in safetensors or GGUF files: their shapes and the places of their bytes.
 
 Every conversion between the layouts of the weights (rows fused or split, halves swapped, a 1x1
 convolution flattened) only reorders consecutive numbers. So a stored tensor is a shape and a list
@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from step1x_edit import foreign_json
+from step1x_edit.checkpoints import gguf_file
+from step1x_edit.checkpoints.gguf_blocks import Packing
 from step1x_edit.errors import CheckpointError
 
 DTYPES: Final = {
@@ -36,7 +38,6 @@ DTYPES: Final = {
     "BOOL": torch.bool,
 }
 PICKLES: Final = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
-GGUF: Final = ".gguf"
 HEADER_LIMIT: Final = 100_000_000
 """Bytes of the longest header that the format allows."""
 
@@ -82,26 +83,44 @@ class Span:
     dtype: torch.dtype
     scale: float = 1.0
     """What they are multiplied by when they are read."""
+    packing: Packing | None = None
+    """How they are packed in blocks; `dtype` is their type afterwards."""
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.count * self.dtype.itemsize
+        return self._bytes_of(self.count)
 
     def part(self, start: int, stop: int) -> Span:
-        """Its numbers from `start` on and before `stop`."""
-        return replace(self, offset=self.offset + start * self.dtype.itemsize, count=stop - start)
+        """Its numbers from `start` on and before `stop`; both are multiples of a block."""
+        return replace(self, offset=self.offset + self._bytes_of(start), count=stop - start)
 
     def read_into(self, target: Tensor) -> None:
         """Read the numbers into a flat tensor of the same length, converting them to its type."""
         raw = target
-        if target.dtype != self.dtype:
+        if self.packing is not None:
+            raw = torch.empty(self.size, dtype=torch.uint8)
+        elif target.dtype != self.dtype:
             raw = torch.empty(self.count, dtype=self.dtype)
         self.file.read(self.offset, raw.view(torch.uint8).numpy().data)
-        if raw is not target:
+        if self.packing is not None:
+            self.packing.unpack_into(raw, target)
+        elif raw is not target:
             target.copy_(raw)
         if self.scale != 1.0:
             target.mul_(self.scale)
+
+    def _bytes_of(self, count: int) -> int:
+        """Bytes of the first numbers."""
+        if self.packing is None:
+            return count * self.dtype.itemsize
+        blocks, rest = divmod(count, self.packing.numbers)
+        if rest:
+            raise CheckpointError(
+                f"{self.file.path.name} packs numbers as {self.packing.name} across rows: use "
+                "the same model as safetensors"
+            )
+        return blocks * self.packing.size
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,7 @@ class Stored:
     def forget(self) -> None:
         """As `StoredFile.forget`."""
         for span in self.spans:
-            span.file.forget(span.offset, span.count * span.dtype.itemsize)
+            span.file.forget(span.offset, span.size)
 
     @staticmethod
     def concatenate(parts: Sequence[Stored]) -> Stored:
@@ -157,15 +176,15 @@ class Stored:
         return Stored((rows, *parts[0].shape[1:]), spans)
 
 
-def refuse_format(path: Path) -> None:
-    """Raise CheckpointError for a file that could run code, or that is in GGUF."""
-    suffix = path.suffix.lower()
-    if suffix in PICKLES:
+def refuse_pickle(path: Path) -> None:
+    """Raise CheckpointError for a file that could run code."""
+    if path.suffix.lower() in PICKLES:
         raise CheckpointError(f"{path.name} may run code when read: only safetensors are accepted")
-    if suffix == GGUF:
-        raise CheckpointError(
-            f"{path.name}: GGUF is not supported; use the same model as safetensors"
-        )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is in GGUF, by its name."""
+    return path.suffix.lower() == gguf_file.SUFFIX
 
 
 def shortened(name: str) -> str:
@@ -177,7 +196,7 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
     """All tensors of the files by name. Raises CheckpointError."""
     tensors: dict[str, Stored] = {}
     for path in files:
-        for name, tensor in _in_file(path):
+        for name, tensor in _in_gguf(path) if is_gguf(path) else _in_file(path):
             if name in tensors:
                 raise CheckpointError(f"{path} repeats the tensor {shortened(name)}")
             tensors[name] = tensor
@@ -186,6 +205,8 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, Stored]:
 
 def stored_names(path: Path) -> set[str]:
     """The names of a file's tensors."""
+    if is_gguf(path):
+        return {entry.name for entry in gguf_file.read_header(path).entries}
     try:
         with safe_open(path, framework="pt") as opened:
             return set(opened.keys())
@@ -200,6 +221,15 @@ def metadata_of(path: Path) -> dict[str, str]:
             return dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _in_gguf(path: Path) -> Iterator[tuple[str, Stored]]:
+    header = gguf_file.read_header(path)
+    file = StoredFile(path, header.file_size, header.modified_ns)
+    for entry in header.entries:
+        count = math.prod(entry.shape)
+        span = Span(file, entry.offset, count, entry.dtype, packing=entry.packing)
+        yield entry.name, Stored(entry.shape, (span,))
 
 
 def _in_file(path: Path) -> Iterator[tuple[str, Stored]]:
