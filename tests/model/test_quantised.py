@@ -88,6 +88,24 @@ def test_a_matrix_in_pieces_has_the_same_codes(kind: Code) -> None:
         assert torch.equal(torch.cat(found).view(torch.uint8), expected.view(torch.uint8))
 
 
+def test_a_4_bit_code_is_the_nearest_value_also_beside_the_middle_of_two() -> None:
+    values = torch.tensor(quantised.NF4_VALUES)
+    edges = (values[1:] + values[:-1]) / 2
+    above, below = (torch.nextafter(edges, edges + side) for side in (1, -1))
+    # The scale of a block, its largest number, may be rounded down: then shares exceed 1.
+    for largest in (1.0, 1.00390625, -1.00390625):
+        drawn = torch.empty(64, 64).uniform_(-1, 1, generator=torch.Generator().manual_seed(3))
+        drawn[0, :45] = torch.cat([edges, above, below])
+        drawn[:, 63] = largest
+
+        found, scale = code(drawn, "nf4")
+
+        shares = drawn / scale.float()
+        expected = torch.bucketize(shares, edges)  # the number of edges below a share
+        assert torch.equal(found >> 4, expected[:, ::2].to(torch.uint8))
+        assert torch.equal(found & 15, expected[:, 1::2].to(torch.uint8))
+
+
 def test_weights_that_were_8_bit_floats_before_stay_exact() -> None:
     weight = matrix().to(torch.float8_e4m3fn).float()
 

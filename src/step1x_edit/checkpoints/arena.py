@@ -33,8 +33,8 @@ ALIGNMENT: Final = 256
 PIECE: Final = 16 * 1024**2
 """Bytes per read or copy; the work can be stopped between two pieces."""
 
-CODED_PIECE: Final = PIECE // 4
-"""Bytes of a matrix, in float32, that are coded at once: coding needs memory too."""
+CODED_PIECE: Final = PIECE // 16
+"""Bytes of a matrix, in float32, that are coded at once: all passes over them stay in the cache."""
 
 REPORTED: Final = 128 * 1024**2
 """Bytes between two reports of reading: about a second's work of an ordinary disk."""
@@ -180,7 +180,7 @@ class Arena:
         done = reported = 0
         threads = min(16, 2 * (os.cpu_count() or 1))
         under_way: deque[Future[int]] = deque()
-        with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        with _one_core_each() as set_up, ThreadPoolExecutor(threads, "read", set_up) as pool:
             try:
                 for piece in pieces:
                     check()
@@ -393,6 +393,19 @@ def _in_full(weight: Weight, source: Stored | Tensor) -> Tensor:
         _read(weight, span, flat[place : place + span.count])
         place += span.count
     return numbers
+
+
+@contextlib.contextmanager
+def _one_core_each() -> Iterator[Callable[[], None]]:
+    """What threads that begin within it call first, so that none of them divides its operations.
+
+    Torch keeps a number of threads for each thread, and one for those that begin later.
+    """
+    threads = torch.get_num_threads()
+    try:
+        yield partial(torch.set_num_threads, 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _finish(reading: Iterator[Read]) -> None:

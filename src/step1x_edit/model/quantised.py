@@ -47,6 +47,15 @@ NF4_VALUES: Final = (
 )
 """The values of the 16 codes: NormalFloat4 of QLoRA (arXiv 2305.14314), appendix E."""
 
+FIXED_ONE: Final = 2**28
+"""A share of a scale is multiplied by this: then all digits of the edges between two codes, and of
+the shares beside them, are those of an integer."""
+CELL_BITS: Final = 21
+"""Bits of a place in a cell: there are 256 cells from -1 to 1."""
+FIXED_OFFSET: Final = FIXED_ONE + 2**CELL_BITS
+"""Added to a share, which exceeds 1 if its scale was rounded down, so that none is negative."""
+CODE_SHIFT: Final = CELL_BITS + 1
+
 SMALLEST: Final = 1e-30
 """Rows with a smaller maximum become zeros."""
 INT_MM_ROWS: Final = 17
@@ -83,15 +92,43 @@ def code(matrix: Tensor, kind: Code) -> Coded:
         case "int8":
             # Rounded up to a bfloat16, so that widening to that type rounds only once.
             scale = _up_to_bfloat16(_largest(matrix) / INT8_MAX)
-            return Coded((matrix / scale).round().to(torch.int8), scale)
+            return Coded((matrix / scale).round_().to(torch.int8), scale)
         case "nf4":
-            padded = F.pad(matrix, (0, -matrix.shape[1] % NF4_BLOCK))
-            blocks = padded.reshape(matrix.shape[0], -1, NF4_BLOCK)  # (N, ⌈K/64⌉, 64)
+            if missing := -matrix.shape[1] % NF4_BLOCK:
+                matrix = F.pad(matrix, (0, missing))
+            blocks = matrix.reshape(matrix.shape[0], -1, NF4_BLOCK)  # (N, ⌈K/64⌉, 64)
             scale = _largest(blocks).bfloat16()
-            values = torch.tensor(NF4_VALUES)
-            edges = (values[1:] + values[:-1]) / 2
-            codes = torch.bucketize(blocks / scale.float(), edges).to(torch.uint8).flatten(1)
-            return Coded((codes[:, ::2] << 4) | codes[:, 1::2], scale.squeeze(-1))
+            codes = _nf4_codes((blocks / scale.float()).view(matrix.shape[0], -1))
+            return Coded(codes, scale.squeeze(-1))
+
+
+def _nf4_codes(shares: Tensor) -> Tensor:
+    """The codes of shares of a scale, in float32 from -1 to 1; they are overwritten. Two per byte.
+
+    A code is the number of edges, the middles between two values, that are below the share. The
+    line is cut into cells that hold at most one edge each, so that one lookup per share finds what
+    decides: more than ten times as fast on a CPU as searching the edges.
+    """
+    fixed = shares.mul_(FIXED_ONE).int().add_(FIXED_OFFSET).flatten()
+    fixed += _nf4_cells().index_select(0, fixed >> CELL_BITS)
+    pairs = fixed.bitwise_right_shift_(CODE_SHIFT).to(torch.uint8).view(torch.int16)
+    return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8).view(shares.shape[0], -1)
+
+
+@functools.cache
+def _nf4_cells() -> Tensor:
+    """What is added to a share in each cell, to find its code in the bits above `CODE_SHIFT`.
+
+    With n edges below a cell and one in it, shares up to that edge end below (n + 1) · 2^CODE_SHIFT
+    and those above it do not. A cell without an edge ends like one whose last number is an edge.
+    """
+    values = torch.tensor(NF4_VALUES)
+    edges = ((values[1:] + values[:-1]) / 2 * FIXED_ONE).long() + FIXED_OFFSET
+    cells = torch.arange(2 * FIXED_OFFSET >> CELL_BITS)
+    below = torch.bucketize(cells, edges >> CELL_BITS)
+    ends = (cells + 1 << CELL_BITS) - 1
+    ends[edges >> CELL_BITS] = edges
+    return ((below + 1 << CODE_SHIFT) - ends - 1).int()
 
 
 def empty(shape: tuple[int, int], kind: Code, device: torch.device | str | None = None) -> Coded:
@@ -328,7 +365,8 @@ def _has_exact_products() -> bool:
 
 def _largest(x: Tensor) -> Tensor:
     """The largest magnitude along the last axis, which is kept; never 0, to divide by it."""
-    return x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST)
+    least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return torch.maximum(most, -least).clamp_(min=SMALLEST)
 
 
 def _up_to_bfloat16(x: Tensor) -> Tensor:
