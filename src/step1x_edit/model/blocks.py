@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from step1x_edit.model.processor import Linear, softmax_attention
 from step1x_edit.model.rope import apply_rope
+from step1x_edit.model.team import Cut
 
 EPS: Final = 1e-6
 TIMESTEP_CHANNELS: Final = 256
@@ -40,12 +41,14 @@ class Layout(NamedTuple):
     """How many leading rows of the image have a velocity that is used; None: all."""
     places: Tensor | None = None  # (copies+L+N,)
     """Where the keys of these rows are among those of a whole sequence; None: they are all."""
+    cut: Cut | None = None
+    """How the rows are cut among processes; then `rope` and `num_wanted` are those of this one."""
 
     @property
     def wanted(self) -> slice:
         """The rows of the image whose velocity is used."""
-        end = None if self.num_wanted is None else self.text_length + self.num_wanted
-        return slice(self.text_length, end)
+        start = self.text_length if self.cut is None else self.cut.text_rows
+        return slice(start, None if self.num_wanted is None else start + self.num_wanted)
 
     def only(self, rows: Tensor) -> Layout:
         """The text and these rows (K,) of the image, as a part of this sequence."""
@@ -238,14 +241,21 @@ def attention(
 
     q and k come in float32 and are rotated so. There is no mask: the model was trained with its
     padding as keys, so that rows of padding that are left out are put back here. Rows that do not
-    run in this step have their `kept` keys and values.
+    run in this step have their `kept` keys and values. If the rows are cut among processes, each
+    has all of them for some of the heads.
     """
-    q = apply_rope(q, layout.rope)[:, :, rows].to(v.dtype)
+    first = rows if layout.cut is None else ALL_ROWS
+    q = apply_rope(q, layout.rope)[:, :, first].to(v.dtype)
     k = apply_rope(k, layout.rope).to(v.dtype)
+    if layout.cut is not None:
+        q, k, v = layout.cut.to_heads(torch.stack([q, k, v]))
     k, v = with_pads(k, layout), with_pads(v, layout)
     if kept is not None:
         k, v = kept.refresh(k, v, layout)
-    return merge_heads(softmax_attention(q, k, v))
+    attended = softmax_attention(q, k, v)
+    if layout.cut is not None:
+        attended = layout.cut.to_rows(attended)[:, :, rows]
+    return merge_heads(attended)
 
 
 def with_pads(x: Tensor, layout: Layout) -> Tensor:

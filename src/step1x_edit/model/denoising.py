@@ -24,6 +24,7 @@ from step1x_edit.model.rope import RecentTables
 from step1x_edit.model.savings import Savings
 from step1x_edit.model.sketch import Sketch
 from step1x_edit.model.steps import Action, StepPolicy
+from step1x_edit.model.team import Cut, Team
 from step1x_edit.model.transformer import Prologue, PrologueStep, QuotedText, Transformer
 
 
@@ -77,6 +78,7 @@ class Denoiser:
     savings: Savings
     tables: RecentTables
     prologues: Kept
+    team: Team = field(default_factory=Team)
 
     def denoise(
         self,
@@ -98,19 +100,23 @@ class Denoiser:
         branches = self._branches(encoded, has_joint_branches)
         prologues = [self._steps(branch, timesteps, policy.evaluated) for branch in branches]
         ids = self._image_ids(encoded)
-        layouts = [self._layout(branch, ids, encoded) for branch in branches]
+        wholes = [self._layout(branch, ids, encoded) for branch in branches]
         latents, reference = start.latents.to(self._device), encoded.reference.to(self._device)
         known = tuple((t, velocity.to(self._device)) for t, velocity in start.known)
         region = None if region is None else region.to(self._device)
         evaluations, times = start.evaluations, timesteps.tolist()
+        layouts = [self._mine(each, latents.shape[1], reference.shape[1]) for each in wholes]
         kept: Sequence[Sequence[KeysAndValues] | None] = [None] * len(layouts)
-        parts = [] if region is None else [layout.only(region) for layout in layouts]
+        parts = []
+        if region is not None:
+            parts = [self._mine(each.only(region), len(region), 0) for each in wholes]
         for index in range(start.step, request.num_steps):
             t, t_next = times[index], times[index + 1]
             action = policy.actions[index]
             if action is Action.REUSE:
                 velocity = extrapolate(known, t)
             else:
+                self.team.go_on()
                 # After a failure nothing is kept.
                 inside = region if action is Action.REGION and kept[0] is not None else None
                 steps = [prologue(index) for prologue in prologues]
@@ -144,13 +150,19 @@ class Denoiser:
         kept: Sequence[Sequence[KeysAndValues] | None],
     ) -> Tensor:
         """The velocity of the latents in float32, (1 or 2, N, C), for each prompt."""
-        img = torch.cat([latents, reference], dim=1)
-        found = []
-        for step, layout, its in zip(steps, layouts, kept, strict=True):
-            batch = img.expand(step.txt.shape[0], -1, -1)
-            velocity = self.transformer.core(batch.to(self._dtype), step, layout, its)
-            found.append(widen(velocity[:, : latents.shape[1]]))  # the reference's is not used
-        return torch.cat(found)
+
+        def mine() -> Tensor:
+            mine = self.team.rows(latents)
+            img = torch.cat([mine, self.team.rows(reference)], dim=1)
+            found = []
+            for step, layout, its in zip(steps, layouts, kept, strict=True):
+                batch = img.expand(step.txt.shape[0], -1, -1).to(self._dtype)
+                step = replace(step, txt=self.team.rows(step.txt))
+                velocity = self.transformer.core(batch, step, layout, its)
+                found.append(widen(velocity[:, : mine.shape[1]]))  # the reference's is not used
+            return torch.cat(found)
+
+        return self.team.join(mine, latents.shape[1])
 
     # --- what depends on the prompts only ---------------------------------------------------------
 
@@ -159,6 +171,7 @@ class Denoiser:
         branches: Sequence[Branch] = encoded.branches
         if self.savings.pad_rows:
             branches = keep_one_pad(branches)
+        branches = self.team.branches(branches)
         if has_joint_branches and all(branch.txt_ids is None for branch in branches):
             branches = [join(branches)]
         return branches
@@ -197,6 +210,16 @@ class Denoiser:
         wanted = encoded.rows * encoded.columns if self.savings.last_block else None
         text_length, pad_copies = branch.embeds.shape[1], branch.pad_copies
         return Layout(self._rope(branch, img_ids, encoded), text_length, pad_copies, wanted)
+
+    def _mine(self, whole: Layout, num_latents: int, num_reference: int) -> Layout:
+        """The rows of a layout that this process has."""
+        if self.team.num_parts == 1:
+            return whole
+        streams = [whole.text_length, num_latents, num_reference]
+        ropes = [self.team.rows(each, -3) for each in whole.rope.split(streams, -3)]
+        wanted = None if whole.num_wanted is None else ropes[1].shape[-3]
+        cut = Cut(self.team, streams, self._device)
+        return whole._replace(rope=torch.cat(ropes, dim=-3), num_wanted=wanted, cut=cut)
 
     def _rope(self, branch: Branch, img_ids: Tensor, encoded: Encoded) -> Tensor:
         """The rotations of the same rows."""

@@ -40,6 +40,7 @@ from step1x_edit.model.savings import ALL, Savings
 from step1x_edit.model.sizes import fit_size
 from step1x_edit.model.sketch import Pairs, Sketch, chart
 from step1x_edit.model.steps import Evaluations, Profile, StepPolicy, choose_steps
+from step1x_edit.model.team import Team
 from step1x_edit.model.transformer import QuotedText, Transformer
 
 
@@ -181,6 +182,8 @@ class EditPipeline:
         self.profile = profile
         self.coded: Transformer | None = None
         """The transformer with layers in 8-bit codes, for the modes that are not exact."""
+        self.team_for: Callable[[Encoded, DenoiseState, NetworkRequest, Plan], Team] = alone
+        """Who makes the steps of an edit."""
         self._tables = RecentTables()
         self._chart: Pairs | None = None
         self.keep(0)
@@ -244,9 +247,11 @@ class EditPipeline:
             run.state = self.start(run.encoded, request.seed, request.draw)
         if run.state.step > run.steps_reported:  # the preview of that step failed
             yield self._report(run, run.state, run.encoded, evaluated)
-        for state in self.denoise(run.encoded, run.state, request, plan):
-            run.state = state
-            yield self._report(run, state, run.encoded, evaluated)
+        # Closed at once if a preview fails, so that no other process waits for this one.
+        with contextlib.closing(self.denoise(run.encoded, run.state, request, plan)) as states:
+            for state in states:
+                run.state = state
+                yield self._report(run, state, run.encoded, evaluated)
         yield Step("decoding", 0, 1)
         image = self.decode(run.state.latents, run.encoded, plan)
         done = run.state.evaluations
@@ -419,11 +424,14 @@ class EditPipeline:
         transformer = self.transformer
         if request.mode != "exact" and self.coded is not None:
             transformer = self.coded
-        denoiser = Denoiser(transformer, self.config, self.savings, self._tables, prologues)
         region = self._region(request, encoded, plan)
         policy = self._policy(request, encoded.rows * encoded.columns, region is not None)
         is_joint = plan.has_joint_branches
-        yield from denoiser.denoise(encoded, start, request, policy, is_joint, region)
+        team = self.team_for(encoded, start, request, plan)
+        with team.together():  # directly: from here on, the others wait for this process
+            savings, tables = self.savings, self._tables
+            denoiser = Denoiser(transformer, self.config, savings, tables, prologues, team)
+            yield from denoiser.denoise(encoded, start, request, policy, is_joint, region)
 
     def _region(self, request: NetworkRequest, encoded: Encoded, plan: Plan) -> Tensor | None:
         """The tokens that a mask lets change, if some steps may run these alone.
@@ -477,6 +485,11 @@ class EditPipeline:
         if self.recogniser is None:
             return None
         return self.recogniser.recognise(PromptEncoding(branch.embeds[0], branch.mask[0]))
+
+
+def alone(*_: object) -> Team:
+    """The team of one process."""
+    return Team()
 
 
 def _branch_v1_2(encoding: PromptEncodingV12) -> Branch:
