@@ -2,7 +2,8 @@
 
 Messages are plain data. On the pipe each is one frame of JSON, followed by its pictures, each as a
 frame of raw bytes. Nothing is pickled, so that reading a message can never run code. The channel
-knows nothing about queues, models or files.
+knows nothing about queues, models or files. A worker that edits with several processes is to the
+others, its *partners*, what the engine is to it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ class Start:
     """Of the demo and the autoencoder on a CPU; auto: see `worker.arithmetic`."""
     edit_cache_bytes: int = 0
     """Host memory for what later edits of the same picture can use again."""
+    gpus_per_edit: int = 1
+    rank: int = 0
+    """0: the worker; the others are its partners."""
+    meeting: int = 0
+    """The port of this machine at which the processes of an edit find each other."""
+    host_bytes: int | None = None
+    """The free memory of the host that this process may use; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,29 @@ class Offload:
     """Move the model from the compute device to host memory."""
 
 
-ToWorker: TypeAlias = Start | EditJob | Cancel | Offload
+@dataclass(frozen=True)
+class Prepare:
+    """Bring the model, with these LoRAs and in this precision, to where a partner computes."""
+
+    number: int
+    """As in `EditJob`."""
+    loras: Mapping[str, float] | None
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Denoise(NetworkRequest):
+    """Make the steps of an edit with the sender. The picture and the prompts are encoded."""
+
+    number: int = 0
+    tensors: Pixels | None = None
+    """Safetensors, by the names that `worker.task` gives them."""
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """What else it says, as plain data."""
+
+
+Request: TypeAlias = EditJob | Offload | Prepare | Denoise
+ToWorker: TypeAlias = Start | Cancel | Request
 
 
 # --- to the engine -------------------------------------------------------------------------------
@@ -188,6 +218,8 @@ class Residence:
     codes, if any; None on another device without them."""
     numerics: str | None = None
     """What else the bytes of a picture depend on: `cpu/avx512/2 threads/torch 2.13.0`."""
+    others: tuple[Memory, ...] = ()
+    """The memory on the other devices of an edit, if it has several."""
 
     @property
     def is_ready(self) -> bool:
@@ -262,11 +294,14 @@ class Report:
 
 _KINDS: Final = {
     kind.__name__: kind
-    for kind in (Start, EditJob, Cancel, Offload, Progress, Painted, Failed, Done)
+    for kind in (
+        *(Start, EditJob, Cancel, Offload, Prepare, Denoise),
+        *(Progress, Painted, Failed, Done),
+    )
 }
 
-_PICTURES: Final = ("image", "mask", "preview", "rounds")
-"""The fields that hold pixels."""
+_PICTURES: Final = ("image", "mask", "preview", "rounds", "tensors")
+"""The fields that hold pixels, or other bytes."""
 
 
 def connect(handle: int) -> Connection:
@@ -322,6 +357,7 @@ class Channel:
             return message  # type: ignore[no-any-return]
         residence = header["residence"]
         residence["memory"] = Memory(**residence["memory"])
+        residence["others"] = tuple(Memory(**each) for each in residence["others"])
         if residence["placement"] is not None:
             residence["placement"] = PlanStatus(**residence["placement"])
         return Report(message, Residence(**residence))

@@ -89,6 +89,23 @@ def _upper(value: object) -> object:
     return value.strip().upper() if isinstance(value, str) else value
 
 
+GPUS_PER_EDIT: Final = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Each prompt gets a half of them; an odd number is for both. That number must divide 24 heads."""
+
+
+def _possible_number(value: int) -> int:
+    if value not in GPUS_PER_EDIT:
+        possible = ", ".join(map(str, GPUS_PER_EDIT))
+        raise PydanticCustomError(
+            "plain_text",
+            "must be one of {possible}, because 24 heads are divided among them; got {value}",
+            {"possible": possible, "value": value},
+        )
+    if value > 1 and sys.platform != "linux":
+        raise PydanticCustomError("plain_text", "must be 1 except on Linux")
+    return value
+
+
 def _known_device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise PydanticCustomError(
@@ -274,6 +291,12 @@ def inherited_environment(**changes: str) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def stay_on_this_machine() -> None:
+    """Make torch's collectives use the loopback device; they have no arguments for it."""
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = "lo"
+
+
 def keep_gradio_quiet(folder: Path) -> None:
     """Make Gradio keep its files in `folder` and send nothing; it has no arguments for these."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -342,6 +365,14 @@ class Settings(BaseSettings):
         AfterValidator(_known_device),
         BeforeValidator(_lower),
     ] = "auto"
+    gpus_per_edit: Annotated[
+        int,
+        Field(
+            description="On how many GPUs an edit runs; on a CPU, in how many processes: "
+            f"{', '.join(map(str, GPUS_PER_EDIT))}. Needs Linux"
+        ),
+        AfterValidator(_possible_number),
+    ] = 1
     precision: Annotated[
         Precision,
         Field(
@@ -608,6 +639,17 @@ class Settings(BaseSettings):
         if (self.c2pa_cert is None) != (self.c2pa_key is None):
             raise PydanticCustomError(
                 "both_or_none", "C2PA_CERT and C2PA_KEY must be set together, or neither"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_devices(self) -> Self:
+        if self.gpus_per_edit > 1 and ":" in self.device:
+            raise PydanticCustomError(
+                "one_or_several",
+                "DEVICE names one GPU and GPUS_PER_EDIT is {number}: set DEVICE=cuda and limit "
+                "CUDA_VISIBLE_DEVICES",
+                {"number": self.gpus_per_edit},
             )
         return self
 

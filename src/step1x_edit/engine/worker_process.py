@@ -20,7 +20,7 @@ from enum import Enum
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
-from step1x_edit.channel import Cancel, Channel, EditJob, Offload, Report, Start
+from step1x_edit.channel import Cancel, Channel, Report, Request, Start
 from step1x_edit.errors import WorkerLostError
 from step1x_edit.settings import MEBI, Settings, inherited_environment
 
@@ -51,6 +51,7 @@ def start_of(settings: Settings) -> Start:
         precision=settings.precision,
         arithmetic=settings.arithmetic,
         edit_cache_bytes=settings.edit_cache_mb * MEBI,
+        gpus_per_edit=settings.gpus_per_edit,
     )
 
 
@@ -98,7 +99,7 @@ class WorkerProcess:
         """Whether it can still take requests."""
         return not self._has_ended.is_set()
 
-    def send(self, request: EditJob | Offload) -> None:
+    def send(self, request: Request) -> None:
         """Send a request; raises WorkerLostError."""
         patience = threading.Timer(_SEND_S, self.kill)  # a stopped process does not read
         patience.start()

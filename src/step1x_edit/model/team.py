@@ -178,6 +178,11 @@ class Cut:
         return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def parts_of(num_processes: int) -> int:
+    """Among how many of these a branch is divided: each branch has a half, if that is possible."""
+    return num_processes if num_processes % 2 else num_processes // 2
+
+
 def _sizes(number: int, parts: int) -> list[int]:
     """How many of `number` rows each part has, as `tensor_split` cuts them."""
     return [number // parts + (part < number % parts) for part in range(parts)]

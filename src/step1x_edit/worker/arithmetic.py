@@ -45,18 +45,26 @@ def arithmetic_of(dtype: torch.dtype) -> str:
     return f"fp32 {torch.backends.cpu.get_cpu_capability().lower()}"
 
 
-def numerics_of(device: str) -> str:
+def numerics_of(device: str, num_processes: int = 1) -> str:
     """What the rounding of a device depends on: `cpu/avx512/2 threads/torch 2.13.0`.
 
-    Threads divide the sums of a CPU among them, so their number counts too.
+    Threads divide the sums of a CPU among them, so their number counts too; and several processes
+    run the prompts apart: `cpu/avx512/2×1 threads/torch 2.13.0`, `2×NVIDIA H100/torch 2.13.0`.
     """
+    times = f"{num_processes}×" if num_processes > 1 else ""
     library = f"torch {torch.__version__.partition('+')[0]}"
     if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}/{library}"
+        return f"{times}{torch.cuda.get_device_name(device)}/{library}"
     if device != "cpu":
-        return f"{device}/{library}"
+        return f"{times}{device}/{library}"
     instructions = torch.backends.cpu.get_cpu_capability().lower()
-    return f"cpu/{instructions}/{torch.get_num_threads()} threads/{library}"
+    threads = f"{times}{threads_of(num_processes)} threads"
+    return f"cpu/{instructions}/{threads}/{library}"
+
+
+def threads_of(num_processes: int) -> int:
+    """The threads of each of several processes that share the cores of a CPU."""
+    return max(1, torch.get_num_threads() // num_processes)
 
 
 def fastest(data_dir: Path, measure: Callable[[], dict[str, float]] | None = None) -> torch.dtype:

@@ -29,6 +29,7 @@ from step1x_edit.model.reasoning import Prompt
 from step1x_edit.model.request import Mode, NetworkRequest, Pixels
 from step1x_edit.worker.arithmetic import arithmetic_of, numerics_of
 from step1x_edit.worker.memory import free_memory, is_out_of_memory, keepable_bytes
+from step1x_edit.worker.partners import ALONE, Partners
 from step1x_edit.worker.products import Products, kind_of
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
@@ -64,6 +65,7 @@ class PipelineWorker:
         device: str,
         sampling: Sampling | None = None,
         products: Products | None = None,
+        partners: Partners = ALONE,
     ) -> None:
         """`sampling` is how replies of a model that thinks are drawn; None: as published.
 
@@ -73,18 +75,22 @@ class PipelineWorker:
         self._device = device
         self._sampling = sampling or Sampling()
         self._products = products
+        self._partners = partners
         self._mode: Mode = "exact"  # of the last edit
 
     def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]:
         """Yield progress and finally the picture; closing the iterator stops the work."""
         self._residency.begin_edit()
         self._mode = job.mode
-        running = _RunningEdit(self._residency, job, check, self._sampling, self._products)
+        running = _RunningEdit(
+            self._residency, job, check, self._sampling, self._products, self._partners
+        )
         yield from running.run()
 
     def offload(self) -> None:
         """Move the model to host memory; does nothing if it is there already."""
         self._residency.offload()
+        self._partners.offload()
 
     def residence(self) -> Residence:
         """The model, its location and the memory that it occupies, as measured."""
@@ -96,12 +102,13 @@ class PipelineWorker:
             model=checkpoint.name,
             device=self._device,
             arithmetic=self._arithmetic(checkpoint),
-            numerics=numerics_of(self._device),
+            numerics=numerics_of(self._device, self._partners.size),
             memory=self._residency.memory(),
             version=checkpoint.version,
             size_multiple=checkpoint.pipeline.config.size_multiple,
             placement=self._residency.placement(),
             loras=self._residency.loras,
+            others=self._partners.memories,
         )
 
     def _arithmetic(self, checkpoint: Checkpoint) -> str | None:
@@ -127,6 +134,7 @@ class _RunningEdit:
     check: Check
     sampling: Sampling
     products: Products | None
+    partners: Partners
 
     def run(self) -> Generator[Progress | Painted, None, None]:
         """Yield progress and finally the picture."""
@@ -225,7 +233,8 @@ class _RunningEdit:
     def _attempt(
         self, work: Callable[[Checkpoint, Plan], Generator[E, None, T]], plan: Plan, use: Use
     ) -> Generator[E | Progress, None, T]:
-        if not self.residency.is_ready(self.job.loras, use):
+        loras = self.job.loras
+        if not (self.residency.is_ready(loras, use) and self.partners.are_ready(loras)):
             yield Progress(Phase.LOADING)
             yield from self._make_ready(use)
         is_fastest, placed = plan is PLANS[0], self.residency.plan
@@ -242,7 +251,8 @@ class _RunningEdit:
                     for _ in self.products.making(checkpoint.pipeline, room, self.check):
                         yield Progress(Phase.LOADING)
                 plan = replace(plan, keepable=keepable_bytes(device, placed))
-            return (yield from work(checkpoint, plan))
+            with self.partners.leading(checkpoint.pipeline):
+                return (yield from work(checkpoint, plan))
 
     def _make_ready(self, use: Use) -> Iterator[Progress]:
         """Load the model with the LoRAs of the job, and move it to where it computes."""
@@ -258,6 +268,8 @@ class _RunningEdit:
             log.exception("loading the model failed")
             raise ModelUnavailableError("the model cannot be loaded; the log says why") from None
         self.residency.onload(self.check)
+        for _ in self.partners.preparing(self.job.loras, self.residency.precision):
+            yield Progress(Phase.LOADING)
 
     @contextlib.contextmanager
     def _stoppable(self, checkpoint: Checkpoint) -> Iterator[None]:

@@ -18,7 +18,7 @@ from step1x_edit.errors import CheckpointError, ModelUnavailableError
 if TYPE_CHECKING:
     import torch
 
-    from step1x_edit.checkpoints.arena import Block
+    from step1x_edit.checkpoints.arena import Block, Weight
     from step1x_edit.checkpoints.memory_plan import MemoryPlan, Rates
     from step1x_edit.checkpoints.read import OpenedCheckpoint, Wanted
     from step1x_edit.schemas.requests import Arithmetic, Precision
@@ -55,12 +55,24 @@ def plan_for(place: torch.device | None, blocks: Sequence[Block]) -> MemoryPlan:
 
 
 def chosen_device(start: Start) -> str:
-    """The name of the device to compute on."""
+    """The name of the device to compute on.
+
+    Raises ModelUnavailableError if an edit needs more GPUs than there are.
+    """
     import torch
 
-    if start.device != "auto":
-        return start.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    name = start.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if start.gpus_per_edit == 1 or name != "cuda":
+        return name
+    found = torch.cuda.device_count()
+    if found < start.gpus_per_edit:
+        raise ModelUnavailableError(
+            f"GPUS_PER_EDIT is {start.gpus_per_edit} and torch finds {found} here: set a lower "
+            "GPUS_PER_EDIT, or make more GPUs visible"
+        )
+    return f"cuda:{start.rank}"
 
 
 def open_chosen(
@@ -70,7 +82,10 @@ def open_chosen(
 ) -> OpenedCheckpoint:
     """Open the checkpoint to run, in a precision for which the host has memory.
 
-    Raises CheckpointError, or ModelUnavailableError if the model is too large for this machine.
+    A partner gets the weights of the transformer only, and the precision is decided.
+
+    Raises CheckpointError, or ModelUnavailableError if the model is too large for this machine or
+    cannot be divided among as many processes.
     """
     from step1x_edit.checkpoints.memory_plan import (
         COMPUTING_RESERVE,
@@ -80,6 +95,7 @@ def open_chosen(
     )
     from step1x_edit.checkpoints.read import Wanted, open_checkpoint
     from step1x_edit.hub.pulled import pulled_version, resolve_model_path
+    from step1x_edit.model.team import parts_of
     from step1x_edit.worker.rates import measured
 
     data_dir = Path(start.data_dir)
@@ -91,17 +107,29 @@ def open_chosen(
     )
     if chosen_device(start) == "cpu":
         wanted = _with_arithmetic(wanted, start.arithmetic, data_dir)
-    precisions = FALLING if start.precision == "auto" else (start.precision,)
+    falls = start.precision == "auto" and start.rank == 0
+    precisions = FALLING if falls else (start.precision,)
     tried: dict[Precision, OpenedCheckpoint] = {}
 
     def blocks_with(precision: Precision) -> tuple[Block, ...]:
-        tried[precision] = open_checkpoint(path, replace(wanted, precision=precision))
-        found = tried[precision].checkpoint.version
+        opened = open_checkpoint(path, replace(wanted, precision=precision))
+        found = opened.checkpoint.version
         if named not in (None, found):
             raise CheckpointError(f"MODEL_VERSION is {named}, but the checkpoint is {found}")
-        return tried[precision].blocks
+        heads = opened.checkpoint.pipeline.config.transformer.num_heads
+        if heads % (parts := parts_of(start.gpus_per_edit)):
+            raise ModelUnavailableError(
+                f"GPUS_PER_EDIT is {start.gpus_per_edit}, which divides each prompt among {parts} "
+                f"GPUs, and {opened.checkpoint.name} has {heads} heads: set another GPUS_PER_EDIT"
+            )
+        if start.rank:
+            opened = replace(opened, weights=tuple(filter(_is_of_transformer, opened.weights)))
+        tried[precision] = opened
+        return opened.blocks
 
     memory, place = measure(), place_of(chosen_device(start))
+    if memory is not None and start.host_bytes is not None:
+        memory = replace(memory, available=min(memory.available, start.host_bytes))
     plan = hosted(
         blocks_with,
         None if memory is None else memory.available,
@@ -118,6 +146,10 @@ def open_chosen(
     chosen = tried[plan.precision]
     chosen.checkpoint.pipeline.keep(start.edit_cache_bytes)
     return replace(chosen, host=plan)
+
+
+def _is_of_transformer(weight: Weight) -> bool:
+    return weight.name.startswith("transformer.")
 
 
 def _with_arithmetic(wanted: Wanted, arithmetic: Arithmetic, data_dir: Path) -> Wanted:

@@ -18,21 +18,25 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from step1x_edit.channel import (
     Cancel,
     Channel,
+    Denoise,
     Done,
     EditJob,
     Failed,
     Offload,
     Painted,
     Phase,
+    Prepare,
     Progress,
     Report,
+    Request,
     Residence,
     Start,
     connect,
@@ -59,28 +63,51 @@ from step1x_edit.worker.opening import (
 if TYPE_CHECKING:
     from step1x_edit.checkpoints.arena import Check
     from step1x_edit.worker.edits import PipelineWorker
+    from step1x_edit.worker.partner import Partner
 
 log = logging.getLogger(__name__)
+
+
+def leave(error: Exception) -> None:
+    """End the process."""
+    log.error("the worker leaves", exc_info=error)
+    os._exit(1)
 
 
 def load_worker(
     start: Start,
     measure: MeasureHost = host_memory.measure,
     measure_rates: MeasureRates | None = None,
+    end: Callable[[Exception], None] = leave,
 ) -> PipelineWorker:
-    """Prepare a worker for the model, which the first edit loads."""
+    """Prepare a worker for the model, which the first edit loads.
+
+    `end` is called, from any thread, if one of several processes of an edit is lost.
+    """
     import_libraries()
     from step1x_edit.worker.edits import PipelineWorker
+    from step1x_edit.worker.partners import Partners
     from step1x_edit.worker.products import Products
     from step1x_edit.worker.residency import Residency
 
     device = chosen_device(start)
+    if start.gpus_per_edit > 1 and (memory := measure()) is not None:
+        start = replace(start, host_bytes=memory.available // start.gpus_per_edit)
     place = place_of(device)
     plan = partial(plan_for, place)
     residency = Residency(partial(open_chosen, start, measure, measure_rates), place, plan=plan)
     # Without a folder to keep what is measured, a seed would not give the same picture again.
     products = Products(Path(start.data_dir)) if start.data_dir else None
-    return PipelineWorker(residency, device, products=products)
+    partners = Partners(start, device, end)
+    return PipelineWorker(residency, device, products=products, partners=partners)
+
+
+def load_partner(start: Start, end: Callable[[Exception], None]) -> Partner:
+    """Prepare the partner of a worker; `end` as above."""
+    import_libraries()
+    from step1x_edit.worker.partner import Partner
+
+    return Partner(start, end)
 
 
 class Model(Protocol):
@@ -93,15 +120,28 @@ class Model(Protocol):
     def residence(self) -> Residence: ...
 
 
+class Helper(Protocol):
+    """Makes the steps of edits in a partner's `WorkerLoop`; `Partner` is one."""
+
+    def help(self, request: Prepare | Denoise, check: Check) -> None: ...
+
+    def offload(self) -> None: ...
+
+    def residence(self) -> Residence: ...
+
+
 class WorkerLoop:
     """Handles the requests from the channel one by one and reports their results."""
 
-    def __init__(self, channel: Channel, load: Callable[[Start], Model] = load_worker) -> None:
+    def __init__(
+        self, channel: Channel, load: Callable[[Start], Model | Helper] = load_worker
+    ) -> None:
+        """`load` returns a `Helper` for a partner."""
         self._channel = channel
         self._load = load
-        self._requests: queue.SimpleQueue[EditJob | Offload] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._cancelled = 0  # number of the last edit that was cancelled
-        self._model: Model | None = None
+        self._model: Model | Helper | None = None
         self._start = Start()
 
     def run(self) -> None:
@@ -121,6 +161,8 @@ class WorkerLoop:
                     self._answer(lambda job=job: self._edit(job))  # type: ignore[misc]
                 case Offload():
                     self._answer(self._offload)
+                case Prepare() | Denoise() as request:
+                    self._answer(lambda request=request: self._help(request))  # type: ignore[misc]
 
     def _listen(self) -> None:
         """Receive requests and cancels; the end of the pipe ends the process, busy or not."""
@@ -129,7 +171,7 @@ class WorkerLoop:
                 match self._channel.receive():
                     case Cancel(number):
                         self._cancelled = number
-                    case EditJob() | Offload() as request:
+                    case EditJob() | Offload() | Prepare() | Denoise() as request:
                         self._requests.put(request)
         os._exit(0)
 
@@ -138,8 +180,6 @@ class WorkerLoop:
         try:
             work()
             return
-        except Step1XEditError as error:
-            failed = Failed(error.code, str(error))
         except Exception as error:  # noqa: BLE001 - the loop continues after any error
             failed = _explain(error)
         # The exception is gone now, and with it the tensors that its frames kept alive.
@@ -148,16 +188,13 @@ class WorkerLoop:
         _leave_if_device_is_broken()
 
     def _edit(self, job: EditJob) -> None:
-        def check() -> None:
-            if self._cancelled == job.number:
-                raise EditCancelledError()
-
+        check = partial(self._check, job.number)
         check()
         if self._model is None:
             self._report(Progress(Phase.LOADING))
             self._model = self._load(self._start)
         last: Progress | Painted | None = None
-        with contextlib.closing(self._model.edit(job, check)) as events:
+        with contextlib.closing(cast("Model", self._model).edit(job, check)) as events:
             for last in events:
                 if isinstance(last, Progress):
                     self._report(last)
@@ -165,6 +202,17 @@ class WorkerLoop:
         if not isinstance(last, Painted):
             raise InternalError("the model ended without a picture")
         self._report(last)
+
+    def _help(self, request: Prepare | Denoise) -> None:
+        if self._model is None:
+            self._model = self._load(self._start)
+        cast("Helper", self._model).help(request, partial(self._check, request.number))
+        self._report(Done())
+
+    def _check(self, number: int) -> None:
+        """Raise EditCancelledError if this request was cancelled."""
+        if self._cancelled == number:
+            raise EditCancelledError()
 
     def _offload(self) -> None:
         if self._model is not None:
@@ -177,9 +225,11 @@ class WorkerLoop:
 
 
 def _explain(error: Exception) -> Failed:
-    """The error that the caller sees for an exception that is not one of ours."""
+    """The error that the caller sees for an exception, which may not be one of ours."""
     explained: Step1XEditError
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, Step1XEditError):
+        explained = error
+    elif isinstance(error, FloatingPointError):
         explained = InternalError(
             "the model produced values that are not numbers; try another seed or fewer steps"
         )
@@ -205,6 +255,15 @@ def _leave_if_device_is_broken() -> None:
             os._exit(1)
 
 
+def _report_and_leave(channel: Channel, error: Exception) -> None:
+    """End the process, and with it its edit."""
+    failed = _explain(error)
+    log.error("the worker leaves: %s", failed.sentence)
+    with contextlib.suppress(OSError):
+        channel.send(Report(failed, Residence()))
+    os._exit(1)
+
+
 def _import_early() -> None:
     """Import the libraries before the first edit comes; if that fails, the edit reports it."""
     with contextlib.suppress(Exception):
@@ -216,7 +275,13 @@ def main() -> None:
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine stops this process
     threading.Thread(target=_import_early, name="libraries", daemon=True).start()
-    WorkerLoop(Channel(connect(int(sys.argv[1])))).run()
+    channel = Channel(connect(int(sys.argv[1])))
+    end = partial(_report_and_leave, channel)
+
+    def load(start: Start) -> Model | Helper:
+        return load_partner(start, end) if start.rank else load_worker(start, end=end)
+
+    WorkerLoop(channel, load).run()
 
 
 if __name__ == "__main__":

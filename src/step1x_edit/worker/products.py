@@ -63,11 +63,7 @@ class Products:
         size = sum(layer.weight.numel() for layer in layers.values())
         if kind is None or size > room:
             return
-        coded = _sharing_copy(pipeline.transformer)
-        for name, layer in layers.items():
-            coded.set_submodule(name, _in_codes(layer, kind))
-            yield
-        pipeline.coded = coded
+        yield from coding(pipeline, kind)
         log.info("%.2f GB of copies in %s are kept for fast edits", size / GIGA, kind)
 
     def drop(self, pipeline: EditPipeline) -> bool:
@@ -91,6 +87,15 @@ class Products:
             is_faster = chosen(self._data_dir, key, (kind, "exact"), measure) == kind
             self._kinds[key] = kind if is_faster else None
         return self._kinds[key]
+
+
+def coding(pipeline: EditPipeline, kind: Code) -> Iterator[None]:
+    """Make the copies in these codes; yields after each layer."""
+    coded = _sharing_copy(pipeline.transformer)
+    for name, layer in _layers_in_every_step(pipeline.transformer).items():
+        coded.set_submodule(name, _in_codes(layer, kind))
+        yield
+    pipeline.coded = coded
 
 
 def kind_of(coded: Transformer) -> Code:

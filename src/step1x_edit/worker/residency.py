@@ -54,6 +54,7 @@ from step1x_edit.worker.streaming import BlockStreamer, FromDisk, ThroughSlots, 
 if TYPE_CHECKING:
     from step1x_edit.schemas.answers import Location
     from step1x_edit.schemas.plan import PlanStatus
+    from step1x_edit.schemas.requests import Precision
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,11 @@ class Residency:
     def checkpoint(self) -> Checkpoint | None:
         """The loaded checkpoint, to read its name and sizes; to compute with it, borrow it."""
         return None if self._loaded is None else self._loaded.opened.checkpoint
+
+    @property
+    def precision(self) -> Precision:
+        """How the weights of the loaded model are kept."""
+        return "auto" if self._loaded is None else self._loaded.opened.host.precision
 
     @property
     def blocks(self) -> tuple[Block, ...]:
