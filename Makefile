@@ -15,10 +15,10 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check fix openapi conformance train clean
+.PHONY: help setup demo test test-all check fix openapi conformance mcpb check-deploy train clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DEVELOP)  ## Create .venv and install the project with everything needed to develop it
 
@@ -62,6 +62,12 @@ openapi: setup  ## Write docs/openapi.json again
 
 conformance: setup  ## Run the official MCP conformance suite against the server
 	$(BIN)/python scripts/conformance.py
+
+mcpb: setup  ## Write the bundle for MCP clients to dist/
+	$(BIN)/python scripts/write_mcpb.py
+
+check-deploy:  ## Check the files in deploy/ with the linters of their formats
+	scripts/check_deploy.sh
 
 train: setup  ## Train the embedded demo checkpoint again
 	$(BIN)/python scripts/train_demo.py --out src/step1x_edit/model/demo

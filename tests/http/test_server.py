@@ -75,15 +75,33 @@ def test_the_real_server_starts_is_found_and_leaves(tmp_path: Path) -> None:
         found = asyncio.run(find_server(process.data_dir, timeout_s=30))
         live = httpx2.get(f"{url}/livez", timeout=240)
         refused = httpx2.get(f"{url}/health", timeout=240)
+        healthy = health_check(url, "secret-of-the-test")
+        locked_out = health_check(url, "another-key")
         process.popen.send_signal(signal.SIGTERM)
         code = process.ended()
 
     assert found is not None
     assert (found.url, found.token) == (f"{url}/mcp", "secret-of-the-test")
     assert (live.status_code, refused.status_code) == (200, 401)
+    assert healthy == ""
+    assert locked_out.startswith(f"{url}/readyz: 401")
     assert code == 0
     assert files_in(process.data_dir) == STORED_JOBS
     assert "secret-of-the-test" not in "".join(process.lines)
+
+
+def health_check(url: str, key: str) -> str:
+    """What the health check of the image says: nothing if the server is ready."""
+    environment = {**os.environ, "PORT": url.rpartition(":")[2], "API_KEY": key}
+    ended = subprocess.run(
+        [sys.executable, ROOT / "deploy" / "healthcheck.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == (1 if ended.stderr else 0)
+    return ended.stderr
 
 
 def test_a_port_that_is_taken_is_told_in_one_sentence(tmp_path: Path) -> None:
