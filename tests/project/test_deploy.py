@@ -11,6 +11,7 @@ from typing import Any, Final
 import pytest
 from ruamel.yaml import YAML
 
+from step1x_edit import __version__
 from step1x_edit.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
@@ -60,6 +61,14 @@ def test_only_settings_that_exist_are_set() -> None:
     assert set(compose["services"]["cpu"]["environment"]) <= SETTINGS
     assert set(bundle["server"]["mcp_config"]["env"]) <= SETTINGS
     assert image - foreign <= SETTINGS
+
+
+def test_the_entry_for_the_registry_of_mcp_is_that_of_this_version() -> None:
+    entry = json.loads((DEPLOY / "mcpb" / "server.json").read_text("utf-8"))
+    (package,) = entry["packages"]
+
+    assert entry["version"] == package["version"] == __version__
+    assert {each["name"] for each in package["environmentVariables"]} <= SETTINGS
 
 
 def test_every_way_gives_the_server_time_to_stop() -> None:
