@@ -17,6 +17,7 @@ from step1x_edit.channel import (
     Done,
     EditJob,
     Failed,
+    Job,
     Memory,
     Offload,
     Painted,
@@ -24,6 +25,7 @@ from step1x_edit.channel import (
     Progress,
     Report,
     Residence,
+    UpscaleJob,
     reasoning_of,
 )
 from step1x_edit.engine.engine import Clock
@@ -224,10 +226,16 @@ class FakeWorker:
         self.ended, self.is_alive, self.residence = ended, True, Residence()
         return self
 
-    def send(self, request: EditJob | Offload) -> None:
+    def send(self, request: Job | Offload) -> None:
         self._check_alive()
         self.threads.add(threading.get_ident())
-        self._reports = self._edit(request) if isinstance(request, EditJob) else self._offload()
+        match request:
+            case EditJob():
+                self._reports = self._edit(request)
+            case UpscaleJob():
+                self._reports = self._enlarge(request)
+            case Offload():
+                self._reports = self._offload()
 
     def receive(self, timeout_s: float) -> Report | None:
         self._check_alive()
@@ -317,6 +325,12 @@ class FakeWorker:
             rounds = np.stack([canvas(job), image][-rounds_of(job) :]) if job.reflection else None
             evaluations = evaluations_of(job)
             yield self._report(Painted(image, self.warning, reasoned(job), rounds, evaluations))
+
+    def _enlarge(self, job: UpscaleJob) -> Generator[Report, None, None]:
+        for tile in range(3):
+            yield self._report(Progress(Phase.UPSCALING, tile, 2))
+        enlarged = job.image.repeat(job.upscale, axis=0).repeat(job.upscale, axis=1)
+        yield self._report(Painted(enlarged, upscaler_sha256="0" * 64))
 
     def _offload(self) -> Generator[Report, None, None]:
         if self.residence.location == "GPU":

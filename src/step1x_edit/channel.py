@@ -62,6 +62,8 @@ class Start:
     """The port of this machine at which the processes of an edit find each other."""
     host_bytes: int | None = None
     """The free memory of the host that this process may use; None: all of it."""
+    upscale_model: str | None = None
+    """The path of the model file that enlarges pictures."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class EditJob(NetworkRequest):
 
     number: int = 0
     """Given by the sender; `Cancel` names it."""
+    upscale: int = 1
+    """How many times an `UpscaleJob` will enlarge the result; refused now if that is impossible."""
 
     @property
     def smaller(self) -> str:
@@ -81,6 +85,24 @@ class EditJob(NetworkRequest):
         """What to ask for, in words, if this job takes too long."""
         less = f"fewer num_steps, {self.smaller}"
         return less if self.mode == "turbo" else f"a faster mode, {less}"
+
+
+@dataclass(frozen=True)
+class UpscaleJob:
+    """A finished picture to enlarge, in the queue."""
+
+    image: Pixels
+    upscale: int
+    number: int = 0
+    """As that of an `EditJob`."""
+
+    @property
+    def quicker(self) -> str:
+        """What to ask for, in words, if this job takes too long."""
+        return "a lower upscale"
+
+
+Job: TypeAlias = EditJob | UpscaleJob
 
 
 @dataclass(frozen=True)
@@ -116,7 +138,7 @@ class Denoise(NetworkRequest):
     """What else it says, as plain data."""
 
 
-Request: TypeAlias = EditJob | Offload | Prepare | Denoise
+Request: TypeAlias = Job | Offload | Prepare | Denoise
 ToWorker: TypeAlias = Start | Cancel | Request
 
 
@@ -133,14 +155,19 @@ class Phase(str, Enum):
     DENOISING = "denoising"
     DECODING = "decoding"
     REFLECTING = "reflecting"
+    UPSCALING = "upscaling"
     SAVING = "saving"
+
+
+_COUNTED: Final = (Phase.LOADING, Phase.DENOISING, Phase.UPSCALING)
 
 
 @dataclass(frozen=True)
 class Progress:
     """Step `step` of `total` in a phase of an edit.
 
-    In the queue, `step` is the position. While the model is read, `step` and `total` are bytes.
+    In the queue, `step` is the position. While the model is read, `step` and `total` are bytes;
+    while a picture is enlarged, they are its tiles.
     """
 
     phase: Phase
@@ -167,7 +194,7 @@ class Progress:
     @property
     def is_counted(self) -> bool:
         """Whether `step` of `total` says how much of the phase is done."""
-        return self.phase in (Phase.LOADING, Phase.DENOISING) and self.total > 0
+        return self.phase in _COUNTED and self.total > 0
 
     @property
     def text(self) -> str:
@@ -182,6 +209,8 @@ class Progress:
                 return "loading model"
             case Phase.DENOISING:
                 return f"denoising {self.step}/{self.total}"
+            case Phase.UPSCALING if self.total:
+                return f"upscaling {self.step}/{self.total}"
         return str(self.phase.value)
 
 
@@ -240,7 +269,7 @@ def name_with_loras(model: str, loras: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Painted:
-    """The edited picture, in its working size."""
+    """The edited picture in its working size, or one that has been enlarged."""
 
     image: Pixels
     warning: str | None = None
@@ -251,6 +280,8 @@ class Painted:
     """(R, H, W, 3): the pictures of all rounds of a reflection, in the same size."""
     evaluations: Evaluations | None = None
     """With reflection, those of all rounds."""
+    upscaler_sha256: str | None = None
+    """Of the model file that enlarged it, if one did."""
 
 
 def reasoning_of(
@@ -295,7 +326,7 @@ class Report:
 _KINDS: Final = {
     kind.__name__: kind
     for kind in (
-        *(Start, EditJob, Cancel, Offload, Prepare, Denoise),
+        *(Start, EditJob, UpscaleJob, Cancel, Offload, Prepare, Denoise),
         *(Progress, Painted, Failed, Done),
     )
 }

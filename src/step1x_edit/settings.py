@@ -156,6 +156,14 @@ def _loras(value: object) -> object:
     return found
 
 
+def _model_file(value: Path | None) -> Path | None:
+    if value is not None and value.suffix.lower() not in (".safetensors", ".pth"):
+        raise PydanticCustomError(
+            "plain_text", "must be a .safetensors or .pth file, got '{file}'", {"file": value.name}
+        )
+    return value
+
+
 def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
     """All files, including those of folders; a strength given for a file itself wins."""
     found: dict[Path, float] = {}
@@ -345,6 +353,14 @@ class Settings(BaseSettings):
             "adds one at strength 0.8. The files of a folder are only used by edits that name them",
         ),
     ]
+    upscale_model: Annotated[
+        Path | None,
+        Field(
+            description="Model file that `upscale` enlarges pictures with, .safetensors or .pth, "
+            "of any architecture that spandrel reads; unset: pictures keep their size"
+        ),
+        AfterValidator(_model_file),
+    ] = None
     gpu_idle_timeout: Annotated[
         int,
         Field(
@@ -578,6 +594,8 @@ class Settings(BaseSettings):
         names |= {self.data_dir: "DATA_DIR", _PACKAGE: "step1x_edit", Path(sys.prefix): "python"}
         if self.model_path is not None:
             names[self.model_path] = "MODEL_PATH"
+        if self.upscale_model is not None:
+            names[self.upscale_model] = "UPSCALE_MODEL"
         for path in sorted(names, key=lambda path: len(path.parts), reverse=True):
             if path.is_absolute() and path != path.parent:
                 # Not in the middle of another path, such as /data in /database.
@@ -629,7 +647,9 @@ class Settings(BaseSettings):
         kept = {name: value for name, value in given.items() if name not in texts}
         return kept | {name: value for name, value in bare.items() if value}
 
-    @field_validator("model_path", "data_dir", "c2pa_cert", "c2pa_key", mode="after")
+    @field_validator(
+        "model_path", "upscale_model", "data_dir", "c2pa_cert", "c2pa_key", mode="after"
+    )
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return None if path is None else _without_tilde(path)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import importlib.machinery
+import importlib.util
 import json
 import re
+import sys
+import types
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +88,17 @@ class House:
     """Another service of this kind, for a command that edits in its own process."""
 
 
+@contextlib.contextmanager
+def some_spandrel() -> Iterator[None]:
+    """A library of this name: a fake worker does not use it, but edits are refused without it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("spandrel") is None:
+            module = types.ModuleType("spandrel")
+            module.__spec__ = importlib.machinery.ModuleSpec("spandrel", None)
+            patch.setitem(sys.modules, "spandrel", module)
+        yield
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("house")
@@ -95,9 +111,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         if step == 1:
             jobs.append(job)
 
+    (upscaler := folder / "upscaler.pth").touch()
     settings = Settings(
         allowed_dirs=(tmp_path_factory.getbasetemp(),),
         lora_path={Path("look.safetensors"): 0.5},
+        upscale_model=upscaler,
         _env_file=None,
     )
 
@@ -106,6 +124,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
     service = new_service(settings)
     with (
+        some_spandrel(),
         serving(service, allowed_dirs=(folder,)) as url,
         httpx2.Client(
             base_url=url,
@@ -274,7 +293,7 @@ def _check(house: House, result: Result) -> None:
     assert network == {**{name: ASKED[name] for name in SEEN}, "loras": {"look": 1.0}}
     if metadata is not None:
         answered = {name: metadata.get(name, "missing") for name in NAMES}
-        assert answered == {**ASKED, "region": {"box": [0, 0, 76, 56], "scale": 7.85}}
+        assert answered == {**ASKED, "region": {"box": [0, 0, 152, 112], "scale": 3.92}}
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_the_parameters_and_defaults_are_those_of_the_contract() -> None:
         "mask_path": None,
         "loras": None,
         "mode": "exact",
+        "upscale": 1,
         "thinking": False,
         "reflection": False,
         "reflection_rounds": 3,

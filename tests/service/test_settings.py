@@ -41,6 +41,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "model_path": None,
         "model_version": "auto",
         "lora_path": {},
+        "upscale_model": None,
         "gpu_idle_timeout": 60,
         "gpu_release_timeout": 0,
         "device": "auto",

@@ -27,15 +27,17 @@ from step1x_edit.channel import (
     Done,
     EditJob,
     Failed,
+    Job,
     Offload,
     Painted,
     Phase,
     Progress,
     Report,
     Residence,
+    UpscaleJob,
 )
 from step1x_edit.engine.pace import Paces, Stopwatch
-from step1x_edit.engine.watch import TimeLimits, Watch
+from step1x_edit.engine.watch import STEPS, TimeLimits, Watch
 from step1x_edit.errors import (
     DeadlineExceededError,
     EditCancelledError,
@@ -80,7 +82,7 @@ class Worker(Protocol):
     @property
     def is_alive(self) -> bool: ...
 
-    def send(self, request: EditJob | Offload) -> None:
+    def send(self, request: Job | Offload) -> None:
         """Send a request; raises WorkerLostError."""
         ...
 
@@ -137,7 +139,7 @@ class EngineStatus:
 class Edit:
     """An edit in the queue, as its caller sees it. Made by `Engine.submit`."""
 
-    def __init__(self, engine: Engine, job: EditJob) -> None:
+    def __init__(self, engine: Engine, job: Job) -> None:
         self.job = job
         self._engine = engine
         self._loop = asyncio.get_running_loop()
@@ -286,7 +288,7 @@ class Engine:
         self.check_time(job)
         with self._changed:
             self.check_room()
-            return self._enqueue(job)
+            return self._enqueue(job, self.time_warning(job))
 
     def submit_next(self, job: EditJob) -> Edit:
         """Put the next item of a batch at the end of the queue.
@@ -299,7 +301,18 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
-            return self._enqueue(job)
+            return self._enqueue(job, self.time_warning(job))
+
+    def submit_end(self, job: UpscaleJob) -> Edit:
+        """Put the end of an edit at the front of the queue: its caller has waited already."""
+        self._check_process()
+        with self._changed:
+            if self._is_closed:
+                raise ShuttingDownError()
+            edit = self._enqueue(job)
+            self._waiting.rotate(1)
+            self._publish_positions()
+            return edit
 
     def check_room(self) -> None:
         """Raise what `submit` would raise now, for callers that prepare a job first."""
@@ -414,10 +427,10 @@ class Engine:
 
     # --- with the lock held ---------------------------------------------------------------------
 
-    def _enqueue(self, job: EditJob) -> Edit:
+    def _enqueue(self, job: Job, warning: str | None = None) -> Edit:
         self._number += 1
         edit = Edit(self, replace(job, number=self._number))
-        edit.warning = self.time_warning(job)
+        edit.warning = warning
         self._waiting.append(edit)
         edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
         self._wake()
@@ -557,15 +570,18 @@ class Engine:
     def _follow(self, edit: Edit, worker: Worker) -> EditResult:
         """Send the edit to the worker, publish its progress, and make sure that it ends."""
         worker.send(edit.job)
+        # Only the pace of edits is learned.
+        paced = edit.job if isinstance(edit.job, EditJob) else None
         watch = Watch(
             self._clock.now(),
             self._limits,
             self._min_patience_s,
-            has_previews=bool(edit.job.preview_steps),
+            has_previews=paced is not None and bool(paced.preview_steps),
             is_loading=not self._snapshot.residence.is_ready,
         )
         stopwatch, left = Stopwatch(), TimeLeft(self._clock.now)
-        self._paces.began(edit.job, self._last_model, self._clock.now())
+        if paced is not None:
+            self._paces.began(paced, self._last_model, self._clock.now())
         if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:
@@ -589,15 +605,16 @@ class Engine:
                     left.saw(progress.phase, done, total or None)
                     left_s = left.seconds
                     progress = replace(progress, left_s=left_s)
-                    if progress.phase is Phase.DENOISING and left_s is not None:
+                    if progress.phase in STEPS and left_s is not None:
                         self._warn_if_late(edit, watch.deadline - now - left_s)
                     self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
-                    now = self._clock.now()
-                    pace = stopwatch.pace(edit.job, painted.evaluations, now)
-                    self._paces.learn(edit.job, report.residence, pace, now)
-                    self._last_model = report.residence
+                    if paced is not None:
+                        now = self._clock.now()
+                        pace = stopwatch.pace(paced, painted.evaluations, now)
+                        self._paces.learn(paced, report.residence, pace, now)
+                        self._last_model = report.residence
                     return EditResult(painted, report.residence)
                 case Failed(code, sentence):
                     raise rebuild(code, sentence)
@@ -609,13 +626,13 @@ class Engine:
         if spare_s < 0 and edit.warning is None:
             edit.warning = self._too_slow(edit.job, self._limits.edit_s - spare_s)
 
-    def _too_slow(self, job: EditJob, seconds: float) -> str:
+    def _too_slow(self, job: Job, seconds: float) -> str:
         return (
             f"such an edit takes about {seconds:.0f} s here, and EDIT_TIMEOUT is "
             f"{self._limits.edit_s:g} s; use {job.quicker}, or a higher EDIT_TIMEOUT"
         )
 
-    def _overrun(self, job: EditJob, watch: Watch) -> DeadlineExceededError:
+    def _overrun(self, job: Job, watch: Watch) -> DeadlineExceededError:
         if watch.is_loading:
             return DeadlineExceededError(
                 f"loading the model took longer than {self._limits.load_s:g} s; keep it on a "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from step1x_edit.channel import Start
-from step1x_edit.errors import InternalError, SettingsError
+from step1x_edit.errors import (
+    CheckpointError,
+    InternalError,
+    InvalidParameterError,
+    SettingsError,
+)
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.settings import inherited_environment
 
@@ -42,6 +48,9 @@ class Survey:
     """The sides of an edited picture, in its working size, are multiples of this, in pixels."""
     placement: PlanStatus | None = None
     """How the model would be placed if it were loaded now."""
+    upscale: int | None = None
+    """How many times the network of UPSCALE_MODEL enlarges; None without one."""
+    upscale_error: str | None = None
 
 
 def inspect_machine(start: Start, timeout_s: float = TIMEOUT_S) -> Survey:
@@ -78,6 +87,21 @@ def check_device(device: str) -> None:
             f"DEVICE is {device}, and this machine has no driver for it ({_CUDA_LIBRARY}); install "
             "the driver, give the container the GPU, or set DEVICE=auto or cpu"
         )
+
+
+def check_upscale_model(path: Path | None) -> None:
+    """Raise an error if no picture can be enlarged, as far as it is known without torch."""
+    if importlib.util.find_spec("spandrel") is None:
+        raise InvalidParameterError(
+            "upscale needs an extra: pip install 'step1x-edit[upscale]'", param="upscale"
+        )
+    if path is None:
+        raise InvalidParameterError(
+            "upscale needs a model: set UPSCALE_MODEL to a .safetensors or .pth file",
+            param="upscale",
+        )
+    if not path.is_file():
+        raise CheckpointError("there is no file at UPSCALE_MODEL")
 
 
 def has_gpu_driver() -> bool:

@@ -8,6 +8,8 @@ from typing import Final
 
 from step1x_edit.channel import Phase, Progress
 
+STEPS: Final = (Phase.DENOISING, Phase.UPSCALING)
+"""The phases whose steps take about the same time each."""
 _STEPS_OF_SILENCE: Final = 10  # a step that takes this many usual ones hangs
 _UNKNOWN_S: Final = 120.0  # patience for importing libraries and for the first step
 
@@ -61,7 +63,7 @@ class Watch:
     def saw(self, progress: Progress, now: float) -> None:
         """Record a report."""
         is_longest = progress.preview is not None or not self._has_previews
-        if is_longest and self._phase is progress.phase is Phase.DENOISING:
+        if is_longest and self._phase is progress.phase and progress.phase in STEPS:
             self._usual_step_s = max(self._usual_step_s or 0.0, now - self._last_sign)
         is_loading = progress.phase is Phase.LOADING
         if is_loading is not self.is_loading:
@@ -86,7 +88,7 @@ class Watch:
     def _hangs_from(self) -> float:
         if self._stopped_at is not None:
             return self._stopped_at + self._patience_s
-        if self._phase is Phase.DENOISING and self._usual_step_s is not None:
+        if self._phase in STEPS and self._usual_step_s is not None:
             return self._last_sign + self._patience_s
         return math.inf  # the time of loading, encoding and decoding is not known
 

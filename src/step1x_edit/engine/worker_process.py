@@ -52,6 +52,7 @@ def start_of(settings: Settings) -> Start:
         arithmetic=settings.arithmetic,
         edit_cache_bytes=settings.edit_cache_mb * MEBI,
         gpus_per_edit=settings.gpus_per_edit,
+        upscale_model=None if settings.upscale_model is None else str(settings.upscale_model),
     )
 
 

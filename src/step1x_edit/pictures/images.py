@@ -217,6 +217,17 @@ def check_size(width: int, height: int, limits: Limits) -> None:
     _check_shape(width, height)
 
 
+def check_enlarged(width: int, height: int, factor: int, limits: Limits) -> None:
+    """Raise InvalidParameterError if a picture of this size may not be enlarged so many times."""
+    if factor**2 * width * height > limits.max_pixels:
+        raise InvalidParameterError(
+            f"upscale {factor} would make {factor * width}×{factor * height} pixels of "
+            f"{width}×{height}, at most {limits.max_pixels / 1e6:g} megapixels (MAX_MEGAPIXELS) "
+            "are allowed",
+            param="upscale",
+        )
+
+
 def _check_pixels(width: int, height: int, limits: Limits) -> None:
     if width * height > limits.max_pixels:
         raise ImageTooLargeError(
@@ -571,6 +582,12 @@ def restore(edited: Pixels, source: Picture) -> Picture:
         image = image.resize(size, Image.Resampling.BICUBIC)
     pixels = colour.in_profile(np.array(image), source.in_srgb, source.pixels, source.icc_profile)
     return replace(source, pixels=pixels)
+
+
+def enlarged(made: Pixels, source: Picture) -> Picture:
+    """The source in the size of `made`, which is its `in_srgb` enlarged, and in its profile."""
+    height, width, _ = made.shape
+    return restore(made, resized(source, width, height))
 
 
 def check_encodable(width: int, height: int, suffix: str) -> None:

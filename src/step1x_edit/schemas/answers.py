@@ -197,12 +197,13 @@ class RunningAnswer(_Answer):
     phase: Annotated[
         str | None,
         Field(
-            description="queued, loading, thinking, encoding, denoising, decoding, reflecting or "
-            "saving"
+            description="queued, loading, thinking, encoding, denoising, decoding, reflecting, "
+            "upscaling or saving"
         ),
     ] = None
     step: Annotated[
-        int | None, Field(description="Completed denoising steps; while loading, bytes read")
+        int | None,
+        Field(description="Completed denoising steps, or tiles; while loading, bytes read"),
     ] = None
     total: Annotated[
         int | None, Field(description="All denoising steps; while loading, all bytes")
@@ -336,6 +337,10 @@ class RecipeAnswer(_Answer):
     rewritten_prompt: Annotated[
         str | None, Field(description="The prompt as the model rewrote it, with thinking")
     ] = None
+    upscaler: Annotated[
+        str | None, Field(description="The file of the model that enlarged it, if one did")
+    ] = None
+    upscaler_sha256: Annotated[str | None, Field(description="The hash of its bytes")] = None
     precision: Annotated[str | None, Field(description="How the weights were kept")] = None
     arithmetic: ComputedIn = None
     numerics: Numerics = None

@@ -47,11 +47,15 @@ Arithmetic = Literal["auto", "fp32", "bf16"]
 Region = Literal["whole", "full"]
 """What the network edits of a masked picture: all of it, or the masked part enlarged."""
 
+Factor = Literal[1, 2, 4]
+"""How many times a finished picture is enlarged by a model for that; 1: it keeps its size."""
+
 DEFAULT_NUM_STEPS: Final = 28
 DEFAULT_GUIDANCE_SCALE: Final = 6.0
 DEFAULT_SIZE_LEVEL: Final[Size] = 1024
 DEFAULT_MODE: Final[Mode] = "exact"
 DEFAULT_REGION: Final[Region] = "whole"
+DEFAULT_UPSCALE: Final[Factor] = 1
 DEFAULT_SIDE: Final = 1024
 DEFAULT_REFLECTION_ROUNDS: Final = 3
 DEFAULT_MAX_SIZE: Final = 768
@@ -70,8 +74,9 @@ MAX_STRENGTH: Final = 4
 CHOSEN_BY_THE_OPERATOR: Final = ("num_steps", "guidance_scale", "size_level", "mode")
 """The parameters whose default is a setting: DEFAULT_ and the name."""
 
-AROUND_THE_NETWORK: Final = frozenset({"region", "outpaint"})
-"""The parameters of an edit that decide which picture the network gets; it does not see them."""
+AROUND_THE_NETWORK: Final = frozenset({"region", "outpaint", "upscale"})
+"""The parameters of an edit that decide which picture the network gets, and what happens to its
+result; it does not see them."""
 
 _ADDED: Final = re.compile(r"[0-9]{1,5}(px)?|[0-9]{1,3}(\.[0-9]{1,2})?%")
 _SIDES: Final = 4
@@ -353,6 +358,14 @@ RegionEdited = Annotated[
         "gives more detail"
     ),
 ]
+Upscale = Annotated[
+    Factor,
+    Field(
+        description="Enlarge the finished picture 2 or 4 times along each side, with the model "
+        "that the setting UPSCALE_MODEL names; 1: it keeps its size"
+    ),
+    BeforeValidator(_choice),
+]
 Outpaint = Annotated[
     str,
     Field(
@@ -455,6 +468,7 @@ class HowToMake(Request):
     seed: Seed = None
     loras: Loras = None
     mode: ModeOfWork = DEFAULT_MODE
+    upscale: Upscale = DEFAULT_UPSCALE
 
 
 class HowToEdit(HowToMake):
@@ -621,7 +635,12 @@ _IN_A_FILE: Final = (
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
-_LEFT_OUT: Final = {"mode": DEFAULT_MODE, "region": DEFAULT_REGION, "outpaint": ""}
+_LEFT_OUT: Final = {
+    "mode": DEFAULT_MODE,
+    "upscale": DEFAULT_UPSCALE,
+    "region": DEFAULT_REGION,
+    "outpaint": "",
+}
 """Values that a file does not mention: with them an edit does nothing more, and nothing less."""
 
 
@@ -639,6 +658,10 @@ class _Record(HowToMake):
     """The numbers of a CPU and products of codes, as `channel.Residence` has them."""
     numerics: str | None = None
     """What else the bytes depend on: device, instruction set, threads and library."""
+    upscaler: str | None = None
+    """The name of the model file that enlarged the picture, if one did."""
+    upscaler_sha256: _Sha256 | None = None
+    """Of the bytes of this file."""
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

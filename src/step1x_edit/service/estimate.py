@@ -26,6 +26,7 @@ from step1x_edit.settings import Settings
 
 SURVEY_MAX_AGE_S: Final = 600.0
 """How long the survey of a checkpoint is cached; free memory changes."""
+_UPSCALED: Final = "predicted_seconds is the time until the picture is enlarged"
 
 
 class Estimator:
@@ -51,6 +52,7 @@ class Estimator:
         width, height = size or (request.size_level, request.size_level)
         width, height = regions.grown_size(request.outpaint, width, height)
         images.check_size(width, height, self._settings.limits)
+        images.check_enlarged(width, height, request.upscale, self._settings.limits)
         status, note = self._engine.status(), None
         residence = status.residence
         if residence.placement is None:
@@ -68,6 +70,8 @@ class Estimator:
         working = fit_size(width, height, request.size_level, multiple)
         job = job_of(with_seed(request), previews=previews)
         seconds = self._engine.predicted_s(job)
+        upscaled = _UPSCALED if request.upscale > 1 else None
+        notes = (note or self._engine.time_warning(job), upscaled)
         return EstimateAnswer(
             width=working[0],
             height=working[1],
@@ -83,7 +87,7 @@ class Estimator:
             model=residence.model,
             device=residence.device,
             reason=placement.reason if placement else None,
-            note=note or self._engine.time_warning(job),
+            note="; ".join(filter(None, notes)) or None,
         )
 
     @property

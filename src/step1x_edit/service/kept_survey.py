@@ -31,7 +31,7 @@ from step1x_edit.hub.pulled import resolve_model_path
 from step1x_edit.settings import Settings, inherited_environment
 
 _FILE: Final = cache.FOLDER / "survey.json"
-_LIBRARIES: Final = ("torch", "transformers")
+_LIBRARIES: Final = ("torch", "transformers", "spandrel")
 _FOR_LIBRARIES: Final = ("ATEN_", "CUDA_", "DNNL_", "MKL_", "OMP_", "ONEDNN_", "PYTORCH_", "TORCH_")
 """How the variables begin that change what the libraries do."""
 _PLENTY: Final = 3  # times the size of its files: a model is placed the same in more free memory
@@ -72,7 +72,13 @@ def kept_survey(settings: Settings) -> KeptSurvey | None:
 def new_survey(settings: Settings, timeout_s: float = machine.TIMEOUT_S) -> Survey:
     """Inspect the machine; the survey is kept if it found no error and no GPU."""
     survey = machine.inspect_machine(start_of(settings), timeout_s)
-    has_error = survey.torch_error or survey.device_error or survey.checkpoint_error
+    errors = (
+        survey.torch_error,
+        survey.device_error,
+        survey.checkpoint_error,
+        survey.upscale_error,
+    )
+    has_error = any(errors)
     if has_error or survey.device != "cpu":
         return survey
     with contextlib.suppress(OSError, CheckpointError):  # a file may be gone by now
@@ -146,12 +152,14 @@ def _library(name: str) -> list[object]:
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    """The files of the checkpoint, also in linked folders, and its LoRAs."""
+    """The files of the checkpoint, also in linked folders, its LoRAs, and the upscaler."""
     path = resolve_model_path(settings.model_path, settings.data_dir) or _EMBEDDED
     folder = path if path.is_dir() else path.parent
     inside = (*folder.glob("*"), *folder.glob("*/*"))  # no checkpoint is deeper
     yield from sorted(file for file in inside if file.is_file())
     yield from sorted(settings.lora_path)
+    if settings.upscale_model is not None:
+        yield settings.upscale_model
 
 
 def _stamp(file: Path) -> tuple[str, int, int]:

@@ -71,6 +71,8 @@ def recipe_of(record: Record) -> RecipeAnswer:
         model=record.model,
         prompt=record.prompt,
         parameters=how_again(record),
+        upscaler=record.upscaler,
+        upscaler_sha256=record.upscaler_sha256,
         precision=record.precision,
         arithmetic=record.arithmetic,
         numerics=record.numerics,

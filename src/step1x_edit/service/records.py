@@ -65,7 +65,7 @@ def job_of(
     asked = {**how_of(request), "prompt": request.prompt, "loras": loras}
     asked = {name: value for name, value in asked.items() if name not in AROUND_THE_NETWORK}
     used = mask if request.mode == "turbo" else None
-    return EditJob(image=image, previews=previews, mask=used, **asked)
+    return EditJob(image=image, previews=previews, mask=used, upscale=request.upscale, **asked)
 
 
 def record_of(request: PictureOrder, result: EditResult, source: Source) -> Record:
@@ -105,7 +105,7 @@ def metadata_of(
     made = record.model_dump(include=set(EditMetadata.model_fields))
     if isinstance(record, EditRecord):
         made["negative_prompt"] = record.negative_prompt or None  # empty is the default
-        made["region"] = None if source.box is None else _edited(source.box, record.size_level)
+        made["region"] = None if source.box is None else _edited(source.box, record)
     made["mode"] = record.mode  # left out of a file if exact
     made["width"], made["height"] = picture.width, picture.height
     if (evaluations := result.painted.evaluations) is not None:
@@ -138,12 +138,12 @@ def _seed_warning(record: Record, picture: Picture, made: Record | None) -> str 
     return f"seed {record.seed} also made the input, which can leave a halo; use another seed"
 
 
-def _edited(box: Box, size_level: int) -> EditedRegion:
+def _edited(box: Box, record: EditRecord) -> EditedRegion:
     from step1x_edit.pictures import regions
 
-    left, top, right, bottom = box
-    scale = regions.scale_of((right - left) * (bottom - top), size_level)
-    return EditedRegion(box=list(box), scale=round(scale, 2))
+    left, top, right, bottom = (side * record.upscale for side in box)
+    scale = regions.scale_of((right - left) * (bottom - top), record.size_level)
+    return EditedRegion(box=[left, top, right, bottom], scale=round(scale, 2))
 
 
 def _outside(record: Record, result: EditResult) -> str | None:

@@ -26,6 +26,7 @@ from step1x_edit.channel import (
     Painted,
     Phase,
     Progress,
+    UpscaleJob,
 )
 from step1x_edit.engine.engine import (
     HEARTBEAT_S,
@@ -34,6 +35,7 @@ from step1x_edit.engine.engine import (
     Engine,
     EngineStatus,
 )
+from step1x_edit.engine.machine import check_upscale_model
 from step1x_edit.errors import (
     CheckpointError,
     EditCancelledError,
@@ -82,6 +84,7 @@ if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is importe
 
 _UNCHANGED: Final = PictureRequest(prompt="")
 _Request = TypeVar("_Request", bound=HowToMake)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ class EditService:
         """
         self._check_can_generate()
         await self.check_room()
+        await asyncio.to_thread(self._check_generated_size, request, suffix)
         submit = self._engine.submit
         return await self._edit(None, request, report, suffix, None, submit, previews)
 
@@ -265,6 +269,15 @@ class EditService:
     def can_reason(self) -> bool:
         """Whether edits may use thinking and reflection, as far as known without the model."""
         return self.version is None or self.version in REASONING
+
+    @property
+    def can_upscale(self) -> bool:
+        """Whether results can be enlarged, as far as known without torch."""
+        try:
+            check_upscale_model(self._settings.upscale_model)
+        except Step1XEditError:
+            return False
+        return True
 
     @property
     def suggestion(self) -> Suggestion | None:
@@ -355,6 +368,13 @@ class EditService:
                 f"{residence.model or version}"
             )
 
+    def _check_generated_size(self, request: GeneratePictureRequest, suffix: str) -> None:
+        from step1x_edit.pictures import images
+
+        images.check_enlarged(request.width, request.height, request.upscale, self._limits)
+        width, height = (request.upscale * side for side in (request.width, request.height))
+        images.check_encodable(width, height, suffix)
+
     def _read(self, kind: type[_Request], arguments: Mapping[str, object]) -> _Request:
         fields = kind.model_fields
         given = {
@@ -365,8 +385,13 @@ class EditService:
         return self._completed(read_request(kind, given))
 
     def _completed(self, request: _Request) -> _Request:
-        """The request with the operator's defaults for unset parameters; checks its LoRAs."""
+        """The request with the operator's defaults for unset parameters.
+
+        Raises an error for LoRAs that are not here, and if it must be enlarged and cannot be.
+        """
         check_loras(strengths_of(request.loras or []), self._loras)
+        if request.upscale > 1:
+            check_upscale_model(self._settings.upscale_model)
         left_open = type(request).model_fields.keys() - request.model_fields_set
         defaults = {name: value for name, value in self.defaults.items() if name in left_open}
         return request.model_copy(update=defaults)
@@ -395,17 +420,18 @@ class EditService:
             job = job_of(request, *await asyncio.to_thread(source.seen), previews)
             result = await _run(submit(job), source.showing_whole(report))
             record = record_of(request, result, source)
-
-            def finished() -> tuple[Picture, float | None, ResultFile, tuple[bytes, ...]]:
-                picture, share = source.restored(result.painted.image)
-                file = self._result_files.write(picture, suffix, record, original)
-                return picture, share, file, _rounds(result.painted)
-
-            saving = partial(report, Progress(Phase.SAVING))
-            await saving()
-            picture, share, file, rounds = await with_heartbeats(
-                asyncio.to_thread(finished), saving, HEARTBEAT_S
+            phase = Phase.SAVING if request.upscale == 1 else Phase.UPSCALING
+            picture, share = await _in_phase(
+                phase, report, partial(source.restored, result.painted.image)
             )
+            if request.upscale > 1:
+                picture, record = await self._enlarged(picture, record, report)
+
+            def finished() -> tuple[ResultFile, tuple[bytes, ...]]:
+                file = self._result_files.write(picture, suffix, record, original)
+                return file, _rounds(result.painted)
+
+            file, rounds = await _in_phase(Phase.SAVING, report, finished)
         return EditedPicture(
             picture,
             file.data,
@@ -416,6 +442,27 @@ class EditService:
             source=source.before,
             original=original,
         )
+
+    async def _enlarged(
+        self, picture: Picture, record: Record, report: Reporter
+    ) -> tuple[Picture, Record]:
+        """The picture as its record says it is enlarged, and the record with what enlarged it."""
+        from step1x_edit.pictures import images
+
+        async def report_tiles(event: Progress) -> None:
+            is_tile = event.phase is Phase.UPSCALING
+            await report(event if is_tile else Progress(Phase.UPSCALING, warning=event.warning))
+
+        assert self._settings.upscale_model is not None
+        pixels = await asyncio.to_thread(lambda: picture.in_srgb)
+        job = UpscaleJob(pixels, record.upscale)
+        made = (await _run(self._engine.submit_end(job), report_tiles)).painted
+        upscaler = {
+            "upscaler": self._settings.upscale_model.name,
+            "upscaler_sha256": made.upscaler_sha256,
+        }
+        enlarged = await asyncio.to_thread(images.enlarged, made.image, picture)
+        return enlarged, record.model_copy(update=upscaler)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -474,6 +521,13 @@ async def _run(edit: Edit, report: Reporter) -> EditResult:
         return await edit.result()
     finally:
         edit.cancel()  # does nothing to an edit that has ended
+
+
+async def _in_phase(phase: Phase, report: Reporter, work: Callable[[], _T]) -> _T:
+    """Do some work in a thread, and report the phase meanwhile."""
+    saying = partial(report, Progress(phase))
+    await saying()
+    return await with_heartbeats(asyncio.to_thread(work), saying, HEARTBEAT_S)
 
 
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:

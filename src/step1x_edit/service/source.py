@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from step1x_edit.channel import Progress
 from step1x_edit.errors import InvalidParameterError, about_the_mask
-from step1x_edit.schemas.requests import PictureRequest, Record
+from step1x_edit.schemas.requests import HowToEdit, PictureRequest, Record
 from step1x_edit.service.editor import Reporter
 from step1x_edit.settings import Limits
 
@@ -89,6 +89,14 @@ NO_INPUT: Final = Source()
 """Of a picture that is generated."""
 
 
+def size_of_result(request: HowToEdit, width: int, height: int) -> tuple[int, int]:
+    """The width and height of the result of editing a picture of this size."""
+    from step1x_edit.pictures import regions
+
+    width, height = regions.grown_size(request.outpaint, width, height)
+    return request.upscale * width, request.upscale * height
+
+
 def read_source(
     data: bytes, request: PictureRequest, mask: bytes | None, suffix: str, limits: Limits
 ) -> Source:
@@ -101,7 +109,8 @@ def read_source(
 
     picture = before = images.decode(data, limits)
     size = picture.width, picture.height
-    images.check_encodable(*regions.grown_size(request.outpaint, *size), suffix)
+    images.check_encodable(*size_of_result(request, *size), suffix)
+    grown = regions.grown_size(request.outpaint, *size)
     sha256, record = hashlib.sha256(data).hexdigest(), images.read_record(data)
     may_change, mask_sha256, box = None, None, None
     if mask is not None:
@@ -111,6 +120,7 @@ def read_source(
     if request.outpaint:
         canvas = regions.grown(picture, may_change, request.outpaint, limits)
         picture, may_change, before = canvas.picture, canvas.mask, canvas.before
+    images.check_enlarged(*grown, request.upscale, limits)
     if request.region == "full":
         if may_change is None:
             raise InvalidParameterError(

@@ -12,7 +12,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-from step1x_edit.channel import EditJob, Painted, Phase, Progress, Residence
+from step1x_edit.channel import (
+    GIGA,
+    EditJob,
+    Job,
+    Painted,
+    Phase,
+    Progress,
+    Residence,
+    UpscaleJob,
+)
 from step1x_edit.checkpoints.arena import Check
 from step1x_edit.checkpoints.memory_plan import Use
 from step1x_edit.checkpoints.read import Checkpoint
@@ -27,12 +36,14 @@ from step1x_edit.model.language_model import ChatModel, Said, Sampling
 from step1x_edit.model.pipeline import PLANS, Edited, EditRun, Plan
 from step1x_edit.model.reasoning import Prompt
 from step1x_edit.model.request import Mode, NetworkRequest, Pixels
+from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.worker.arithmetic import arithmetic_of, numerics_of
 from step1x_edit.worker.memory import free_memory, is_out_of_memory, keepable_bytes
 from step1x_edit.worker.partners import ALONE, Partners
 from step1x_edit.worker.products import Products, kind_of
 from step1x_edit.worker.reasoning import reasoned_edit
 from step1x_edit.worker.residency import Residency
+from step1x_edit.worker.upscaling import TILES, Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -66,26 +77,48 @@ class PipelineWorker:
         sampling: Sampling | None = None,
         products: Products | None = None,
         partners: Partners = ALONE,
+        upscaler: Upscaler | None = None,
     ) -> None:
         """`sampling` is how replies of a model that thinks are drawn; None: as published.
 
-        Without `products` all modes compute with the weights as they are.
+        Without `products` all modes compute with the weights as they are, and without `upscaler`
+        no picture is enlarged.
         """
         self._residency = residency
         self._device = device
         self._sampling = sampling or Sampling()
         self._products = products
         self._partners = partners
+        self._upscaler = upscaler or Upscaler(None, None)
         self._mode: Mode = "exact"  # of the last edit
 
-    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]:
+    def edit(self, job: Job, check: Check) -> Generator[Progress | Painted, None, None]:
         """Yield progress and finally the picture; closing the iterator stops the work."""
         self._residency.begin_edit()
+        if isinstance(job, UpscaleJob):
+            yield from self._enlarge(job, check)
+            return
+        if job.upscale > 1:  # refused before the edit, not after it
+            self._upscaler.check(job.upscale)
         self._mode = job.mode
         running = _RunningEdit(
             self._residency, job, check, self._sampling, self._products, self._partners
         )
         yield from running.run()
+
+    def _enlarge(self, job: UpscaleJob, check: Check) -> Generator[Progress | Painted, None, None]:
+        """Enlarge a picture; when memory runs out, in smaller tiles and without the model."""
+        for tile in TILES:
+            try:
+                yield from self._upscaler.enlarge(job.image, job.upscale, tile, check)
+                return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                log.warning("out of memory in tiles of %d pixels", tile)
+            self._residency.offload()
+            free_memory()  # not above: while an exception is handled, its frames hold tensors
+        raise OutOfMemoryError(f"enlarging needs more than is free; try {job.quicker}")
 
     def offload(self) -> None:
         """Move the model to host memory; does nothing if it is there already."""
@@ -106,10 +139,17 @@ class PipelineWorker:
             memory=self._residency.memory(),
             version=checkpoint.version,
             size_multiple=checkpoint.pipeline.config.size_multiple,
-            placement=self._residency.placement(),
+            placement=self._placement(),
             loras=self._residency.loras,
             others=self._partners.memories,
         )
+
+    def _placement(self) -> PlanStatus | None:
+        """How the model is placed; the weights of the upscaler are in host memory too."""
+        placement = self._residency.placement()
+        if placement is None or placement.host_gb is None:
+            return placement
+        return replace(placement, host_gb=placement.host_gb + self._upscaler.size / GIGA)
 
     def _arithmetic(self, checkpoint: Checkpoint) -> str | None:
         """What the last edit was computed with, as far as it has a name."""

@@ -23,8 +23,9 @@ from typing import Any, Final
 
 log = logging.getLogger(__name__)
 
-_LEFT_OUT: Final = ("scipy", "sklearn")
-"""For losses and for a kind of sampling that no checkpoint of ours uses."""
+_LEFT_OUT: Final = ("scipy", "sklearn", "torchvision")
+"""For losses, a kind of sampling and processors of pictures that no checkpoint of ours uses. A
+torchvision that does not fit torch cannot even be imported."""
 
 _PACKAGES: Final = ("transformers", "transformers.models")
 """Their own code only lists what is below them."""

@@ -30,6 +30,7 @@ from step1x_edit.channel import (
     Done,
     EditJob,
     Failed,
+    Job,
     Offload,
     Painted,
     Phase,
@@ -39,6 +40,7 @@ from step1x_edit.channel import (
     Request,
     Residence,
     Start,
+    UpscaleJob,
     connect,
 )
 from step1x_edit.engine import host_memory
@@ -89,6 +91,7 @@ def load_worker(
     from step1x_edit.worker.partners import Partners
     from step1x_edit.worker.products import Products
     from step1x_edit.worker.residency import Residency
+    from step1x_edit.worker.upscaling import Upscaler
 
     device = chosen_device(start)
     if start.gpus_per_edit > 1 and (memory := measure()) is not None:
@@ -98,8 +101,11 @@ def load_worker(
     residency = Residency(partial(open_chosen, start, measure, measure_rates), place, plan=plan)
     # Without a folder to keep what is measured, a seed would not give the same picture again.
     products = Products(Path(start.data_dir)) if start.data_dir else None
+    upscaler = Upscaler(start.upscale_model, place)
     partners = Partners(start, device, end)
-    return PipelineWorker(residency, device, products=products, partners=partners)
+    return PipelineWorker(
+        residency, device, products=products, partners=partners, upscaler=upscaler
+    )
 
 
 def load_partner(start: Start, end: Callable[[Exception], None]) -> Partner:
@@ -113,7 +119,7 @@ def load_partner(start: Start, end: Callable[[Exception], None]) -> Partner:
 class Model(Protocol):
     """Makes the edits of a `WorkerLoop`; `PipelineWorker` is one."""
 
-    def edit(self, job: EditJob, check: Check) -> Generator[Progress | Painted, None, None]: ...
+    def edit(self, job: Job, check: Check) -> Generator[Progress | Painted, None, None]: ...
 
     def offload(self) -> None: ...
 
@@ -157,7 +163,7 @@ class WorkerLoop:
         threading.Thread(target=self._listen, name="requests", daemon=True).start()
         while True:
             match self._requests.get():
-                case EditJob() as job:
+                case (EditJob() | UpscaleJob()) as job:
                     self._answer(lambda job=job: self._edit(job))  # type: ignore[misc]
                 case Offload():
                     self._answer(self._offload)
@@ -171,7 +177,7 @@ class WorkerLoop:
                 match self._channel.receive():
                     case Cancel(number):
                         self._cancelled = number
-                    case EditJob() | Offload() | Prepare() | Denoise() as request:
+                    case (EditJob() | UpscaleJob() | Offload() | Prepare() | Denoise()) as request:
                         self._requests.put(request)
         os._exit(0)
 
@@ -187,7 +193,7 @@ class WorkerLoop:
         self._report(failed)
         _leave_if_device_is_broken()
 
-    def _edit(self, job: EditJob) -> None:
+    def _edit(self, job: Job) -> None:
         check = partial(self._check, job.number)
         check()
         if self._model is None:

@@ -37,7 +37,7 @@ def survey(start: Start) -> Survey:
     except (ImportError, OSError) as error:  # OSError: a native library is missing
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
     found = Survey(torch=torch.__version__)
-    return _with_checkpoint(_with_device(found, start), start)
+    return _with_upscaler(_with_checkpoint(_with_device(found, start), start), start)
 
 
 def _with_device(found: Survey, start: Start) -> Survey:
@@ -81,6 +81,17 @@ def _with_checkpoint(found: Survey, start: Start) -> Survey:
         arithmetic=_arithmetic(found, opened),
         weights_gb=round(sum(weight.size for weight in opened.weights) / GIGA, 2),
     )
+
+
+def _with_upscaler(found: Survey, start: Start) -> Survey:
+    from step1x_edit.worker.upscaling import Upscaler
+
+    if start.upscale_model is None:
+        return found
+    try:
+        return dataclasses.replace(found, upscale=Upscaler(start.upscale_model, None).scale)
+    except Step1XEditError as error:
+        return dataclasses.replace(found, upscale_error=first_line(str(error)))
 
 
 def _arithmetic(found: Survey, opened: OpenedCheckpoint) -> str | None:

@@ -98,6 +98,7 @@ def _checks(again: bool) -> Iterator[Check]:
     if seen.torch_error is None:
         yield _checkpoint(seen, settings)
         yield from _plan(seen)
+        yield from _upscaler(seen, settings)
         yield from _defaults(seen, settings)
     yield from _server(settings)
 
@@ -159,6 +160,15 @@ def _plan(seen: Survey) -> Iterator[Check]:
         yield Check("ok", "plan", f"fits: {plan.reason}; an edit needs {needs}")
     else:
         yield Check("note", "plan", f"may not fit: {plan.reason}, and an edit needs {needs}")
+
+
+def _upscaler(seen: Survey, settings: Settings) -> Iterator[Check]:
+    """The file of UPSCALE_MODEL; edits are possible without it."""
+    if seen.upscale_error is not None:
+        yield Check("note", "upscale", seen.upscale_error)
+    elif seen.upscale is not None:
+        text = f"{settings.upscale_model} enlarges pictures {seen.upscale} times"
+        yield Check("ok", "upscale", text)
 
 
 def _defaults(seen: Survey, settings: Settings) -> Iterator[Check]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from step1x_edit.settings import Settings
 
 _SHOWN_SIDE: Final = 1024  # of each picture that is compared
-_OF_ONE_EDIT: Final[dict[str, None]] = dict.fromkeys(("seed", "region", "outpaint"))
+_OF_ONE_EDIT: Final[dict[str, None]] = dict.fromkeys(("seed", "region", "outpaint", "upscale"))
 """The parameters of a step that the next edit of its picture does not repeat."""
 _LEAST: Final = "the half of the picture that differs least"
 _PROTECTED: Final = "what the masks protect"

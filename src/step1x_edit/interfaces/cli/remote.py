@@ -28,7 +28,7 @@ from step1x_edit.errors import (
     rebuild,
 )
 from step1x_edit.interfaces import hosts
-from step1x_edit.pictures import images, regions
+from step1x_edit.pictures import images
 from step1x_edit.pictures.manifests import carries_manifest
 from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
@@ -45,6 +45,7 @@ from step1x_edit.schemas.requests import (
     given_in,
 )
 from step1x_edit.service.editor import Reporter
+from step1x_edit.service.source import size_of_result
 from step1x_edit.settings import Settings
 from step1x_edit.waiting import drop, first_of
 
@@ -225,8 +226,7 @@ class RemoteServer:
 
     def _check_encodable(self, data: bytes, request: PictureRequest, suffix: str) -> None:
         picture = images.decode(data, self._limits)
-        size = regions.grown_size(request.outpaint, picture.width, picture.height)
-        images.check_encodable(*size, suffix)
+        images.check_encodable(*size_of_result(request, picture.width, picture.height), suffix)
 
     @cached_property
     def _files(self) -> ResultFiles:

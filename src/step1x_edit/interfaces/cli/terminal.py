@@ -153,7 +153,7 @@ def shown_progress() -> Iterator[ShowProgress]:
                         shown.show(text, text)
                     case "loading" if event.step < event.total:
                         shown.show("reading", text, event.step, event.total)
-                    case "denoising":
+                    case "denoising" | "upscaling" if event.total:
                         shown.show(event.phase, text, *event.work)
                     case _:
                         shown.show(event.phase, text)

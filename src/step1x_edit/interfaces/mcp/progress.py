@@ -17,7 +17,13 @@ from step1x_edit.waiting import with_heartbeats
 
 T = TypeVar("T")
 
-_OF_MANY_STEPS: Final = (Phase.LOADING, Phase.THINKING, Phase.DENOISING, Phase.REFLECTING)
+_OF_MANY_STEPS: Final = (
+    Phase.LOADING,
+    Phase.THINKING,
+    Phase.DENOISING,
+    Phase.REFLECTING,
+    Phase.UPSCALING,
+)
 
 
 class ProgressReport:
@@ -86,7 +92,8 @@ class _Way:
         self._last_round = rounds - 1
         self._round = 0
         self._has_reflected = False
-        self.units = self._before + rounds * self._units_of_round + 1
+        self._after = 1 + int(request.upscale > 1)
+        self.units = self._before + rounds * self._units_of_round + self._after
 
     def position(self, event: Progress) -> float:
         """The position of an event; call it for each, because a round follows each reflection."""
@@ -104,6 +111,8 @@ class _Way:
             case Phase.REFLECTING:
                 self._has_reflected = True
                 return start + self._steps + 2.0
+            case Phase.UPSCALING:
+                return self.units - self._after + event.step / max(event.total, 1)
             case Phase.SAVING:
                 return self.units - 1.0
         return 0.0

@@ -231,6 +231,9 @@ def _widget(parameter: Parameter, tab: str, service: EditService) -> Any:
         case "region":
             choices = [(T(f"region.{region}"), region) for region in parameter.choices]
             return gr.Radio(choices, value=value, visible=tab == "region", **words)
+        case "upscale":
+            factors = list(parameter.choices)
+            return gr.Radio(factors, value=value, visible=service.can_upscale, **words)
         case "seed":
             return gr.Number(-1, precision=0, **words)
         case "loras":

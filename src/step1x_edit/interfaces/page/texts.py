@@ -144,6 +144,13 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "像素或百分比：25% 表示四邊，0 256 0 256 依序為上、右、下、左；原有像素不變",
         "ピクセルまたは %。25% は全辺、0 256 0 256 は上・右・下・左。元の画素は変わりません",
     ),
+    "upscale": ("Enlarge the result", "放大结果", "放大結果", "結果を拡大"),
+    "upscale.hint": (
+        "How many times along each side; 1: the size stays",
+        "每边放大的倍数；1 表示尺寸不变",
+        "每邊放大的倍數；1 表示尺寸不變",
+        "各辺の倍率。1 なら大きさはそのまま",
+    ),
     "reasoning.needs": (
         "Needs Step1X-Edit v1.2",
         "需要 Step1X-Edit v1.2",
@@ -385,6 +392,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "正在检查结果",
         "正在檢查結果",
         "結果を見直し中",
+    ),
+    "phase.upscaling": (
+        "Enlarging the result",
+        "正在放大结果",
+        "正在放大結果",
+        "結果を拡大中",
     ),
     "phase.saving": ("Saving", "正在保存", "正在儲存", "保存中"),
     "model.available": ("not fetched", "未下载", "未下載", "未ダウンロード"),

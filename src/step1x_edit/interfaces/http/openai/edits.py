@@ -24,7 +24,7 @@ from step1x_edit.interfaces.http.openai.requests import (
 )
 from step1x_edit.interfaces.http.shelf import Shelf
 from step1x_edit.interfaces.pursuits import Notify
-from step1x_edit.pictures import images, regions
+from step1x_edit.pictures import images
 from step1x_edit.pictures.images import Picture, Pixels
 from step1x_edit.pictures.output_formats import OUTPUT_FORMATS
 from step1x_edit.schemas.answers import EditMetadata
@@ -35,6 +35,7 @@ from step1x_edit.schemas.requests import (
     PictureRequest,
 )
 from step1x_edit.service.service import EditedPicture, EditService
+from step1x_edit.service.source import size_of_result
 from step1x_edit.settings import Limits
 
 ImageRequest: TypeAlias = ImageEditRequest | ImageGenerationRequest
@@ -176,7 +177,7 @@ class ImageEdits:
             return None
         width, height = map(int, asked.size.split("x"))
         picture = images.decode(data, self.limits)
-        made = regions.grown_size(asked.outpaint, picture.width, picture.height)
+        made = size_of_result(asked, picture.width, picture.height)
         if (width, height) == made:
             return None
         if asked.model == STEPFUN_MODEL:
