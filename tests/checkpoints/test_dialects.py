@@ -179,11 +179,6 @@ def as_json(**described: object) -> Tensor:
     return torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
 
 
-def of_gguf(file: Path) -> None:
-    file.unlink()
-    file.with_name("model-Q8_0.gguf").write_bytes(b"GGUF")
-
-
 NUMBERS = torch.ones(1)
 CODES = torch.ones(224, 32, dtype=torch.int8)
 SMALL = CODES.to(FP8)
@@ -223,6 +218,15 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         f"{LAYER} has scales of shape (224,): one scale is supported",
     ),
     "a scale of nothing": (beside(scale_weight=NUMBERS), f"{LAYER} has a scale, but no weight in"),
+    "two scales": (
+        beside(
+            weight=SMALL,
+            scale_weight=NUMBERS * 2,
+            weight_scale=NUMBERS * 3,
+            comfy_quant=as_json(format="float8_e4m3fn"),
+        ),
+        f"{LAYER} has two scales",
+    ),
     "an endless scale": (
         beside(weight=SMALL, scale_weight=NUMBERS * torch.inf),
         f"the scale of {LAYER} is not finite",
@@ -233,7 +237,6 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         beside(weight=CODES.to(torch.uint16)),
         f"{FILE} has numbers of type U16, which is not supported",
     ),
-    "GGUF": (of_gguf, "model-Q8_0.gguf is not read: GGUF is not supported; use the same model"),
     "a long name": (
         beside(**{"x" * 10_000: NUMBERS}),
         "unknown tensors single_blocks.0.linear1.xxx",
@@ -253,10 +256,3 @@ def test_numbers_that_are_not_read_are_refused_by_name(
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 500
-
-
-def test_a_file_in_gguf_is_named(tmp_path: Path, pipeline: EditPipeline) -> None:
-    (tmp_path / "model.gguf").touch()
-
-    with pytest.raises(CheckpointError, match=r"model\.gguf: GGUF is not supported; use the same"):
-        weights(tmp_path / "model.gguf", pipeline)

@@ -83,7 +83,7 @@ def with_scales(
     for name in tensors:
         layer, _, role = name.rpartition(".")
         if role == "scale_weight":
-            plain[f"{layer}.weight"] = _scaled(tensors, layer, plain.pop(name))
+            plain[f"{layer}.weight"] = _scaled(plain, layer, plain.pop(name))
             plain.pop(f"{layer}.scale_input", None)
     plain.pop("scaled_fp8", None)
     for layer, described in _formats(tensors, files, prefix):
@@ -92,7 +92,7 @@ def with_scales(
             raise CheckpointError(not_read(shortened(layer), f"ComfyUI as {kind}"))
         scale = plain.pop(f"{layer}.weight_scale", None)
         if scale is not None:
-            plain[f"{layer}.weight"] = _scaled(tensors, layer, scale)
+            plain[f"{layer}.weight"] = _scaled(plain, layer, scale)
         plain.pop(f"{layer}.input_scale", None)
         plain.pop(f"{layer}.comfy_quant", None)
     return plain
@@ -122,6 +122,8 @@ def _scaled(tensors: Mapping[str, Stored], layer: str, scale: Stored) -> Stored:
     weight = tensors.get(f"{layer}.weight")
     if weight is None or any(span.dtype.itemsize > 1 for span in weight.spans):
         raise CheckpointError(f"{shortened(layer)} has a scale, but no weight in fp8")
+    if any(span.scale != 1.0 for span in weight.spans):
+        raise CheckpointError(f"{shortened(layer)} has two scales")
     if math.prod(scale.shape) != 1:
         raise CheckpointError(
             f"{shortened(layer)} has scales of shape {scale.shape}: one scale is supported"
