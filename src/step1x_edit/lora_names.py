@@ -8,10 +8,15 @@ from typing import Final
 PEFT_STEM: Final = "adapter_model"
 """Every file that peft writes has this name, each in its own folder."""
 
+_BY_FOLDER: Final = (PEFT_STEM, "pytorch_lora_weights")
+"""Names that say nothing; the second one is that of diffusers."""
+
+LORA_SUFFIXES: Final = (".safetensors", ".sft")
+
 
 def lora_name(path: Path) -> str:
-    """The name of a LoRA: that of its file, or of its folder if peft wrote it."""
-    return path.parent.name if path.stem == PEFT_STEM and path.parent.name else path.stem
+    """The name of a LoRA: that of its file, or of its folder if peft or diffusers wrote it."""
+    return path.parent.name if path.stem in _BY_FOLDER and path.parent.name else path.stem
 
 
 def shown_file(path: Path) -> str:

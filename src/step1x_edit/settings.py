@@ -42,7 +42,7 @@ from typing_extensions import Self
 
 from step1x_edit import foreign_json
 from step1x_edit.errors import SettingsError, Step1XEditError
-from step1x_edit.lora_names import lora_name, shown_file
+from step1x_edit.lora_names import LORA_SUFFIXES, lora_name, shown_file
 from step1x_edit.schemas.complaints import complaints
 from step1x_edit.schemas.parameters import Parameter, parameters_of
 from step1x_edit.schemas.requests import (
@@ -138,7 +138,7 @@ def _loras(value: object) -> object:
     found: dict[Path, float] = {}
     for part in filter(None, map(_bare, value.split(os.pathsep))):
         file, mark, strength = part.rpartition("@")
-        if not mark or strength.endswith(".safetensors") or os.sep in strength:
+        if not mark or strength.endswith(LORA_SUFFIXES) or os.sep in strength:
             file, strength = part, ""  # the '@' belongs to the name
         path = _without_tilde(Path(_bare(file)))
         if file == part:
@@ -171,7 +171,7 @@ def _lora_files(paths: dict[Path, float]) -> dict[Path, float]:
         if not path.is_dir():
             found[path] = strength
             continue
-        for file in sorted(path.glob("*.safetensors")):
+        for file in sorted(each for each in path.glob("*") if each.suffix in LORA_SUFFIXES):
             if lora_name(file).isprintable() and not file.name.startswith("."):
                 found.setdefault(file, paths.get(file, strength))
     by_name: dict[str, Path] = {}

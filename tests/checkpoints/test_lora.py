@@ -482,6 +482,7 @@ def of_another_model(tensors: dict[str, Tensor]) -> None:
         (of_truths, "by numbers of the type torch.bool"),
         *((with_alpha(value), "no single finite alpha") for value in (math.nan, math.inf)),
         (with_two_alphas, "no single finite alpha"),
+        (with_alpha(1e30), r"by an alpha of 1e\+30 at rank \d+, which is too large"),
         (with_a_tensor(f"{KEY}.lora_new", 1), "changes single_blocks.0.linear1 in an unknown way"),
         (with_a_tensor(f"{KEY}.diff", 224, 32), "changes the weight of .*linear1 twice"),
         (with_a_tensor(f"{KEY}.dora_scale", 3), "by a magnitude that does not fit"),

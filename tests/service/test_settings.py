@@ -173,9 +173,9 @@ def test_loras_in_a_folder_are_there_and_added_only_if_that_is_said(
 ) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
-    for name in ("b.safetensors", "a.safetensors", ".hidden.safetensors", "c.ckpt", "a.txt"):
+    for name in ("b.sft", "a.safetensors", ".hidden.safetensors", "c.ckpt", "a.txt"):
         (folder / name).touch()
-    a, b = folder / "a.safetensors", folder / "b.safetensors"
+    a, b = folder / "a.safetensors", folder / "b.sft"
 
     def read(value: str) -> dict[Path, float]:
         monkeypatch.setenv("LORA_PATH", value)
@@ -192,10 +192,11 @@ def test_loras_in_a_folder_are_there_and_added_only_if_that_is_said(
     assert str(caught.value).endswith("; rename one")
 
 
-def test_loras_of_peft_have_the_names_of_their_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_loras_of_peft_and_diffusers_have_the_names_of_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    files = [tmp_path / name / "adapter_model.safetensors" for name in ("hand", "look")]
+    files = [tmp_path / folder / name for folder in ("hand", "look")]
     for file in files:
         file.parent.mkdir()
         file.touch()

@@ -39,6 +39,7 @@ _UNDERSCORED: Final = ("lora_unet_", "lora_transformer_", "lycoris_")
 """What tools put before the name of a module whose dots are underscores."""
 
 _LONGEST_KEY: Final = 1000  # characters; the time to split one grows with the square
+_LARGEST_FACTOR: Final = 1e6  # those in use are below 100
 _ADAPTER: Final = r"(\.[^.]+)?"  # its name, in the keys of a whole peft model
 _FACTORS: Final = (
     *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -292,13 +293,16 @@ class _Settings:
     is_rank_stabilised: bool = False
 
     def scale(self, module: str, rank: float | None) -> float:
-        """The factor of a product of this rank."""
+        """The factor of a product of this rank. Raises ValueError if it makes no sense."""
         alpha = _of(module, self.alphas, self.alpha)
         if rank is None:
             rank = _of(module, self.ranks, self.rank)
         if alpha is None or not rank:
             return 1.0
-        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+        factor = alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+        if abs(factor) > _LARGEST_FACTOR:
+            raise ValueError(f"an alpha of {alpha:g} at rank {rank:g}, which is too large")
+        return factor
 
 
 def _of(module: str, some: Mapping[re.Pattern[str], float], usual: float | None) -> float | None:
