@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import mmap
 import os
 import re
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from step1x_edit.checkpoints.stored import Span, Stored
 from step1x_edit.errors import CheckpointError
 from step1x_edit.model.quantised import Code, code
+
+logger = logging.getLogger(__name__)
 
 ALIGNMENT: Final = 256
 """Bytes: the alignment of CUDA's own allocations, which kernels expect."""
@@ -90,6 +94,16 @@ class Read(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Codes and scales of a matrix that are in a file."""
+
+    codes: Stored
+    scale: Stored
+    checksum: int
+    """As `checksum_of` both."""
+
+
+@dataclass(frozen=True)
 class Weight:
     """A parameter or buffer of the network, and the source of its numbers."""
 
@@ -103,6 +117,8 @@ class Weight:
     """None for the scales of a matrix, which are computed with its codes."""
     code: Code | None = None
     """Set for a matrix that is kept as codes; its source has the real shape and full precision."""
+    kept: Kept | None = None
+    """Its codes, if they need not be computed."""
 
     @property
     def scale_name(self) -> str:
@@ -199,6 +215,10 @@ class Arena:
         if reported:
             yield Read(total, total)
 
+    def views(self, block: str, memory: Tensor) -> Iterator[tuple[Weight, Tensor]]:
+        """The weights of a block, and where they are in memory of its size."""
+        return ((place.weight, place.view(memory)) for place in self._places[block])
+
     def weights_of(self, block: str) -> list[str]:
         """The names of the weights in a block."""
         return [place.weight.name for place in self._places[block]]
@@ -282,14 +302,24 @@ class Arena:
     def _all_places(self) -> Iterator[_Place]:
         return itertools.chain.from_iterable(self._places.values())
 
-    def _pieces(self, memories: Mapping[str, Tensor]) -> Iterator[_Piece | _CodedPiece]:
+    def _pieces(self, memories: Mapping[str, Tensor]) -> Iterator[_AnyPiece]:
         """The pieces to read."""
         for name, memory in memories.items():
             for place in self._places[name]:
-                if place.weight.code is not None:
-                    yield from self._coded_pieces(name, place, memory)
+                weight, target = place.weight, place.view(memory)
+                if weight.code is None:
+                    yield from _pieces_of(weight, target.reshape(-1))
+                    continue
+                rounding = self._coded_pieces(name, place, memory)
+                if weight.kept is None:
+                    yield from rounding
                 else:
-                    yield from _pieces_of(place.weight, place.view(memory).reshape(-1))
+                    scale = self._scale_of(name, weight).view(memory)
+                    yield _KeptPiece(weight, weight.kept, target, scale, rounding)
+
+    def _scale_of(self, block: str, weight: Weight) -> _Place:
+        """The place of the scales of a matrix that is kept as codes."""
+        return next(p for p in self._places[block] if p.weight.name == weight.scale_name)
 
     def _coded_pieces(
         self, block: str, place: _Place, memory: Tensor, delta: Tensor | None = None
@@ -297,8 +327,7 @@ class Arena:
         """The pieces of a matrix that is kept as codes, some rows each."""
         weight, source = place.weight, place.weight.source
         assert source is not None
-        scales = next(p for p in self._places[block] if p.weight.name == weight.scale_name)
-        codes, scale = place.view(memory), scales.view(memory)
+        codes, scale = place.view(memory), self._scale_of(block, weight).view(memory)
         rows, columns = source.shape
         step = max(1, CODED_PIECE // (4 * columns))
         for start in range(0, rows, step):
@@ -373,6 +402,57 @@ class _CodedPiece:
         self.codes.copy_(coded.codes)
         self.scale.copy_(coded.scale)
         return self.size
+
+
+@dataclass(frozen=True)
+class _KeptPiece:
+    """A matrix whose codes are in a file."""
+
+    weight: Weight
+    kept: Kept
+    codes: Tensor
+    scale: Tensor
+    rounding: Iterable[_CodedPiece]
+    """Computes the codes if those in the file are wrong."""
+
+    @property
+    def source(self) -> Stored:
+        return self.kept.codes
+
+    @property
+    def size(self) -> int:
+        """Bytes to read from the file."""
+        return self.kept.codes.size + self.kept.scale.size
+
+    def read(self) -> int:
+        """Read the codes, and return how many bytes they are."""
+        if not self._has_read():
+            file = self.kept.codes.spans[0].file.path.name
+            logger.warning("%s has wrong codes of %s: rounding them again", file, self.weight.name)
+            for piece in self.rounding:
+                piece.read()
+        return self.size
+
+    def _has_read(self) -> bool:
+        checksum = 0
+        try:
+            for stored, target in ((self.kept.codes, self.codes), (self.kept.scale, self.scale)):
+                (span,), flat = stored.spans, target.reshape(-1)
+                for start in range(0, span.count, CODED_PIECE):
+                    stop = min(start + CODED_PIECE, span.count)
+                    span.part(start, stop).read_into(flat[start:stop])
+                    checksum = checksum_of(flat[start:stop], checksum)
+        except CheckpointError:  # it has been replaced or removed
+            return False
+        return checksum == self.kept.checksum
+
+
+_AnyPiece: TypeAlias = _Piece | _CodedPiece | _KeptPiece
+
+
+def checksum_of(tensor: Tensor, before: int = 0) -> int:
+    """The CRC-32 of the bytes of a tensor, after those with the checksum `before`."""
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), before)
 
 
 def _unchanged(place: _Place, memory: Tensor) -> Tensor:
@@ -490,7 +570,7 @@ def _reserve(size: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def _place_on_disk(piece: _Piece | _CodedPiece) -> tuple[str, int]:
+def _place_on_disk(piece: _AnyPiece) -> tuple[str, int]:
     """Sorts pieces so that files are read from beginning to end."""
     if isinstance(piece.source, Tensor):
         return "", 0

@@ -127,6 +127,8 @@ class HostPlan:
     """What is read from disk when, in words."""
     is_rounded: bool = False
     """Whether the precision was lowered for lack of memory."""
+    codes: str = ""
+    """The file from which codes are read, and files that are not used, in words."""
 
     def out(self, use: Use) -> frozenset[str]:
         """Names of the blocks that stay on disk for this use."""
@@ -137,6 +139,9 @@ class HostPlan:
 
         `is_passing`: whether the blocks on disk are streamed in each edit.
         """
+        return "; ".join(filter(None, (self._memory_reason(is_passing), self.codes)))
+
+    def _memory_reason(self, is_passing: bool) -> str:
         if self.free is None:
             return ""
         found = [f"the weights are rounded to {self.precision}"] if self.is_rounded else []
@@ -240,17 +245,28 @@ def hosted(
     lockable_share: float,
     measure: Callable[[], Rates],
     precisions: Sequence[Precision] = FALLING,
+    converted: Sequence[Precision] = (),
 ) -> HostPlan:
     """The plan for a host with `free` bytes; None if unknown: then nothing stays on disk.
 
     `blocks_of` returns the blocks of the model in a precision. The first precision whose core fits
     is chosen, or the last one if none fits. Exact weights need not fit if the disk reads the rest
     of the core while a step computes: `measure` is called if something has to stay on disk.
+    `converted` are those whose codes are in a file. If exact weights would not all fit, the first
+    of these whose core fits is chosen.
     """
+    room = None if free is None else free - min(reserve, free // 2)
+
+    def core_fits(precision: Precision) -> bool:
+        left_out = _left_on_disk(list(blocks_of(precision)), room, _FIRST["edit"])
+        return all(block.component != "core" for block in left_out)
+
+    exact = precisions[0]
+    if converted and _left_on_disk(list(blocks_of(exact)), room, _FIRST["edit"]):
+        precisions = [*filter(core_fits, converted)][:1] or precisions
     rates = None
     for precision in precisions:
         blocks = list(blocks_of(precision))
-        room = None if free is None else free - min(reserve, free // 2)
         out = {use: _left_on_disk(blocks, room, order) for use, order in _FIRST.items()}
         if out["edit"] and rates is None:
             rates = measure()

@@ -23,6 +23,7 @@ from typing import Final
 from pydantic import TypeAdapter
 
 from step1x_edit import cache
+from step1x_edit.checkpoints.converted import converted_files
 from step1x_edit.engine import host_memory, machine
 from step1x_edit.engine.machine import Survey
 from step1x_edit.engine.worker_process import start_of
@@ -152,11 +153,12 @@ def _library(name: str) -> list[object]:
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    """The files of the checkpoint, also in linked folders, its LoRAs, and the upscaler."""
+    """The files of the checkpoint, also in linked folders, its codes, its LoRAs and the upscaler."""
     path = resolve_model_path(settings.model_path, settings.data_dir) or _EMBEDDED
     folder = path if path.is_dir() else path.parent
     inside = (*folder.glob("*"), *folder.glob("*/*"))  # no checkpoint is deeper
     yield from sorted(file for file in inside if file.is_file())
+    yield from (found.file for found in converted_files(settings.data_dir, path))
     yield from sorted(settings.lora_path)
     if settings.upscale_model is not None:
         yield settings.upscale_model

@@ -1,4 +1,4 @@
-"""The commands about checkpoints: list, fetch, find and remove them.
+"""The commands about checkpoints: list, fetch, find, convert and remove them.
 
 The code that talks to the hub is imported when a model is pulled.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -16,6 +18,7 @@ import typer
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from step1x_edit.channel import GIGA
+from step1x_edit.checkpoints.converted import converted_files, remove_converted
 from step1x_edit.engine import host_memory
 from step1x_edit.errors import CheckpointError
 from step1x_edit.hub.catalog import CATALOG, Model, find_model
@@ -59,6 +62,15 @@ models_app = typer.Typer(
 # The authors' figure for their own code in bfloat16 at 1024 px on an H800, without offloading.
 _PUBLISHED_MEMORY: Final = "49.8 GB of GPU memory, as published"
 
+
+class CodePrecision(str, Enum):
+    """The precisions that have codes."""
+
+    INT8 = "int8"
+    FP8 = "fp8"
+    NF4 = "nf4"
+
+
 Name = Annotated[
     str,
     typer.Argument(
@@ -88,6 +100,10 @@ def list_models(as_json: AsJson = False) -> None:
             mark = "*" if model["runs"] else " "
             out.print(f"{mark} {model['name']:<18}{_needs(model)}", markup=False)
             out.print(f"{'':<20}{model['place']}", markup=False)
+            for codes in model.get("converted", ()):
+                unused = f", not used: {codes['problem']}" if codes["problem"] else ""
+                text = f"{codes['precision']} codes, {_gigabytes(codes['disk_gb'] * GIGA)}"
+                out.print(f"{'':<20}{text} in {codes['file']}{unused}", markup=False)
             if "error" in model:
                 out.print(f"{'':<20}does not run: {model['error']}", markup=False)
         out.print(f"Recommended for this machine: {recommended} ({reason})", markup=False)
@@ -119,19 +135,58 @@ def where(name: Name) -> None:
 
 
 @models_app.command(cls=Command)
+def convert(
+    model: Annotated[
+        str, typer.Argument(help="demo, a model that was pulled, or its folder", metavar="MODEL")
+    ],
+    precision: Annotated[CodePrecision, typer.Option(help="The codes", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False, exists=True, help="Write to this folder instead of DATA_DIR/converted"
+        ),
+    ] = None,
+) -> None:
+    """Round a model once, so that later starts need not.
+
+    The codes are written into a file that starts with this PRECISION, or auto,
+    find; the model is still needed. If it changes, convert it again.
+    """
+    with failures_on_stderr(False, "interrupted; nothing is left"):
+        from step1x_edit.engine.conversion import convert as write
+        from step1x_edit.engine.worker_process import start_of
+
+        settings = cli_settings()
+        path = None if model == _EMBEDDED else Path(model)
+        chosen = settings.model_copy(update={"model_path": path})
+        start = replace(start_of(chosen), precision=precision.value, loras={})
+        with display(err, DownloadColumn(), TransferSpeedColumn()) as shown:
+            shown.begin(model, "opening")
+
+            def show(done: int, total: int) -> None:
+                shown.show("rounding", f"rounding to {precision.value}", done, total)
+
+            file = write(start, output, show)
+        err.print(f"{_gigabytes(file.stat().st_size)} of codes; remove the file to undo this")
+        print_line(file)
+
+
+@models_app.command(cls=Command)
 def rm(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask")] = False,
 ) -> None:
-    """Remove a pulled model, or the files of an unfinished pull."""
+    """Remove a pulled model and its codes, or the files of an unfinished pull."""
     with failures_on_stderr(False):
         models = models_folder(cli_settings().data_dir)
         model = find_model(name)
+        data_dir, folder = cli_settings().data_dir, models / model.folder_name
         sizes = [kept.size for kept in kept_models(models) if kept.name == model.name]
+        sizes += [found.size for found in converted_files(data_dir, folder)]
         if sizes and not yes:
             question = f"Remove {model.name} ({_gigabytes(sum(sizes))}) from {models}?"
             typer.confirm(question, abort=True, err=True)
-        freed = remove_model(name, models)
+        freed = remove_model(name, models) + remove_converted(data_dir, folder)
         err.print(f"removed {model.name}, {_gigabytes(freed)}", markup=False)
 
 
@@ -167,14 +222,38 @@ def _found(settings: Settings, seen: Survey) -> list[dict[str, Any]]:
             "place": str(embedded),
             "disk_gb": _size_gb(embedded),
             **(of_chosen if path is None else {"memory": "", "runs": False}),
+            **_codes(settings, embedded),
         }
     ]
     if path is not None:
         name = seen.checkpoint or "MODEL_PATH"
+        of_chosen |= _codes(settings, path)
         found.append({"name": name, "place": str(path), "disk_gb": _size_gb(path), **of_chosen})
     kept = {item.name: item for item in kept_models(models_folder(settings.data_dir))}
     others = [find_model(name) for name in kept if name not in {m.name for m in CATALOG}]
-    return found + [_published(model, kept.get(model.name)) for model in (*CATALOG, *others)]
+    for model in (*CATALOG, *others):
+        here = kept.get(model.name)
+        codes = {} if here is None else _codes(settings, here.folder)
+        found.append(_published(model, here) | codes)
+    return found
+
+
+def _codes(settings: Settings, model: Path) -> dict[str, Any]:
+    """The files that `convert` has written for a model."""
+    files = converted_files(settings.data_dir, model)
+    if not files:
+        return {}
+    return {
+        "converted": [
+            {
+                "precision": found.precision,
+                "file": str(found.file.resolve()),
+                "disk_gb": round(found.size / GIGA, 3),
+                "problem": found.problem,
+            }
+            for found in files
+        ]
+    }
 
 
 def _published(model: Model, kept: Kept | None) -> dict[str, Any]:
