@@ -37,9 +37,23 @@ def shift(u: Tensor, num_tokens: int) -> Tensor:
     `time_shift` in `src/flux/sampling.py`; arXiv 2403.03206, section 5.3.2 ("Resolution-dependent
     shifting of timestep schedules").
     """
-    e_mu = math.exp(mu(num_tokens))
-    t: Tensor = e_mu / (e_mu + (1 / u - 1))
+    return shift_by(u, math.exp(mu(num_tokens)))
+
+
+def shift_by(u: Tensor, factor: float) -> Tensor:
+    """Shift timesteps u in [0, 1] by e^mu = factor; 1 leaves them as they are."""
+    t: Tensor = factor / (factor + (1 / u - 1))
     return t
+
+
+def between(clean: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
+    """Return x_t on the straight line from the picture (t = 0) to the noise (t = 1)."""
+    return (1 - t) * clean + t * noise
+
+
+def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
+    """Return dx/dt along this line: what the network is trained to predict."""
+    return noise - clean
 
 
 def mu(num_tokens: int) -> float:

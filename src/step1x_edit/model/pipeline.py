@@ -319,6 +319,13 @@ class EditPipeline:
             sketch=self._sketch(request, key, lambda: [Pairs.of(latents, pixels())]),
         )
 
+    @torch.inference_mode()
+    def encode_target(self, image: Pixels, encoded: Encoded) -> Tensor:
+        """The latents (1, N, C) of another picture in the size of an encoded one, for training."""
+        size = encoded.columns, encoded.rows
+        picture = _Picture(image, tuple(side * self.config.size_multiple for side in size))
+        return pack(self._encode_latents(picture.for_vae(self.config.reference_resize)))
+
     def _encode_words(self, request: NetworkRequest) -> Encoded:
         """Encode the prompts alone, about a black picture; there are no reference tokens."""
         multiple, sides = self.config.size_multiple, (request.width, request.height)

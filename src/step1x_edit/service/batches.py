@@ -82,7 +82,7 @@ class Chosen(PictureRequest):
     mask: MaskPath = None
 
 
-class _Row(PictureRequest):
+class Row(PictureRequest):
     """The fields of a manifest line."""
 
     image: ImagePath
@@ -122,7 +122,7 @@ def items_of_manifest(path: Path, chosen: Chosen) -> list[Item]:
     items: list[Item] = []
     wrong: list[str] = []
     taken: dict[str, int] = {}
-    for line, values in _rows(path):
+    for line, values in rows_of(path):
         try:
             items.append(_item(path.parent, line, values, usual))
         except InvalidParameterError as error:
@@ -146,7 +146,7 @@ def _item(
 ) -> Item:
     if isinstance(values, str):
         raise InvalidParameterError(values)
-    row = read_request(_Row, {**usual, **given(values)})
+    row = read_request(Row, {**usual, **given(values)})
     if not row.prompt.strip():
         raise InvalidParameterError("prompt is empty")
     if row.output is not None and Path(row.output).suffix.lower() not in OUTPUT_FORMATS:
@@ -171,7 +171,7 @@ def _below(folder: Path, path: str) -> Path:
     return folder / expanded(path)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, object] | str]]:
     """Each line number with its values, or with the reason why the line is invalid."""
     kind = path.suffix.lower()
     if kind not in _TABLES + _LINES:

@@ -23,6 +23,7 @@ from step1x_edit.interfaces.cli.models import models_app
 from step1x_edit.interfaces.cli.replaying import replay
 from step1x_edit.interfaces.cli.serving import Serve, serve
 from step1x_edit.interfaces.cli.terminal import print_line
+from step1x_edit.interfaces.cli.training import train_lora
 from step1x_edit.interfaces.cli.usage import HELP_NAMES, Command, Program, show_any_text
 
 __all__ = ["DEMO_PHOTO", "DEMO_PROMPTS", "app", "run"]
@@ -47,6 +48,7 @@ app.command(cls=Command)(batch)
 app.command(cls=Command)(generate)
 app.command(cls=Command)(replay)
 app.command(cls=Command)(inspect)
+app.command(cls=Command)(train_lora)
 app.command(cls=Serve)(serve)
 for command in (status, offload, release, doctor):
     app.command(cls=Command)(command)
