@@ -35,7 +35,7 @@ from step1x_edit.settings import Settings
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-MODULES = "step1x_edit", "toy_worker"
+MODULES = "step1x_edit", "toy_worker", "group_worker"
 """What may stand behind `-m`, with modules below it."""
 
 READ_LATER = {name.upper() for name in Settings.model_fields} | {

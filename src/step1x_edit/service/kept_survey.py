@@ -153,7 +153,7 @@ def _library(name: str) -> list[object]:
 
 
 def _files(settings: Settings) -> Iterator[Path]:
-    """The files of the checkpoint, also in linked folders, its codes, its LoRAs and the upscaler."""
+    """The files of the checkpoint (also in linked folders), its codes, LoRAs and the upscaler."""
     path = resolve_model_path(settings.model_path, settings.data_dir) or _EMBEDDED
     folder = path if path.is_dir() else path.parent
     inside = (*folder.glob("*"), *folder.glob("*/*"))  # no checkpoint is deeper

@@ -44,8 +44,8 @@ class Partners:
     All methods are called on one thread.
     """
 
-    def __init__(self, start: Start, device: str, end: End) -> None:
-        """`end` is called, from any thread, when one of them is lost."""
+    def __init__(self, start: Start, device: str, end: End, module: str) -> None:
+        """`end` is called, from any thread, when one of them is lost. They run `module`."""
         self.size = start.gpus_per_edit
         self._end = end
         self._team = Team()
@@ -65,7 +65,7 @@ class Partners:
         try:
             for rank in range(1, self.size):
                 its = replace(start, rank=rank, meeting=port)
-                self._processes.append(WorkerProcess(its, partial(self._ended, rank - 1)))
+                self._processes.append(WorkerProcess(its, partial(self._ended, rank - 1), module))
         except OSError as error:
             reason = f"a process of an edit cannot be started ({error.strerror})"
             end(ModelUnavailableError(reason))
@@ -187,11 +187,11 @@ class Partners:
                 if report is not None and isinstance(report.event, Failed):
                     raise rebuild(report.event.code, report.event.sentence)
         except WorkerLostError as error:
-            which = f"process {index + 2} of the {self.size} of an edit"
+            which = f"process {index + 2} of {self.size}"
             self._end(WorkerLostError(f"{error} ({which})"))
         except Step1XEditError as error:
             self._end(error)
 
 
-ALONE: Final = Partners(Start(), "", lambda _: None)
+ALONE: Final = Partners(Start(), "", lambda _: None, "")
 """No partners."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from step1x_edit.channel import (
     Cancel,
@@ -69,6 +69,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MODULE: Final = "step1x_edit.worker.process"
+"""This one, also when it runs as a program."""
+
 
 def leave(error: Exception) -> None:
     """End the process."""
@@ -81,10 +84,12 @@ def load_worker(
     measure: MeasureHost = host_memory.measure,
     measure_rates: MeasureRates | None = None,
     end: Callable[[Exception], None] = leave,
+    module: str = MODULE,
 ) -> PipelineWorker:
     """Prepare a worker for the model, which the first edit loads.
 
-    `end` is called, from any thread, if one of several processes of an edit is lost.
+    `end` is called, from any thread, if one of several processes of an edit is lost. The others
+    run `module`.
     """
     import_libraries()
     from step1x_edit.worker.edits import PipelineWorker
@@ -102,7 +107,7 @@ def load_worker(
     # Without a folder to keep what is measured, a seed would not give the same picture again.
     products = Products(Path(start.data_dir)) if start.data_dir else None
     upscaler = Upscaler(start.upscale_model, place)
-    partners = Partners(start, device, end)
+    partners = Partners(start, device, end, module)
     return PipelineWorker(
         residency, device, products=products, partners=partners, upscaler=upscaler
     )
@@ -276,8 +281,8 @@ def _import_early() -> None:
         import_libraries()
 
 
-def main() -> None:
-    """Run the worker on the pipe whose handle is the first argument."""
+def main(module: str = MODULE) -> None:
+    """Run the worker on the pipe whose handle is the first argument; `module` calls this."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine stops this process
     threading.Thread(target=_import_early, name="libraries", daemon=True).start()
@@ -285,7 +290,9 @@ def main() -> None:
     end = partial(_report_and_leave, channel)
 
     def load(start: Start) -> Model | Helper:
-        return load_partner(start, end) if start.rank else load_worker(start, end=end)
+        if start.rank:
+            return load_partner(start, end)
+        return load_worker(start, end=end, module=module)
 
     WorkerLoop(channel, load).run()
 
