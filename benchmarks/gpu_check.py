@@ -34,6 +34,7 @@ from build import commit
 from gpu import coded, memory, sections
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 from gpu.networks import HAS_PEER
+from gpu.several import several
 from markdown_tables import cell, table_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,6 +72,7 @@ SECTIONS = (
     Section(sections.exact_cudnn, 25),
     Section(sections.baseline_helpers, 30),
     Section(sections.peer_compiled, 60, needs_peer=True),
+    Section(several, 90),
 )
 
 
@@ -181,6 +183,7 @@ def table(report: Report) -> str:
         *_turbo_rows(found.get("turbo", {})),
         *_streaming_rows(found.get("streaming", {})),
         *_coded_rows(found.get("coded_blocks", {})),
+        *_several_rows(found.get("several", {})),
         *_figure_rows("probe", found.get("probe", {})),
         *_figure_rows("residency", found.get("residency", {})),
         *_figure_rows("savings", found.get("savings", {})),
@@ -285,6 +288,16 @@ def _coded_rows(section: Figures) -> list[str]:
         cells = [cell(row.get(name)) for name in names]
         lines.append(f"| {row['precision']} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _several_rows(section: Figures) -> list[str]:
+    lines = ["| GPUs | size | a step, ms | 28 steps, s | distance from one |", "|---" * 5 + "|"]
+    for group in section.get("groups", []):
+        for row in group["rows"]:
+            loop = f"{row['loop_s']:.2f} {row['loop_is']}"
+            cells = (group["gpus"], row["pixels"], f"{row['step_ms']:.1f}", loop)
+            lines.append(f"| {' | '.join(map(str, cells))} | {cell(group['distance'])} |")
+    return [*lines, ""] if section.get("groups") else []
 
 
 def _figure_rows(name: str, section: Figures) -> list[str]:

@@ -125,6 +125,8 @@ class Prepare:
     """As in `EditJob`."""
     loras: Mapping[str, float] | None
     precision: Precision
+    load: int
+    """The partner reads the files again if this has changed."""
 
 
 @dataclass(frozen=True)

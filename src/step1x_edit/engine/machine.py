@@ -77,15 +77,20 @@ def inspect_machine(start: Start, timeout_s: float = TIMEOUT_S) -> Survey:
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
 
 
-def check_device(device: str) -> None:
-    """Raise SettingsError if the driver of the device is missing on this machine.
+def check_device(device: str, number: int) -> None:
+    """Raise SettingsError if the driver of the device is missing here, or it has too few GPUs.
 
-    No more is known without torch; the first edit finds out how many cards there are.
+    No more is known without torch; the first edit finds out what else is wrong.
     """
     if device.startswith("cuda") and not has_gpu_driver():
         raise SettingsError(
             f"DEVICE is {device}, and this machine has no driver for it ({_CUDA_LIBRARY}); install "
             "the driver, give the container the GPU, or set DEVICE=auto or cpu"
+        )
+    if number > 1 and device != "cpu" and 0 < (found := _num_gpus()) < number:
+        raise SettingsError(
+            f"GPUS_PER_EDIT is {number} and the driver finds {found} here: set a lower "
+            "GPUS_PER_EDIT, or make more GPUs visible"
         )
 
 
@@ -113,6 +118,18 @@ def has_gpu_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def _num_gpus() -> int:
+    """How many cards CUDA's driver lets this process see; 0 if it cannot say."""
+    number = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL(_CUDA_LIBRARY)
+        driver.cuInit(0)
+        driver.cuDeviceGetCount(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return 0
+    return number.value
 
 
 def first_line(text: str) -> str:

@@ -563,6 +563,14 @@ class GpuStatistics(_Answer):
     full_releases: int = 0
 
 
+class DeviceMemory(_Answer):
+    """The memory that one of several devices holds, in GB."""
+
+    device: str
+    allocated_gb: float
+    reserved_gb: float
+
+
 class GpuStatus(_Answer):
     """Where the model is and how much memory it uses; times in seconds, memory in GB."""
 
@@ -596,6 +604,13 @@ class GpuStatus(_Answer):
     loading: Annotated[
         str | None,
         Field(description="While an edit loads the model: how much of it has been read, in words"),
+    ] = None
+    other_devices: Annotated[
+        list[DeviceMemory] | None,
+        Field(
+            description="The memory on the other GPUs of an edit, if it has several: the fields "
+            "above are of the first"
+        ),
     ] = None
 
 

@@ -26,6 +26,7 @@ from step1x_edit.channel import (
     Painted,
     Phase,
     Progress,
+    Residence,
     UpscaleJob,
 )
 from step1x_edit.engine.engine import (
@@ -49,6 +50,7 @@ from step1x_edit.lora_names import lora_name
 from step1x_edit.model.config import DEMO, ONLY_EDITING, REASONING
 from step1x_edit.pictures.result_files import ResultFile, ResultFiles
 from step1x_edit.schemas.answers import (
+    DeviceMemory,
     EditMetadata,
     EstimateAnswer,
     GpuAnswer,
@@ -511,7 +513,21 @@ class EditService:
             loras=list(self._loras) or None,
             loras_in_model=loras_of(residence.loras) or None,
             loading=status.loading and status.loading.text,
+            other_devices=_other_devices(residence) or None,
         )
+
+
+def _other_devices(residence: Residence) -> list[DeviceMemory]:
+    kind = (residence.device or "").partition(":")[0]
+    return [
+        DeviceMemory(
+            device=f"{kind}:{rank}",
+            allocated_gb=round(memory.allocated_gb, 2),
+            reserved_gb=round(memory.reserved_gb, 2),
+        )
+        for rank, memory in enumerate(residence.others, start=1)
+        if kind != "cpu"
+    ]
 
 
 async def _run(edit: Edit, report: Reporter) -> EditResult:

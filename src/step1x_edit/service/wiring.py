@@ -30,7 +30,7 @@ def build_service(
     Raises SettingsError if the usual worker cannot use its DEVICE.
     """
     if start is None:
-        check_device(settings.device)
+        check_device(settings.device, settings.gpus_per_edit)
     engine = Engine(
         start or partial(WorkerProcess, start_of(settings)),
         max_queue=settings.max_queue,

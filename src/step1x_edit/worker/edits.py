@@ -145,11 +145,17 @@ class PipelineWorker:
         )
 
     def _placement(self) -> PlanStatus | None:
-        """How the model is placed; the weights of the upscaler are in host memory too."""
-        placement = self._residency.placement()
-        if placement is None or placement.host_gb is None:
-            return placement
-        return replace(placement, host_gb=placement.host_gb + self._upscaler.size / GIGA)
+        """How the model is placed: the upscaler's weights are in host memory too, and two branches
+        of processes run the prompts apart.
+        """
+        found = self._residency.placement()
+        if found is None:
+            return None
+        if self._partners.size % 2 == 0:
+            found = replace(found, joint_branches=False)
+        if found.host_gb is None:
+            return found
+        return replace(found, host_gb=found.host_gb + self._upscaler.size / GIGA)
 
     def _arithmetic(self, checkpoint: Checkpoint) -> str | None:
         """What the last edit was computed with, as far as it has a name."""
@@ -296,6 +302,8 @@ class _RunningEdit:
 
     def _make_ready(self, use: Use) -> Iterator[Progress]:
         """Load the model with the LoRAs of the job, and move it to where it computes."""
+        if self.residency.checkpoint is None:
+            self.partners.forget()
         try:
             self.residency.use_loras(self.job.loras, self.check)
             for done, total in self.residency.loading(self.check, self._accept, use):

@@ -6,7 +6,6 @@ It has the weights of the transformer only. What it does, and when, the worker s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -38,13 +37,14 @@ class Partner:
         self._device = chosen_device(start)
         self._seat = Seat(start.rank, start.gpus_per_edit, self._device, start.meeting)
         self._residency = self._residency_in(start.precision)
+        self._load = 0
 
     def help(self, request: Prepare | Denoise, check: Check) -> None:
         """Do what the worker asks for. If memory runs out, less stays on the device afterwards."""
         try:
             match request:
-                case Prepare(_, loras, precision):
-                    self._prepare(loras, precision, check)
+                case Prepare():
+                    self._prepare(request, check)
                 case Denoise():
                     self._denoise(request)
         except (MemoryError, RuntimeError) as error:
@@ -61,19 +61,16 @@ class Partner:
         return Residence(device=self._device, memory=self._residency.memory())
 
     def _residency_in(self, precision: Precision) -> Residency:
-        self._precision = precision
         start, place = replace(self._start, precision=precision), place_of(self._device)
         return Residency(partial(open_chosen, start), place, plan=partial(plan_for, place))
 
-    def _prepare(
-        self, loras: Mapping[str, float] | None, precision: Precision, check: Check
-    ) -> None:
+    def _prepare(self, request: Prepare, check: Check) -> None:
         """Bring the model to where it computes."""
-        if precision != self._precision:
+        if request.load != self._load:
             self._residency.release()
-            self._residency = self._residency_in(precision)
-        if not self._residency.is_ready(loras):
-            self._residency.use_loras(loras, check)
+            self._residency, self._load = self._residency_in(request.precision), request.load
+        if not self._residency.is_ready(request.loras):
+            self._residency.use_loras(request.loras, check)
             self._residency.load(check)
             self._residency.onload(check)
 

@@ -49,7 +49,7 @@ class Partners:
         self.size = start.gpus_per_edit
         self._end = end
         self._team = Team()
-        self._number = 0
+        self._number = self._load = 0
         self._waiting: set[int] = set()
         """The indices of those that have not answered."""
         self._loras: dict[int, Mapping[str, float] | None] = {}
@@ -83,6 +83,11 @@ class Partners:
     def _is_ready(self, index: int, loras: Mapping[str, float] | None) -> bool:
         return index in self._loras and self._loras[index] == loras
 
+    def forget(self) -> None:
+        """Have them read the model again, as this process does."""
+        self._load += 1
+        self._loras.clear()
+
     def preparing(self, loras: Mapping[str, float] | None, precision: Precision) -> Iterator[None]:
         """Bring their models to where they compute; yields while that lasts.
 
@@ -91,7 +96,7 @@ class Partners:
         self._number += 1
         for index in self._all:
             if not self._is_ready(index, loras):
-                self._ask(index, Prepare(self._number, loras, precision))
+                self._ask(index, Prepare(self._number, loras, precision, self._load))
         try:
             while self._waiting:
                 for index in list(self._waiting):

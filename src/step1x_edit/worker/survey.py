@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from step1x_edit.channel import GIGA, Start, name_with_loras
 from step1x_edit.checkpoints.memory_plan import plan_status
 from step1x_edit.engine.machine import Survey, first_line
-from step1x_edit.errors import Step1XEditError
+from step1x_edit.errors import ModelUnavailableError, Step1XEditError
 from step1x_edit.worker.libraries import import_libraries
 from step1x_edit.worker.opening import (
     chosen_device,
@@ -37,7 +37,13 @@ def survey(start: Start) -> Survey:
     except (ImportError, OSError) as error:  # OSError: a native library is missing
         return Survey(torch_error=first_line(f"{type(error).__name__}: {error}"))
     found = Survey(torch=torch.__version__)
-    return _with_upscaler(_with_checkpoint(_with_device(found, start), start), start)
+    try:
+        found = _with_device(found, start)
+    except ModelUnavailableError as error:  # there are too few GPUs
+        reason = first_line(str(error).removeprefix(f"{error.beginning}: "))
+        found = dataclasses.replace(found, device=start.device, device_error=reason)
+        start = dataclasses.replace(start, gpus_per_edit=1)
+    return _with_upscaler(_with_checkpoint(found, start), start)
 
 
 def _with_device(found: Survey, start: Start) -> Survey:
@@ -46,9 +52,11 @@ def _with_device(found: Survey, start: Start) -> Survey:
     name = chosen_device(start)
     if not name.startswith("cuda"):
         return dataclasses.replace(found, device=name)
+    ranks = range(start.gpus_per_edit)
     try:
-        free, total = torch.cuda.mem_get_info(name)
-        shown = f"{name}, {torch.cuda.get_device_name(name)}"
+        names = [chosen_device(dataclasses.replace(start, rank=rank)) for rank in ranks]
+        free, total = min(map(torch.cuda.mem_get_info, names))
+        shown = f"{', '.join(names)}, {torch.cuda.get_device_name(name)}"
     except (RuntimeError, AssertionError, ValueError) as error:
         return dataclasses.replace(found, device=name, device_error=first_line(str(error)))
     return dataclasses.replace(
