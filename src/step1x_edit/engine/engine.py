@@ -288,7 +288,7 @@ class Engine:
         self.check_time(job)
         with self._changed:
             self.check_room()
-            return self._enqueue(job, self.time_warning(job))
+            return self._enqueue(job)
 
     def submit_next(self, job: EditJob) -> Edit:
         """Put the next item of a batch at the end of the queue.
@@ -301,7 +301,7 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
-            return self._enqueue(job, self.time_warning(job))
+            return self._enqueue(job)
 
     def submit_end(self, job: UpscaleJob) -> Edit:
         """Put the end of an edit at the front of the queue: its caller has waited already."""
@@ -309,9 +309,10 @@ class Engine:
         with self._changed:
             if self._is_closed:
                 raise ShuttingDownError()
-            edit = self._enqueue(job)
-            self._waiting.rotate(1)
+            edit = self._numbered(job)
+            self._waiting.appendleft(edit)
             self._publish_positions()
+            self._wake()
             return edit
 
     def check_room(self) -> None:
@@ -427,10 +428,13 @@ class Engine:
 
     # --- with the lock held ---------------------------------------------------------------------
 
-    def _enqueue(self, job: Job, warning: str | None = None) -> Edit:
+    def _numbered(self, job: Job) -> Edit:
         self._number += 1
-        edit = Edit(self, replace(job, number=self._number))
-        edit.warning = warning
+        return Edit(self, replace(job, number=self._number))
+
+    def _enqueue(self, job: EditJob) -> Edit:
+        edit = self._numbered(job)
+        edit.warning = self.time_warning(job)
         self._waiting.append(edit)
         edit.publish(Progress(Phase.QUEUED, step=len(self._waiting)))
         self._wake()

@@ -86,7 +86,6 @@ if TYPE_CHECKING:  # deferred: a server starts to answer before numpy is importe
 
 _UNCHANGED: Final = PictureRequest(prompt="")
 _Request = TypeVar("_Request", bound=HowToMake)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -422,18 +421,21 @@ class EditService:
             job = job_of(request, *await asyncio.to_thread(source.seen), previews)
             result = await _run(submit(job), source.showing_whole(report))
             record = record_of(request, result, source)
-            phase = Phase.SAVING if request.upscale == 1 else Phase.UPSCALING
-            picture, share = await _in_phase(
-                phase, report, partial(source.restored, result.painted.image)
-            )
+            saving = partial(report, Progress(Phase.SAVING))
+            enlarging = partial(report, Progress(Phase.UPSCALING))
+            restoring = saving if request.upscale == 1 else enlarging
+            await restoring()
+            restored = asyncio.to_thread(source.restored, result.painted.image)
+            picture, share = await with_heartbeats(restored, restoring, HEARTBEAT_S)
             if request.upscale > 1:
                 picture, record = await self._enlarged(picture, record, report)
+                await saving()
 
             def finished() -> tuple[ResultFile, tuple[bytes, ...]]:
                 file = self._result_files.write(picture, suffix, record, original)
                 return file, _rounds(result.painted)
 
-            file, rounds = await _in_phase(Phase.SAVING, report, finished)
+            file, rounds = await with_heartbeats(asyncio.to_thread(finished), saving, HEARTBEAT_S)
         return EditedPicture(
             picture,
             file.data,
@@ -537,13 +539,6 @@ async def _run(edit: Edit, report: Reporter) -> EditResult:
         return await edit.result()
     finally:
         edit.cancel()  # does nothing to an edit that has ended
-
-
-async def _in_phase(phase: Phase, report: Reporter, work: Callable[[], _T]) -> _T:
-    """Do some work in a thread, and report the phase meanwhile."""
-    saying = partial(report, Progress(phase))
-    await saying()
-    return await with_heartbeats(asyncio.to_thread(work), saying, HEARTBEAT_S)
 
 
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:
