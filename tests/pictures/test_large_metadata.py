@@ -16,7 +16,9 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from conftest import MakeService
 from picture_files import scene, tiff
+from step1x_edit.errors import CorruptImageError
 from step1x_edit.pictures.images import decode, format_of, read_record
 from step1x_edit.settings import Limits
 
@@ -165,3 +167,42 @@ def test_names_in_xmp_that_each_contain_a_long_one(names: str, prefix: str, quot
     chunks = PngInfo()
     chunks.add_itxt("XML:com.adobe.xmp", packet)
     read_in_little_memory(saved("PNG", pnginfo=chunks))
+
+
+# --- many pictures in one HEIC -------------------------------------------------------------------
+
+PICTURES = 40
+
+
+def many_pictures(first: int, profile: bytes | None = None) -> bytes:
+    """A HEIC with EXIF in each picture, of this length in the first one."""
+    file = pillow_heif.HeifFile()
+    for number in range(PICTURES):
+        file.add_from_pillow(Image.fromarray(SCENE))
+        file[number].info["exif"] = b"Exif\0\0II*\0" + bytes(first if number == 0 else 40)
+        file[number].info["icc_profile"] = profile
+    file.save(buffer := io.BytesIO(), save_all=True)
+    return buffer.getvalue()
+
+
+def with_shared_exif(data: bytes) -> bytes:
+    """The same where the EXIF of every picture is that of the first one."""
+    changed, at = bytearray(data), data.index(b"iloc") + 12
+    entries = [slice(start, start + 18) for start in range(at, at + 2 * PICTURES * 18, 18)]
+    longest = max(entries, key=lambda entry: data[entry][-4:])
+    for entry in entries:
+        if data[entry][1] % 2 == 0:  # the items of pictures have odd numbers
+            changed[entry.start + 2 : entry.stop] = data[longest][2:]
+    return bytes(changed)
+
+
+async def test_a_heic_whose_pictures_share_their_exif_is_refused(make_service: MakeService) -> None:
+    whole = many_pictures(500_000)
+    assert await make_service().check_picture(whole) is None
+
+    with pytest.raises(CorruptImageError, match="the parts of the HEIC overlap"):
+        await make_service().check_picture(with_shared_exif(whole))
+
+
+def test_only_the_main_picture_of_a_heic_is_read() -> None:
+    read_in_little_memory(with_shared_exif(many_pictures(100_000)))  # 4 MB more than its bytes

@@ -151,7 +151,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, _Span]]:
         start += size
 
 
-def _box(data: bytes, within: _Span, *path: bytes) -> _Span | None:
+def box(data: bytes, within: _Span, *path: bytes) -> _Span | None:
     """The content of the first box at a path of kinds."""
     for kind in path:
         found = next((span for name, span in _boxes(data, *within) if name == kind), None)
@@ -164,9 +164,9 @@ def _box(data: bytes, within: _Span, *path: bytes) -> _Span | None:
 def _iso_numbers(data: bytes) -> Cicp | None:
     """The nclx colour of the main picture, from its colr box."""
     everything = 0, len(data)
-    main = _box(data, everything, b"meta", b"pitm")
-    store = _box(data, everything, b"meta", b"iprp", b"ipco")
-    links = _box(data, everything, b"meta", b"iprp", b"ipma")
+    main = box(data, everything, b"meta", b"pitm")
+    store = box(data, everything, b"meta", b"iprp", b"ipco")
+    links = box(data, everything, b"meta", b"iprp", b"ipma")
     if main is None or store is None or links is None:
         return None
     item = int.from_bytes(data[main[0] + 4 : main[1]], "big")

@@ -48,7 +48,7 @@ from step1x_edit.errors import (
     InvalidParameterError,
     UnsupportedImageError,
 )
-from step1x_edit.pictures import colour, tiff
+from step1x_edit.pictures import colour, heic, tiff
 from step1x_edit.pictures.colour import Cicp, Shown
 from step1x_edit.pictures.formats import (
     colour_numbers,
@@ -340,10 +340,11 @@ def _decoders_for(data: bytes) -> tuple[str, ...]:
     if not is_heic(data):
         return DECODERS
     try:
-        import pillow_heif
+        import pillow_heif  # noqa: F401
     except ImportError:
         return DECODERS
-    pillow_heif.register_heif_opener()
+    heic.register()
+    heic.check(data)
     return (*DECODERS, "HEIF")
 
 
