@@ -11,9 +11,9 @@ read. The module knows no names of tensors.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
-import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -94,21 +94,32 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a file. Raises CheckpointError."""
+    """Read the header of a file, unless it was read before. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
-            state = os.fstat(file.fileno())
-            if not state.st_size:
-                raise ValueError("it is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                fields, entries = _parse(_Reader(data))
+        state = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return _header(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _header(path: Path, size: int, modified_ns: int) -> Header:
+    """The header of a file in this state: a vocabulary takes time to skip."""
+    try:
+        if not size:
+            raise ValueError("it is empty")
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            fields, entries = _parse(_Reader(data))
     except struct.error:
         raise CheckpointError(
             f"cannot read {path}: it ends within its header; download it again"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    return Header(fields, entries, state.st_size, state.st_mtime_ns)
+    return Header(fields, entries, size, modified_ns)
 
 
 class _Reader:
