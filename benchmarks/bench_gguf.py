@@ -69,7 +69,7 @@ def speed(turns: int) -> list[dict[str, object]]:
     print(f"\n{ROWS} x {COLUMNS} numbers, millions per CPU second:\n")
     print("| format | gguf package | here | ratio |")
     print("|---|---|---|---|")
-    rows = []
+    rows: list[dict[str, object]] = []
     for number, packing in PACKINGS.items():
         kind, raw = Kind(number), packed(Kind(number))
         flat, out = torch.from_numpy(raw).flatten(), torch.empty(ROWS * COLUMNS)
@@ -118,7 +118,7 @@ def demo(size: int, steps: int) -> list[dict[str, object]]:
     print(f"\nThe demo at {size}, {steps} steps, PSNR in dB:\n")
     print("| format | " + " | ".join(PROMPTS) + " |")
     print("|---" * (1 + len(PROMPTS)) + "|")
-    rows = []
+    rows: list[dict[str, object]] = []
     for kind in WRITABLE:
         for name, weight in weights.items():
             rounded = quants.dequantize(quants.quantize(exact[name], kind), kind)

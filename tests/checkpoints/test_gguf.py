@@ -8,6 +8,7 @@ import io
 import math
 import shutil
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -469,6 +470,22 @@ def test_damage_and_other_models_are_refused_in_one_sentence(
         read(folder / "model.gguf", pipeline)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_rare_formats_need_the_package_and_common_ones_do_not(
+    folder: Path,
+    pipeline: EditPipeline,
+    tensors: Tensors,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common, rare = folder / "common.gguf", folder.parent / "rare.gguf"
+    write_gguf(common, tensors, Q8_0)
+    write_gguf(rare, tensors, Kind.MXFP4)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+
+    assert read(common, pipeline).name == "Step1X-Edit v1.1 (GGUF Q8_0)"
+    with pytest.raises(CheckpointError, match=r"of the type 39 install step1x-edit\[gguf\]$"):
+        read(rare, pipeline)
 
 
 def test_a_lora_in_gguf_is_refused(tmp_path: Path) -> None:
