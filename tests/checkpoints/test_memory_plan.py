@@ -379,6 +379,23 @@ def test_the_tiers_are_those_of_the_guide(
     assert {part.component for part in MODEL if part.name in plan.on_disk} == components
 
 
+@pytest.mark.parametrize(
+    ("free", "converted", "precision"),
+    [
+        (50, ["int8"], "auto"),  # all exact weights fit
+        (44, ["int8"], "int8"),
+        (44, ["int8", "nf4"], "int8"),
+        (44, ["nf4"], "nf4"),
+        (13, ["int8"], "nf4"),  # its core does not fit
+        (13, ["int8", "nf4"], "nf4"),
+    ],
+)
+def test_codes_that_are_converted_come_before_exact_weights_from_disk(
+    free: int, converted: list[Precision], precision: Precision
+) -> None:
+    assert on_host(free, converted=converted).precision == precision
+
+
 @pytest.mark.parametrize("share", [0.4, 0.6])
 def test_a_share_of_what_is_free_may_be_page_locked(share: float) -> None:
     assert on_host(50, lockable_share=share).lockable == pytest.approx(share * 50 * GB)

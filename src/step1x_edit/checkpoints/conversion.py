@@ -91,7 +91,7 @@ def _write_blocks(arena: Arena, total: int, out: BinaryIO) -> Generator[Read, No
             views = dict(arena.views(name, memory))
             scales = {weight.name: view for weight, view in views.items() if weight.code is None}
             for weight, view in views.items():
-                out.write(view.reshape(-1).view(torch.uint8).numpy())
+                out.write(view.reshape(-1).view(torch.uint8).numpy().data)
                 read += _bytes_of(weight)
                 if weight.code is not None:
                     codes = checksum_of(view)
