@@ -78,7 +78,9 @@ def measured(
 ) -> Iterator[tuple[str, Cost]]:
     spans = spans_of(next(iter(opened.values())))
     kept = {}
-    for precision, each in opened.items() if folder else ():
+    for precision, each in opened.items():
+        if folder is None:
+            break
         file = folder / f"{precision}.safetensors"
         yield f"{precision}, written", write(each, file)
         kept[precision] = file, with_kept_codes(each, file)

@@ -452,7 +452,7 @@ _AnyPiece: TypeAlias = _Piece | _CodedPiece | _KeptPiece
 
 def checksum_of(tensor: Tensor, before: int = 0) -> int:
     """The CRC-32 of the bytes of a tensor, after those with the checksum `before`."""
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), before)
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, before)
 
 
 def _unchanged(place: _Place, memory: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -44,7 +44,7 @@ def with_kept_codes(opened: OpenedCheckpoint, file: Path) -> OpenedCheckpoint:
     return replace(opened, weights=weights)
 
 
-def write_codes(opened: OpenedCheckpoint, file: Path) -> Iterator[Read]:
+def write_codes(opened: OpenedCheckpoint, file: Path) -> Generator[Read, None, None]:
     """Round the matrices of a model and write their codes; yields what has been read.
 
     The file appears when it is complete; if that fails or the iterator is closed, nothing is left.

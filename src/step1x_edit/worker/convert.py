@@ -65,6 +65,10 @@ def _alone(data_dir: Path) -> Iterator[None]:
         raise JobConflictError("another process is converting a model; wait for it") from None
 
 
+def _fail(answer: TextIO, error: Step1XEditError) -> None:
+    _report(answer, code=error.code, error=str(error))
+
+
 def _report(answer: TextIO, **facts: object) -> None:
     answer.write(f"{json.dumps(facts)}\n")
     answer.flush()
@@ -88,13 +92,11 @@ def main() -> None:
         except BrokenPipeError:  # the caller is gone
             raise
         except Step1XEditError as error:
-            _report(answer, code=error.code, error=str(error))
+            _fail(answer, error)
         except OSError as error:
-            failed = OutputNotWritableError(f"{error.filename or folder}: {error.strerror}")
-            _report(answer, code=failed.code, error=str(failed))
+            _fail(answer, OutputNotWritableError(f"{error.filename or folder}: {error.strerror}"))
         except Exception as error:  # noqa: BLE001 - the caller reports any error
-            failed = InternalError(f"{type(error).__name__}: {error}")
-            _report(answer, code=failed.code, error=str(failed))
+            _fail(answer, InternalError(f"{type(error).__name__}: {error}"))
 
 
 if __name__ == "__main__":

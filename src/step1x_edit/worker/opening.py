@@ -179,8 +179,10 @@ class Opener:
 
         precisions: tuple[Precision, ...] = ("int8", "fp8", "nf4")
         files = converted_files(self._data_dir, self.path) if self._start.data_dir else ()
-        for precision in {found.precision for found in files}.intersection(precisions):
-            self.open(precision)
+        present = {found.precision for found in files}
+        for precision in precisions:
+            if precision in present:
+                self.open(precision)
         return [precision for precision in precisions if precision in self._files]
 
     def codes_of(self, precision: Precision) -> str:
