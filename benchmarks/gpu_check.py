@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 
 from build import commit
-from gpu import coded, memory, sections
+from gpu import coded, memory, sections, training
 from gpu.bench import FULL, SMALL, Bench, Figures, first_line, smi
 from gpu.networks import HAS_PEER
 from gpu.several import several
@@ -66,6 +66,7 @@ SECTIONS = (
     Section(memory.streaming, 80),
     Section(memory.residency, 60),
     Section(coded.coded_blocks, 60),
+    Section(training.training, 60),
     # explains the figures above, with the remaining time
     Section(sections.savings, 30),
     Section(sections.exact_flash, 25),
@@ -184,6 +185,7 @@ def table(report: Report) -> str:
         *_streaming_rows(found.get("streaming", {})),
         *_coded_rows(found.get("coded_blocks", {})),
         *_several_rows(found.get("several", {})),
+        *_training_rows(found.get("training", {})),
         *_figure_rows("probe", found.get("probe", {})),
         *_figure_rows("residency", found.get("residency", {})),
         *_figure_rows("savings", found.get("savings", {})),
@@ -298,6 +300,12 @@ def _several_rows(section: Figures) -> list[str]:
             cells = (group["gpus"], row["pixels"], f"{row['step_ms']:.1f}", loop)
             lines.append(f"| {' | '.join(map(str, cells))} | {cell(group['distance'])} |")
     return [*lines, ""] if section.get("groups") else []
+
+
+def _training_rows(section: Figures) -> list[str]:
+    if not section.get("steps"):
+        return []
+    return [*table_of(section["steps"]), ""]
 
 
 def _figure_rows(name: str, section: Figures) -> list[str]:

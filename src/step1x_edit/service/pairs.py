@@ -155,7 +155,7 @@ def _manifest(path: Path, found: Pairs) -> Iterator[tuple[str, Pair]]:
 
 def _check(place: str, pair: Pair, found: Pairs, files: FileAccess, limits: Limits) -> None:
     """Add what is wrong with the instruction and the pictures of a pair."""
-    if not pair.prompt.strip():
+    if pair.target is not None and not pair.prompt.strip():
         found.faults.append(f"{place}: the instruction is empty")
     shapes = []
     for path in filter(None, (pair.source, pair.target)):

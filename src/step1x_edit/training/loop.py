@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,25 +67,36 @@ class Training:
     def steps(self, examples: Sequence[Example]) -> Iterator[float]:
         """Make the steps that remain, and yield the loss of each."""
         while self.done < self.request.steps:
-            for group in self.optimiser.param_groups:
-                group["lr"] = self.request.learning_rate * min(1.0, (self.done + 1) / WARM_UP)
-            total = 0.0
-            for index in range(self.request.batch_size):
-                number = self.done * self.request.batch_size + index
-                example = examples[_order(len(examples), number, self.request.seed)]
-                target = example.target()
-                drawn = self._draw(target, number)
-                loss = self.loss(self.spared(example.encoded()), target, drawn)
-                loss = loss / self.request.batch_size
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-            if not math.isfinite(total):
-                raise FloatingPointError(f"the loss of step {self.done + 1} is not finite")
-            nn.utils.clip_grad_norm_(self._matrices().values(), LARGEST_GRADIENT)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-            self.done += 1
-            yield total
+            yield self.descend(self._losses(examples))
+
+    def descend(self, losses: Iterable[Tensor]) -> float:
+        """Make a step along the mean gradient of these losses; returns their mean.
+
+        Raises FloatingPointError if it is not finite.
+        """
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.request.learning_rate * min(1.0, (self.done + 1) / WARM_UP)
+        found = []
+        for loss in losses:  # each frees what it needs for its gradient before the next is made
+            (loss / self.request.batch_size).backward()  # type: ignore[no-untyped-call]
+            found.append(float(loss.detach()))
+        mean = sum(found) / len(found)
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss of step {self.done + 1} is not finite")
+        nn.utils.clip_grad_norm_(self._matrices().values(), LARGEST_GRADIENT)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.done += 1
+        return mean
+
+    def _losses(self, examples: Sequence[Example]) -> Iterator[Tensor]:
+        """The losses of the next step, one by one."""
+        for index in range(self.request.batch_size):
+            number = self.done * self.request.batch_size + index
+            example = examples[_order(len(examples), number, self.request.seed)]
+            target = example.target()
+            drawn = self._draw(target, number)
+            yield self.loss(self.spared(example.encoded()), target, drawn)
 
     def spared(self, encoded: Encoded) -> Encoded:
         """The prompts that are compared, without the padding that can be spared."""
