@@ -29,7 +29,7 @@ def training(bench: Bench) -> Figures:
     sizes = sorted({min(bench.scale.pictures), max(bench.scale.pictures)})
     for rank in RANKS:
         network = our_network(bench.scale.model.transformer, bench.device, bench.dtype)
-        learning = Training(network.train(), bench.scale.model, TrainRequest(rank=rank))
+        learning = Training(network, bench.scale.model, TrainRequest(rank=rank))
         for pixels in sizes:
             if bench.is_over():
                 figures["left_out"].append(f"{pixels} at rank {rank}")

@@ -119,10 +119,10 @@ def test_a_stopped_and_a_killed_training_end_with_the_bytes_of_an_unbroken_one(
 ) -> None:
     whole, parts = work("whole", batch_size=2), work("parts", batch_size=2, save_every=2)
     to_the_end(whole)
-    stops = iter([False] * 100)
-    for event in run(parts, lambda: next(stops)):
-        if event.get("phase") == "training" and event["done"] == 1:
-            stops = iter([True])
+    done: list[int] = []
+    for event in run(parts, lambda: bool(done)):
+        if event.get("phase") == "training":
+            done.append(event["done"])
     assert event == {"stopped": 1}
     killed = run(parts, lambda: False)
     for event in killed:
@@ -142,7 +142,9 @@ def _without_name(path: Path) -> bytes:
 def test_the_state_of_another_training_is_not_continued(work: Callable[..., Work]) -> None:
     to_the_end(work(steps=1))
 
-    with pytest.raises(InvalidParameterError, match="other rank, seed: choose another --output"):
+    with pytest.raises(
+        InvalidParameterError, match="other rank, seed, data: choose another --output"
+    ):
         to_the_end(work(steps=1, rank=3, seed=9))
     assert to_the_end(work(steps=1, rank=3, seed=9, overwrite=True))[-1]["trained"]["steps"] == 1
 
@@ -176,10 +178,12 @@ def test_pairs_held_out_are_edited_and_shown_beside_their_targets(
     events = to_the_end(asked)
 
     notes = [event["note"] for event in events if "note" in event]
-    assert [note.split(" the ")[0] for note in notes] == ["after step 4", "after step 6"]
+    assert [note.split(" the ")[0] for note in notes] == [
+        f"after step {step}" for step in (0, 4, 6)
+    ]
     pictures = sorted((asked.folder / "validation").iterdir())
     assert [path.name for path in pictures] == [
-        f"step-{step:06}-{name}-64.png" for step in (4, 6) for name in ("2", "kept")
+        f"step-{step:06}-{name}-64.png" for step in (0, 4, 6) for name in ("2", "kept")
     ]
     assert Image.open(pictures[0]).size == (3 * 64, 48)
 
@@ -198,7 +202,7 @@ def test_the_demo_learns_an_edit_that_it_does_not_know(tmp_path: Path) -> None:
             guidance=6,
             held_out=1,
             edit_steps=4,
-            validate_every=1,
+            validate_every=100,
         ),
         pairs=tuple(learned),
         limits=LIMITS,

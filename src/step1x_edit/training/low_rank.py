@@ -6,6 +6,7 @@ untrained change changes nothing. Both matrices are float32, whatever W is kept 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from step1x_edit.model.quantised import QuantLinear
@@ -78,4 +79,13 @@ def write_lora(
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
         tensors[f"{key}.lora_down.weight"] = layer.down.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = layer.up.detach().to("cpu", dtype).contiguous()
-    save_file(tensors, path, metadata=dict(metadata))
+    path.write_bytes(_with_metadata(save(tensors), metadata))
+
+
+def _with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with metadata in its header; the library writes it in random order."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = {"__metadata__": dict(metadata), **json.loads(file[8:start])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[start:]

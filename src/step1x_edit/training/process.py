@@ -163,6 +163,8 @@ def _trained(
         _check_same(notes, state_notes(state), work)
         training.load(state)
         yield {"note": f"continued after step {training.done}"}
+    if held_out and not training.done:
+        yield from _validated(work, held_out, opened, training)
     mean = None
     for loss in training.steps(learned):
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
