@@ -384,8 +384,10 @@ class Settings(BaseSettings):
     gpus_per_edit: Annotated[
         int,
         Field(
+            ge=1,
+            le=GPUS_PER_EDIT[-1],
             description="On how many GPUs an edit runs; on a CPU, in how many processes: "
-            f"{', '.join(map(str, GPUS_PER_EDIT))}. Needs Linux"
+            f"{', '.join(map(str, GPUS_PER_EDIT))}. Needs Linux",
         ),
         AfterValidator(_possible_number),
     ] = 1

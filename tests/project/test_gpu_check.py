@@ -90,6 +90,7 @@ def test_every_section_reports(run: tuple[subprocess.CompletedProcess[str], Path
     assert exact > fast > turbo > 0
     assert found["residency"]["onload_gb_per_s"] > 0
     assert found["probe"]["memory_gb_per_s"] > 0
+    assert [group["distance"] for group in found["several"]["groups"]] == [0]
     blocks = {row["precision"]: row for row in found["coded_blocks"]["blocks"]}
     assert list(blocks) == ["bf16", *CODES]
     assert all(row["ms"] > 0 and row["compiled_ms"] > 0 for row in blocks.values())

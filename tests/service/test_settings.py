@@ -120,6 +120,10 @@ def test_neither_a_root_nor_an_unknown_home_is_opened_by_default(
         ("GPU_RELEASE_TIMEOUT", "900", 900),
         ("DATA_DIR", "~/data", Path.home() / "data"),
         ("DEVICE", "cuda:1", "cuda:1"),
+        pytest.param(
+            *("GPUS_PER_EDIT", "4", 4),
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="it needs Linux"),
+        ),
         ("PRECISION", " INT8", "int8"),
         ("DEFAULT_MODE", "Turbo", "turbo"),
         ("MAX_QUEUE", "2", 2),
@@ -268,6 +272,7 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
         "GPU_IDLE_TIMEOUT": "-5",
         "MODEL_VERSION": "v9",
         "DEVICE": "tpu",
+        "GPUS_PER_EDIT": "5",
         "PRECISION": "fp4",
         "LORA_PATH": "a.safetensors@much",
         "ALLOWED_DIRS": "/nope",
@@ -306,6 +311,23 @@ def test_everything_that_is_wrong_is_said_in_one_message(monkeypatch: pytest.Mon
     assert "ALLOWED_DIRS contains /nope, which is not a folder" in sentence
     assert "pydantic" not in sentence
     assert "spaces, got" not in sentence  # a key is not repeated
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="several GPUs need Linux")
+@pytest.mark.parametrize(
+    ("device", "number", "sentence"),
+    [
+        ("auto", "5", "GPUS_PER_EDIT must be one of 1, 2, 3, 4, 6, 8, 12, 16, because"),
+        ("cuda:1", "2", "DEVICE names one GPU and GPUS_PER_EDIT is 2"),
+    ],
+)
+def test_an_edit_on_several_gpus_needs_a_number_that_divides_it_and_no_single_gpu(
+    device: str, number: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEVICE", device)
+    monkeypatch.setenv("GPUS_PER_EDIT", number)
+    with pytest.raises(SettingsError, match=sentence):
+        load_settings()
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,16 @@ from step1x_edit.channel import EditJob, Memory, Phase, Start
 from step1x_edit.checkpoints.read import Wanted, read_checkpoint, write_demo
 from step1x_edit.engine.engine import Edit, EditResult, Engine
 from step1x_edit.engine.worker_process import WorkerProcess
-from step1x_edit.errors import EditCancelledError, OutOfMemoryError, WorkerLostError
+from step1x_edit.errors import (
+    EditCancelledError,
+    ModelUnavailableError,
+    OutOfMemoryError,
+    WorkerLostError,
+)
 from step1x_edit.model.pipeline import Edited, EditRun, Plan
 from step1x_edit.model.request import Pixels
-from step1x_edit.worker.opening import STAND_IN
+from step1x_edit.worker.opening import STAND_IN, open_chosen
+from step1x_edit.worker.survey import survey
 from tiny import a_picture, tiny_pipeline
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several processes need Linux")
@@ -205,6 +211,26 @@ def test_no_partner_outlives_the_worker(group: Group) -> None:
     os.kill(group.worker.pid, signal.SIGKILL)
 
     wait_until_gone(partner)
+
+
+def test_the_heads_of_the_model_must_be_divisible(folder: Path) -> None:
+    with pytest.raises(ModelUnavailableError, match="divides each prompt among 3 GPUs, .* 2 heads"):
+        open_chosen(Start(model_path=str(folder / "model"), device="cpu", gpus_per_edit=3))
+
+
+def test_more_gpus_than_there_are_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+
+    seen = survey(Start(model_path=str(folder / "model"), gpus_per_edit=4))
+
+    assert (seen.device, seen.device_error) == (
+        "auto",
+        "GPUS_PER_EDIT is 4 and torch finds 3 here: set a lower GPUS_PER_EDIT, or make more GPUs "
+        "visible",
+    )
 
 
 def test_four_processes_divide_heads_and_end_if_one_has_no_memory(
