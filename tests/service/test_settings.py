@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
         "gpu_idle_timeout": 60,
         "gpu_release_timeout": 0,
         "device": "auto",
+        "gpus_per_edit": 1,
         "precision": "auto",
         "arithmetic": "auto",
         "edit_cache_mb": 512,
