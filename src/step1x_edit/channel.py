@@ -151,6 +151,8 @@ class Phase(str, Enum):
     """The phases of an edit, in order."""
 
     QUEUED = "queued"
+    STARTING = "starting"
+    """No replica of a cluster runs yet."""
     LOADING = "loading"
     THINKING = "thinking"
     ENCODING = "encoding"

@@ -312,6 +312,12 @@ def keep_gradio_quiet(folder: Path) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+def keep_ray_quiet() -> None:
+    """Make Ray send no statistics, and let this process outlive a cluster that has gone."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(MOST))
+
+
 @dataclass(frozen=True)
 class Limits:
     """How large a picture may be."""
@@ -546,6 +552,34 @@ class Settings(BaseSettings):
             "deleted first, with all their steps",
         ),
     ] = 2048
+    engine: Annotated[
+        Literal["local", "ray"],
+        Field(
+            description="Where edits run: local: in one worker process of this machine; ray: on "
+            "the replicas of a Ray cluster, created with step1x-edit cluster deploy"
+        ),
+        BeforeValidator(_lower),
+    ] = "local"
+    ray_address: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="Address of the Ray cluster, host:port; auto: the one of this machine",
+        ),
+    ] = "auto"
+    ray_app: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9_-]+$",
+            description="Name of the replicas' application in Ray Serve",
+        ),
+    ] = "step1x-edit"
+    ray_min_replicas: Annotated[
+        int, Field(ge=0, le=MOST, description="Replicas that run also without work")
+    ] = 1
+    ray_max_replicas: Annotated[
+        int, Field(ge=1, le=MOST, description="Most replicas, and edits at a time")
+    ] = 1
     default_num_steps: NumSteps = DEFAULT_NUM_STEPS
     default_guidance_scale: GuidanceScale = DEFAULT_GUIDANCE_SCALE
     default_size_level: SizeLevel = DEFAULT_SIZE_LEVEL
@@ -672,6 +706,14 @@ class Settings(BaseSettings):
                 "DEVICE names one GPU and GPUS_PER_EDIT is {number}: set DEVICE=cuda and limit "
                 "CUDA_VISIBLE_DEVICES",
                 {"number": self.gpus_per_edit},
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas(self) -> Self:
+        if self.ray_min_replicas > self.ray_max_replicas:
+            raise PydanticCustomError(
+                "min_above_max", "RAY_MIN_REPLICAS must not be above RAY_MAX_REPLICAS"
             )
         return self
 

@@ -36,7 +36,8 @@ from step1x_edit.channel import (
     Residence,
     UpscaleJob,
 )
-from step1x_edit.engine.pace import Paces, Stopwatch
+from step1x_edit.engine.forecast import Forecast
+from step1x_edit.engine.pace import Pace, Stopwatch
 from step1x_edit.engine.watch import STEPS, TimeLimits, Watch
 from step1x_edit.errors import (
     DeadlineExceededError,
@@ -58,15 +59,6 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S: Final = 4.0  # an event every 5 s is promised, and timers are late
 MAX_RESTARTS: Final = 3
 RESTART_WINDOW_S: Final = 600.0
-
-_HOPELESS: Final = 1.5
-"""An edit is refused if even at the best pace so far it needs this many times what it may take.
-
-A machine can be slower for a while, so a smaller excess is only a reason to warn.
-"""
-
-_RETRY_S: Final = 900.0
-"""An edit is refused no longer if none like it has run for this time: the machine may be faster."""
 
 _GUESSED_EDIT_S: Final = 10.0  # until the first edit has been timed
 _MOVE_S: Final = 60.0  # the model leaves the device in well under a second
@@ -134,12 +126,97 @@ class EngineStatus:
     gpu_to_cpu: int = 0
     cpu_to_gpu: int = 0
     full_releases: int = 0
+    replicas: tuple[Replica, ...] = ()
+    """Of an engine with several workers."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of several workers, by its name; without a status while it starts."""
+
+    name: str
+    status: EngineStatus | None = None
+
+
+class EngineLike(Protocol):
+    """What the service needs of an engine, wherever that runs its edits."""
+
+    @property
+    def lanes(self) -> int:
+        """How many edits can run at a time."""
+        ...
+
+    def prepare(self) -> None:
+        """Begin with what the first edit would wait for; that one reports failures."""
+        ...
+
+    def submit(self, job: EditJob) -> Edit:
+        """Put a job at the end of the queue.
+
+        Raises ServerBusyError if the queue is full, and what `check_time` raises.
+        """
+        ...
+
+    def submit_next(self, job: EditJob) -> Edit:
+        """Put the next item of a batch at the end of the queue.
+
+        A batch is accepted or refused with its first item; the later ones always have room.
+        Raises what `check_time` raises.
+        """
+        ...
+
+    def submit_end(self, job: UpscaleJob) -> Edit:
+        """Put the end of an edit at the front of the queue: its caller has waited already."""
+        ...
+
+    def check_room(self) -> None:
+        """Raise what `submit` would raise now, for callers that prepare a job first."""
+        ...
+
+    def check_time(self, job: EditJob) -> None:
+        """Raise DeadlineExceededError if such edits have always taken far longer than they may.
+
+        They may be tried again if none has run for a while.
+        """
+        ...
+
+    def time_warning(self, job: EditJob) -> str | None:
+        """A warning if such an edit is predicted to take longer than it may."""
+        ...
+
+    def predicted_s(self, job: EditJob) -> float | None:
+        """How long such an edit would take with the model of the last edit; None if unknown."""
+        ...
+
+    def check_worker(self) -> None:
+        """Raise ModelUnavailableError if there is no worker and none can be started."""
+        ...
+
+    def withdraw(self, edit: Edit) -> None:
+        """Take an edit out of the queue, or stop it; does nothing if it has ended."""
+        ...
+
+    def offload(self) -> Future[EngineStatus]:
+        """Move the model off the device before the next edit; the future holds the new status."""
+        ...
+
+    def release(self) -> Future[EngineStatus]:
+        """Unload the model and free all its memory before the next edit."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """The current state and counts; never waits."""
+        ...
+
+    def close(self, timeout_s: float = ...) -> None:
+        """Refuse new edits, end the queued ones and stop those that run."""
+        ...
 
 
 class Edit:
-    """An edit in the queue, as its caller sees it. Made by `Engine.submit`."""
+    """An edit in the queue, as its caller sees it. Made by the `submit` of an engine."""
 
-    def __init__(self, engine: Engine, job: Job) -> None:
+    def __init__(self, engine: EngineLike, job: Job) -> None:
         self.job = job
         self._engine = engine
         self._loop = asyncio.get_running_loop()
@@ -213,6 +290,8 @@ class EditResult:
 
     painted: Painted
     residence: Residence
+    pace: Pace | None = None
+    """How long it took; None if it had too few steps."""
 
 
 class _Move(Enum):
@@ -230,6 +309,8 @@ class _Order:
 
 class Engine:
     """Runs edits one after the other, with a worker that it starts for the first one."""
+
+    lanes = 1
 
     def __init__(
         self,
@@ -264,8 +345,7 @@ class Engine:
         self._snapshot = EngineStatus(is_monitoring=idle_timeout_s > 0 or release_timeout_s > 0)
         self._last_use: float | None = None
         self._last_edit_s = _GUESSED_EDIT_S
-        self._paces = Paces()
-        self._last_model = Residence()  # of the last edit, also after a release
+        self._forecast = Forecast(edit_timeout_s)
         self._number = 0
         self._worker: Worker | None = None
         self._losses: deque[float] = deque()
@@ -325,23 +405,14 @@ class Engine:
                 raise self._busy()
 
     def check_time(self, job: EditJob) -> None:
-        """Raise DeadlineExceededError if such edits have always taken far longer than they may.
-
-        They may be tried again if none has run for a while.
-        """
-        since = self._clock.now() - _RETRY_S
-        least_s = self._paces.least_seconds(job, self._last_model, since)
-        if least_s >= _HOPELESS * self._limits.edit_s:
-            raise DeadlineExceededError(self._too_slow(job, least_s))
+        """Raise DeadlineExceededError if such edits have always taken far longer than they may."""
+        self._forecast.check(job, self._clock.now())
 
     def time_warning(self, job: EditJob) -> str | None:
         """A warning if such an edit is predicted to take longer than it may."""
-        seconds = self.predicted_s(job)
-        if seconds is None or seconds <= self._limits.edit_s:
-            return None
-        return self._too_slow(job, seconds)
+        return self._forecast.warning(job)
 
-    def check_restarts(self) -> None:
+    def check_worker(self) -> None:
         """Raise ModelUnavailableError if the worker has ended too often to be started again."""
         with self._changed:
             if self._worker is not None and self._worker.is_alive:
@@ -390,7 +461,7 @@ class Engine:
 
     def predicted_s(self, job: EditJob) -> float | None:
         """How long such an edit would take with the model of the last edit; None if unknown."""
-        return self._paces.seconds(job, self._last_model)
+        return self._forecast.seconds(job)
 
     def close(self, timeout_s: float = _STOP_S) -> None:
         """Refuse new edits, end the queued ones, stop the running one and end the worker.
@@ -547,7 +618,7 @@ class Engine:
             if self._worker is not None and not self._worker.is_alive:
                 self._lose(WorkerLostError("it ended while idle"))
             if self._worker is None:
-                self.check_restarts()
+                self.check_worker()
                 try:
                     self._worker = self._start(self._worker_ended)
                 except OSError as error:
@@ -585,7 +656,7 @@ class Engine:
         )
         stopwatch, left = Stopwatch(), TimeLeft(self._clock.now)
         if paced is not None:
-            self._paces.began(paced, self._last_model, self._clock.now())
+            self._forecast.began(paced, self._clock.now())
         if edit.stop_reason is not None:  # it was stopped before there was a worker
             worker.cancel(Cancel(edit.job.number))
         while True:
@@ -614,12 +685,12 @@ class Engine:
                     self._note(loading=progress if watch.is_loading else None)
                     edit.publish(progress)
                 case Painted() as painted:
+                    pace = None
                     if paced is not None:
                         now = self._clock.now()
                         pace = stopwatch.pace(paced, painted.evaluations, now)
-                        self._paces.learn(paced, report.residence, pace, now)
-                        self._last_model = report.residence
-                    return EditResult(painted, report.residence)
+                        self._forecast.learn(paced, report.residence, pace, now)
+                    return EditResult(painted, report.residence, pace)
                 case Failed(code, sentence):
                     raise rebuild(code, sentence)
                 case Done():
@@ -628,13 +699,7 @@ class Engine:
     def _warn_if_late(self, edit: Edit, spare_s: float) -> None:
         """Warn, once, if the rest of an edit will take longer than is left."""
         if spare_s < 0 and edit.warning is None:
-            edit.warning = self._too_slow(edit.job, self._limits.edit_s - spare_s)
-
-    def _too_slow(self, job: Job, seconds: float) -> str:
-        return (
-            f"such an edit takes about {seconds:.0f} s here, and EDIT_TIMEOUT is "
-            f"{self._limits.edit_s:g} s; use {job.quicker}, or a higher EDIT_TIMEOUT"
-        )
+            edit.warning = self._forecast.too_slow(edit.job, self._limits.edit_s - spare_s)
 
     def _overrun(self, job: Job, watch: Watch) -> DeadlineExceededError:
         if watch.is_loading:

@@ -135,7 +135,9 @@ def _lifespan(
             if store is not None:
                 with _advising("ENABLE_API"):
                     await stack.enter_async_context(store)
-                await stack.enter_async_context(JobRunner(store, job_operation(service)))
+                await stack.enter_async_context(
+                    JobRunner(store, job_operation(service), service.lanes)
+                )
             if page is not None:
                 with _advising("ENABLE_UI"):
                     await stack.enter_async_context(page.lifespan())

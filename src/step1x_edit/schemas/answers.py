@@ -197,8 +197,8 @@ class RunningAnswer(_Answer):
     phase: Annotated[
         str | None,
         Field(
-            description="queued, loading, thinking, encoding, denoising, decoding, reflecting, "
-            "upscaling or saving"
+            description="queued, starting, loading, thinking, encoding, denoising, decoding, "
+            "reflecting, upscaling or saving"
         ),
     ] = None
     step: Annotated[

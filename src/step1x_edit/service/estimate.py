@@ -13,7 +13,7 @@ from typing import Final
 
 from step1x_edit.channel import GIGA, Residence
 from step1x_edit.checkpoints.memory_plan import spared
-from step1x_edit.engine.engine import Engine
+from step1x_edit.engine.engine import EngineLike
 from step1x_edit.engine.machine import Survey
 from step1x_edit.errors import CheckpointError, ModelUnavailableError
 from step1x_edit.model.config import DEMO, V1_1
@@ -32,7 +32,7 @@ _UPSCALED: Final = "predicted_seconds is the time until the picture is enlarged"
 class Estimator:
     """Estimates edits from the state of the engine and a survey of the machine."""
 
-    def __init__(self, engine: Engine, settings: Settings, take_survey: Callable[[], Survey]):
+    def __init__(self, engine: EngineLike, settings: Settings, take_survey: Callable[[], Survey]):
         """`take_survey` inspects a model that is not loaded; it can take long."""
         self._engine = engine
         self._settings = settings

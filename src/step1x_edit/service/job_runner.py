@@ -1,4 +1,4 @@
-"""Runs stored jobs: takes them from the store one by one and passes them to an operation.
+"""Runs stored jobs: takes them from the store in order and passes them to an operation.
 
 The operation is passed in, so the runner knows nothing about pictures, models or protocols.
 """
@@ -41,9 +41,9 @@ and the answer. It can be cancelled, and raises a Step1XEditError if it fails.""
 
 
 class JobRunner:
-    """Runs the jobs of a store one after the other, in order, while it is entered.
+    """Runs the jobs of a store in order, `lanes` at a time, while it is entered.
 
-    On exit the running job is stopped and queued again. An operation that raises
+    On exit the running jobs are stopped and queued again. An operation that raises
     ShuttingDownError has the same effect: the job itself has not failed.
     """
 
@@ -51,15 +51,18 @@ class JobRunner:
         self,
         store: JobStore,
         operation: Operation,
+        lanes: int = 1,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._store = store
         self._operation = operation
+        self._lanes = lanes
         self._pause = pause
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> JobRunner:
-        self._tasks = [asyncio.create_task(self._work()), asyncio.create_task(self._keep_tidy())]
+        work = [self._work() for _ in range(self._lanes)]
+        self._tasks = [asyncio.create_task(each) for each in (*work, self._keep_tidy())]
         return self
 
     async def __aexit__(self, *_: object) -> None:

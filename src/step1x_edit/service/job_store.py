@@ -320,6 +320,7 @@ class JobStore:
         while (job := await self._do(self._start_next)) is None:
             await self._arrived.wait()
             self._arrived.clear()
+        self._arrived.set()  # another runner that was woken may have found nothing
         return job
 
     async def note(self, job_id: str, progress: Progress) -> None:

@@ -33,7 +33,7 @@ from step1x_edit.engine.engine import (
     HEARTBEAT_S,
     Edit,
     EditResult,
-    Engine,
+    EngineLike,
     EngineStatus,
 )
 from step1x_edit.engine.machine import check_upscale_model
@@ -109,7 +109,7 @@ class EditService:
     """The operations. `wiring.build_service` creates one with its usual collaborators."""
 
     def __init__(
-        self, engine: Engine, files: FileAccess, settings: Settings, estimator: Estimator
+        self, engine: EngineLike, files: FileAccess, settings: Settings, estimator: Estimator
     ) -> None:
         self._engine = engine
         self.files = files
@@ -252,6 +252,11 @@ class EditService:
         return self._engine.status().residence.model
 
     @property
+    def lanes(self) -> int:
+        """How many edits can run at a time."""
+        return self._engine.lanes
+
+    @property
     def is_editing(self) -> bool:
         """Whether the model is computing, or about to."""
         return self._engine.status().is_editing
@@ -310,7 +315,7 @@ class EditService:
         """The checks that the next edit depends on; each raises an error, without any path."""
         checks = {
             "room in the queue": self._engine.check_room,
-            "worker": self._engine.check_restarts,
+            "worker": self._engine.check_worker,
             "checkpoint": self._check_checkpoint,
         }
         if self._settings.enable_api:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from step1x_edit.engine.engine import Clock, Engine, StartWorker
-from step1x_edit.engine.machine import Survey, check_device
-from step1x_edit.engine.worker_process import WorkerProcess, start_of
+from step1x_edit.engine.engine import Clock, EngineLike, StartWorker
+from step1x_edit.engine.local import local_engine
+from step1x_edit.engine.machine import Survey
 from step1x_edit.service.estimate import Estimator
 from step1x_edit.service.files import FileAccess
 from step1x_edit.service.kept_survey import current_survey
@@ -27,19 +27,25 @@ def build_service(
 ) -> EditService:
     """Wire the service that all interfaces use; `start` replaces the usual way to start a worker.
 
-    Raises SettingsError if the usual worker cannot use its DEVICE.
+    Raises SettingsError if ENGINE cannot be used here.
     """
-    if start is None:
-        check_device(settings.device, settings.gpus_per_edit)
-    engine = Engine(
-        start or partial(WorkerProcess, start_of(settings)),
-        max_queue=settings.max_queue,
-        edit_timeout_s=settings.edit_timeout,
-        load_timeout_s=settings.load_timeout,
-        idle_timeout_s=settings.gpu_idle_timeout,
-        release_timeout_s=settings.gpu_release_timeout,
-        clock=clock,
-    )
+    engine = _engine(settings, start, clock)
     survey = take_survey or partial(current_survey, settings, SURVEY_S)
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     return EditService(engine, files, settings, Estimator(engine, settings, survey))
+
+
+def _engine(settings: Settings, start: StartWorker | None, clock: Clock | None) -> EngineLike:
+    if settings.engine == "local":
+        return local_engine(settings, start, clock)
+    from step1x_edit.cluster.connection import RayCluster, check_installed
+    from step1x_edit.cluster.ray_engine import RayEngine
+
+    check_installed()
+    return RayEngine(
+        RayCluster(settings),
+        lanes=settings.ray_max_replicas,
+        max_queue=settings.max_queue,
+        edit_timeout_s=settings.edit_timeout,
+        clock=clock,
+    )

@@ -11,6 +11,7 @@ import typer
 
 from step1x_edit import __version__
 from step1x_edit.interfaces.cli.batching import batch
+from step1x_edit.interfaces.cli.cluster import cluster_app
 from step1x_edit.interfaces.cli.demo import DEMO_PHOTO, DEMO_PROMPTS, demo
 from step1x_edit.interfaces.cli.doctor import doctor
 from step1x_edit.interfaces.cli.editing import EditCommand, edit
@@ -55,6 +56,7 @@ for command in (status, offload, release, doctor):
 app.add_typer(history_app, name="history")
 app.add_typer(models_app, name="models")
 app.add_typer(mcp_app, name="mcp")
+app.add_typer(cluster_app, name="cluster")
 
 
 @app.callback()

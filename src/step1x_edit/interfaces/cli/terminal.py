@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic as now
@@ -88,11 +88,11 @@ out = _Results(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
-def cli_settings() -> Settings:
-    """The settings, with logging set up for a terminal."""
+def cli_settings(flags: Mapping[str, object] | None = None) -> Settings:
+    """The settings, with logging set up for a terminal; flags override those of the same names."""
     from step1x_edit.settings import load_settings
 
-    settings = load_settings()
+    settings = load_settings(flags)
     if logging.getLevelName(settings.log_level) < logging.WARNING:
         # The progress bar is enough: log only warnings, here and in the worker.
         settings = settings.model_copy(update={"log_level": "WARNING"})

@@ -361,6 +361,12 @@ _TABLE: Final[Mapping[str, tuple[str, str, str, str]]] = {
         "排隊中，第 {step} 位",
         "待機中（{step} 番目）",
     ),
+    "phase.starting": (
+        "Starting a replica",
+        "正在启动副本",
+        "正在啟動副本",
+        "レプリカを起動中",
+    ),
     "phase.loading": ("Loading the model", "正在加载模型", "正在載入模型", "モデルを読み込み中"),
     "phase.reading": (
         "Reading the model, {read} of {size} GB",
