@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from certificates import certified
@@ -98,6 +98,19 @@ def test_a_picture_of_another_program_is_told_without_its_control_characters() -
         "copyright": "© Ada",
         "C2PA": "no manifest",
     }
+
+
+@pytest.mark.parametrize("name", ["JPEG", "WEBP"])
+def test_credit_in_exif_stands_beside_that_in_xmp(name: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist], exif[ExifTags.Base.Copyright] = "Ada L.", "2019 Ada\x07"
+    buffer = io.BytesIO()
+    Image.fromarray(scene()).save(buffer, name, exif=exif, xmp=XMP.encode())
+
+    said = said_of(buffer.getvalue())
+
+    names = ("creators", "copyright", "exif artist", "exif copyright")
+    assert [said.get(name) for name in names] == ["Ada, Grace  31m", "© Ada", "Ada L.", "2019 Ada "]
 
 
 def test_a_picture_that_was_changed_after_it_was_signed_is_told(signed: bytes) -> None:

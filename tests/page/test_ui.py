@@ -704,6 +704,41 @@ def test_a_step_of_the_command_line_is_repeated_on_the_page_with_its_mask(
     assert {each.mask for each in history.steps()} == {step.mask}
 
 
+@needs_browser
+def test_what_is_deleted_of_the_history_is_asked_first(
+    service: EditService, open_page: OpenPage, photo: Path, tmp_path: Path
+) -> None:
+    history = History(Settings(_env_file=None, data_dir=tmp_path / "data"))
+    files = FileEdits(service, FileAccess([tmp_path], 2**20), history)
+    with ThreadPoolExecutor() as threads:  # this one has the event loop of the browser
+        for prompt in ("first", "second", "third"):
+            edit = files.edit(EditRequest(image_path=photo, prompt=prompt))
+            threads.submit(asyncio.run, edit).result()
+
+    with serving(service, api_key=None, history=True, data_dir=tmp_path / "data") as url:
+        page = open_page("ja", url)
+        page.locator("#edit-history img").first.click()
+        page.click("#edit-delete")
+        expect(page.locator("#edit-delete-sure")).to_contain_text("元に戻せません")
+        page.click("#edit-delete-nothing")
+        expect(page.locator("#edit-delete-sure")).to_be_hidden()
+        assert len(history.steps()) == 3
+
+        page.click("#edit-delete")
+        page.click("#edit-delete-step")
+        expect(page.locator("#edit-line")).to_contain_text("1 件のステップを削除しました")
+        expect(page.locator("#edit-history img")).to_have_count(2)
+        assert [each.metadata.prompt for each in history.steps()] == ["first", "second"]
+
+        page.locator("#edit-history img").first.click()
+        page.click("#edit-delete")
+        page.click("#edit-delete-all")
+        expect(page.locator("#edit-line")).to_contain_text("2 件のステップを削除しました")
+        expect(page.locator("#edit-history img")).to_have_count(0)
+        assert history.steps() == []
+        page.close()
+
+
 # --- languages ------------------------------------------------------------------------------------
 
 

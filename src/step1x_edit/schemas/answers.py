@@ -276,13 +276,15 @@ class ManifestClaim(_Answer):
 
 
 class CreditClaim(_Answer):
-    """Who is credited for a picture, and its terms of use."""
+    """Who is credited for a picture, and its terms of use; what does not begin with exif is XMP."""
 
     creators: list[str] | None = None
     copyright: str | None = None
     usage_terms: str | None = None
     web_statement: str | None = None
     credit_line: str | None = None
+    exif_artist: str | None = None
+    exif_copyright: str | None = None
 
 
 class InspectAnswer(_Answer):

@@ -48,8 +48,8 @@ def inspect(
 ) -> None:
     """Say what a picture claims: how it was made, by whom, and whether it is as it was signed.
 
-    It reads the record of an edit, the source type and credit in XMP, and the
-    C2PA manifest, of pictures from any program. Nothing is sent or fetched.
+    It reads the record of an edit, the source type in XMP, credit in XMP and
+    EXIF, and the C2PA manifest, of pictures from any program. Nothing is sent or fetched.
     """
     with failures_on_stderr(as_json):
         answer = _read(picture, cli_settings())
@@ -61,6 +61,8 @@ def inspect(
 
 
 def _read(picture: str, settings: Settings) -> InspectAnswer:
+    from PIL import ExifTags
+
     from step1x_edit.pictures import images, manifests
     from step1x_edit.schemas.answers import CreditClaim, InspectAnswer
     from step1x_edit.service.files import FileAccess
@@ -76,6 +78,8 @@ def _read(picture: str, settings: Settings) -> InspectAnswer:
         usage_terms=credit.usage_terms or None,
         web_statement=credit.statement_url or None,
         credit_line=credit.credit or None,
+        exif_artist=_text(decoded.notes.exif.get(ExifTags.Base.Artist)),
+        exif_copyright=_text(decoded.notes.exif.get(ExifTags.Base.Copyright)),
     )
     return InspectAnswer(
         path=picture,
@@ -89,6 +93,13 @@ def _read(picture: str, settings: Settings) -> InspectAnswer:
         c2pa=manifests.claim_of(data),
         warning=decoded.warning,
     )
+
+
+def _text(value: object) -> str | None:
+    """A text in EXIF, whose parts are separated by zeros."""
+    if not isinstance(value, str):
+        return None
+    return "; ".join(filter(None, (part.strip() for part in value.split("\0")))) or None
 
 
 # --- in words ------------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ class Kept:
         """The step whose result was edited; None if that was the original."""
         return None if step.parent is None else self._history.find(step.parent)
 
+    def delete(self, step: Step) -> int:
+        """Delete a step and all that were made from it; returns how many."""
+        return self._history.delete(step)
+
+    def delete_all(self) -> int:
+        """Delete the whole history; returns how many steps it had."""
+        return self._history.delete_all()
+
     def save(self, session: Session, digest: str, name: str) -> str:
         """Copy a picture to a file of a visitor; returns its path."""
         return session.save(name, self._history.read(digest))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,6 +128,10 @@ class _PictureTab(EditingTab):
         view.gallery.select(self.select, None, recalled, api_name="look", **PRIVATE)
         steps.undo.click(self.undo, None, recalled, **PRIVATE)
         self.ends.append(steps.merge.click(self.merge, None, outputs, **PRIVATE))
+        steps.delete.click(steps.ask, None, steps.outputs, **PRIVATE)
+        steps.delete_nothing.click(steps.delete_none, None, steps.outputs, **PRIVATE)
+        steps.delete_step.click(self.delete_step, None, [*view.outputs, form.line], **PRIVATE)
+        steps.delete_all.click(self.delete_all, None, [*view.outputs, form.line], **PRIVATE)
         steps.against.input(
             self.compare, steps.against, [view.pictures, form.line], preprocess=False, **PRIVATE
         )
@@ -178,6 +182,31 @@ class _PictureTab(EditingTab):
         state.result = None
         original = self.view.alone(shown, visitor_language(request))
         return {**self._shown(request), **original, **self.view.unmark(), self.picture: picture}
+
+    async def delete_step(self, request: gr.Request) -> dict[Any, Any]:
+        """Delete the step that is shown, and all that were made from it."""
+        result, kept = self._state(request).result, self.kept
+        if kept is None or result is None or result.step is None:
+            return self.form.unchanged()
+        return await self._delete(request, partial(kept.delete, result.step))
+
+    async def delete_all(self, request: gr.Request) -> dict[Any, Any]:
+        """Delete the whole history."""
+        if self.kept is None:
+            return self.form.unchanged()
+        return await self._delete(request, self.kept.delete_all)
+
+    async def _delete(self, request: gr.Request, delete: Callable[[], int]) -> dict[Any, Any]:
+        state, language = self._state(request), visitor_language(request)
+        if state.is_busy:
+            return self.form.unchanged()
+        try:
+            steps = await asyncio.to_thread(delete)
+        except Step1XEditError as error:
+            return {self.form.line: alert_of(error, language)}
+        state.result = None
+        line = done_line(text("deleted", language, steps=steps))
+        return {**self._shown(request), **await self._strip(request), self.form.line: line}
 
     async def merge(self, request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
         """Make what is shown of the original, with one edit."""

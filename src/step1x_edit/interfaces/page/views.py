@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import gradio as gr
 
@@ -12,6 +12,13 @@ from step1x_edit.interfaces.page.lines import picture_alone, pictures_compared
 from step1x_edit.interfaces.page.parts import T
 from step1x_edit.interfaces.page.sessions import Result, Thoughts
 from step1x_edit.service.history import Step
+
+_DELETIONS: Final[tuple[tuple[str, Literal["stop", "secondary"]], ...]] = (
+    ("step", "stop"),
+    ("all", "stop"),
+    ("nothing", "secondary"),
+)
+"""What can be deleted of the history."""
 
 
 class ResultView:
@@ -134,10 +141,34 @@ class StepView:
                 self.merge = gr.Button(
                     T("merge"), size="md", min_width=120, elem_id=f"{name}-merge"
                 )
+                self.delete = gr.Button(
+                    T("delete"), size="md", min_width=120, elem_id=f"{name}-delete"
+                )
+            with gr.Column(visible=False) as self._sure:
+                gr.Markdown(T("delete.sure"), elem_id=f"{name}-delete-sure")
+                with gr.Row(elem_classes="actions"):
+                    self.delete_step, self.delete_all, self.delete_nothing = (
+                        gr.Button(
+                            T(f"delete.{choice}"),
+                            variant=variant,
+                            size="md",
+                            min_width=120,
+                            elem_id=f"{name}-delete-{choice}",
+                        )
+                        for choice, variant in _DELETIONS
+                    )
             self.against = gr.Dropdown(
                 label=T("against"), filterable=False, elem_id=f"{name}-against"
             )
-        self.outputs: Final[list[Any]] = [self._parts, self.merge, self.against]
+        self.outputs: Final[list[Any]] = [self._parts, self.merge, self._sure, self.against]
+
+    def ask(self) -> dict[Any, Any]:
+        """Ask what to delete."""
+        return {self._sure: gr.Column(visible=True)}
+
+    def delete_none(self) -> dict[Any, Any]:
+        """Ask no longer."""
+        return {self._sure: gr.Column(visible=False)}
 
     def show(self, step: Step | None, others: Sequence[Step], language: str) -> dict[Any, Any]:
         """Offer to undo a step, to make it of the original, and to compare it with others."""
@@ -146,6 +177,7 @@ class StepView:
         offered = choices(step, others, language)
         return {
             self._parts: gr.Column(visible=True),
+            **self.delete_none(),
             self.merge: gr.Button(interactive=step.source not in (None, step.original)),
             self.against: gr.Dropdown(offered, value=SOURCE),
         }
