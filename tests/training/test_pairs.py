@@ -123,7 +123,7 @@ def test_all_faults_are_named_with_file_and_line_before_anything_is_loaded(
             "the target is 24 x 32 and the source 32 x 24: crop one",
             "it is not JSON",
             "it has a target and keep",
-            "hat is unknown",
+            "'hat' is unknown",
             "Unsupported image format",
         ),
         strict=True,
