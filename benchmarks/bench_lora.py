@@ -60,7 +60,8 @@ def main() -> None:
         for name, place in HELD_OUT_PHOTOS.items()
     }
     print("| edit | without, dB | with, dB | change |", "|---|---|---|---|", sep="\n")
-    changes, sheet = {}, []
+    changes: dict[str, float] = {}
+    sheet: list[Pixels] = []
     for name in arguments.edits:
         found = []
         for pixels in photos.values():

@@ -47,7 +47,8 @@ def _steps(bench: Bench, learning: Training, pixels: int) -> dict[str, Any]:
     encoded = learning.spared(bench.encoded(pixels))
     target = encoded.reference.float()
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(7))
-    before, taken, loss = start_peak(bench.device), [], math.nan
+    taken: list[float] = []
+    before, loss = start_peak(bench.device), math.nan
     for _ in range(STEPS):
         synchronize(bench.device)
         started = time.perf_counter()

@@ -322,8 +322,8 @@ class EditPipeline:
     @torch.inference_mode()
     def encode_target(self, image: Pixels, encoded: Encoded) -> Tensor:
         """The latents (1, N, C) of another picture in the size of an encoded one, for training."""
-        size = encoded.columns, encoded.rows
-        picture = _Picture(image, tuple(side * self.config.size_multiple for side in size))
+        multiple = self.config.size_multiple
+        picture = _Picture(image, (encoded.columns * multiple, encoded.rows * multiple))
         return pack(self._encode_latents(picture.for_vae(self.config.reference_resize)))
 
     def _encode_words(self, request: NetworkRequest) -> Encoded:

@@ -86,9 +86,7 @@ class Work:
 
 def run(work: Work, is_stopped: Callable[[], bool]) -> Iterator[Event]:
     """Train, and yield what happens; the last event is `trained`, or `stopped`."""
-    import torch
-
-    from step1x_edit.training.examples import examples_of
+    from step1x_edit.training.examples import examples_of, read_parts
 
     device = _device(work.start)
     examples = examples_of(work.pairs, work.request, _open(work), work.folder / CACHE)
@@ -98,15 +96,12 @@ def run(work: Work, is_stopped: Callable[[], bool]) -> Iterator[Event]:
         return
     opened = _open(work)
     yield {"phase": "loading", "text": f"reading {opened.checkpoint.name}"}
-    from step1x_edit.training.examples import read_parts
-
     read_parts(opened, ("transformer",), device)
     pipeline = opened.checkpoint.pipeline
     yield from _own_edits(work, examples, pipeline, is_stopped)
     if is_stopped():
         yield {"stopped": 0}
         return
-    torch.manual_seed(work.request.seed)
     yield from _trained(work, examples, opened, is_stopped)
 
 

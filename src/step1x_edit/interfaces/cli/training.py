@@ -23,6 +23,7 @@ from step1x_edit.interfaces.cli.terminal import (
 from step1x_edit.schemas.requests import read_request
 from step1x_edit.schemas.training import Pair, TrainRequest
 from step1x_edit.service.files import FileAccess, expanded
+from step1x_edit.settings import Limits
 
 _INTERRUPTED = "interrupted; the state is saved, and the same command continues from there"
 
@@ -113,7 +114,7 @@ def _train(
         print_line(last["output"])
 
 
-def _pairs(data: Path, sources: Path | None, files: FileAccess, limits: Any) -> list[Pair]:
+def _pairs(data: Path, sources: Path | None, files: FileAccess, limits: Limits) -> list[Pair]:
     """The pairs in the data; raises InvalidParameterError once all faults are printed."""
     from step1x_edit.service.pairs import read_pairs
 
