@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,7 +23,9 @@ from step1x_edit.interfaces.cli.terminal import (
 from step1x_edit.schemas.requests import read_request
 from step1x_edit.schemas.training import Pair, TrainRequest
 from step1x_edit.service.files import FileAccess, expanded
-from step1x_edit.settings import Limits
+
+if TYPE_CHECKING:
+    from step1x_edit.settings import Limits
 
 _INTERRUPTED = "interrupted; the state is saved, and the same command continues from there"
 
