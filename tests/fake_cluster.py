@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
@@ -12,7 +13,7 @@ from step1x_edit.channel import EditJob
 from step1x_edit.cluster.ray_engine import Move
 from step1x_edit.cluster.replica import EngineReplica, Said
 from step1x_edit.engine.engine import Engine, Replica
-from step1x_edit.waiting import until
+from step1x_edit.waiting import first_of
 
 
 class ActorDiedError(Exception):
@@ -46,14 +47,14 @@ class FakeCluster:
     async def run(self, job: EditJob) -> AsyncGenerator[Said, None]:
         while (held := await self._idle.get()).loss.is_set():
             pass
+        loss = asyncio.ensure_future(held.loss.wait())
         try:
             async with contextlib.aclosing(held.replica.run(job)) as sayings:
-                async for said in until(held.loss.wait(), sayings):
+                while (said := await _next_unless(loss, sayings)) is not None:
                     await self.answers.wait()
                     yield said
-                if held.loss.is_set():
-                    raise ActorDiedError("The actor died unexpectedly before finishing this task.")
         finally:
+            loss.cancel()
             self._idle.put_nowait(held)
 
     async def look(self) -> Sequence[Replica]:
@@ -91,9 +92,24 @@ class FakeCluster:
     def _lose(self, name: str) -> None:
         held = self._all.pop(name)
         held.loss.set()
-        held.engine.close()
+        threading.Thread(target=held.engine.close).start()  # it may wait for a gate
 
     def _add(self, engine: Engine) -> None:
         name = f"replica-{len(self._all)}"
         self._all[name] = held = _Held(name, engine)
         self._idle.put_nowait(held)
+
+
+async def _next_unless(
+    loss: asyncio.Future[bool], sayings: AsyncGenerator[Said, None]
+) -> Said | None:
+    coming = asyncio.ensure_future(anext(sayings, None))
+    try:
+        await first_of(coming, loss)
+    finally:
+        if not coming.done():
+            coming.cancel()
+            await asyncio.wait([coming])  # else the generator could not be closed
+    if loss.done():
+        raise ActorDiedError("The actor died unexpectedly before finishing this task.")
+    return coming.result()
