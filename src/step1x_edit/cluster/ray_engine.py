@@ -295,7 +295,7 @@ class RayEngine:
         return ServerBusyError(f"{waiting}, try again in {wait_s} s", retry_after_s=wait_s)
 
     def _gone(self) -> ModelUnavailableError:
-        reason = self._trouble or "it has not answered yet"
+        reason = self._trouble or "it does not answer"
         return ModelUnavailableError(
             f"no edit can run in the Ray cluster: {reason}", retry_after_s=self._gone_s
         )
@@ -395,9 +395,12 @@ class RayEngine:
         try:
             while not await first_of(moving, timeout_s=self._look_every_s):
                 self.check_worker()
-            return _sum_of(moving.result())
+            moved = moving.result()
         finally:
             drop(moving)
+        with self._lock:
+            self._replicas.update({one.name: one for one in moved})
+        return _sum_of(moved)
 
     async def _watch(self) -> None:
         while True:

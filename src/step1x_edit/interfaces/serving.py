@@ -26,6 +26,7 @@ from step1x_edit.interfaces.http.guard import MCP_PATH, Guard
 from step1x_edit.interfaces.http.metrics import Metrics
 from step1x_edit.interfaces.process import watch_signals
 from step1x_edit.interfaces.server import build_routes
+from step1x_edit.service.job_store import JobStore
 from step1x_edit.service.service import EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
@@ -34,6 +35,7 @@ from step1x_edit.waiting import first_of
 log = logging.getLogger(__name__)
 
 _GRACE_S: Final = 3.0  # for the running step to end
+_STANDBY_S: Final = 1.0  # between two looks whether the other server has ended
 _LAST_WORDS_S: Final = 1  # for the answers of the requests that were cancelled
 
 
@@ -52,6 +54,20 @@ def serve(settings: Settings) -> None:
         raise
     logging.shutdown()
     os._exit(exit_code)  # do not wait for threads that still decode or encode
+
+
+async def wait_for_turn(settings: Settings) -> None:
+    """Wait while another server uses DATA_DIR; its end, also by a kill, ends the wait."""
+    has_said = False
+    while True:
+        try:
+            async with JobStore(settings.data_dir):
+                return
+        except SettingsError as error:
+            if not has_said:
+                log.info("standing by: %s", error)
+            has_said = True
+        await asyncio.sleep(_STANDBY_S)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -573,6 +573,22 @@ class DeviceMemory(_Answer):
     reserved_gb: float
 
 
+class ReplicaStatus(_Answer):
+    """One replica of a cluster: where its model is and how much memory it uses."""
+
+    name: str
+    state: Annotated[Literal["starting", "idle", "editing"], Field(description="What it does")]
+    model_location: Location
+    gpu_memory_allocated_gb: float
+    gpu_memory_reserved_gb: float
+    idle_time: float
+    statistics: GpuStatistics
+    model: str | None = None
+    device: str | None = None
+    numerics: Numerics = None
+    loading: str | None = None
+
+
 class GpuStatus(_Answer):
     """Where the model is and how much memory it uses; times in seconds, memory in GB."""
 
@@ -612,6 +628,13 @@ class GpuStatus(_Answer):
         Field(
             description="The memory on the other GPUs of an edit, if it has several: the fields "
             "above are of the first"
+        ),
+    ] = None
+    replicas: Annotated[
+        list[ReplicaStatus] | None,
+        Field(
+            description="With ENGINE=ray: each replica. The fields above are then those of the "
+            "first one, and `statistics` the sums"
         ),
     ] = None
 

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from step1x_edit.channel import (
     EditJob,
@@ -35,6 +35,7 @@ from step1x_edit.engine.engine import (
     EditResult,
     EngineLike,
     EngineStatus,
+    Replica,
 )
 from step1x_edit.engine.machine import check_upscale_model
 from step1x_edit.errors import (
@@ -56,6 +57,7 @@ from step1x_edit.schemas.answers import (
     GpuAnswer,
     GpuStatistics,
     GpuStatus,
+    ReplicaStatus,
     StatusAnswer,
 )
 from step1x_edit.schemas.plan import PlanStatus
@@ -505,12 +507,7 @@ class EditService:
             gpu_memory_allocated_gb=round(residence.memory.allocated_gb, 2),
             gpu_memory_reserved_gb=round(residence.memory.reserved_gb, 2),
             auto_monitor_running=status.is_monitoring,
-            statistics=GpuStatistics(
-                total_loads=status.total_loads,
-                gpu_to_cpu=status.gpu_to_cpu,
-                cpu_to_gpu=status.cpu_to_gpu,
-                full_releases=status.full_releases,
-            ),
+            statistics=_statistics_of(status),
             model=residence.model,
             device=residence.device,
             arithmetic=residence.arithmetic,
@@ -521,6 +518,7 @@ class EditService:
             loras_in_model=loras_of(residence.loras) or None,
             loading=status.loading and status.loading.text,
             other_devices=_other_devices(residence) or None,
+            replicas=[_replica_status(one) for one in status.replicas] or None,
         )
 
 
@@ -544,6 +542,34 @@ async def _run(edit: Edit, report: Reporter) -> EditResult:
         return await edit.result()
     finally:
         edit.cancel()  # does nothing to an edit that has ended
+
+
+def _statistics_of(status: EngineStatus) -> GpuStatistics:
+    return GpuStatistics(
+        total_loads=status.total_loads,
+        gpu_to_cpu=status.gpu_to_cpu,
+        cpu_to_gpu=status.cpu_to_gpu,
+        full_releases=status.full_releases,
+    )
+
+
+def _replica_status(replica: Replica) -> ReplicaStatus:
+    status = replica.status or EngineStatus()
+    residence = status.residence
+    state: Literal["starting", "idle", "editing"] = "editing" if status.is_editing else "idle"
+    return ReplicaStatus(
+        name=replica.name,
+        state="starting" if replica.status is None else state,
+        model_location=residence.location,
+        gpu_memory_allocated_gb=round(residence.memory.allocated_gb, 2),
+        gpu_memory_reserved_gb=round(residence.memory.reserved_gb, 2),
+        idle_time=round(status.idle_time_s, 1),
+        statistics=_statistics_of(status),
+        model=residence.model,
+        device=residence.device,
+        numerics=residence.numerics,
+        loading=status.loading and status.loading.text,
+    )
 
 
 async def _moving(move: Future[EngineStatus]) -> EngineStatus:

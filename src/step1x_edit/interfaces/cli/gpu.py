@@ -52,17 +52,25 @@ def status(
 
 
 def _rows(status: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """The lines of the status: lists and counts on one line, the plan on one line per field."""
+    """The lines of the status: lists and counts on one line; a line for each part of the plan
+    and for each replica."""
     for name, value in status.items():
         match name, value:
             case "plan", dict():
                 yield from ((f"plan {part}", known) for part, known in value.items())
+            case "replicas", list():
+                yield from ((f"replica {one['name']}", _in_words(one)) for one in value)
             case _, dict():
                 yield name, ", ".join(f"{key} {count}" for key, count in value.items())
             case _, list():
                 yield name, ", ".join(value)
             case _:
                 yield name, value
+
+
+def _in_words(replica: Mapping[str, object]) -> str:
+    model = f", {replica['model']}" if "model" in replica else ""
+    return f"{replica['state']}, {replica['model_location']}{model}"
 
 
 def offload(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +46,12 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    standby: Annotated[
+        bool,
+        typer.Option(
+            "--standby", help="While another server uses DATA_DIR, wait; then take its place"
+        ),
+    ] = False,
 ) -> None:
     """Serve the web page, REST and MCP over HTTP until a signal ends the server.
 
@@ -57,4 +64,6 @@ def serve(
         from step1x_edit.interfaces import process, serving
 
         process.log_to_stderr(settings)
+        if standby:
+            asyncio.run(serving.wait_for_turn(settings))
         serving.serve(settings)

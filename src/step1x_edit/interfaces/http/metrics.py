@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from prometheus_client import (
@@ -19,6 +19,7 @@ from starlette.types import Scope
 
 from step1x_edit import __version__
 from step1x_edit.channel import GIGA
+from step1x_edit.schemas.answers import ReplicaStatus
 from step1x_edit.schemas.plan import PlanStatus
 from step1x_edit.service.service import EditService
 
@@ -100,6 +101,8 @@ class _Engine(Collector):
         yield memory
 
         yield from _of_plan(status.plan)
+        if status.replicas is not None:
+            yield from _of_replicas(status.replicas)
 
         moves = CounterMetricFamily(
             f"{_PREFIX}model_moves", "Loads and moves of the model", labels=["move"]
@@ -146,3 +149,31 @@ def _of_plan(plan: PlanStatus | None) -> Iterator[Metric]:
         if plan.host_gb is not None:
             host.add_metric([], plan.host_gb * GIGA)
     yield from (share, slots, peak, host)
+
+
+def _of_replicas(replicas: Sequence[ReplicaStatus]) -> Iterator[Metric]:
+    """The state of each replica of a cluster."""
+    state = GaugeMetricFamily(
+        f"{_PREFIX}replica_state", "1 for the current state", labels=["replica", "state"]
+    )
+    location = GaugeMetricFamily(
+        f"{_PREFIX}replica_model_location",
+        "1 for the current location of the model",
+        labels=["replica", "location"],
+    )
+    memory = GaugeMetricFamily(
+        f"{_PREFIX}replica_gpu_memory_bytes",
+        "GPU memory of the model as measured",
+        labels=["replica", "kind"],
+    )
+    moves = CounterMetricFamily(
+        f"{_PREFIX}replica_model_moves", "Loads and moves of the model", labels=["replica", "move"]
+    )
+    for one in replicas:
+        state.add_metric([one.name, one.state], 1)
+        location.add_metric([one.name, one.model_location], 1)
+        memory.add_metric([one.name, "allocated"], one.gpu_memory_allocated_gb * GIGA)
+        memory.add_metric([one.name, "reserved"], one.gpu_memory_reserved_gb * GIGA)
+        for move, count in one.statistics.to_dict().items():
+            moves.add_metric([one.name, move], count)
+    yield from (state, location, memory, moves)
