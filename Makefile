@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Stamps of the two installations: to run the program, and to develop it.
+# Stamps of the installations: to run the program, to develop it, and to test it with Ray.
 INSTALLED := $(VENV)/.step1x-edit-installed
 DEVELOP   := $(VENV)/.step1x-edit-develop
+CLUSTER   := $(VENV)/.step1x-edit-cluster
 # A package index for torch alone: `make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`
 # saves the CUDA download on a machine without a GPU.
 TORCH_INDEX ?=
@@ -16,6 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all check fix openapi conformance mcpb check-deploy train clean
+.PHONY: help setup demo test test-all test-cluster check fix openapi conformance train clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,10 @@ $(DEVELOP): pyproject.toml constraints.txt
 	$(call install,[dev])
 	touch $(INSTALLED) $@
 
+$(CLUSTER): $(DEVELOP)
+	$(PIP) --editable '.[dev,ray]'
+	touch $@
+
 demo: $(INSTALLED)  ## Edit a bundled photograph and print the paths of the pictures
 	$(BIN)/step1x-edit demo
 
@@ -46,6 +52,9 @@ test: setup  ## Run the tests (CPU)
 
 test-all: setup  ## Run the tests, with all cases of the slow ones
 	TEST_EXTENT=all $(PYTEST)
+
+test-cluster: $(CLUSTER)  ## Install the extra ray and run the tests with a real Ray cluster
+	TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_real_ray.py
 
 check: setup  ## Lint, check the format, the types and the import contracts
 	$(BIN)/ruff check
