@@ -16,8 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check fix openapi conformance mcpb check-deploy train clean
-.PHONY: help setup demo test test-all test-cluster check fix openapi conformance train clean
+.PHONY: help setup demo test test-all test-cluster check fix openapi conformance mcpb check-deploy train clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
