@@ -19,6 +19,7 @@ buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 tidy() {
     kill "${server:-}" 2> /dev/null || true
     umount --quiet --recursive "$work/root" || true
+    buildah umount --all > /dev/null || true
     rm -rf "$work"
 }
 trap tidy EXIT
@@ -52,8 +53,7 @@ for device in null zero random urandom; do
 done
 mkdir --mode 1777 "$work/root/dev/shm"
 key=$(head --bytes 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
-# ENV of the Dockerfile has no blanks.
-read -ra environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{.}} {{end}}' "$container")
+mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container")
 inside=(
     chroot "$work/root" env --ignore-environment "${environment[@]}" "API_KEY=$key" PORT=18000
     setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --bounding-set=-all
