@@ -328,11 +328,11 @@ EDIT_PICTURE: Final[dict[str, Any]] = {
     "operation_id": "edit_picture",
     "summary": "Edit a picture",
     "description": "Edits the picture as the prompt says. The result has the size of the input, "
-    "unless `outpaint` enlarges it; nothing is stored on the server. The answer is `image/png` "
-    "unless `Accept` names another type: `image/jpeg`, `image/webp`, `image/avif`, `image/tiff`, "
-    "`image/bmp`, or `application/json` for the picture in base64 together with its parameters. "
-    "Any other type gives 406. `X-Seed` is the seed that repeats the picture; with a `mask` or "
-    "`outpaint`, `X-Changed-Share` is the share of the pixels that changed. Closing the "
+    "unless `outpaint` or `upscale` enlarges it; nothing is stored on the server. The answer "
+    "is `image/png` unless `Accept` names another type: `image/jpeg`, `image/webp`, "
+    "`image/avif`, `image/tiff`, `image/bmp`, or `application/json` for the picture in base64 "
+    "together with its parameters. Any other type gives 406. `X-Seed` is the seed that repeats "
+    "the picture; with a `mask` or `outpaint`, `X-Changed-Share` is the share of the pixels that changed. Closing the "
     "connection cancels the edit.",
     "responses": {
         200: {

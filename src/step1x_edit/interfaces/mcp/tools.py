@@ -116,12 +116,12 @@ class Tools:
     async def edit_image(self, arguments: dict[str, Any]) -> ToolResult:
         """Edit one picture as the prompt says and save the result as a new file.
 
-        The input is not changed, and the result has its size, unless outpaint enlarges it. Give one
-        concrete instruction in plain words, such as 'add a red hat' or 'change to night scene'.
-        With mask_path only the white (or transparent) pixels of the mask may change; with region
-        'full' too they get more detail. The answer holds the path of the
-        result, the seed that repeats it, and a small preview to judge it by; metadata.warning, if
-        present, says that the model did not understand. An edit takes seconds to minutes, and the
+        The input is not changed, and the result has its size, unless outpaint or upscale enlarges
+        it. Give one concrete instruction in plain words, such as 'add a red hat' or 'change to
+        night scene'. With mask_path only the white (or transparent) pixels of the mask may change;
+        with region 'full' too they get more detail. The answer holds the path of the result,
+        the seed that repeats it, and a small preview to judge it by; metadata.warning, if present,
+        says that the model did not understand. An edit takes seconds to minutes, and the
         first one also loads the model. If your calls end before that, use submit_edit and then
         get_job, which answer within seconds. If the answer has a job_id, the edit continues: ask
         get_job. With the model v1.2, thinking rewrites a vague prompt in clear words, and
