@@ -332,8 +332,8 @@ EDIT_PICTURE: Final[dict[str, Any]] = {
     "is `image/png` unless `Accept` names another type: `image/jpeg`, `image/webp`, "
     "`image/avif`, `image/tiff`, `image/bmp`, or `application/json` for the picture in base64 "
     "together with its parameters. Any other type gives 406. `X-Seed` is the seed that repeats "
-    "the picture; with a `mask` or `outpaint`, `X-Changed-Share` is the share of the pixels that changed. Closing the "
-    "connection cancels the edit.",
+    "the picture; with a `mask` or `outpaint`, `X-Changed-Share` is the share of the pixels "
+    "that changed. Closing the connection cancels the edit.",
     "responses": {
         200: {
             "model": PictureAnswer,
