@@ -60,7 +60,7 @@ def refuse_rounding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def refuse(*_: object) -> None:
         raise RoundedError
 
-    return lambda: monkeypatch.setattr(arena, "code", refuse)
+    return lambda: monkeypatch.setattr(arena, "code_into", refuse)
 
 
 def edited(start: Start, free: int | None = None, **job: object) -> tuple[bytes, str]:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from step1x_edit.checkpoints.stored import Span, Stored
 from step1x_edit.errors import CheckpointError
-from step1x_edit.model.quantised import Code, code
+from step1x_edit.model.quantised import Code, Coded, code_into
+from step1x_edit.model.scratch import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -395,12 +396,11 @@ class _CodedPiece:
     def read(self) -> int:
         """Read and code the rows, and return how many bytes were read."""
         assert self.weight.code is not None
-        rows = _in_full(self.weight, self.source)
+        rows = scratch("rows", tuple(self.source.shape), torch.float32)
+        _read_in_full(self.weight, self.source, rows)
         if self.delta is not None:
             rows += self.delta
-        coded = code(rows, self.weight.code)
-        self.codes.copy_(coded.codes)
-        self.scale.copy_(coded.scale)
+        code_into(Coded(self.codes, self.scale), rows, self.weight.code)
         return self.size
 
 
@@ -460,19 +460,20 @@ def _unchanged(place: _Place, memory: Tensor) -> Tensor:
     if place.weight.code is None:
         return place.view(memory).float()
     assert place.weight.source is not None
-    return _in_full(place.weight, place.weight.source)
+    numbers = torch.empty(place.weight.source.shape)
+    _read_in_full(place.weight, place.weight.source, numbers)
+    return numbers
 
 
-def _in_full(weight: Weight, source: Stored | Tensor) -> Tensor:
-    """Numbers of a weight, in float32."""
-    numbers = torch.empty(source.shape)
+def _read_in_full(weight: Weight, source: Stored | Tensor, numbers: Tensor) -> None:
+    """Read numbers of a weight into a float32 tensor of their shape."""
     if isinstance(source, Tensor):
-        return numbers.copy_(source)
+        numbers.copy_(source)
+        return
     flat, place = numbers.view(-1), 0
     for span in source.spans:
         _read(weight, span, flat[place : place + span.count])
         place += span.count
-    return numbers
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from step1x_edit import foreign_json
 from step1x_edit.checkpoints import gguf_file
 from step1x_edit.checkpoints.gguf_blocks import Packing
 from step1x_edit.errors import CheckpointError
+from step1x_edit.model.scratch import scratch
 
 DTYPES: Final = {
     "F64": torch.float64,
@@ -99,9 +100,9 @@ class Span:
         """Read the numbers into a flat tensor of the same length, converting them to its type."""
         raw = target
         if self.packing is not None:
-            raw = torch.empty(self.size, dtype=torch.uint8)
+            raw = scratch("bytes of a file", (self.size,), torch.uint8)
         elif target.dtype != self.dtype:
-            raw = torch.empty(self.count, dtype=self.dtype)
+            raw = scratch("bytes of a file", (self.count,), self.dtype)
         self.file.read(self.offset, raw.view(torch.uint8).numpy().data)
         if self.packing is not None:
             self.packing.unpack_into(raw, target)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from step1x_edit.model.scratch import scratch
+
 Code = Literal["fp8", "int8", "nf4"]
 CODES: Final[tuple[Code, ...]] = get_args(Code)
 
@@ -83,36 +85,48 @@ class Coded(NamedTuple):
 
 def code(matrix: Tensor, kind: Code) -> Coded:
     """Round a float32 matrix (N, K) to codes and scales."""
+    rows, columns = matrix.shape
+    coded = empty((rows, columns), kind, matrix.device)
+    code_into(coded, matrix.clone(), kind)
+    return coded
+
+
+def code_into(coded: Coded, matrix: Tensor, kind: Code) -> None:
+    """Write the codes and scales of a float32 matrix (N, K), which is overwritten."""
+    codes, scale = coded
     match kind:
         case "fp8":
             # Powers of two change no digit: weights that are stored in this type stay exact.
             mantissa, exponent = torch.frexp(_largest(matrix) / FLOAT8_MAX)
-            scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
-            return Coded((matrix / scale).to(FLOAT8), scale)
+            torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int(), out=scale)
+            codes.copy_(matrix.div_(scale))
         case "int8":
             # Rounded up to a bfloat16, so that widening to that type rounds only once.
-            scale = _up_to_bfloat16(_largest(matrix) / INT8_MAX)
-            return Coded((matrix / scale).round_().to(torch.int8), scale)
+            scale.copy_(_up_to_bfloat16(_largest(matrix) / INT8_MAX))
+            codes.copy_(matrix.div_(scale).round_())
         case "nf4":
             if missing := -matrix.shape[1] % NF4_BLOCK:
                 matrix = F.pad(matrix, (0, missing))
-            blocks = matrix.reshape(matrix.shape[0], -1, NF4_BLOCK)  # (N, ⌈K/64⌉, 64)
-            scale = _largest(blocks).bfloat16()
-            codes = _nf4_codes((blocks / scale.float()).view(matrix.shape[0], -1))
-            return Coded(codes, scale.squeeze(-1))
+            blocks = matrix.view(matrix.shape[0], -1, NF4_BLOCK)  # (N, ⌈K/64⌉, 64)
+            scale.copy_(_largest(blocks).squeeze(-1))
+            blocks.div_(scale.float().unsqueeze(-1))
+            _nf4_codes(codes, matrix.view(-1))
 
 
-def _nf4_codes(shares: Tensor) -> Tensor:
-    """The codes of shares of a scale, in float32 from -1 to 1; they are overwritten. Two per byte.
+def _nf4_codes(codes: Tensor, shares: Tensor) -> None:
+    """Write the codes, two per byte, of shares of a scale: from -1 to 1, flat, overwritten.
 
     A code is the number of edges, the middles between two values, that are below the share. The
     line is cut into cells that hold at most one edge each, so that one lookup per share finds what
     decides: more than ten times as fast on a CPU as searching the edges.
     """
-    fixed = shares.mul_(FIXED_ONE).int().add_(FIXED_OFFSET).flatten()
-    fixed += _nf4_cells().index_select(0, fixed >> CELL_BITS)
+    fixed = shares.mul_(FIXED_ONE).view(torch.int32).copy_(shares).add_(FIXED_OFFSET)
+    cells = scratch("cells", fixed.shape, torch.int32)
+    found = scratch("what the cells add", fixed.shape, torch.int32)
+    torch.bitwise_right_shift(fixed, CELL_BITS, out=cells)
+    fixed += torch.index_select(_nf4_cells(), 0, cells, out=found)
     pairs = fixed.bitwise_right_shift_(CODE_SHIFT).to(torch.uint8).view(torch.int16)
-    return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8).view(shares.shape[0], -1)
+    codes.view(-1).copy_((pairs << 4).bitwise_or_(pairs >> 8))
 
 
 @functools.cache
