@@ -17,6 +17,7 @@ from safetensors import safe_open
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import Wanted, open_checkpoint, read_checkpoint, write_demo
 from step1x_edit.errors import InvalidParameterError
+from step1x_edit.model.denoising import Branch, Encoded
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
 from step1x_edit.schemas.training import Pair, TrainRequest
@@ -24,7 +25,7 @@ from step1x_edit.service.training import train
 from step1x_edit.settings import Limits, Settings
 from step1x_edit.training.estimate import needs_of
 from step1x_edit.training.examples import Example, encode
-from step1x_edit.training.loop import Training, predicted
+from step1x_edit.training.loop import Drawn, Training, predicted
 from step1x_edit.training.process import STATE, Event, Work, run
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
 
@@ -252,6 +253,26 @@ def test_a_pair_is_the_same_when_it_is_read_again(
     )
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(layer.up.grad is not None for layer in training.layers.values())
+
+
+def test_an_edit_to_keep_costs_nothing_until_it_changes() -> None:
+    pipeline = tiny_pipeline()
+    branch = Branch(torch.ones(1, 40, 32), torch.ones(1, 40))
+    encoded = Encoded(torch.ones(1, 16, 64), (branch, branch), 4, 4)
+    training = Training(pipeline.transformer, pipeline.config, TrainRequest(rank=1))
+    edit = torch.zeros(1, 16, 64)
+    drawn = Drawn(0.5, torch.zeros_like(edit))
+
+    before = training.loss_of_kept(encoded, edit, drawn)
+    with torch.no_grad():
+        for layer in training.layers.values():
+            layer.up.fill_(0.1)
+    after = training.loss_of_kept(encoded, edit, drawn)
+
+    assert before == 0
+    assert after > 0
+    after.backward()  # type: ignore[no-untyped-call]
+    assert all(layer.down.grad is not None for layer in training.layers.values())
 
 
 def test_an_estimate_counts_what_a_step_computes(model: Path) -> None:

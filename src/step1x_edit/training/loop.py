@@ -29,7 +29,7 @@ from step1x_edit.model.latents import image_position_ids
 from step1x_edit.model.transformer import QuotedText, Transformer
 from step1x_edit.schemas.training import TrainRequest
 from step1x_edit.training.examples import Example, write_tensors
-from step1x_edit.training.low_rank import add_changes
+from step1x_edit.training.low_rank import add_changes, unchanged
 
 WARM_UP: Final = 20
 """Steps in which the learning rate rises to its value."""
@@ -95,8 +95,8 @@ class Training:
             number = self.done * self.request.batch_size + index
             example = examples[_order(len(examples), number, self.request.seed)]
             target = example.target()
-            drawn = self._draw(target, number)
-            yield self.loss(self.spared(example.encoded()), target, drawn)
+            loss = self.loss if example.pair.target is not None else self.loss_of_kept
+            yield loss(self.spared(example.encoded()), target, self._draw(target, number))
 
     def spared(self, encoded: Encoded) -> Encoded:
         """The prompts that are compared, without the padding that can be spared."""
@@ -109,19 +109,27 @@ class Training:
         return self.request.guidance != 1.0
 
     def loss(self, encoded: Encoded, target: Tensor, drawn: Drawn) -> Tensor:
-        """The mean squared error of the velocity, under guidance if that is wanted."""
-        device = self.transformer.img_in.weight.device
-        target, noise = target.to(device).float(), drawn.noise.to(device)
-        x = flow.between(target, noise, drawn.t)
+        """The mean squared distance of the velocity from that of the line to the target."""
+        target, noise = target.to(self._device).float(), drawn.noise.to(self._device)
+        velocity = self._velocity(encoded, flow.between(target, noise, drawn.t), drawn.t)
+        return F.mse_loss(velocity, flow.velocity_of(target, noise))
+
+    def loss_of_kept(self, encoded: Encoded, edit: Tensor, drawn: Drawn) -> Tensor:
+        """The mean squared distance of the velocity from that of the unchanged model."""
+        x = flow.between(edit.to(self._device).float(), drawn.noise.to(self._device), drawn.t)
+        with torch.no_grad(), unchanged(self.layers.values()):
+            wanted = self._velocity(encoded, x, drawn.t)
+        return F.mse_loss(self._velocity(encoded, x, drawn.t), wanted)
+
+    def _velocity(self, encoded: Encoded, x: Tensor, t: float) -> Tensor:
+        """The velocity at x (1, N, C), under guidance if that is wanted."""
         found = [
-            predicted(self.transformer, self.config, x, drawn.t, encoded, branch)
+            predicted(self.transformer, self.config, x, t, encoded, branch)
             for branch in encoded.branches
         ]
-        velocity = found[0]
-        if self.is_guided:
-            scale, rule = self.request.guidance, self.config.guidance_rule
-            velocity = flow.guide(*found, scale, drawn.t, rule)
-        return F.mse_loss(velocity, flow.velocity_of(target, noise))
+        if not self.is_guided:
+            return found[0]
+        return flow.guide(*found, self.request.guidance, t, self.config.guidance_rule)
 
     def save(self, path: Path, notes: Mapping[str, str]) -> None:
         """Write all that later steps depend on."""
@@ -144,6 +152,10 @@ class Training:
                     for moment in MOMENTS
                 }
             self.done = int(opened.metadata()["done"])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.transformer.img_in.weight.device
 
     def _matrices(self) -> dict[str, nn.Parameter]:
         """All that learns, by name."""

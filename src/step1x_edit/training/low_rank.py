@@ -6,9 +6,10 @@ untrained change changes nothing. Both matrices are float32, whatever W is kept 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -63,6 +64,19 @@ def add_changes(
             added[name] = LowRankLinear(layer, rank, alpha / rank, generator)
             transformer.set_submodule(name, added[name])
     return added
+
+
+@contextlib.contextmanager
+def unchanged(layers: Iterable[LowRankLinear]) -> Iterator[None]:
+    """Have the network compute without these changes."""
+    scales = [(layer, layer.scale) for layer in layers]
+    for layer, _ in scales:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in scales:
+            layer.scale = scale
 
 
 def write_lora(
