@@ -62,7 +62,7 @@ def crops(folder: Path, count: int) -> list[Image.Image]:
 def main() -> None:
     pictures, output = map(Path, sys.argv[1:3])
     output.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines: list[dict[str, object]] = []
     for index, crop in enumerate(crops(pictures, PAIRS)):
         source, target = f"{index:02}.png", f"{index:02}-cyanotype.png"
         crop.save(output / source)

@@ -7,7 +7,6 @@ themselves, and memory that the allocator cannot use, is not counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -108,26 +107,27 @@ def _made_up(
 
 
 def _forward(query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _backward(grad: Any, query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
+    flop = sdpa_backward_flop_count(grad, query, key, value)  # type: ignore[no-untyped-call]
+    return int(flop)
 
 
 _ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FUSED: Final[Mapping[Any, Any]] = {
+_FUSED: Final[dict[Any, Any]] = {
     _ATTENTION: _forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
 }
 """The fused attention of a CPU, which torch's counter does not know."""
 
 
-class _Peak(TorchDispatchMode):
+class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the memory of all tensors that operations make, for as long as they live."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.most = self._now = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 

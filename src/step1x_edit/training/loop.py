@@ -129,7 +129,8 @@ class Training:
         ]
         if not self.is_guided:
             return found[0]
-        return flow.guide(*found, self.request.guidance, t, self.config.guidance_rule)
+        cond, uncond = found
+        return flow.guide(cond, uncond, self.request.guidance, t, self.config.guidance_rule)
 
     def save(self, path: Path, notes: Mapping[str, str]) -> None:
         """Write all that later steps depend on."""

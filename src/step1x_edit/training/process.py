@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ class Work:
         )
 
 
-def run(work: Work, is_stopped: Callable[[], bool]) -> Iterator[Event]:
+def run(work: Work, is_stopped: Callable[[], bool]) -> Generator[Event, None, None]:
     """Train, and yield what happens; the last event is `trained`, or `stopped`."""
     from step1x_edit.training.examples import examples_of, read_parts
 
