@@ -142,7 +142,7 @@ def counted(number: int, pixels: int) -> dict[str, float]:
         rope = network.rope(torch.empty(2 * tokens, 3), PROMPT_ROWS)
         streams = [PROMPT_ROWS, tokens, tokens]
         cut = CountingCut(team, streams, torch.device("meta"))
-        ropes = [team.rows(each, -3) for each in rope.split(streams, -3)]
+        ropes = [team.rows(each, -3) for each in torch.split(rope, streams, -3)]
         pads = V1_1.conditioner.text_length - PROMPT_ROWS
         mine = team.rows(latents)
         layout = Layout(torch.cat(ropes, -3), PROMPT_ROWS, pads, mine.shape[1])

@@ -24,7 +24,7 @@ def run_out_of_memory(start: Start) -> None:
             raise MemoryError
         return core(*args)
 
-    Transformer.core = core_or_failure  # type: ignore[method-assign]
+    Transformer.core = core_or_failure  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":
@@ -38,5 +38,6 @@ if __name__ == "__main__":
         run_out_of_memory(start)
         return load_partner(start, end)
 
-    process.load_worker, process.load_partner = worker, partner
+    process.load_worker = worker  # type: ignore[assignment]
+    process.load_partner = partner
     process.main("group_worker")

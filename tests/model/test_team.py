@@ -40,13 +40,13 @@ REQUEST = NetworkRequest(
 
 def in_team(num_branches: int, num_parts: int, work: Callable[[Team], T]) -> list[T]:
     """What each process of a team returns."""
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
 
     def group(name: str, rank: int, size: int) -> dist.ProcessGroup:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = timedelta(seconds=60)
-        ours = dist.PrefixStore(name, store)
+        ours = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         made = dist.ProcessGroup(ours, rank, size)
         gloo, kind = dist.ProcessGroupGloo(ours, rank, size, options), made.BackendType.GLOO
         made._set_default_backend(kind)

@@ -216,7 +216,7 @@ class Denoiser:
         if self.team.num_parts == 1:
             return whole
         streams = [whole.text_length, num_latents, num_reference]
-        ropes = [self.team.rows(each, -3) for each in whole.rope.split(streams, -3)]
+        ropes = [self.team.rows(each, -3) for each in torch.split(whole.rope, streams, -3)]
         wanted = None if whole.num_wanted is None else ropes[1].shape[-3]
         cut = Cut(self.team, streams, self._device)
         return whole._replace(rope=torch.cat(ropes, dim=-3), num_wanted=wanted, cut=cut)

@@ -139,8 +139,8 @@ class Cut:
     def __init__(self, team: Team, streams: Sequence[int], device: torch.device) -> None:
         """`streams` are the rows of its pieces, the text first; each process has a part of each."""
         self._team = team
-        rows = torch.arange(sum(streams), device=device).split(list(streams))
-        parts = [piece.tensor_split(team.num_parts) for piece in rows]
+        rows = torch.arange(sum(streams), device=device)
+        parts = [piece.tensor_split(team.num_parts) for piece in torch.split(rows, list(streams))]
         of_each = [torch.cat(own) for own in zip(*parts, strict=True)]
         mine = team.rank % team.num_parts
         self.text_rows = len(parts[0][mine])
@@ -153,15 +153,15 @@ class Cut:
     def to_heads(self, x: Tensor) -> Tensor:
         """Give all heads of some rows for some heads of all: (K, B, H, n, d) to (…, L, d)."""
         parts = self._team.num_parts
-        sent = x.unflatten(2, (parts, -1)).movedim(2, 0)  # (parts, K, B, H/parts, n, d)
-        shape = list(sent.shape[1:])
-        shapes = [[*shape[:3], size, shape[-1]] for size in self._sizes]
+        k, b, h, n, d = x.shape
+        sent = x.view(k, b, parts, h // parts, n, d).movedim(2, 0)
+        shapes = [[k, b, h // parts, size, d] for size in self._sizes]
         received = self._exchange(list(sent), shapes)
         return torch.cat(received, dim=3).index_select(3, self._in_order)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """The reverse, (B, H/parts, L, d) to (B, H, n, d)."""
-        sent = x.index_select(2, self._by_process).split(self._sizes, dim=2)
+        sent = torch.split(x.index_select(2, self._by_process), self._sizes, dim=2)
         shape = [*x.shape[:2], self._mine, x.shape[3]]
         return torch.cat(self._exchange(sent, [shape] * self._team.num_parts), dim=1)
 
@@ -174,7 +174,7 @@ class Cut:
             dist.all_to_all_single(
                 received, flat, sizes, [each.numel() for each in sent], group=self._team.peers
             )
-        parts = received.split(sizes)
+        parts = torch.split(received, sizes)
         return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

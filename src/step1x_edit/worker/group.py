@@ -76,7 +76,7 @@ class Seat:
         import torch.distributed as dist
 
         stay_on_this_machine()
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             "127.0.0.1",
             self.port,
             self.size,
