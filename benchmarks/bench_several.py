@@ -81,7 +81,8 @@ def measured(sizes: Sequence[int], steps: int, turns: int) -> list[dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         workers = [a_worker(number, folder) for number in (1, 2)]
         for size in sizes:
-            job = EditJob(image, "change to night scene", num_steps=steps, size_level=size)
+            words = "change to night scene"
+            job = EditJob(image, words, num_steps=steps, size_level=size, number=1)
             found: list[list[tuple[float, float]]] = [[], []]
             for turn in range(turns + 1):
                 for worker, its in zip(workers, found, strict=True):

@@ -205,6 +205,7 @@ class FakeWorker:
     """Its name; only a model named v1.2 can think and reflect."""
     warning: str | None = None
     held: Memory = Memory()
+    others: tuple[Memory, ...] = ()
     numerics: str = NUMERICS
     usual_loras: Mapping[str, float] = field(default_factory=dict)
     version: str | None = None
@@ -291,6 +292,7 @@ class FakeWorker:
                 size_multiple=self.size_multiple,
                 placement=self.placement,
                 loras=loras,
+                others=self.others,
             )
             if job.image is None and not self.can_generate:
                 raise InvalidParameterError(

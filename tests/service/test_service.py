@@ -308,6 +308,22 @@ async def test_status_has_every_field_of_the_contract(
     }
 
 
+async def test_the_status_has_the_memory_of_each_further_gpu(
+    make_service: MakeService, photo: Path
+) -> None:
+    held, others = Memory(1.0, 2.0), (Memory(3.0, 4.0), Memory(5.0, 6.0))
+    service = make_service(FakeWorker(device="cuda:0", held=held, others=others))
+    await edit(service, photo)
+
+    gpu_status = service.status().to_dict()["gpu_status"]
+
+    assert gpu_status["gpu_memory_allocated_gb"] == 1.0
+    assert gpu_status["other_devices"] == [
+        {"device": "cuda:1", "allocated_gb": 3.0, "reserved_gb": 4.0},
+        {"device": "cuda:2", "allocated_gb": 5.0, "reserved_gb": 6.0},
+    ]
+
+
 async def test_a_full_line_refuses_before_the_picture_is_read(
     make_service: MakeService, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ class Partner:
         self._start = start
         self._end = end
         self._device = chosen_device(start)
+        if self._device.startswith("cuda"):
+            torch.cuda.set_device(self._device)  # else torch also takes memory on the first GPU
         self._seat = Seat(start.rank, start.gpus_per_edit, self._device, start.meeting)
         self._residency = self._residency_in(start.precision)
         self._load = 0
