@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from step1x_edit.channel import EditJob, Painted, Phase, Progress, Residence
+from step1x_edit.channel import EditJob, Job, Painted, Phase, Progress, Residence
 from step1x_edit.cluster.ray_engine import Move, RayEngine
 from step1x_edit.cluster.replica import Said
 from step1x_edit.engine.engine import EditResult, EngineStatus, Replica
@@ -41,7 +41,7 @@ class PacedCluster:
         """The numbers of the edits in the order in which they began."""
         self.busy_s = 0.0
 
-    async def run(self, job: EditJob) -> AsyncGenerator[Said, None]:
+    async def run(self, job: Job) -> AsyncGenerator[Said, None]:
         name = await self._idle.get()
         begun = time.monotonic()
         self.started.append(job.number)

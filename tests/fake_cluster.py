@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from fakes import FakeWorker
-from step1x_edit.channel import EditJob
+from step1x_edit.channel import Job
 from step1x_edit.cluster.ray_engine import Move
 from step1x_edit.cluster.replica import EngineReplica, Said
 from step1x_edit.engine.engine import Engine, Replica
@@ -44,7 +44,7 @@ class FakeCluster:
 
     # --- for the engine ---
 
-    async def run(self, job: EditJob) -> AsyncGenerator[Said, None]:
+    async def run(self, job: Job) -> AsyncGenerator[Said, None]:
         while (held := await self._idle.get()).loss.is_set():
             pass
         loss = asyncio.ensure_future(held.loss.wait())

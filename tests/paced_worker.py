@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
-from step1x_edit.channel import Channel, EditJob, Painted, Phase, Progress, Residence, connect
+from step1x_edit.channel import Channel, EditJob, Job, Painted, Phase, Progress, Residence, connect
 from step1x_edit.worker.process import WorkerLoop
 from toy_worker import ToyModel
 
@@ -21,8 +21,9 @@ class PacedModel(ToyModel):
     """A toy model that waits in each step."""
 
     def edit(
-        self, job: EditJob, check: Callable[[], None]
+        self, job: Job, check: Callable[[], None]
     ) -> Generator[Progress | Painted, None, None]:
+        assert isinstance(job, EditJob)
         word, _, rest = job.prompt.partition(" ")
         pace_s = float(rest) if word == "pace" else 0.0
         for event in super().edit(job, check):

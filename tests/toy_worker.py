@@ -17,6 +17,7 @@ from fakes import STREAMED, inverted, predicted
 from step1x_edit.channel import (
     Channel,
     EditJob,
+    Job,
     Memory,
     Painted,
     Phase,
@@ -37,8 +38,9 @@ class ToyModel:
         self._location = "Unloaded"
 
     def edit(
-        self, job: EditJob, check: Callable[[], None]
+        self, job: Job, check: Callable[[], None]
     ) -> Generator[Progress | Painted, None, None]:
+        assert isinstance(job, EditJob)
         word, _, rest = job.prompt.partition(" ")
         is_known = word != "unknown"
         for progress in (

@@ -23,7 +23,7 @@ import pytest
 
 from fakes import a_job, inverted
 from forked import RealPopen
-from step1x_edit.channel import Start
+from step1x_edit.channel import EditJob, Start
 from step1x_edit.cluster.connection import RayCluster
 from step1x_edit.cluster.deploying import ReplicaNeeds, deploy, remove, state_of
 from step1x_edit.cluster.ray_engine import RayEngine
@@ -159,6 +159,7 @@ async def test_an_edit_survives_the_kill_of_its(engine: RayEngine, whose: str) -
     texts = await texts_of(edit, at_step=3, then=kill)
     result = await edit.result()
 
+    assert isinstance(edit.job, EditJob)
     assert np.array_equal(result.painted.image, inverted(edit.job))
     assert texts[texts.index("denoising 3/10") + 1 :].count("queued, position 1") == 1
     await until(lambda: has_gone(workers[0]))

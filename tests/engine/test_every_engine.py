@@ -262,6 +262,7 @@ async def test_a_slow_listener_finds_every_step_but_only_the_latest_preview(
     assert steps == list(range(1, 11))
     (shown,) = (event for event in events if event.preview is not None)
     assert shown.step == 7
+    assert isinstance(edit.job, EditJob)
     expected = predicted(edit.job, 7)
     assert shown.preview is not None
     assert expected is not None

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from extent import by_extent
 from fakes import ManualClock, canvas
-from step1x_edit.channel import Cancel, Done, EditJob, Failed, Offload, Report
+from step1x_edit.channel import Cancel, Done, EditJob, Failed, Job, Offload, Report
 from step1x_edit.checkpoints.arena import Weight
 from step1x_edit.checkpoints.read import Checkpoint, OpenedCheckpoint
 from step1x_edit.engine.engine import Edit, EditResult, Engine, EngineStatus
@@ -131,7 +131,7 @@ class LocalWorker:
         self.machine.placements += 1
         return slab
 
-    def send(self, request: EditJob | Offload) -> None:
+    def send(self, request: Job | Offload) -> None:
         self._check_alive()
         self._has_turnstile = isinstance(request, EditJob)
         self._reports = self._edit(request) if isinstance(request, EditJob) else self._offload()
@@ -300,6 +300,7 @@ class EngineMachine(RuleBasedStateMachine):
             # A move under a lease would be an InternalError.
             if not isinstance(result, EXPECTED):
                 assert isinstance(result, EditResult), result
+                assert isinstance(edit.job, EditJob)
                 assert np.array_equal(result.painted.image, 255 - canvas(edit.job))
         assert all(move.done() for move in self.moves)
         self.engine.close()

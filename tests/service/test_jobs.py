@@ -684,7 +684,7 @@ async def test_an_operation_that_is_shutting_down_costs_no_job(data_dir: Path) -
 async def test_an_accepted_job_is_not_refused_by_a_full_line(data_dir: Path) -> None:
     pauses = Pauses()
     operation = Operation(ServerBusyError(retry_after_s=12.0), ServerBusyError(retry_after_s=7.0))
-    async with JobStore(data_dir) as store, JobRunner(store, operation, pauses):
+    async with JobStore(data_dir) as store, JobRunner(store, operation, pause=pauses):
         job = await store.create(b"cat", {})
         assert (await store.wait(job.id)).state == "succeeded"
     assert [pause for pause in pauses.taken if pause != TIDY_INTERVAL_S] == [12.0, 7.0]
@@ -1031,7 +1031,7 @@ async def test_a_disk_that_was_full_for_a_while_costs_no_end(
         Disk(patch, refuse)
         operation = Operation()
         operation.let_on.clear()
-        async with JobStore(data_dir) as store, JobRunner(store, operation, pause):
+        async with JobStore(data_dir) as store, JobRunner(store, operation, pause=pause):
             job = await store.create(b"cat", {})
             await operation.started.wait()
             listener = store.events_after(job.id, 2)

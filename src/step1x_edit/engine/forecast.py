@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from step1x_edit.channel import EditJob, Residence
+from step1x_edit.channel import EditJob, Job, Residence
 from step1x_edit.engine.pace import Pace, Paces
 from step1x_edit.errors import DeadlineExceededError
 
@@ -55,7 +55,7 @@ class Forecast:
         self._paces.learn(job, residence, pace, now)
         self._last_model = residence
 
-    def too_slow(self, job: EditJob, seconds: float) -> str:
+    def too_slow(self, job: Job, seconds: float) -> str:
         """The sentence for an edit that takes too long."""
         return (
             f"such an edit takes about {seconds:.0f} s here, and EDIT_TIMEOUT is "
