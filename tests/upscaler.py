@@ -55,9 +55,9 @@ def need_spandrel() -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("the extra `upscale` is not installed")
     if torch.version.cuda is None and not _declared:
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in _OPERATORS:
-            library.define(f"{name}(Tensor a) -> Tensor")
+            library.define(f"{name}(Tensor a) -> Tensor")  # type: ignore[no-untyped-call]
         _declared.append(library)
     try:
         import spandrel  # noqa: F401
@@ -78,7 +78,8 @@ def weights(scale: int, channels: int = 3) -> dict[str, torch.Tensor]:
             for channel in range(channels):
                 layer.weight[channel, channel, 1, 1] = 1
         first.weight[range(channels), range(channels)] = 1 / 9
-    return network.state_dict()
+    state: dict[str, torch.Tensor] = network.state_dict()
+    return state
 
 
 def _enlarges(module: torch.nn.Module) -> bool:

@@ -55,8 +55,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         allowed_dirs=(tmp_path_factory.getbasetemp(),),
         lora_path={Path("look.safetensors"): 0.5},
         upscale_model=upscaler,
-        **certified(folder / "c2pa"),
         _env_file=None,
+        **certified(folder / "c2pa"),  # type: ignore[arg-type]
     )
     service = build_service(settings, FakeWorker(break_key, model="fake v1.2"))
     with (

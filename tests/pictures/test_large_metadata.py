@@ -188,17 +188,17 @@ def many_pictures(first: int, profile: bytes | None = None) -> bytes:
 def with_shared_exif(data: bytes) -> bytes:
     """The same where the EXIF of every picture is that of the first one."""
     changed, at = bytearray(data), data.index(b"iloc") + 12
-    entries = [slice(start, start + 18) for start in range(at, at + 2 * PICTURES * 18, 18)]
-    longest = max(entries, key=lambda entry: data[entry][-4:])
+    entries = range(at, at + 2 * PICTURES * 18, 18)
+    longest = max(entries, key=lambda entry: data[entry + 14 : entry + 18])
     for entry in entries:
-        if data[entry][1] % 2 == 0:  # the items of pictures have odd numbers
-            changed[entry.start + 2 : entry.stop] = data[longest][2:]
+        if data[entry + 1] % 2 == 0:  # the items of pictures have odd numbers
+            changed[entry + 2 : entry + 18] = data[longest + 2 : longest + 18]
     return bytes(changed)
 
 
 async def test_a_heic_whose_pictures_share_their_exif_is_refused(make_service: MakeService) -> None:
     whole = many_pictures(500_000)
-    assert await make_service().check_picture(whole) is None
+    await make_service().check_picture(whole)
 
     with pytest.raises(CorruptImageError, match="the parts of the HEIC overlap"):
         await make_service().check_picture(with_shared_exif(whole))

@@ -71,7 +71,8 @@ def test_no_seam_shows_between_tiles(tmp_path: Path) -> None:
 
 
 def test_a_cancel_ends_the_work_within_a_tile(tmp_path: Path) -> None:
-    upscaler, layers = Upscaler(str(write_upscaler(tmp_path / "4x.safetensors")), None), []
+    upscaler = Upscaler(str(write_upscaler(tmp_path / "4x.safetensors")), None)
+    layers: list[int] = []
 
     def third_layer() -> None:
         layers.append(len(layers))
@@ -136,7 +137,7 @@ def test_less_is_computed_at_once_if_memory_runs_out(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     network = worker._upscaler._load().network.model
-    network.register_forward_pre_hook(allocate)  # type: ignore[arg-type]
+    network.register_forward_pre_hook(allocate)
     monkeypatch.setattr("step1x_edit.worker.edits.TILES", (64, 32))
 
     *_, last = worker.edit(UpscaleJob(PICTURE, 2), never)
