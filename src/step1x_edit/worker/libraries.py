@@ -53,9 +53,11 @@ def _import_without_collecting() -> None:
 
         if "transformers" not in sys.modules:
             _import_network()
-        from transformers.utils import logging as their_logging
+        # A torchvision that does not fit torch cannot be imported, and is not needed here.
+        with _replaced({"torchvision": None}):
+            from transformers.utils import logging as their_logging
 
-        import step1x_edit.checkpoints.read  # noqa: F401
+            import step1x_edit.checkpoints.read  # noqa: F401
     finally:
         if collects:
             gc.enable()
