@@ -315,6 +315,7 @@ def keep_gradio_quiet(folder: Path) -> None:
 def keep_ray_quiet() -> None:
     """Make Ray send no statistics, and let this process outlive a cluster that has gone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else a call without a cluster starts one
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(MOST))
 
 

@@ -6,7 +6,7 @@ The tests share one cluster, and the last one ends it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import atexit
 import os
 import signal
 import subprocess
@@ -74,8 +74,10 @@ def ray_processes() -> Iterator[list[Any]]:
         )
         node = ray._private.worker._global_node
         yield [info.process for infos in node.all_processes.values() for info in infos]
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+        for infos in node.all_processes.values():  # Ray's own end would wait for its dead parts
+            for info in infos:
+                info.process.kill()
+        atexit.unregister(ray.shutdown)
 
 
 @pytest.fixture(scope="module")
