@@ -61,7 +61,7 @@ SMALL_TRANSFORMER = TransformerConfig(
     num_heads=2,
     axes_dim=(4, 6, 6),
     depth=1,
-    depth_single=2,
+    depth_single=1,
     vec_in_dim=24,
     connector=ConnectorConfig(in_features=20, hidden_size=16, num_heads=2),
 )

@@ -166,10 +166,11 @@ def test_the_work_of_a_step_is_what_torch_counts() -> None:
 
 
 def test_networks_that_were_compiled_leave_no_weights_behind() -> None:
-    scale = replace(SMALL, pictures={32: 2})
+    transformer = replace(SMALL.model.transformer, depth=0, depth_single=1)  # compiled soonest
+    scale = replace(SMALL, model=replace(SMALL.model, transformer=transformer), pictures={32: 2})
     bench = Bench(scale, torch.device("cpu"))
     weights = [weakref.ref(bench.ours.single_blocks[0].linear1.weight)]
-    weights += [weakref.ref(bench.peer.transformer_blocks[0].ff.net[2].weight)]
+    weights += [weakref.ref(bench.peer.single_transformer_blocks[0].proj_mlp.weight)]
     exact_compiled(bench)
     peer_compiled(bench)
 
@@ -247,6 +248,7 @@ def test_codes_that_stand_for_other_weights_are_noticed(
 ) -> None:
     usual = QuantLinear.weight
     monkeypatch.setattr(QuantLinear, "weight", lambda self, dtype: usual(self, dtype).roll(1, 0))
+    monkeypatch.setattr("gpu.coded.CODES", ("fp8",))
     report = Report(dict(FACTS))
 
     todo = [Section(coded_blocks, 600)]
@@ -307,25 +309,11 @@ def test_a_section_that_fails_costs_no_other_its_figures(tmp_path: Path) -> None
     assert not report.is_good
 
 
-STUCK = """
-import sys, threading
-from pathlib import Path
-from gpu.bench import SMALL, Bench
-from gpu_check import Report, Section, run_sections, stop_if_stuck
-import torch
-
-def stuck(bench):
-    threading.Event().wait()
-
-folder = Path(sys.argv[1])
-report = Report(dict(device="a stand-in", driver="", torch="", commit="", date="", dtype=""))
-stop_if_stuck(report, folder, 0.5)
-run_sections(Bench(SMALL, torch.device("cpu")), [Section(stuck, 1)], report, 60, folder)
-"""
+STUCK = ROOT / "tests" / "stuck_section.py"
 
 
 def test_a_section_that_is_stuck_is_stopped_and_what_is_known_is_kept(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    command = [sys.executable, str(STUCK), str(tmp_path)]
     done = subprocess.run(
         command, cwd=SCRIPT.parent, capture_output=True, text=True, check=False, timeout=240
     )
