@@ -343,7 +343,7 @@ def test_transparency_stays_unless_an_opaque_picture_is_asked_for(
 ) -> None:
     image = Image.new("RGBA", (64, 48), (10, 20, 30, 128))
     answers = [
-        client.images.edit(image=("a.png", png(image)), prompt="x", **given)  # type: ignore
+        client.images.edit(image=("a.png", png(image)), prompt="x", **given)
         for given in ({}, {"background": "opaque"}, {"output_format": "jpeg"})
     ]
 
