@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Sequence
-from typing import Final
+from typing import Final, Literal
 
 from fakes import FakeWorker
 from step1x_edit.channel import Job
@@ -101,7 +101,7 @@ class FakeCluster:
 
 
 async def _next_unless(
-    loss: asyncio.Future[bool], sayings: AsyncGenerator[Said, None]
+    loss: asyncio.Task[Literal[True]], sayings: AsyncGenerator[Said, None]
 ) -> Said | None:
     coming = asyncio.ensure_future(anext(sayings, None))
     try:

@@ -26,8 +26,8 @@ from step1x_edit.settings import Settings
 
 
 def service_on(cluster: FakeCluster, folder: Path, lanes: int, **options: float) -> EditService:
-    settings = Settings(allowed_dirs=(folder,), data_dir=folder, _env_file=None)  # type: ignore
-    engine = RayEngine(cluster, lanes=lanes, **options)
+    settings = Settings(allowed_dirs=(folder,), data_dir=folder, _env_file=None)
+    engine = RayEngine(cluster, lanes=lanes, **options)  # type: ignore[arg-type]
     estimator = Estimator(engine, settings, lambda: pytest.fail("a survey"))
     return EditService(engine, FileAccess((folder,), 2**20), settings, estimator)
 

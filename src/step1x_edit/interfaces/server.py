@@ -136,7 +136,7 @@ def _lifespan(
                 with _advising("ENABLE_API"):
                     await stack.enter_async_context(store)
                 await stack.enter_async_context(
-                    JobRunner(store, job_operation(service), service.lanes)
+                    JobRunner(store, job_operation(service), lanes=service.lanes)
                 )
             if page is not None:
                 with _advising("ENABLE_UI"):

@@ -51,8 +51,8 @@ class JobRunner:
         self,
         store: JobStore,
         operation: Operation,
-        lanes: int = 1,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        lanes: int = 1,
     ) -> None:
         self._store = store
         self._operation = operation
