@@ -10,6 +10,9 @@ CLUSTER   := $(VENV)/.step1x-edit-cluster
 # saves the CUDA download on a machine without a GPU.
 TORCH_INDEX ?=
 
+# The upscaler of the tests is in a folder of its own: torchvision of PyPI does not fit the CPU build
+# of torch, and what finds it among the packages, such as diffusers, cannot be imported.
+
 # Bytecode is written when a module is first imported: compiling all of the dependencies takes a
 # minute, and the hundreds of processes that the tests start would compile ours again and again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(DEVELOP): pyproject.toml constraints.txt
 	$(call install,[dev])
+	$(PIP) --no-deps --upgrade --target $(VENV)/upscale spandrel torchvision
 	touch $(INSTALLED) $@
 
 $(CLUSTER): $(DEVELOP)

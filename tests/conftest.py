@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -23,10 +22,6 @@ from step1x_edit.service.file_edits import FileEdits
 from step1x_edit.service.service import EditedPicture, EditService
 from step1x_edit.service.wiring import build_service
 from step1x_edit.settings import Settings
-
-# The CPU build of torch cannot import the torchvision of PyPI, which transformers would try; see
-# `upscaler`, which makes it possible.
-sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 SLOWEST = (
     "test_ui",

@@ -2,7 +2,8 @@
 
 PyTorch's CPU build has the version that torchvision of PyPI asks for, but that one is built for
 CUDA: its operators cannot be loaded, and importing it fails because it describes them. Here they
-are declared first. Nothing that is tested calls one.
+are declared first. Nothing that is tested calls one. Both are in a folder of their own, so that no
+other test finds them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pytest
@@ -29,6 +31,8 @@ from step1x_edit.channel import (
 from step1x_edit.errors import EditCancelledError, Step1XEditError
 from step1x_edit.model.request import Pixels
 from step1x_edit.worker.edits import PipelineWorker
+
+FOLDER: Final = str(Path(sys.prefix) / "upscale")
 
 _OPERATORS = (
     "_deform_conv2d_backward",
@@ -50,10 +54,10 @@ _declared: list[torch.library.Library] = []
 
 def need_spandrel() -> None:
     """Import it, or skip the test with the reason."""
-    if sys.modules.get("torchvision", "") is None:
-        del sys.modules["torchvision"]  # which hides it
+    if FOLDER not in sys.path:
+        sys.path.append(FOLDER)
     if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("the extra `upscale` is not installed")
+        pytest.skip("`make setup` has not installed spandrel")
     if torch.version.cuda is None and not _declared:
         library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in _OPERATORS:
