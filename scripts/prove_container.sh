@@ -76,7 +76,7 @@ echo "   ready"
 echo "4. an edit over REST"
 curl --silent --show-error --fail --header "Authorization: Bearer $key" --output "$work/night.png" \
     --form "file=@src/step1x_edit/interfaces/assets/coffee.jpg" --form "prompt=change to night scene" \
-    --form size_level=256 --form num_steps=2 http://127.0.0.1:18000/api/edit
+    --form size_level=512 --form num_steps=10 http://127.0.0.1:18000/api/edit
 echo "   $(stat --format %s "$work/night.png") bytes; in /data: $(ls "$work/data" | tr '\n' ' ')"
 
 echo "5. SIGTERM"
