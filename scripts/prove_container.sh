@@ -17,8 +17,8 @@ work=$(mktemp -d)
 export BUILDAH_ISOLATION=chroot
 buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 tidy() {
-    kill "${server:-}" 2> /dev/null || true
-    umount --quiet --recursive "$work/root" || true
+    [ -z "${server:-}" ] || kill -KILL "$server"
+    umount --recursive --lazy "$work/root" || true
     buildah umount --all > /dev/null || true
     rm -rf "$work"
 }
@@ -52,6 +52,7 @@ for device in null zero random urandom; do
     mount --bind "/dev/$device" "$work/root/dev/$device"
 done
 mkdir --mode 1777 "$work/root/dev/shm"
+server=
 key=$(head --bytes 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container")
 inside=(
