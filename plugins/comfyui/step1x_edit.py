@@ -1,8 +1,8 @@
 """A node for ComfyUI: edits pictures by saying what to change, on a server of step1x-edit.
 
 Copy this file into ComfyUI's `custom_nodes`. It needs nothing that ComfyUI does not have. The node
-is in *image*. The server is at STEP1X_EDIT_URL, or at http://localhost:8000; its key, if it has one,
-is taken from STEP1X_EDIT_API_KEY, so that it is not saved in workflows.
+is in *image*. The server is at STEP1X_EDIT_URL, or at http://localhost:8000. Its key, if it has
+one, is taken from STEP1X_EDIT_API_KEY, so that it is not saved in workflows.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def post(path, fields, files):
     boundary = uuid.uuid4().hex
     body = io.BytesIO()
     for name, value in fields.items():
-        body.write(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode())
-        body.write(f"{value}\r\n".encode())
+        body.write(f"--{boundary}\r\nContent-Disposition: form-data; ".encode())
+        body.write(f'name="{name}"\r\n\r\n{value}\r\n'.encode())
     for name, content in files.items():
         body.write(f"--{boundary}\r\nContent-Disposition: form-data; ".encode())
         body.write(f'name="{name}"; filename="{name}.png"\r\n'.encode())

@@ -13,14 +13,21 @@ from conftest import MakeService
 from http_server import TOKEN, serving
 
 FILE: Final = Path(__file__).parents[2] / "plugins" / "comfyui" / "step1x_edit.py"
-EDIT: Final = {"prompt": "night", "seed": 1, "num_steps": 10, "guidance_scale": 6.0, "mode": "exact"}
+EDIT: Final = {
+    "prompt": "night",
+    "seed": 1,
+    "num_steps": 10,
+    "guidance_scale": 6.0,
+    "mode": "exact",
+}
 
 
 @pytest.fixture
 def node() -> Any:
     """The class that ComfyUI finds in the file."""
     spec = importlib.util.spec_from_file_location("node", FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.NODE_CLASS_MAPPINGS["Step1XEdit"]
@@ -61,7 +68,7 @@ def test_a_refused_edit_raises_the_server_s_sentence(
 ) -> None:
     with serving(make_service()) as url:
         monkeypatch.setenv("STEP1X_EDIT_URL", url)
-        with pytest.raises(RuntimeError, match="API_KEY|key"):
+        with pytest.raises(RuntimeError, match="API_KEY"):
             node().edit(torch.rand(1, 24, 24, 3), **EDIT)
         monkeypatch.setenv("STEP1X_EDIT_API_KEY", TOKEN)
         with pytest.raises(RuntimeError, match="num_steps must be between 10 and 50"):

@@ -150,7 +150,8 @@ def plug_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "gi", with_parts(require_version=lambda *_: None))
     monkeypatch.setitem(sys.modules, "gi.repository", repository)
     spec = importlib.util.spec_from_file_location("plug_in", FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Step1XEdit()

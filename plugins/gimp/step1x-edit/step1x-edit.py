@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A plug-in for GIMP 3: edits the picture by saying what to change, on a server of step1x-edit.
 
-Copy the folder `step1x-edit` into a folder of GIMP's *Preferences, Folders, Plug-ins*, and make this
-file executable. The plug-in is *Filters, Edit by Instruction*. The result becomes a new layer; if
-something is selected, only that may change. The server is at STEP1X_EDIT_URL, or at
+Copy the folder `step1x-edit` into a folder of GIMP's *Preferences, Folders, Plug-ins*, and make
+this file executable. The plug-in is *Filters, Edit by Instruction*. The result becomes a new layer;
+if something is selected, only that may change. The server is at STEP1X_EDIT_URL, or at
 http://localhost:8000; its key, if it has one, is taken from STEP1X_EDIT_API_KEY.
 """
 
@@ -15,6 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import uuid
+from pathlib import Path
 
 import gi
 
@@ -49,7 +50,9 @@ class Step1XEdit(Gimp.PlugIn):
         procedure.set_attribution("The step1x-edit authors", "Apache-2.0", "2026")
         kept = GObject.ParamFlags.READWRITE
         procedure.add_string_argument("prompt", "_Prompt", "What to change", "", kept)
-        procedure.add_int_argument("num-steps", "_Steps", "More steps take longer", 10, 50, 28, kept)
+        procedure.add_int_argument(
+            "num-steps", "_Steps", "More steps take longer", 10, 50, 28, kept
+        )
         procedure.add_double_argument(
             "guidance-scale", "_Guidance", "How closely to follow the prompt", 1, 15, 6, kept
         )
@@ -92,12 +95,11 @@ def edit(image, fields):
         files = {"file": saved(flat(image), folder)}
         if not Gimp.Selection.is_empty(image):
             files["mask"] = saved(selection(image), folder)
-        result = os.path.join(folder, "result.png")
-        with open(result, "wb") as file:
-            file.write(post("/api/edit", fields, files))
+        result = Path(folder) / "result.png"
+        result.write_bytes(post("/api/edit", fields, files))
         image.undo_group_start()
         try:
-            layer = Gimp.file_load_layer(QUIET, image, Gio.File.new_for_path(result))
+            layer = Gimp.file_load_layer(QUIET, image, Gio.File.new_for_path(str(result)))
             layer.set_name(fields["prompt"])
             image.insert_layer(layer, None, 0)
         finally:
@@ -121,12 +123,11 @@ def selection(image):
 
 def saved(image, folder):
     """The bytes of a picture as PNG; deletes the picture."""
-    path = os.path.join(folder, "picture.png")
+    path = Path(folder) / "picture.png"
     try:
-        if not Gimp.file_save(QUIET, image, Gio.File.new_for_path(path), None):
+        if not Gimp.file_save(QUIET, image, Gio.File.new_for_path(str(path)), None):
             raise EditError("The picture could not be saved as PNG")
-        with open(path, "rb") as file:
-            return file.read()
+        return path.read_bytes()
     finally:
         image.delete()
 
@@ -136,8 +137,8 @@ def post(path, fields, files):
     boundary = uuid.uuid4().hex
     body = io.BytesIO()
     for name, value in fields.items():
-        body.write(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode())
-        body.write(f"{value}\r\n".encode())
+        body.write(f"--{boundary}\r\nContent-Disposition: form-data; ".encode())
+        body.write(f'name="{name}"\r\n\r\n{value}\r\n'.encode())
     for name, content in files.items():
         body.write(f"--{boundary}\r\nContent-Disposition: form-data; ".encode())
         body.write(f'name="{name}"; filename="{name}.png"\r\n'.encode())
