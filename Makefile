@@ -57,7 +57,7 @@ test-all: setup  ## Run the tests, with all cases of the slow ones
 	TEST_EXTENT=all $(PYTEST)
 
 test-cluster: $(CLUSTER)  ## Install the extra ray and run the tests with a real Ray cluster
-	TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster/test_real_ray.py
+	TEST_CLUSTER=1 $(BIN)/python tests/cluster/run.py
 
 check: setup  ## Lint, check the format, the types and the import contracts
 	$(BIN)/ruff check
