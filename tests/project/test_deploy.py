@@ -11,6 +11,9 @@ from typing import Any, Final
 import pytest
 from ruamel.yaml import YAML
 
+from conftest import MakeService
+from fakes import STREAMED, FakeWorker
+from http_server import calling
 from step1x_edit import __version__
 from step1x_edit.settings import Settings
 
@@ -90,6 +93,27 @@ def test_a_server_for_others_has_a_key_and_a_read_only_root(name: str) -> None:
 
     assert "API_KEY" in text
     assert re.search(r"read_only: true|readOnlyRootFilesystem: true", text)
+
+
+def test_the_dashboard_asks_for_metrics_that_the_server_has(
+    make_service: MakeService, photo: Path
+) -> None:
+    board = json.loads((DEPLOY / "grafana.json").read_text("utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+
+    with calling(make_service(FakeWorker(device="cuda:0", placement=STREAMED))) as client:
+        client.post("/api/edit", files={"file": photo.read_bytes()}, data={"prompt": "x"})
+        served = client.get("/metrics").text
+
+    series = re.findall(r"^(step1x_\w+)(?:\{(.*)\})? ", served, re.MULTILINE)
+    labels = {name: set(re.findall(r'(\w+)="', given)) for name, given in series}
+    for query in asked:
+        (name, matched), *_ = re.findall(r"(step1x_\w+)\{(.*?)\}", query)
+        grouped = re.findall(r"by \((.*?)\)", query)
+        used = {*re.findall(r"(\w+)=", matched), *", ".join(grouped).split(", ")} - {""}
+        assert name in labels, query
+        assert used - {"job"} <= labels[name], query
+    assert '"/api/edit"' in " ".join(asked)
 
 
 def _dockerfile() -> str:
