@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-cluster check fix openapi conformance mcpb check-deploy train clean
+.PHONY: help setup demo test test-all test-cluster check fix openapi conformance mcpb package check-deploy train clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ conformance: setup  ## Run the official MCP conformance suite against the server
 
 mcpb: setup  ## Write the bundle for MCP clients to dist/
 	$(BIN)/python scripts/write_mcpb.py
+
+package:  ## Build the sdist and the wheel, check them, and edit with the wheel
+	scripts/check_package.sh
 
 check-deploy:  ## Check the files in deploy/ with the linters of their formats
 	scripts/check_deploy.sh
