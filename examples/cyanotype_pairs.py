@@ -60,6 +60,8 @@ def crops(folder: Path, count: int) -> list[Image.Image]:
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: cyanotype_pairs.py PICTURES OUTPUT")
     pictures, output = map(Path, sys.argv[1:3])
     output.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, object]] = []

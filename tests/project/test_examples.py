@@ -6,6 +6,7 @@ here, so that the model is loaded once for all of them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -172,6 +174,17 @@ def test_custom_timeout(folder: Path) -> None:
     output = run(folder, folder / "nobody", "custom_timeout.py")
 
     assert output == "Idle timeout: 300 s\n"
+
+
+def test_cyanotype_pairs(folder: Path, data_dir: Path) -> None:
+    output = run(folder, data_dir, "cyanotype_pairs.py", ".", "pairs")
+
+    lines = [json.loads(line) for line in (folder / output.strip()).read_text().splitlines()]
+    targets = [line["target"] for line in lines if "target" in line]
+    assert len(targets) == 40
+    assert sum("keep" in line for line in lines) == 40
+    with Image.open(folder / "pairs" / targets[0]) as target:
+        assert np.asarray(target)[..., 2].mean() > np.asarray(target)[..., 0].mean()  # it is blue
 
 
 def test_every_example_has_a_test() -> None:

@@ -156,7 +156,7 @@ def test_faults_of_a_folder_and_of_the_form_of_the_authors(tmp_path: Path) -> No
         (["--rank", "0"], "rank must be between 1 and 1024"),
         (["--size", "512,8"], "size must be whole numbers between 64 and 1536"),
         (["--output", "my.ckpt"], "my.ckpt must end in .safetensors"),
-        (["--held-out", "1"], "held_out must be less than the number of pairs, 1"),
+        (["--held-out", "1"], "held_out must be less than the number of pairs with a target, 1"),
         (["--sources", "in"], "--sources is for a folder of targets only"),
     ],
 )

@@ -179,12 +179,10 @@ def test_pairs_held_out_are_edited_and_shown_beside_their_targets(
     events = to_the_end(asked)
 
     notes = [event["note"] for event in events if "note" in event]
-    assert [note.split(" the ")[0] for note in notes] == [
-        f"after step {step}" for step in (0, 4, 6)
-    ]
+    assert [note.split(",")[0] for note in notes] == [f"after step {step}" for step in (0, 4, 6)]
     pictures = sorted((asked.folder / "validation").iterdir())
     assert [path.name for path in pictures] == [
-        f"step-{step:06}-{name}-64.png" for step in (0, 4, 6) for name in ("2", "kept")
+        f"step-{step:06}-{name}-64.png" for step in (0, 4, 6) for name in ("1", "2")
     ]
     assert Image.open(pictures[0]).size == (3 * 64, 48)
 

@@ -116,7 +116,11 @@ class TrainRequest(Request):
     ] = 0
     held_out: Annotated[
         int,
-        Field(ge=0, le=1000, description="The last pairs, which are not trained on but validate"),
+        Field(
+            ge=0,
+            le=1000,
+            description="The last pairs with a target: they validate, and nothing is learned from them",
+        ),
         _Whole,
     ] = 0
     validate_every: Annotated[

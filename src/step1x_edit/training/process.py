@@ -150,8 +150,9 @@ def _trained(
     from step1x_edit.training.loop import Training, fingerprint, state_notes
 
     request, pipeline = work.request, opened.checkpoint.pipeline
-    held_out = examples[len(examples) - request.held_out * len(request.sizes) :]
-    learned = examples[: len(examples) - len(held_out)]
+    with_target = [each for each in examples if each.pair.target is not None]
+    held_out = with_target[len(with_target) - request.held_out * len(request.sizes) :]
+    learned = [each for each in examples if each not in held_out]
     training = Training(pipeline.transformer, pipeline.config, request)
     notes, state = fingerprint(request, examples), work.folder / STATE
     if state.exists() and not work.overwrite:
@@ -209,8 +210,8 @@ def _validated(
     pipeline.vae.to("meta")
     mean = sum(figures) / len(figures)
     yield {
-        "note": f"after step {training.done} the {len(figures)} results held out are on average "
-        f"{mean:.1f} dB from their targets: {folder}"
+        "note": f"after step {training.done}, PSNR of {len(figures)} held-out results to their "
+        f"targets: {mean:.1f} dB (higher is closer): {folder}"
     }
 
 
@@ -317,6 +318,8 @@ def main() -> None:
     os.dup2(2, 1)
     work = Work.from_json(sys.stdin.readline())
     log_to_stderr(work.start.log_level, work.start.log_format, "training")
+    # A torchvision that does not fit torch cannot be imported, and transformers would try.
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     stopped = threading.Event()
     threading.Thread(target=_wait_for_end, args=(stopped,), daemon=True).start()
     events = estimates(work) if work.only_estimate else run(work, stopped.is_set)

@@ -94,9 +94,11 @@ def _train(
     check_output(output, overwrite)
     files = FileAccess(settings.allowed_dirs, settings.max_bytes)
     pairs = _pairs(data, None if sources is None else _absolute(sources), files, settings.limits)
-    if request.held_out >= len(pairs):
+    count = sum(pair.target is not None for pair in pairs)
+    if request.held_out >= max(count, 1):
         raise InvalidParameterError(
-            f"held_out must be less than the number of pairs, {len(pairs)}, got {request.held_out}"
+            f"held_out must be less than the number of pairs with a target, {count}, "
+            f"got {request.held_out}"
         )
     events = train(settings, request, pairs, output, overwrite)
     last: dict[str, Any] = {}
