@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fakes import FakeWorker
 from step1x_edit.channel import EditJob
+from step1x_edit.engine import local
 from step1x_edit.interfaces.cli import main
-from step1x_edit.service import wiring
 
 LOG = Path(os.environ["FAKE_LOG"])
 
@@ -26,5 +26,5 @@ def before_step(job: EditJob, step: int) -> None:
             threading.Event().wait(0.02)
 
 
-wiring.WorkerProcess = lambda start, ended: FakeWorker(before_step=before_step)(ended)  # type: ignore
+local.WorkerProcess = lambda start, ended: FakeWorker(before_step=before_step)(ended)  # type: ignore
 main()

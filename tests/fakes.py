@@ -222,6 +222,11 @@ class FakeWorker:
     _reports: Generator[Report, None, None] | None = None
     _cancelled: int = -1
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether an edit was cancelled."""
+        return self._cancelled >= 0
+
     def __call__(self, ended: Callable[[], None]) -> FakeWorker:
         """Start: a fake can be passed to an engine in place of a function that starts one."""
         self.ended, self.is_alive, self.residence = ended, True, Residence()

@@ -21,6 +21,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from step1x_edit.checkpoints.arena import Arena, Weight
 
 _setup_privateuseone_for_python_backend("second")
+# What runs on the host asks this of every device.
+torch.second.get_amp_supported_dtype = list  # type: ignore[attr-defined]
 SECOND: Final = torch.device("second:0")
 
 _aten = torch.ops.aten

@@ -244,12 +244,12 @@ def test_ctrl_c_ends_an_edit_with_130_and_leaves_no_file(tmp_path: Path, photo: 
     script.write_text(
         "import sys, threading\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "import step1x_edit.service.wiring as wiring\n"
+        "import step1x_edit.engine.local as local\n"
         "from fakes import FakeWorker\n"
         "def slow(job, step):\n"
         "    print('step', file=sys.stderr, flush=True)\n"
         "    threading.Event().wait(0.05)\n"
-        "wiring.WorkerProcess = lambda start, ended: FakeWorker(before_step=slow)(ended)\n"
+        "local.WorkerProcess = lambda start, ended: FakeWorker(before_step=slow)(ended)\n"
         "from step1x_edit.interfaces.cli import main\n"
         "main()\n"
     )

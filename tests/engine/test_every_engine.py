@@ -164,6 +164,8 @@ async def test_a_running_edit_that_is_cancelled_stops_within_one_step(
 
     with pytest.raises(EditCancelledError):
         await edit.result()  # its caller need not wait until the worker is free
+    while not worker.is_cancelled:  # in a cluster that takes a moment
+        await asyncio.sleep(0.005)
     gate.open()
     worker.before_step = lambda job, step: None
     await engine.submit(a_job("next")).result()

@@ -34,8 +34,11 @@ QUICK: dict[str, Any] = {"rank": 2, "size": "64", "learning_rate": 0.01, "edit_s
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

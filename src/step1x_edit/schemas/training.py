@@ -119,7 +119,7 @@ class TrainRequest(Request):
         Field(
             ge=0,
             le=1000,
-            description="The last pairs with a target: they validate, and nothing is learned from them",
+            description="The last pairs with a target: they validate and teach nothing",
         ),
         _Whole,
     ] = 0
