@@ -217,15 +217,12 @@ class FakeWorker:
     silent_for: Callable[[float], None] | None = None
     """If set, nothing is reported any more; it is called with the time the engine waits."""
     is_alive: bool = True
+    heard_cancel: threading.Event = field(default_factory=threading.Event)
+    """Set when an edit is cancelled."""
     residence: Residence = Residence()
     ended: Callable[[], None] = lambda: None
     _reports: Generator[Report, None, None] | None = None
     _cancelled: int = -1
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether an edit was cancelled."""
-        return self._cancelled >= 0
 
     def __call__(self, ended: Callable[[], None]) -> FakeWorker:
         """Start: a fake can be passed to an engine in place of a function that starts one."""
@@ -255,6 +252,7 @@ class FakeWorker:
 
     def cancel(self, request: Cancel) -> None:
         self._cancelled = request.number
+        self.heard_cancel.set()
 
     def stop(self, timeout_s: float) -> None:
         self.kill()

@@ -164,8 +164,7 @@ async def test_a_running_edit_that_is_cancelled_stops_within_one_step(
 
     with pytest.raises(EditCancelledError):
         await edit.result()  # its caller need not wait until the worker is free
-    while not worker.is_cancelled:  # in a cluster that takes a moment
-        await asyncio.sleep(0.005)
+    assert await asyncio.to_thread(worker.heard_cancel.wait, 60)  # a cluster takes a moment
     gate.open()
     worker.before_step = lambda job, step: None
     await engine.submit(a_job("next")).result()

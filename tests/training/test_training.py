@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def test_the_demo_learns_an_edit_that_it_does_not_know(tmp_path: Path) -> None:
         only_estimate=False,
     )
     figures = [
-        float(event["note"].split("average ")[1].split(" dB")[0])
+        float(event["note"].split("targets: ")[1].split(" dB")[0])
         for event in run(asked, lambda: False)
         if "note" in event
     ]
