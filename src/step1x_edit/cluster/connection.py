@@ -30,7 +30,8 @@ def check_installed() -> None:
     """Raise SettingsError if Ray is not installed; it is not imported."""
     if importlib.util.find_spec("ray") is None:
         raise SettingsError(
-            "Ray is not installed; pip install 'step1x-edit[ray]', or set ENGINE=local"
+            "Ray is not installed: ENGINE=ray and `step1x-edit cluster` need the extra `ray` "
+            "(pip install 'step1x-edit[ray]')"
         )
 
 
