@@ -156,6 +156,17 @@ def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
     return {check["name"]: check["text"] for check in json.loads(result.stdout)["checks"]}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_a_cluster_without_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE", "ray")
+    monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda *_: DEMO_ON_CPU)
+
+    result = run.invoke(app, ["doctor"])
+
+    assert result.exit_code == 1
+    assert "Ray is not installed" in result.stdout
+
+
 DEMO_ON_CPU = Survey(torch="2.13", device="cpu", checkpoint="demo", version="demo", weights_gb=0.05)
 
 

@@ -156,6 +156,8 @@ def test_faults_of_a_folder_and_of_the_form_of_the_authors(tmp_path: Path) -> No
         (["--rank", "0"], "rank must be between 1 and 1024"),
         (["--size", "512,8"], "size must be whole numbers between 64 and 1536"),
         (["--output", "my.ckpt"], "my.ckpt must end in .safetensors"),
+        (["--output", "other.safetensors"], "other.safetensors; --overwrite replaces it"),
+        (["--output", "folder.safetensors", "--overwrite"], "folder.safetensors is a folder"),
         (["--held-out", "1"], "held_out must be less than the number of pairs with a target, 1"),
         (["--sources", "in"], "--sources is for a folder of targets only"),
     ],
@@ -166,6 +168,9 @@ def test_what_cannot_be_trained_is_said_at_once(
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "a.png")
     (tmp_path / "data.jsonl").write_text('{"image": "a.png", "prompt": "x", "target": "a.png"}')
+    (tmp_path / "other.safetensors").touch()
+    (tmp_path / "other.train").mkdir()
+    (tmp_path / "folder.safetensors").mkdir()
 
     result = run.invoke(app, ["train-lora", "data.jsonl", "--output", "my.safetensors", *flags])
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 
 from step1x_edit.channel import Start
 from step1x_edit.checkpoints.read import Wanted, open_checkpoint, read_checkpoint, write_demo
-from step1x_edit.errors import InvalidParameterError
+from step1x_edit.errors import InvalidParameterError, Step1XEditError
 from step1x_edit.model.denoising import Branch, Encoded
 from step1x_edit.model.pipeline import EditPipeline
 from step1x_edit.model.request import NetworkRequest
-from step1x_edit.schemas.training import Pair, TrainRequest
-from step1x_edit.service.training import train
+from step1x_edit.schemas.training import STATE, Pair, TrainRequest
+from step1x_edit.service.training import _work, train
 from step1x_edit.settings import Limits, Settings
 from step1x_edit.training.estimate import needs_of
 from step1x_edit.training.examples import Example, encode
 from step1x_edit.training.loop import Drawn, Training, predicted
-from step1x_edit.training.process import STATE, Event, Work, run
+from step1x_edit.training.process import Event, Work, run
 from tiny import a_picture, tiny_pipeline, tiny_pipeline_v1_2
 
 LIMITS = Limits(max_bytes=10**7, max_pixels=10**7)
@@ -290,6 +293,56 @@ def test_an_estimate_counts_what_a_step_computes(model: Path) -> None:
     assert wide.learned == 3 * 4 * wide.parameters
     assert plain.flop < wide.flop < 2 * plain.flop
     assert plain.memory == plain.weights + plain.learned + plain.computing
+
+
+def test_a_training_whose_parent_is_gone_saves_its_state(
+    work: Callable[..., Work], tmp_path: Path, model: Path
+) -> None:
+    settings = Settings(_env_file=None, model_path=model, data_dir=tmp_path, device="cpu")
+    asked = work(steps=10**6)
+    told = _work(settings, asked.request, asked.pairs, asked.output, overwrite=False)
+    with subprocess.Popen(
+        [sys.executable, "-m", "step1x_edit.training.process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdin.write(json.dumps(told) + "\n")
+        child.stdin.flush()
+        for event in map(json.loads, child.stdout):
+            if event.get("phase") == "training":
+                break
+        child.stdout.close()
+        child.stdin.close()
+        said = child.stderr.read()
+
+    assert "Traceback" not in said
+    assert child.returncode == 0
+    with safe_open(asked.folder / STATE, framework="pt") as opened:
+        assert int(opened.metadata()["done"]) > 0
+
+
+def test_two_trainings_do_not_write_to_one_output(
+    work: Callable[..., Work], tmp_path: Path, model: Path
+) -> None:
+    settings = Settings(_env_file=None, model_path=model, data_dir=tmp_path, device="cpu")
+    asked = work(steps=1)
+    asked.folder.mkdir(parents=True)
+    events = train(settings, asked.request, asked.pairs, asked.output, overwrite=False)
+
+    with FileLock(asked.folder / "lock"), pytest.raises(Step1XEditError, match="another training"):
+        list(events)
+
+
+def test_fewer_steps_than_were_made_are_refused(work: Callable[..., Work]) -> None:
+    to_the_end(work(steps=3))
+
+    with pytest.raises(InvalidParameterError, match="has already made 3 steps"):
+        to_the_end(work(steps=2))
 
 
 def test_a_training_whose_parent_stops_saves_its_state(

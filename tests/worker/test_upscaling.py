@@ -28,7 +28,7 @@ from step1x_edit.worker.process import load_worker
 from step1x_edit.worker.survey import survey
 from step1x_edit.worker.upscaling import Upscaler
 from tiny import a_picture, tiny_pipeline
-from upscaler import expected, need_spandrel, write_upscaler
+from upscaler import expected, need_spandrel, weights, write_upscaler
 
 PICTURE: Pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
 
@@ -68,6 +68,15 @@ def test_no_seam_shows_between_tiles(tmp_path: Path) -> None:
 
     assert texts == [f"upscaling {number}/6" for number in range(7)]
     assert np.array_equal(image, enlarged(upscaler, 4)[1])
+
+
+def test_values_that_are_not_numbers_are_not_made_black(tmp_path: Path) -> None:
+    damaged = {name: tensor * float("nan") for name, tensor in weights(4).items()}
+    save_file(damaged, tmp_path / "4x.safetensors")
+    upscaler = Upscaler(str(tmp_path / "4x.safetensors"), None)
+
+    with pytest.raises(CheckpointError, match="makes values that are not numbers"):
+        enlarged(upscaler, 4)
 
 
 def test_a_cancel_ends_the_work_within_a_tile(tmp_path: Path) -> None:

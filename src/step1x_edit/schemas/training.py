@@ -13,6 +13,9 @@ from pydantic_core import PydanticCustomError
 
 from step1x_edit.schemas.requests import MAX_SEED, Request, whole_number
 
+STATE: Final = "state.safetensors"
+"""The file from which a training continues, in its folder."""
+
 LEAST_SIZE: Final = 64
 LARGEST_SIZE: Final = 1536
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from step1x_edit.engine.worker_process import start_of
 from step1x_edit.errors import OutputExistsError, OutputNotWritableError, WorkerLostError, rebuild
-from step1x_edit.schemas.training import Pair, TrainRequest
+from step1x_edit.schemas.training import STATE, Pair, TrainRequest
 from step1x_edit.settings import Settings, inherited_environment
 
 SUFFIX = ".safetensors"
@@ -29,7 +29,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputNotWritableError(f"{output} must end in {SUFFIX}")
     if not output.parent.is_dir():
         raise OutputNotWritableError(f"{output.parent} is not a folder")
-    if output.exists() and not overwrite and not folder_of(output).is_dir():
+    if output.is_dir():
+        raise OutputNotWritableError(f"{output} is a folder")
+    if output.exists() and not overwrite and not (folder_of(output) / STATE).exists():
         raise OutputExistsError(f"{output}; --overwrite replaces it")
 
 

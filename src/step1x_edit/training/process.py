@@ -7,6 +7,7 @@ and exits. It knows nothing about options or terminals.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,18 +20,22 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from filelock import FileLock, Timeout
+
 from step1x_edit.channel import Start
 from step1x_edit.errors import (
     CheckpointError,
     InternalError,
     InvalidParameterError,
+    JobConflictError,
+    ModelUnavailableError,
     OutOfMemoryError,
     OutputNotWritableError,
     Step1XEditError,
 )
 from step1x_edit.logs import log_to_stderr
 from step1x_edit.schemas.requests import DEFAULT_GUIDANCE_SCALE
-from step1x_edit.schemas.training import Pair, TrainRequest
+from step1x_edit.schemas.training import STATE, Pair, TrainRequest
 from step1x_edit.settings import Limits
 
 if TYPE_CHECKING:
@@ -45,7 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STATE: Final = "state.safetensors"
 CACHE: Final = "cache"
 PICTURES: Final = "validation"
 
@@ -158,6 +162,11 @@ def _trained(
     if state.exists() and not work.overwrite:
         _check_same(notes, state_notes(state), work)
         training.load(state)
+        if training.done > request.steps:
+            raise InvalidParameterError(
+                f"this training has already made {training.done} steps: choose more --steps, or "
+                "--overwrite to begin again"
+            )
         yield {"note": f"continued after step {training.done}"}
     if held_out and not training.done:
         yield from _validated(work, held_out, opened, training)
@@ -296,6 +305,8 @@ def estimates(work: Work) -> Iterator[Event]:
 def _device(start: Start) -> torch.device:
     import torch
 
+    if start.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelUnavailableError(f"DEVICE is {start.device}, and torch finds no GPU here")
     if start.device != "auto":
         return torch.device(start.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -322,13 +333,27 @@ def main() -> None:
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     stopped = threading.Event()
     threading.Thread(target=_wait_for_end, args=(stopped,), daemon=True).start()
-    events = estimates(work) if work.only_estimate else run(work, stopped.is_set)
     try:
-        for event in events:
-            _say(answer, event)
+        with contextlib.nullcontext() if work.only_estimate else _alone(work.folder):
+            for event in estimates(work) if work.only_estimate else run(work, stopped.is_set):
+                _say(answer, event)
     except Exception as error:  # noqa: BLE001 - the parent reports it
-        _say(answer, _failed(error))
-    sys.exit(0)
+        _say(answer, _failed(error, work))
+    with contextlib.suppress(BrokenPipeError):
+        answer.close()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time train into a folder. Raises JobConflictError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            yield
+    except Timeout:
+        raise JobConflictError(
+            f"another training writes to {folder}; wait for it, or choose another --output"
+        ) from None
 
 
 def _wait_for_end(stopped: threading.Event) -> None:
@@ -338,12 +363,15 @@ def _wait_for_end(stopped: threading.Event) -> None:
 
 
 def _say(answer: IO[str], event: Event) -> None:
-    answer.write(json.dumps(event) + "\n")
-    answer.flush()
+    """Tell the parent; without one the training still ends as if it were stopped."""
+    with contextlib.suppress(BrokenPipeError):
+        answer.write(json.dumps(event) + "\n")
+        answer.flush()
 
 
-def _failed(error: Exception) -> Event:
+def _failed(error: Exception, work: Work) -> Event:
     import torch
+    from safetensors import SafetensorError
 
     known: Step1XEditError
     match error:
@@ -355,6 +383,10 @@ def _failed(error: Exception) -> Event:
             )
         case FloatingPointError():
             known = InvalidParameterError(f"{error}; use a lower --learning-rate")
+        case SafetensorError():
+            known = OutputNotWritableError(
+                f"a file in {work.folder} is damaged: delete this folder to begin again"
+            )
         case OSError():
             known = OutputNotWritableError(f"{error.filename} ({error.strerror})")
         case _:

@@ -97,6 +97,7 @@ def main() -> None:
             _fail(answer, OutputNotWritableError(f"{error.filename or folder}: {error.strerror}"))
         except Exception as error:  # noqa: BLE001 - the caller reports any error
             _fail(answer, InternalError(f"{type(error).__name__}: {error}"))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing is left to be stopped
 
 
 if __name__ == "__main__":

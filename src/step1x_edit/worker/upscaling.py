@@ -224,6 +224,8 @@ def _tensor(pixels: Pixels, place: torch.device) -> Tensor:
 @torch.inference_mode()
 def _pixels(made: Tensor, times: int) -> Pixels:
     """The inverse, each side divided by `times`."""
+    if not made.isfinite().all():
+        raise CheckpointError("UPSCALE_MODEL makes values that are not numbers; use another file")
     if times > 1:
         made = F.avg_pool2d(made, times)
     pixels: Pixels = (made[0] * 255).round().to(torch.uint8).cpu().numpy().transpose(1, 2, 0)

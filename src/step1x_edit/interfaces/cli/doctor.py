@@ -82,6 +82,8 @@ def _checks(again: bool) -> Iterator[Check]:
     except SettingsError as error:
         yield Check("fail", "settings", str(error))
         return
+    if settings.engine == "ray":
+        yield _cluster()
     yield _memory()
     yield from _data_dir(settings.data_dir)
     from step1x_edit.service.kept_survey import kept_survey, new_survey
@@ -101,6 +103,16 @@ def _checks(again: bool) -> Iterator[Check]:
         yield from _upscaler(seen, settings)
         yield from _defaults(seen, settings)
     yield from _server(settings)
+
+
+def _cluster() -> Check:
+    from step1x_edit.cluster.connection import check_installed
+
+    try:
+        check_installed()
+    except SettingsError as error:
+        return Check("fail", "cluster", str(error))
+    return Check("note", "cluster", "ENGINE is ray: see `step1x-edit cluster status`")
 
 
 def _memory() -> Check:
