@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -57,10 +57,20 @@ def in_team(num_branches: int, num_parts: int, work: Callable[[Team], T]) -> lis
         branch, part = divmod(rank, num_parts)
         everyone = group("everyone", rank, num_branches * num_parts)
         peers = group(f"branch {branch}", part, num_parts)
+        torch.set_num_threads(1)  # of this thread
         return work(Team(rank, num_branches, num_parts, everyone, peers))
 
     with ThreadPoolExecutor(num_branches * num_parts) as pool:
         return list(pool.map(run, range(num_branches * num_parts)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums of several threads differ from those of one by more than the parts of a team do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def a_pipeline(**changes: Any) -> EditPipeline:
