@@ -157,8 +157,9 @@ def surveyed(monkeypatch: pytest.MonkeyPatch, seen: Survey) -> dict[str, str]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_a_cluster_without_ray_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_without_ray_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE", "ray")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
     monkeypatch.setattr("step1x_edit.engine.machine.inspect_machine", lambda *_: DEMO_ON_CPU)
 
     result = run.invoke(app, ["doctor"])
