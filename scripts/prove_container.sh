@@ -18,7 +18,7 @@ export BUILDAH_ISOLATION=chroot
 buildah() { command buildah --root "$work/storage" --runroot "$work/run" "$@"; }
 tidy() {
     [ -z "${server:-}" ] || kill -KILL "$server"
-    umount --recursive --lazy "$work/root" || true
+    umount --recursive --lazy "$work/tree" || true
     buildah umount --all > /dev/null || true
     rm -rf "$work"
 }
@@ -40,23 +40,23 @@ image=$(buildah mount "$container")
 echo "   $(du -sm "$image" | cut -f1) MB"
 
 echo "3. the server: a numeric user, no capabilities, a read-only root, /data and /tmp writable"
-mkdir "$work/root" "$work/data"
+mkdir "$work/tree" "$work/data"
 chown 10001:10001 "$work/data"
-mount --bind --options ro "$image" "$work/root"
-mount --bind "$work/data" "$work/root/data"
-mount --types tmpfs tmpfs "$work/root/tmp"
-mount --types proc proc "$work/root/proc"
-mount --types tmpfs tmpfs "$work/root/dev"
+mount --bind --options ro "$image" "$work/tree"
+mount --bind "$work/data" "$work/tree/data"
+mount --types tmpfs tmpfs "$work/tree/tmp"
+mount --types proc proc "$work/tree/proc"
+mount --types tmpfs tmpfs "$work/tree/dev"
 for device in null zero random urandom; do
-    touch "$work/root/dev/$device"
-    mount --bind "/dev/$device" "$work/root/dev/$device"
+    touch "$work/tree/dev/$device"
+    mount --bind "/dev/$device" "$work/tree/dev/$device"
 done
-mkdir --mode 1777 "$work/root/dev/shm"
+mkdir --mode 1777 "$work/tree/dev/shm"
 server=
 key=$(head --bytes 16 /dev/urandom | od -An -tx1 | tr -d ' \n')
 mapfile -t environment < <(buildah inspect --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' "$container")
 inside=(
-    chroot "$work/root" env --ignore-environment "${environment[@]}" "API_KEY=$key" PORT=18000
+    chroot "$work/tree" env --ignore-environment "${environment[@]}" "API_KEY=$key" PORT=18000
     setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --bounding-set=-all
 )
 ready() { "${inside[@]}" python3 /opt/healthcheck.py; }

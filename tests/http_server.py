@@ -107,12 +107,14 @@ def announcing(service: EditService, data_dir: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def calling(service: EditService, **settings: object) -> Iterator[httpx2.Client]:
     """A client that sends the token to all routes of the unified server."""
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    with (
-        serving(service, **settings) as url,
-        httpx2.Client(base_url=url, headers=headers, timeout=240, trust_env=False) as client,
-    ):
+    with serving(service, **settings) as url, client_of(url) as client:
         yield client
+
+
+def client_of(url: str) -> httpx2.Client:
+    """A client that sends the token to a server at this address."""
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    return httpx2.Client(base_url=url, headers=headers, timeout=240, trust_env=False)
 
 
 def until(is_so: Callable[[], bool]) -> None:

@@ -195,6 +195,7 @@ async def test_a_cancelled_edit_stops_on_its_replica_and_is_not_tried_again(
 
     with pytest.raises(EditCancelledError):
         await edit.result()
+    await until(lambda: any(worker.heard_cancel.is_set() for worker in workers))
     for gate in gates:
         gate.open()
     await until(lambda: any(worker.stopped_at for worker in workers))

@@ -23,7 +23,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fakes import FakeWorker
-from http_server import TOKEN, serving, until
+from http_server import TOKEN, client_of, serving, until
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app as cli
 from step1x_edit.interfaces.mcp.server import build_mcp
@@ -126,12 +126,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with (
         some_spandrel(),
         serving(service, allowed_dirs=(folder,)) as url,
-        httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {TOKEN}"},
-            timeout=240,
-            trust_env=False,
-        ) as client,
+        client_of(url) as client,
     ):
         yield House(service, url, client, photo, jobs, new_service)
     service.close()

@@ -6,7 +6,6 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,7 +26,7 @@ from typer.testing import CliRunner
 
 from certificates import certified
 from fakes import FakeWorker
-from http_server import TOKEN, serving
+from http_server import TOKEN, client_of, serving
 from step1x_edit.channel import EditJob
 from step1x_edit.interfaces.cli import app as cli
 from step1x_edit.pictures.images import read_edit_record
@@ -62,12 +61,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with (
         some_spandrel(),
         serving(service, allowed_dirs=(folder,)) as url,
-        httpx2.Client(
-            base_url=url,
-            headers={"Authorization": f"Bearer {TOKEN}"},
-            timeout=240,
-            trust_env=False,
-        ) as client,
+        client_of(url) as client,
     ):
         yield House(service, url, client, photo, [], lambda _: service)
     service.close()

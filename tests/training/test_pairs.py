@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from step1x_edit.engine.machine import has_gpu_driver
 from step1x_edit.interfaces.cli import app
 from step1x_edit.schemas.training import Pair
 from step1x_edit.service.files import FileAccess
@@ -148,6 +149,22 @@ def test_faults_of_a_folder_and_of_the_form_of_the_authors(tmp_path: Path) -> No
     ]
     assert [fault.split(": ")[0] for fault in read(data).faults] == [f"{data}:2", f"{data}:3"]
     assert read(tmp_path / "torn.json").faults[0].startswith(f"{tmp_path / 'torn.json'}:2: it is")
+
+
+@pytest.mark.skipif(has_gpu_driver(), reason="there is a driver")
+def test_a_device_without_a_driver_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DEVICE", "cuda")
+    picture(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text('{"image": "a.png", "prompt": "x", "target": "a.png"}')
+
+    result = run.invoke(app, ["train-lora", "data.jsonl", "--output", "my.safetensors"])
+
+    assert result.exit_code == 2
+    assert "DEVICE is cuda, and this machine has no driver for it" in result.stderr
+    assert not (tmp_path / "my.train").exists()
 
 
 @pytest.mark.parametrize(

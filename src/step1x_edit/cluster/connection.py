@@ -95,7 +95,7 @@ class RayCluster:
         return [answer for answer in answers if isinstance(answer, Replica)]
 
     def close(self) -> None:
-        """Leave the cluster, which goes on without us."""
+        """Leave the cluster, which continues without us."""
         self._blocking.shutdown(wait=False, cancel_futures=True)
 
     async def _found(self) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from step1x_edit.engine.machine import check_device
 from step1x_edit.engine.worker_process import start_of
 from step1x_edit.errors import OutputExistsError, OutputNotWritableError, WorkerLostError, rebuild
 from step1x_edit.schemas.training import STATE, Pair, TrainRequest
@@ -42,7 +43,11 @@ def train(
     output: Path,
     overwrite: bool,
 ) -> Generator[dict[str, Any], None, None]:
-    """Yield the events of `training.process`; closing the generator saves the state and stops."""
+    """Yield the events of `training.process`; closing the generator saves the state and stops.
+
+    Raises SettingsError if DEVICE has no driver here.
+    """
+    check_device(settings.device, 1)
     yield from _events(_work(settings, request, pairs, output, overwrite))
 
 
